@@ -1,0 +1,39 @@
+# make demo   train on digits, evaluate at every patch size, write runs/demo/report.html
+# make test   the fast tests
+# make lint   ruff, mypy, import-linter
+# make clean  remove the virtual environment and everything that tools have cached; runs/ stays
+#
+# Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/flexivit train --config configs/digits.py --workdir runs/demo/flexivit
+	$(BIN)/flexivit train --config configs/digits.py:fixed=8 --workdir runs/demo/fixed8
+	$(BIN)/flexivit report runs/demo/flexivit runs/demo/fixed8 --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# --no-compile: byte code is written at first import, and only for what is imported (half of the time).
+$(STAMP): requirements.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d. Try: make PYTHON=python3.11" % sys.version_info[:2])'
+	@echo "Setting up $(VENV) (once, about a minute) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

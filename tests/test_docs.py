@@ -1,0 +1,165 @@
+"""README.md and docs/*.md do what they say.
+
+Every command in a ```bash fence and every ```python fence is run, top to bottom, in a copy of the
+repository that is fresh for each page. A ```text fence right after one is its output: the words
+must be the same, and the numbers within one unit of their last digit.
+
+A command that would take too long stands in INSTEAD with the small form that is run for it, one
+that cannot be run at all in NOT_RUN with the reason. Both are looked up by the exact line.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = sorted([*REPOSITORY.glob("README.md"), *REPOSITORY.glob("docs/*.md")])
+LEFT_OUT = (
+  ".git",
+  ".venv",
+  ".cache",
+  ".hypothesis",
+  ".*_cache",
+  "__pycache__",
+  "runs",
+  "*.egg-info",
+)
+LANGUAGES = {"bash", "python", "text"}
+NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?")
+
+# Shown command: the command that is run instead of it.
+INSTEAD: dict[str, str] = {
+  "make demo": "make --dry-run demo",
+  "make test": "make --dry-run test",
+  "make lint": "make --dry-run lint",
+}
+
+# Shown command: why it is not run.
+NOT_RUN: dict[str, str] = {}
+
+
+class Fence(NamedTuple):
+  page: str
+  line: int
+  language: str
+  text: str
+
+
+def fences(page: Path) -> list[Fence]:
+  """The fenced blocks of a page, in order."""
+  found = re.finditer(r"^```([^\n]*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+  text = page.read_text()
+  name = page.relative_to(REPOSITORY).as_posix()
+  return [Fence(name, text[: m.start()].count("\n") + 1, m[1].strip(), m[2]) for m in found]
+
+
+def commands(fence: Fence) -> list[str]:
+  """The lines of a bash fence: continued lines joined, comments and empty lines left out."""
+  lines = fence.text.replace("\\\n", " ").splitlines()
+  lines = [re.sub(r"\s+# .*$", "", " ".join(line.split())) for line in lines]
+  return [line for line in lines if line and not line.startswith("#")]
+
+
+def run(command: list[str], folder: Path, where: str) -> str:
+  path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+  done = subprocess.run(
+    command,
+    cwd=folder,
+    env=os.environ | {"PATH": path, "PYTHONPATH": str(folder)},
+    stdin=subprocess.DEVNULL,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert done.returncode == 0, f"{where}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+  return done.stdout
+
+
+def run_fence(fence: Fence, folder: Path) -> str:
+  """Runs what a fence shows; returns what it printed."""
+  where = f"{fence.page}:{fence.line}"
+  if fence.language == "python":
+    return run([sys.executable, "-c", fence.text], folder, where)
+  printed = ""
+  for command in commands(fence):
+    if command not in NOT_RUN:
+      shell = INSTEAD.get(command, command)
+      printed += run(["bash", "-euo", "pipefail", "-c", shell], folder, f"{where}: {shell}")
+  return printed
+
+
+def check_output(printed: str, shown: Fence) -> None:
+  """Compares words exactly and numbers to one unit of the last digit that is shown."""
+  where = f"{shown.page}:{shown.line}: this is printed now:\n{printed}"
+  assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown.text).split(), where
+  for got, want in zip(NUMBER.findall(printed), NUMBER.findall(shown.text), strict=True):
+    mantissa, _, exponent = want.replace(",", "").partition("e")
+    unit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    assert abs(float(got.replace(",", "")) - float(want.replace(",", ""))) <= 1.01 * unit, where
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+  """A copy of the repository, so that commands can write where they like."""
+  target = tmp_path / "repository"
+  shutil.copytree(REPOSITORY, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
+  return target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_does_what_it_says(page: Path, copy: Path):
+  printed = None
+  for fence in fences(page):
+    if fence.language == "text":
+      if printed is not None:
+        check_output(printed, fence)
+      printed = None
+    else:
+      printed = run_fence(fence, copy)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_fence_is_in_a_language_that_is_checked(page: Path):
+  others = [f for f in fences(page) if f.language not in LANGUAGES]
+  assert not others, f"use one of {sorted(LANGUAGES)}: {others}"
+
+
+def test_no_exception_is_left_from_a_command_that_is_gone():
+  shown = {c for page in PAGES for f in fences(page) if f.language == "bash" for c in commands(f)}
+  assert not NOT_RUN.keys() - shown
+  if (REPOSITORY / "README.md").exists():
+    assert not INSTEAD.keys() - shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path):
+  links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)|src=\"(?!https?:)([^\"]+)\"", page.read_text())
+  for link in (a or b for a, b in links):
+    assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize(
+  ("printed", "shown", "same"),
+  [
+    ("a 1.00 b", "a 1.01 b", True),
+    ("a 1.00 b", "a 1.03 b", False),
+    ("a 1.00 b", "a 1.00 c", False),
+    ("a 1 b", "a 1 2 b", False),
+    ("1,024 px", "1,025 px", True),
+    ("2.0e-3", "3.2e-3", False),
+  ],
+)
+def test_the_comparison_can_fail(printed: str, shown: str, same: bool):
+  fence = Fence("page", 1, "text", shown)
+  if same:
+    check_output(printed, fence)
+  else:
+    with pytest.raises(AssertionError):
+      check_output(printed, fence)

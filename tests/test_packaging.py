@@ -1,0 +1,58 @@
+import configparser
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import flexivit_jax
+
+
+@pytest.fixture
+def setup_cfg(repository: Path) -> configparser.ConfigParser:
+  parser = configparser.ConfigParser()
+  parser.read(repository / "setup.cfg")
+  return parser
+
+
+def lines(text: str) -> list[str]:
+  return [line for line in text.strip().splitlines() if line]
+
+
+def test_every_folder_is_packaged(setup_cfg, repository):
+  root = repository / "flexivit_jax"
+  folders = {path.parent for path in root.rglob("*.py")}
+  found = {".".join(folder.relative_to(repository).parts) for folder in folders}
+  assert found | {"flexivit_jax.configs"} == set(lines(setup_cfg["options"]["packages"]))
+
+
+def test_every_data_file_is_packaged(setup_cfg, repository):
+  root = repository / "flexivit_jax"
+  data = {p for p in root.rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}}
+  packaged = {
+    path
+    for package, patterns in setup_cfg["options.package_data"].items()
+    for pattern in patterns.split()
+    for path in repository.joinpath(*package.split(".")).glob(pattern)
+  }
+  assert data == packaged
+
+
+def test_every_dependency_is_pinned_at_a_version_it_admits(setup_cfg, repository):
+  wanted = setup_cfg["options"]["install_requires"] + setup_cfg["options.extras_require"]["dev"]
+  text = (repository / "requirements.txt").read_text()
+  pins = [Requirement(line) for line in lines(text) if not line.startswith("#")]
+  for requirement in map(Requirement, lines(wanted)):
+    name = canonical(requirement.name)
+    found = [next(iter(pin.specifier)).version for pin in pins if canonical(pin.name) == name]
+    assert found, f"{name} is not in requirements.txt"
+    assert all(pin in requirement.specifier for pin in found), (requirement, found)
+
+
+def canonical(name: str) -> str:
+  return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_version_is_written_the_same_twice(setup_cfg):
+  assert flexivit_jax.__version__ == setup_cfg["metadata"]["version"] == version("flexivit_jax")
