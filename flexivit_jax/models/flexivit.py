@@ -1,0 +1,244 @@
+"""FlexiViT: one Vision Transformer for all patch sizes (arXiv 2212.08013).
+
+The weights hold one patch-embedding kernel (32x32 pixels) and one grid of position embeddings (7x7). For the patch
+size at hand the kernel is PI-resized and the grid interpolated; everything after that is a plain ViT.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from flexivit_jax import errors, resize
+from flexivit_jax.models import vit
+
+Size = tuple[int, int]
+
+
+class PatchEmbed(nn.Module):
+  """Cuts the image into patches and projects each to a token with a kernel resized to the patch."""
+
+  patch_size: Size
+  width: int
+  kernel_resize: str = "pi"
+  kernel_operator: str = "linear"
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(
+    self, image: Float[Array, "n h w c"], patch_hw: Size
+  ) -> Float[Array, "n grid_h grid_w d"]:
+    n, h, w, c = image.shape
+    (ph, pw), (gh, gw) = patch_hw, (h // patch_hw[0], w // patch_hw[1])
+    kernel = self.param(
+      "kernel", nn.initializers.normal(self.width**-0.5), (*self.patch_size, c, self.width)
+    )
+    bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    kernel = resize.KERNEL_RESIZES[self.kernel_resize](kernel, patch_hw, self.kernel_operator)
+    # A convolution whose stride is its size is a reshape and one matrix product.
+    patches = (
+      image.reshape(n, gh, ph, gw, pw, c)
+      .transpose(0, 1, 3, 2, 4, 5)
+      .reshape(n, gh, gw, ph * pw * c)
+    )
+    tokens = patches.astype(self.dtype) @ kernel.reshape(ph * pw * c, self.width).astype(self.dtype)
+    return tokens.astype(jnp.float32) + bias[None, None, None]
+
+
+class FlexiViT(nn.Module):
+  """Vision Transformer that runs at any patch size that divides the image.
+
+  Attributes:
+    num_classes: length of the logits; 0 for a model without a head, whose output is then the pre-logits.
+    variant: "B" or "B/16": gives width, depth, mlp_dim, num_heads (and patch_size) where these are not given.
+    patch_size: pixels (h, w) of the stored kernel: the buffer that is resized, not the patch size in use.
+    posemb_size: cells (h, w) of the stored grid of position embeddings.
+    pool_type: "tok" (class token), "gap" (mean of the tokens) or "map" (attention pooling).
+    posemb: "learn" or "sincos2d" (computed for the grid at hand).
+    kernel_resize: "pi" (the paper's) or a competitor: "plain", "area", "norm".
+    kernel_operator: resize operator of the patches that "pi" undoes; see `resize.OPERATORS`.
+    dtype: of the matrix products, "float32" or "bfloat16".
+    scan, remat: one compiled loop over the blocks; recompute the blocks in the backward pass. Same numbers.
+  """
+
+  num_classes: int = 0
+  variant: str = "B"
+  patch_size: Size | None = None
+  posemb_size: Size = (7, 7)
+  width: int | None = None
+  depth: int | None = None
+  mlp_dim: int | None = None
+  num_heads: int | None = None
+  posemb: str = "learn"
+  pool_type: str = "tok"
+  dropout: float = 0.0
+  head_zeroinit: bool = True
+  gelu: str = "tanh"
+  kernel_resize: str = "pi"
+  kernel_operator: str = "linear"
+  dtype: str = "float32"
+  scan: bool = False
+  remat: bool = False
+
+  def __post_init__(self) -> None:
+    for name, value in ({"patch_size": (32, 32)} | vit.decode_variant(self.variant)).items():
+      if getattr(self, name) is None:
+        setattr(self, name, value)
+    for name in ("patch_size", "posemb_size"):  # a config may give lists
+      setattr(self, name, tuple(getattr(self, name)))
+    check_fields(self)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self,
+    image: Float[Array | np.ndarray, "n h w c"],
+    *,
+    seqhw: int | None = None,
+    grid_hw: Size | None = None,
+    patch_hw: Size | None = None,
+    train: bool = False,
+  ) -> tuple[Float[Array, "n k"], dict]:
+    """Returns the logits and a dict of named intermediates (big_vision's names).
+
+    Args:
+      image: pixels in [-1, 1].
+      seqhw: tokens per side; the patch size is then (h // seqhw, w // seqhw).
+      grid_hw: tokens (per column, per row): as `seqhw` for rectangular grids.
+      patch_hw: the patch size itself in pixels. At most one of the three; with none, the kernel's own size.
+      train: applies dropout, which takes a "dropout" rng.
+
+    Raises:
+      UserError: if the size does not divide the image, or more than one is given.
+    """
+    out = {}
+    patch_hw = which_patch(
+      image.shape[1:3], self.patch_size, seqhw=seqhw, grid_hw=grid_hw, patch_hw=patch_hw
+    )
+    x = out["stem"] = PatchEmbed(
+      self.patch_size,
+      self.width,
+      self.kernel_resize,
+      self.kernel_operator,
+      self.dtype,
+      name="embedding",
+    )(jnp.asarray(image), patch_hw)
+    n, gh, gw, d = x.shape
+
+    if self.posemb == "learn":
+      shape = (1, self.posemb_size[0] * self.posemb_size[1], d)
+      buffer = self.param("pos_embedding", nn.initializers.normal(d**-0.5), shape)
+      grid = resize.resize_grid(buffer.reshape(*self.posemb_size, d), (gh, gw))
+    else:
+      grid = vit.sincos2d((gh, gw), d)
+    x = out["with_posemb"] = (x + grid[None]).reshape(n, gh * gw, d)
+
+    if self.pool_type == "tok":
+      cls = self.param("cls", nn.initializers.zeros, (1, 1, d))
+      x = jnp.concatenate([jnp.tile(cls, (n, 1, 1)), x], axis=1)
+    x = nn.Dropout(self.dropout)(x, deterministic=not train)
+
+    x, out["encoder"] = vit.Encoder(
+      self.depth, self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.scan, self.remat,
+      name="Transformer",
+    )(x, train)  # fmt: skip
+    out["encoded"] = x
+
+    if self.pool_type == "tok":
+      x, tokens = x[:, 0], x[:, 1:]
+    elif self.pool_type == "gap":
+      x, tokens = x.mean(axis=1), x
+    else:
+      x, tokens = (
+        vit.MAPHead(self.mlp_dim, self.num_heads, self.gelu, self.dtype, name="MAPHead_0")(x),
+        x,
+      )
+    out["head_input"] = out["pre_logits"] = x
+    out["pre_logits_2d"] = tokens = tokens.reshape(n, gh, gw, d)
+
+    if self.num_classes:
+      init = nn.initializers.zeros if self.head_zeroinit else nn.initializers.lecun_normal()
+      head = nn.Dense(self.num_classes, kernel_init=init, name="head")
+      out["logits_2d"] = head(tokens)
+      x = out["logits"] = head(x)
+    return x, out
+
+
+CHOICES = {
+  "pool_type": ("tok", "gap", "map"),
+  "posemb": ("learn", "sincos2d"),
+  "gelu": tuple(vit.GELU),
+  "kernel_resize": tuple(resize.KERNEL_RESIZES),
+  "kernel_operator": tuple(resize.OPERATORS),
+  "dtype": ("float32", "bfloat16"),
+}
+
+
+def check_fields(model: FlexiViT) -> None:
+  """Raises a UserError for a field that no model can have."""
+  for name, known in CHOICES.items():
+    if getattr(model, name) not in known:
+      raise errors.unknown(name, getattr(model, name), known)
+  if model.num_heads < 1 or model.width % model.num_heads:
+    raise errors.UserError(
+      f"width={model.width} must be a multiple of num_heads={model.num_heads}."
+    )
+  for name in ("patch_size", "posemb_size"):
+    size = getattr(model, name)
+    if len(size) != 2 or min(size) < 1:
+      raise errors.UserError(f"{name}={size} must be two positive integers (height, width).")
+
+
+def which_patch(
+  image_hw: tuple[int, ...],
+  default: Size,
+  *,
+  seqhw: int | None = None,
+  grid_hw: Size | None = None,
+  patch_hw: Size | None = None,
+) -> Size:
+  """Returns the patch size in pixels for at most one of tokens per side, grid and patch size.
+
+  Raises:
+    UserError: if more than one is given, or the grid or patch does not divide the image exactly.
+  """
+  square = None if seqhw is None else (seqhw, seqhw)
+  sizes = {"seqhw": square, "grid_hw": grid_hw, "patch_hw": patch_hw}
+  given = {name: size for name, size in sizes.items() if size is not None}
+  if len(given) > 1:
+    raise errors.UserError(f"Give one of seqhw, grid_hw and patch_hw, got {', '.join(given)}.")
+  name, size = next(iter(given.items()), ("patch_size", default))
+  if len(size) != 2 or any(p < 1 or side % p for side, p in zip(image_hw, size, strict=True)):
+    got = seqhw if name == "seqhw" else tuple(size)
+    raise errors.UserError(
+      f"{name}={got} does not divide the image {tuple(image_hw)}; "
+      f"sizes that do: {_divisors(image_hw, square=name == 'seqhw')}."
+    )
+  if name in ("seqhw", "grid_hw"):
+    return image_hw[0] // size[0], image_hw[1] // size[1]
+  return size[0], size[1]
+
+
+def _divisors(image_hw: tuple[int, ...], square: bool) -> str:
+  each = [[i for i in range(1, side + 1) if side % i == 0] for side in image_hw]
+  if square:
+    each = [[i for i in each[0] if i in each[1]]]
+  return " and ".join(", ".join(map(str, sizes)) for sizes in each)
+
+
+def gmacs(model: FlexiViT, image_hw: Size, grid_hw: Size, channels: int = 3) -> float:
+  """Multiply-adds of one forward pass for one image, in 1e9: matrix products only, PI-resize not counted.
+
+  The paper's GFLOPs are twice this (its ViT-B/8 at 224 px: 156).
+  """
+  d, tokens = model.width, grid_hw[0] * grid_hw[1]
+  length = tokens + (model.pool_type == "tok")
+  block = 4 * length * d * d + 2 * length * length * d + 2 * length * d * model.mlp_dim
+  pool = (
+    2 * tokens * d * d + 2 * tokens * d + 2 * d * d + 2 * d * model.mlp_dim
+    if model.pool_type == "map"
+    else 0
+  )
+  return (
+    image_hw[0] * image_hw[1] * channels * d + model.depth * block + pool + d * model.num_classes
+  ) / 1e9
