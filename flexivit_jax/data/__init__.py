@@ -1,0 +1,18 @@
+"""Data: sources, preprocessing strings, and batches. Imports no JAX and no TensorFlow."""
+
+from flexivit_jax.data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
+from flexivit_jax.data.preprocess import OPS, Preprocess, parse
+from flexivit_jax.data.sources import SOURCES, Source, make_source
+
+__all__ = [
+  "OPS",
+  "SOURCES",
+  "EvalBatches",
+  "Preprocess",
+  "Source",
+  "TrainBatches",
+  "eval_batches",
+  "make_source",
+  "parse",
+  "train_batches",
+]

@@ -1,0 +1,96 @@
+"""Images as arrays: decoding bytes and changing sizes, with Pillow and OpenCV."""
+
+import io
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from flexivit_jax.errors import UserError, unknown
+
+cv2.setNumThreads(0)  # The loader's threads are the parallelism; a pool inside each would thrash.
+
+_INTERPOLATION = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
+
+
+def decode_image(data: bytes, *, max_pixels: int) -> np.ndarray:
+  """Decodes JPEG, PNG, WebP, BMP, GIF (first frame), ... into RGB uint8 [h, w, 3].
+
+  Grey, palette, CMYK become RGB. 16-bit grey is scaled to 8 (`round(v / 257)`), not clipped. An
+  alpha channel is dropped (the stored colours stay, as `tf.io.decode_image(channels=3)` does).
+  EXIF orientation is not applied (as there). Truncated files are errors.
+
+  Args:
+    data: the file.
+    max_pixels: of the header, above which nothing is decoded (it may be a decompression bomb).
+
+  Raises:
+    UserError: more than `max_pixels`.
+    OSError, SyntaxError, ValueError: Pillow's, for what is not an image or is damaged.
+  """
+  with _open(data) as image:
+    width, height = image.size
+    if width * height > max_pixels:
+      raise UserError(
+        f"Image header says {width}x{height} pixels, more than max_pixels={max_pixels}."
+      )
+    return _to_rgb(image)
+
+
+def _open(data: bytes) -> Image.Image:
+  try:
+    return Image.open(io.BytesIO(data))
+  except UnidentifiedImageError:  # Pillow's message names an object in memory.
+    raise ValueError(f"no known image format: {len(data)} bytes, first {data[:8]!r}") from None
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+  if image.mode == "RGB":
+    return np.asarray(image)
+  if image.mode.startswith("I;16") or image.mode == "I":
+    grey = np.asarray(image).astype(np.float64)
+    return _grey_to_rgb(np.rint(grey / 257))
+  if image.mode == "F":
+    raise ValueError("floating point images have no defined range; expected 8 or 16 bits a channel")
+  if image.mode in ("P", "PA") or "transparency" in image.info:
+    image = image.convert("RGBA")  # Palettes with transparency convert cleanly only by this way.
+  if image.mode in ("RGBA", "LA", "La", "RGBa"):
+    return np.ascontiguousarray(np.asarray(image.convert("RGBA"))[..., :3])
+  return np.asarray(image.convert("RGB"))
+
+
+def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
+  if grey.min() < 0 or grey.max() > 255:
+    raise ValueError(f"grey values {grey.min()}..{grey.max()} do not fit 16 bits")
+  return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def resize_image(image: np.ndarray, hw: tuple[int, int], method: str = "linear") -> np.ndarray:
+  """Resizes [h, w, c] to `hw` with half-pixel centres and no antialias; keeps the dtype.
+
+  "linear" samples 2 x 2 neighbours whatever the scale; "area" averages what an output pixel
+  covers, and is "linear" where an axis grows. Deviation from
+  `tf.image.resize`: that computes in float32 and big_vision truncates to uint8; here uint8 images
+  are computed in fixed point and rounded, within 1 grey level of the exact value.
+  """
+  h, w = hw
+  if image.shape[:2] == (h, w):
+    return image
+  if method not in _INTERPOLATION:
+    raise unknown("resize method", method, _INTERPOLATION)
+  grows = h > image.shape[0] or w > image.shape[1]
+  resized = cv2.resize(image, (w, h), interpolation=_INTERPOLATION["linear" if grows else method])
+  return resized.reshape(h, w, image.shape[2])  # OpenCV drops a channel axis of length 1.
+
+
+def crop(image: np.ndarray, top: int, left: int, hw: tuple[int, int]) -> np.ndarray:
+  """Cuts the window at (top, left) of size `hw` out of [h, w, c]."""
+  return image[top : top + hw[0], left : left + hw[1]]
+
+
+def pad_image(image: np.ndarray, padding: int, value: int = 0) -> np.ndarray:
+  """Adds `padding` pixels of `value` on every side of [h, w, c]."""
+  h, w, c = image.shape
+  out = np.full((h + 2 * padding, w + 2 * padding, c), value, image.dtype)
+  out[padding : padding + h, padding : padding + w] = image
+  return out

@@ -1,0 +1,280 @@
+"""Batches, made ahead in threads or processes by Grain; what is in them is `stream.py`'s."""
+
+import atexit
+import functools
+import logging
+import math
+import os
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple, final
+
+import numpy as np
+
+from flexivit_jax.data.preprocess import parse
+from flexivit_jax.data.sources import Source
+from flexivit_jax.data.stream import Bad, Batch, Plan, check_limit, make_chunk
+from flexivit_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+_CHUNK = 32  # Examples per task: large enough to hide Grain's overhead, small enough to share out.
+
+
+class Options(NamedTuple):
+  """How work is spread; changes no result."""
+
+  threads: int
+  workers: int
+  prefetch: int
+
+
+def train_batches(
+  source: Source,
+  pp: str,
+  *,
+  batch_size: int,
+  seed: int,
+  num_steps: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  threads: int = min(16, os.cpu_count() or 1),
+  workers: int = 0,
+  prefetch: int = 2,
+  on_error: str = "raise",
+  max_errors: int = 100,
+) -> "TrainBatches":
+  """Shuffled batches of this process, for steps `start_step` to `num_steps`.
+
+  Args:
+    source: the examples.
+    pp: the preprocessing string; what it keeps is stacked, and `_id` (int64 [n], the index of the
+      example in the source) is added.
+    batch_size: over all processes; each gets a contiguous `batch_size / process_count`.
+    seed: of the order and of every random draw.
+    num_steps: where the stream ends.
+    start_step: where it starts; the batches are those that a run from 0 would see there.
+    process_index, process_count: of this process.
+    threads: that prepare examples; 0 works in the caller, with nothing made ahead. More pay for
+      large images; tiny ones mostly hold Python's lock.
+    workers: processes instead (each with `threads`); they start slowly and copy each batch.
+    prefetch: batches made ahead.
+    on_error: "raise", or "skip": a bad example is replaced by the next good one of its epoch's
+      order, and counted in `.errors`.
+    max_errors: how many different bad examples "skip" bears.
+
+  Raises:
+    UserError: now for bad arguments, from the iterator for bad examples.
+  """
+  if len(source) < batch_size:
+    raise UserError(
+      f"{source.name} {source.split!r} has {len(source)} examples, fewer than one batch of "
+      f"{batch_size}; take a larger split or a smaller batch_size."
+    )
+  if seed < 0:
+    raise UserError(f"Data seed is {seed}; expected 0 or more.")
+  plan = _plan(source, pp, seed, batch_size, process_index, process_count, on_error, max_errors)
+  return TrainBatches(plan, Options(threads, workers, prefetch), num_steps, start_step)
+
+
+def eval_batches(
+  source: Source,
+  pp: str,
+  *,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  threads: int = min(16, os.cpu_count() or 1),
+  workers: int = 0,
+  prefetch: int = 2,
+  on_error: str = "raise",
+  max_errors: int = 100,
+) -> "EvalBatches":
+  """Every example once, in order; the same number of batches on every process.
+
+  The arguments are those of `train_batches`. Batches have `_mask` too (float32 [n], 0 for padding
+  and for what "skip" left out; such entries are zeros and their `_id` is -1).
+  """
+  plan = _plan(source, pp, None, batch_size, process_index, process_count, on_error, max_errors)
+  return EvalBatches(plan, Options(threads, workers, prefetch))
+
+
+@final
+class TrainBatches:
+  """Iterator over training batches; see `train_batches`. Close it, or use it in a `with`.
+
+  Attributes:
+    errors: example index -> what was wrong, for each bad example that was replaced.
+  """
+
+  def __init__(self, plan: Plan, options: Options, num_steps: int, start_step: int):
+    self.errors: Bad = {}
+    self._plan = plan
+    self._options = options
+    self._num_steps = num_steps
+    self._step = start_step
+    self._batches: Generator[tuple[Batch, Bad], None, None] | None = None
+
+  def __iter__(self) -> "TrainBatches":
+    return self
+
+  def __next__(self) -> Batch:
+    if self._step >= self._num_steps:
+      self.close()
+      raise StopIteration
+    if self._batches is None:
+      self._batches = _run(self._plan, self._options, self._step, self._num_steps)
+      # At exit too, while Grain's modules still exist.
+      self._stop = weakref.finalize(self, self._batches.close)
+    try:
+      batch, bad = next(self._batches)
+      _count(self.errors, bad, self._plan)
+    except Exception:
+      self.close()  # Asked again, it fails again, at the same step; it must not seem to have ended.
+      raise
+    self._step += 1
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    """The next step, and what the order depends on."""
+    plan = self._plan
+    return {
+      "step": self._step,
+      "seed": plan.seed or 0,
+      "batch_size": plan.batch_size,
+      "examples": len(plan.source),
+    }
+
+  def set_state(self, state: dict[str, int]) -> None:
+    """Goes to the step of `state`; errors when it is of another seed, batch size or data set."""
+    own = self.get_state()
+    for key in own.keys() - {"step"}:
+      if state[key] != own[key]:
+        raise UserError(
+          f"The data state has {key}={state[key]}, this run {own[key]}; the order of the examples "
+          f"would change. Use the same {key}, or start a new run."
+        )
+    self.close()
+    self._step = state["step"]
+
+  def close(self) -> None:
+    """Stops threads and workers; the next batch would start them again."""
+    if self._batches is not None:
+      self._stop()
+    self._batches = None
+
+  def __enter__(self) -> "TrainBatches":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+@final
+class EvalBatches:
+  """Iterable over evaluation batches, as often as wanted; see `eval_batches`.
+
+  Attributes:
+    errors: example index -> what was wrong, for each bad example left out in the latest pass.
+  """
+
+  def __init__(self, plan: Plan, options: Options):
+    self.errors: Bad = {}
+    self._plan = plan
+    self._options = options
+
+  def __len__(self) -> int:
+    return math.ceil(len(self._plan.source) / self._plan.batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    self.errors = {}
+    batches = _run(self._plan, self._options, 0, len(self))
+    atexit.register(batches.close)  # For a pass that is never finished.
+    try:
+      for batch, bad in batches:
+        _count(self.errors, bad, self._plan)
+        yield batch
+    finally:
+      atexit.unregister(batches.close)
+      batches.close()
+
+
+def _plan(
+  source: Source,
+  pp: str,
+  seed: int | None,
+  batch_size: int,
+  process_index: int,
+  process_count: int,
+  on_error: str,
+  max_errors: int,
+) -> Plan:
+  if batch_size < 1 or batch_size % process_count:
+    raise UserError(f"batch_size={batch_size} is not a multiple of {process_count} processes.")
+  if not 0 <= process_index < process_count:
+    raise UserError(f"process_index={process_index} is not in 0..{process_count - 1}.")
+  if on_error not in ("raise", "skip"):
+    raise UserError(f"on_error={on_error!r}; expected 'raise' or 'skip'.")
+  local = batch_size // process_count
+  chunks = math.ceil(local / _CHUNK)
+  offset = local * process_index
+  ops = parse(pp)
+  return Plan(source, ops, seed, batch_size, local, offset, chunks, on_error, max_errors)
+
+
+# --- the parallel pipeline ---
+
+
+def _run(
+  plan: Plan, options: Options, start: int, stop: int
+) -> Generator[tuple[Batch, Bad], None, None]:
+  """Yields (batch, bad examples) of the steps `start` to `stop`; closing it stops the work."""
+  batches = iter(_pipeline(plan, options, start, stop))
+  try:
+    yield from batches
+  finally:
+    batches.close()
+
+
+def _pipeline(plan: Plan, options: Options, start: int, stop: int) -> Any:
+  """Grain's data set of (batch, bad examples)."""
+  import grain  # Lazy: a second.
+  from absl import flags
+
+  read = grain.ReadOptions(
+    num_threads=options.threads,
+    prefetch_buffer_size=max(options.threads, options.prefetch * plan.chunks),
+  )
+  chunks = grain.MapDataset.range(start * plan.chunks, stop * plan.chunks)
+  batches = chunks.map(functools.partial(make_chunk, plan)).to_iter_dataset(read)
+  if options.workers:
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # Grain reads a flag of absl, which nobody here parses.
+    # Before `batch`: workers take turns chunk by chunk, which keeps the order for any number.
+    batches = batches.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=options.workers,
+        per_worker_buffer_size=max(1, options.prefetch * plan.chunks // options.workers),
+      )
+    )
+  batches = batches.batch(plan.chunks, batch_fn=_join)
+  if options.threads:
+    batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
+  return batches
+
+
+def _join(chunks: Sequence[tuple[Batch, Bad]]) -> tuple[Batch, Bad]:
+  """Joins the chunks of one batch."""
+  batches = [batch for batch, _ in chunks]
+  bad = {index: text for _, errors in chunks for index, text in errors.items()}
+  if len(batches) == 1:
+    return batches[0], bad
+  return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}, bad
+
+
+def _count(errors: Bad, bad: Bad, plan: Plan) -> None:
+  """Adds `bad` to `errors`; a warning for each new one, an error over the limit."""
+  for index in bad.keys() - errors.keys():
+    _LOG.warning("Left out: %s", bad[index])
+  errors.update(bad)
+  check_limit(errors, plan)

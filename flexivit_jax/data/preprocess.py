@@ -1,0 +1,298 @@
+"""Preprocessing strings such as `decode|resize(240)|flip_lr|value_range(-1,1)|keep('image')`.
+
+An operation is a plain function. Its first parameter says what it gets: `image`, the value under
+one key, or `record`, the whole dict. One that takes `rng` is random; the generator is that of the
+example, so a draw depends on nothing else. Images stay uint8 until `value_range`.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Shaped
+
+from flexivit_jax.data import images
+from flexivit_jax.data.randaug import randaug
+from flexivit_jax.errors import UserError, nearest, unknown
+
+Image = Shaped[np.ndarray, "h w c"]
+Resized = Shaped[np.ndarray, "_ _ c"]  # Of another size, with the same channels.
+Size = int | tuple[int, int] | list[int]
+
+
+def decode(image: bytes | Image, max_pixels: int = 2**26) -> Image:
+  """Encoded file -> RGB uint8 [h, w, 3]; an array passes through. See `images.decode_image`."""
+  if isinstance(image, np.ndarray):
+    return image
+  return images.decode_image(image, max_pixels=max_pixels)
+
+
+def resize(image: Image, size: Size, method: str = "linear") -> Resized:
+  """Resizes both sides to `size` (an int squashes to a square). See `images.resize_image`."""
+  return images.resize_image(image, _hw(size), method)
+
+
+def resize_small(image: Image, size: int, method: str = "area") -> Resized:
+  """Resizes the shorter side to `size` pixels and keeps the aspect ratio (sides are rounded)."""
+  h, w = image.shape[:2]
+  factor = size / min(h, w)
+  return images.resize_image(image, (round(h * factor), round(w * factor)), method)
+
+
+def central_crop(image: Image, size: Size) -> Resized:
+  """Cuts the central `size`; where a margin is odd the smaller half is above or left."""
+  hw = _fitting(image, size)
+  return images.crop(image, (image.shape[0] - hw[0]) // 2, (image.shape[1] - hw[1]) // 2, hw)
+
+
+def random_crop(image: Image, size: Size, padding: int = 0, *, rng: np.random.Generator) -> Resized:
+  """Adds `padding` black pixels on each side, then cuts `size` at a uniform position."""
+  if padding:
+    image = images.pad_image(image, padding)
+  hw = _fitting(image, size)
+  top, left = (int(rng.integers(n - m + 1)) for n, m in zip(image.shape[:2], hw, strict=True))
+  return images.crop(image, top, left, hw)
+
+
+def inception_crop(
+  image: Image,
+  size: Size | None = None,
+  area_min: float = 5,
+  area_max: float = 100,
+  ratio_min: float = 0.75,
+  ratio_max: float = 1.33,
+  method: str = "linear",
+  *,
+  rng: np.random.Generator,
+) -> Resized:
+  """Cuts a box of random area and aspect ratio and resizes it to `size` (None: not).
+
+  Args:
+    size: pixels of the result.
+    area_min, area_max: of the box, percent of the image.
+    ratio_min, ratio_max: width / height of the box.
+
+  Distribution: that of `tf.image.sample_distorted_bounding_box`, the reference's: the ratio is
+  uniform, then the height is uniform among those that the area allows; the whole image after 100
+  failures (an image more extreme than the ratios allow).
+  """
+  hw = image.shape[:2]
+  area = (area_min / 100 * hw[0] * hw[1], area_max / 100 * hw[0] * hw[1])
+  boxes = (_draw_box(hw, area, rng.uniform(ratio_min, ratio_max), rng) for _ in range(100))
+  box = next(filter(None, boxes), hw)
+  top, left = (int(rng.integers(n - m + 1)) for n, m in zip(hw, box, strict=True))
+  cut = images.crop(image, top, left, box)
+  return cut if size is None else images.resize_image(cut, _hw(size), method)
+
+
+def _draw_box(
+  hw: tuple[int, ...], area: tuple[float, float], ratio: float, rng: np.random.Generator
+) -> tuple[int, int] | None:
+  """Draws (height, width) with width / height = `ratio` and an area in range; None: none fits."""
+  low = round((area[0] / ratio) ** 0.5)
+  high = min(round((area[1] / ratio) ** 0.5), hw[0], int((hw[1] + 0.499) / ratio))
+  height = int(rng.integers(min(low, high), high + 1))
+  width = round(height * ratio)
+  fits = 0 < height <= hw[0] and 0 < width <= hw[1]
+  # Rounding to pixels may leave the range by less than one row or column; that is no failure.
+  return (height, width) if fits and height * width + max(height, width) >= area[0] else None
+
+
+def flip_lr(image: Image, *, rng: np.random.Generator) -> Image:
+  """Mirrors left and right with probability one half."""
+  return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def value_range(
+  image: Image, vmin: float = -1.0, vmax: float = 1.0
+) -> Float32[np.ndarray, "h w c"]:
+  """Maps uint8 0..255 to float32 vmin..vmax.
+
+  Errors: an image that is not uint8, which is one that has been here before: write `key=` in the
+  `resize` and the `value_range` of a second size (the reference's i21k distillation did not).
+  """
+  if image.dtype != np.uint8:
+    raise UserError(f"value_range expects uint8, got {image.dtype}; was it applied twice?")
+  out = image.astype(np.float32)
+  out /= np.float32(255)  # These three, in this order, give the reference's float32 numbers.
+  out *= np.float32(vmax - vmin)
+  out += np.float32(vmin)
+  return out
+
+
+def onehot(
+  record: dict[str, Any],
+  depth: int,
+  key: str = "label",
+  key_result: str = "labels",
+  on: float = 1.0,
+  off: float = 0.0,
+) -> dict[str, Any]:
+  """Class index under `key` -> float32 [depth] under `key_result`; errors when out of range."""
+  label = int(_get(record, key))
+  if not 0 <= label < depth:
+    raise UserError(f"Label {label} is outside onehot({depth}); expected 0..{depth - 1}.")
+  vector = np.full(depth, off, np.float32)
+  vector[label] = on
+  return record | {key_result: vector}
+
+
+def copy(record: dict[str, Any], inkey: str, outkey: str) -> dict[str, Any]:
+  """Puts the value of `inkey` under `outkey` too."""
+  return record | {outkey: _get(record, inkey)}
+
+
+def keep(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+  """Keeps these keys only; errors when one is missing."""
+  return {key: _get(record, key) for key in keys}
+
+
+OPS: dict[str, Callable[..., Any]] = {
+  "decode": decode,
+  "resize": resize,
+  "resize_small": resize_small,
+  "central_crop": central_crop,
+  "random_crop": random_crop,
+  "inception_crop": inception_crop,
+  "flip_lr": flip_lr,
+  "randaug": randaug,
+  "value_range": value_range,
+  "onehot": onehot,
+  "copy": copy,
+  "keep": keep,
+}
+
+
+class Op(NamedTuple):
+  """One step: `function(value or record, *args, **kwargs)`, read from and written to keys."""
+
+  text: str
+  function: Callable[..., Any]
+  args: tuple[Any, ...]
+  kwargs: dict[str, Any]
+  inkey: str | None  # None: the function gets and returns the whole record.
+  outkey: str | None
+  random: bool
+
+
+class Preprocess(NamedTuple):
+  """A parsed string. `random` says whether any operation draws from `rng`."""
+
+  text: str
+  ops: tuple[Op, ...]
+  random: bool
+
+  def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
+    """Returns a new record; `rng` may be None where `random` is False.
+
+    Errors: what an operation raises, with a note that names the operation.
+    """
+    record = dict(record)
+    for op in self.ops:
+      try:
+        record = _apply(op, record, rng)
+      except Exception as error:
+        error.add_note(f"in {op.text}")
+        raise
+    return record
+
+
+def parse(pp: str) -> Preprocess:
+  """Parses `op|op(args)|...`; arguments are Python literals, nothing is evaluated.
+
+  Operations on an image take `key=` (read and write there), or `inkey=` and `outkey=`; all three
+  are "image" when not given, each by itself, as in big_vision.
+
+  Raises:
+    UserError: syntax, an unknown operation, a missing or unknown argument; names the nearest.
+  """
+  ops = tuple(_parse_op(node) for node in _split(pp))
+  return Preprocess(pp, ops, any(op.random for op in ops))
+
+
+def _apply(op: Op, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
+  draws = {"rng": rng} if op.random else {}
+  value = record if op.inkey is None else _get(record, op.inkey)
+  result = op.function(value, *op.args, **op.kwargs, **draws)
+  if op.outkey is None:
+    return result
+  record[op.outkey] = result
+  return record
+
+
+def _split(pp: str) -> list[ast.expr]:
+  """The operations between bars; `a|b|c` is Python for `(a|b)|c`, so bars in strings are safe."""
+  try:
+    node = ast.parse(pp.replace("\n", " ").strip(), mode="eval").body
+  except SyntaxError as error:
+    raise UserError(f"Cannot read pp string {pp!r}: {error.msg} at {error.offset}.") from None
+  nodes = []
+  while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+    nodes.append(node.right)
+    node = node.left
+  return [node, *reversed(nodes)]
+
+
+def _parse_op(node: ast.expr) -> Op:
+  text = ast.unparse(node)
+  call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+  if not isinstance(call.func, ast.Name):
+    raise UserError(
+      f"Cannot read {text!r} in a pp string; expected e.g. 'flip_lr' or 'resize(24)'."
+    )
+  name = call.func.id
+  if name not in OPS:
+    raise unknown("preprocessing operation", name, OPS)
+  args = tuple(_literal(arg, text) for arg in call.args)
+  kwargs = {k.arg: _literal(k.value, text) for k in call.keywords if k.arg is not None}
+  if len(kwargs) < len(call.keywords):
+    raise UserError(f"Cannot read {text!r} in a pp string: no ** there.")
+  return _make_op(text, OPS[name], args, kwargs)
+
+
+def _literal(node: ast.expr, text: str) -> Any:
+  try:
+    return ast.literal_eval(node)
+  except ValueError:
+    bad = ast.unparse(node)
+    raise UserError(f"Argument {bad!r} of {text!r} is not a literal (number, string).") from None
+
+
+def _make_op(
+  text: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Op:
+  first, *rest = inspect.signature(function).parameters.values()
+  known = [p.name for p in rest if p.name != "rng" and p.kind is not p.VAR_POSITIONAL]
+  inkey = outkey = None
+  if first.name == "image":
+    key = kwargs.pop("key", "image")
+    inkey, outkey = kwargs.pop("inkey", key), kwargs.pop("outkey", key)
+    known = [*known, "key", "inkey", "outkey"]
+  for name in kwargs:
+    if name not in known:
+      raise UserError(f"{text}: no argument {name!r}; known: {known}.{nearest(name, known)}")
+  op_random = "rng" in [p.name for p in rest]
+  try:
+    inspect.signature(function).bind(None, *args, **kwargs, **({"rng": None} if op_random else {}))
+  except TypeError as error:
+    raise UserError(f"{text}: {error}; arguments: {known}.") from None
+  return Op(text, function, args, kwargs, inkey, outkey, op_random)
+
+
+def _get(record: dict[str, Any], key: str) -> Any:
+  if key not in record:
+    raise unknown("key of an example", key, record)
+  return record[key]
+
+
+def _hw(size: Size) -> tuple[int, int]:
+  return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _fitting(image: Image, size: Size) -> tuple[int, int]:
+  hw = _hw(size)
+  if hw[0] > image.shape[0] or hw[1] > image.shape[1]:
+    raise UserError(f"Cannot crop {hw} out of {image.shape[:2]} pixels; resize first or pad.")
+  return hw

@@ -1,0 +1,174 @@
+"""What is in each batch: the order of examples and their random draws, as pure functions.
+
+The stream of a run is one sequence: position g = step * batch_size + i belongs to epoch g // n
+and is example permutation(seed, epoch)[g % n]; its random draws are seeded by (seed, epoch,
+example). So threads, workers, processes and interruptions change nothing, and a step is all the
+state there is.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flexivit_jax.data.preprocess import Preprocess
+from flexivit_jax.data.sources import Source
+from flexivit_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+Bad = dict[int, str]  # Example index -> what was wrong with it.
+
+
+class Plan(NamedTuple):
+  """What one process does for each batch; all that a worker needs to make any chunk of any batch.
+
+  Attributes:
+    source, pp: where examples come from and what is done to them.
+    seed: None is in order, once, padded (evaluation).
+    batch_size: global; this process makes `local` examples of each batch, from `offset`.
+    chunks: tasks that a batch is divided into.
+    on_error, max_errors: see `train_batches`.
+  """
+
+  source: Source
+  pp: Preprocess
+  seed: int | None
+  batch_size: int
+  local: int
+  offset: int
+  chunks: int
+  on_error: str
+  max_errors: int
+
+
+def make_chunk(plan: Plan, chunk: int) -> tuple[Batch, Bad]:
+  """Makes one of the `plan.chunks` parts of a batch; a pure function of its arguments."""
+  step, part = divmod(int(chunk), plan.chunks)
+  first = step * plan.batch_size + plan.offset
+  low, high = (plan.local * k // plan.chunks for k in (part, part + 1))
+  positions = range(first + low, first + high)
+  indices = [_index(plan, position) for position in positions]
+  bad: Bad = {}
+  records = _read(plan.source, indices)
+  pairs = [
+    _prepare(plan, position, index, record, bad)
+    for position, index, record in zip(positions, indices, records, strict=True)
+  ]
+  check_limit(bad, plan)
+  return _stack(plan, pairs), bad
+
+
+def _index(plan: Plan, position: int) -> int:
+  """The example at a position of the stream; -1 past the end of an evaluation."""
+  if plan.seed is None:
+    return position if position < len(plan.source) else -1
+  from grain.experimental import index_shuffle
+
+  epoch, slot = divmod(position, len(plan.source))
+  seed = _epoch_seed(plan.seed, epoch)
+  return index_shuffle(slot, max_index=len(plan.source) - 1, seed=seed, rounds=4)
+
+
+@functools.lru_cache(maxsize=64)
+def _epoch_seed(seed: int, epoch: int) -> int:
+  return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+
+
+def _read(source: Source, indices: Sequence[int]) -> list[dict[str, Any] | None]:
+  """Reads in one request, much faster for array_record; all None where any record is damaged."""
+  real = [i for i in indices if i >= 0]
+  try:
+    records = iter(source.read(real) if real else [])
+    return [next(records) if i >= 0 else None for i in indices]
+  except Exception:  # Whose record it is, and what to do, `_prepare` finds out one by one.
+    return [None] * len(indices)
+
+
+def _prepare(
+  plan: Plan, position: int, index: int, record: dict[str, Any] | None, bad: Bad
+) -> tuple[int, dict[str, Any] | None]:
+  """Returns (index, example) of a position, or its replacement; (-1, None) leaves a gap."""
+  size = len(plan.source)
+  epoch, slot = divmod(position, size)
+  for attempt in range(size):
+    if index < 0:
+      break
+    try:
+      return index, _example(plan, 0 if plan.seed is None else epoch, index, record)
+    except Exception as error:
+      message = _describe(plan.source, index, record, error)
+      if plan.on_error == "raise":
+        raise UserError(f"{message}. Repair it, or set on_error='skip'.") from error
+      bad[index] = message
+    if plan.seed is None or len(bad) > plan.max_errors:
+      break  # Evaluation replaces nothing; over the limit `make_chunk` raises.
+    index = _index(plan, epoch * size + (slot + attempt + 1) % size)
+    record = None
+  return -1, None
+
+
+def _example(plan: Plan, epoch: int, index: int, record: dict[str, Any] | None) -> dict[str, Any]:
+  record = plan.source[index] if record is None else record
+  label = record["label"]
+  if not 0 <= label < plan.source.num_classes:
+    raise UserError(f"label is {label}; expected 0..{plan.source.num_classes - 1}")
+  rng = None
+  if plan.pp.random:
+    key = np.random.SeedSequence((plan.seed or 0, epoch, index))
+    rng = np.random.Generator(np.random.Philox(key))
+  return plan.pp({"image": record["image"], "label": label}, rng)
+
+
+def _describe(source: Source, index: int, record: dict[str, Any] | None, error: Exception) -> str:
+  key = f" (id {record['id']!r})" if record else ""
+  notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+  return (
+    f"Bad example {index}{key} of data set {source.name!r} split {source.split!r}: "
+    f"{type(error).__name__}: {error}{notes}"
+  )
+
+
+def _stack(plan: Plan, pairs: Sequence[tuple[int, dict[str, Any] | None]]) -> Batch:
+  """Stacks examples under their keys, with zeros in the gaps, and adds `_id` and `_mask`."""
+  shape = next((example for _, example in pairs if example is not None), None) or _template(plan)
+  gap = {key: np.zeros_like(value) for key, value in shape.items()}
+  rows = [gap if example is None else example for _, example in pairs]
+  batch = {key: _stack_key(key, [row[key] for row in rows]) for key in shape}
+  batch["_id"] = np.array([index for index, _ in pairs], np.int64)
+  if plan.seed is None:
+    batch["_mask"] = (batch["_id"] >= 0).astype(np.float32)
+  return batch
+
+
+def _template(plan: Plan) -> dict[str, Any]:
+  """Any good example, for the shapes of a chunk that has none."""
+  for index in range(len(plan.source)):
+    example = _prepare(plan, index, index, None, {})[1]
+    if example is not None:
+      return example
+  raise UserError(f"No good example in {plan.source.name} {plan.source.split!r}.")
+
+
+def _stack_key(key: str, values: Sequence[Any]) -> np.ndarray:
+  shapes = {np.shape(value) for value in values}
+  if len(shapes) > 1:
+    raise UserError(
+      f"Examples differ in the shape of {key!r}: {sorted(shapes)[:3]}; resize or crop them in pp."
+    )
+  stacked = np.stack(values)
+  if stacked.dtype == object or stacked.dtype.kind in "SU":
+    raise UserError(
+      f"{key!r} is {type(values[0]).__name__}, not numbers; decode it, or `keep` others."
+    )
+  return stacked
+
+
+def check_limit(errors: Bad, plan: Plan) -> None:
+  """Raises a UserError when there are more than `plan.max_errors`."""
+  if len(errors) > plan.max_errors:
+    first = next(iter(errors.values()))
+    raise UserError(
+      f"{len(errors)} bad examples in {plan.source.name} {plan.source.split!r}, more than "
+      f"max_errors={plan.max_errors}; the first: {first}"
+    )

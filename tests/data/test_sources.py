@@ -1,0 +1,294 @@
+"""Sources give the right examples, and say what is wrong with a request."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flexivit_jax.data.sources import make_source
+from flexivit_jax.errors import UserError
+
+COLOURS = {"apple": (200, 20, 20), "lime": (20, 200, 20), "plum": (90, 20, 120)}
+
+
+def picture(colour: tuple[int, int, int], size: int = 6) -> Image.Image:
+  return Image.new("RGB", (size, size), colour)
+
+
+# --- digits ---
+
+
+def test_digits_are_all_of_them_once():
+  train, test = (make_source(name="digits", split=s) for s in ("train", "test"))
+  assert (len(train), len(test)) == (1437, 360)
+  assert train.num_classes == 10
+  assert train.class_names == tuple("0123456789")
+  ids = [s[i]["id"] for s in (train, test) for i in range(len(s))]
+  assert len(set(ids)) == 1797
+  assert [train[i]["id"] for i in range(3)] == ["digits_0360", "digits_1773", "digits_1482"]
+
+
+def test_digits_are_scikit_learns():
+  from sklearn.datasets import load_digits
+
+  images, labels = load_digits(return_X_y=True)
+  record = make_source(name="digits", split="test")[7]
+  row = int(record["id"].split("_")[1])
+  assert record["label"] == labels[row]
+  assert record["image"].dtype == np.uint8
+  for channel in range(3):
+    grey = record["image"][..., channel] / 255 * 16
+    np.testing.assert_allclose(grey, images[row].reshape(8, 8), atol=0.04)
+
+
+def test_split_syntax():
+  train = make_source(name="digits", split="train")
+  part = make_source(name="digits", split="train[10%:20%]")
+  assert len(part) == 143
+  assert part[0]["id"] == train[144]["id"]
+  both = make_source(name="digits", split="test+train[:5]")
+  assert (len(both), both[360]["id"]) == (365, train[0]["id"])
+
+
+def test_indices_outside_are_errors():
+  test = make_source(name="digits", split="test[:5]")
+  for index in (-1, 5):
+    with pytest.raises(IndexError, match="5 examples"):
+      test[index]
+
+
+# --- synthetic ---
+
+
+def test_synthetic_is_a_function_of_seed_and_index():
+  options = {"name": "synthetic", "split": "train", "image_size": (12, 20), "num_examples": 40}
+  first, second = make_source(**options), make_source(**options)
+  other = make_source(**options, seed=1)
+  assert first[7]["image"].shape == (12, 20, 3)
+  np.testing.assert_array_equal(first[7]["image"], second[7]["image"])
+  assert not np.array_equal(first[7]["image"], other[7]["image"])
+  assert not np.array_equal(first[7]["image"], first[17]["image"])
+
+
+def test_synthetic_splits_differ_and_labels_are_balanced():
+  parts = [
+    make_source(name="synthetic", split=s, num_classes=4, num_examples=20)
+    for s in ("train", "test")
+  ]
+  assert not np.array_equal(parts[0][0]["image"], parts[1][0]["image"])
+  for part in parts:
+    labels = [part[i]["label"] for i in range(20)]
+    assert np.bincount(labels).tolist() == [5] * 4
+
+
+def test_synthetic_classes_can_be_learned():
+  """Nearest class mean of the amplitude spectrum, on examples not used for the means."""
+
+  def features(split):
+    source = make_source(name="synthetic", split=split, num_classes=5, num_examples=100)
+    records = [source[i] for i in range(100)]
+    spectra = [np.abs(np.fft.rfft2(r["image"] / 255.0, axes=(0, 1)))[:5, :5] for r in records]
+    return np.stack(spectra).reshape(100, -1), np.array([r["label"] for r in records])
+
+  (train, labels), (test, expected) = features("train"), features("test")
+  means = np.stack([train[labels == k].mean(0) for k in range(5)])
+  found = ((test[:, None] - means) ** 2).sum(-1).argmin(-1)
+  assert (found == expected).mean() > 0.9
+
+
+# --- folder ---
+
+
+@pytest.fixture
+def photos(tmp_path):
+  for split, count in (("train", 3), ("test", 1)):
+    for name, colour in COLOURS.items():
+      (tmp_path / split / name).mkdir(parents=True)
+      for i in range(count):
+        suffix = ("png", "JPG", "webp")[i]
+        picture(colour).save(tmp_path / split / name / f"{i}.{suffix}")
+  return tmp_path
+
+
+def test_folder(photos):
+  train = make_source(name="folder", split="train", data_dir=photos)
+  assert (len(train), train.num_classes) == (9, 3)
+  assert train.class_names == ("apple", "lime", "plum")
+  assert [train[i]["label"] for i in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+  assert train[4]["id"] == "train/lime/1.JPG"
+  assert train[4]["image"] == (photos / "train" / "lime" / "1.JPG").read_bytes()
+  assert len(make_source(name="folder", split="train[:34%]+test", data_dir=str(photos))) == 6
+
+
+def test_folder_classes_are_those_of_train(photos):
+  for path in (photos / "test" / "apple").iterdir():
+    path.unlink()
+  (photos / "test" / "apple").rmdir()
+  test = make_source(name="folder", split="test", data_dir=photos)
+  assert [test[i]["label"] for i in range(len(test))] == [1, 2]
+  assert test.class_names == ("apple", "lime", "plum")
+  (photos / "test" / "aple").mkdir()
+  with pytest.raises(UserError, match=r"class folder.*'aple'.*Did you mean 'apple'"):
+    make_source(name="folder", split="test", data_dir=photos)
+
+
+def test_folder_leaves_out_other_files_and_says_so(photos, caplog):
+  (photos / "train" / "apple" / "notes.txt").write_text("x")
+  (photos / "train" / "apple" / ".DS_Store").write_text("x")
+  assert len(make_source(name="folder", split="train", data_dir=photos)) == 9
+  assert "left out 1 files" in caplog.text
+
+
+def test_folder_finds_images_in_deeper_folders(photos):
+  deep = photos / "train" / "apple" / "more"
+  deep.mkdir()
+  picture(COLOURS["apple"]).save(deep / "a.png")
+  ids = make_source(name="folder", split="train", data_dir=photos)
+  assert "train/apple/more/a.png" in [ids[i]["id"] for i in range(len(ids))]
+
+
+def test_folder_errors(photos, tmp_path):
+  with pytest.raises(UserError, match=r"'tests'; known: test, train. Did you mean 'test'"):
+    make_source(name="folder", split="tests", data_dir=photos)
+  with pytest.raises(UserError, match="No folders in"):
+    make_source(name="folder", split="train", data_dir=photos / "nothing")
+  with pytest.raises(UserError, match="Data set 'folder' needs data_dir="):
+    make_source(name="folder", split="train")
+  (photos / "val" / "apple").mkdir(parents=True)
+  with pytest.raises(UserError, match="is empty"):
+    make_source(name="folder", split="val", data_dir=photos)
+
+
+# --- TFDS ---
+
+FRUIT = """
+import io, sys
+import numpy as np, tensorflow_datasets as tfds
+from PIL import Image
+
+class Fruit(tfds.core.GeneratorBasedBuilder):
+  VERSION = tfds.core.Version("1.0.0")
+  def _info(self):
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+      "file_name": tfds.features.Text(),
+      "image": tfds.features.Image(shape=(None, None, 3)),
+      "label": tfds.features.ClassLabel(names=["apple", "lime", "plum"]),
+      "coarse": np.int64,
+    }))
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples(12), "test": self._generate_examples(5)}
+  def _generate_examples(self, count):
+    for i in range(count):
+      file = io.BytesIO()
+      Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(file, "PNG")
+      file.seek(0)
+      yield i, {"file_name": f"{i}.png", "image": file, "label": i % 3, "coarse": i % 2}
+
+Fruit(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+assert "tensorflow" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tfds")
+  subprocess.run([sys.executable, "-c", FRUIT, str(folder)], check=True, capture_output=True)
+  return folder
+
+
+def red(record: dict) -> int:
+  return np.asarray(Image.open(io.BytesIO(record["image"])))[0, 0, 0]
+
+
+def test_tfds(tfds_dir):
+  train = make_source(name="fruit", split="train", data_dir=tfds_dir)
+  assert (len(train), train.num_classes) == (12, 3)
+  assert train.class_names == ("apple", "lime", "plum")
+  records = [train[i] for i in range(12)]
+  for record in records:
+    number = int(record["id"].removesuffix(".png"))
+    assert (record["label"], red(record)) == (number % 3, 20 * number)
+  assert {r["id"] for r in records} == {f"{i}.png" for i in range(12)}
+  part = make_source(name="fruit", split="train[50%:]+test", data_dir=tfds_dir)
+  assert len(part) == 11
+  assert part[0] == records[6]
+  assert train.read([5, 2]) == [records[5], records[2]]
+
+
+def test_tfds_integer_labels(tfds_dir):
+  with pytest.raises(UserError, match=r"'coarse' of fruit does not say num_classes"):
+    make_source(name="fruit", split="train", data_dir=tfds_dir, label_key="coarse")
+  source = make_source(
+    name="fruit", split="train", data_dir=tfds_dir, label_key="coarse", num_classes=2
+  )
+  assert source.num_classes == 2
+  assert source.class_names is None
+  assert source[0]["label"] == int(source[0]["id"].removesuffix(".png")) % 2
+
+
+def test_tfds_errors(tfds_dir):
+  def open_(**changes):
+    options = {"name": "fruit", "split": "train", "data_dir": tfds_dir} | changes
+    return make_source(**options)
+
+  with pytest.raises(UserError, match=r"'img'; known: coarse, file_name, image, label"):
+    open_(image_key="img")
+  with pytest.raises(UserError, match=r"'labels'.*Did you mean 'label'"):
+    open_(label_key="labels")
+  with pytest.raises(UserError, match=r"Unknown split 'tran'; known: test, train"):
+    open_(split="tran")
+  with pytest.raises(UserError, match="num_classes=4, but fruit has 3"):
+    open_(num_classes=4)
+  with pytest.raises(UserError, match="takes no 'image_size'"):
+    open_(image_size=32)
+  with pytest.raises(UserError, match="is empty"):
+    open_(split="train[3:3]")
+
+
+def test_tfds_not_prepared_says_how(tfds_dir):
+  with pytest.raises(UserError, match=r"Did you mean 'fruit'") as info:
+    make_source(name="fruits", split="train", data_dir=tfds_dir)
+  command = f"tfds build fruits --file_format=array_record --data_dir {tfds_dir}"
+  assert command in str(info.value)
+  with pytest.raises(UserError, match="Did you mean 'digits'"):
+    make_source(name="digit", split="train", data_dir=tfds_dir)
+
+
+def test_tfds_in_another_format_says_how(tfds_dir, tmp_path):
+  """A copy whose files say tfrecord; reading it needs no file of that format."""
+  version = tmp_path / "fruit" / "1.0.0"
+  version.mkdir(parents=True)
+  for path in (tfds_dir / "fruit" / "1.0.0").iterdir():
+    (version / path.name.replace("array_record", "tfrecord")).write_bytes(path.read_bytes())
+  info = json.loads((version / "dataset_info.json").read_text())
+  info["fileFormat"] = "tfrecord"
+  text = json.dumps(info).replace("array_record", "tfrecord")
+  (version / "dataset_info.json").write_text(text)
+  with pytest.raises(
+    UserError, match=r"prepared as tfrecord.*tfds build fruit --file_format=array"
+  ):
+    make_source(name="fruit", split="train", data_dir=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_cifar10(shared, tmp_path):
+  script = shared / "make_cifar10.py"
+  subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
+  test = make_source(name="cifar10", split="test", data_dir=tmp_path)
+  assert (len(test), test.num_classes, test.class_names[0]) == (10000, 10, "airplane")
+  stored = np.load(shared / "data" / "cifar10_test_webp.npz")
+  for index in (0, 77, 9999):
+    record = test[index]
+    assert record["label"] == stored["y"][int(record["id"].removeprefix("test_"))]
+
+
+def test_importing_data_is_light():
+  heavy = ("jax", "tensorflow", "torch", "sklearn", "grain", "tensorflow_datasets")
+  code = f"import sys, flexivit_jax.data; print([m for m in {heavy} if m in sys.modules])"
+  run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+  assert run.stdout.strip() == "[]"
