@@ -1,0 +1,53 @@
+"""Per-example losses, and mixup. Everything is computed in float32 whatever the inputs are."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Key, UInt32
+
+from flexivit_jax.errors import UserError
+
+
+def softmax_xent(logits: Float[Array, "n k"], labels: Float[Array, "n k"]) -> Float32[Array, "n"]:
+  """Cross-entropy in nats of each example; `labels` are distributions over classes.
+
+  Source: big_vision utils.py `softmax_xent`.
+  """
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return -jnp.sum(labels.astype(jnp.float32) * log_p, axis=-1)
+
+
+def sigmoid_xent(logits: Float[Array, "n k"], labels: Float[Array, "n k"]) -> Float32[Array, "n"]:
+  """Sum over classes of the binary cross-entropies in nats; each label is in [0, 1].
+
+  Source: big_vision utils.py `sigmoid_xent`. The sum, not the mean: the loss grows with `k`.
+  """
+  logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
+  # log(1 - sigmoid(x)) = log_sigmoid(-x), without the cancellation.
+  log_p, log_not_p = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+  return -jnp.sum(labels * log_p + (1.0 - labels) * log_not_p, axis=-1)
+
+
+LOSSES = {"softmax_xent": softmax_xent, "sigmoid_xent": sigmoid_xent}
+
+
+def mixup(
+  key: Key[Array, ""] | UInt32[Array, "2"], *arrays: Float[Array, "n ..."], p: int | float
+) -> tuple[Float32[Array, "n ..."], ...]:
+  """Mixes each example with its predecessor in the batch: `a * x + (1 - a) * roll(x, 1)`.
+
+  `a ~ Beta(p, p)`, folded to [0.5, 1], is one number for the whole global batch (the reference
+  under pmap: one a device), so images, teacher images and labels given together are mixed alike.
+  `p=0` returns the arrays unmixed, the limit p -> 0. Source: big_vision utils.py `mixup`.
+
+  Raises:
+    UserError: `p` is negative.
+  """
+  if p < 0:
+    raise UserError(f"mixup: got p={p}, expected p >= 0; p=0 switches it off.")
+  arrays = tuple(x.astype(jnp.float32) for x in arrays)
+  if p == 0:
+    return arrays
+  a = jax.random.beta(key, p, p, dtype=jnp.float32)
+  # Folded, so that the example itself is the larger part and the label's argmax stays its own.
+  a = jnp.maximum(a, 1.0 - a)
+  return tuple(a * x + (1.0 - a) * jnp.roll(x, 1, axis=0) for x in arrays)

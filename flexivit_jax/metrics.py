@@ -1,0 +1,311 @@
+"""Masked sums, the metrics files of a run, and the progress line."""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from flexivit_jax.errors import UserError
+
+
+class Sums(NamedTuple):
+  """Sums over the real (unmasked) examples of each metric, and how many they were."""
+
+  total: dict[str, Any]
+  count: Any
+
+
+def masked_sums(
+  values: Mapping[str, Float[Array, "n"]], mask: Float[Array, "n"] | None = None
+) -> Sums:
+  """Sums values of real examples (`mask` 1); padded ones count nothing, not even a NaN."""
+  n = jax.tree.leaves(dict(values))[0].shape[0]
+  mask = jnp.ones(n, jnp.float32) if mask is None else mask.astype(jnp.float32)
+  total = {name: jnp.sum(jnp.where(mask > 0, v, 0.0) * mask) for name, v in values.items()}
+  return Sums(total, jnp.sum(mask))
+
+
+def merge(a: Sums, b: Sums) -> Sums:
+  """Adds the sums of two batches."""
+  return jax.tree.map(lambda x, y: x + y, a, b)
+
+
+def means(*parts: Sums) -> dict[str, float]:
+  """Adds the sums of all batches in float64 on the host and divides, once.
+
+  Raises:
+    UserError: no example counted.
+  """
+  parts = jax.device_get(parts)
+  count = math.fsum(float(part.count) for part in parts)
+  if count == 0:
+    raise UserError("Metrics of 0 examples have no mean; the split is empty or all is masked.")
+  return {k: sum(float(part.total[k]) for part in parts) / count for k in parts[0].total}
+
+
+class MetricsWriter:
+  """Writes RUN/metrics.jsonl and TensorBoard event files in RUN/tb.
+
+  metrics.jsonl is strict JSON, one object a line: `{"step": int, name: number or string, ...}`. NaN
+  and infinities, which JSON does not have, become null (TensorBoard shows them as they are). Steps
+  increase and are unique: writing at the last step again adds to its row. Each row reaches the
+  file at once. Whatever goes wrong in here is logged once a sink and never stops a training.
+
+  On one process of a multi-process run only.
+  """
+
+  def __init__(
+    self, run_dir: str | os.PathLike[str], *, restored_step: int = -1, tensorboard: bool = True
+  ):
+    """Opens the files.
+
+    Args:
+      run_dir: folder of the run; made if absent.
+      restored_step: of the checkpoint that the run resumes from. Rows of later steps, which the run
+        is about to repeat, are dropped; -1, a fresh run, drops all.
+      tensorboard: whether to write event files.
+    """
+    self._warned: set[str] = set()
+    self._jsonl: _Jsonl | None = None
+    self._tb: Any = None
+    run_dir = pathlib.Path(run_dir)
+    with self._guard("metrics.jsonl"):
+      run_dir.mkdir(parents=True, exist_ok=True)
+      self._jsonl = _Jsonl(run_dir / "metrics.jsonl", restored_step)
+    with self._guard("TensorBoard"):
+      self._tb = _open_tensorboard(run_dir / "tb", restored_step) if tensorboard else None
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes scalars (numbers, 0-d arrays; strings go to metrics.jsonl only) at a step."""
+    if self._jsonl is not None:
+      with self._guard("metrics.jsonl"):
+        self._jsonl.write(int(step), {name: _scalar(v) for name, v in values.items()})
+    if self._tb is not None:
+      with self._guard("TensorBoard"):
+        for name, value in values.items():
+          if not isinstance(value, str):
+            self._tb.add_scalar(name, float(value), int(step))
+
+  def flush(self) -> None:
+    """Makes TensorBoard's files complete (metrics.jsonl always is)."""
+    if self._tb is not None:
+      with self._guard("TensorBoard"):
+        self._tb.flush()
+
+  def close(self) -> None:
+    """Closes the files; writing afterwards does nothing."""
+    jsonl, tb, self._jsonl, self._tb = self._jsonl, self._tb, None, None
+    if jsonl is not None:
+      with self._guard("metrics.jsonl"):
+        jsonl.close()
+    if tb is not None:
+      with self._guard("TensorBoard"):
+        tb.close()
+
+  def __enter__(self) -> "MetricsWriter":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  @contextlib.contextmanager
+  def _guard(self, sink: str) -> Iterator[None]:
+    try:
+      yield
+    except Exception as e:  # Any logger's fault: a full disk, a lost mount, a bad value.
+      if sink not in self._warned:
+        self._warned.add(sink)
+        logging.getLogger(__name__).warning(
+          "%s: %s: %s. Training goes on; further errors of %s are not shown.",
+          *(sink, type(e).__name__, e, sink),
+        )
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Returns the rows of a metrics.jsonl; a last line cut short by a crash is left out.
+
+  Raises:
+    UserError: a line other than the last is no JSON object.
+  """
+  lines = pathlib.Path(path).read_bytes().split(b"\n")
+  rows = []
+  for i, line in enumerate(lines[:-1]):  # What follows the last newline is incomplete, or empty.
+    try:
+      rows.append(_parse_row(line))
+    except ValueError as e:
+      raise UserError(f"{path}:{i + 1} is not a row of metrics: {e}. Repair or remove it.") from e
+  return rows
+
+
+class _Jsonl:
+  """An append-only file whose last row can be added to."""
+
+  def __init__(self, path: pathlib.Path, restored_step: int):
+    rows = [r for r in _valid_rows(path) if r["step"] <= restored_step]
+    rows = list({row["step"]: row for row in rows}.values())
+    _rewrite(path, b"".join(map(_line, rows)))
+    # Unbuffered, so that a failed write leaves nothing behind that a later one would repeat.
+    self._file = path.open("r+b", buffering=0)
+    self._row: dict[str, Any] = rows[-1] if rows else {"step": -1}
+    self._end = path.stat().st_size
+    self._start = self._end - len(_line(self._row)) if rows else self._end
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    if step < self._row["step"]:
+      raise ValueError(f"step {step} after step {self._row['step']}")
+    again = step == self._row["step"]
+    row = (self._row if again else {}) | {"step": step} | dict(values, step=step)
+    start, line = self._start if again else self._end, _line(row)
+    self._file.seek(start)
+    if self._file.write(line) != len(line):
+      raise OSError("disk full")
+    self._file.truncate()  # What an earlier, failed write may have left.
+    self._row, self._start, self._end = row, start, start + len(line)
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def _valid_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the rows that can be read: a crash may have cut one short."""
+  rows = []
+  for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    with contextlib.suppress(ValueError):
+      rows.append(_parse_row(line))
+  return sorted(rows, key=lambda row: row["step"])
+
+
+def _parse_row(line: bytes) -> dict[str, Any]:
+  row = json.loads(line, parse_constant=lambda _: None)
+  if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    raise ValueError("no object with an integer 'step'")
+  return row
+
+
+def _rewrite(path: pathlib.Path, content: bytes) -> None:
+  """Replaces a file atomically."""
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("wb") as f:
+    f.write(content)
+    f.flush()
+    os.fsync(f.fileno())
+  temporary.replace(path)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+  return (json.dumps(row, allow_nan=False) + "\n").encode()
+
+
+def _scalar(value: Any) -> int | float | str | None:
+  if isinstance(value, str):
+    return value
+  value = np.asarray(value).item()  # Raises for arrays of more than one number.
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _open_tensorboard(path: pathlib.Path, restored_step: int) -> Any:
+  import tensorboardX  # Here, as it takes a third of a second and pulls in protobuf.
+
+  # TensorBoard forgets the earlier events from purge_step on, which the run is about to repeat.
+  # Its file names count whole seconds: a run resumed within one would overwrite, hence the suffix.
+  return tensorboardX.SummaryWriter(
+    str(path), purge_step=restored_step + 1, filename_suffix=f".{time.time_ns()}"
+  )
+
+
+class Progress:
+  """A line with step time, images/s, data wait and time left; redrawn in place on a terminal.
+
+  Times are the host's. JAX runs ahead of the host by a few steps only, so means over many steps are
+  those of the device.
+  """
+
+  def __init__(
+    self,
+    *,
+    total_steps: int,
+    batch_size: int,
+    start_step: int = 0,
+    stream: io.TextIOBase | None = None,
+    every_s: int | float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Starts the clock: call it after everything is compiled.
+
+    Args:
+      total_steps: of the whole run.
+      batch_size: global, images a step.
+      start_step: steps done by earlier runs.
+      stream: where to print; default stderr.
+      every_s: seconds between lines; default 0.2 on a terminal, 10 elsewhere.
+      clock: seconds, for tests.
+    """
+    self._total, self._batch = total_steps, batch_size
+    self._start = self._step = start_step
+    self._stream, self._clock = stream or sys.stderr, clock
+    self._tty = self._stream.isatty()
+    self._every = (0.2 if self._tty else 10.0) if every_s is None else every_s
+    self._waited = 0.0
+    self._begin = clock()
+    self._printed = self._begin
+
+  def update(self, step: int, *, data_wait: int | float = 0.0, note: str = "") -> None:
+    """Says that `step` steps are done, the last of which waited `data_wait` s for its batch."""
+    self._step, self._waited = step, self._waited + data_wait
+    now = self._clock()
+    if now - self._printed >= self._every or step >= self._total:
+      self._printed = now
+      self._print(note)
+
+  def stats(self) -> dict[str, float]:
+    """Returns seconds a step, images/s, fraction of time spent waiting for data, seconds left."""
+    elapsed = max(self._clock() - self._begin, 1e-9)
+    steps = max(self._step - self._start, 1)
+    return {
+      "step_s": elapsed / steps,
+      "images_per_s": steps * self._batch / elapsed,
+      "data_wait": min(self._waited / elapsed, 1.0),
+      "eta_s": (self._total - self._step) * elapsed / steps,
+    }
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves what happens inside, such as an evaluation, out of the times."""
+    before = self._clock()
+    try:
+      yield
+    finally:
+      pause = self._clock() - before
+      self._begin += pause
+      self._printed += pause
+
+  def _print(self, note: str) -> None:
+    s = self.stats()
+    text = (
+      f"step {self._step}/{self._total} | {s['step_s'] * 1e3:.1f} ms/step"
+      f" | {s['images_per_s']:.0f} images/s | data wait {s['data_wait']:.0%}"
+      f" | ETA {_clock_time(s['eta_s'])}{f' | {note}' if note else ''}"
+    )
+    done = self._step >= self._total
+    start, end = ("\r\x1b[K", "\n" if done else "") if self._tty else ("", "\n")
+    with contextlib.suppress(OSError, ValueError):  # A closed terminal must not stop a training.
+      self._stream.write(start + text + end)
+      self._stream.flush()
+
+
+def _clock_time(seconds: float) -> str:
+  minutes, s = divmod(round(seconds), 60)
+  hours, m = divmod(minutes, 60)
+  return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

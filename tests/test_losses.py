@@ -1,0 +1,78 @@
+"""Losses against float64 NumPy, mixup against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from flexivit_jax.errors import UserError
+from flexivit_jax.losses import LOSSES, mixup, sigmoid_xent, softmax_xent
+
+
+def _arrays(scale=5.0):
+  rng = np.random.default_rng(0)
+  return scale * rng.normal(size=(7, 11)), rng.dirichlet(np.ones(11), size=7)
+
+
+def _f32(*arrays):
+  return tuple(jnp.asarray(a, jnp.float32) for a in arrays)
+
+
+def test_softmax_xent_is_minus_label_times_log_softmax():
+  logits, labels = _arrays()
+  want = -(labels * scipy.special.log_softmax(logits, axis=-1)).sum(-1)
+  np.testing.assert_allclose(softmax_xent(*_f32(logits, labels)), want, rtol=1e-6)
+
+
+def test_sigmoid_xent_is_the_sum_over_classes():
+  logits, labels = _arrays()
+  p = scipy.special.expit(logits)
+  want = -(labels * np.log(p) + (1 - labels) * np.log1p(-p)).sum(-1)
+  np.testing.assert_allclose(sigmoid_xent(*_f32(logits, labels)), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_extreme_logits_stay_finite_and_bf16_is_computed_in_f32(loss):
+  labels = jax.nn.one_hot(jnp.arange(3), 3)
+  wrong = -1e4 * (2 * labels - 1)
+  assert np.isfinite(loss(wrong, labels)).all()
+  np.testing.assert_allclose(loss(-wrong, labels), 0.0, atol=1e-6)
+  logits = jnp.asarray(_arrays()[0][:3, :3], jnp.bfloat16)
+  got = loss(logits, labels.astype(jnp.bfloat16))
+  assert got.dtype == jnp.float32
+  np.testing.assert_array_equal(got, loss(logits.astype(jnp.float32), labels))
+
+
+def test_softmax_gradient_is_softmax_minus_label():
+  logits, labels = _f32(*_arrays())
+  grad = jax.grad(lambda x: softmax_xent(x, labels).sum())(logits)
+  np.testing.assert_allclose(grad, jax.nn.softmax(logits) - labels, atol=1e-6)
+
+
+def test_mixup_mixes_all_arrays_with_the_same_partner_and_amount():
+  rng = np.random.default_rng(1)
+  image, labels = _f32(rng.normal(size=(6, 4, 4, 3)), np.eye(6))
+  mixed, mixed_labels = jax.jit(mixup, static_argnames="p")(jax.random.key(3), image, labels, p=1.0)
+  a = float(mixed_labels[0, 0])
+  assert 0.5 <= a < 1.0
+  want = a * np.eye(6) + (1 - a) * np.roll(np.eye(6), 1, axis=0)  # The partner of i is i - 1.
+  np.testing.assert_allclose(mixed_labels, want, atol=1e-7)
+  np.testing.assert_allclose(mixed, a * image + (1 - a) * np.roll(image, 1, axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 3.0])  # Below, float32 rounds many draws to exactly 1.
+def test_mixup_amount_is_a_folded_beta(p):
+  labels = jnp.eye(2)
+  keys = jax.random.split(jax.random.key(0), 4000)
+  a = np.asarray(jax.vmap(lambda key: mixup(key, labels, p=p)[0][0, 0])(keys))
+  beta = scipy.stats.beta(p, p)
+  assert scipy.stats.kstest(a, lambda x: beta.cdf(x) - beta.cdf(1 - x)).pvalue > 0.01
+
+
+def test_mixup_of_zero_changes_nothing_and_negative_is_an_error():
+  labels = jnp.eye(4)
+  np.testing.assert_array_equal(mixup(jax.random.key(0), labels, p=0.0)[0], labels)
+  with pytest.raises(UserError, match=r"p=-0.1, expected p >= 0"):
+    mixup(jax.random.key(0), labels, p=-0.1)
