@@ -1,0 +1,49 @@
+"""`flexivit report RUN [RUN ...]`: the runs' eval.json files as a page, figures and JSON."""
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from flexivit_jax.report import page, plots, runs as runs_lib, tables
+
+
+def report(runs: Sequence[Path], out: Path, *, command: str | None = None) -> Path:
+  """Writes report.json, report.html and the two figures (PNG at 200 dpi, SVG) into a folder.
+
+  Args:
+    runs: run folders holding an eval.json, or such files themselves; in the order of the curves.
+    out: the folder to write into; made when missing, files of an earlier report are replaced.
+    command: the command line for the page's footer; default: `flexivit report RUN ... --out OUT`.
+
+  Returns:
+    The path of report.html, one file that needs no other and no network.
+
+  Raises:
+    UserError: a run has no eval.json, or one that is not as `runs.read` expects.
+  """
+  loaded = runs_lib.load(runs)
+  wide = {axis: plots.draw(loaded, axis, plots.WIDE) for axis in plots.AXES}
+  narrow = {axis: plots.draw(loaded, axis, plots.NARROW) for axis in plots.AXES}
+  command = command or shlex.join(["flexivit", "report", *map(str, runs), "--out", str(out)])
+  out.mkdir(parents=True, exist_ok=True)
+  for axis, drawing in wide.items():
+    (out / f"accuracy_vs_{axis}.png").write_bytes(drawing.png)
+    (out / f"accuracy_vs_{axis}.svg").write_text(drawing.svg, encoding="utf-8")
+  data = json.dumps([runs_lib.to_json(run) for run in loaded], indent=2, allow_nan=False)
+  (out / "report.json").write_text(data + "\n", encoding="utf-8")
+  html = page.render(loaded, wide=wide, narrow=narrow, command=command)
+  (out / "report.html").write_text(html, encoding="utf-8")
+  return out / "report.html"
+
+
+def run(args: argparse.Namespace) -> None:
+  """`flexivit report`: writes the page, prints the table."""
+  print(table(args.runs))
+  print(report(args.runs, args.out or args.runs[0]))
+
+
+def table(runs: Sequence[Path]) -> str:
+  """Returns the top-1 of each run (rows) at each patch size (columns) as plain text, in percent."""
+  return tables.text(runs_lib.load(runs))

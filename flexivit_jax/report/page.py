@@ -1,0 +1,94 @@
+"""The report as one self-contained HTML page; its layout and style are in page.html."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from string import Template
+
+from flexivit_jax.report import plots, tables
+from flexivit_jax.report.runs import Run, is_trained
+
+_VARIABLES = {
+  plots.INK: "ink",
+  plots.FAINT: "faint",
+  plots.GRID: "grid",
+  plots.PAPER: "paper",
+  **{color: f"run{i}" for i, color in enumerate(plots.COLORS)},
+}
+_ALT = {"patch": "Top-1 accuracy against patch size", "gflops": "Top-1 accuracy against GFLOPs"}
+
+
+def render(
+  runs: Sequence[Run],
+  *,
+  wide: Mapping[str, plots.Drawing],
+  narrow: Mapping[str, plots.Drawing],
+  command: str,
+) -> str:
+  """Returns the page; `wide` and `narrow` hold a figure for each of `plots.AXES`."""
+  template = Template((resources.files(__package__) / "page.html").read_text(encoding="utf-8"))
+  charts = {
+    axis: inline(wide[axis].page_svg, f"{axis}-wide", "wide", _ALT[axis])
+    + inline(narrow[axis].page_svg, f"{axis}-narrow", "narrow", _ALT[axis])
+    for axis in plots.AXES
+  }
+  return template.substitute(
+    charts,
+    title="Accuracy at every patch size",
+    eyebrow=html.escape(" · ".join(["flexivit report", *_data(runs)])),
+    finding=html.escape(tables.finding(runs)),
+    matrix=tables.matrix(runs),
+    marks=_marks(runs),
+    full=tables.full(runs),
+    facts=_facts(runs, command),
+  )
+
+
+def inline(svg: str, prefix: str, css_class: str, label: str) -> str:
+  """Makes matplotlib's SVG part of a page: own ids, colours from the page's variables, no size."""
+  body = svg[svg.index("<svg") :]
+  head, rest = body.split(">", 1)
+  box = re.search(r'viewBox="[^"]*"', head)
+  head = (
+    f'<svg class="{css_class}" role="img" aria-label="{html.escape(label)}" {box[0] if box else ""}'
+  )
+  rest = re.sub(r'\bid="', f'id="{prefix}-', rest)
+  rest = re.sub(r"url\(#", f"url(#{prefix}-", rest)
+  rest = re.sub(r'href="#', f'href="#{prefix}-', rest)
+  for color, name in _VARIABLES.items():
+    rest = rest.replace(color, f"var(--{name})")
+  return f"{head}>{rest}"
+
+
+def _data(runs: Sequence[Run]) -> list[str]:
+  """Returns the data set and split, where the runs agree about them."""
+  found = {tuple(run.facts[k] for k in ("dataset", "split") if k in run.facts) for run in runs}
+  return list(found.pop()) if len(found) == 1 else []
+
+
+def _marks(runs: Sequence[Run]) -> str:
+  if {is_trained(run, row) for run in runs for row in run.rows} == {None}:
+    return ""
+  return "● a size the run was trained at, ○ one it was not."
+
+
+def _facts(runs: Sequence[Run], command: str) -> str:
+  pairs = [(run.name, _describe(run.facts)) for run in runs]
+  lines = [f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in pairs if v]
+  lines.append(f"<dt>made by</dt><dd><code>{html.escape(command)}</code></dd>")
+  return "".join(lines)
+
+
+def _describe(facts: Mapping[str, str]) -> str:
+  parts = [" ".join(facts[k] for k in ("dataset", "split") if k in facts)]
+  parts += [f"step {_thousands(facts['step'])}"] if "step" in facts else []
+  parts += [f"{_thousands(facts['params'])} parameters"] if "params" in facts else []
+  parts += [facts["device"]] if "device" in facts else []
+  parts += [f"jax {facts['jax']}"] if "jax" in facts else []
+  parts += [facts["command"]] if "command" in facts else []
+  return " · ".join(part for part in parts if part)
+
+
+def _thousands(number: str) -> str:
+  return f"{int(number):,}" if number.isdecimal() else number

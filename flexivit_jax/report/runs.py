@@ -1,0 +1,222 @@
+"""Read and check the eval.json files of runs."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flexivit_jax.errors import UserError
+
+Size = int | str  # tokens or pixels of a side; "HxW" where the sides differ
+FACTS = ("dataset", "split", "step", "params", "device", "jax", "command")
+
+
+class Row(NamedTuple):
+  """One evaluation: `gflops` are 2 x MACs / 1e9 of one image, `ms` its median time, `n` images."""
+
+  seqhw: Size
+  patch: Size
+  tokens: int
+  gflops: float
+  ms: float | None
+  top1: float
+  loss: float
+  n: int
+  top5: float | None
+
+
+class Run(NamedTuple):
+  """One curve; `trained` holds the grids `(h, w)` it was trained at, None where unknown."""
+
+  name: str
+  rows: tuple[Row, ...]
+  trained: frozenset[tuple[int, int]] | None
+  facts: dict[str, str]
+
+
+def sides(size: object) -> tuple[int, int]:
+  """Returns `(h, w)` of 8 or "8x6"; ValueError on anything else."""
+  if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+    return size, size
+  found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) if isinstance(size, str) else None
+  if not found:
+    raise ValueError(size)
+  return int(found[1]), int(found[2])
+
+
+def order(size: Size) -> tuple[int, int]:
+  """Sorts sizes by area, then by height."""
+  h, w = sides(size)
+  return h * w, h
+
+
+def is_trained(run: Run, row: Row) -> bool | None:
+  """Says whether the run was trained at the row's size; None where the run does not say."""
+  return None if run.trained is None else sides(row.seqhw) in run.trained
+
+
+def load(paths: Sequence[Path]) -> list[Run]:
+  """Returns the runs in the given order, each with a name of its own.
+
+  Raises:
+    UserError: no run, the same run twice, or an eval.json that `read` refuses.
+  """
+  if not paths:
+    raise UserError("No run given; expected one or more run folders with an eval.json.")
+  files = [(path if path.is_file() else path / "eval.json").resolve() for path in paths]
+  twice = [str(path) for path, file in zip(paths, files, strict=True) if files.count(file) > 1]
+  if twice:
+    raise UserError(f"The same run was given more than once: {', '.join(twice)}; give it once.")
+  runs = [read(path) for path in paths]
+  names = _distinct([run.name for run in runs], [file.parent for file in files])
+  return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def read(path: Path) -> Run:
+  """Reads one run.
+
+  Args:
+    path: the run folder, or its eval.json: `{"name": str, "rows": [Row, ...]}` and, if known,
+      "trained_seqhw" and the FACTS; "ms" may be null, "ms" and "top5" may be absent.
+
+  Raises:
+    UserError: the file is missing, is not strict JSON, lacks a key or has an impossible value.
+  """
+  file = path if path.is_file() else path / "eval.json"
+  data = _parse(file)
+  name = " ".join(_get(data, "name", str, file).split())
+  if not name:
+    raise _bad(file, "name", "", "some text")
+  items = _get(data, "rows", list, file)
+  if not items:
+    raise _bad(file, "rows", items, "one row a patch size at least; run `flexivit eval` again")
+  rows = sorted((_row(item, f"rows[{i}]", file) for i, item in enumerate(items)), key=_row_order)
+  again = [k for k, count in Counter((r.patch, r.seqhw) for r in rows).items() if count > 1]
+  if again:
+    raise UserError(f"{file}: patch {again[0][0]} at seqhw {again[0][1]} has more than one row.")
+  facts = {key: str(data[key]) for key in FACTS if data.get(key) is not None}
+  return Run(name, tuple(rows), _trained(data, file), facts)
+
+
+def to_json(run: Run) -> dict[str, Any]:
+  """Returns `{"name", "rows"}` as report.json holds it; "top5" only where it was measured."""
+  rows = [row._asdict() for row in run.rows]
+  return {
+    "name": run.name,
+    "rows": [{k: v for k, v in row.items() if k != "top5" or v is not None} for row in rows],
+  }
+
+
+def wilson(p: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+  """Returns the 95 % interval of a rate `p` of `n` tries. Source: Wilson 1927, JASA 22(158)."""
+  centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+  half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+  return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _parse(file: Path) -> Mapping[str, Any]:
+  def refuse(constant: str) -> None:
+    raise UserError(f"{file}: holds {constant}; expected finite numbers. Did the run diverge?")
+
+  if not file.is_file():
+    what = f"{file} is missing" if file.parent.is_dir() else f"The run {file.parent} does not exist"
+    raise UserError(f"{what}; run `flexivit eval` first, it writes eval.json into the run folder.")
+  try:
+    data = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise UserError(f"{file}: not JSON ({error}); run `flexivit eval` again.") from error
+  if not isinstance(data, dict):
+    raise UserError(f"{file}: got a {type(data).__name__}; expected an object with name and rows.")
+  return data
+
+
+def _row(item: Any, where: str, file: Path) -> Row:
+  if not isinstance(item, dict):
+    raise _bad(file, where, item, "an object")
+  at = where + "."
+  return Row(
+    seqhw=_size(item, "seqhw", file, at),
+    patch=_size(item, "patch", file, at),
+    tokens=_count(item, "tokens", file, at),
+    gflops=_number(item, "gflops", file, at, low=1e-12),
+    ms=None if item.get("ms") is None else _number(item, "ms", file, at),
+    top1=_number(item, "top1", file, at, high=1.0),
+    loss=_number(item, "loss", file, at, low=-math.inf),
+    n=_count(item, "n", file, at),
+    top5=None if item.get("top5") is None else _number(item, "top5", file, at, high=1.0),
+  )
+
+
+def _row_order(row: Row) -> tuple[tuple[int, int], tuple[int, int]]:
+  return order(row.patch), order(row.seqhw)
+
+
+def _trained(data: Mapping[str, Any], file: Path) -> frozenset[tuple[int, int]] | None:
+  if data.get("trained_seqhw") is None:
+    return None
+  try:
+    return frozenset(sides(size) for size in _get(data, "trained_seqhw", list, file))
+  except ValueError as error:
+    if isinstance(error, UserError):
+      raise
+    raise _bad(file, "trained_seqhw", data["trained_seqhw"], 'sizes such as 8 or "8x6"') from error
+
+
+def _distinct(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
+  """Adds to names that occur twice the shortest end of their folders that tells them apart."""
+  shared = {name for name, count in Counter(names).items() if count > 1}
+  for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+    ends = ["/".join(folder.parts[-depth:]) for folder in folders]
+    full = [f"{n} ({end})" if n in shared else n for n, end in zip(names, ends, strict=True)]
+    if len(set(full)) == len(full):
+      return full
+  # Two eval.json files of one folder under other names: only a number is left to tell them apart.
+  return [f"{name} #{i}" if name in shared else name for i, name in enumerate(names, 1)]
+
+
+def _get(data: Mapping[str, Any], key: str, kind: type, file: Path, at: str = "") -> Any:
+  if key not in data:
+    raise UserError(f"{file}: the key {at + key!r} is missing; run `flexivit eval` again.")
+  if not isinstance(data[key], kind):
+    raise _bad(file, at + key, data[key], f"a {kind.__name__}")
+  return data[key]
+
+
+def _number(
+  data: Mapping[str, Any],
+  key: str,
+  file: Path,
+  at: str,
+  *,
+  low: float = 0.0,
+  high: float = math.inf,
+) -> float:
+  value = _get(data, key, object, file, at)
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise _bad(file, at + key, value, "a number")
+  if not math.isfinite(value) or not low <= value <= high:
+    raise _bad(file, at + key, value, f"a finite number from {low:g} to {high:g}")
+  return float(value)
+
+
+def _count(data: Mapping[str, Any], key: str, file: Path, at: str) -> int:
+  value = _get(data, key, object, file, at)
+  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    raise _bad(file, at + key, value, "a whole number from 1")
+  return value
+
+
+def _size(data: Mapping[str, Any], key: str, file: Path, at: str) -> Size:
+  value = _get(data, key, object, file, at)
+  try:
+    h, w = sides(value)
+  except ValueError as error:
+    raise _bad(file, at + key, value, 'a size such as 8 or "8x6"') from error
+  return h if h == w else f"{h}x{w}"
+
+
+def _bad(file: Path, key: str, got: Any, expected: str) -> UserError:
+  return UserError(f"{file}: {key} is {got!r}; expected {expected}.")

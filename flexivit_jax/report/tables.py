@@ -1,0 +1,206 @@
+"""The runs as one sentence, as a plain-text table and as HTML tables."""
+
+import html
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from flexivit_jax.report.runs import Row, Run, Size, is_trained, order, sides, wilson
+
+Key = tuple[Size, Size]  # (patch, seqhw): together they tell rows of other image sizes apart
+
+
+def shorten(name: str, width: int, dots: str = "…") -> str:
+  """Cuts the middle out of a long name: what tells runs apart is at either end."""
+  if len(name) <= width:
+    return name
+  head = (width - len(dots) + 1) // 2
+  tail = width - len(dots) - head
+  return name[:head] + dots + name[len(name) - tail :]
+
+
+def side(size: Size) -> str:
+  """Writes 8 as `8` and "8x6" as `8×6`."""
+  return str(size).replace("x", "×")
+
+
+def grid(size: Size) -> str:
+  """Writes the grid 8 as `8×8`."""
+  return "{}×{}".format(*sides(size))
+
+
+def percent(low: float, high: float | None = None) -> str:
+  """Writes one rate, or a range of rates, to a tenth of a percent."""
+  ends = [f"{100 * low:.1f}", f"{100 * (low if high is None else high):.1f}"]
+  return "–".join(dict.fromkeys(ends)) + "\u00a0%"
+
+
+def finding(runs: Sequence[Run]) -> str:
+  """Returns the result as one sentence, computed from the rows."""
+  if len(runs) <= 3:
+    return "; ".join(_finding(run) for run in runs) + "."
+  worst = sorted(((min(row.top1 for row in run.rows), run.name) for run in runs), reverse=True)
+  rest = percent(worst[-1][0], worst[1][0])
+  return (
+    f"{worst[0][1]} is the best of {len(runs)} runs at its worst patch size: "
+    f"{percent(worst[0][0])}; the others fall to {rest}."
+  )
+
+
+def _finding(run: Run) -> str:
+  own = [row for row in run.rows if is_trained(run, row) is not False]
+  other = [row for row in run.rows if is_trained(run, row) is False]
+  if len(run.rows) == 1:
+    never = ", where it was never trained" if other else ""
+    return f"{run.name}: {_span(run.rows)} at patch size {side(run.rows[0].patch)}{never}"
+  if not other:
+    return f"{run.name}: {_span(own)} at all {len(own)} patch sizes"
+  if not own:
+    return f"{run.name}: {_span(other)} at {len(other)} patch sizes, trained at none of them"
+  here = f"its own patch size ({side(own[0].patch)})"
+  if len(own) > 1:
+    here = f"the {len(own)} patch sizes it was trained at"
+  there = f"the {len(other)} others" if len(other) > 1 else "the other"
+  return f"{run.name}: {_span(own)} at {here}, {_span(other)} at {there}"
+
+
+def _span(rows: Sequence[Row]) -> str:
+  return percent(min(row.top1 for row in rows), max(row.top1 for row in rows))
+
+
+def text(runs: Sequence[Run]) -> str:
+  """Returns top-1 in percent, a line a run and a column a patch size; `*` marks trained sizes."""
+  keys, cells = _pivot(runs)
+  names = [shorten(run.name, 40, "...") for run in runs]
+  left = max(len(name) for name in [*names, "top-1 in %"])
+  heads = [[f"patch {patch}", grid(seqhw).replace("×", "x")] for patch, seqhw in keys]
+  widths = [max(len(head[0]), len(head[1]), 6) for head in heads]
+  lines = [f"{'top-1 in %':<{left}}", f"{'grid':<{left}}"]
+  for i, _ in enumerate(lines):
+    lines[i] += "".join(f"  {head[i]:>{width}} " for head, width in zip(heads, widths, strict=True))
+  lines.append("-" * max(len(line.rstrip()) for line in lines))
+  for run, name in zip(runs, names, strict=True):
+    row = "".join(
+      f"  {_cell_text(run, cells.get((run.name, key))):>{width + 1}}"
+      for key, width in zip(keys, widths, strict=True)
+    )
+    lines.append(f"{name:<{left}}{row}")
+  if any(run.trained is not None for run in runs):
+    lines.append("* trained at this size")
+  return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell_text(run: Run, row: Row | None) -> str:
+  if row is None:
+    return "- "
+  return f"{100 * row.top1:.1f}" + ("*" if is_trained(run, row) else " ")
+
+
+def _pivot(runs: Sequence[Run]) -> tuple[list[Key], dict[tuple[str, Key], Row]]:
+  cells = {(run.name, (row.patch, row.seqhw)): row for run in runs for row in run.rows}
+  keys = {key for _, key in cells}
+  return sorted(keys, key=lambda key: (order(key[0]), order(key[1]))), cells
+
+
+def matrix(runs: Sequence[Run]) -> str:
+  """Returns the HTML table of top-1: a row a run, a column a patch size, best of a column bold."""
+  keys, cells = _pivot(runs)
+  best = {key: max(c.top1 for (_, k), c in cells.items() if k == key) for key in keys}
+  head = "".join(
+    f'<th scope="col">{side(patch)}<small>{grid(seqhw)}</small></th>' for patch, seqhw in keys
+  )
+  lines = []
+  for i, run in enumerate(runs):
+    row = "".join(_cell_html(run, cells.get((run.name, key)), best[key]) for key in keys)
+    lines.append(f"<tr>{_name_cell(i, run)}{row}</tr>")
+  return (
+    '<table class="matrix"><thead><tr><th scope="col">patch <small>grid</small></th>'
+    f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+  )
+
+
+def _cell_html(run: Run, row: Row | None, best: float) -> str:
+  if row is None:
+    return '<td class="none">–</td>'
+  value = _bold(f"{100 * row.top1:.1f}", row.top1 == best)
+  mark = {True: '<i class="mark">●</i>', False: '<i class="mark">○</i>', None: ""}
+  # The tint is the accuracy itself: the page's style mixes this share of the run-neutral accent.
+  return f'<td style="--tint:{100 * row.top1:.0f}%">{mark[is_trained(run, row)]}{value}</td>'
+
+
+class _Column(NamedTuple):
+  head: str
+  unit: str
+  show: Callable[[Row], str]
+  value: Callable[[Row], float | None]
+  best: Callable[[list[float]], float] | None = None  # max, min or None: nothing to win
+
+
+def _digits(value: float | None) -> str:
+  """Writes three significant digits, without an exponent where the number is large."""
+  if value is None:
+    return "–"
+  return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def _percent(rate: float | None) -> str:
+  return "–" if rate is None else f"{100 * rate:.1f}"
+
+
+def _interval(row: Row) -> str:
+  low, high = wilson(row.top1, row.n)
+  return f"{100 * low:.1f}–{100 * high:.1f}"
+
+
+_COLUMNS = (
+  _Column("patch", "px", lambda r: side(r.patch), lambda r: None),
+  _Column("grid", "tokens", lambda r: grid(r.seqhw), lambda r: None),
+  _Column("top-1", "%", lambda r: f"{100 * r.top1:.1f}", lambda r: r.top1, max),
+  _Column("95 % interval", "%", _interval, lambda r: None),
+  _Column("top-5", "%", lambda r: _percent(r.top5), lambda r: r.top5, max),
+  _Column("loss", "nats", lambda r: f"{r.loss:.3f}", lambda r: r.loss, min),
+  _Column("tokens", "", lambda r: f"{r.tokens}", lambda r: float(r.tokens), min),
+  _Column("cost", "GFLOPs", lambda r: _digits(r.gflops), lambda r: r.gflops, min),
+  _Column("time", "ms", lambda r: _digits(r.ms), lambda r: r.ms, min),
+  _Column("n", "images", lambda r: f"{r.n:,}", lambda r: None),
+)
+
+
+def full(runs: Sequence[Run]) -> str:
+  """Returns the HTML table of all rows and columns, the best value of each column bold."""
+  rows = [row for run in runs for row in run.rows]
+  no_top5 = all(row.top5 is None for row in rows)
+  columns = [c for c in _COLUMNS if not (no_top5 and c.head == "top-5")]
+  best = [_best(column, rows) for column in columns]
+  head = "".join(f'<th scope="col">{c.head}<small>{c.unit}</small></th>' for c in columns)
+  groups = []
+  for i, run in enumerate(runs):
+    name = _name_cell(i, run, rows=len(run.rows))
+    lines = ["".join(map(_full_cell, columns, best, [row] * len(columns))) for row in run.rows]
+    groups.append(f"<tbody><tr>{name}{'</tr><tr>'.join(lines)}</tr></tbody>")
+  return (
+    f'<table class="full"><thead><tr><th scope="col">run</th>{head}</tr></thead>'
+    f"{''.join(groups)}</table>"
+  )
+
+
+def _best(column: _Column, rows: Sequence[Row]) -> float | None:
+  values = [value for row in rows if (value := column.value(row)) is not None]
+  # A column of equal values has no winner; to print all of it bold would say there is one.
+  return column.best(values) if column.best and len(set(values)) > 1 else None
+
+
+def _full_cell(column: _Column, best: float | None, row: Row) -> str:
+  won = best is not None and column.value(row) == best
+  return f"<td>{_bold(column.show(row), won)}</td>"
+
+
+def _bold(value: str, won: bool) -> str:
+  return f"<b>{value}</b>" if won else value
+
+
+def _name_cell(i: int, run: Run, rows: int = 1) -> str:
+  name, scope = html.escape(run.name), f'"rowgroup" rowspan="{rows}"' if rows > 1 else '"row"'
+  return (
+    f'<th scope={scope} title="{name}"><span class="key" style="--c:var(--run{i % 6})"></span>'
+    f"{html.escape(shorten(run.name, 28))}</th>"
+  )

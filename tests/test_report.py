@@ -1,0 +1,342 @@
+import html.parser
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexivit_jax.errors import UserError
+from flexivit_jax.report import plots, report, runs as runs_lib, table, tables
+
+GRIDS = (2, 3, 4, 6, 8)
+FLEXI = (0.951, 0.967, 0.975, 0.978, 0.972)
+FIXED = (0.083, 0.121, 0.228, 0.431, 0.979)
+
+
+def make_row(grid=8, rate=0.9, **over):
+  row = {"seqhw": grid, "patch": 24 // grid, "tokens": grid**2, "gflops": 0.003 * grid**2}
+  row |= {"ms": 0.1 * grid, "top1": rate, "top5": 0.99, "loss": 2 * (1 - rate), "n": 360}
+  return row | over
+
+
+def make_run(folder: Path, name="FlexiViT", top1=FLEXI, trained=GRIDS, rows=None, **over) -> Path:
+  rows = [make_row(g, t) for g, t in zip(GRIDS, top1, strict=True)] if rows is None else rows
+  data = {"name": name, "rows": rows, "trained_seqhw": trained, "dataset": "digits"} | over
+  data |= {"split": "test", "step": 1500, "params": 1203978, "device": "cpu", "jax": "0.10.2"}
+  folder.mkdir(parents=True)
+  (folder / "eval.json").write_text(json.dumps(data))
+  return folder
+
+
+@pytest.fixture
+def demo(tmp_path):
+  return [
+    make_run(tmp_path / "flexi"),
+    make_run(tmp_path / "fixed", "vit fixed at patch 3", FIXED, (8,)),
+  ]
+
+
+class Page(html.parser.HTMLParser):
+  """Collects the text, ids, references and tags of a page; fails on tags that do not pair up."""
+
+  VOID = ("meta", "br", "img", "link", "input")
+
+  def __init__(self, path: Path):
+    super().__init__()
+    self.text, self.ids, self.refs, self.tags, self.open = "", [], [], [], []
+    self.feed(path.read_text())
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.ids += [v for k, v in attrs if k == "id"]
+    self.refs += [v for k, v in attrs if k in ("href", "src", "xlink:href")]
+    self.refs += re.findall(r"url\(([^)]*)\)", " ".join(v or "" for _, v in attrs))
+    if tag not in self.VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.handle_starttag(tag, attrs)
+    if tag not in self.VOID:
+      self.open.pop()
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.text += data
+
+
+def test_files_and_json(demo, tmp_path):
+  path = report(demo, tmp_path / "new" / "out")
+  assert path == tmp_path / "new" / "out" / "report.html"
+  stems = ("accuracy_vs_patch", "accuracy_vs_gflops")
+  images = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+  assert {p.name for p in path.parent.iterdir()} == {"report.html", "report.json"} | images
+  for stem in stems:
+    assert (path.parent / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+  data = json.loads((path.parent / "report.json").read_text())
+  assert [run["name"] for run in data] == ["FlexiViT", "vit fixed at patch 3"]
+  # Rows come out ordered by patch, otherwise exactly as they went in.
+  assert data[0]["rows"] == [make_row(g, t) for g, t in zip(GRIDS[::-1], FLEXI[::-1], strict=True)]
+
+
+def test_report_is_deterministic(demo, tmp_path):
+  first = report(demo, tmp_path / "a", command="make demo").parent
+  second = report(demo, tmp_path / "b", command="make demo").parent
+  for file in first.iterdir():
+    assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+
+
+def test_page_needs_no_other_file_and_no_network(demo, tmp_path):
+  path = report(demo, tmp_path / "out")
+  page = Page(path)
+  assert page.tags.count("svg") == 4
+  assert not {"link", "script", "img", "iframe"} & set(page.tags)
+  assert "://" not in path.read_text() and "@import" not in path.read_text()
+  assert len(page.ids) == len(set(page.ids))
+  assert page.refs and {ref.removeprefix("#") for ref in page.refs} <= set(page.ids)
+
+
+def test_page_says_what_was_measured(demo, tmp_path):
+  text = Page(report(demo, tmp_path / "out", command="make demo")).text
+  for part in ("digits", "step 1,500", "1,203,978 parameters", "cpu", "jax 0.10.2", "make demo"):
+    assert part in text
+  low, high = runs_lib.wilson(0.083, 360)
+  assert f"{100 * low:.1f}–{100 * high:.1f}" in text
+
+
+def test_colours_follow_the_scheme(demo, tmp_path):
+  page = report(demo, tmp_path / "out").read_text()
+  assert "prefers-color-scheme: dark" in page
+  charts = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+  # Every colour in a chart is a variable of the page, else it would not change in the dark.
+  assert re.findall(r"#[0-9a-f]{6}\b", charts) == []
+  assert set(re.findall(r"var\(--(\w+)\)", charts)) <= set(re.findall(r"--(\w+): #", page))
+
+
+@pytest.mark.parametrize(
+  ("top1", "trained", "expected"),
+  [
+    (FLEXI, GRIDS, "95.1–97.8 % at all 5 patch sizes."),
+    (FLEXI, None, "95.1–97.8 % at all 5 patch sizes."),
+    (FIXED, (8,), "97.9 % at its own patch size (3), 8.3–43.1 % at the 4 others."),
+    (
+      FIXED,
+      (6, 8),
+      "43.1–97.9 % at the 2 patch sizes it was trained at, 8.3–22.8 % at the 3 others.",
+    ),
+    (
+      FIXED,
+      (2, 3, 4, 6),
+      "8.3–43.1 % at the 4 patch sizes it was trained at, 97.9 % at the other.",
+    ),
+    (FIXED, (5,), "8.3–97.9 % at 5 patch sizes, trained at none of them."),
+    ((0.1,) * 5, GRIDS, "10.0 % at all 5 patch sizes."),
+  ],
+)
+def test_finding(tmp_path, top1, trained, expected):
+  runs = runs_lib.load([make_run(tmp_path / "run", "X", top1, trained)])
+  assert tables.finding(runs).replace("\u00a0", " ") == f"X: {expected}"
+
+
+def test_finding_of_many_runs_compares_their_worst_sizes(tmp_path):
+  rates = {"a": 0.2, "b": 0.5, "best": 0.7, "c": 0.1}
+  runs = [make_run(tmp_path / k, k, (0.98, 0.97, v, 0.9, 0.95)) for k, v in rates.items()]
+  found = tables.finding(runs_lib.load(runs)).replace("\u00a0", " ")
+  assert found == (
+    "best is the best of 4 runs at its worst patch size: 70.0 %; the others fall to 10.0–50.0 %."
+  )
+
+
+def test_table(demo):
+  assert table(demo).splitlines() == [
+    "top-1 in %            patch 3   patch 4   patch 6   patch 8   patch 12",
+    "grid                      8x8       6x6       4x4       3x3        2x2",
+    "----------------------------------------------------------------------",
+    "FlexiViT                 97.2*     97.8*     97.5*     96.7*      95.1*",
+    "vit fixed at patch 3     97.9*     43.1      22.8      12.1        8.3",
+    "* trained at this size",
+  ]
+
+
+def test_best_of_each_column_is_bold(demo):
+  runs = runs_lib.load(demo)
+  assert re.findall(r"<b>(.*?)</b>", tables.matrix(runs)) == [
+    "97.8",
+    "97.5",
+    "96.7",
+    "95.1",
+    "97.9",
+  ]
+  bold = re.findall(r"<b>(.*?)</b>", tables.full(runs))
+  assert sorted(bold) == sorted(["97.9", "0.042", *["4", "0.0120", "0.200"] * 2])
+
+
+def test_marker_is_hollow_where_not_trained(demo):
+  runs = runs_lib.load(demo)
+  both = plots.draw(runs, "patch", plots.WIDE).page_svg
+  assert "trained size" in both and "not trained" in both
+  hollow = f"fill: {plots.PAPER}; stroke: {plots.COLORS[1]}"
+  assert both.count(hollow) == 4 and f"fill: {plots.COLORS[1]}; stroke: {plots.COLORS[1]}" in both
+  assert "not trained" not in plots.draw(runs[:1], "patch", plots.WIDE).page_svg
+
+
+@pytest.mark.parametrize("size", [plots.WIDE, plots.NARROW])
+def test_every_patch_size_has_a_tick_label(tmp_path, size):
+  grids = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
+  rows = [make_row(g, patch=240 // g) for g in grids]
+  svg = plots.draw(runs_lib.load([make_run(tmp_path / "r", rows=rows)]), "patch", size).page_svg
+  words = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+  assert {str(240 // g) for g in grids} <= set(words)
+
+
+def test_odd_runs_are_reported(tmp_path):
+  """One row, rectangles, other size sets, no ms, long names, chance level: all in one report."""
+  sizes = (("2x4", "12x6"), ("4x2", "6x12"), (8, "3x3"))
+  rows = [make_row(seqhw=grid, patch=patch, ms=None) for grid, patch in sizes]
+  for row in rows:
+    del row["top5"]
+  evil = "<script>alert('x')</script> & $\\frac{$ " + "a long name " * 9
+  runs = [
+    make_run(tmp_path / "one", "one", rows=[make_row(8, 0.1)], trained=None),
+    make_run(tmp_path / "rect", "rect", rows=rows, trained=["2x4"]),
+    make_run(tmp_path / "evil", evil, (0.0, 1.0, 0.1, 0.1, 0.1), (2,)),
+    *(make_run(tmp_path / f"r{i}", f"run {i}") for i in range(4)),
+  ]
+  path = report(runs, tmp_path / "out")
+  page = Page(path)
+  assert "script" not in page.tags and "12×6" in page.text
+  data = json.loads((path.parent / "report.json").read_text())
+  found = [(r["patch"], r["seqhw"], r["ms"], "top5" in r) for r in data[1]["rows"]]
+  assert found == [(3, 8, None, False), ("6x12", "4x2", None, False), ("12x6", "2x4", None, False)]
+  assert table(runs).count("\n") == 10
+
+
+def test_a_run_may_be_its_eval_json(demo):
+  assert runs_lib.load([demo[0] / "eval.json"]) == runs_lib.load([demo[0]])
+
+
+def test_equal_names_get_their_folders(tmp_path):
+  runs = [make_run(tmp_path / p) for p in ("a/x", "b/x", "c")] + [make_run(tmp_path / "d", "Y")]
+  names = [run.name for run in runs_lib.load(runs)]
+  assert len(set(names)) == 4 and names[3] == "Y"
+  assert [name.endswith(f"{p})") for name, p in zip(names, ("a/x", "b/x", "/c"), strict=False)] == [
+    True
+  ] * 3
+  assert [run.name for run in runs_lib.load(runs[1:3])] == ["FlexiViT (x)", "FlexiViT (c)"]
+
+
+def test_missing_runs_say_to_evaluate_first(tmp_path):
+  with pytest.raises(UserError, match=r"nowhere does not exist; run `flexivit eval` first"):
+    table([tmp_path / "nowhere"])
+  with pytest.raises(UserError, match=r"eval\.json is missing; run `flexivit eval` first"):
+    table([tmp_path])
+  with pytest.raises(UserError, match="No run given"):
+    table([])
+
+
+def test_one_run_twice_is_an_error(demo):
+  with pytest.raises(UserError, match="more than once"):
+    table([demo[0], demo[0] / "eval.json"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "x"}', '{"rows": []}'])
+def test_malformed_files_are_named(tmp_path, content):
+  (tmp_path / "eval.json").write_text(content)
+  with pytest.raises(UserError, match=re.escape(str(tmp_path / "eval.json"))):
+    table([tmp_path])
+
+
+@pytest.mark.parametrize("key", ["seqhw", "patch", "tokens", "gflops", "top1", "loss", "n"])
+def test_missing_keys_are_named(tmp_path, key):
+  row = make_row()
+  del row[key]
+  with pytest.raises(UserError, match=rf"eval\.json: the key 'rows\[1\]\.{key}' is missing"):
+    table([make_run(tmp_path / "r", rows=[make_row(4), row])])
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("top1", 97.5),
+    ("top1", -0.1),
+    ("top1", "0.9"),
+    ("top1", None),
+    ("top1", True),
+    ("top5", 2),
+    ("ms", -1),
+    ("gflops", 0),
+    ("loss", []),
+    ("n", 0),
+    ("n", 1.5),
+    ("tokens", -1),
+    ("seqhw", 0),
+    ("seqhw", "8by6"),
+    ("patch", 2.5),
+    ("patch", "0x3"),
+  ],
+)
+def test_impossible_values_are_named(tmp_path, key, value):
+  with pytest.raises(UserError, match=rf"rows\[0\]\.{key} is {re.escape(repr(value))}; expected"):
+    table([make_run(tmp_path / "r", rows=[make_row(**{key: value})])])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_is_refused(tmp_path, value):
+  with pytest.raises(UserError, match="expected finite numbers"):
+    table([make_run(tmp_path / "r", rows=[make_row(loss=value)])])
+
+
+def test_other_refusals(tmp_path):
+  with pytest.raises(UserError, match="patch 3 at seqhw 8 has more than one row"):
+    table([make_run(tmp_path / "a", rows=[make_row(), make_row()])])
+  with pytest.raises(UserError, match="trained_seqhw is"):
+    table([make_run(tmp_path / "b", trained=["eight"])])
+  with pytest.raises(UserError, match="rows is"):
+    table([make_run(tmp_path / "c", rows=[])])
+
+
+def test_nothing_is_written_when_a_run_is_refused(demo, tmp_path):
+  with pytest.raises(UserError):
+    report([*demo, tmp_path / "nowhere"], tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  ("k", "n", "low", "high"),
+  # R: prop.test(k, n, correct = FALSE)$conf.int
+  [(8, 10, 0.4901625, 0.9433178), (0, 20, 0.0, 0.1611252), (20, 20, 0.8388748, 1.0)],
+)
+def test_wilson(k, n, low, high):
+  assert runs_lib.wilson(k / n, n) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_wilson_ends_solve_the_score_equation():
+  p, n, z = 0.3, 77, 1.959964
+  for end in runs_lib.wilson(p, n):
+    assert abs(p - end) == pytest.approx(z * (end * (1 - end) / n) ** 0.5, rel=1e-12)
+
+
+def test_spread_keeps_labels_apart_and_below_the_top():
+  levels, heights = [0.98, 0.97, 0.1, 0.975, 0.1], [0.1, 0.05, 0.1, 0.1, 0.2]
+  placed = plots.spread(levels, heights)
+  spans = sorted((m - h / 2, m + h / 2) for m, h in zip(placed, heights, strict=True))
+  assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(spans))
+  assert spans[-1][1] <= 1 + max(heights) / 2 + 1e-12
+  assert plots.spread([0.5, 0.2], [0.1, 0.1]) == [0.5, 0.2]
+
+
+@pytest.mark.parametrize("name", ["FlexiViT", "vit fixed at patch 3", "x" * 99, "ab " * 40])
+def test_wrapped_names_fit(name):
+  lines = plots.wrap(name.strip(), 13).split("\n")
+  assert len(lines) <= 2 and max(map(len, lines)) <= 13
+
+
+def test_importing_the_report_does_not_load_matplotlib():
+  code = "import sys, flexivit_jax.report as r; print('matplotlib' in sys.modules)"
+  run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert run.stdout.strip() == "False"
