@@ -6,6 +6,7 @@ are an encoded file, which preprocessing decodes.
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import logging
 import os
@@ -191,7 +192,8 @@ def folder_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
   """Images as files: `data_dir/SPLIT/CLASS/**/*.jpg` (also png, webp, bmp, ...).
 
   The classes are the folders of `train`, sorted, or of the split itself where there is no `train`;
-  files are sorted by path. Files of other kinds are left out, with a warning that counts them.
+  files are in a mixed order that depends on their paths alone, so that `train[:90%]` and `train[90%:]` both have all
+  classes. Files of other kinds are left out, with a warning that counts them.
   """
   root = pathlib.Path(data_dir).expanduser()
   folders = _subfolders(root)
@@ -215,20 +217,20 @@ def _subfolders(folder: pathlib.Path) -> list[str]:
 
 
 def _list_images(folder: pathlib.Path, class_names: Sequence[str]) -> list[tuple[str, int]]:
-  """Returns (path below the root, label) of every image, sorted by class and path."""
+  """Returns (path below the root, label) of every image, sorted by a hash of the path."""
   for name in _subfolders(folder):
     if name not in class_names:
       raise unknown(f"class folder (not in the train split) in {folder}", name, class_names)
   found, others = [], 0
   for label, name in enumerate(class_names):
-    for path in sorted(_walk(folder / name)):
+    for path in _walk(folder / name):
       if path.lower().endswith(IMAGE_SUFFIXES):
         found.append((os.path.relpath(path, folder.parent), label))
       else:
         others += 1
   if others:
     _LOG.warning("%s: left out %d files that are not %s", folder, others, " ".join(IMAGE_SUFFIXES))
-  return found
+  return sorted(found, key=lambda file: hashlib.sha256(os.fsencode(file[0])).digest())
 
 
 def _walk(folder: pathlib.Path) -> list[str]:
