@@ -1,0 +1,107 @@
+"""The command line's arguments. Imports nothing heavy: `--help` answers at once."""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+from flexivit_jax import errors
+
+
+def parser() -> argparse.ArgumentParser:
+  """The parser of the command `flexivit`."""
+  top = argparse.ArgumentParser(
+    prog="flexivit", description="One Vision Transformer for all patch sizes."
+  )
+  commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  _train(commands.add_parser("train", help="train from a config file; the same command resumes"))
+  _eval(commands.add_parser("eval", help="accuracy and cost of a checkpoint at every patch size"))
+  _predict(commands.add_parser("predict", help="classify images at a chosen patch size"))
+  _report(
+    commands.add_parser("report", help="accuracy against patch size and cost, as HTML and PNG")
+  )
+  return top
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """Parses a command line; `--config.KEY=VALUE` anywhere in it goes into `overrides`.
+
+  Raises:
+    UserError: an argument that no command knows.
+  """
+  overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+  args, unknown = parser().parse_known_args([a for a in argv if not a.startswith("--config.")])
+  if unknown:
+    known = [
+      o
+      for o in (
+        "--config",
+        "--workdir",
+        "--checkpoint",
+        "--seqhw",
+        "--out",
+        "--image_size",
+        "--help",
+      )
+    ]
+    raise errors.UserError(f"Unknown argument {unknown[0]!r}.{errors.nearest(unknown[0], known)}")
+  if overrides and not hasattr(args, "overrides"):
+    raise errors.UserError(
+      f"--config.{overrides[0]} has no effect with `flexivit {args.command}`; remove it."
+    )
+  args.overrides = overrides
+  return args
+
+
+def _config(p: argparse.ArgumentParser) -> None:
+  p.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE[:ARG]",
+    help="e.g. configs/digits.py or configs/digits.py:fixed=8",
+  )
+  p.set_defaults(overrides=[])
+  p.epilog = "--config.KEY=VALUE overrides a value of the config, e.g. --config.optim.lr=1e-3"
+
+
+def _train(p: argparse.ArgumentParser) -> None:
+  _config(p)
+  p.add_argument(
+    "--workdir", required=True, type=pathlib.Path, help="the run's folder; made, or resumed from"
+  )
+
+
+def _eval(p: argparse.ArgumentParser) -> None:
+  _config(p)
+  p.add_argument(
+    "--checkpoint",
+    required=True,
+    type=pathlib.Path,
+    help="a run folder, a checkpoint in it, or an .npz",
+  )
+  p.add_argument(
+    "--seqhw", default="all", help="'all' (those of the config) or e.g. 5,8,15: tokens per side"
+  )
+  p.add_argument(
+    "--out", type=pathlib.Path, help="file for the results (default: eval.json in the run folder)"
+  )
+
+
+def _predict(p: argparse.ArgumentParser) -> None:
+  p.add_argument("image", nargs="+", type=pathlib.Path, help="image files")
+  p.add_argument(
+    "--checkpoint",
+    required=True,
+    type=pathlib.Path,
+    help="a run folder, a checkpoint in it, or an .npz",
+  )
+  p.add_argument(
+    "--seqhw", required=True, type=int, help="tokens per side: more is finer and slower"
+  )
+  p.add_argument("--image_size", type=int, help="pixels a side, for an .npz (default 240)")
+
+
+def _report(p: argparse.ArgumentParser) -> None:
+  p.add_argument(
+    "runs", nargs="+", type=pathlib.Path, metavar="RUN", help="run folders, or their eval.json"
+  )
+  p.add_argument("--out", type=pathlib.Path, help="folder to write to (default: the first run's)")

@@ -1,0 +1,156 @@
+"""Configs: plain Python files with `get_config(arg="") -> ConfigDict`, checked against the code that they configure.
+
+A section of a config is the keyword arguments of one function, so that function's signature says which keys there
+are, which of them are needed, and what the rest default to.
+"""
+
+import ast
+import importlib.util
+import inspect
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from flexivit_jax import errors
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+  """Returns the config of "path/to/file.py:arg" as plain dicts, with overrides like "optim.lr=1e-3".
+
+  "digits", "digits.py" and "configs/digits.py" are also the configs that ship with the package, unless there is such
+  a file.
+
+  Raises:
+    UserError: no such file, a bad argument, or an override that is not `key=value`.
+  """
+  path, _, arg = spec.partition(":")
+  file = _find(path)
+  module_spec = importlib.util.spec_from_file_location(file.stem, file)
+  if module_spec is None or module_spec.loader is None:
+    raise errors.UserError(f"{file} is not a Python file.")
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise errors.UserError(f"{file} has no get_config; a config is `def get_config(arg=''): ...`.")
+  config = module.get_config(arg).lock()
+  for override in overrides:
+    _override(config, override)
+  return config.to_dict()
+
+
+def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
+  """Parses "fixed=8,debug" against defaults, whose types the values have; a lone name means True.
+
+  Raises:
+    UserError: an unknown name or a value of another type.
+  """
+  values = dict(defaults)
+  for part in filter(None, arg.split(",")):
+    name, equals, text = part.partition("=")
+    if name not in defaults:
+      raise errors.unknown("config argument", name, defaults)
+    what = f"config argument {name}"
+    if not equals and not isinstance(defaults[name], bool):
+      raise errors.UserError(f"{what} needs a value: {name}={defaults[name]!r}.")
+    values[name] = _typed(what, text if equals else "True", defaults[name])
+  return ml_collections.ConfigDict(values)
+
+
+def check(
+  where: str,
+  section: Mapping[str, Any],
+  *functions: Callable[..., Any],
+  given: Sequence[str] = (),
+  needed: Sequence[str] = (),
+  optional: Sequence[str] = (),
+) -> None:
+  """Checks that a section's keys are arguments of the functions that it configures.
+
+  Args:
+    where: the section's name, e.g. "optim".
+    section: the keys and values of the user.
+    *functions: what the section configures.
+    given: arguments that the program itself provides; not the user's to set.
+    needed: keys that are no function's arguments, and have to be there.
+    optional: keys that are no function's arguments, and may be there.
+
+  Raises:
+    UserError: a key that is none of these, with the nearest that is, or one that is missing.
+  """
+  parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+  kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+  defaults = {p.name: p.default for p in parameters if p.kind in kinds and p.name not in given}
+  known = [*defaults, *needed, *optional]
+  for key in section:
+    if key not in known:
+      raise errors.unknown(
+        "config key", f"{where}.{key}" if where else key, _prefixed(where, known)
+      )
+  wanted = [*needed, *(k for k, default in defaults.items() if default is inspect.Parameter.empty)]
+  missing = [k for k in wanted if k not in section]
+  if missing:
+    raise errors.UserError(f"The config lacks {', '.join(_prefixed(where, missing))}.")
+
+
+def _prefixed(where: str, names: Any) -> list[str]:
+  return [f"{where}.{name}" if where else name for name in names]
+
+
+def _find(path: str) -> pathlib.Path:
+  file, here = pathlib.Path(path), pathlib.Path(__file__).parent
+  shipped = [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
+  by_name = shipped if str(file.parent) in (".", "configs") and file.suffix in ("", ".py") else ()
+  for candidate in (file, *(folder / f"{file.stem}.py" for folder in by_name)):
+    if candidate.is_file():
+      return candidate
+  known = sorted(f.stem for folder in shipped for f in folder.glob("*.py") if f.stem != "__init__")
+  raise errors.unknown("config", path, known)
+
+
+def _override(config: ml_collections.ConfigDict, override: str) -> None:
+  key, equals, text = override.partition("=")
+  if not equals:
+    raise errors.UserError(f"--config.{override}: expected --config.{override}=VALUE.")
+  *sections, leaf = key.split(".")
+  node = config
+  for section in sections:
+    if not isinstance(node.get(section), ml_collections.ConfigDict):
+      raise errors.unknown(
+        "config section", key, [k for k in node if isinstance(node[k], ml_collections.ConfigDict)]
+      )
+    node = node[section]
+  value = _typed(f"--config.{key}", text, node.get(leaf))
+  with (
+    node.unlocked(),
+    node.ignore_type(),
+  ):  # a key that the file leaves to its default is checked later
+    node[leaf] = value
+
+
+def _literal(text: str) -> Any:
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _typed(what: str, text: str, like: Any) -> Any:
+  """The value that a text stands for, of the type of `like`; None can stand anywhere and be anything."""
+  value = _literal(text)
+  if value is None or like is None:
+    return value
+  if isinstance(like, str):
+    return value if isinstance(value, str) else text  # A folder may be called 2024.
+  if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if isinstance(like, list | tuple) and isinstance(value, list | tuple):
+    return type(like)(value)
+  if isinstance(like, ml_collections.ConfigDict):
+    if isinstance(value, dict):
+      return value
+    raise errors.UserError(f"{what} is {value!r}; expected one of its keys: {', '.join(like)}.")
+  if type(value) is not type(like):
+    raise errors.UserError(f"{what} is {value!r}; expected a {type(like).__name__}, like {like!r}.")
+  return value

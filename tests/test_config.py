@@ -1,0 +1,211 @@
+"""Loading a config, its arguments, overrides, and the check of sections against functions."""
+
+import pathlib
+
+import pytest
+from hypothesis import given, strategies as st
+
+from flexivit_jax import config, errors
+
+FILE = """
+import ml_collections
+from flexivit_jax.config import parse_arg
+
+def get_config(arg=""):
+  arg = parse_arg(arg, width=8, debug=False)
+  c = ml_collections.ConfigDict()
+  c.name = "one"
+  c.count, c.rate, c.on, c.sizes = 3, 0.5, True, (2, 4)
+  c.model = dict(width=arg.width, deep=dict(depth=1))
+  c.folder = ml_collections.config_dict.placeholder(str)
+  c.again = c.get_ref("folder")
+  c.debug = arg.debug
+  return c
+"""
+
+
+@pytest.fixture
+def file(tmp_path) -> pathlib.Path:
+  path = tmp_path / "experiment.py"
+  path.write_text(FILE)
+  return path
+
+
+def test_loads_plain_values(file):
+  assert config.load(str(file)) == {
+    "name": "one",
+    "count": 3,
+    "rate": 0.5,
+    "on": True,
+    "sizes": (2, 4),
+    "model": {"width": 8, "deep": {"depth": 1}},
+    "folder": None,
+    "again": None,
+    "debug": False,
+  }
+  assert type(config.load(str(file))["model"]["deep"]) is dict
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.py", "configs/digits.py", "configs/digits"])
+def test_shipped_configs_are_found_from_any_folder(name, tmp_path, monkeypatch, repository):
+  expected = config.load(str(repository / "configs" / "digits.py"))
+  monkeypatch.chdir(tmp_path)
+  assert config.load(name) == expected
+
+
+def test_an_own_file_comes_before_a_shipped_one(file, tmp_path, monkeypatch):
+  file.rename(tmp_path / "digits.py")
+  monkeypatch.chdir(tmp_path)
+  assert config.load("digits.py")["name"] == "one"
+  assert config.load("digits")["name"] == "FlexiViT"
+
+
+def test_another_path_is_never_replaced_by_a_shipped_config(tmp_path):
+  with pytest.raises(errors.UserError, match=r"Unknown config .*known: cifar10, digits, "):
+    config.load(str(tmp_path / "digits.py"))
+
+
+def test_misspelt_name_names_the_nearest():
+  with pytest.raises(errors.UserError, match="Did you mean 'digits'"):
+    config.load("digit")
+
+
+def test_files_that_are_no_configs(tmp_path):
+  (tmp_path / "text.txt").write_text("x")
+  with pytest.raises(errors.UserError, match="is not a Python file"):
+    config.load(str(tmp_path / "text.txt"))
+  (tmp_path / "empty.py").write_text("x = 1")
+  with pytest.raises(errors.UserError, match="has no get_config"):
+    config.load(str(tmp_path / "empty.py"))
+
+
+# --- arguments ---
+
+
+def test_arguments_reach_the_config(file):
+  assert config.load(f"{file}:width=16,debug") == config.load(f"{file}:debug=True,width=16")
+  assert config.load(f"{file}:width=16,debug")["model"]["width"] == 16
+
+
+NUMBERS = (st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans())
+
+
+@given(*NUMBERS, st.from_regex(r"[a-z][\w./-]*", fullmatch=True))
+def test_parse_arg_reads_what_is_written(count, rate, on, name):
+  text = f"count={count},rate={rate!r},on={on},name={name}"
+  values = config.parse_arg(text, count=0, rate=0.0, on=False, name="x").to_dict()
+  assert values == {"count": count, "rate": rate, "on": on, "name": name}
+
+
+def test_parse_arg_defaults():
+  assert config.parse_arg("", count=1, on=False).to_dict() == {"count": 1, "on": False}
+  assert config.parse_arg("rate=2", rate=1.0).rate == 2.0
+  assert config.parse_arg("name=2024", name="x").name == "2024"
+
+
+@pytest.mark.parametrize(
+  ("arg", "message"),
+  [
+    ("widht=3", r"Unknown config argument 'widht'.*Did you mean 'width'"),
+    ("debugg", r"Did you mean 'debug'"),
+    ("width=many", r"width is 'many'; expected a int, like 8"),
+    ("width=1.5", r"width is 1.5; expected a int"),
+    ("width=True", r"width is True; expected a int"),
+    ("debug=1", r"debug is 1; expected a bool"),
+    ("width", r"width needs a value: width=8"),
+  ],
+)
+def test_bad_arguments(file, arg, message):
+  with pytest.raises(errors.UserError, match=message):
+    config.load(f"{file}:{arg}")
+
+
+# --- overrides ---
+
+
+@pytest.mark.parametrize(
+  ("override", "key", "value"),
+  [
+    ("count=4", "count", 4),
+    ("rate=1e-3", "rate", 1e-3),
+    ("rate=2", "rate", 2.0),  # A whole number is fine where a float is.
+    ("on=False", "on", False),
+    ("name=other", "name", "other"),
+    ("name=2024", "name", "2024"),
+    ("name='a b'", "name", "a b"),
+    ("name=a=b", "name", "a=b"),
+    ("sizes=(1,2,3)", "sizes", (1, 2, 3)),
+    ("sizes=[1, 2]", "sizes", (1, 2)),
+    ("rate=None", "rate", None),
+    ("folder=/data", "folder", "/data"),
+    ("folder=/data", "again", "/data"),  # One value, referred to twice.
+    ("new=5", "new", 5),
+    ("model={}", "model", {}),
+    ("model.deep.depth=7", "model", {"width": 8, "deep": {"depth": 7}}),
+    ("model.deep.new=x", "model", {"width": 8, "deep": {"depth": 1, "new": "x"}}),
+  ],
+)
+def test_overrides(file, override, key, value):
+  before, after = config.load(str(file)), config.load(str(file), [override])
+  assert after[key] == value and type(after[key]) is type(value)
+  others = {k: v for k, v in after.items() if k not in (key, "folder", "again")}
+  assert others == {k: before[k] for k in others}
+
+
+def test_the_last_override_wins(file):
+  assert config.load(str(file), ["count=4", "count=5"])["count"] == 5
+
+
+@pytest.mark.parametrize(
+  ("override", "message"),
+  [
+    ("count", r"--config.count: expected --config.count=VALUE"),
+    ("count=many", r"--config.count is 'many'; expected a int, like 3"),
+    ("count=1.5", r"expected a int"),
+    ("count=True", r"expected a int"),
+    ("on=1", r"expected a bool"),
+    ("rate=True", r"expected a float"),
+    ("sizes=2", r"expected a tuple, like \(2, 4\)"),
+    ("model=2", r"--config.model is 2; expected one of its keys: deep, width"),
+    ("modle.width=2", r"Unknown config section 'modle.width'.*known: model"),
+    ("model.width.x=2", r"Unknown config section"),
+  ],
+)
+def test_bad_overrides(file, override, message):
+  with pytest.raises(errors.UserError, match=message):
+    config.load(str(file), [override])
+
+
+# --- the check against signatures ---
+
+
+def resize(image, *, size: int, method: str = "linear"):
+  return image, size, method
+
+
+CHECKED = dict(given=("image",), needed=("data",), optional=("every_steps",))
+
+
+@pytest.mark.parametrize("more", [{}, {"method": "area"}, {"every_steps": 3}])
+def test_check_accepts(more):
+  config.check("a", {"size": 1, "data": {}, **more}, resize, **CHECKED)
+
+
+@pytest.mark.parametrize(
+  ("section", "message"),
+  [
+    ({"size": 1, "data": {}, "methd": 0}, r"'a.methd'.*Did you mean 'a.method'"),
+    ({"size": 1, "data": {}, "image": 0}, r"'a.image'; known: a.data, a.every_steps, a.method"),
+    ({"data": {}}, r"The config lacks a.size"),
+    ({"size": 1}, r"The config lacks a.data"),
+    ({}, r"The config lacks a.data, a.size"),
+  ],
+)
+def test_check_refuses(section, message):
+  with pytest.raises(errors.UserError, match=message):
+    config.check("a", section, resize, **CHECKED)
+
+
+def test_check_at_the_top_level_names_bare_keys():
+  with pytest.raises(errors.UserError, match=r"'sze'.*Did you mean 'size'"):
+    config.check("", {"sze": 1}, resize, given=("image",))
