@@ -1,0 +1,57 @@
+"""Where arrays live: one mesh over all devices, the batch split along it, everything else a copy on each."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flexivit_jax import errors
+
+
+def make_mesh() -> Mesh:
+  """Returns a mesh of all devices of all processes with the one axis "data"."""
+  # jax.make_mesh gives Explicit axes by default, under which reshaping a sharded axis raises.
+  return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Sharding of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_split(mesh: Mesh) -> NamedSharding:
+  """Sharding of arrays `[n, ...]` whose examples are divided over the devices."""
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Makes global arrays of this process's share of a batch, without waiting for the copy.
+
+  Raises:
+    UserError: if the global batch cannot be divided over the devices.
+  """
+  n = len(next(iter(batch.values()))) * jax.process_count()
+  check_divides(n, mesh)
+  sharding = batch_split(mesh)
+  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def check_divides(batch_size: int, mesh: Mesh) -> None:
+  """Raises a UserError if a global batch does not divide over the devices of the mesh."""
+  if batch_size % mesh.size:
+    raise errors.UserError(
+      f"batch_size={batch_size} must be a multiple of the number of devices, {mesh.size}."
+    )
+
+
+def specs(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and shardings of `put_batch(batch, mesh)`, for compiling ahead."""
+
+  def spec(x: Any) -> jax.ShapeDtypeStruct:
+    shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+    return jax.ShapeDtypeStruct(
+      shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=batch_split(mesh)
+    )
+
+  return {k: spec(v) for k, v in batch.items()}

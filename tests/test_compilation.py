@@ -1,0 +1,113 @@
+"""One trace and one program for each size, before the first step; memory is reused and reported."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexivit_jax import compilation
+from flexivit_jax.errors import UserError
+
+X = jnp.arange(6.0)
+SIZES = [{"seqhw": 1}, {"seqhw": 2}, {"grid_hw": (2, 3)}]
+
+
+@pytest.mark.parametrize(
+  ("size", "name"),
+  [
+    ({"seqhw": 8}, "seqhw=8"),
+    ({"grid_hw": (4, 8)}, "grid_hw=4x8"),
+    ({"seqhw": 8, "depth": 3}, "depth=3 seqhw=8"),
+    ({}, "default size"),
+  ],
+)
+def test_size_has_a_name_for_people_and_a_key(size, name):
+  assert compilation.size_name(size) == name
+  assert compilation.size_key(size) == compilation.size_key(dict(reversed(size.items())))
+  assert dict(compilation.size_key(size)) == size
+
+
+@pytest.mark.parametrize("spec", [X, jax.ShapeDtypeStruct(X.shape, X.dtype)])
+def test_each_size_is_traced_once_and_never_when_it_runs(spec):
+  traced, reported = [], []
+
+  def scale(x, *, seqhw=0, grid_hw=(0, 0)):
+    traced.append((seqhw, grid_hw))
+    return x * (seqhw + 10 * grid_hw[0] + 100 * grid_hw[1])
+
+  programs = compilation.compile_each(
+    scale, (spec,), SIZES, report=lambda size, program: reported.append((size, program))
+  )
+  assert traced == [(1, (0, 0)), (2, (0, 0)), (0, (2, 3))]
+  assert [size for size, _ in reported] == SIZES
+  assert [program for _, program in reported] == list(programs.values())
+  for _ in range(2):
+    for size, factor in zip(SIZES, (1, 2, 320), strict=True):
+      program = programs[compilation.size_key(size)]
+      np.testing.assert_array_equal(program.run(X), factor * X)
+      assert program.seconds > 0 and program.temp_bytes >= 0
+  assert len(traced) == 3
+  with pytest.raises(TypeError, match="compiled"):  # another shape is an error, not a new trace
+    programs[compilation.size_key(SIZES[0])].run(jnp.zeros(7))
+
+
+def test_temporary_memory_is_that_of_the_intermediates():
+  def outer(x, *, n):
+    y = jnp.tile(x, (n, 1))
+    return jnp.linalg.norm(y @ y.T @ y, axis=0)
+
+  sizes = [{"n": 8}, {"n": 512}]
+  small, large = compilation.compile_each(outer, (X,), sizes).values()
+  assert large.temp_bytes - small.temp_bytes >= 4 * (512**2 - 8**2)  # one float32 matrix n x n
+
+
+def test_a_donated_state_is_updated_in_place():
+  state = {"w": jnp.zeros((64, 3)), "momentum": jnp.ones((64, 3)), "step": jnp.int32(0)}
+  batch, traced = {"image": jnp.ones((4, 64))}, []
+
+  def step(state, batch, *, seqhw):
+    traced.append(seqhw)
+    gradient = batch["image"].T @ jnp.tanh(batch["image"] @ state["w"] + seqhw)
+    momentum = 0.9 * state["momentum"] + gradient
+    return {"w": state["w"] - momentum, "momentum": momentum, "step": state["step"] + 1}
+
+  sizes = [{"seqhw": 1}, {"seqhw": 2}]
+  programs = compilation.compile_each(step, (state, batch), sizes, donate=(0,))
+  state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+  for size in (*sizes, *sizes):
+    program = programs[compilation.size_key(size)]
+    assert program.run.memory_analysis().alias_size_in_bytes >= state_bytes
+    before, state = state, program.run(state, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves(before))
+  assert not any(x.is_deleted() for x in jax.tree.leaves((state, batch)))
+  assert state["step"] == 4 and traced == [1, 2]
+
+
+class _Full:
+  """Stands for a lowered program that does not fit."""
+
+  def __init__(self, message):
+    self._message = message
+
+  def compile(self):
+    raise jax.errors.JaxRuntimeError(self._message)
+
+
+def _compile_failing(monkeypatch, message):
+  class FakeJit:
+    lower = staticmethod(lambda *args: _Full(message))
+
+  monkeypatch.setattr(compilation.jax, "jit", lambda *args, **kwargs: FakeJit)
+  compilation.compile_each(functools.partial(lambda x, seqhw: x), (X,), [{"seqhw": 30}])
+
+
+def test_out_of_memory_names_the_size_and_what_to_do(monkeypatch):
+  with pytest.raises(UserError, match=r"memory while compiling seqhw=30: smaller batch.*80 GiB"):
+    _compile_failing(monkeypatch, "RESOURCE_EXHAUSTED: Out of memory allocating 80 GiB")
+
+
+def test_other_compiler_errors_stay_what_they_are(monkeypatch):
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    _compile_failing(monkeypatch, "INTERNAL: a bug in XLA")

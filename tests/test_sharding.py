@@ -1,0 +1,93 @@
+"""Training on eight devices is training on one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from flexivit_jax import sharding
+from flexivit_jax.errors import UserError
+
+
+def train_and_evaluate(path: str) -> None:
+  """Writes the parameters after one step, and an evaluation's row, on all devices there are."""
+  import functools
+
+  import optax
+
+  from flexivit_jax import compilation, steps
+  from flexivit_jax.evaluators.classification import Classification
+  from flexivit_jax.models import FlexiViT
+  from flexivit_jax.objectives import supervised
+
+  model = FlexiViT(
+    num_classes=3, patch_size=(6, 6), posemb_size=(2, 2), width=16, depth=1, mlp_dim=16,
+    num_heads=2, head_zeroinit=False, pool_type="gap",
+  )  # fmt: skip
+  rng, mesh = np.random.default_rng(0), sharding.make_mesh()
+  labels = np.eye(3, dtype=np.float32)[rng.integers(3, size=16)]
+  image = rng.uniform(-1, 1, size=(16, 12, 12, 3)).astype(np.float32)
+  batch = {"image": image, "labels": labels}
+  tx = optax.sgd(0.5)
+  params = jax.jit(lambda: steps.init_params(model, (12, 12, 3), seed=0))()
+  state = jax.device_put(
+    steps.TrainState(np.int32(0), params, tx.init(params)), sharding.replicated(mesh)
+  )
+  step = functools.partial(
+    steps.step, model=model, objective=supervised(mixup_p=0.5), tx=tx, seed=0, accumulate=2
+  )
+  specs = sharding.specs(batch, mesh)
+  programs = compilation.compile_each(step, (state, specs), [{"seqhw": 4}], donate=(0,))
+  (program,) = programs.values()
+  on_devices = sharding.put_batch(batch, mesh)
+  assert len(on_devices["image"].addressable_shards) == jax.device_count()
+  state, _ = program.run(state, on_devices)
+  assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+
+  test = [batch | {"_mask": (np.arange(16) < 13).astype(np.float32)}]
+  rows = Classification(model, test, mesh, seqhw=[2]).run(state.params)
+  np.savez(path, *jax.tree.leaves(state.params), row=json.dumps(rows[0]), n=jax.device_count())
+
+
+def test_eight_devices_make_the_same_step_and_evaluation_as_one(tmp_path):
+  flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+  env = os.environ | {
+    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": os.pathsep.join(sys.path),
+  }
+  command = "import runpy, sys; runpy.run_path(sys.argv[1])['train_and_evaluate'](sys.argv[2])"
+  subprocess.run(
+    [sys.executable, "-c", command, __file__, str(tmp_path / "eight.npz")], env=env, check=True
+  )
+  train_and_evaluate(str(tmp_path / "one.npz"))
+  with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "eight.npz") as eight:
+    assert (int(one["n"]), int(eight["n"])) == (1, 8)
+    for name in one.files:
+      if name.startswith("arr_"):
+        np.testing.assert_allclose(eight[name], one[name], rtol=0, atol=1e-6)
+    a, b = (json.loads(str(arrays["row"])) for arrays in (one, eight))
+  assert (a["n"], a["top1"], a["top5"]) == (b["n"], b["top1"], b["top5"]) and a["n"] == 13
+  np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_an_error():
+  mesh = jax.sharding.Mesh(np.array(jax.devices() * 8), ("data",))
+  sharding.check_divides(16, mesh)
+  with pytest.raises(UserError, match=r"batch_size=12 must be a multiple of .* devices, 8"):
+    sharding.check_divides(12, mesh)
+
+
+def test_specs_are_those_of_the_arrays_that_are_put():
+  mesh = sharding.make_mesh()
+  batch = {"image": np.zeros((4, 2, 2, 3), np.float32), "_id": np.arange(4)}
+  specs, arrays = sharding.specs(batch, mesh), sharding.put_batch(batch, mesh)
+  for name, array in arrays.items():
+    spec = specs[name]
+    assert (spec.shape, spec.dtype, spec.sharding) == (array.shape, array.dtype, array.sharding)
+    np.testing.assert_array_equal(array, batch[name])
