@@ -1,0 +1,5 @@
+"""Evaluators, by the name that a config gives them."""
+
+from flexivit_jax.evaluators.classification import Classification
+
+EVALUATORS = {"classification": Classification}

@@ -1,0 +1,180 @@
+"""One training step against its definition; randomness is a function of (seed, step)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+
+from flexivit_jax import steps
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.objectives import supervised
+
+
+class Tiny(nn.Module):
+  """Mean of what a small network sees in each of seqhw x seqhw patches; compiles in no time."""
+
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, image, *, seqhw, train=False):
+    n, h, w, c = image.shape
+    x = image.reshape(n, seqhw, h // seqhw, seqhw, w // seqhw, c).mean((2, 4))
+    x = nn.tanh(nn.Dense(8, name="embedding")(x))
+    x = nn.Dropout(self.dropout)(x, deterministic=not train).mean((1, 2))
+    return nn.Dense(3, name="head", kernel_init=nn.initializers.zeros)(x), {}
+
+
+MODEL = Tiny()
+
+
+def make_batch(n=8):
+  rng = np.random.default_rng(1)
+  labels = np.eye(3, dtype=np.float32)[rng.integers(3, size=n)]
+  image = rng.uniform(-1, 1, size=(n, 12, 12, 3)).astype(np.float32)
+  return {"image": jnp.asarray(image), "labels": jnp.asarray(labels), "_id": jnp.arange(n)}
+
+
+@functools.cache
+def compiled(model=MODEL, tx=None, mixup_p=0.0, **options):
+  """Returns (initial state, step function)."""
+  tx = tx or optax.sgd(0.1)
+  options = dict(seed=0, seqhw=4) | options
+  fn = functools.partial(
+    steps.step, model=model, objective=supervised(mixup_p=mixup_p), tx=tx, **options
+  )
+  params = steps.init_params(model, (12, 12, 3), seed=0)
+  # A zero head, as it is initialised, would hide all other gradients.
+  head = np.random.default_rng(0).normal(size=params["head"]["kernel"].shape)
+  params["head"]["kernel"] = jnp.asarray(head, jnp.float32)
+  return steps.TrainState(jnp.int32(0), params, tx.init(params)), jax.jit(fn)
+
+
+def assert_close(a, b, atol):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+
+
+def test_step_is_gradient_descent_on_the_mean_loss():
+  tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2))
+  state, step = compiled(tx=tx)
+  batch = make_batch()
+  new, measured = step(state, batch)
+
+  predict = lambda p: MODEL.apply({"params": p}, batch["image"], seqhw=4)[0]  # noqa: E731
+  logits, pull_back = jax.vjp(jax.jit(predict), state.params)
+  log_p = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=-1)
+  labels = np.asarray(batch["labels"], np.float64)
+  np.testing.assert_allclose(measured["loss"], -(labels * log_p).sum(-1).mean(), rtol=1e-6)
+  # The mean cross-entropy's gradient at the logits, by hand.
+  (grads,) = pull_back(jnp.asarray((np.exp(log_p) - labels) / 8, jnp.float32))
+  norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
+  assert norm > 0.1  # so that it is clipped, and the unclipped norm is what is reported
+  np.testing.assert_allclose(measured["grad_norm"], norm, rtol=1e-5)
+  # Adam's first step is lr * g / (|g| + eps): the sign of the gradient, almost.
+  for p, q, g in zip(*map(jax.tree.leaves, (state.params, new.params, grads)), strict=True):
+    clipped = np.asarray(g, np.float64) * 0.1 / norm
+    np.testing.assert_allclose(q - p, -1e-2 * clipped / (np.abs(clipped) + 1e-8), atol=1e-6)
+  assert new.step == 1 and measured["loss"].dtype == measured["grad_norm"].dtype == jnp.float32
+
+
+def test_several_steps_are_plain_optax():
+  tx = optax.adam(1e-3)
+  state, step = compiled(tx=tx)
+  batch = make_batch()
+
+  @jax.jit
+  def plain(params, opt_state):
+    def loss(p):
+      logits = MODEL.apply({"params": p}, batch["image"], seqhw=4)[0]
+      return optax.softmax_cross_entropy(logits, batch["labels"]).mean()
+
+    updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  params, opt_state = state.params, state.opt_state
+  for _ in range(3):
+    state, _ = step(state, batch)
+    params, opt_state = plain(params, opt_state)
+  assert_close(state.params, params, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixup_p", [0.0, 1.0])
+def test_accumulation_changes_nothing(mixup_p):
+  (state, whole), (_, parts) = (compiled(mixup_p=mixup_p, accumulate=k) for k in (1, 4))
+  batch = make_batch()
+  (a, measured), (b, measured_in_parts) = whole(state, batch), parts(state, batch)
+  # float32 sums in another order; parameters and gradients are of order one.
+  assert_close(a.params, b.params, atol=1e-6)
+  assert_close(measured, measured_in_parts, atol=1e-6)
+
+
+def test_mixup_is_drawn_for_each_step_from_the_seed():
+  (state, step), (_, other_seed) = compiled(mixup_p=1.0), compiled(mixup_p=1.0, seed=1)
+  (_, unmixed), batch = compiled(), make_batch()
+  loss = lambda step, i: float(step(state._replace(step=jnp.int32(i)), batch)[1]["loss"])  # noqa: E731
+  losses = [*(loss(step, i) for i in range(4)), loss(other_seed, 0), loss(unmixed, 0)]
+  assert len(set(losses)) == len(losses)
+  # As far as the batch, an unmixed step does not depend on the seed or the step.
+  assert loss(unmixed, 0) == loss(unmixed, 3)
+
+
+def test_mixup_is_that_of_the_steps_own_key():
+  state, step = compiled(mixup_p=1.0)
+  batch = make_batch()
+  key, _ = jax.random.split(jax.random.fold_in(jax.random.key(0), 1 + 5))
+  mixed = jax.jit(supervised(mixup_p=1.0).prepare)(batch, key)
+  assert mixed.keys() == {"image", "labels"}  # what else the batch holds is not mixed, but dropped
+  assert 0.5 <= float(mixed["labels"].max(axis=-1).min()) < 1.0
+  at_five = state._replace(step=jnp.int32(5))
+  (want, _), (got, _) = compiled()[1](at_five, mixed), step(at_five, batch)
+  assert_close(got.params, want.params, atol=1e-6)
+  assert got.step == 6
+
+
+def test_dropout_differs_between_steps_and_parts_and_repeats_bitwise():
+  model = MODEL.clone(dropout=0.3)
+  state, step = compiled(model)
+  batch = make_batch()
+  first, again, later = (
+    step(state._replace(step=jnp.int32(i)), batch)[1]["loss"] for i in (0, 0, 1)
+  )
+  assert first == again != later
+  # Two equal halves, one after the other: with one mask for both, their mean would be either.
+  _, two_parts = compiled(model, accumulate=2)
+  _, one_part = compiled(model)
+  half = jax.tree.map(lambda x: x[:4], batch)
+  twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), half)
+  assert two_parts(state, twice)[1]["loss"] != one_part(state, half)[1]["loss"]
+
+
+def test_one_seed_gives_the_same_bits():
+  batch = make_batch()
+
+  def train():
+    _, step = compiled(mixup_p=1.0)
+    params, tx = steps.init_params(MODEL, (12, 12, 3), seed=0), optax.sgd(0.1)
+    state = steps.TrainState(jnp.int32(0), params, tx.init(params))
+    for _ in range(2):
+      state, measured = step(state, batch)
+    return state, measured
+
+  jax.tree.map(np.testing.assert_array_equal, train(), train())
+
+
+def test_initial_parameters_are_a_function_of_the_seed():
+  init = functools.partial(steps.init_params, MODEL, (12, 12, 3))
+  a, b, other = init(seed=0), init(seed=0, head_bias=-10.0), init(seed=1)
+  np.testing.assert_array_equal(b["head"].pop("bias"), np.full(3, -10.0, np.float32))
+  assert not a["head"].pop("bias").any() and not a["head"]["kernel"].any()
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert not np.allclose(a["embedding"]["kernel"], other["embedding"]["kernel"])
+
+
+def test_parameters_of_a_kernel_that_does_not_divide_the_image_can_be_made():
+  model = FlexiViT(patch_size=(6, 6), posemb_size=(2, 2), width=16, depth=1, mlp_dim=8, num_heads=2)
+  params = jax.eval_shape(lambda: steps.init_params(model, (10, 10, 3), seed=0))
+  assert params["embedding"]["kernel"].shape == (6, 6, 3, 16)
