@@ -1,0 +1,1 @@
+"""Experiments, one a file: `get_config(arg="") -> ConfigDict`; installed with the package."""

@@ -1,0 +1,28 @@
+"""The command `flexivit`; each subcommand imports what it needs only when it runs."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from flexivit_jax import allocator, arguments, errors
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; a user's mistake is one line on stderr and exit code 2."""
+  try:
+    args = arguments.parse(sys.argv[1:] if argv is None else argv)
+    module = {"train": "train", "eval": "evaluate", "predict": "predict", "report": "report"}[
+      args.command
+    ]
+    allocator.keep_memory()
+    importlib.import_module(f"flexivit_jax.{module}").run(args)
+  except errors.UserError as e:
+    print(f"flexivit: error: {e}", file=sys.stderr)
+    return USAGE_ERROR
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

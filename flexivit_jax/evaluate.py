@@ -1,0 +1,53 @@
+"""`flexivit eval`: accuracy and cost of a checkpoint at every patch size."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from flexivit_jax import config, errors, experiment, results, sharding, weights
+
+
+def run(args: argparse.Namespace) -> None:
+  """Evaluates args.checkpoint on each of the config's evaluators, prints a table, writes the results."""
+  sections = config.load(args.config, args.overrides).get("evals", {})
+  if not sections:
+    raise errors.UserError(
+      f"{args.config} has no evals; add evals=dict(test=dict(data=..., pp=..., seqhw=...))."
+    )
+  model, params, record = weights.load_with_record(args.checkpoint)
+  trained = record.get("trained", {}).get("seqhw")
+  sizes = {} if args.seqhw == "all" else {"seqhw": parse_sizes(args.seqhw)}
+  for name, given in sections.items():
+    section = {**given, **sizes}
+    experiment.check_evaluation(f"evals.{name}", section)
+    evaluation = experiment.build_evaluation(section, every=1)
+    rows = results.measure(evaluation.make(model, sharding.make_mesh()), params)
+    print(f"{name}: {evaluation.source.name} {evaluation.source.split}\n{results.table(rows)}")
+    title = record.get("name") or args.checkpoint.stem
+    about = results.about(
+      title, evaluation.source.name, evaluation.source.split, record.get("step"), params, trained
+    )
+    if out := _out(args):
+      results.write(results.file_of(out, name, sections), about, rows)
+
+
+def parse_sizes(text: str) -> tuple[Any, ...]:
+  """Parses "5,8,4x6" as (5, 8, (4, 6)).
+
+  Raises:
+    UserError: if a part is neither a positive integer nor a pair of them.
+  """
+  return tuple(_size(part) for part in text.split(","))
+
+
+def _size(part: str) -> int | tuple[int, int]:
+  numbers = part.split("x")
+  if len(numbers) > 2 or not all(n.isdigit() and int(n) for n in numbers):
+    raise errors.UserError(f"--seqhw: {part!r} is no size; expected 'all', or e.g. 5,8,15 or 4x6.")
+  return int(part) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
+
+
+def _out(args: argparse.Namespace) -> pathlib.Path | None:
+  if args.out is None and (args.checkpoint / "config.json").is_file():
+    return args.checkpoint / "eval.json"
+  return args.out

@@ -1,0 +1,250 @@
+"""From a config to the things it names: data, model, objective, optimizer, evaluators. Touches no device."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+
+from flexivit_jax import config, data, errors, patch_schedule, schedules, steps
+from flexivit_jax.evaluators import EVALUATORS
+from flexivit_jax.models import MODELS
+from flexivit_jax.models.flexivit import which_patch
+from flexivit_jax.objectives import OBJECTIVES
+from flexivit_jax.objectives.base import Objective
+from flexivit_jax.optim import Optimizer, make as _make_optimizer
+
+# Arguments that the program provides, so no keys of a config.
+_GIVEN_DATA = ("source", "seed", "num_steps", "start_step", "process_index", "process_count")
+_GIVEN_OPTIM = ("params", "total_steps", "batch_size", "dataset_size")
+_DURATIONS = ("steps", "epochs", "examples", "percent")
+
+
+class Evaluation(NamedTuple):
+  """One evaluator of a run. `every` is in steps; `make(model, mesh)` builds it."""
+
+  make: Callable[[nn.Module, Any], Any]
+  every: int
+  source: data.Source
+  pp: str
+
+
+class Experiment(NamedTuple):
+  """Everything that a config says, built and checked. Durations are in steps."""
+
+  name: str
+  seed: int
+  model: nn.Module
+  model_record: dict[str, Any]
+  image_shape: tuple[int, int, int]
+  objective: Objective
+  optimizer: Optimizer
+  flexi: patch_schedule.Flexi
+  evaluations: dict[str, Evaluation]
+  batches: Callable[[int], data.TrainBatches]
+  batch_size: int
+  steps_per_epoch: float
+  total_steps: int
+  accumulate: int
+  head_bias: float | None
+  save_every: int
+  keep: int | None
+  log_every: int
+
+
+def build(
+  *,
+  name: str = "",
+  seed: int = 0,
+  input: Mapping[str, Any],
+  model: Mapping[str, Any],
+  optim: Mapping[str, Any],
+  objective: Mapping[str, Any] | None = None,
+  flexi: Mapping[str, Any] | None = None,
+  evals: Mapping[str, Any] | None = None,
+  checkpoint: Mapping[str, Any] | None = None,
+  total_steps: int | None = None,
+  total_epochs: float | None = None,
+  total_examples: float | None = None,
+  accumulate: int = 1,
+  init_head_bias: float | None = None,
+  log_every: int = 50,
+) -> Experiment:
+  """Builds an experiment; the arguments are the top-level keys of a config.
+
+  Args:
+    name: of the run, in reports; default: its folder's.
+    seed: of everything random.
+    input: training data: `data` (arguments of `data.make_source`), and those of `data.train_batches`.
+    model: `name` (default "flexivit") and the fields of that model; num_classes defaults to the data's.
+    optim: arguments of `optim.make`.
+    objective: `name` (default "supervised") and its arguments.
+    flexi: `{argument: {"v": values, "p": weights}}`: what is drawn for each step.
+    evals: `{name: section}`; a section is `type` (default "classification"), `data`, `pp`, `batch_size`, `seqhw`,
+      and one of every_steps, every_epochs, ... (default: at the end only). The one named "test", else the first in
+      the alphabet, makes RUN/eval.json; another makes RUN/eval_NAME.json.
+    checkpoint: `keep` (newest checkpoints to keep; None: all), and one of every_steps, ... (default: every epoch).
+    total_steps: of the run; or give total_epochs or total_examples.
+    total_epochs: see `total_steps`.
+    total_examples: see `total_steps`.
+    accumulate: parts of a batch whose gradients are computed one after the other.
+    init_head_bias: fills the head's bias at the start.
+    log_every: steps between reads of the losses from the device.
+
+  Raises:
+    UserError: a key that does not exist, a value that cannot be, sizes that do not divide the image.
+  """
+  objective, flexi, evals, checkpoint = objective or {}, flexi or {}, evals or {}, checkpoint or {}
+  check_sections(
+    input=input, model=model, objective=objective, optim=optim, evals=evals, checkpoint=checkpoint
+  )
+  source = data.make_source(**input["data"])
+  sizes = {"batch_size": input["batch_size"], "dataset_size": len(source)}
+  total = schedules.to_steps(
+    "total", steps=total_steps, epochs=total_epochs, examples=total_examples, **sizes
+  )
+  if total < 1 or log_every < 1 or accumulate < 1 or input["batch_size"] % accumulate:
+    message = f"Got {total} steps, log_every={log_every}, accumulate={accumulate}, batch_size={input['batch_size']}"
+    raise errors.UserError(
+      f"{message}; expected all at least 1 and accumulate a divisor of batch_size."
+    )
+  network, record = build_model(model, source.num_classes)
+  batches = functools.partial(_train_batches, source, input, seed, total)
+  config.check("flexi", flexi, which_patch, given=("image_hw", "default"))
+  choices = patch_schedule.parse(flexi)
+  image_shape = example_shape(source, input["pp"], network.num_classes)
+  for size in patch_schedule.all_static(choices):
+    which_patch(image_shape[:2], network.patch_size, **cast(dict[str, Any], size))
+  params = jax.eval_shape(lambda: steps.init_params(network, image_shape, seed, init_head_bias))
+  every = functools.partial(_every, sizes=sizes, total=total)
+  return Experiment(
+    name=name,
+    seed=seed,
+    model=network,
+    model_record=record,
+    image_shape=image_shape,
+    objective=OBJECTIVES[objective.get("name", "supervised")](**_without(objective, "name")),
+    optimizer=_make_optimizer(params, total_steps=total, **sizes, **optim),
+    flexi=choices,
+    evaluations={
+      k: build_evaluation(v, every(f"evals.{k}", v, default=total)) for k, v in evals.items()
+    },
+    batches=batches,
+    batch_size=input["batch_size"],
+    steps_per_epoch=len(source) / input["batch_size"],
+    total_steps=total,
+    accumulate=accumulate,
+    head_bias=init_head_bias,
+    save_every=every(
+      "checkpoint", checkpoint, default=max(1, round(len(source) / input["batch_size"]))
+    ),
+    keep=checkpoint.get("keep", 1),
+    log_every=log_every,
+  )
+
+
+def check_sections(
+  *,
+  input: Mapping[str, Any],
+  model: Mapping[str, Any],
+  objective: Mapping[str, Any],
+  optim: Mapping[str, Any],
+  evals: Mapping[str, Any],
+  checkpoint: Mapping[str, Any],
+) -> None:
+  """Raises a UserError for the first key that is misspelt, does not belong, or is missing."""
+  network = _named("model", model, MODELS, "flexivit")
+  goal = _named("objective", objective, OBJECTIVES, "supervised")
+  config.check("input", input, data.train_batches, given=_GIVEN_DATA, needed=("data",))
+  config.check("input.data", input["data"], data.make_source)
+  config.check("model", model, network, given=("parent",), optional=("name",))
+  config.check("objective", objective, goal, optional=("name",))
+  config.check("optim", optim, _make_optimizer, given=_GIVEN_OPTIM)
+  if isinstance(optim.get("schedule"), Mapping):
+    config.check("optim.schedule", optim["schedule"], schedules.make, given=_GIVEN_OPTIM)
+  every = [f"every_{unit}" for unit in _DURATIONS]
+  config.check("checkpoint", checkpoint, optional=("keep", *every))
+  for key, section in evals.items():
+    check_evaluation(f"evals.{key}", section)
+
+
+def check_evaluation(where: str, section: Mapping[str, Any]) -> None:
+  """Raises a UserError for the first wrong key in a section of `evals`."""
+  evaluator = _named(where, section, EVALUATORS, "classification", "type")
+  optional = ("type", *(f"every_{unit}" for unit in _DURATIONS))
+  given = ("model", "batches", "mesh", *_GIVEN_DATA)
+  config.check(
+    where, section, data.eval_batches, evaluator, given=given, needed=("data",), optional=optional
+  )
+  config.check(f"{where}.data", section["data"], data.make_source)
+
+
+def build_model(section: Mapping[str, Any], num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+  """Returns the model, and the JSON-able record from which it can be built again."""
+  record = {"name": "flexivit", "num_classes": num_classes, **section}
+  return MODELS[record["name"]](**_without(record, "name")), record
+
+
+def build_evaluation(section: Mapping[str, Any], every: int) -> Evaluation:
+  """Opens an evaluator's data; its device programs are made later, by `make(model, mesh)`."""
+  source = data.make_source(**section["data"])
+  evaluator = EVALUATORS[section.get("type", "classification")]
+  process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+
+  def make(model: nn.Module, mesh: Any) -> Any:
+    loading = {
+      k: section[k] for k in inspect.signature(data.eval_batches).parameters if k in section
+    }
+    scoring = {k: section[k] for k in inspect.signature(evaluator).parameters if k in section}
+    return evaluator(model, data.eval_batches(source, **loading, **process), mesh, **scoring)
+
+  return Evaluation(make, every, source, section["pp"])
+
+
+def example_shape(source: data.Source, pp: str, num_classes: int) -> tuple[int, int, int]:
+  """Returns (h, w, c) of what the preprocessing makes of the first example, whose labels have to fit the model."""
+  example = next(iter(data.eval_batches(source, pp, batch_size=1, threads=0)))
+  image, labels = example.get("image"), example.get("labels")
+  if image is None or image.ndim != 4:
+    got = "no 'image'" if image is None else f"an image of shape {image.shape[1:]}"
+    raise errors.UserError(f"input.pp gives {got}; expected [h, w, c] under the key 'image'.")
+  if labels is None or labels.shape[1:] != (num_classes,):
+    got = "no 'labels'" if labels is None else f"labels of shape {labels.shape[1:]}"
+    fix = f"use onehot({num_classes}) and keep 'labels'"
+    raise errors.UserError(f"input.pp gives {got}; the model has {num_classes} classes: {fix}.")
+  return image.shape[1:]
+
+
+def _train_batches(
+  source: data.Source, section: Mapping[str, Any], seed: int, total: int, start_step: int
+) -> data.TrainBatches:
+  process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+  options = {k: v for k, v in section.items() if k not in ("data", "pp")}
+  return data.train_batches(
+    source, section["pp"], seed=seed, num_steps=total, start_step=start_step, **options, **process
+  )
+
+
+def _every(
+  where: str, section: Mapping[str, Any], *, default: int, sizes: Mapping[str, int], total: int
+) -> int:
+  given = {unit: section[f"every_{unit}"] for unit in _DURATIONS if f"every_{unit}" in section}
+  every = schedules.to_steps(f"{where}.every", **given, **sizes, total_steps=total, default=default)
+  if every < 1:
+    raise errors.UserError(f"{where}: every 0 steps is never; give at least 1, or leave it out.")
+  return every
+
+
+def _named(
+  where: str, section: Mapping[str, Any], table: Mapping[str, Any], default: str, key: str = "name"
+) -> Any:
+  name = section.get(key, default)
+  if name not in table:
+    raise errors.unknown(f"{where}.{key}", name, table)
+  return table[name]
+
+
+def _without(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+  return {k: v for k, v in section.items() if k not in keys}

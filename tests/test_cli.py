@@ -1,0 +1,147 @@
+"""The command `flexivit`, as a user calls it."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flexivit_jax import arguments, cli, errors
+from flexivit_jax.evaluate import parse_sizes
+
+DEMO = ["--config.total_steps=20", "--config.model.depth=1", "--config.model.width=16"]
+DEMO += ["--config.checkpoint.every_steps=20", "--config.optim.schedule.warmup_steps=2"]
+
+
+def flexivit(*args, **kwargs):
+  command = [sys.executable, "-m", "flexivit_jax.cli", *map(str, args)]
+  return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run of a tiny model on digits, by the command line."""
+  workdir = tmp_path_factory.mktemp("run")
+  assert cli.main(["train", "--config=configs/digits.py", f"--workdir={workdir}", *DEMO]) == 0
+  return workdir
+
+
+@pytest.mark.parametrize("command", ["", "train", "eval", "predict", "report"])
+def test_help_answers_at_once(command, tmp_path):
+  def seconds():
+    begin = time.perf_counter()
+    done = flexivit(*filter(None, [command]), "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "usage: flexivit" in done.stdout
+    return time.perf_counter() - begin
+
+  assert statistics.median(seconds() for _ in range(3)) < 1.0
+
+
+def test_help_imports_no_jax():
+  code = "import sys, flexivit_jax.cli, flexivit_jax.arguments; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (["train", "--config=nowhere.py", "--workdir=x"], "known: cifar10, digits"),
+    (["train", "--config=digit", "--workdir=x"], "Did you mean 'digits'?"),
+    (["train", "--config=digits:fixd=8", "--workdir=x"], "Did you mean 'fixed'?"),
+    (
+      ["train", "--config=digits", "--workdir=x", "--config.optim.lrr=1"],
+      "Did you mean 'optim.lr'?",
+    ),
+    (
+      ["train", "--config=digits", "--workdir=x", "--config.total_step=1"],
+      "Did you mean 'total_steps'?",
+    ),
+    (["train", "--config=digits", "--workdir=x", "--config.total_steps=many"], "expected a int"),
+    (["train", "--config=digits", "--workdir=x", "--work_dir=y"], "Did you mean '--workdir'?"),
+    (["predict", "x.jpg", "--checkpoint=nothing", "--seqhw=3"], "nothing does not exist"),
+    (["report", "nothing"], "flexivit eval"),
+  ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(args, message, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert cli.main(args) == cli.USAGE_ERROR
+  err = capsys.readouterr().err
+  assert message in err and err.count("\n") == 1 and err.startswith("flexivit: error: ")
+  assert not (tmp_path / "x").exists()
+
+
+def test_eval_writes_what_training_wrote(run, tmp_path, capsys):
+  out = tmp_path / "again.json"
+  args = ["eval", "--config=digits", f"--checkpoint={run}", "--seqhw=all", f"--out={out}"]
+  assert cli.main(args) == 0
+  first, again = (json.loads(p.read_text()) for p in (run / "eval.json", out))
+  stable = lambda rows: [{k: v for k, v in r.items() if k != "ms"} for r in rows]  # noqa: E731
+  assert stable(first["rows"]) == stable(again["rows"])
+  assert {k: v for k, v in first.items() if k != "rows"} == {
+    k: v for k, v in again.items() if k != "rows"
+  }
+  assert "seqhw" in capsys.readouterr().out
+
+
+def test_eval_at_sizes_that_were_never_trained(run, tmp_path):
+  out = tmp_path / "eval.json"
+  args = ["eval", "--config=digits", f"--checkpoint={run}", "--seqhw=12,4x6", f"--out={out}"]
+  assert cli.main(args) == 0
+  rows = json.loads(out.read_text())["rows"]
+  assert [(r["seqhw"], r["patch"], r["tokens"]) for r in rows] == [(12, 2, 144), ("4x6", "6x4", 24)]
+
+
+def test_predict_prints_five_classes_and_the_time(run, tmp_path, capsys):
+  image = tmp_path / "digit.png"
+  Image.fromarray(np.full((8, 8), 200, np.uint8)).save(image)
+  assert cli.main(["predict", str(image), f"--checkpoint={run}", "--seqhw=8"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith(str(image)) and " ms)" in lines[0]
+  assert len(lines) == 6 and all("%" in line for line in lines[1:])
+
+
+def test_predict_at_a_size_that_does_not_divide_lists_those_that_do(run, tmp_path, capsys):
+  image = tmp_path / "digit.png"
+  Image.fromarray(np.zeros((8, 8), np.uint8)).save(image)
+  assert cli.main(["predict", str(image), f"--checkpoint={run}", "--seqhw=7"]) == 2
+  assert "sizes that do: 1, 2, 3, 4, 6, 8, 12, 24" in capsys.readouterr().err
+
+
+def test_report_writes_the_page(run, tmp_path, capsys):
+  assert cli.main(["report", str(run), f"--out={tmp_path}"]) == 0
+  assert (tmp_path / "report.html").stat().st_size > 10_000
+  assert "FlexiViT" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_tensorflow_is_never_imported(run, tmp_path):
+  image = tmp_path / "digit.png"
+  Image.fromarray(np.zeros((8, 8), np.uint8)).save(image)
+  commands = [
+    ["train", "--config=digits", f"--workdir={tmp_path / 'run'}", *DEMO, "--config.total_steps=2"],
+    ["eval", "--config=digits", f"--checkpoint={run}", "--seqhw=2"],
+    ["predict", str(image), f"--checkpoint={run}", "--seqhw=2"],
+  ]
+  code = (
+    "import sys; from flexivit_jax import cli\n"
+    f"for c in {commands!r}: assert cli.main(c) == 0\n"
+    "sys.exit(', '.join({m.split('.')[0] for m in sys.modules} & {'tensorflow', 'torch', 'timm'}))"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+
+
+def test_sizes_on_the_command_line():
+  assert parse_sizes("5,8,4x6") == (5, 8, (4, 6))
+  for bad in ("", "5,", "0", "4x", "1x2x3", "-5", "x"):
+    with pytest.raises(errors.UserError, match="no size"):
+      parse_sizes(bad)
+
+
+def test_overrides_without_a_config_are_refused():
+  with pytest.raises(errors.UserError, match="no effect"):
+    arguments.parse(["report", "x", "--config.a=1"])
