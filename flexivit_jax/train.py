@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 
 from flexivit_jax import (
   allocator,
@@ -32,13 +33,14 @@ from flexivit_jax import (
   trees,
 )
 from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.models.flexivit import which_patch
 
 
 def train(settings: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
   """Trains, evaluates and saves what a config says into a run folder; continues where the folder left off.
 
   Returns:
-    The run folder: config.json, metrics.jsonl, tb/, checkpoints/, eval.json.
+    The run folder: config.json, parameters.txt, metrics.jsonl, tb/, checkpoints/, eval.json.
 
   Raises:
     UserError: a mistake in the config; a checkpoint that does not fit it; a loss that is not finite.
@@ -59,12 +61,14 @@ def train(settings: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
     state, batches = _start_or_resume(exp, checkpoints, mesh)
     stack.enter_context(batches)
     start = int(state.step)
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    (workdir / "parameters.txt").write_text(overview + "\n")
     writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start))
     evaluators = {name: e.make(exp.model, mesh) for name, e in exp.evaluations.items()}
     if start < exp.total_steps:
       programs = _compile(exp, state, mesh)
       for evaluator in evaluators.values():
-        evaluator.compile(state.params, _report_program("eval"))
+        evaluator.compile(state.params, _report_program("eval", exp))
       state = _loop(exp, state, batches, programs, evaluators, checkpoints, writer, mesh)
     _final_evaluation(exp, state, evaluators, writer, workdir)
   return workdir
@@ -118,7 +122,7 @@ def _compile(
   )
   sizes = patch_schedule.all_static(exp.flexi)
   return compilation.compile_each(
-    fn, (state, batch), sizes, donate=(0,), report=_report_program("train")
+    fn, (state, batch), sizes, donate=(0,), report=_report_program("train", exp)
   )
 
 
@@ -150,7 +154,8 @@ def _loop(
     due = [name for name, e in exp.evaluations.items() if step % e.every == 0 and not last]
     save = step % exp.save_every == 0 or last
     if step % exp.log_every == 0 or due or save:
-      _flush(exp, pending, writer, progress)
+      skipped = {"data_errors": len(batches.errors)} if batches.errors else {}
+      _flush(exp, pending, writer, progress.stats() | skipped)
     progress.update(step, data_wait=waited)
     with progress.paused():
       if save:
@@ -165,7 +170,7 @@ def _flush(
   exp: experiment.Experiment,
   pending: list[tuple[int, dict, dict]],
   writer: metrics.MetricsWriter,
-  progress: Any,
+  extra: dict[str, float],
 ) -> None:
   """Writes one row for each step since the last time; stops the run at the first loss that is not finite."""
   rows, pending[:] = jax.device_get(pending), []
@@ -181,7 +186,7 @@ def _flush(
       for k, f in exp.optimizer.schedules.items()
     }
     if step == rows[-1][0]:
-      values |= {k: v for k, v in progress.stats().items() if k != "eta_s"}
+      values |= {k: v for k, v in extra.items() if k != "eta_s"}
     writer.write(step, values)
     if not np.isfinite(measured["loss"]):
       writer.flush()
@@ -235,11 +240,13 @@ def _final_evaluation(
     results.write(results.file_of(workdir / "eval.json", name, evaluators), about, rows)
 
 
-def _report_program(kind: str) -> Any:
+def _report_program(kind: str, exp: experiment.Experiment) -> Any:
   def report(size: dict, program: compilation.Program) -> None:
-    mib = program.temp_bytes / 2**20
+    h, w, _ = exp.image_shape
+    ph, pw = which_patch((h, w), exp.model.patch_size, **size)
     _note(
-      f"compiled {kind} {compilation.size_name(size)}: {program.seconds:.1f} s, {mib:.1f} MiB temporary"
+      f"compiled {kind} {compilation.size_name(size)}: {h // ph * (w // pw)} tokens,"
+      f" {program.seconds:.1f} s, {program.temp_bytes / 2**20:.1f} MiB temporary"
     )
 
   return report

@@ -46,6 +46,17 @@ def test_help_imports_no_jax():
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_public_names_import_quickly():
+  code = "from flexivit_jax import FlexiViT, load, pi_resize"
+
+  def seconds():
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - begin
+
+  assert min(seconds() for _ in range(3)) < 2.0
+
+
 @pytest.mark.parametrize(
   ("args", "message"),
   [

@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from flexivit_jax import compilation, errors, experiment, metrics, train as train_lib, weights
 from flexivit_jax.checkpoint import Checkpoints
@@ -211,6 +212,24 @@ def test_accumulated_run_compiles_for_a_batch_that_is_divided(tmp_path):
 def test_sizes_that_do_not_divide_the_image_are_refused_before_anything_runs():
   with pytest.raises(errors.UserError, match="seqhw=5 does not divide"):
     experiment.build(**changed(flexi=dict(seqhw=dict(v=(2, 5)))))
+
+
+def test_a_skipped_image_is_counted(tmp_path):
+  rng = np.random.default_rng(0)
+  for name in "abc":
+    folder = tmp_path / "images" / "train" / name
+    folder.mkdir(parents=True)
+    for i in range(4):
+      Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).save(folder / f"{i}.png")
+  (tmp_path / "images" / "train" / "b" / "2.png").write_bytes(b"not an image")
+  data = dict(name="folder", data_dir=str(tmp_path / "images"), split="train")
+  config = changed(input=dict(CONFIG["input"], data=data, on_error="skip"), evals={})
+  train_lib.train(config, tmp_path / "run")
+  rows = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
+  assert rows[-1]["data_errors"] == 1
+  strict = changed(input=dict(CONFIG["input"], data=data), evals={})
+  with pytest.raises(errors.UserError, match=r"train/b/2\.png.*'folder' split 'train'"):
+    train_lib.train(strict, tmp_path / "strict")
 
 
 def test_size_names():
