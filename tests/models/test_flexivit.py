@@ -81,7 +81,8 @@ def _forward(params, image, patch_hw, posemb_hw, pool):
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
   kernel = p["embedding"]["kernel"]
   B = np.kron(*(_interpolation(o, n) for o, n in zip(kernel.shape, patch_hw, strict=False)))
-  w = np.linalg.pinv(B.T) @ kernel.reshape(B.shape[1], -1)
+  # The cut-off: see test_resize.
+  w = np.linalg.pinv(B.T, rcond=1e-10) @ kernel.reshape(B.shape[1], -1)
   w = w.reshape(*patch_hw, *kernel.shape[2:])
   (ph, pw), (gh, gw) = patch_hw, np.array(image.shape[:2]) // patch_hw
   patch = lambda i, j: image[i * ph : (i + 1) * ph, j * pw : (j + 1) * pw]  # noqa: E731
