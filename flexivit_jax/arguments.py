@@ -63,6 +63,11 @@ def _config(p: argparse.ArgumentParser) -> None:
   p.epilog = "--config.KEY=VALUE overrides a value of the config, e.g. --config.optim.lr=1e-3"
 
 
+def _checkpoint(p: argparse.ArgumentParser) -> None:
+  what = "a run folder, a checkpoint in it, or an .npz"
+  p.add_argument("--checkpoint", required=True, type=pathlib.Path, help=what)
+
+
 def _train(p: argparse.ArgumentParser) -> None:
   _config(p)
   p.add_argument(
@@ -72,12 +77,7 @@ def _train(p: argparse.ArgumentParser) -> None:
 
 def _eval(p: argparse.ArgumentParser) -> None:
   _config(p)
-  p.add_argument(
-    "--checkpoint",
-    required=True,
-    type=pathlib.Path,
-    help="a run folder, a checkpoint in it, or an .npz",
-  )
+  _checkpoint(p)
   p.add_argument(
     "--seqhw", default="all", help="'all' (those of the config) or e.g. 5,8,15: tokens per side"
   )
@@ -88,12 +88,7 @@ def _eval(p: argparse.ArgumentParser) -> None:
 
 def _predict(p: argparse.ArgumentParser) -> None:
   p.add_argument("image", nargs="+", type=pathlib.Path, help="image files")
-  p.add_argument(
-    "--checkpoint",
-    required=True,
-    type=pathlib.Path,
-    help="a run folder, a checkpoint in it, or an .npz",
-  )
+  _checkpoint(p)
   p.add_argument(
     "--seqhw", required=True, type=int, help="tokens per side: more is finer and slower"
   )
