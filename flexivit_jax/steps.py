@@ -55,7 +55,7 @@ def step(
     **size: static arguments of the model, e.g. `seqhw=15`.
 
   Returns:
-    The next state, and "loss" and "grad_norm" as float32 scalars.
+    The next state, and "loss", "grad_norm" and "param_norm" (of the next state) as float32 scalars.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step + 1)  # 0 is the initialisation's
   mix_key, dropout_key = jax.random.split(key)
@@ -73,10 +73,8 @@ def step(
   )
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  return TrainState(state.step + 1, params, opt_state), {
-    "loss": loss,
-    "grad_norm": optax.tree.norm(grads),
-  }
+  norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+  return TrainState(state.step + 1, params, opt_state), {"loss": loss, **norms}
 
 
 def _accumulated(value_and_grad: Callable, parts: int) -> Callable:

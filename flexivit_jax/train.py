@@ -33,6 +33,7 @@ from flexivit_jax import (
   trees,
 )
 from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.evaluators import classification
 from flexivit_jax.models.flexivit import which_patch
 
 
@@ -172,15 +173,11 @@ def _flush(
   writer: metrics.MetricsWriter,
   extra: dict[str, float],
 ) -> None:
-  """Writes one row for each step since the last time; stops the run at the first loss that is not finite."""
+  """Writes one row for each step since the last time; stops the run at the first that is not finite."""
   rows, pending[:] = jax.device_get(pending), []
   for step, size, measured in rows:
-    values = {k: v if isinstance(v, int) else "x".join(map(str, v)) for k, v in size.items()}
-    values |= {
-      "loss": measured["loss"],
-      "grad_norm": measured["grad_norm"],
-      "epoch": step / exp.steps_per_epoch,
-    }
+    values: dict[str, Any] = {k: classification.size_text(v) for k, v in size.items()}
+    values |= {**measured, "epoch": step / exp.steps_per_epoch}
     values |= {
       f"schedule/{k}" if k != ".*" else "schedule": f(step - 1)
       for k, f in exp.optimizer.schedules.items()
@@ -188,11 +185,13 @@ def _flush(
     if step == rows[-1][0]:
       values |= {k: v for k, v in extra.items() if k != "eta_s"}
     writer.write(step, values)
-    if not np.isfinite(measured["loss"]):
+    # Each of the three: a checkpoint of this step must not hold what the next one would stumble over.
+    bad = [f"{name} is {value}" for name, value in measured.items() if not np.isfinite(value)]
+    if bad:
       writer.flush()
-      message = f"The loss is {measured['loss']} at step {step} ({compilation.size_name(size)})"
       raise errors.UserError(
-        f"{message}; stopped. The last checkpoint is from before. Lower optim.lr, or set optim.clip."
+        f"At step {step} ({compilation.size_name(size)}) {', '.join(bad)}; stopped. The last"
+        " checkpoint is from before. Lower optim.lr, or set optim.clip."
       )
 
 

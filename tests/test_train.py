@@ -167,15 +167,22 @@ def test_the_device_is_read_only_when_it_logs(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-  # At this rate the parameters overflow in the first steps, also between two logged ones.
-  bad = changed(optim=dict(lr=1e30, name="sgd", schedule=dict(decay_type="constant")))
-  bad |= dict(log_every=3, checkpoint=dict(every_steps=1))
-  with pytest.raises(errors.UserError, match=r"loss is (nan|inf) at step \d \(seqhw=\d\)"):
+  # The schedule is 0 at step 1 (warm-up), and makes the parameters overflow at step 2.
+  bad = changed(
+    optim=dict(lr=1e38, name="sgd", schedule=dict(decay_type="linear", warmup_steps=2)),
+    checkpoint=dict(every_steps=1, keep=1),
+    log_every=6,
+    evals={},
+  )
+  with pytest.raises(errors.UserError, match=r"At step 2 \(seqhw=\d\) .*param_norm is (nan|inf)"):
     train_lib.train(bad, tmp_path)
   rows = metrics.read_rows(tmp_path / "metrics.jsonl")
-  assert rows[-1]["loss"] is None  # NaN in strict JSON
-  saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*"))
-  assert saved and saved[-1] < rows[-1]["step"]
+  assert [r["step"] for r in rows] == [1, 2]
+  assert rows[-1]["param_norm"] is None  # NaN or infinity in strict JSON
+  saved = [int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")]
+  assert saved == [1]
+  _, params = weights.load(tmp_path)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_all_differences(whole, tmp_path):
