@@ -46,6 +46,13 @@ INSTEAD: dict[str, str] = {
   f"flexivit train --config {FOLDER} --workdir runs/photos": f"python {MAKE_PHOTOS} && flexivit train"
   f" --config {FOLDER} {SHORT} --config.flexi.seqhw.v='(5,)' --workdir runs/photos",
 }
+for form, debug, folder in (
+  ("", ":debug", "flexivit"),
+  (":fixed=8", ":fixed=8,debug", "fixed8"),
+  (":fixed=4", ":fixed=4,debug", "fixed4"),
+):
+  train = "flexivit train --config configs/cifar10.py{} --workdir runs/cifar10/{}"
+  INSTEAD[train.format(form, folder)] = train.format(debug, folder)
 
 # Shown command: why it is not run.
 NOT_RUN: dict[str, str] = {}
