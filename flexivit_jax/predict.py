@@ -43,26 +43,30 @@ def predict(
   """Classifies image files with a checkpoint at one patch size.
 
   Args:
-    images: image files, prepared as in the run's evaluation (an .npz: squashed to a square of `image_size`).
+    images: image files, prepared as in the run's evaluation (other weights: squashed to a square of `image_size`).
     checkpoint: what `weights.load` takes.
     seqhw: tokens per side.
-    image_size: pixels a side for an .npz; default 240, as in the paper.
+    image_size: pixels a side for weights that are of no run; default that of a fixed model, or 240 as in the paper.
     k: how many classes.
 
   Raises:
     UserError: an image that cannot be read, a size that does not divide it, `image_size` where it is known already.
   """
   model, params, record = weights.load_with_record(checkpoint)
-  if record and image_size:
+  if record.get("pp") and image_size:
     raise errors.UserError(
       f"--image_size={image_size}: {checkpoint} says how to prepare its images; leave it out."
     )
-  prepare = data.parse(record.get("pp") or _PP.format(size=image_size or 240))
+  prepare = data.parse(record.get("pp") or _PP.format(size=image_size or _side(record)))
   forward = jax.jit(
     lambda p, image: jax.nn.softmax(model.apply({"params": p}, image, seqhw=seqhw)[0])
   )
   names = record.get("class_names") or [""] * model.num_classes
   return [_one(forward, params, _read(path, prepare), names, k) for path in images]
+
+
+def _side(record: dict[str, Any]) -> int:
+  return (record.get("image_size") or [240])[0]
 
 
 def _read(path: pathlib.Path, prepare: data.Preprocess) -> np.ndarray:

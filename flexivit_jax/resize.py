@@ -153,10 +153,12 @@ def norm_resize(
 KERNEL_RESIZES = {"pi": pi_resize, "plain": plain_resize, "area": area_resize, "norm": norm_resize}
 
 
-def resize_grid(grid: Float[Array, "h w d"], hw: tuple[int, int]) -> Float[Array, "new_h new_w d"]:
+def resize_grid(
+  grid: Float[Array, "h w d"], hw: tuple[int, int], operator: str = "linear_antialias"
+) -> Float[Array, "new_h new_w d"]:
   """Position grid resized linearly, antialiased on an axis that shrinks: what the reference does at run time."""
   return _apply(
-    grid, [resize_matrix(o, n, "linear_antialias") for o, n in zip(grid.shape[:2], hw, strict=True)]
+    grid, [resize_matrix(o, n, operator) for o, n in zip(grid.shape[:2], hw, strict=True)]
   )
 
 

@@ -21,6 +21,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import hypothesis
 import jax
 import jaxtyping
+import numpy as np
 import pytest
 
 # Checks every annotation in the package, which must not be imported before. An int may stand where
@@ -57,3 +58,28 @@ def shared() -> Path:
 def repository() -> Path:
   """The top level of the repository."""
   return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def timm_state_dict():
+  """Makes random arrays with timm's names and the shapes of a small ViT: 4 heads, 32x32 pixels."""
+
+  def make(*, layer_scale=False, cls=True, cls_position=True, classes=7, width=32):
+    """Random arrays with timm's names and shapes."""
+    rng, depth, patch, cells = np.random.default_rng(0), 2, 8, 16
+    d, mlp = width, 48
+    block = {"norm1.weight": (d,), "norm1.bias": (d,), "norm2.weight": (d,), "norm2.bias": (d,)}
+    dense = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (mlp, d), "mlp.fc2": (d, mlp)}
+    for name, shape in dense.items():
+      block |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    if layer_scale:
+      block |= {"ls1.gamma": (d,), "ls2.gamma": (d,)}
+    shapes = {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
+    shapes |= {"patch_embed.proj.weight": (d, 3, patch, patch), "patch_embed.proj.bias": (d,)}
+    shapes |= {"pos_embed": (1, cells + (cls and cls_position), d)}
+    shapes |= {"norm.weight": (d,), "norm.bias": (d,)} | ({"cls_token": (1, 1, d)} if cls else {})
+    if classes:
+      shapes |= {"head.weight": (classes, d), "head.bias": (classes,)}
+    return {n: (0.3 * rng.normal(size=s)).astype(np.float32) for n, s in shapes.items()}
+
+  return make

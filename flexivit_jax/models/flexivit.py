@@ -57,6 +57,7 @@ class FlexiViT(nn.Module):
     posemb: "learn" or "sincos2d" (computed for the grid at hand).
     kernel_resize: "pi" (the paper's) or a competitor: "plain", "area", "norm".
     kernel_operator: resize operator of the patches that "pi" undoes; see `resize.OPERATORS`.
+    grid_operator: resize operator of the position grid; timm's is "cubic_antialias".
     dtype: of the matrix products, "float32" or "bfloat16".
     scan, remat: one compiled loop over the blocks; recompute the blocks in the backward pass. Same numbers.
   """
@@ -76,6 +77,7 @@ class FlexiViT(nn.Module):
   gelu: str = "tanh"
   kernel_resize: str = "pi"
   kernel_operator: str = "linear"
+  grid_operator: str = "linear_antialias"
   dtype: str = "float32"
   scan: bool = False
   remat: bool = False
@@ -128,7 +130,7 @@ class FlexiViT(nn.Module):
     if self.posemb == "learn":
       shape = (1, self.posemb_size[0] * self.posemb_size[1], d)
       buffer = self.param("pos_embedding", nn.initializers.normal(d**-0.5), shape)
-      grid = resize.resize_grid(buffer.reshape(*self.posemb_size, d), (gh, gw))
+      grid = resize.resize_grid(buffer.reshape(*self.posemb_size, d), (gh, gw), self.grid_operator)
     else:
       grid = vit.sincos2d((gh, gw), d)
     x = out["with_posemb"] = (x + grid[None]).reshape(n, gh * gw, d)
@@ -170,6 +172,7 @@ CHOICES = {
   "gelu": tuple(vit.GELU),
   "kernel_resize": tuple(resize.KERNEL_RESIZES),
   "kernel_operator": tuple(resize.OPERATORS),
+  "grid_operator": tuple(resize.OPERATORS),
   "dtype": ("float32", "bfloat16"),
 }
 
@@ -220,10 +223,15 @@ def which_patch(
 
 
 def _divisors(image_hw: tuple[int, ...], square: bool) -> str:
-  each = [[i for i in range(1, side + 1) if side % i == 0] for side in image_hw]
+  each = [common_divisors((side,)) for side in image_hw]
   if square:
-    each = [[i for i in each[0] if i in each[1]]]
+    each = [common_divisors(image_hw)]
   return " and ".join(", ".join(map(str, sizes)) for sizes in each)
+
+
+def common_divisors(sides: tuple[int, ...]) -> list[int]:
+  """Returns the numbers that divide every side, from 1 up: the `seqhw` of an image of these pixels."""
+  return [i for i in range(1, min(sides) + 1) if not any(side % i for side in sides)]
 
 
 def gmacs(model: FlexiViT, image_hw: Size, grid_hw: Size, channels: int = 3) -> float:

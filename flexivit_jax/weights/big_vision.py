@@ -1,0 +1,100 @@
+"""big_vision's names, which are ours, and those of the original ViT files: what model the arrays belong to.
+
+The original files (github.com/google-research/vision_transformer, AugReg's too) number a block's parts in one row,
+call the position embedding `Transformer/posembed_input/pos_embedding` and give the class token a position.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from flexivit_jax import errors, trees
+from flexivit_jax.models import vit
+
+ORIGINAL_POSITION = "Transformer/posembed_input/pos_embedding"
+_ORIGINAL = {
+  "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
+  "LayerNorm_2": "LayerNorm_1",
+  "MlpBlock_3": "MlpBlock_0",
+}
+
+
+def from_original(arrays: Mapping[str, np.ndarray], posemb_size: Any = None) -> dict:
+  """Returns big_vision's names and arrays for those of an original ViT; the class token takes its position in."""
+  flat = {_renamed(name): array for name, array in arrays.items()}
+  position = flat.pop(ORIGINAL_POSITION)
+  flat["pos_embedding"], cls = split_position(position, flat.get("cls"), posemb_size)
+  return flat | ({} if cls is None else {"cls": cls})
+
+
+def _renamed(name: str) -> str:
+  parts = name.split("/")
+  if len(parts) > 2 and parts[1].startswith("encoderblock"):
+    parts[2] = _ORIGINAL.get(parts[2], parts[2])
+  return "/".join(parts)
+
+
+def split_position(
+  position: Float[np.ndarray, "1 l d"],
+  cls: Float[np.ndarray, "1 1 d"] | None,
+  posemb_size: tuple[int, int] | None = None,
+) -> tuple[Float[np.ndarray, "1 cells d"], Float[np.ndarray, "1 1 d"] | None]:
+  """Returns (position of the grid, class token plus its position); without such a position both as they are."""
+  cells = position.shape[1]
+  whole = cells == math.prod(posemb_size) if posemb_size else math.isqrt(cells) ** 2 == cells
+  if cls is None or whole:
+    return position, cls
+  return position[:, 1:], cls + position[:, :1]
+
+
+def infer_fields(params: dict, fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of the FlexiViT that parameters with big_vision's names belong to.
+
+  Raises:
+    UserError: if an array that tells the architecture is missing.
+  """
+  flat = trees.flatten(vit.unstack_blocks(params) if "Transformer" in params else params)
+  block = "Transformer/encoderblock_0"
+  query = f"{block}/MultiHeadDotProductAttention_0/query/kernel"
+  dense = f"{block}/MlpBlock_0/Dense_0/kernel"
+  require(flat, {"embedding/kernel": 4, query: 3, dense: 2}, "a FlexiViT or ViT in big_vision's")
+  *patch_size, _, width = flat["embedding/kernel"].shape
+  blocks = {name.split("/")[1] for name in flat if name.startswith("Transformer/encoderblock_")}
+  found = dict(
+    patch_size=tuple(patch_size),
+    width=width,
+    depth=len(blocks),
+    mlp_dim=flat[dense].shape[1],
+    num_heads=flat[query].shape[1],
+    pool_type="tok" if "cls" in flat else "map" if "MAPHead_0/probe" in flat else "gap",
+    num_classes=flat["head/bias"].shape[0] if "head/bias" in flat else 0,
+  )
+  if "pos_embedding" not in flat:
+    return found | {"posemb": "sincos2d"}
+  return found | {
+    "posemb_size": fields.get("posemb_size") or square(flat["pos_embedding"].shape[1])
+  }
+
+
+def require(flat: Mapping[str, np.ndarray], names: Mapping[str, int], what: str) -> None:
+  """Raises a UserError unless the names are there with so many axes: the arrays that tell the architecture."""
+  missing = [name for name in names if name not in flat]
+  if missing:
+    hints = "".join(f"{name}.{errors.nearest(name, flat)} " for name in missing)
+    raise errors.UserError(f"These are not the parameters of {what} names; missing {hints}")
+  for name, axes in names.items():
+    if flat[name].ndim != axes:
+      raise errors.UserError(f"{name}: expected {axes} axes, got shape {flat[name].shape}.")
+
+
+def square(cells: int) -> tuple[int, int]:
+  """Returns (side, side) of a square position grid; a UserError for another one."""
+  side = math.isqrt(cells)
+  if side * side != cells:
+    raise errors.UserError(
+      f"The position grid has {cells} cells, which is no square; give posemb_size=(h, w)."
+    )
+  return side, side

@@ -1,0 +1,123 @@
+"""Named arrays in files: `.npz` and `.safetensors`. Nothing is unpickled, and sizes are read before memory is taken."""
+
+import collections
+import json
+import math
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from flexivit_jax import errors
+
+Arrays = dict[str, np.ndarray]
+
+# The entry of an .npz that holds the record: JSON in UTF-8 as uint8. It stands beside "params/...", where big_vision's
+# loader, which takes "params" and leaves the rest, does not see it; bytes ("V") would stop it, text ("U") too.
+RECORD = "flexivit_record"
+_NO_WEIGHTS = ("opt/", "chrono")
+
+
+def read_npz(
+  path: pathlib.Path, *, max_expansion: float = 20, always_allowed: int = 2**24
+) -> tuple[Arrays, dict[str, Any]]:
+  """Returns (arrays by name, record) of an .npz; half precision is widened, an optimizer's arrays are left out.
+
+  Args:
+    path: the file.
+    max_expansion: the arrays may take this many times the size of the file; weights hardly compress.
+    always_allowed: bytes that the arrays may take in any case.
+
+  Raises:
+    UserError: not an .npz, arrays of Python objects (which would have to be unpickled), a name that stands there
+      twice, an array that is not as long as its header says, or a file that expands too much.
+  """
+  if not zipfile.is_zipfile(path):
+    raise errors.UserError(
+      f"{path} cannot be read as .npz: it is no zip archive, or only part of one."
+    )
+  try:
+    _check_headers(path, max_expansion, always_allowed)
+    with np.load(path, allow_pickle=False) as archive:
+      names = [n for n in archive.files if not n.startswith((*_NO_WEIGHTS, RECORD))]
+      record = _decode(archive[RECORD]) if RECORD in archive.files else {}
+      return {name: widened(archive[name]) for name in names}, record
+  except (zipfile.BadZipFile, zlib.error, ValueError, OSError, RuntimeError) as e:
+    raise errors.UserError(f"{path} cannot be read as .npz: {e}") from e
+
+
+def read_safetensors(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
+  """Returns (arrays by name, {}) of a .safetensors file; half precision is widened.
+
+  Raises:
+    UserError: the header is not that of such a file, or does not fit its length.
+  """
+  try:
+    with safetensors.safe_open(path, framework="np") as file:
+      return {name: widened(file.get_tensor(name)) for name in file.keys()}, {}  # noqa: SIM118
+  except (safetensors.SafetensorError, OSError, TypeError, AttributeError) as e:
+    raise errors.UserError(f"{path} cannot be read as .safetensors: {e}") from e
+
+
+READERS: dict[str, Callable[[pathlib.Path], tuple[Arrays, dict[str, Any]]]] = {
+  ".npz": read_npz,
+  ".safetensors": read_safetensors,
+}
+
+
+def encode(record: dict[str, Any]) -> np.ndarray:
+  """The record as the array that `read_npz` reads back."""
+  return np.frombuffer(json.dumps(record, allow_nan=False).encode(), np.uint8)
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+  """Half precision as float32, exactly; other arrays as they are. NumPy files hold bfloat16 as two raw bytes."""
+  if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+    array = array.view(ml_dtypes.bfloat16)
+  half = array.dtype in (np.float16, ml_dtypes.bfloat16)
+  return array.astype(np.float32) if half else array
+
+
+def _decode(array: np.ndarray) -> dict[str, Any]:
+  record = json.loads(array.tobytes().decode())
+  if not isinstance(record, dict):
+    raise ValueError(f"{RECORD} holds no JSON object")
+  return record
+
+
+def _check_headers(path: pathlib.Path, max_expansion: float, always_allowed: int) -> None:
+  with zipfile.ZipFile(path) as archive:
+    members = archive.infolist()
+    times = collections.Counter(m.filename for m in members)
+    if twice := [name for name, n in times.items() if n > 1]:
+      raise ValueError(f"{', '.join(twice)} stands there twice")
+    for member in members:
+      with archive.open(member) as file:
+        said = _said_bytes(file)
+      if said != member.file_size:
+        raise ValueError(f"{member.filename} says {said} bytes and has {member.file_size}")
+  total, packed = sum(m.file_size for m in members), path.stat().st_size
+  if total > max(max_expansion * packed, always_allowed):
+    raise ValueError(
+      f"{packed} bytes would expand to {total}; weights do not compress like that (limit: {max_expansion} times)"
+    )
+
+
+def _said_bytes(file: Any) -> int:
+  """Length of a .npy file by its own header; reads no more than that."""
+  version = np.lib.format.read_magic(file)
+  readers = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+  }
+  if version not in readers:
+    raise ValueError(f"version {version} of the .npy format holds no plain numbers")
+  shape, _, dtype = readers[version](file)
+  if dtype.hasobject:
+    raise ValueError("Object arrays would have to be unpickled; save plain numbers")
+  return file.tell() + math.prod(shape) * dtype.itemsize
