@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from flexivit_jax import errors
 
@@ -18,6 +19,10 @@ def parser() -> argparse.ArgumentParser:
   _predict(commands.add_parser("predict", help="classify images at a chosen patch size"))
   _report(
     commands.add_parser("report", help="accuracy against patch size and cost, as HTML and PNG")
+  )
+  _inspect(commands.add_parser("inspect", help="what a file with weights holds"))
+  _convert(
+    commands.add_parser("convert", help="weights of other projects as big_vision's .npz, verified")
   )
   return top
 
@@ -40,6 +45,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--seqhw",
         "--out",
         "--image_size",
+        "--num_heads",
+        "--mean",
+        "--std",
+        "--flexify",
         "--help",
       )
     ]
@@ -100,3 +109,54 @@ def _report(p: argparse.ArgumentParser) -> None:
     "runs", nargs="+", type=pathlib.Path, metavar="RUN", help="run folders, or their eval.json"
   )
   p.add_argument("--out", type=pathlib.Path, help="folder to write to (default: the first run's)")
+
+
+def _inspect(p: argparse.ArgumentParser) -> None:
+  p.add_argument("file", type=pathlib.Path, help="an .npz, a .safetensors file or a run folder")
+  _loading(p)
+
+
+def _convert(p: argparse.ArgumentParser) -> None:
+  p.add_argument("file", type=pathlib.Path, help="an .npz, a .safetensors file or a run folder")
+  p.add_argument("out", type=pathlib.Path, metavar="OUT.npz", help="file to write")
+  p.add_argument(
+    "--image_size",
+    type=int,
+    help="pixels a side for the certificate (default: the model's, or 240)",
+  )
+  _loading(p)
+
+
+def _loading(p: argparse.ArgumentParser) -> None:
+  p.add_argument("--num_heads", type=int, help="where the arrays do not say (timm's names)")
+  p.add_argument(
+    "--mean", type=_numbers, metavar="R,G,B", help="of the input, pixels in [0, 1]; with --std"
+  )
+  p.add_argument("--std", type=_numbers, metavar="R,G,B", help="see --mean; default 0.5,0.5,0.5")
+  p.add_argument(
+    "--flexify",
+    type=_numbers,
+    metavar="PATCH,GRID",
+    help="make a fixed model flexible: pixels of the kernel and cells of the grid, e.g. 32,7",
+  )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+  return tuple(float(part) for part in text.split(","))
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+  """Keyword arguments of `weights.load` in the arguments of a command.
+
+  Raises:
+    UserError: --flexify is not two whole numbers.
+  """
+  given = {
+    k: getattr(args, k) for k in ("num_heads", "mean", "std") if getattr(args, k) is not None
+  }
+  if args.flexify is None:
+    return given
+  if len(args.flexify) != 2 or any(n < 1 or n != int(n) for n in args.flexify):
+    raise errors.UserError("--flexify: expected PATCH,GRID, two whole numbers, e.g. 32,7.")
+  patch, grid = (int(n) for n in args.flexify)
+  return given | {"flexify": ((patch, patch), (grid, grid))}

@@ -7,15 +7,21 @@ from collections.abc import Sequence
 from flexivit_jax import allocator, arguments, errors
 
 USAGE_ERROR = 2
+MODULES = {
+  "train": "train",
+  "eval": "evaluate",
+  "predict": "predict",
+  "report": "report",
+  "inspect": "inspection",
+  "convert": "convert",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; a user's mistake is one line on stderr and exit code 2."""
   try:
     args = arguments.parse(sys.argv[1:] if argv is None else argv)
-    module = {"train": "train", "eval": "evaluate", "predict": "predict", "report": "report"}[
-      args.command
-    ]
+    module = MODULES[args.command]
     allocator.keep_memory()
     importlib.import_module(f"flexivit_jax.{module}").run(args)
   except errors.UserError as e:

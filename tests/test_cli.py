@@ -37,7 +37,9 @@ def run(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "predict", "report"])
+@pytest.mark.parametrize(
+  "command", ["", "train", "eval", "predict", "report", "inspect", "convert"]
+)
 def test_help_answers_at_once(command, tmp_path):
   def call():
     done = flexivit(*filter(None, [command]), "--help", cwd=tmp_path)
