@@ -24,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
   _convert(
     commands.add_parser("convert", help="weights of other projects as big_vision's .npz, verified")
   )
+  _export(
+    commands.add_parser("export", help="one model at several patch sizes, to run with jax alone")
+  )
   return top
 
 
@@ -49,6 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--mean",
         "--std",
         "--flexify",
+        "--platforms",
         "--help",
       )
     ]
@@ -127,6 +131,27 @@ def _convert(p: argparse.ArgumentParser) -> None:
   _loading(p)
 
 
+def _export(p: argparse.ArgumentParser) -> None:
+  p.add_argument(
+    "checkpoint", type=pathlib.Path, help="an .npz, a .safetensors file or a run folder"
+  )
+  p.add_argument("out", type=pathlib.Path, metavar="OUT.zip", help="file to write")
+  p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
+  p.add_argument(
+    "--seqhw",
+    required=True,
+    type=_whole_numbers,
+    metavar="N,N",
+    help="tokens per side, e.g. 8,15,30",
+  )
+  p.add_argument(
+    "--platforms",
+    type=lambda text: tuple(text.split(",")),
+    help="where it is to run, of cpu,cuda,rocm,tpu (default: cpu,cuda,tpu)",
+  )
+  _loading(p)
+
+
 def _loading(p: argparse.ArgumentParser) -> None:
   p.add_argument("--num_heads", type=int, help="where the arrays do not say (timm's names)")
   p.add_argument(
@@ -143,6 +168,10 @@ def _loading(p: argparse.ArgumentParser) -> None:
 
 def _numbers(text: str) -> tuple[float, ...]:
   return tuple(float(part) for part in text.split(","))
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+  return tuple(int(part) for part in text.split(","))
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ MODULES = {
   "report": "report",
   "inspect": "inspection",
   "convert": "convert",
+  "export": "exporting",
 }
 
 

@@ -1,0 +1,77 @@
+"""Runs what `flexivit export` wrote: `load_artifact("vit.zip").predict(image, 15)`.
+
+Stands alone, to be copied into your own project: needs jax and numpy, nothing of flexivit_jax. Unpickles nothing.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+
+class Artifact(NamedTuple):
+  """The record, and for each size a function from images [n, h, w, c] to logits [n, k]."""
+
+  record: dict[str, Any]
+  programs: dict[int, Callable[[Any], jax.Array]]
+
+  @property
+  def sizes(self) -> tuple[int, ...]:
+    """Tokens per side that `predict` takes."""
+    return tuple(self.programs)
+
+  def predict(self, image: Any, size: int) -> np.ndarray:
+    """Logits [n, k] of images [n, h, w, c] in [-1, 1]; ValueError for another size or shape of image."""
+    if size not in self.programs:
+      raise ValueError(f"size={size} is not in this artifact; it has {self.sizes}.")
+    _, *shape = np.shape(image)
+    if shape != self.record["image_shape"]:
+      raise ValueError(f"Expected images of shape {self.record['image_shape']}, got {shape}.")
+    return np.asarray(self.programs[size](np.asarray(image, np.float32)))
+
+
+def load_artifact(path: Any) -> Artifact:
+  """Reads an artifact and checks the sha256 of each part; ValueError for a file that is damaged or too new."""
+  errors = zipfile.BadZipFile, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError
+  try:
+    with zipfile.ZipFile(path) as file:  # its parts are not compressed, so reading does not expand
+      parts = {i.filename: file.read(i) for i in file.infolist() if i.compress_type == 0}
+    record = json.loads(parts["record.json"])
+    if record["format"] != "flexivit artifact 1":
+      raise ValueError(f"its format is {record['format']!r}, not 'flexivit artifact 1'")
+  except errors as e:
+    raise ValueError(f"{path} cannot be read; copy or export it again: {e}") from e
+  for name, digest in record["sha256"].items():
+    if hashlib.sha256(parts.get(name, b"")).hexdigest() != digest:
+      raise ValueError(f"{path}: {name} is damaged (wrong sha256); copy or export it again.")
+  weights = _arrays(parts["weights.npz"])
+  return Artifact(record, {s: _program(parts, weights, record, s) for s in record["sizes"]})
+
+
+def _arrays(part: bytes) -> dict[str, jax.Array]:
+  return {k: jnp.asarray(v) for k, v in np.load(io.BytesIO(part), allow_pickle=False).items()}
+
+
+def _program(parts: dict[str, bytes], weights: Any, record: Any, size: int) -> Callable[[Any], Any]:
+  """The StableHLO of one size in place of that of an empty function with the same signature."""
+  weights = weights | _arrays(parts[f"{size}/embedding.npz"])
+  image = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *record["image_shape"]), np.float32)
+  empty = jax.jit(lambda w, x: jnp.zeros((x.shape[0], record["outputs"])), keep_unused=True)
+  exported = export.export(empty, platforms=record["platforms"])(weights, image)
+  module: dict[str, Any] = {"mlir_module_serialized": parts[f"{size}/program.mlirbc"]}
+  module["calling_convention_version"] = record["calling_convention_version"]
+  exported = dataclasses.replace(exported, **module)
+  try:
+    exported.mlir_module()
+  except jax.errors.JaxRuntimeError as e:
+    raise ValueError(f"Made with jax {record['jax']}, not readable by {jax.__version__}.") from e
+  return functools.partial(jax.jit(exported.call), weights)
