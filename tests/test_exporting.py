@@ -62,6 +62,15 @@ def test_for_other_platforms_only_it_is_written_and_not_compared(export, tmp_pat
     assert json.loads(written.read("record.json"))["platforms"] == ["tpu"]
 
 
+def test_where_jax_is_told_to_leave_out_the_cpu_it_is_not_compared(export, capsys, monkeypatch):
+  def devices(kind):
+    raise RuntimeError(f"Unknown backend {kind}")
+
+  monkeypatch.setattr(exporting.jax, "devices", devices)
+  assert export("--seqhw=2") == 0
+  assert "not compared" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
