@@ -3,7 +3,12 @@
     flexivit train --config configs/cifar10.py --workdir runs/cifar10
     flexivit train --config configs/cifar10.py:fixed=8 --workdir runs/cifar10_fixed8
 
-The second is a ViT of one patch size in the same budget. Where the data is not in TFDS's own folder, add
+The second is a ViT of one patch size in the same budget.
+
+Expect, in top-1 on the test images (seed 0): FlexiViT 55.5, 60.8, 65.5, 66.6 % at GRIDS, fixed=8 71.0 % at its own
+size. 78 and 105 minutes on one busy CPU core; two cores of their own should take about half (docs/results.md).
+
+Where the data is not in TFDS's own folder, add
 --config.input.data.data_dir=DIR (for training and test). To prepare it, in another environment:
 `pip install tensorflow-datasets tensorflow && tfds build cifar10 --file_format=array_record`.
 The recipe is ours; the method is FlexiViT's (arXiv 2212.08013).
