@@ -6,7 +6,7 @@
 The second is a ViT of one patch size in the same budget.
 
 Expect, in top-1 on the test images (seed 0): FlexiViT 55.5, 60.8, 65.5, 66.6 % at GRIDS, fixed=8 71.0 % at its own
-size. 78 and 105 minutes on one busy CPU core; two cores of their own should take about half (docs/results.md).
+size. 78 and 105 minutes on one core of a busy machine (docs/results.md).
 
 Where the data is not in TFDS's own folder, add
 --config.input.data.data_dir=DIR (for training and test). To prepare it, in another environment:
