@@ -25,7 +25,7 @@ def describe(model: FlexiViT, params: dict, record: dict[str, Any]) -> list[str]
     "architecture": f"{size}, pool {model.pool_type}, {head}",
     "parameters": f"{trees.count(params):,}",
     "native size": f"kernel {patch} pixels, position grid {grid}",
-    "activation": f"gelu {model.gelu}, LayerNorm eps {record['layer_norm_eps']:g}",
+    "activation": f"gelu {model.gelu}, LayerNorm eps {model.layer_norm_eps:g}",
     "position": record["position"],
     "resized by": f"kernel {model.kernel_operator}, grid {model.grid_operator}",
     "image": _image(record.get("image_size") or record.get("image_shape")),

@@ -53,7 +53,11 @@ class FlexiViT(nn.Module):
     variant: "B" or "B/16": gives width, depth, mlp_dim, num_heads (and patch_size) where these are not given.
     patch_size: pixels (h, w) of the stored kernel: the buffer that is resized, not the patch size in use.
     posemb_size: cells (h, w) of the stored grid of position embeddings.
-    pool_type: "tok" (class token), "gap" (mean of the tokens) or "map" (attention pooling).
+    pool_type: "tok" (class token), "gap" (mean of the patches' tokens) or "map" (attention pooling); "tok+gap" and
+      "tok+reg" concatenate two (DINOv2's linear head; DeiT's class and distillation token).
+    registers: number of learned tokens without a position, between the class token and the patches (DINOv2's).
+    pre_norm: a LayerNorm before the first block (CLIP's).
+    layer_norm_eps: of every LayerNorm.
     posemb: "learn" or "sincos2d" (computed for the grid at hand).
     kernel_resize: "pi" (the paper's) or a competitor: "plain", "area", "norm".
     kernel_operator: resize operator of the patches that "pi" undoes; see `resize.OPERATORS`.
@@ -72,6 +76,9 @@ class FlexiViT(nn.Module):
   num_heads: int | None = None
   posemb: str = "learn"
   pool_type: str = "tok"
+  registers: int = 0
+  pre_norm: bool = False
+  layer_norm_eps: float = 1e-6
   dropout: float = 0.0
   head_zeroinit: bool = True
   gelu: str = "tanh"
@@ -135,39 +142,55 @@ class FlexiViT(nn.Module):
       grid = vit.sincos2d((gh, gw), d)
     x = out["with_posemb"] = (x + grid[None]).reshape(n, gh * gw, d)
 
-    if self.pool_type == "tok":
+    if self.registers:
+      shape = (1, self.registers, d)
+      registers = self.param("registers", nn.initializers.normal(d**-0.5), shape)
+      x = jnp.concatenate([jnp.tile(registers, (n, 1, 1)), x], axis=1)
+    if "tok" in self.pool_type:
       cls = self.param("cls", nn.initializers.zeros, (1, 1, d))
       x = jnp.concatenate([jnp.tile(cls, (n, 1, 1)), x], axis=1)
+    if self.pre_norm:
+      x = nn.LayerNorm(self.layer_norm_eps, name="pre_norm")(x)
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
 
     x, out["encoder"] = vit.Encoder(
       self.depth, self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.scan, self.remat,
-      name="Transformer",
+      self.layer_norm_eps, name="Transformer",
     )(x, train)  # fmt: skip
     out["encoded"] = x
 
+    tokens = x[:, self.prefix_length :]
     if self.pool_type == "tok":
-      x, tokens = x[:, 0], x[:, 1:]
+      x = x[:, 0]
     elif self.pool_type == "gap":
-      x, tokens = x.mean(axis=1), x
+      x = tokens.mean(axis=1)
+    elif self.pool_type == "tok+gap":
+      x = jnp.concatenate([x[:, 0], tokens.mean(axis=1)], axis=-1)
+    elif self.pool_type == "tok+reg":
+      x = jnp.concatenate([x[:, 0], x[:, 1]], axis=-1)
     else:
-      x, tokens = (
-        vit.MAPHead(self.mlp_dim, self.num_heads, self.gelu, self.dtype, name="MAPHead_0")(x),
-        x,
-      )
+      x = vit.MAPHead(
+        self.mlp_dim, self.num_heads, self.gelu, self.dtype, self.layer_norm_eps, name="MAPHead_0"
+      )(x)
     out["head_input"] = out["pre_logits"] = x
     out["pre_logits_2d"] = tokens = tokens.reshape(n, gh, gw, d)
 
     if self.num_classes:
       init = nn.initializers.zeros if self.head_zeroinit else nn.initializers.lecun_normal()
       head = nn.Dense(self.num_classes, kernel_init=init, name="head")
-      out["logits_2d"] = head(tokens)
+      if x.shape[-1] == d:  # a head on two tokens has no logits for one
+        out["logits_2d"] = head(tokens)
       x = out["logits"] = head(x)
     return x, out
 
+  @property
+  def prefix_length(self) -> int:
+    """Tokens before those of the patches."""
+    return ("tok" in self.pool_type) + self.registers
+
 
 CHOICES = {
-  "pool_type": ("tok", "gap", "map"),
+  "pool_type": ("tok", "gap", "map", "tok+gap", "tok+reg"),
   "posemb": ("learn", "sincos2d"),
   "gelu": tuple(vit.GELU),
   "kernel_resize": tuple(resize.KERNEL_RESIZES),
@@ -186,6 +209,12 @@ def check_fields(model: FlexiViT) -> None:
     raise errors.UserError(
       f"width={model.width} must be a multiple of num_heads={model.num_heads}."
     )
+  if model.registers < (model.pool_type == "tok+reg"):
+    raise errors.UserError(
+      f"registers={model.registers}: expected 0 or more, and 1 or more with pool_type='tok+reg'."
+    )
+  if not model.layer_norm_eps > 0:
+    raise errors.UserError(f"layer_norm_eps={model.layer_norm_eps}: expected a number > 0.")
   for name in ("patch_size", "posemb_size"):
     size = getattr(model, name)
     if len(size) != 2 or min(size) < 1:
@@ -240,13 +269,16 @@ def gmacs(model: FlexiViT, image_hw: Size, grid_hw: Size, channels: int = 3) -> 
   The paper's GFLOPs are twice this (its ViT-B/8 at 224 px: 156).
   """
   d, tokens = model.width, grid_hw[0] * grid_hw[1]
-  length = tokens + (model.pool_type == "tok")
+  length = tokens + model.prefix_length
   block = 4 * length * d * d + 2 * length * length * d + 2 * length * d * model.mlp_dim
   pool = (
-    2 * tokens * d * d + 2 * tokens * d + 2 * d * d + 2 * d * model.mlp_dim
+    2 * length * d * d + 2 * length * d + 2 * d * d + 2 * d * model.mlp_dim
     if model.pool_type == "map"
     else 0
   )
   return (
-    image_hw[0] * image_hw[1] * channels * d + model.depth * block + pool + d * model.num_classes
+    image_hw[0] * image_hw[1] * channels * d
+    + model.depth * block
+    + pool
+    + d * (1 + ("+" in model.pool_type)) * model.num_classes
   ) / 1e9

@@ -50,7 +50,11 @@ def decode_variant(variant: str) -> dict[str, Any]:
   return VARIANTS[name]._asdict() | ({"patch_size": (int(patch), int(patch))} if patch else {})
 
 
-GELU = {"tanh": nn.gelu, "exact": lambda x: nn.gelu(x, approximate=False)}
+GELU = {
+  "tanh": nn.gelu,
+  "exact": lambda x: nn.gelu(x, approximate=False),
+  "quick": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+}
 
 
 class MlpBlock(nn.Module):
@@ -105,18 +109,19 @@ class EncoderBlock(nn.Module):
   dropout: float = 0.0
   gelu: str = "tanh"
   dtype: str = "float32"
+  layer_norm_eps: float = 1e-6
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "n l d"], train: bool = False
   ) -> tuple[Float[Array, "n l d"], dict]:
     out = {}
-    y = nn.LayerNorm(name="LayerNorm_0")(x)
+    y = nn.LayerNorm(self.layer_norm_eps, name="LayerNorm_0")(x)
     y = out["sa"] = Attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(
       y, y
     )
     x = out["+sa"] = x + nn.Dropout(self.dropout)(y, deterministic=not train)
-    y = nn.LayerNorm(name="LayerNorm_1")(x)
+    y = nn.LayerNorm(self.layer_norm_eps, name="LayerNorm_1")(x)
     y = out["mlp"] = MlpBlock(self.mlp_dim, self.dropout, self.gelu, self.dtype, name="MlpBlock_0")(
       y, train
     )
@@ -139,13 +144,16 @@ class Encoder(nn.Module):
   dtype: str = "float32"
   scan: bool = False
   remat: bool = False
+  layer_norm_eps: float = 1e-6
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "n l d"], train: bool = False
   ) -> tuple[Float[Array, "n l d"], dict]:
     out: dict[str, Any] = {}
-    fields = (self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype)
+    fields = (
+      self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.layer_norm_eps
+    )  # fmt: skip
     block = (
       nn.remat(EncoderBlock, static_argnums=(2,), prevent_cse=not self.scan)
       if self.remat
@@ -164,7 +172,7 @@ class Encoder(nn.Module):
       for i in range(self.depth):
         x, out[f"block{i:02d}"] = block(*fields, name=f"encoderblock_{i}")(x, train)
     out["pre_ln"] = x
-    return nn.LayerNorm(name="encoder_norm")(x), out
+    return nn.LayerNorm(self.layer_norm_eps, name="encoder_norm")(x), out
 
 
 class MAPHead(nn.Module):
@@ -174,6 +182,7 @@ class MAPHead(nn.Module):
   num_heads: int
   gelu: str = "tanh"
   dtype: str = "float32"
+  layer_norm_eps: float = 1e-6
 
   @nn.compact
   def __call__(self, x: Float[Array, "n l d"]) -> Float[Array, "n d"]:
@@ -182,7 +191,7 @@ class MAPHead(nn.Module):
     x = Attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(
       jnp.tile(probe, (n, 1, 1)), x
     ).astype(jnp.float32)
-    y = nn.LayerNorm(name="LayerNorm_0")(x)
+    y = nn.LayerNorm(self.layer_norm_eps, name="LayerNorm_0")(x)
     x = x + MlpBlock(self.mlp_dim, gelu=self.gelu, dtype=self.dtype, name="MlpBlock_0")(y)
     return x[:, 0]
 

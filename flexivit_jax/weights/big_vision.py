@@ -70,6 +70,8 @@ def infer_fields(params: dict, fields: Mapping[str, Any]) -> dict[str, Any]:
     mlp_dim=flat[dense].shape[1],
     num_heads=flat[query].shape[1],
     pool_type="tok" if "cls" in flat else "map" if "MAPHead_0/probe" in flat else "gap",
+    registers=flat["registers"].shape[1] if "registers" in flat else 0,
+    pre_norm="pre_norm/scale" in flat,
     num_classes=flat["head/bias"].shape[0] if "head/bias" in flat else 0,
   )
   if "pos_embedding" not in flat:

@@ -16,11 +16,6 @@ from flexivit_jax.weights import big_vision, files, timm_names
 
 Size = tuple[int, int]
 
-LAYER_NORM_EPS = (
-  1e-6  # Flax's default, with which our LayerNorms are built; timm's ViTs have the same
-)
-NO_INPUT = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
 
 class Source(NamedTuple):
   """What a file holds: parameters (a tree of NumPy arrays), the fields of their FlexiViT, and the record."""
@@ -71,7 +66,7 @@ def load_with_record(
   """As `load`, and a JSON-able record of what the arrays do not say; a run's also says what it was trained on.
 
   Keys: "format" (of this file), "source" (file and format that the weights came from), "model" (all fields),
-  "layer_norm_eps", "position", "image_size" (pixels, None where any will do), "native_patch_size", "native_grid",
+  "position", "image_size" (pixels, None where any will do), "native_patch_size", "native_grid",
   "notes".
   """
   source = read(pathlib.Path(path), fields)
@@ -153,7 +148,6 @@ def _describe(path: pathlib.Path, format_: str, model: FlexiViT) -> dict[str, An
   return {
     "format": format_,
     "source": {"file": path.name, "format": format_},
-    "layer_norm_eps": LAYER_NORM_EPS,
     "position": position,
     "image_size": None,
     "native_patch_size": list(model.patch_size),

@@ -15,7 +15,7 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.models import flexivit, vit
 from flexivit_jax.models.flexivit import FlexiViT
 
-POOLS = flexivit.CHOICES["pool_type"]
+POOLS = ("tok", "gap", "map")  # the reference's
 FIELDS = dict(
   num_classes=5, patch_size=(6, 6), posemb_size=(3, 3), width=16, depth=2, mlp_dim=24, num_heads=4
 )
@@ -53,9 +53,9 @@ def _interpolation(old, new, antialias=False):
   return weights / weights.sum(1, keepdims=True)
 
 
-def _norm(x, p):
+def _norm(x, p, eps=1e-6):
   mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-  return (x - mean) / np.sqrt(var + 1e-6) * p["scale"] + p["bias"]
+  return (x - mean) / np.sqrt(var + eps) * p["scale"] + p["bias"]
 
 
 def _gelu(x):
@@ -76,7 +76,7 @@ def _attend(q, kv, p):
   return np.einsum("hle,hed->ld", weight @ value, p["out"]["kernel"]) + p["out"]["bias"]
 
 
-def _forward(params, image, patch_hw, posemb_hw, pool):
+def _forward(params, image, patch_hw, posemb_hw, pool, eps=1e-6):
   """Returns (tokens after the patch embedding, pre-logits, logits) of one image [h, w, c]."""
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
   kernel = p["embedding"]["kernel"]
@@ -90,18 +90,21 @@ def _forward(params, image, patch_hw, posemb_hw, pool):
   stem = stem + p["embedding"]["bias"]
   grid = np.kron(*(_interpolation(o, n, True) for o, n in zip(posemb_hw, (gh, gw), strict=True)))
   x = stem + grid @ p["pos_embedding"][0]
-  x = np.concatenate([p["cls"][0], x]) if pool == "tok" else x
+  x = np.concatenate([p[name][0] for name in ("cls", "registers") if name in p] + [x])
+  x = _norm(x, p["pre_norm"], eps) if "pre_norm" in p else x
   for name in sorted(k for k in p["Transformer"] if k.startswith("encoderblock_")):
     b = p["Transformer"][name]
-    y = _norm(x, b["LayerNorm_0"])
+    y = _norm(x, b["LayerNorm_0"], eps)
     x = x + _attend(y, y, b["MultiHeadDotProductAttention_0"])
-    x = x + _mlp(_norm(x, b["LayerNorm_1"]), b["MlpBlock_0"])
-  x = _norm(x, p["Transformer"]["encoder_norm"])
+    x = x + _mlp(_norm(x, b["LayerNorm_1"], eps), b["MlpBlock_0"])
+  x = _norm(x, p["Transformer"]["encoder_norm"], eps)
   if pool == "map":
     head = p["MAPHead_0"]
     x = _attend(head["probe"][0], x, head["MultiHeadDotProductAttention_0"])
-    x = x + _mlp(_norm(x, head["LayerNorm_0"]), head["MlpBlock_0"])
-  x = x.mean(0) if pool == "gap" else x[0]
+    x = x + _mlp(_norm(x, head["LayerNorm_0"], eps), head["MlpBlock_0"])
+  mean = x[-len(stem) :].mean(0)
+  x = {"gap": [mean], "tok+gap": [x[0], mean], "tok+reg": [*x[:2]]}.get(pool, [x[0]])
+  x = np.concatenate(x)
   return stem, x, x @ p["head"]["kernel"] + p["head"]["bias"]
 
 
@@ -128,6 +131,32 @@ def test_forward_is_that_of_a_second_implementation(pool, hw, size, patch_hw):
     np.testing.assert_allclose(out["stem"][i].reshape(stem.shape), stem, atol=2e-5)
     np.testing.assert_allclose(out["pre_logits"][i], pre_logits, atol=2e-5)
     np.testing.assert_allclose(logits[i], want, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    dict(pool_type="tok", registers=3),
+    dict(pool_type="gap", registers=1, pre_norm=True),
+    dict(pool_type="map", registers=2, layer_norm_eps=0.1),
+    dict(pool_type="tok+gap", registers=2),
+    dict(pool_type="tok+reg", registers=2, pre_norm=True, layer_norm_eps=0.1),
+  ],
+)
+@pytest.mark.parametrize("scan", [False, True])
+def test_fields_for_models_of_other_projects(fields, scan):
+  model, params = make(**fields)
+  image = images()
+  logits, out = run(
+    make(scan=scan, **fields)[0], vit.stack_blocks(params) if scan else params, image, seqhw=3
+  )
+  for i in range(2):
+    pixels, eps = np.asarray(image[i], np.float64), fields.get("layer_norm_eps", 1e-6)
+    _, pre_logits, want = _forward(params, pixels, (8, 8), (3, 3), fields["pool_type"], eps)
+    np.testing.assert_allclose(out["pre_logits"][i], pre_logits, atol=2e-5)
+    np.testing.assert_allclose(logits[i], want, atol=2e-5)
+  assert out["pre_logits_2d"].shape == (2, 3, 3, 16)
+  assert ("logits_2d" in out) == ("+" not in fields["pool_type"])
 
 
 def _check_golden(folder, pool, sizes):
@@ -302,6 +331,7 @@ def test_gelu_is_tanh_by_default_and_exact_on_demand():
   x = np.linspace(-5, 5, 101, dtype=np.float32)
   np.testing.assert_allclose(vit.GELU["exact"](x), x * scipy.special.ndtr(x), atol=2e-6)
   np.testing.assert_allclose(vit.GELU["tanh"](x), _gelu(x), atol=2e-6)
+  np.testing.assert_allclose(vit.GELU["quick"](x), x / (1 + np.exp(-1.702 * x)), atol=2e-6)
 
 
 @pytest.mark.parametrize("kernel_resize", flexivit.CHOICES["kernel_resize"])
@@ -379,7 +409,10 @@ def test_a_field_beside_a_variant_wins():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    (dict(pool_type="tk"), "Unknown pool_type 'tk'; known: gap, map, tok. Did you mean 'tok'?"),
+    (
+      dict(pool_type="tk"),
+      "Unknown pool_type 'tk'; known: gap, map, tok, tok+gap, tok+reg. Did you mean 'tok'?",
+    ),
     (
       dict(posemb="learned"),
       "Unknown posemb 'learned'; known: learn, sincos2d. Did you mean 'learn'?",
@@ -393,6 +426,9 @@ def test_a_field_beside_a_variant_wins():
     (dict(variant="B/0"), "after the slash comes the patch size"),
     (dict(width=16, num_heads=3), "width=16 must be a multiple of num_heads=3"),
     (dict(width=16, num_heads=0), "width=16 must be a multiple of num_heads=0"),
+    (dict(registers=-1), "registers=-1: expected 0 or more"),
+    (dict(pool_type="tok+reg"), "1 or more with pool_type='tok+reg'"),
+    (dict(layer_norm_eps=0.0), "layer_norm_eps=0.0: expected a number > 0"),
     (dict(patch_size=(0, 8)), "patch_size=(0, 8) must be two positive integers"),
     (dict(posemb_size=(7, -7)), "posemb_size=(7, -7) must be two positive integers"),
   ],
@@ -433,12 +469,13 @@ def _multiply_adds(jaxpr):
   return total
 
 
-@pytest.mark.parametrize("pool", POOLS)
-def test_gmacs_count_the_matrix_products_that_are_run(pool):
+@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize("pool", [*POOLS, "tok+gap"])
+def test_gmacs_count_the_matrix_products_that_are_run(pool, registers):
   # Kernel and grid as stored, so that nothing is resized.
-  model, params = make(pool_type=pool, patch_size=(12, 4), posemb_size=(2, 6))
+  model, params = make(pool_type=pool, patch_size=(12, 4), posemb_size=(2, 6), registers=registers)
   apply = lambda p, x: model.apply({"params": p}, x)  # noqa: E731
   counted = _multiply_adds(jax.make_jaxpr(apply)(params, images(1)).jaxpr)
-  logits_2d = 12 * 16 * 5  # which nobody pays for who does not read them
+  logits_2d = ("+" not in pool) * 12 * 16 * 5  # which nobody pays for who does not read them
   want = flexivit.gmacs(model, (24, 24), (2, 6)) * 1e9
   np.testing.assert_allclose(counted - logits_2d, want, rtol=1e-12)

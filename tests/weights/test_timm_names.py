@@ -97,7 +97,7 @@ def test_logits_are_those_of_the_source(timm_state_dict, tmp_path, options, kind
   )
   assert record["source"]["format"] == f"{kind} in timm's names"
   assert record["image_size"] == [32, 32] and record["native_patch_size"] == [8, 8]
-  assert record["model"]["gelu"] == "exact" and record["layer_norm_eps"] == 1e-6
+  assert record["model"]["gelu"] == "exact" and record["model"]["layer_norm_eps"] == 1e-6
   assert any("LayerScale" in note for note in record["notes"]) == bool(options.get("layer_scale"))
 
 
