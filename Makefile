@@ -1,5 +1,6 @@
 # make demo   train on digits, evaluate at every patch size, write runs/demo/report.html
 # make test   the fast tests
+# make test-convert   the tests that need PyTorch, timm, transformers, ONNX; in an environment of their own
 # make lint   ruff, mypy, import-linter
 # make clean  remove the virtual environment and everything that tools have cached; runs/ stays
 #
@@ -9,7 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+CONVERT_VENV := .venv-convert
+CONVERT_STAMP := $(CONVERT_VENV)/.installed
+
+.PHONY: demo test test-convert lint clean
 
 demo: $(STAMP)
 	$(BIN)/flexivit train --config configs/digits.py --workdir runs/demo/flexivit
@@ -18,6 +22,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-convert: $(CONVERT_STAMP)
+	$(CONVERT_VENV)/bin/python -m pytest -m convert
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -33,6 +40,15 @@ $(STAMP): requirements.txt setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
+# torch first: of the builds that fit, pip then keeps the one that it finds at hand.
+$(CONVERT_STAMP): requirements.txt requirements-convert.txt setup.cfg pyproject.toml
+	@echo "Setting up $(CONVERT_VENV) (once, about two minutes) ..."
+	$(PYTHON) -m venv $(CONVERT_VENV)
+	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check $$(grep ^torch== requirements-convert.txt)
+	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-convert.txt
+	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(CONVERT_VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

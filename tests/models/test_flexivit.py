@@ -145,7 +145,7 @@ def test_forward_is_that_of_a_second_implementation(pool, hw, size, patch_hw):
 )
 @pytest.mark.parametrize("scan", [False, True])
 def test_fields_for_models_of_other_projects(fields, scan):
-  model, params = make(**fields)
+  _, params = make(**fields)
   image = images()
   logits, out = run(
     make(scan=scan, **fields)[0], vit.stack_blocks(params) if scan else params, image, seqhw=3
