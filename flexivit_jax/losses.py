@@ -1,4 +1,4 @@
-"""Per-example losses, and mixup. Everything is computed in float32 whatever the inputs are."""
+"""Per-example losses, distances between logits, and mixup, all in float32 whatever the inputs are."""
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,28 @@ def sigmoid_xent(logits: Float[Array, "n k"], labels: Float[Array, "n k"]) -> Fl
 
 
 LOSSES = {"softmax_xent": softmax_xent, "sigmoid_xent": sigmoid_xent}
+
+
+def kl(logits: Float[Array, "n k"], teacher: Float[Array, "n k"]) -> Float32[Array, "n"]:
+  """KL(teacher || student) in nats of the two softmax distributions.
+
+  Source: big_vision evaluators/proj/distill/distance.py, "kl" at t = 1.
+  """
+  log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (teacher, logits))
+  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def logsoftmax_euclidean(
+  logits: Float[Array, "n k"], teacher: Float[Array, "n k"]
+) -> Float32[Array, "n"]:
+  """Euclidean distance of the log-probabilities. Source: as `kl`; its 1e-12 keeps the gradient finite at 0."""
+  difference = jax.nn.log_softmax(logits.astype(jnp.float32)) - jax.nn.log_softmax(
+    teacher.astype(jnp.float32)
+  )
+  return jnp.sqrt(jnp.sum(difference**2, axis=-1) + 1e-12)
+
+
+DISTANCES = {"kl": kl, "logsoftmax_euclidean": logsoftmax_euclidean}
 
 
 def mixup(

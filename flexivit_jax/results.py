@@ -9,6 +9,9 @@ import jax
 
 from flexivit_jax import trees
 
+# What a row holds besides its evaluator's metrics.
+COLUMNS = ("seqhw", "patch", "tokens", "gflops", "ms", "n")
+
 
 def main_of(names: Collection[str]) -> str | None:
   """The evaluator whose results are a run's eval.json: "test", else the first in the alphabet."""
@@ -23,7 +26,7 @@ def file_of(main_file: pathlib.Path, name: str, names: Collection[str]) -> pathl
 
 
 def measure(evaluator: Any, params: Any) -> list[dict[str, Any]]:
-  """Returns a row for each size: seqhw, patch, tokens, gflops, ms, top1, top5, loss, n."""
+  """Returns a row for each size: `COLUMNS` and the evaluator's metrics."""
   scores = evaluator.run(params)
   return [score | cost for score, cost in zip(scores, evaluator.costs(params), strict=True)]
 
@@ -55,12 +58,23 @@ def write(path: pathlib.Path, described: dict[str, Any], rows: list[dict[str, An
 
 def table(rows: list[dict[str, Any]]) -> str:
   """Returns the rows as text, a line each."""
-  names = ("seqhw", "patch", "tokens", "GFLOPs", "ms", "top-1", "top-5", "loss", "n")
-  widths = (7, 7, 6, 8, 8, 7, 7, 7, 6)
-  head = " ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
-  lines = [
-    f"{r['seqhw']!s:>7} {r['patch']!s:>7} {r['tokens']:>6} {r['gflops']:>8.3g} {r['ms']:>8.3g} {r['top1']:>7.2%}"
-    f" {r['top5']:>7.2%} {r['loss']:>7.4f} {r['n']:>6}"
-    for r in rows
-  ]
-  return "\n".join([head, *lines])
+  names = [*COLUMNS[:-1], *(name for name in rows[0] if name not in COLUMNS), "n"]
+  cells = [[_heading(n) for n in names], *([_cell(n, row[n]) for n in names] for row in rows)]
+  widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+  return "\n".join(
+    "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+    for line in cells
+  )
+
+
+_HEADINGS = {"gflops": "GFLOPs", "top1": "top-1", "top5": "top-5"}
+
+
+def _heading(name: str) -> str:
+  return _HEADINGS.get(name, name)
+
+
+def _cell(name: str, value: Any) -> str:
+  if name.startswith(("top", "agree")):
+    return f"{value:.2%}"
+  return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -34,6 +34,7 @@ def init_params(
 def step(
   state: TrainState,
   batch: Batch,
+  frozen: Any = (),
   *,
   model: nn.Module,
   objective: Objective,
@@ -45,8 +46,9 @@ def step(
   """One update at one patch size.
 
   Args:
-    state: donated by `compile_steps`.
-    batch: "image" `[n, h, w, c]`, "labels" `[n, k]`; may hold more, which is ignored.
+    state: its memory may be donated.
+    batch: "image" `[n, h, w, c]` and what else the objective takes; may hold more, which is ignored.
+    frozen: the objective's, as an argument so that it is no constant of the program of each size.
     model: gives the logits as the first of two outputs.
     objective: what to minimise, see `objectives.base`.
     tx: the optimizer.
@@ -66,7 +68,7 @@ def step(
       rngs = {"dropout": key}
       return model.apply({"params": params}, image, train=True, rngs=rngs, **size)[0]
 
-    return objective.loss(predict, part).mean()
+    return objective.loss(predict, part, frozen).mean()
 
   loss, grads = _accumulated(jax.value_and_grad(mean_loss), accumulate)(
     state.params, prepared, dropout_key

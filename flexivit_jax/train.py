@@ -33,7 +33,7 @@ from flexivit_jax import (
   trees,
 )
 from flexivit_jax.checkpoint import Checkpoints
-from flexivit_jax.evaluators import classification
+from flexivit_jax.evaluators.per_size import size_text
 from flexivit_jax.models.flexivit import which_patch
 
 
@@ -67,10 +67,11 @@ def train(settings: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
     writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start))
     evaluators = {name: e.make(exp.model, mesh) for name, e in exp.evaluations.items()}
     if start < exp.total_steps:
-      programs = _compile(exp, state, mesh)
+      frozen = jax.device_put(exp.objective.frozen, sharding.replicated(mesh))
+      programs = _compile(exp, state, frozen, mesh)
       for evaluator in evaluators.values():
         evaluator.compile(state.params, _report_program("eval", exp))
-      state = _loop(exp, state, batches, programs, evaluators, checkpoints, writer, mesh)
+      state = _loop(exp, state, frozen, batches, programs, evaluators, checkpoints, writer, mesh)
     _final_evaluation(exp, state, evaluators, writer, workdir)
   return workdir
 
@@ -85,6 +86,7 @@ def _start_or_resume(
     return state, exp.batches(0)
   rest = {"step": state.step, "opt_state": state.opt_state}
   params, rest, record = checkpoints.restore(latest, state.params, rest)
+  _check_frozen(exp, record.get("frozen", {}), checkpoints.folder / str(latest))
   batches = exp.batches(0)
   batches.set_state(record["data"])
   epoch = latest / exp.steps_per_epoch
@@ -95,23 +97,30 @@ def _start_or_resume(
 
 
 def _init(exp: experiment.Experiment, mesh: Any) -> steps.TrainState:
-  def init() -> steps.TrainState:
+  def init(given: Any) -> steps.TrainState:
     params = steps.init_params(exp.model, exp.image_shape, exp.seed, exp.head_bias)
+    params = params if given is None else given
     return steps.TrainState(jnp.int32(0), params, exp.optimizer.tx.init(params))
 
-  state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
+  state = jax.jit(init, out_shardings=sharding.replicated(mesh))(exp.init)
   _note(f"{trees.count(state.params):,} parameters on {mesh.size} x {jax.devices()[0].device_kind}")
   return state
 
 
+def _check_frozen(exp: experiment.Experiment, stored: dict[str, str], where: pathlib.Path) -> None:
+  if exp.frozen_digests != stored:
+    raise errors.UserError(
+      f"{where} was trained with other teachers: {stored} there, {exp.frozen_digests} here (sha256);"
+      " give the same ones, or another --workdir."
+    )
+
+
 def _compile(
-  exp: experiment.Experiment, state: steps.TrainState, mesh: Any
+  exp: experiment.Experiment, state: steps.TrainState, frozen: Any, mesh: Any
 ) -> dict[tuple, compilation.Program]:
   local = exp.batch_size // jax.process_count()
-  k = exp.model.num_classes
-  example = {"image": (*exp.image_shape,), "labels": (k,)}
   batch = sharding.specs(
-    {name: np.broadcast_to(np.float32(0), (local, *s)) for name, s in example.items()}, mesh
+    {n: np.broadcast_to(np.float32(0), (local, *s)) for n, s in exp.input_shapes.items()}, mesh
   )
   fn = functools.partial(
     steps.step,
@@ -123,13 +132,14 @@ def _compile(
   )
   sizes = patch_schedule.all_static(exp.flexi)
   return compilation.compile_each(
-    fn, (state, batch), sizes, donate=(0,), report=_report_program("train", exp)
+    fn, (state, batch, frozen), sizes, donate=(0,), report=_report_program("train", exp)
   )
 
 
 def _loop(
   exp: experiment.Experiment,
   state: steps.TrainState,
+  frozen: Any,
   batches: Any,
   programs: dict[tuple, compilation.Program],
   evaluators: dict[str, Any],
@@ -148,8 +158,8 @@ def _loop(
     batch = next(batches)
     waited = time.perf_counter() - asked
     size = patch_schedule.draw(exp.flexi, seed=exp.seed, step=step - 1)
-    on_device = sharding.put_batch({k: batch[k] for k in ("image", "labels")}, mesh)
-    state, measured = programs[compilation.size_key(size)].run(state, on_device)
+    on_device = sharding.put_batch({k: batch[k] for k in exp.input_shapes}, mesh)
+    state, measured = programs[compilation.size_key(size)].run(state, on_device, frozen)
     pending.append((step, size, measured))
     last = step == exp.total_steps
     due = [name for name, e in exp.evaluations.items() if step % e.every == 0 and not last]
@@ -176,7 +186,7 @@ def _flush(
   """Writes one row for each step since the last time; stops the run at the first that is not finite."""
   rows, pending[:] = jax.device_get(pending), []
   for step, size, measured in rows:
-    values: dict[str, Any] = {k: classification.size_text(v) for k, v in size.items()}
+    values: dict[str, Any] = {k: size_text(v) for k, v in size.items()}
     values |= {**measured, "epoch": step / exp.steps_per_epoch}
     values |= {
       f"schedule/{k}" if k != ".*" else "schedule": f(step - 1)
@@ -199,10 +209,10 @@ def _note_rows(
   name: str, step: int, rows: list[dict[str, Any]], writer: metrics.MetricsWriter
 ) -> None:
   for row in rows:
-    writer.write(
-      step, {f"{name}/{k}/seqhw={row['seqhw']}": row[k] for k in ("top1", "top5", "loss")}
-    )
-  _note(f"step {step}: {name} top-1 " + ", ".join(f"{r['seqhw']}: {r['top1']:.1%}" for r in rows))
+    values = {k: v for k, v in row.items() if k not in results.COLUMNS}
+    writer.write(step, {f"{name}/{k}/seqhw={row['seqhw']}": v for k, v in values.items()})
+  first = next(k for k in rows[0] if k not in results.COLUMNS)
+  _note(f"step {step}: {name} {first} " + ", ".join(f"{r['seqhw']}: {r[first]:.1%}" for r in rows))
 
 
 def _record(exp: experiment.Experiment, step: int, batches: Any) -> dict[str, Any]:
@@ -217,6 +227,7 @@ def _record(exp: experiment.Experiment, step: int, batches: Any) -> dict[str, An
     "image_shape": list(exp.image_shape),
     "pp": main.pp if main else None,
     "class_names": list(names) if names else None,
+    "frozen": exp.frozen_digests,
     "trained": {name: list(choice.values) for name, choice in exp.flexi.items()},
   }
 

@@ -2,12 +2,14 @@
 
 import collections
 import difflib
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from flexivit_jax.errors import UserError, nearest
 
@@ -79,6 +81,16 @@ def mask(
 def count(tree: Any) -> int:
   """Returns the number of scalars in a tree of arrays or shapes."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def digest(tree: Any) -> str:
+  """Returns a sha256 of the names, shapes, dtypes and values of a tree of arrays."""
+  sha = hashlib.sha256()
+  for name, leaf in sorted(flatten(tree).items()):
+    array = np.ascontiguousarray(leaf)
+    sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
+    sha.update(array.tobytes())
+  return sha.hexdigest()
 
 
 def diff(expected: Any, got: Any, *, max_lines: int = 20) -> list[str]:

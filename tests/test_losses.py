@@ -8,7 +8,15 @@ import scipy.special
 import scipy.stats
 
 from flexivit_jax.errors import UserError
-from flexivit_jax.losses import LOSSES, mixup, sigmoid_xent, softmax_xent
+from flexivit_jax.losses import (
+  DISTANCES,
+  LOSSES,
+  kl,
+  logsoftmax_euclidean,
+  mixup,
+  sigmoid_xent,
+  softmax_xent,
+)
 
 
 def _arrays(scale=5.0):
@@ -31,6 +39,29 @@ def test_sigmoid_xent_is_the_sum_over_classes():
   p = scipy.special.expit(logits)
   want = -(labels * np.log(p) + (1 - labels) * np.log1p(-p)).sum(-1)
   np.testing.assert_allclose(sigmoid_xent(*_f32(logits, labels)), want, rtol=1e-6)
+
+
+def test_kl_is_of_the_teacher_from_the_student():
+  student, _ = _arrays()
+  teacher = student[::-1] * 0.5
+  p, q = (scipy.special.softmax(x, axis=-1) for x in (teacher, student))
+  want = scipy.stats.entropy(p, q, axis=-1)
+  assert not np.allclose(want, scipy.stats.entropy(q, p, axis=-1), rtol=0.1)
+  np.testing.assert_allclose(kl(*_f32(student, teacher)), want, rtol=1e-5)
+
+
+def test_distances_of_equal_logits_and_their_gradients_are_zero():
+  logits, _ = _f32(*_arrays())
+  for distance in DISTANCES.values():
+    shifted = logits + 3.0  # logits are only given up to a constant
+    np.testing.assert_allclose(distance(logits, shifted), 0, atol=1e-5)
+    gradient = jax.grad(lambda x, d=distance: d(x, logits).sum())(logits)
+    assert np.abs(gradient).max() < 1e-5
+  a, b = _arrays()[0], _arrays(2.0)[0]
+  want = np.linalg.norm(
+    scipy.special.log_softmax(a, axis=-1) - scipy.special.log_softmax(b, axis=-1), axis=-1
+  )
+  np.testing.assert_allclose(logsoftmax_euclidean(*_f32(a, b)), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

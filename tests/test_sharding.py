@@ -21,7 +21,7 @@ def train_and_evaluate(path: str) -> None:
   import optax
 
   from flexivit_jax import compilation, steps
-  from flexivit_jax.evaluators.classification import Classification
+  from flexivit_jax.evaluators.classification import classification
   from flexivit_jax.models import FlexiViT
   from flexivit_jax.objectives import supervised
 
@@ -50,7 +50,7 @@ def train_and_evaluate(path: str) -> None:
   assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
 
   test = [batch | {"_mask": (np.arange(16) < 13).astype(np.float32)}]
-  rows = Classification(model, test, mesh, seqhw=[2]).run(state.params)
+  rows = classification(model, test, mesh, seqhw=[2]).run(state.params)
   np.savez(path, *jax.tree.leaves(state.params), row=json.dumps(rows[0]), n=jax.device_count())
 
 

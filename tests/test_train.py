@@ -141,9 +141,9 @@ def test_each_size_is_traced_once_and_before_step_one(tmp_path, monkeypatch):
   traced, drawn = [], []
   step, draw = train_lib.steps.step, train_lib.patch_schedule.draw
 
-  def counting_step(state, batch, **kwargs):
+  def counting_step(state, batch, frozen, **kwargs):
     traced.append(kwargs["seqhw"])
-    return step(state, batch, **kwargs)
+    return step(state, batch, frozen, **kwargs)
 
   def counting_draw(flexi, *, seed, step):
     drawn.append((step, sorted(traced)))

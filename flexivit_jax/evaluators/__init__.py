@@ -1,5 +1,12 @@
 """Evaluators, by the name that a config gives them."""
 
-from flexivit_jax.evaluators.classification import Classification
+from collections.abc import Callable
 
-EVALUATORS = {"classification": Classification}
+from flexivit_jax.evaluators.classification import classification
+from flexivit_jax.evaluators.distance import distance
+from flexivit_jax.evaluators.per_size import PerSize
+
+EVALUATORS: dict[str, Callable[..., PerSize]] = {
+  "classification": classification,
+  "distance": distance,
+}

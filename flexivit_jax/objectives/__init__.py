@@ -1,5 +1,9 @@
 """Objectives: what a training step minimises, by the name that a config gives them."""
 
+from collections.abc import Callable
+
+from flexivit_jax.objectives.base import Objective
+from flexivit_jax.objectives.distill import distill
 from flexivit_jax.objectives.supervised import supervised
 
-OBJECTIVES = {"supervised": supervised}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"supervised": supervised, "distill": distill}

@@ -1,7 +1,7 @@
 """Weights in and out: one function for the files that hold them, one that writes them, one that fixes the size."""
 
 from flexivit_jax.weights.baking import bake
-from flexivit_jax.weights.reading import load, load_with_record
+from flexivit_jax.weights.reading import load, load_into, load_with_record
 from flexivit_jax.weights.writing import save_npz
 
-__all__ = ["bake", "load", "load_with_record", "save_npz"]
+__all__ = ["bake", "load", "load_into", "load_with_record", "save_npz"]

@@ -82,6 +82,37 @@ def load_with_record(
   return model, jax.tree.map(jnp.asarray, params), record
 
 
+def load_into(path: str | os.PathLike[str], model: FlexiViT, **given: Any) -> dict:
+  """Parameters of a file for a model of the same architecture, whose kernel and grid may be of another size.
+
+  A kernel is then PI-resized and a grid zoomed with its corners in place, as with `flexify` in `load`.
+
+  Args:
+    path, given: as in `load`.
+    model: says which size the buffers are to have, and whether blocks are stacked.
+
+  Raises:
+    UserError: see `load`; or the file's model computes something else, e.g. another GELU.
+  """
+  found, params = load(path, scan=model.scan, **given)
+  sizes = model.patch_size, model.posemb_size
+  if (found.patch_size, found.posemb_size) != sizes and model.posemb == "learn":
+    found, params = load(path, scan=model.scan, flexify=sizes, **given)
+  lines = [
+    f"{name}: {getattr(found, name)!r} in the file, {getattr(model, name)!r} in the model"
+    for name in _SAME_FUNCTION
+    if getattr(found, name) != getattr(model, name)
+  ]
+  if lines:
+    raise errors.UserError(f"{path} is of another model:\n  " + "\n  ".join(lines))
+  check(model, params, str(path))
+  return params
+
+
+# What the shapes of the arrays do not tell apart.
+_SAME_FUNCTION = ("gelu", "layer_norm_eps", "num_heads", "pool_type", "posemb", "registers")
+
+
 def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
   """Reads a file or folder in any format; nothing is checked against a model yet.
 

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from flexivit_jax import sharding, steps
 from flexivit_jax.data.loader import eval_batches
 from flexivit_jax.data.sources import Source
 from flexivit_jax.errors import UserError
-from flexivit_jax.evaluators import classification
-from flexivit_jax.evaluators.classification import Classification
+from flexivit_jax.evaluators import per_size
+from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.models import FlexiViT, flexivit
 
 SIZES = [2, (3, 4)]
@@ -57,7 +58,7 @@ def make_batches(n=13, batch_size=6, num_classes=7, multi_hot=False):
 
 def evaluate(batches, num_classes=7, **options):
   model, params = make_model(num_classes)
-  evaluator = Classification(model, batches, sharding.make_mesh(), **{"seqhw": SIZES, **options})
+  evaluator = classification(model, batches, sharding.make_mesh(), **{"seqhw": SIZES, **options})
   return evaluator.run(params)
 
 
@@ -122,7 +123,7 @@ def test_each_image_is_read_and_decoded_once_for_all_sizes():
   pp = "value_range(-1, 1)|onehot(7)|keep('image', 'labels')"
   batches = eval_batches(source, pp, batch_size=4, threads=0, workers=0)
   model, params = make_model()
-  evaluator = Classification(model, batches, sharding.make_mesh(), seqhw=SIZES)
+  evaluator = classification(model, batches, sharding.make_mesh(), seqhw=SIZES)
   evaluator.compile(params)
   read.clear()  # to compile, the first batch is looked at
   rows = evaluator.run(params)
@@ -131,18 +132,19 @@ def test_each_image_is_read_and_decoded_once_for_all_sizes():
 
 
 def test_each_size_is_traced_once_for_all_evaluations(monkeypatch):
-  traced, original = [], classification.eval_step
+  module = importlib.import_module("flexivit_jax.evaluators.classification")
+  traced, original = [], module.eval_step
 
   def counted(*args, **kwargs):
     traced.append(kwargs.get("seqhw", kwargs.get("grid_hw")))
     return original(*args, **kwargs)
 
-  monkeypatch.setattr(classification, "eval_step", counted)
+  monkeypatch.setattr(module, "eval_step", counted)
   model, params = make_model()
   compiled = []
-  evaluator = Classification(model, make_batches(), sharding.make_mesh(), seqhw=SIZES)
+  evaluator = classification(model, make_batches(), sharding.make_mesh(), seqhw=SIZES)
   evaluator.compile(params, report=lambda size, program: compiled.append(size))
-  assert traced == SIZES and compiled == [classification.static(size) for size in SIZES]
+  assert traced == SIZES and compiled == [per_size.static(size) for size in SIZES]
   first = evaluator.run(params)
   evaluator.costs(params, repeats=1)
   other = evaluator.run(jax.tree.map(lambda x: 2 * x, params))
@@ -152,7 +154,7 @@ def test_each_size_is_traced_once_for_all_evaluations(monkeypatch):
 
 def test_costs_say_patch_tokens_gflops_and_time_of_one_image():
   model, params = make_model()
-  evaluator = Classification(model, make_batches(), sharding.make_mesh(), seqhw=SIZES)
+  evaluator = classification(model, make_batches(), sharding.make_mesh(), seqhw=SIZES)
   evaluator.compile(params)
   rows = evaluator.costs(params, repeats=2)
   assert [(row["patch"], row["tokens"]) for row in rows] == [(6, 4), ("4x3", 12)]
@@ -174,6 +176,6 @@ def test_mistakes_are_errors_before_anything_is_compiled():
 
 
 def test_sizes_are_integers_or_pairs():
-  assert classification.static(8) == {"seqhw": 8}
-  assert classification.static((2, 4)) == {"grid_hw": (2, 4)}
-  assert [classification.size_text(s) for s in (8, (2, 4))] == [8, "2x4"]
+  assert per_size.static(8) == {"seqhw": 8}
+  assert per_size.static((2, 4)) == {"grid_hw": (2, 4)}
+  assert [per_size.size_text(s) for s in (8, (2, 4))] == [8, "2x4"]

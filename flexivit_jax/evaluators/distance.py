@@ -1,0 +1,73 @@
+"""How far a model is from a frozen teacher at every patch size: agreement and distances of their logits."""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from flexivit_jax import errors, losses, metrics
+from flexivit_jax.evaluators.classification import scores
+from flexivit_jax.evaluators.per_size import PerSize, Size
+from flexivit_jax.objectives.distill import Teacher, teach
+
+
+def eval_step(
+  params: Any, batch: dict[str, jax.Array], *, model: nn.Module, **size: Any
+) -> metrics.Sums:
+  """Masked sums over one batch: agree1, agree5 (the teacher's class is among the first 1, 5), and `DISTANCES`.
+
+  Where the batch has labels also top1, top5 and loss, as in `classification`.
+  """
+  logits, _ = model.apply({"params": params}, batch["image"], **size)
+  target = batch["target"]
+  same = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == target.argmax(axis=-1, keepdims=True)
+  values = {"agree1": same[:, 0] * 1.0, "agree5": same.any(axis=-1) * 1.0}
+  values |= {name: distance(logits, target) for name, distance in losses.DISTANCES.items()}
+  if "labels" in batch:
+    values |= scores(logits, batch["labels"], "softmax_xent")
+  return metrics.masked_sums(values, batch["_mask"])
+
+
+def distance(
+  model: nn.Module,
+  batches: Iterable[dict],
+  mesh: Any,
+  *,
+  seqhw: Sequence[Size],
+  teacher: Teacher,
+  labels: bool = False,
+) -> PerSize:
+  """Compares a model with a teacher, on images that need no labels. The teacher runs once for all sizes.
+
+  Args:
+    model: the model; its first output are logits.
+    batches: re-iterable, of "image", the teacher's image (`teacher.image`) and "_mask".
+    mesh: where it runs.
+    seqhw: sizes to evaluate: tokens per side, or (per column, per row).
+    teacher: of the same classes.
+    labels: whether the batches have "labels", which are then used too.
+
+  Raises:
+    UserError: the teacher has another number of classes.
+  """
+  if teacher.model.num_classes != model.num_classes:
+    raise errors.UserError(
+      f"The teacher has {teacher.model.num_classes} classes, the model {model.num_classes}."
+    )
+  # Without its parameters: they are an argument, not a constant of the program.
+  once = functools.partial(_with_target, teacher._replace(params=None))
+  inputs = dict.fromkeys(("image", teacher.image, *(("labels",) if labels else ())))
+  fn = functools.partial(eval_step, model=model)
+  return PerSize(
+    fn, model, batches, mesh, seqhw=seqhw, inputs=tuple(inputs), once=once, frozen=teacher.params
+  )
+
+
+def _with_target(
+  teacher: Teacher, frozen: Any, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """The batch with the teacher's logits under "target"; its image is not needed any more."""
+  kept = {k: v for k, v in batch.items() if k != teacher.image or k == "image"}
+  return kept | {"target": teach(teacher, frozen, batch)}
