@@ -1,4 +1,4 @@
-"""Where examples come from: TFDS (array_record), image folders, scikit-learn digits, synthetic.
+"""Where examples come from: TFDS (array_record), image folders with and without labels, scikit-learn digits, synthetic.
 
 A source is a list of records `{"image": bytes or uint8 [h, w, c], "label": int, "id": str}`; bytes
 are an encoded file, which preprocessing decodes.
@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import itertools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -70,7 +71,7 @@ def make_source(
   Args:
     name: a key of `SOURCES`, or any TFDS name (`cifar10`, `imagenet_v2/matched-frequency:3.0.0`).
     split: TFDS split syntax, e.g. `train[:99%]`; see `splits.parse_split`.
-    data_dir: of TFDS (default: its own default), or the root of an image folder.
+    data_dir: of TFDS (default: its own default), or the root of a folder of images.
     image_key, label_key, num_classes: TFDS only; see `tfds_source`.
     image_size, num_classes, num_examples, seed: synthetic only; see `synthetic_source`.
 
@@ -221,16 +222,22 @@ def _list_images(folder: pathlib.Path, class_names: Sequence[str]) -> list[tuple
   for name in _subfolders(folder):
     if name not in class_names:
       raise unknown(f"class folder (not in the train split) in {folder}", name, class_names)
-  found, others = [], 0
-  for label, name in enumerate(class_names):
-    for path in _walk(folder / name):
-      if path.lower().endswith(IMAGE_SUFFIXES):
-        found.append((os.path.relpath(path, folder.parent), label))
-      else:
-        others += 1
-  if others:
+  classes = (_images_below(folder / name, folder.parent, k) for k, name in enumerate(class_names))
+  return _mixed(itertools.chain.from_iterable(classes))
+
+
+def _images_below(folder: pathlib.Path, root: pathlib.Path, label: int) -> list[tuple[str, int]]:
+  """Returns (path below the root, label) of every image below a folder, in a mixed order."""
+  paths = _walk(folder)
+  found = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+  if others := len(paths) - len(found):
     _LOG.warning("%s: left out %d files that are not %s", folder, others, " ".join(IMAGE_SUFFIXES))
-  return sorted(found, key=lambda file: hashlib.sha256(os.fsencode(file[0])).digest())
+  return _mixed((os.path.relpath(path, root), label) for path in found)
+
+
+def _mixed(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+  """Sorted by a hash of the path."""
+  return sorted(files, key=lambda file: hashlib.sha256(os.fsencode(file[0])).digest())
 
 
 def _walk(folder: pathlib.Path) -> list[str]:
@@ -243,6 +250,26 @@ def _read_files(
 ) -> list[Record]:
   found = [files[i] for i in indices]
   return [{"image": (root / p).read_bytes(), "label": k, "id": p} for p, k in found]
+
+
+# --- images ---
+
+
+def images_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
+  """Every image below a folder, without labels: `all`, in an order that depends on the paths alone.
+
+  The label is 0 of one class. Slices divide it: `all[:90%]` and `all[90%:]`.
+  """
+  root = pathlib.Path(data_dir).expanduser()
+  if not root.is_dir():
+    raise UserError(f"{root} is no folder; give one with images below it.")
+  files = _select(split, {"all": _images_below(root, root, 0)})
+  if not files:
+    raise UserError(
+      f"No images below {root}; expected files that end in {' '.join(IMAGE_SUFFIXES)}."
+    )
+  read = functools.partial(_read_files, root, files)
+  return Source("images", split, 1, None, len(files), read)
 
 
 # --- TFDS ---
@@ -340,6 +367,7 @@ def _read_tfds(
 SOURCES: dict[str, Callable[..., Source]] = {
   "digits": digits_source,
   "folder": folder_source,
+  "images": images_source,
   "synthetic": synthetic_source,
 }
 

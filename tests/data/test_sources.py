@@ -177,6 +177,23 @@ def test_folder_errors(photos, tmp_path):
     make_source(name="folder", split="val", data_dir=photos)
 
 
+def test_images_need_no_labels_and_are_divided_without_overlap(photos):
+  (photos / "notes.txt").write_text("x")
+  whole = make_source(name="images", split="all", data_dir=photos)
+  assert len(whole) == 12 and whole.num_classes == 1
+  records = whole.read(range(12))
+  assert {r["label"] for r in records} == {0}
+  assert (photos / records[0]["id"]).read_bytes() == records[0]["image"]
+  parts = [make_source(name="images", split=f"all[{p}]", data_dir=photos) for p in (":75%", "75%:")]
+  ids = [{part[i]["id"] for i in range(len(part))} for part in parts]
+  assert [len(part) for part in ids] == [9, 3] and not ids[0] & ids[1]
+  with pytest.raises(UserError, match="No images below"):
+    (photos / "empty").mkdir()
+    make_source(name="images", split="all", data_dir=photos / "empty")
+  with pytest.raises(UserError, match="is no folder"):
+    make_source(name="images", split="all", data_dir=photos / "nothing")
+
+
 # --- TFDS ---
 
 FRUIT = """
