@@ -27,6 +27,9 @@ def parser() -> argparse.ArgumentParser:
   _export(
     commands.add_parser("export", help="one model at several patch sizes, to run with jax alone")
   )
+  _flexify(
+    commands.add_parser("flexify", help="make a fixed model work at every patch size, unlabelled")
+  )
   return top
 
 
@@ -53,6 +56,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--std",
         "--flexify",
         "--platforms",
+        "--init",
+        "--data",
+        "--epochs",
+        "--batch_size",
+        "--lr",
+        "--seed",
+        "--buffers",
         "--help",
       )
     ]
@@ -152,12 +162,40 @@ def _export(p: argparse.ArgumentParser) -> None:
   _loading(p)
 
 
-def _loading(p: argparse.ArgumentParser) -> None:
+def _flexify(p: argparse.ArgumentParser) -> None:
+  p.add_argument("--init", required=True, type=pathlib.Path, help="the model: what --checkpoint is")
+  p.add_argument(
+    "--data",
+    required=True,
+    type=pathlib.Path,
+    help="folder of images, or one with train/CLASS/ and val/CLASS/",
+  )
+  p.add_argument("--out", required=True, type=pathlib.Path, help="folder to write to, or go on in")
+  p.add_argument("--epochs", type=float, help="passes over the images (default 20; 0: only resize)")
+  p.add_argument("--image_size", type=int, help="pixels a side (default 240)")
+  p.add_argument("--seqhw", type=_whole_numbers, metavar="N,N", help="tokens per side, e.g. 5,8,15")
+  p.add_argument("--batch_size", type=int, help="default 32")
+  p.add_argument("--lr", type=float, help="default 1e-4")
+  p.add_argument("--seed", type=int, help="default 0")
+  p.add_argument(
+    "--buffers",
+    type=_whole_numbers,
+    metavar="PATCH,GRID",
+    help="sides of the stored kernel and grid (default: the model's own)",
+  )
+  _reading(p)
+
+
+def _reading(p: argparse.ArgumentParser) -> None:
   p.add_argument("--num_heads", type=int, help="where the arrays do not say (timm's names)")
   p.add_argument(
     "--mean", type=_numbers, metavar="R,G,B", help="of the input, pixels in [0, 1]; with --std"
   )
   p.add_argument("--std", type=_numbers, metavar="R,G,B", help="see --mean; default 0.5,0.5,0.5")
+
+
+def _loading(p: argparse.ArgumentParser) -> None:
+  _reading(p)
   p.add_argument(
     "--flexify",
     type=_numbers,
@@ -183,7 +221,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
   given = {
     k: getattr(args, k) for k in ("num_heads", "mean", "std") if getattr(args, k) is not None
   }
-  if args.flexify is None:
+  if getattr(args, "flexify", None) is None:
     return given
   if len(args.flexify) != 2 or any(n < 1 or n != int(n) for n in args.flexify):
     raise errors.UserError("--flexify: expected PATCH,GRID, two whole numbers, e.g. 32,7.")

@@ -15,6 +15,7 @@ MODULES = {
   "inspect": "inspection",
   "convert": "convert",
   "export": "exporting",
+  "flexify": "flexify",
 }
 
 

@@ -1,0 +1,97 @@
+"""`flexivit flexify`: a fixed Vision Transformer becomes a FlexiViT, taught by itself; images need no labels.
+
+The student starts from the model's own weights. At each step a patch size is drawn, and the student's logits there are
+trained towards those of the original at its native size, on the same crops: the paper's distillation (FlexiViT, arXiv
+2212.08013) with the model as its own teacher. What is left of the original is measured at every size, before and after.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flexivit_jax import arguments, errors, experiment, sharding, train, weights
+from flexivit_jax.flexify import card, recipe, retention
+
+SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
+
+
+def run(args: argparse.Namespace) -> None:
+  """Flexifies args.init and prints what is left of it at each size."""
+  names = ("epochs", "image_size", "seqhw", "batch_size", "lr", "seed", "buffers")
+  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  kept = flexify(args.init, args.data, args.out, loading=arguments.loading(args), **given)
+  print(retention.table(kept))
+  print(f"wrote {args.out / 'model.npz'}, retention.json and README.md, the model card")
+
+
+def flexify(
+  init: pathlib.Path,
+  images: pathlib.Path,
+  out: pathlib.Path,
+  *,
+  epochs: float = 20,
+  image_size: int = 240,
+  seqhw: Sequence[int] = SIZES,
+  batch_size: int = 32,
+  lr: float = 1e-4,
+  seed: int = 0,
+  buffers: tuple[int, int] | None = None,
+  loading: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Writes OUT/model.npz, OUT/retention.json, OUT/README.md (the model card) and OUT/run.
+
+  Args:
+    init: what `weights.load` takes; a classifier.
+    images: any folder of images, of which a tenth is held out; or one with train/CLASS/ and perhaps val/CLASS/. Labels
+      measure, they never train.
+    out: a folder; the same command continues a run that was stopped.
+    epochs: passes over the training images; 0 resizes and measures, and trains nothing.
+    image_size: pixels a side of the student's images; the teacher's have its own.
+    seqhw: tokens per side, what is drawn and measured.
+    batch_size, lr, seed: of the training.
+    buffers: sides of the stored kernel (pixels) and position grid (cells); default: the model's own, with which it
+      stays what it was at its native size.
+    loading: further arguments of `weights.load`.
+
+  Returns:
+    What is in retention.json; see `retention.measure`.
+
+  Raises:
+    UserError: a model without classes, a folder without images, a size that does not divide the image.
+  """
+  loading = dict(loading or {})
+  teacher = experiment.load_teacher(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
+  if not teacher.model.num_classes:
+    raise errors.UserError(
+      f"{init} has no classes: its logits are what is taught; give a classifier."
+    )
+  _, _, record = weights.load_with_record(init, **loading)
+  plan = recipe.Plan(
+    teacher=dict(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading),
+    sources=recipe.divide(images, teacher.model.num_classes),
+    num_classes=teacher.model.num_classes,
+    sides=(image_size, recipe.native_side(record)),
+    seqhw=tuple(seqhw),
+    batch_size=batch_size,
+  )
+  student = recipe.student_of(teacher.model, buffers)
+  params = experiment.load_init(student, checkpoint=str(init), **loading)
+  mesh = sharding.make_mesh()
+  kept: dict[str, Any] = {"original": retention.original(plan, teacher, mesh)}
+  kept["before"] = retention.measure(plan, student, params, mesh)
+  if epochs:
+    probs = recipe.equal_cost(student, teacher.model, plan)
+    settings = recipe.settings(plan, student, probs, epochs=epochs, lr=lr, seed=seed)
+    train.train(settings, out / "run")
+    _, params = weights.load(out / "run", scan=False)
+    kept["after"] = retention.measure(plan, student, params, mesh)
+  out.mkdir(parents=True, exist_ok=True)
+  (out / "retention.json").write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
+  described = record | recipe.describe(plan, student, record, trained=epochs > 0)
+  (out / "model.npz").unlink(missing_ok=True)  # of an earlier start of the same command
+  weights.save_npz(out / "model.npz", student, params, described)
+  facts = dict(init=init.name, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+  (out / "README.md").write_text(card.text(plan, student, kept, facts))
+  return kept

@@ -1,0 +1,178 @@
+"""What `flexivit flexify` trains and measures: data, sizes and their probabilities, the config of the run."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flexivit_jax import data
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.models.flexivit import gmacs, which_patch
+
+TEACHER_IMAGE = "teacher_image"
+_CROP = 0.9  # of the shorter side, in the evaluation: as AugReg and timm do
+
+
+class Plan(NamedTuple):
+  """What training and measuring share.
+
+  Attributes:
+    teacher: arguments of `experiment.load_teacher`.
+    sources: arguments of `data.make_source`, "train" and "test".
+    num_classes: of teacher and student.
+    sides: pixels a side of the student's and the teacher's images.
+    seqhw: tokens per side.
+    batch_size: of training and evaluation.
+  """
+
+  teacher: dict[str, Any]
+  sources: dict[str, dict[str, Any]]
+  num_classes: int
+  sides: tuple[int, int]
+  seqhw: tuple[int, ...]
+  batch_size: int
+
+  @property
+  def labelled(self) -> bool:
+    """Whether the labels of the test images are those of the model."""
+    if self.sources["test"]["name"] != "folder":
+      return False
+    return data.make_source(**self.sources["test"]).num_classes == self.num_classes
+
+
+def divide(images: pathlib.Path, num_classes: int) -> dict[str, dict[str, Any]]:
+  """Returns the sources of training and test: splits of labelled folders where there are, else a tenth held out."""
+  folder = dict(name="folder", data_dir=str(images))
+  if (images / "train").is_dir() and (images / "val").is_dir():
+    return {"train": folder | {"split": "train"}, "test": folder | {"split": "val"}}
+  name, whole = ("folder", "train") if (images / "train").is_dir() else ("images", "all")
+  source = dict(name=name, data_dir=str(images))
+  return {
+    "train": source | {"split": f"{whole}[:90%]"},
+    "test": source | {"split": f"{whole}[90%:]"},
+  }
+
+
+def native_side(record: Mapping[str, Any]) -> int:
+  """Pixels a side for which a model was made."""
+  return (record.get("image_size") or record.get("image_shape") or [240])[0]
+
+
+def student_of(teacher: FlexiViT, buffers: tuple[int, int] | None) -> FlexiViT:
+  """The teacher's architecture, with other sides of the stored kernel and grid where these are given."""
+  if buffers is None:
+    return teacher
+  patch, grid = buffers
+  return teacher.clone(patch_size=(patch, patch), posemb_size=(grid, grid))
+
+
+def equal_cost(student: FlexiViT, teacher: FlexiViT, plan: Plan) -> tuple[float, ...]:
+  """Probabilities of the sizes under which each costs the same in the long run.
+
+  A step costs three forward passes of the student and one of the teacher. Coarse sizes are then drawn more often: they
+  are the cheap ones and, furthest from what the model knows, those with most to learn.
+  """
+  side, native = plan.sides
+  patch = which_patch((native, native), teacher.patch_size)
+  fixed = gmacs(teacher, (native, native), (native // patch[0], native // patch[1]))
+  costs = [3 * gmacs(student, (side, side), (s, s)) + fixed for s in plan.seqhw]
+  total = sum(1 / cost for cost in costs)
+  return tuple(1 / cost / total for cost in costs)
+
+
+def settings(
+  plan: Plan,
+  student: FlexiViT,
+  probs: tuple[float, ...],
+  *,
+  epochs: float,
+  lr: float,
+  seed: int,
+) -> dict[str, Any]:
+  """Returns the config of the run, as `train.train` takes it."""
+  crop = "decode|inception_crop(area_min=25)|flip_lr"
+  return dict(
+    name="flexified",
+    seed=seed,
+    total_epochs=epochs,
+    log_every=10,
+    input=dict(
+      data=plan.sources["train"],
+      pp=f"{crop}|{_both(plan.sides)}",
+      batch_size=plan.batch_size,
+    ),
+    # One compiled block instead of all: half the time to compile, a quarter of the memory, the same numbers.
+    model=dict(fields_of(student), name="flexivit", scan=True, remat=True),
+    init=_without_image(plan.teacher),
+    objective=dict(name="distill", teachers=dict(original=plan.teacher)),
+    flexi=dict(seqhw=dict(v=plan.seqhw, p=probs)),
+    optim=dict(lr=lr, wd=lr / 10, clip=1.0, schedule=dict(warmup_percent=0.05)),
+    checkpoint=dict(every_percent=0.1),
+  )
+
+
+def _without_image(teacher: Mapping[str, Any]) -> dict[str, Any]:
+  return {k: v for k, v in teacher.items() if k != "image"}
+
+
+def fields_of(model: FlexiViT) -> dict[str, Any]:
+  """The model's own fields, all resolved."""
+  skipped = ("parent", "name", "variant")
+  return {k: getattr(model, k) for k in model.__dataclass_fields__ if k not in skipped}
+
+
+def _both(sides: tuple[int, int]) -> str:
+  """Resizes one crop for student and teacher."""
+  student, teacher = sides
+  key = f"key='{TEACHER_IMAGE}'"
+  return (
+    f"copy('image', '{TEACHER_IMAGE}')|resize({student}, method='cubic')|value_range(-1, 1)"
+    f"|resize({teacher}, method='cubic', {key})|value_range(-1, 1, {key})|keep('image', '{TEACHER_IMAGE}')"
+  )
+
+
+def central(side: int, key: str = "image") -> str:
+  """Preprocessing of an evaluation: the central nine tenths of the shorter side."""
+  at = f", key='{key}'"
+  return f"resize_small({int(side / _CROP)}, method='cubic'{at})|central_crop({side}{at})|value_range(-1, 1{at})"
+
+
+def evaluation(plan: Plan) -> dict[str, Any]:
+  """A section as in `config.evals`: agreement with the teacher, and accuracy where labels are known."""
+  side, native = plan.sides
+  pp = f"decode|copy('image', '{TEACHER_IMAGE}')|{central(side)}|{central(native, TEACHER_IMAGE)}"
+  kept = f"'image', '{TEACHER_IMAGE}'"
+  if plan.labelled:
+    pp, kept = f"{pp}|onehot({plan.num_classes})", f"{kept}, 'labels'"
+  return dict(
+    type="distance",
+    data=plan.sources["test"],
+    pp=f"{pp}|keep({kept})",
+    batch_size=plan.batch_size,
+    seqhw=plan.seqhw,
+    teacher=plan.teacher,
+    labels=plan.labelled,
+  )
+
+
+def labelled(plan: Plan, side: int) -> str:
+  """Preprocessing of labelled images for a model of this resolution."""
+  return f"decode|{central(side)}|onehot({plan.num_classes})|keep('image', 'labels')"
+
+
+def describe(
+  plan: Plan, student: FlexiViT, record: Mapping[str, Any], trained: bool
+) -> dict[str, Any]:
+  """Returns what the record of the written model says beyond that of the original."""
+  side = plan.sides[0]
+  return {
+    "model": fields_of(student)
+    | {"patch_size": list(student.patch_size), "posemb_size": list(student.posemb_size)},
+    "image_size": [side, side],
+    "image_shape": [side, side, 3],
+    "pp": f"decode|{central(side)}",
+    "trained": {"seqhw": list(plan.seqhw)} if trained else {},
+    "flexified_from": {
+      "patch_size": list(record["native_patch_size"]),
+      "grid": list(record["native_grid"]),
+    },
+  }

@@ -1,0 +1,56 @@
+"""How much of a model is left at each patch size: agreement with the original, and accuracy where labels are known."""
+
+from typing import Any
+
+from flexivit_jax import experiment
+from flexivit_jax.flexify import recipe
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.objectives.distill import Teacher
+
+Rows = list[dict[str, Any]]
+
+
+def measure(plan: recipe.Plan, model: FlexiViT, params: Any, mesh: Any) -> Rows:
+  """Returns a row for each size: seqhw, patch, agree1, agree5, kl, ..., n, and top1 where labels are known."""
+  evaluator = experiment.build_evaluation(recipe.evaluation(plan), every=1).make(model, mesh)
+  scores = evaluator.run(params)
+  return [{"patch": plan.sides[0] // s, **row} for s, row in zip(plan.seqhw, scores, strict=True)]
+
+
+def original(plan: recipe.Plan, teacher: Teacher, mesh: Any) -> dict[str, Any]:
+  """Returns the original's own native size, and its accuracy there where labels are known."""
+  native, (patch, _) = plan.sides[1], teacher.model.patch_size
+  found = {"image_size": native, "patch": patch}
+  if not plan.labelled:
+    return found
+  section = dict(
+    data=plan.sources["test"],
+    pp=recipe.labelled(plan, native),
+    batch_size=plan.batch_size,
+    seqhw=(native // patch,),
+  )
+  (row,) = (
+    experiment.build_evaluation(section, every=1).make(teacher.model, mesh).run(teacher.params)
+  )
+  return found | {"top1": row["top1"], "top5": row["top5"], "n": row["n"]}
+
+
+def table(kept: dict[str, Any]) -> str:
+  """Returns a Markdown table: before and after at each size, in percent."""
+  stages = [stage for stage in ("before", "after") if stage in kept]
+  known = [("agree1", "agreement")] + ([("top1", "top-1")] if "top1" in kept["before"][0] else [])
+  columns = [(stage, key, f"{name} {stage}") for key, name in known for stage in stages]
+  head = "| patch | grid | " + " | ".join(title for _, _, title in columns) + " |"
+  lines = [head, "|---" * (2 + len(columns)) + "|"]
+  for i, row in enumerate(kept["before"]):
+    cells = [f"{100 * kept[stage][i][key]:.1f}" for stage, key, _ in columns]
+    lines.append(f"| {row['patch']} | {row['seqhw']}x{row['seqhw']} | " + " | ".join(cells) + " |")
+  return "\n".join([*lines, "", summary(kept)])
+
+
+def summary(kept: dict[str, Any]) -> str:
+  """One sentence about what the percentages are of."""
+  first, n = kept["original"], kept["before"][0]["n"]
+  said = f"Percent of {n} images that were not trained on. The original"
+  said += f" is of patch {first['patch']} at {first['image_size']} px"
+  return f"{said}, top-1 {100 * first['top1']:.1f}." if "top1" in first else f"{said}."

@@ -1,0 +1,110 @@
+"""`flexivit flexify` from end to end on a tiny model and images of noise."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from flexivit_jax import cli, errors, weights
+from flexivit_jax.flexify import flexify, recipe, retention
+from flexivit_jax.models import FlexiViT
+
+
+@pytest.fixture
+def init(tmp_path, timm_state_dict):
+  """A ViT of 4 heads, 7 classes, patch 8 at 32 px."""
+  save_file(timm_state_dict(), tmp_path / "vit.safetensors")
+  return tmp_path / "vit.safetensors"
+
+
+def draw(folder, n, seed=0):
+  folder.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(seed)
+  for i in range(n):
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8))
+    coarse.resize((50, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+
+
+def command(init, data, out, *more):
+  given = [f"--init={init}", f"--data={data}", f"--out={out}", "--num_heads=4"]
+  return ["flexify", *given, "--image_size=32", "--seqhw=2,4", "--batch_size=4", *more]
+
+
+def test_unlabelled_images_bring_other_sizes_nearer_to_the_original(init, tmp_path, capsys):
+  draw(tmp_path / "photos" / "holiday", 40)
+  out = tmp_path / "out"
+  given = command(init, tmp_path / "photos", out, "--epochs=5", "--lr=3e-4")
+  assert cli.main(given) == 0
+  kept = json.loads((out / "retention.json").read_text())
+  before, after = ({r["seqhw"]: r for r in kept[stage]} for stage in ("before", "after"))
+  # At its native size a model that was not touched is itself.
+  assert before[4]["agree1"] == 1.0 and before[4]["kl"] < 1e-6
+  assert after[2]["kl"] < 0.9 * before[2]["kl"] and after[2]["n"] == 4
+  printed = capsys.readouterr().out
+  assert "| 16 | 2x2 |" in printed and "top-1" not in printed
+  card = (out / "README.md").read_text()
+  assert retention.table(kept) in card and "vit.safetensors" in card and "- epochs: 5.0" in card
+  model, params, record = weights.load_with_record(out / "model.npz")
+  assert record["trained"] == {"seqhw": [2, 4]} and record["image_size"] == [32, 32]
+  assert (model.gelu, model.num_heads, model.patch_size) == ("exact", 4, (8, 8))
+  image = str(next((tmp_path / "photos" / "holiday").iterdir()))
+  assert cli.main(["predict", image, f"--checkpoint={out / 'model.npz'}", "--seqhw=8"]) == 0
+  # The same command again has nothing to train, and ends with the same model.
+  assert cli.main(given) == 0
+  _, again = weights.load(out / "model.npz")
+  np.testing.assert_array_equal(again["head"]["kernel"], params["head"]["kernel"])
+  assert json.loads((out / "retention.json").read_text()) == kept
+
+
+def test_no_epochs_is_resizing_alone(init, tmp_path):
+  draw(tmp_path / "photos", 10)
+  out = tmp_path / "out"
+  assert cli.main(command(init, tmp_path / "photos", out, "--epochs=0", "--buffers=16,2")) == 0
+  assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.npz", "retention.json"]
+  _, params = weights.load(out / "model.npz")
+  _, want = weights.load(init, num_heads=4, flexify=((16, 16), (2, 2)))
+  np.testing.assert_array_equal(params["embedding"]["kernel"], want["embedding"]["kernel"])
+  np.testing.assert_array_equal(params["pos_embedding"], want["pos_embedding"])
+  assert "Nothing was trained" in (out / "README.md").read_text()
+
+
+def test_labels_of_held_out_images_measure_accuracy(init, tmp_path):
+  for label in range(7):
+    draw(tmp_path / "photos" / "train" / str(label), 2, seed=label)
+    draw(tmp_path / "photos" / "val" / str(label), 1, seed=label + 7)
+  kept = flexify(
+    init, tmp_path / "photos", tmp_path / "out", epochs=0, image_size=32, seqhw=(2, 4),
+    batch_size=4, loading=dict(num_heads=4),
+  )  # fmt: skip
+  assert kept["original"]["n"] == 7 and kept["original"]["patch"] == 8
+  assert kept["before"][1]["top1"] == kept["original"]["top1"]
+  assert "| patch | grid | agreement before | top-1 before |" in retention.table(kept)
+
+
+def test_labels_of_other_classes_are_not_used(init, tmp_path):
+  draw(tmp_path / "photos" / "train" / "cat", 10)
+  sources = recipe.divide(tmp_path / "photos", 7)
+  assert sources["test"] | {"split": ""} == dict(
+    name="folder", data_dir=str(tmp_path / "photos"), split=""
+  )
+  plan = recipe.Plan({}, sources, 7, (32, 32), (2, 4), 4)
+  assert not plan.labelled and "labels" not in recipe.evaluation(plan)["pp"]
+
+
+def test_sizes_are_drawn_so_that_each_costs_the_same():
+  model = FlexiViT(variant="Ti/16", num_classes=1000)
+  plan = recipe.Plan({}, {}, 1000, (240, 224), (5, 15, 30), 4)
+  probs = recipe.equal_cost(model, model, plan)
+  assert sum(probs) == pytest.approx(1)
+  assert probs[0] > 2 * probs[1] > 4 * probs[2]
+
+
+def test_a_model_without_classes_is_an_error(tmp_path, timm_state_dict):
+  save_file(timm_state_dict(classes=0), tmp_path / "vit.safetensors")
+  draw(tmp_path / "photos", 10)
+  with pytest.raises(errors.UserError, match="has no classes"):
+    flexify(
+      tmp_path / "vit.safetensors", tmp_path / "photos", tmp_path / "out", loading=dict(num_heads=4)
+    )
