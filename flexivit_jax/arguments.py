@@ -7,6 +7,8 @@ from typing import Any
 
 from flexivit_jax import errors
 
+_WEIGHTS = "an .npz, a .safetensors file, a run folder, a published name or an https:// address"
+
 
 def parser() -> argparse.ArgumentParser:
   """The parser of the command `flexivit`."""
@@ -63,6 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--lr",
         "--seed",
         "--buffers",
+        "--list",
         "--help",
       )
     ]
@@ -87,7 +90,7 @@ def _config(p: argparse.ArgumentParser) -> None:
 
 
 def _checkpoint(p: argparse.ArgumentParser) -> None:
-  what = "a run folder, a checkpoint in it, or an .npz"
+  what = "a run folder, a checkpoint in it, an .npz, or a published name"
   p.add_argument("--checkpoint", required=True, type=pathlib.Path, help=what)
 
 
@@ -126,12 +129,13 @@ def _report(p: argparse.ArgumentParser) -> None:
 
 
 def _inspect(p: argparse.ArgumentParser) -> None:
-  p.add_argument("file", type=pathlib.Path, help="an .npz, a .safetensors file or a run folder")
+  p.add_argument("file", nargs="?", type=pathlib.Path, help=_WEIGHTS)
+  p.add_argument("--list", action="store_true", help="the published checkpoints by name")
   _loading(p)
 
 
 def _convert(p: argparse.ArgumentParser) -> None:
-  p.add_argument("file", type=pathlib.Path, help="an .npz, a .safetensors file or a run folder")
+  p.add_argument("file", type=pathlib.Path, help=_WEIGHTS)
   p.add_argument("out", type=pathlib.Path, metavar="OUT.npz", help="file to write")
   p.add_argument(
     "--image_size",
@@ -142,9 +146,7 @@ def _convert(p: argparse.ArgumentParser) -> None:
 
 
 def _export(p: argparse.ArgumentParser) -> None:
-  p.add_argument(
-    "checkpoint", type=pathlib.Path, help="an .npz, a .safetensors file or a run folder"
-  )
+  p.add_argument("checkpoint", type=pathlib.Path, help=_WEIGHTS)
   p.add_argument("out", type=pathlib.Path, metavar="OUT.zip", help="file to write")
   p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
   p.add_argument(

@@ -3,15 +3,30 @@
 import argparse
 from typing import Any
 
-from flexivit_jax import arguments, trees, weights
+from flexivit_jax import arguments, errors, trees, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors
+from flexivit_jax.weights import registry
 
 
 def run(args: argparse.Namespace) -> None:
-  """Prints what is in args.file."""
+  """Prints what is in args.file, or the published checkpoints."""
+  if args.list == (args.file is not None):
+    raise errors.UserError("Give a file or a published name to inspect, or --list alone.")
+  if args.list:
+    print("\n".join(listing()))
+    return
   model, params, record = weights.load_with_record(args.file, **arguments.loading(args))
   print("\n".join(describe(model, params, record)))
+
+
+def listing() -> list[str]:
+  """Returns a line for each published checkpoint, under a heading; the address ends in one more of its names."""
+  files = dict.fromkeys(
+    (p.name, p.timm, p.expected.get("num_classes", ""), p.url) for p in registry.PUBLISHED.values()
+  )
+  rows = [("name", "in timm", "classes", "address"), *files]
+  return [f"{name:24} {timm:28} {classes:>7}  {url}" for name, timm, classes, url in rows]
 
 
 def describe(model: FlexiViT, params: dict, record: dict[str, Any]) -> list[str]:
@@ -30,6 +45,8 @@ def describe(model: FlexiViT, params: dict, record: dict[str, Any]) -> list[str]
     "resized by": f"kernel {model.kernel_operator}, grid {model.grid_operator}",
     "image": _image(record.get("image_size") or record.get("image_shape")),
   }
+  if "url" in record:
+    rows["fetched from"] = record["url"]
   if "flexified_from" in record:
     rows["flexified"] = f"kernel {_by(model.patch_size)} pixels, grid {_by(model.posemb_size)}"
   lines = [f"{name:13} {value}" for name, value in rows.items()]

@@ -46,7 +46,8 @@ def write(
 ) -> None:
   """Writes the certificate of `out`, made of `source`, beside it."""
   certificate = {
-    "source": source.name,
+    # A published name may have a slash in it.
+    "source": source.name if source.exists() else str(source),
     "target": out.name,
     "record": record,
     "images": f"2 seeded ones of {hw[0]}x{hw[1]} pixels: smooth colours and noise",

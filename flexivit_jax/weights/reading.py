@@ -12,7 +12,7 @@ import numpy as np
 
 from flexivit_jax import checkpoint, errors, resize, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import big_vision, files, timm_names
+from flexivit_jax.weights import big_vision, files, registry, timm_names
 
 Size = tuple[int, int]
 
@@ -39,7 +39,8 @@ def load(
   read from the arrays.
 
   Args:
-    path: the file or folder.
+    path: the file or folder; or a name of `registry.PUBLISHED`, e.g. "FlexiViT-B i1k", or the https:// address of a
+      file, which is then fetched once.
     mean, std: of the input (pixels in [0, 1]) with which a timm model was trained, both or none; folded into the
       patch embedding, so that the model takes pixels in [-1, 1] as all models here. Not given: 0.5.
     flexify: (patch_size, posemb_size) of the buffers that a fixed model becomes a FlexiViT with, e.g.
@@ -49,7 +50,8 @@ def load(
       `posemb_size`), or that are to differ.
 
   Raises:
-    UserError: if the file is not one of these, or its arrays are not those of the model, all differences listed.
+    UserError: if the file is not one of these, cannot be fetched, or its arrays are not those of the model, all
+      differences listed.
   """
   model, params, _ = load_with_record(path, mean=mean, std=std, flexify=flexify, **fields)
   return model, params
@@ -67,9 +69,12 @@ def load_with_record(
 
   Keys: "format" (of this file), "source" (file and format that the weights came from), "model" (all fields),
   "position", "image_size" (pixels, None where any will do), "native_patch_size", "native_grid",
-  "notes".
+  "notes"; of a file that was fetched also "name" and "url".
   """
-  source = read(pathlib.Path(path), fields)
+  file, published = registry.find(path)
+  source = read(file, fields)
+  if published is not None:
+    source = _published(source, published, file)
   if mean is not None or std is not None:
     source = _fold_input(source, mean, std)
   if flexify is not None:
@@ -121,7 +126,10 @@ def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
   """
   known = "expected an .npz file or a run folder, or .safetensors"
   if not path.exists():
-    raise errors.UserError(f"{path} does not exist; {known}.")
+    raise errors.UserError(
+      f"{path} does not exist; {known}, or a name that `flexivit inspect --list` prints."
+      + errors.nearest(str(path), registry.PUBLISHED)
+    )
   if path.is_dir():
     params, record = checkpoint.load_params(path)
     format_ = "checkpoint of a run"
@@ -147,6 +155,15 @@ def check(model: FlexiViT, params: dict, what: str) -> None:
   lines = trees.diff(expected, params, max_lines=10**6)
   if lines:
     raise errors.UserError(f"{what} does not fit the model flexivit:\n  " + "\n  ".join(lines))
+
+
+def _published(source: Source, published: registry.Published, file: pathlib.Path) -> Source:
+  """Checks what a file that was fetched holds, and adds to the record where it came from."""
+  registry.check(published, FlexiViT(**source.fields), file)
+  notes = [*source.record.get("notes", []), *filter(None, [published.note])]
+  name = source.record.get("name") or published.name
+  origin = {"name": name, "url": published.url, "notes": notes}
+  return source._replace(record=source.record | origin)
 
 
 def _recognise(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, Any]) -> Source:
