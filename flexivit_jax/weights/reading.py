@@ -12,17 +12,29 @@ import numpy as np
 
 from flexivit_jax import checkpoint, errors, resize, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import big_vision, files, timm_names
+from flexivit_jax.weights import (
+  big_vision,
+  files,
+  timm_names,
+  transformers_config,
+  transformers_folder,
+  transformers_names,
+)
+from flexivit_jax.weights.transformers_folder import Normalisation
 
 Size = tuple[int, int]
 
 
 class Source(NamedTuple):
-  """What a file holds: parameters (a tree of NumPy arrays), the fields of their FlexiViT, and the record."""
+  """What a file holds: parameters (a tree of NumPy arrays), the fields of their FlexiViT, and the record.
+
+  `normalisation` is that of the input, where something beside the arrays says it; it is not yet folded in.
+  """
 
   params: dict
   fields: dict[str, Any]
   record: dict[str, Any]
+  normalisation: Normalisation | None = None
 
 
 def load(
@@ -33,15 +45,17 @@ def load(
   flexify: tuple[Size, Size] | None = None,
   **fields: Any,
 ) -> tuple[FlexiViT, dict]:
-  """Returns (model, params) of a file with weights, a run folder, or one of its checkpoints.
+  """Returns (model, params) of a file with weights, a run folder, one of its checkpoints, or a transformers folder.
 
   Files: `.npz` in big_vision's, the original ViT's or timm's names, `.safetensors` in timm's. The architecture is
-  read from the arrays.
+  read from the arrays. Folders of Hugging Face's `transformers`: config.json and model.safetensors or its shards,
+  of ViT, DeiT, DINOv2, CLIP and SigLIP; the architecture is read from config.json.
 
   Args:
     path: the file or folder.
-    mean, std: of the input (pixels in [0, 1]) with which a timm model was trained, both or none; folded into the
-      patch embedding, so that the model takes pixels in [-1, 1] as all models here. Not given: 0.5.
+    mean, std: of the input (pixels in [0, 1]) with which a timm or transformers model was trained, both or none;
+      folded into the patch embedding, so that the model takes pixels in [-1, 1] as all models here. Not given: what
+      preprocessor_config.json says, or 0.5.
     flexify: (patch_size, posemb_size) of the buffers that a fixed model becomes a FlexiViT with, e.g.
       ((32, 32), (7, 7)): kernel PI-resized, position grid zoomed with its corners in place, as the reference does
       when it starts from an older checkpoint.
@@ -67,9 +81,11 @@ def load_with_record(
 
   Keys: "format" (of this file), "source" (file and format that the weights came from), "model" (all fields),
   "position", "image_size" (pixels, None where any will do), "native_patch_size", "native_grid",
-  "notes".
+  "notes"; "folded_input" (mean and std) where these were folded in.
   """
   source = read(pathlib.Path(path), fields)
+  if mean is None and std is None and source.normalisation is not None:
+    mean, std = source.normalisation
   if mean is not None or std is not None:
     source = _fold_input(source, mean, std)
   if flexify is not None:
@@ -88,9 +104,11 @@ def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
   Raises:
     UserError: it is not there, or in no known format.
   """
-  known = "expected an .npz file or a run folder, or .safetensors"
+  known = "expected an .npz file or a run folder, or .safetensors, or a folder of transformers"
   if not path.exists():
     raise errors.UserError(f"{path} does not exist; {known}.")
+  if path.is_dir() and transformers_folder.is_folder(path):
+    return _transformers(path, fields)
   if path.is_dir():
     params, record = checkpoint.load_params(path)
     format_ = "checkpoint of a run"
@@ -135,6 +153,24 @@ def _recognise(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, An
     sides = zip(record["native_patch_size"], record["native_grid"], strict=True)
     record["image_size"] = [patch * cells for patch, cells in sides]
   return Source(params, found, record)
+
+
+def _transformers(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
+  """A folder of Hugging Face's transformers."""
+  config, arrays, normalisation = transformers_folder.read(path)
+  flat, found, notes = transformers_names.convert(config, arrays)
+  model = FlexiViT(**{**found, **fields})
+  record = _describe(path.resolve(), f"transformers folder, {config['model_type']}", model)
+  if normalisation is None:
+    notes.append(
+      "No preprocessor_config.json says the input's mean and std; unless they are given (mean, std"
+      " or --mean, --std), pixels are taken to be in [-1, 1]."
+    )
+  sides = zip(record["native_patch_size"], record["native_grid"], strict=True)
+  record |= {"notes": notes, "image_size": [patch * cells for patch, cells in sides]}
+  if names := transformers_config.class_names(config, model.num_classes):
+    record["class_names"] = names
+  return Source(trees.unflatten(flat), found, record, normalisation)
 
 
 def _plain(arrays: files.Arrays) -> dict:
@@ -182,8 +218,14 @@ def _fields_of(model: FlexiViT) -> dict[str, Any]:
 def _fold_input(source: Source, mean: Any, std: Any) -> Source:
   if mean is None or std is None:
     raise errors.UserError("Give both mean and std of the input, or none.")
-  if "timm" not in source.record["source"]["format"]:
-    raise errors.UserError("mean and std are for files in timm's names; others take [-1, 1].")
+  if not any(project in source.record["source"]["format"] for project in ("timm", "transformers")):
+    raise errors.UserError(
+      "mean and std are for files in timm's names and folders of transformers; others take [-1, 1]."
+    )
+  if "folded_input" in source.record:
+    raise errors.UserError(
+      f"mean and std are folded into this file already: {source.record['folded_input']}."
+    )
   flat = timm_names.fold_input(trees.flatten(source.params), mean, std)
   folded = {"folded_input": {"mean": list(mean), "std": list(std)}}
   return source._replace(params=trees.unflatten(flat), record=source.record | folded)
@@ -206,4 +248,5 @@ def _flexify(source: Source, patch_size: Size, posemb_size: Size) -> Source:
   params = source.params | {"embedding": embedding, "pos_embedding": zoomed}
   operators = {"kernel_operator": "linear", "grid_operator": "linear_antialias"}
   was = {"patch_size": list(kernel.shape[:2]), "grid": list(old)}
-  return Source(params, fields | operators, source.record | {"flexified_from": was})
+  record = source.record | {"flexified_from": was}
+  return source._replace(params=params, fields=fields | operators, record=record)
