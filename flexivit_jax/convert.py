@@ -59,7 +59,7 @@ def convert(
   weights.save_npz(out, model, params, record)
   try:
     folded = _folded(record)
-    plain = {name: [0.5] * len(values) for name, values in folded.items()}
+    plain: dict[str, Any] = {name: [0.5] * len(values) for name, values in folded.items()}
     published, target = weights.load(source, **plain, **fields), weights.load(out)
     hw = certificate.image_hw(record, image_size)
     rows = compare(published, target, hw, folded.get("mean"), folded.get("std"))
@@ -91,7 +91,7 @@ def compare(
   ]
 
 
-def _folded(record: dict[str, Any]) -> dict[str, Sequence[float]]:
+def _folded(record: dict[str, Any]) -> dict[str, Any]:
   """Mean and std that were folded in when the source was read; not those of a file that has them folded already."""
   as_published = record["format"] == record["source"]["format"]
   return record.get("folded_input", {}) if as_published else {}

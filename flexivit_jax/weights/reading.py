@@ -145,6 +145,11 @@ def _recognise(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, An
   elif big_vision.ORIGINAL_POSITION in arrays:
     params = trees.unflatten(big_vision.from_original(arrays, fields.get("posemb_size")))
     found, format_ = big_vision.infer_fields(params, fields), f"{kind} in the original ViT's names"
+  elif path.suffix == ".safetensors" and transformers_folder.is_folder(path.parent):
+    raise errors.UserError(
+      f"{path} is one file of a folder of transformers, whose config.json says what model it is;"
+      f" give the folder, {path.parent}."
+    )
   else:
     params, fixed = _plain(arrays), False
     found, format_ = big_vision.infer_fields(params, fields), f"{kind} in big_vision's names"
@@ -157,8 +162,10 @@ def _recognise(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, An
 
 def _transformers(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
   """A folder of Hugging Face's transformers."""
-  config, arrays, normalisation = transformers_folder.read(path)
-  flat, found, notes = transformers_names.convert(config, arrays)
+  config = transformers_folder.read_config(path)
+  spec = transformers_config.spec(config)  # before the arrays: those of another model may be large
+  normalisation = transformers_folder.read_normalisation(path)
+  flat, found, notes = transformers_names.convert(spec, transformers_folder.read_arrays(path))
   model = FlexiViT(**{**found, **fields})
   record = _describe(path.resolve(), f"transformers folder, {config['model_type']}", model)
   if normalisation is None:

@@ -23,7 +23,7 @@ class Spec(NamedTuple):
   fields: dict[str, Any]
   channels: int
   qkv_bias: bool
-  pooler: Any
+  pooler: int
   image_size: Size
 
 
@@ -37,36 +37,16 @@ def spec(config: Config) -> Spec:
   head = _head(config, family)
   tower = _tower(config, family)
   _check(tower, head)
-  image_size, patch_size = _pair(tower, "image_size"), _pair(tower, "patch_size")
-  width, heads = _whole(tower, "hidden_size"), _whole(tower, "num_attention_heads")
-  if width % heads:
-    raise errors.UserError(
-      f"config.json has hidden_size={width}, no multiple of num_attention_heads={heads}."
-    )
-  fields = {
-    "num_classes": _outputs(config, tower, head),
-    "patch_size": patch_size,
-    "posemb_size": _grid(image_size, patch_size),
-    "width": width,
-    "depth": _whole(tower, "num_hidden_layers"),
-    "mlp_dim": _mlp_dim(tower, width),
-    "num_heads": heads,
-    "pool_type": head.pool_type,
-    "registers": _registers(tower, family),
-    "pre_norm": bool(family.layout.pre_norm),
-    "layer_norm_eps": _positive(tower, "layer_norm_eps"),
-    "gelu": GELU[_known("hidden_act", tower["hidden_act"], GELU)],
-    "kernel_operator": "cubic_antialias",
-    "grid_operator": "cubic_antialias",
-  }
+  pooler = "hidden_size" if tower.get("pooler_output_size") is None else "pooler_output_size"
   return Spec(
     family,
     head,
-    fields,
+    _fields(tower, family)
+    | {"pool_type": head.pool_type, "num_classes": _outputs(config, tower, head)},
     channels=_whole(tower, "num_channels"),
     qkv_bias=bool(tower.get("qkv_bias", True)),
-    pooler=tower.get("pooler_output_size") or width,
-    image_size=image_size,
+    pooler=_whole(tower, pooler),
+    image_size=_pair(tower, "image_size"),
   )
 
 
@@ -128,6 +108,29 @@ def _check(tower: Config, head: Head) -> None:
       "vision_use_head=false in config.json is not supported: such a model has no pooled output,"
       " and a FlexiViT has one."
     )
+
+
+def _fields(tower: Config, family: Family) -> dict[str, Any]:
+  """The fields of the FlexiViT, but for its head."""
+  width, heads = _whole(tower, "hidden_size"), _whole(tower, "num_attention_heads")
+  if width % heads:
+    raise errors.UserError(
+      f"config.json has hidden_size={width}, no multiple of num_attention_heads={heads}."
+    )
+  return {
+    "patch_size": _pair(tower, "patch_size"),
+    "posemb_size": _grid(_pair(tower, "image_size"), _pair(tower, "patch_size")),
+    "width": width,
+    "depth": _whole(tower, "num_hidden_layers"),
+    "mlp_dim": _mlp_dim(tower, width),
+    "num_heads": heads,
+    "registers": _registers(tower, family),
+    "pre_norm": bool(family.layout.pre_norm),
+    "layer_norm_eps": _positive(tower, "layer_norm_eps"),
+    "gelu": GELU[_known("hidden_act", tower["hidden_act"], GELU)],
+    "kernel_operator": "cubic_antialias",
+    "grid_operator": "cubic_antialias",
+  }
 
 
 def _grid(image_size: Size, patch_size: Size) -> Size:

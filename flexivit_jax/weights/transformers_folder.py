@@ -5,6 +5,7 @@ Read with json and safetensors alone. Nothing is unpickled, and no name in a fil
 
 import json
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
@@ -23,14 +24,6 @@ class Normalisation(NamedTuple):
   std: list[float]
 
 
-class Folder(NamedTuple):
-  """What config.json says, the arrays by name, and the normalisation of the input if a file says it."""
-
-  config: dict[str, Any]
-  arrays: files.Arrays
-  normalisation: Normalisation | None
-
-
 def is_folder(path: pathlib.Path) -> bool:
   """Whether `path` looks like such a folder. A run's has a config.json too, but no weights beside it."""
   config = path / CONFIG
@@ -40,26 +33,17 @@ def is_folder(path: pathlib.Path) -> bool:
   return beside or b'"model_type"' in config.read_bytes()
 
 
-def read(path: pathlib.Path) -> Folder:
-  """Reads a folder; half precision is widened.
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  """What config.json says; a UserError if it cannot be read."""
+  return _json(path / CONFIG)
+
+
+def read_arrays(path: pathlib.Path) -> files.Arrays:
+  """The arrays by name; half precision is widened.
 
   Raises:
-    UserError: a file that is missing, broken or not what it should be; shards that do not hold each array once.
+    UserError: a file that is missing, broken or pickled, or shards that do not hold each array once.
   """
-  return Folder(_json(path / CONFIG), _arrays(path), _normalisation(path))
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_bytes())
-  except (OSError, ValueError, RecursionError) as e:
-    raise errors.UserError(f"{path} cannot be read as JSON: {e}") from e
-  if not isinstance(content, dict):
-    raise errors.UserError(f"{path}: expected a JSON object, got {type(content).__name__}.")
-  return content
-
-
-def _arrays(path: pathlib.Path) -> files.Arrays:
   single, index = path / WEIGHTS, path / INDEX
   if single.is_file() and index.is_file():
     raise errors.UserError(f"{path} has {WEIGHTS} and {INDEX}; remove the one that is not meant.")
@@ -73,6 +57,28 @@ def _arrays(path: pathlib.Path) -> files.Arrays:
       f"{path} has its weights in {pickled[0]}, which is pickled; expected {WEIGHTS}: {_SAVE}."
     )
   raise errors.UserError(f"{path} has no {WEIGHTS} and no {INDEX}: {_SAVE}.")
+
+
+def read_normalisation(path: pathlib.Path) -> Normalisation | None:
+  """What the image processor does to 8-bit pixels, as mean and std of pixels in [0, 1]; None if no file says it.
+
+  Raises:
+    UserError: a file that cannot be read, or a value that is no number.
+  """
+  processor = _processor(path)
+  if not processor.get("do_normalize", True):
+    mean, std = [0.0] * 3, [1.0] * 3
+  elif "image_mean" in processor and "image_std" in processor:
+    mean, std = (_numbers(processor, name) for name in ("image_mean", "image_std"))
+  else:
+    return None
+  factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+  if not isinstance(factor, (int, float)) or not factor > 0:
+    raise errors.UserError(f"{PREPROCESSOR} has rescale_factor={factor!r}; expected a number > 0.")
+  white = 255 * factor
+  if abs(white - 1) < 1e-6:  # 0.00392156862745098 is meant to be 1 / 255
+    return Normalisation(mean, std)
+  return Normalisation([m / white for m in mean], [s / white for s in std])
 
 
 def _shards(index: pathlib.Path) -> files.Arrays:
@@ -100,27 +106,9 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     raise errors.UserError(f"{index}: expected names of files by array in 'weight_map'.")
   for shard in shard_of.values():
     # A name with a folder in it could lead anywhere.
-    if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard or "\\" in shard:
+    if not isinstance(shard, str) or not re.fullmatch(r"[^/\\]+\.safetensors", shard):
       raise errors.UserError(f"{index}: {shard!r} is no name of a file in the folder.")
   return shard_of
-
-
-def _normalisation(path: pathlib.Path) -> Normalisation | None:
-  """What the image processor does to 8-bit pixels, as mean and std of pixels in [0, 1]; None if no file says it."""
-  processor = _processor(path)
-  if not processor.get("do_normalize", True):
-    mean, std = [0.0] * 3, [1.0] * 3
-  elif "image_mean" in processor and "image_std" in processor:
-    mean, std = (_numbers(processor, name) for name in ("image_mean", "image_std"))
-  else:
-    return None
-  factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
-  if not isinstance(factor, (int, float)) or not factor > 0:
-    raise errors.UserError(f"{PREPROCESSOR} has rescale_factor={factor!r}; expected a number > 0.")
-  white = 255 * factor
-  if abs(white - 1) < 1e-6:  # 0.00392156862745098 is meant to be 1 / 255
-    return Normalisation(mean, std)
-  return Normalisation([m / white for m in mean], [s / white for s in std])
 
 
 def _processor(path: pathlib.Path) -> dict[str, Any]:
@@ -137,3 +125,13 @@ def _numbers(processor: dict[str, Any], name: str) -> list[float]:
   if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
     raise errors.UserError(f"{PREPROCESSOR} has {name}={values!r}; expected a list of numbers.")
   return [float(value) for value in values]
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    content = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError) as e:
+    raise errors.UserError(f"{path} cannot be read as JSON: {e}") from e
+  if not isinstance(content, dict):
+    raise errors.UserError(f"{path}: expected a JSON object, got {type(content).__name__}.")
+  return content

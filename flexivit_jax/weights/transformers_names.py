@@ -5,11 +5,10 @@ tokens; LayerScale (DINOv2) into the projections before it is applied. Biases th
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from flexivit_jax.weights import timm_names, transformers_config, transformers_shapes
+from flexivit_jax.weights import timm_names, transformers_shapes
 from flexivit_jax.weights.transformers_config import Spec
 from flexivit_jax.weights.transformers_shapes import MAP, MASK, POOLER, REGISTERS
 
@@ -22,13 +21,12 @@ _LEFT_OUT = {
 }
 
 
-def convert(config: Mapping[str, Any], arrays: Arrays) -> timm_names.Converted:
-  """Turns the arrays of a folder, float32 and by name, into ours; `config` is what its config.json holds.
+def convert(s: Spec, arrays: Arrays) -> timm_names.Converted:
+  """Turns the arrays of a folder, float32 and by name, into ours; `s` is what its config.json says.
 
   Raises:
-    UserError: a model that is not supported, or arrays that are not those of config.json, all differences listed.
+    UserError: arrays that are not those of config.json, all differences listed.
   """
-  s = transformers_config.spec(config)
   own = {name: a for name, a in arrays.items() if not name.startswith(s.family.others)}
   base = s.family.base
   prefix = base if any(name.startswith(base) for name in own) else ""

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from flexivit_jax import convert, trees, weights
 from flexivit_jax.errors import UserError
-from flexivit_jax.weights import transformers_names
+from flexivit_jax.weights import transformers_config, transformers_names
 
 D, HEADS, MLP, DEPTH, PATCH, IMAGE, CELLS, CLASSES = 16, 4, 24, 2, 4, 16, 16, 5
 VIT = dict(
@@ -168,6 +168,10 @@ def make(kind, prefix=None, **changes):
   return top | settings, arrays
 
 
+def converted(config, arrays):
+  return transformers_names.convert(transformers_config.spec(config), arrays)
+
+
 def save(folder, config, arrays):
   folder.mkdir(exist_ok=True)
   (folder / "config.json").write_text(json.dumps(config))
@@ -272,10 +276,10 @@ def test_logits_are_those_of_the_source(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_array_counts_but_those_that_are_noted(kind):
   config, arrays = make(kind)
-  before = transformers_names.convert(config, arrays)
+  before = converted(config, arrays)
   ignored = set()
   for name, array in arrays.items():
-    flat = transformers_names.convert(config, arrays | {name: np.float32(1) + array}).flat
+    flat = converted(config, arrays | {name: np.float32(1) + array}).flat
     changed = [n for n in flat if not np.array_equal(flat[n], before.flat[n])]
     if not changed:
       ignored.add(name)
@@ -293,7 +297,7 @@ def test_every_array_counts_but_those_that_are_noted(kind):
 def test_names_with_and_without_the_beginning_are_the_same_model(kind):
   config, arrays = make(kind)
   _, bare = make(kind, prefix="")
-  want, got = (transformers_names.convert(config, a).flat for a in (arrays, bare))
+  want, got = (converted(config, a).flat for a in (arrays, bare))
   assert want.keys() == got.keys()
   for name in want:
     np.testing.assert_array_equal(got[name], want[name])
@@ -352,7 +356,7 @@ def test_sizes_in_config_json_must_be_those_of_the_arrays(kind, change, array, e
     lead = "" if names is CLIP else "1,"
     expected = f"[{lead}{expected + tokens},16]"
   with pytest.raises(UserError) as error:
-    transformers_names.convert(config, arrays)
+    converted(config, arrays)
   lines = [line.strip() for line in str(error.value).splitlines()[1:]]
   assert [line.partition(", got")[0] for line in lines] == [f"{name}: expected float32{expected}"]
 
@@ -364,7 +368,7 @@ def test_the_number_of_blocks_must_be_that_of_the_arrays(kind, depth):
   config, arrays = make(kind, num_hidden_layers=depth)
   block = prefix + names["block"].format(min(depth, 2))
   with pytest.raises(UserError) as error:
-    transformers_names.convert(config, arrays)
+    converted(config, arrays)
   lines = [line.strip().split()[1] for line in str(error.value).splitlines()[1:]]
   assert len(lines) >= 16 and all(line.startswith(block) for line in lines)
 
@@ -372,7 +376,7 @@ def test_the_number_of_blocks_must_be_that_of_the_arrays(kind, depth):
 def test_a_number_of_blocks_that_cannot_be_takes_no_memory():
   config, arrays = make("ViTModel", num_hidden_layers=10**12)
   with pytest.raises(UserError, match="num_hidden_layers=1000000000000; there are 38 arrays"):
-    transformers_names.convert(config, arrays)
+    converted(config, arrays)
 
 
 def test_a_rectangle_has_its_own_grid(tmp_path):
@@ -394,7 +398,7 @@ def test_biases_of_queries_keys_and_values_may_be_missing_as_config_json_says(tm
   config, arrays = make("ViTModel", qkv_bias=False)
   biases = [n for n in arrays if n.endswith(("query.bias", "key.bias", "value.bias"))]
   with pytest.raises(UserError, match=f"extra {biases[0]}"):
-    transformers_names.convert(config, arrays)
+    converted(config, arrays)
   arrays = {n: a for n, a in arrays.items() if n not in biases}
   model, params = weights.load(save(tmp_path / "model", config, arrays))
   want = forward("ViTModel", arrays, pixels())
@@ -404,44 +408,44 @@ def test_biases_of_queries_keys_and_values_may_be_missing_as_config_json_says(tm
 @pytest.mark.parametrize("kind", ["ViTModel", "DeiTModel"])
 def test_the_pooler_and_the_mask_token_are_left_out_and_noted(kind):
   config, arrays = make(kind)
-  want = transformers_names.convert(config, arrays)
+  want = converted(config, arrays)
   more = {
     "pooler.dense.weight": np.ones((D, D), np.float32),
     "pooler.dense.bias": np.ones(D, np.float32),
     "embeddings.mask_token": np.ones((1, 1, D), np.float32),
   }
-  got = transformers_names.convert(config, arrays | more)
+  got = converted(config, arrays | more)
   assert got.flat.keys() == want.flat.keys()
   assert any("pooler" in n for n in got.notes) and any("mask_token" in n for n in got.notes)
   del more["pooler.dense.bias"]
   with pytest.raises(UserError, match=r"missing pooler\.dense\.bias"):
-    transformers_names.convert(config, arrays | more)
+    converted(config, arrays | more)
   config, arrays = make("ViTForImageClassification")
   with pytest.raises(UserError, match=r"extra vit\.pooler\.dense\.weight"):
-    transformers_names.convert(config, arrays | {"vit.pooler.dense.weight": np.zeros((D, D))})
+    converted(config, arrays | {"vit.pooler.dense.weight": np.zeros((D, D))})
 
 
 def test_dinov2s_mask_token_has_its_own_shape():
   config, arrays = make("Dinov2Model")
   good = {"embeddings.mask_token": np.zeros((1, D), np.float32)}
-  assert any("mask_token" in n for n in transformers_names.convert(config, arrays | good).notes)
+  assert any("mask_token" in n for n in converted(config, arrays | good).notes)
   bad = {"embeddings.mask_token": np.zeros((1, 1, D), np.float32)}
   with pytest.raises(UserError, match=r"mask_token: expected float32\[1,16\], got float32\[1,1"):
-    transformers_names.convert(config, arrays | bad)
+    converted(config, arrays | bad)
 
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel"])
 def test_old_files_number_the_positions_in_an_array(kind):
   config, arrays = make(kind)
-  want = transformers_names.convert(config, arrays).flat
+  want = converted(config, arrays).flat
   name = "vision_model.embeddings.position_ids"
   ids = np.arange(CELLS + KINDS[kind][3])[None]
-  got = transformers_names.convert(config, arrays | {name: ids}).flat
+  got = converted(config, arrays | {name: ids}).flat
   assert got.keys() == want.keys()
   with pytest.raises(UserError, match=f"{name}: expected 0, 1, 2, "):
-    transformers_names.convert(config, arrays | {name: ids[:, ::-1]})
+    converted(config, arrays | {name: ids[:, ::-1]})
   with pytest.raises(UserError, match=f"{name}: expected int64"):
-    transformers_names.convert(config, arrays | {name: ids[:, :-1]})
+    converted(config, arrays | {name: ids[:, :-1]})
 
 
 def test_half_precision_is_widened(tmp_path):
@@ -473,11 +477,11 @@ def test_settings_that_config_json_leaves_out_are_the_defaults():
   config, arrays = make("CLIPModel")
   settings = config["vision_config"]
   settings.pop("layer_norm_eps")
-  fields = transformers_names.convert(config, arrays).fields
+  fields = converted(config, arrays).fields
   assert fields["layer_norm_eps"] == 1e-5 and fields["gelu"] == "quick"
   # An old CLIP has its settings twice, and the second ones count.
   twice = config | {"vision_config": {}, "vision_config_dict": settings}
-  assert transformers_names.convert(twice, arrays).fields == fields
+  assert converted(twice, arrays).fields == fields
 
 
 @pytest.mark.parametrize(
@@ -496,6 +500,7 @@ def test_settings_that_config_json_leaves_out_are_the_defaults():
     ("ViTModel", {"architectures": None}, "architectures=None; expected a list with one of ViTM"),
     ("ViTModel", {"architectures": [{}]}, "Unknown architecture"),
     ("ViTModel", {"hidden_size": "16"}, "hidden_size='16'; expected a whole number"),
+    ("ViTModel", {"pooler_output_size": "a"}, "pooler_output_size='a'; expected a whole number"),
     ("ViTModel", {"num_hidden_layers": True}, "num_hidden_layers=True; expected a whole number"),
     (
       "ViTModel",
@@ -517,6 +522,35 @@ def test_what_config_json_cannot_say_is_an_error(tmp_path, kind, change, message
     weights.load(save(tmp_path / "model", config, arrays))
 
 
+def test_mean_and_std_of_the_preprocessor_are_folded_unless_others_are_given(tmp_path):
+  config, arrays = make("ViTModel")
+  folder = save(tmp_path / "model", config, arrays)
+  plain, before, record = weights.load_with_record(folder)
+  assert any("No preprocessor_config.json" in n for n in record["notes"])
+  assert "folded_input" not in record
+  mean, std = [0.48, 0.45, 0.4], [0.22, 0.23, 0.27]
+  (folder / "preprocessor_config.json").write_text(
+    json.dumps({"image_mean": mean, "image_std": std})
+  )
+  model, params, record = weights.load_with_record(folder)
+  want = forward("ViTModel", arrays, ((pixels() + 1) / 2 - mean) / std)
+  np.testing.assert_allclose(logits(model, params, pixels()), want, rtol=0, atol=5e-6)
+  assert record["folded_input"] == {"mean": mean, "std": std}
+  assert not any("preprocessor_config" in n for n in record["notes"])
+  half = [0.5] * 3
+  same, params, record = weights.load_with_record(folder, mean=half, std=half)
+  assert same == plain and record["folded_input"]["mean"] == half
+  jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_the_weights_alone_are_sent_back_to_the_folder(tmp_path):
+  folder = save(tmp_path / "model", *make("ViTModel"))
+  with pytest.raises(
+    UserError, match=r"one file of a folder of transformers.*give the folder, .*mod"
+  ):
+    weights.load(folder / "model.safetensors")
+
+
 def test_a_folder_converts_with_a_certificate_of_its_own_input(tmp_path):
   folder = save(tmp_path / "model", *make("Dinov2ForImageClassification"))
   mean, std = [0.48, 0.45, 0.4], [0.22, 0.23, 0.27]
@@ -533,6 +567,14 @@ def test_a_folder_converts_with_a_certificate_of_its_own_input(tmp_path):
   assert all(row.difference == 0 for row in rows)
   with pytest.raises(UserError, match="folded into this file already"):
     weights.load(tmp_path / "out.npz", mean=mean, std=std)
+
+
+def test_a_model_that_is_not_supported_is_refused_before_its_arrays_are_read(tmp_path):
+  config, arrays = make("ViTModel")
+  folder = save(tmp_path / "model", config | {"model_type": "llama"}, arrays)
+  (folder / "model.safetensors").write_bytes(b"not even arrays")
+  with pytest.raises(UserError, match="Unknown model_type"):
+    weights.load(folder)
 
 
 def test_flexified_it_keeps_what_it_was(tmp_path):
