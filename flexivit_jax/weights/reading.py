@@ -12,17 +12,30 @@ import numpy as np
 
 from flexivit_jax import checkpoint, errors, resize, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import big_vision, files, registry, timm_names
+from flexivit_jax.weights import (
+  big_vision,
+  files,
+  registry,
+  timm_names,
+  transformers_config,
+  transformers_folder,
+  transformers_names,
+)
+from flexivit_jax.weights.transformers_folder import Normalisation
 
 Size = tuple[int, int]
 
 
 class Source(NamedTuple):
-  """What a file holds: parameters (a tree of NumPy arrays), the fields of their FlexiViT, and the record."""
+  """What a file holds: parameters (a tree of NumPy arrays), the fields of their FlexiViT, and the record.
+
+  `normalisation` is that of the input, where something beside the arrays says it; it is not yet folded in.
+  """
 
   params: dict
   fields: dict[str, Any]
   record: dict[str, Any]
+  normalisation: Normalisation | None = None
 
 
 def load(
@@ -33,16 +46,18 @@ def load(
   flexify: tuple[Size, Size] | None = None,
   **fields: Any,
 ) -> tuple[FlexiViT, dict]:
-  """Returns (model, params) of a file with weights, a run folder, or one of its checkpoints.
+  """Returns (model, params) of a file with weights, a run folder, one of its checkpoints, or a transformers folder.
 
   Files: `.npz` in big_vision's, the original ViT's or timm's names, `.safetensors` in timm's. The architecture is
-  read from the arrays.
+  read from the arrays. Folders of Hugging Face's `transformers`: config.json and model.safetensors or its shards,
+  of ViT, DeiT, DINOv2, CLIP and SigLIP; the architecture is read from config.json.
 
   Args:
     path: the file or folder; or a name of `registry.PUBLISHED`, e.g. "FlexiViT-B i1k", or the https:// address of a
       file, which is then fetched once.
-    mean, std: of the input (pixels in [0, 1]) with which a timm model was trained, both or none; folded into the
-      patch embedding, so that the model takes pixels in [-1, 1] as all models here. Not given: 0.5.
+    mean, std: of the input (pixels in [0, 1]) with which a timm or transformers model was trained, both or none;
+      folded into the patch embedding, so that the model takes pixels in [-1, 1] as all models here. Not given: what
+      preprocessor_config.json says, or 0.5.
     flexify: (patch_size, posemb_size) of the buffers that a fixed model becomes a FlexiViT with, e.g.
       ((32, 32), (7, 7)): kernel PI-resized, position grid zoomed with its corners in place, as the reference does
       when it starts from an older checkpoint.
@@ -69,12 +84,14 @@ def load_with_record(
 
   Keys: "format" (of this file), "source" (file and format that the weights came from), "model" (all fields),
   "position", "image_size" (pixels, None where any will do), "native_patch_size", "native_grid",
-  "notes"; of a file that was fetched also "name" and "url".
+  "notes"; "folded_input" (mean and std) where these were folded in; of a file that was fetched "name" and "url".
   """
   file, published = registry.find(path)
   source = read(file, fields)
   if published is not None:
     source = _published(source, published, file)
+  if mean is None and std is None and source.normalisation is not None:
+    mean, std = source.normalisation
   if mean is not None or std is not None:
     source = _fold_input(source, mean, std)
   if flexify is not None:
@@ -124,12 +141,14 @@ def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
   Raises:
     UserError: it is not there, or in no known format.
   """
-  known = "expected an .npz file or a run folder, or .safetensors"
+  known = "expected an .npz file or a run folder, or .safetensors, or a folder of transformers"
   if not path.exists():
     raise errors.UserError(
       f"{path} does not exist; {known}, or a name that `flexivit inspect --list` prints."
       + errors.nearest(str(path), registry.PUBLISHED)
     )
+  if path.is_dir() and transformers_folder.is_folder(path):
+    return _transformers(path, fields)
   if path.is_dir():
     params, record = checkpoint.load_params(path)
     format_ = "checkpoint of a run"
@@ -175,6 +194,11 @@ def _recognise(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, An
   elif big_vision.ORIGINAL_POSITION in arrays:
     params = trees.unflatten(big_vision.from_original(arrays, fields.get("posemb_size")))
     found, format_ = big_vision.infer_fields(params, fields), f"{kind} in the original ViT's names"
+  elif path.suffix == ".safetensors" and transformers_folder.is_folder(path.parent):
+    raise errors.UserError(
+      f"{path} is one file of a folder of transformers, whose config.json says what model it is;"
+      f" give the folder, {path.parent}."
+    )
   else:
     params, fixed = _plain(arrays), False
     found, format_ = big_vision.infer_fields(params, fields), f"{kind} in big_vision's names"
@@ -183,6 +207,26 @@ def _recognise(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, An
     sides = zip(record["native_patch_size"], record["native_grid"], strict=True)
     record["image_size"] = [patch * cells for patch, cells in sides]
   return Source(params, found, record)
+
+
+def _transformers(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
+  """A folder of Hugging Face's transformers."""
+  config = transformers_folder.read_config(path)
+  spec = transformers_config.spec(config)  # before the arrays: those of another model may be large
+  normalisation = transformers_folder.read_normalisation(path)
+  flat, found, notes = transformers_names.convert(spec, transformers_folder.read_arrays(path))
+  model = FlexiViT(**{**found, **fields})
+  record = _describe(path.resolve(), f"transformers folder, {config['model_type']}", model)
+  if normalisation is None:
+    notes.append(
+      "No preprocessor_config.json says the input's mean and std; unless they are given (mean, std"
+      " or --mean, --std), pixels are taken to be in [-1, 1]."
+    )
+  sides = zip(record["native_patch_size"], record["native_grid"], strict=True)
+  record |= {"notes": notes, "image_size": [patch * cells for patch, cells in sides]}
+  if names := transformers_config.class_names(config, model.num_classes):
+    record["class_names"] = names
+  return Source(trees.unflatten(flat), found, record, normalisation)
 
 
 def _plain(arrays: files.Arrays) -> dict:
@@ -230,8 +274,14 @@ def _fields_of(model: FlexiViT) -> dict[str, Any]:
 def _fold_input(source: Source, mean: Any, std: Any) -> Source:
   if mean is None or std is None:
     raise errors.UserError("Give both mean and std of the input, or none.")
-  if "timm" not in source.record["source"]["format"]:
-    raise errors.UserError("mean and std are for files in timm's names; others take [-1, 1].")
+  if not any(project in source.record["source"]["format"] for project in ("timm", "transformers")):
+    raise errors.UserError(
+      "mean and std are for files in timm's names and folders of transformers; others take [-1, 1]."
+    )
+  if "folded_input" in source.record:
+    raise errors.UserError(
+      f"mean and std are folded into this file already: {source.record['folded_input']}."
+    )
   flat = timm_names.fold_input(trees.flatten(source.params), mean, std)
   folded = {"folded_input": {"mean": list(mean), "std": list(std)}}
   return source._replace(params=trees.unflatten(flat), record=source.record | folded)
@@ -254,4 +304,5 @@ def _flexify(source: Source, patch_size: Size, posemb_size: Size) -> Source:
   params = source.params | {"embedding": embedding, "pos_embedding": zoomed}
   operators = {"kernel_operator": "linear", "grid_operator": "linear_antialias"}
   was = {"patch_size": list(kernel.shape[:2]), "grid": list(old)}
-  return Source(params, fields | operators, source.record | {"flexified_from": was})
+  record = source.record | {"flexified_from": was}
+  return source._replace(params=params, fields=fields | operators, record=record)

@@ -1,0 +1,203 @@
+"""A FlexiViT at one patch size as a folder of Hugging Face's `transformers`, which loads it as its own ViT."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors import numpy as safetensors
+
+from flexivit_jax import errors, trees
+from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.models.flexivit import Size
+from flexivit_jax.weights import transformers_config, transformers_folder
+from flexivit_jax.weights.baking import bake
+from flexivit_jax.weights.transformers_families import FAMILIES
+
+RECORD = "flexivit_record.json"
+_VIT = FAMILIES["vit"]
+_BILINEAR = 2  # Pillow's number
+
+
+def save_transformers(
+  out: str | os.PathLike[str],
+  model: FlexiViT,
+  params: dict,
+  record: dict[str, Any],
+  *,
+  image_hw: Size,
+  seqhw: int | None = None,
+) -> None:
+  """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel` where there is no head.
+
+  It holds config.json, model.safetensors, preprocessor_config.json (images squashed to `image_hw`, pixels in
+  [-1, 1]) and flexivit_record.json, with the sha256 of the weights. The folder appears under its name only when it is
+  complete. `ViTModel` is to be loaded with `add_pooling_layer=False`; the output is then `last_hidden_state[:, 0]`.
+
+  Args:
+    out: the folder; must not be there.
+    model, params, record: what `weights.load_with_record` returns; `class_names` become the labels.
+    image_hw: pixels of the images that the written model takes.
+    seqhw: tokens per side; by default those of the kernel's own size.
+
+  Raises:
+    UserError: a model that is no ViT of transformers, a size that does not divide the image, class names that are not
+      as many as classes, or something at `out`.
+  """
+  out = pathlib.Path(out)
+  if out.exists():
+    raise errors.UserError(f"{out} is there already; remove it or give another name.")
+  _check(model)
+  fixed, baked = bake(model, params, image_hw=image_hw, seqhw=seqhw)
+  flat = {name: np.asarray(a) for name, a in trees.flatten(vit.unstack_blocks(baked)).items()}
+  weights = safetensors.save(_arrays(fixed, flat), metadata={"format": "pt"})
+  channels = flat["embedding/kernel"].shape[2]
+  config = _config(fixed, channels, image_hw, record.get("class_names"))
+  _write(
+    out,
+    {
+      transformers_folder.CONFIG: _json(config),
+      transformers_folder.WEIGHTS: weights,
+      transformers_folder.PREPROCESSOR: _json(_preprocessor(image_hw, channels)),
+      RECORD: _json(_record(record, fixed, image_hw, weights)),
+    },
+  )
+
+
+def _check(model: FlexiViT) -> None:
+  """Raises a UserError for a model that transformers' ViT cannot be."""
+  wanted = {"pool_type": "tok", "registers": 0, "pre_norm": False}
+  for name, value in wanted.items():
+    if getattr(model, name) != value:
+      raise errors.UserError(
+        f"{name}={getattr(model, name)!r}: transformers' ViT has only {name}={value!r}. An .npz"
+        " (flexivit convert) or an artifact (flexivit export) can hold this model."
+      )
+
+
+def _arrays(model: FlexiViT, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The baked model's arrays in the names that `save_pretrained` writes."""
+  names, d = _VIT.layout, model.width
+  position = flat.get("pos_embedding")
+  if position is None:
+    position = vit.sincos2d(model.posemb_size, d).reshape(1, -1, d)
+  tower = {
+    f"{names.patch}.weight": flat["embedding/kernel"].transpose(3, 2, 0, 1),
+    f"{names.patch}.bias": flat["embedding/bias"],
+    # The class token has a position there, and none here.
+    names.position: np.concatenate([np.zeros((1, 1, d), np.float32), position], axis=1),
+    names.tokens[0]: flat["cls"],
+    **_norm(flat, "Transformer/encoder_norm", names.norm),
+  }
+  for i in range(model.depth):
+    tower |= _block(flat, f"Transformer/encoderblock_{i}", f"{names.blocks}.{i}", d)
+  prefix = _VIT.base if model.num_classes else ""
+  arrays = {prefix + name: array for name, array in tower.items()}
+  if model.num_classes:
+    arrays |= _dense(flat, "head", "classifier")
+  return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def _block(
+  flat: Mapping[str, np.ndarray], ours: str, theirs: str, width: int
+) -> dict[str, np.ndarray]:
+  names = {part: f"{theirs}.{name}" for part, name in _VIT.layout.block.items()}
+  attention, mlp = f"{ours}/MultiHeadDotProductAttention_0", f"{ours}/MlpBlock_0"
+  arrays = _norm(flat, f"{ours}/LayerNorm_0", names["norm1"])
+  arrays |= _norm(flat, f"{ours}/LayerNorm_1", names["norm2"])
+  for part in ("query", "key", "value", "out"):
+    # Heads and their features are two axes here and one there.
+    kernel = flat[f"{attention}/{part}/kernel"].reshape(width, width)
+    arrays[f"{names[part]}.weight"] = kernel.T
+    arrays[f"{names[part]}.bias"] = flat[f"{attention}/{part}/bias"].reshape(width)
+  arrays |= _dense(flat, f"{mlp}/Dense_0", names["fc1"])
+  return arrays | _dense(flat, f"{mlp}/Dense_1", names["fc2"])
+
+
+def _dense(flat: Mapping[str, np.ndarray], ours: str, theirs: str) -> dict[str, np.ndarray]:
+  return {f"{theirs}.weight": flat[f"{ours}/kernel"].T, f"{theirs}.bias": flat[f"{ours}/bias"]}
+
+
+def _norm(flat: Mapping[str, np.ndarray], ours: str, theirs: str) -> dict[str, np.ndarray]:
+  return {f"{theirs}.weight": flat[f"{ours}/scale"], f"{theirs}.bias": flat[f"{ours}/bias"]}
+
+
+def _config(model: FlexiViT, channels: int, hw: Size, names: list[str] | None) -> dict[str, Any]:
+  config = {
+    "model_type": "vit",
+    "architectures": ["ViTForImageClassification" if model.num_classes else "ViTModel"],
+    "hidden_size": model.width,
+    "num_hidden_layers": model.depth,
+    "num_attention_heads": model.num_heads,
+    "intermediate_size": model.mlp_dim,
+    "hidden_act": _hidden_act(model.gelu),
+    "layer_norm_eps": model.layer_norm_eps,
+    "image_size": _one_or_two(hw),
+    "patch_size": _one_or_two(model.patch_size),
+    "num_channels": channels,
+    "qkv_bias": True,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+  }
+  if not model.num_classes:
+    return config
+  labels = names or [f"LABEL_{i}" for i in range(model.num_classes)]
+  if len(labels) != model.num_classes:
+    raise errors.UserError(
+      f"The record has {len(labels)} class_names; the model has {model.num_classes} classes."
+    )
+  ids = {label: i for i, label in enumerate(labels)}
+  return config | {"id2label": {str(i): n for i, n in enumerate(labels)}, "label2id": ids}
+
+
+def _hidden_act(gelu: str) -> str:
+  return next(theirs for theirs, ours in transformers_config.GELU.items() if ours == gelu)
+
+
+def _one_or_two(size: Size) -> int | list[int]:
+  """A square as one number, which is all that some of transformers' code takes."""
+  return size[0] if size[0] == size[1] else list(size)
+
+
+def _preprocessor(hw: Size, channels: int) -> dict[str, Any]:
+  return {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "size": {"height": hw[0], "width": hw[1]},
+    "resample": _BILINEAR,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5] * channels,
+    "image_std": [0.5] * channels,
+  }
+
+
+def _record(record: dict[str, Any], model: FlexiViT, hw: Size, weights: bytes) -> dict[str, Any]:
+  """The source's record, and what was made of it."""
+  return record | {
+    "format": "transformers folder, vit, written by flexivit",
+    "image_size": list(hw),
+    "patch_size": list(model.patch_size),
+    "grid": list(model.posemb_size),
+    "sha256": {transformers_folder.WEIGHTS: hashlib.sha256(weights).hexdigest()},
+  }
+
+
+def _json(content: dict[str, Any]) -> bytes:
+  return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _write(out: pathlib.Path, parts: dict[str, bytes]) -> None:
+  """Writes the files into a hidden folder beside `out`, which then takes its name."""
+  out.parent.mkdir(parents=True, exist_ok=True)
+  part = out.with_name(f".{out.name}.part")
+  shutil.rmtree(part, ignore_errors=True)  # of an earlier try that was cut off
+  part.mkdir()
+  for name, content in parts.items():
+    (part / name).write_bytes(content)
+  part.rename(out)
