@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexivit_jax import artifact, cli, errors, exporting, weights
+from flexivit_jax.weights import stablehlo
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_only_a_new_zip_is_written(export, tmp_path, capsys):
 def test_an_artifact_that_differs_is_removed(file, tmp_path):
   model, params, record = weights.load_with_record(file, num_heads=4)
   out = tmp_path / "vit.zip"
-  exporting.write_artifact(out, model, params, record, image_hw=(32, 32), sizes=(2,))
+  stablehlo.write(out, model, params, record, image_hw=(32, 32), sizes=(2,))
   head = params["head"] | {"bias": params["head"]["bias"] + 0.1}
   with pytest.raises(errors.UserError, match=r"differs at seqhw=2 by .*nothing is written"):
     exporting.verify(out, model, params | {"head": head})
