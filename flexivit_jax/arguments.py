@@ -24,9 +24,7 @@ def parser() -> argparse.ArgumentParser:
   _convert(
     commands.add_parser("convert", help="weights of other projects as big_vision's .npz, verified")
   )
-  _export(
-    commands.add_parser("export", help="one model at several patch sizes, to run with jax alone")
-  )
+  _export(commands.add_parser("export", help="one model at several patch sizes, to run elsewhere"))
   return top
 
 
@@ -53,6 +51,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--std",
         "--flexify",
         "--platforms",
+        "--to",
+        "--no-verify",
         "--help",
       )
     ]
@@ -135,7 +135,10 @@ def _export(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "checkpoint", type=pathlib.Path, help="an .npz, a .safetensors file or a run folder"
   )
-  p.add_argument("out", type=pathlib.Path, metavar="OUT.zip", help="file to write")
+  p.add_argument(
+    "out", type=pathlib.Path, metavar="OUT", help="file to write, a .zip; with --to=onnx a folder"
+  )
+  p.add_argument("--to", default="stablehlo", help="stablehlo (the default; runs in jax) or onnx")
   p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
   p.add_argument(
     "--seqhw",
@@ -147,7 +150,13 @@ def _export(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--platforms",
     type=lambda text: tuple(text.split(",")),
-    help="where it is to run, of cpu,cuda,rocm,tpu (default: cpu,cuda,tpu)",
+    help="where it is to run, of cpu,cuda,rocm,tpu (default: cpu,cuda,tpu); not with --to=onnx",
+  )
+  p.add_argument(
+    "--no-verify",
+    dest="verify",
+    action="store_false",
+    help="do not compare with the source; no certificate then",
   )
   _loading(p)
 

@@ -1,23 +1,37 @@
-"""`flexivit export`: one model at several patch sizes, to run without this project; read back and compared."""
+"""`flexivit export`: one model at several patch sizes, to run without this project; read back and compared.
+
+What is written, and how, is told in `weights/stablehlo.py` and `weights/onnx_folder.py`.
+"""
 
 import argparse
 import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from flexivit_jax import arguments, artifact, errors, weights
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate, stablehlo
+from flexivit_jax.weights import certificate, foreign, onnx_folder, stablehlo
+
+WRITERS: dict[str, Callable] = {"stablehlo": stablehlo.write, "onnx": onnx_folder.write}
+LOADERS: dict[str, Callable] = {"stablehlo": artifact.load_artifact, "onnx": onnx_folder.load}
 
 
 def run(args: argparse.Namespace) -> None:
   """Writes args.out and its certificate; prints the differences."""
+  given = _options(args)
   model, params, record = weights.load_with_record(args.checkpoint, **arguments.loading(args))
+  if args.to == "onnx" and model.dtype != "float32":
+    model, record = _in_float32(model, record)
   hw = certificate.image_hw(record, args.image_size)
-  given = {} if args.platforms is None else {"platforms": args.platforms}
-  stablehlo.write(args.out, model, params, record, image_hw=hw, sizes=args.seqhw, **given)
-  rows = verify(args.out, model, params)
+  WRITERS[args.to](args.out, model, params, record, image_hw=hw, sizes=args.seqhw, **given)
+  if not args.verify:
+    print(f"wrote {args.out}, not compared with its source (--no-verify)")
+    return
+  rows = verify(args.out, model, params, to=args.to)
   for row in rows:
     print(f"seqhw {row.seqhw:3}: largest difference of the logits {row.difference:.1e}")
   if rows:
@@ -27,31 +41,42 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}, not compared with its source: that takes the platform cpu")
 
 
-def verify(out: pathlib.Path, model: FlexiViT, params: dict) -> list[certificate.Row]:
-  """Reads the artifact back and compares its logits with the model's, on the CPU; no rows if it cannot run there.
+def verify(
+  out: pathlib.Path, model: FlexiViT, params: dict, *, to: str = "stablehlo"
+) -> list[certificate.Row]:
+  """Reads what was written back and compares its logits with the model's, on the CPU; no rows if it cannot run there.
 
   Raises:
-    UserError: they differ, and then the artifact is removed.
+    UserError: they differ. What was written is removed then, and after any other error.
   """
+  try:
+    rows = _compare(out, model, params, LOADERS[to])
+    for row in rows:
+      if not row.difference <= row.limit:
+        raise errors.UserError(
+          f"The artifact differs at seqhw={row.seqhw} by {row.difference:.1e}, more than"
+          f" {row.limit:.1e}; nothing is written. Please report this."
+        )
+  except Exception:
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    raise
+  return rows
+
+
+def _compare(
+  out: pathlib.Path, model: FlexiViT, params: dict, load: Callable
+) -> list[certificate.Row]:
   cpu = _cpu()
   with jax.default_device(cpu):
-    loaded = artifact.load_artifact(out)
-    if cpu is None or "cpu" not in loaded.record["platforms"]:
+    loaded = load(out)
+    if cpu is None or "cpu" not in loaded.record.get("platforms", ["cpu"]):
       return []
     *hw, channels = loaded.record["image_shape"]
     image, params = certificate.images(tuple(hw), channels), jax.tree.map(np.asarray, params)
-    rows = [
+    return [
       certificate.Row(s, certificate.logits(model, params, image, s), loaded.predict(image, s))
       for s in loaded.sizes
     ]
-  for row in rows:
-    if not row.difference <= row.limit:
-      out.unlink()
-      raise errors.UserError(
-        f"The artifact differs at seqhw={row.seqhw} by {row.difference:.1e}, more than"
-        f" {row.limit:.1e}; nothing is written. Please report this."
-      )
-  return rows
 
 
 def _cpu() -> jax.Device | None:
@@ -59,3 +84,27 @@ def _cpu() -> jax.Device | None:
     return jax.devices("cpu")[0]
   except RuntimeError:  # JAX_PLATFORMS leaves it out
     return None
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+  """What only one kind of export takes; all that can be wrong before the checkpoint is read."""
+  if args.to not in WRITERS:
+    raise errors.unknown("kind of export, --to", args.to, WRITERS)
+  if args.to == "stablehlo":
+    return {} if args.platforms is None else {"platforms": args.platforms}
+  if args.platforms is not None:
+    raise errors.UserError(
+      "--platforms has no effect with --to=onnx, whose graphs run wherever onnxruntime does; remove it."
+    )
+  foreign.require("onnx", "Writing ONNX")
+  if args.verify:
+    foreign.require("onnxruntime", foreign.COMPARING_ONNX)
+  return {}
+
+
+def _in_float32(model: FlexiViT, record: dict[str, Any]) -> tuple[FlexiViT, dict[str, Any]]:
+  """The same model with its matrix products in float32, as ONNX graphs have them, and a note of that."""
+  note = f"ONNX graphs are in float32; the model's own matrix products are in {model.dtype}."
+  print(f"note: {note}")
+  changed = {"model": record["model"] | {"dtype": "float32"}, "notes": [*record["notes"], note]}
+  return model.clone(dtype="float32"), record | changed
