@@ -26,9 +26,7 @@ def parser() -> argparse.ArgumentParser:
   _convert(
     commands.add_parser("convert", help="weights of other projects as big_vision's .npz, verified")
   )
-  _export(
-    commands.add_parser("export", help="one model at several patch sizes, to run with jax alone")
-  )
+  _export(commands.add_parser("export", help="one model at several patch sizes, to run elsewhere"))
   _flexify(
     commands.add_parser("flexify", help="make a fixed model work at every patch size, unlabelled")
   )
@@ -44,31 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
   args, unknown = parser().parse_known_args([a for a in argv if not a.startswith("--config.")])
   if unknown:
-    known = [
-      o
-      for o in (
-        "--config",
-        "--workdir",
-        "--checkpoint",
-        "--seqhw",
-        "--out",
-        "--image_size",
-        "--num_heads",
-        "--mean",
-        "--std",
-        "--flexify",
-        "--platforms",
-        "--init",
-        "--data",
-        "--epochs",
-        "--batch_size",
-        "--lr",
-        "--seed",
-        "--buffers",
-        "--list",
-        "--help",
-      )
-    ]
+    known = ["--config", "--help", *(f"--{name}".replace("no_", "no-") for name in vars(args))]
     raise errors.UserError(f"Unknown argument {unknown[0]!r}.{errors.nearest(unknown[0], known)}")
   if overrides and not hasattr(args, "overrides"):
     raise errors.UserError(
@@ -147,7 +121,10 @@ def _convert(p: argparse.ArgumentParser) -> None:
 
 def _export(p: argparse.ArgumentParser) -> None:
   p.add_argument("checkpoint", type=pathlib.Path, help=_WEIGHTS)
-  p.add_argument("out", type=pathlib.Path, metavar="OUT.zip", help="file to write")
+  p.add_argument(
+    "out", type=pathlib.Path, metavar="OUT", help="file to write, a .zip; with --to=onnx a folder"
+  )
+  p.add_argument("--to", default="stablehlo", help="stablehlo (the default; runs in jax) or onnx")
   p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
   p.add_argument(
     "--seqhw",
@@ -159,7 +136,13 @@ def _export(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--platforms",
     type=lambda text: tuple(text.split(",")),
-    help="where it is to run, of cpu,cuda,rocm,tpu (default: cpu,cuda,tpu)",
+    help="where it is to run, of cpu,cuda,rocm,tpu (default: cpu,cuda,tpu); not with --to=onnx",
+  )
+  p.add_argument(
+    "--no-verify",
+    dest="verify",
+    action="store_false",
+    help="do not compare with the source; no certificate then",
   )
   _loading(p)
 

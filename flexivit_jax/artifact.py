@@ -22,7 +22,7 @@ class Artifact(NamedTuple):
   """The record, and for each size a function from images [n, h, w, c] to logits [n, k]."""
 
   record: dict[str, Any]
-  programs: dict[int, Callable[[Any], jax.Array]]
+  programs: dict[int, Callable[[Any], Any]]
 
   @property
   def sizes(self) -> tuple[int, ...]:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from flexivit_jax import artifact, exporting
+from flexivit_jax import artifact
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate
+from flexivit_jax.weights import certificate, stablehlo
 
 FIELDS = dict(num_classes=5, patch_size=(6, 6), posemb_size=(3, 3))
 FIELDS |= dict(width=16, depth=1, mlp_dim=24, num_heads=4)
@@ -27,6 +27,7 @@ VARIATIONS = {
   "gap, sincos2d": dict(pool_type="gap", posemb="sincos2d"),
   "map, scan": dict(pool_type="map", scan=True, depth=2),
   "no head": dict(num_classes=0),
+  "no head, two tokens": dict(num_classes=0, pool_type="tok+gap"),
 }
 
 
@@ -47,7 +48,7 @@ def images(n, hw=(24, 24)):
 def path(tmp_path_factory):
   """An artifact with two sizes."""
   out = tmp_path_factory.mktemp("artifact") / "vit.zip"
-  exporting.write_artifact(out, *make(), {}, image_hw=(24, 24), sizes=(4, 8))
+  stablehlo.write(out, *make(), {}, image_hw=(24, 24), sizes=(4, 8))
   return out
 
 
@@ -55,7 +56,7 @@ def path(tmp_path_factory):
 def test_logits_are_the_models_at_every_size_and_batch(fields, tmp_path):
   model, params = make(**fields)
   out, hw = tmp_path / "vit.zip", (24, 48)
-  exporting.write_artifact(out, model, params, {}, image_hw=hw, sizes=(2, 4, 8))
+  stablehlo.write(out, model, params, {}, image_hw=hw, sizes=(2, 4, 8))
   loaded = artifact.load_artifact(out)
   assert loaded.sizes == (2, 4, 8)
   for size in loaded.sizes:

@@ -1,6 +1,8 @@
 """`flexivit export`, as a user calls it."""
 
 import json
+import sys
+import types
 import zipfile
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexivit_jax import artifact, cli, errors, exporting, weights
+from flexivit_jax.weights import stablehlo
 
 
 @pytest.fixture
@@ -95,8 +98,53 @@ def test_only_a_new_zip_is_written(export, tmp_path, capsys):
 def test_an_artifact_that_differs_is_removed(file, tmp_path):
   model, params, record = weights.load_with_record(file, num_heads=4)
   out = tmp_path / "vit.zip"
-  exporting.write_artifact(out, model, params, record, image_hw=(32, 32), sizes=(2,))
+  stablehlo.write(out, model, params, record, image_hw=(32, 32), sizes=(2,))
   head = params["head"] | {"bias": params["head"]["bias"] + 0.1}
   with pytest.raises(errors.UserError, match=r"differs at seqhw=2 by .*nothing is written"):
     exporting.verify(out, model, params | {"head": head})
   assert not out.exists()
+
+
+def test_what_is_not_to_be_compared_has_no_certificate(export, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(exporting, "verify", None)  # would fail if it were called
+  assert export("--seqhw=2", "--no-verify") == 0
+  assert "not compared with its source (--no-verify)" in capsys.readouterr().out
+  assert artifact.load_artifact(tmp_path / "vit.zip").sizes == (2,)
+  assert not (tmp_path / "vit.certificate.json").exists()
+
+
+def test_what_cannot_be_read_back_is_removed(export, tmp_path, monkeypatch):
+  monkeypatch.setitem(exporting.LOADERS, "stablehlo", lambda out: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    export("--seqhw=2")
+  assert not (tmp_path / "vit.zip").exists()
+
+
+@pytest.mark.parametrize(
+  ("there", "missing", "message"),
+  [
+    ([], "onnx", "Writing ONNX needs the package onnx, which is not installed; pip install"),
+    (["onnx"], "onnxruntime", "which --no-verify leaves out, needs the package onnxruntime"),
+  ],
+)
+def test_onnx_without_its_packages_is_one_line_and_leaves_nothing(
+  export, tmp_path, there, missing, message, capsys, monkeypatch
+):
+  for name in there:
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+  monkeypatch.setitem(sys.modules, missing, None)
+  assert export("--to=onnx", "--seqhw=2", out=tmp_path / "vit.onnx") == 2
+  assert message in capsys.readouterr().err
+  assert [path.name for path in tmp_path.iterdir()] == ["vit.safetensors"]
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (["--to=onxx"], "Unknown kind of export, --to 'onxx'; known: onnx, stablehlo."),
+    (["--to=onnx", "--platforms=cpu"], "--platforms has no effect with --to=onnx"),
+  ],
+)
+def test_kinds_are_not_mixed_up(export, options, message, capsys):
+  assert export("--seqhw=2", *options) == 2
+  assert message in capsys.readouterr().err

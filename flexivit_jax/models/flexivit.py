@@ -188,6 +188,11 @@ class FlexiViT(nn.Module):
     """Tokens before those of the patches."""
     return ("tok" in self.pool_type) + self.registers
 
+  @property
+  def features(self) -> int:
+    """Length of the pre-logits."""
+    return self.width * (1 + ("+" in self.pool_type))
+
 
 CHOICES = {
   "pool_type": ("tok", "gap", "map", "tok+gap", "tok+reg"),
@@ -280,5 +285,5 @@ def gmacs(model: FlexiViT, image_hw: Size, grid_hw: Size, channels: int = 3) -> 
     image_hw[0] * image_hw[1] * channels * d
     + model.depth * block
     + pool
-    + d * (1 + ("+" in model.pool_type)) * model.num_classes
+    + model.features * model.num_classes
   ) / 1e9

@@ -4,6 +4,8 @@ from flexivit_jax import resize
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import Size, which_patch
 
+RESAMPLED = ("embedding/kernel", "pos_embedding")  # the parameters that `bake` changes
+
 
 def bake(
   model: FlexiViT,

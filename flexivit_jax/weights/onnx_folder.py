@@ -1,0 +1,169 @@
+"""An ONNX export: a folder with a graph for each patch size and one file of weights that all of them share.
+
+seqhw_05.onnx, seqhw_08.onnx, ...   a graph each; runs alone beside weights.bin
+weights.bin                         what no size changes once, then each size's kernel and position embeddings
+record.json                         what the model is, and the sha256 of each file above
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from flexivit_jax import artifact, errors, trees
+from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.weights import baking, foreign, onnx_graph, reading
+
+FORMAT = "flexivit onnx 1"
+WEIGHTS = "weights.bin"
+RECORD = "record.json"
+
+
+class Place(NamedTuple):
+  """Where an array lies in the file of weights, in bytes."""
+
+  offset: int
+  length: int
+
+
+def write(
+  out: pathlib.Path,
+  model: FlexiViT,
+  params: dict,
+  record: dict[str, Any],
+  *,
+  image_hw: tuple[int, int],
+  sizes: Sequence[int],
+) -> None:
+  """Writes a folder for images of `image_hw`; it appears under its name only when it is complete. Needs onnx.
+
+  Args:
+    out: a name that is not there yet and does not end in .zip.
+    model, params, record: what `weights.load_with_record` returns; the record goes into the folder.
+    image_hw: pixels.
+    sizes: tokens per side (`seqhw`), a graph each.
+
+  Raises:
+    UserError: a size that does not divide the image, parameters that are not the model's, matrix products in
+      bfloat16, a name that is there, or no onnx.
+  """
+  foreign.require("onnx", "Writing ONNX")
+  _check(out)
+  reading.check(model, params, "What is to be exported")
+  sizes, shape = list(dict.fromkeys(sizes)), (*image_hw, params["embedding"]["kernel"].shape[2])
+  part = out.with_name(f".{out.name}.part")
+  shutil.rmtree(part, ignore_errors=True)  # of an export that was cut off
+  part.mkdir(parents=True)
+  try:
+    graphs = _write_graphs(part, model, params, image_hw, sizes)
+    described = record | {
+      "format": FORMAT,
+      "sizes": sizes,
+      "image_size": list(image_hw),
+      "image_shape": list(shape),
+      "outputs": graphs[0].outputs,
+      "opset": onnx_graph.OPSET,
+      "sha256": {name: _sha256(part / name) for name in _parts(sizes)},
+    }
+    (part / RECORD).write_text(json.dumps(described, allow_nan=False))
+    part.rename(out)
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns the record of an export and checks the sha256 of each of its files. Needs neither onnx nor onnxruntime.
+
+  Raises:
+    UserError: no such export, one of another format, or a file that is missing or damaged.
+  """
+  folder = pathlib.Path(folder)
+  try:
+    record = json.loads((folder / RECORD).read_text())
+    format_, parts, digests = record["format"], _parts(record["sizes"]), dict(record["sha256"])
+  except (OSError, LookupError, TypeError, ValueError) as e:
+    raise errors.UserError(f"{folder} cannot be read as an ONNX export: {e!r}") from e
+  if format_ != FORMAT:
+    raise errors.UserError(f"{folder}: its format is {format_!r}; expected {FORMAT!r}.")
+  for name in parts:
+    if not (folder / name).is_file() or _sha256(folder / name) != digests.get(name):
+      raise errors.UserError(
+        f"{folder / name} is missing or damaged (wrong sha256); copy or export it again."
+      )
+  return record
+
+
+def load(folder: pathlib.Path) -> artifact.Artifact:
+  """Reads an export back, to run in onnxruntime on the CPU; as `artifact.load_artifact` for the other kind."""
+  record = read_record(folder)
+  programs = {size: foreign.onnx_program(folder / name_of(size)) for size in record["sizes"]}
+  return artifact.Artifact(record, programs)
+
+
+def name_of(size: int) -> str:
+  """The file of the graph for `size` tokens per side."""
+  return f"seqhw_{size:02d}.onnx"
+
+
+def _parts(sizes: Sequence[int]) -> list[str]:
+  return [WEIGHTS, *map(name_of, sizes)]
+
+
+def _check(out: pathlib.Path) -> None:
+  if out.suffix == ".zip":
+    raise errors.UserError(f"{out}: an ONNX export is a folder; give a name without .zip.")
+  if out.exists():
+    raise errors.UserError(f"{out} is there already; remove it or give another name.")
+
+
+def _write_graphs(
+  folder: pathlib.Path,
+  model: FlexiViT,
+  params: dict,
+  image_hw: tuple[int, int],
+  sizes: Sequence[int],
+) -> list[onnx_graph.Graph]:
+  """Writes the weights and the graphs, and has onnx check each."""
+  model, params = model.clone(scan=False), vit.unstack_blocks(params)
+  channels, graphs = params["embedding"]["kernel"].shape[2], []
+  with (folder / WEIGHTS).open("wb") as file:
+    flat = trees.flatten(params)
+    shared = {n: _append(file, a) for n, a in flat.items() if n not in baking.RESAMPLED}
+    for size in sizes:
+      fixed, baked = baking.bake(model, params, image_hw=image_hw, seqhw=size)
+      own = {name: _append(file, array) for name, array in _own(fixed, baked).items()}
+      graphs.append(onnx_graph.describe(fixed, channels))
+      foreign.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | own)
+  for size in sizes:
+    foreign.check_onnx(folder / name_of(size))
+  return graphs
+
+
+def _own(model: FlexiViT, params: dict) -> dict[str, Any]:
+  """The arrays that are one size's alone; sine-cosine positions, which no parameter holds, among them."""
+  flat = trees.flatten(params)
+  own = {name: flat[name] for name in baking.RESAMPLED if name in flat}
+  if model.posemb == "sincos2d":
+    own["pos_embedding"] = vit.sincos2d(model.posemb_size, model.width)
+  return own
+
+
+def _append(file: BinaryIO, array: Any) -> Place:
+  """Writes an array, little-endian, to the end of the file."""
+  array = np.ascontiguousarray(array, "<f4")
+  # Files are mapped into memory by pages, which only larger arrays are worth.
+  step = 4096 if array.nbytes > 2**16 else 64
+  file.write(b"\0" * (-file.tell() % step))
+  offset = file.tell()
+  file.write(array.data)
+  return Place(offset, array.nbytes)
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

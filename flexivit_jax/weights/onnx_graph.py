@@ -1,0 +1,200 @@
+"""The ONNX graph of a baked FlexiViT as plain data; `foreign.save_onnx` makes a file of it.
+
+Written op by op beside `models`, where the same computation reads as in the paper, because the converter jax2onnx pins
+orbax-checkpoint below 0.11.37 and we need 0.12. Weights bear the names of the parameters, nodes those of the layers.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flexivit_jax import errors
+from flexivit_jax.models import FlexiViT
+
+OPSET = 20  # the first with the op Gelu
+
+
+class Node(NamedTuple):
+  """One operation; its output bears its name."""
+
+  op: str
+  name: str
+  inputs: tuple[str, ...]
+  attributes: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Graph:
+  """Nodes in the order in which they run, from "image" [n, h, w, c] to what the last one gives, [n, k].
+
+  Attributes:
+    image_shape: h, w, c.
+    outputs: k.
+    nodes: filled by `add`.
+    weights: shapes by name; a matrix where the parameter has more axes, of the same bytes.
+    constants: small ones that stand in the graph itself, such as the shape that Reshape takes.
+  """
+
+  image_shape: tuple[int, int, int]
+  outputs: int
+  nodes: list[Node] = dataclasses.field(default_factory=list)
+  weights: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+  constants: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+  def add(
+    self, op: str, name: str, *inputs: str | int | float | list[int], **attributes: Any
+  ) -> str:
+    """Adds a node and returns the name of its output. Numbers among its inputs become constants."""
+    names = []
+    for i, given in enumerate(inputs):
+      names.append(given if isinstance(given, str) else f"{name}/input_{i}")
+      if not isinstance(given, str):
+        dtype = np.float32 if isinstance(given, float) else np.int64
+        self.constants[names[-1]] = np.asarray(given, dtype)
+    self.nodes.append(Node(op, name, tuple(names), attributes))
+    return name
+
+  def weight(self, name: str, *shape: int) -> str:
+    """Notes the shape that a weight is to have; returns its name."""
+    self.weights[name] = shape
+    return name
+
+
+def describe(model: FlexiViT, channels: int) -> Graph:
+  """Returns the graph of a model as `bake` returns it: kernel and grid are those in use.
+
+  Its output is "logits", or "pre_logits" of a model without a head. Position embeddings are the weight "pos_embedding"
+  [1, l, d], learned or not. Blocks are written one by one, so a model with `scan` needs its parameters unstacked.
+
+  Raises:
+    UserError: the model's matrix products are not in float32.
+  """
+  if model.dtype != "float32":
+    raise errors.UserError(
+      f"ONNX graphs are in float32, and this model has dtype={model.dtype!r};"
+      " give the model with dtype='float32', the parameters are that already."
+    )
+  (ph, pw), (gh, gw) = model.patch_size, model.posemb_size
+  graph = Graph((gh * ph, gw * pw, channels), model.num_classes or model.features)
+  x = _with_prefix(graph, model, _patches(graph, model))
+  if model.pre_norm:
+    x = _layer_norm(graph, model, "pre_norm", x)
+  for i in range(model.depth):
+    x = _block(graph, model, f"Transformer/encoderblock_{i}", x)
+  x = _layer_norm(graph, model, "Transformer/encoder_norm", x)
+  x = _pool(graph, model, x)
+  if model.num_classes:
+    x = _dense(graph, "head", x, model.features, model.num_classes)
+  graph.add("Identity", "logits" if model.num_classes else "pre_logits", x)
+  return graph
+
+
+def _patches(graph: Graph, model: FlexiViT) -> str:
+  """Tokens [n, l, d] with their positions. In a Reshape, 0 stands for the axis as it is."""
+  (ph, pw), (gh, gw), d = model.patch_size, model.posemb_size, model.width
+  inputs = ph * pw * graph.image_shape[2]
+  x = graph.add("Reshape", "embedding/cut", "image", [0, gh, ph, gw, pw, graph.image_shape[2]])
+  x = graph.add("Transpose", "embedding/Transpose", x, perm=(0, 1, 3, 2, 4, 5))
+  x = graph.add("Reshape", "embedding/flat", x, [0, gh * gw, inputs])
+  x = _dense(graph, "embedding", x, inputs, d)
+  return graph.add("Add", "with_posemb", x, graph.weight("pos_embedding", 1, gh * gw, d))
+
+
+def _with_prefix(graph: Graph, model: FlexiViT, x: str) -> str:
+  parts = [x]
+  if model.registers:
+    parts.insert(0, _for_each_image(graph, model, "registers", model.registers))
+  if "tok" in model.pool_type:
+    parts.insert(0, _for_each_image(graph, model, "cls", 1))
+  return graph.add("Concat", "with_prefix", *parts, axis=1) if len(parts) > 1 else x
+
+
+def _for_each_image(graph: Graph, model: FlexiViT, name: str, length: int) -> str:
+  """A learned [1, length, d] as [n, length, d]."""
+  n = graph.add("Shape", f"{name}/n", "image", start=0, end=1)
+  shape = graph.add("Concat", f"{name}/shape", n, [1, 1], axis=0)
+  return graph.add("Expand", f"{name}/Expand", graph.weight(name, 1, length, model.width), shape)
+
+
+def _block(graph: Graph, model: FlexiViT, name: str, x: str) -> str:
+  y = _layer_norm(graph, model, f"{name}/LayerNorm_0", x)
+  y = _attention(graph, model, f"{name}/MultiHeadDotProductAttention_0", y, y)
+  x = graph.add("Add", f"{name}/+sa", x, y)
+  y = _layer_norm(graph, model, f"{name}/LayerNorm_1", x)
+  y = _mlp(graph, model, f"{name}/MlpBlock_0", y)
+  return graph.add("Add", f"{name}/+mlp", x, y)
+
+
+def _attention(graph: Graph, model: FlexiViT, name: str, q: str, kv: str) -> str:
+  d, heads = model.width, model.num_heads
+
+  def project(part: str, x: str, order: tuple[int, ...], scale: float | None = None) -> str:
+    x = _dense(graph, f"{name}/{part}", x, d, d)
+    if scale is not None:
+      x = graph.add("Mul", f"{name}/{part}/scaled", x, scale)
+    x = graph.add("Reshape", f"{name}/{part}/heads", x, [0, 0, heads, d // heads])
+    return graph.add("Transpose", f"{name}/{part}/Transpose", x, perm=order)
+
+  query = project("query", q, (0, 2, 1, 3), (d // heads) ** -0.5)
+  key = project("key", kv, (0, 2, 3, 1))
+  value = project("value", kv, (0, 2, 1, 3))
+  scores = graph.add("MatMul", f"{name}/scores", query, key)
+  weights = graph.add("Softmax", f"{name}/Softmax", scores, axis=-1)
+  x = graph.add("MatMul", f"{name}/MatMul", weights, value)
+  x = graph.add("Transpose", f"{name}/Transpose", x, perm=(0, 2, 1, 3))
+  x = graph.add("Reshape", f"{name}/flat", x, [0, 0, d])
+  return _dense(graph, f"{name}/out", x, d, d)
+
+
+def _mlp(graph: Graph, model: FlexiViT, name: str, x: str) -> str:
+  x = _dense(graph, f"{name}/Dense_0", x, model.width, model.mlp_dim)
+  if model.gelu == "quick":
+    gate = graph.add("Mul", f"{name}/quick", x, 1.702)
+    gate = graph.add("Sigmoid", f"{name}/Sigmoid", gate)
+    x = graph.add("Mul", f"{name}/Gelu", x, gate)
+  else:
+    kind = {"tanh": "tanh", "exact": "none"}[model.gelu]
+    x = graph.add("Gelu", f"{name}/Gelu", x, approximate=kind)
+  return _dense(graph, f"{name}/Dense_1", x, model.mlp_dim, model.width)
+
+
+def _dense(graph: Graph, name: str, x: str, inputs: int, outputs: int) -> str:
+  x = graph.add("MatMul", f"{name}/MatMul", x, graph.weight(f"{name}/kernel", inputs, outputs))
+  return graph.add("Add", f"{name}/Add", x, graph.weight(f"{name}/bias", outputs))
+
+
+def _layer_norm(graph: Graph, model: FlexiViT, name: str, x: str) -> str:
+  scale, bias = (graph.weight(f"{name}/{part}", model.width) for part in ("scale", "bias"))
+  return graph.add(
+    "LayerNormalization", f"{name}/LayerNormalization", x, scale, bias, axis=-1,
+    epsilon=model.layer_norm_eps,
+  )  # fmt: skip
+
+
+def _pool(graph: Graph, model: FlexiViT, x: str) -> str:
+  """Tokens [n, l, d] as one vector an image, [n, d] or [n, 2d]."""
+  pool = {
+    "tok": lambda: graph.add("Gather", "pool/tok", x, 0, axis=1),
+    "reg": lambda: graph.add("Gather", "pool/reg", x, 1, axis=1),
+    "gap": lambda: _mean(graph, model, x),
+    "map": lambda: _map_head(graph, model, "MAPHead_0", x),
+  }
+  parts = [pool[part]() for part in model.pool_type.split("+")]
+  return graph.add("Concat", "pool/Concat", *parts, axis=-1) if len(parts) > 1 else parts[0]
+
+
+def _mean(graph: Graph, model: FlexiViT, x: str) -> str:
+  """The mean of the patches' tokens."""
+  begin, length = model.prefix_length, model.posemb_size[0] * model.posemb_size[1]
+  x = graph.add("Slice", "pool/tokens", x, [begin], [begin + length], [1])
+  return graph.add("ReduceMean", "pool/gap", x, [1], keepdims=0)
+
+
+def _map_head(graph: Graph, model: FlexiViT, name: str, x: str) -> str:
+  probe = _for_each_image(graph, model, f"{name}/probe", 1)
+  x = _attention(graph, model, f"{name}/MultiHeadDotProductAttention_0", probe, x)
+  y = _layer_norm(graph, model, f"{name}/LayerNorm_0", x)
+  y = _mlp(graph, model, f"{name}/MlpBlock_0", y)
+  x = graph.add("Add", f"{name}/+mlp", x, y)
+  return graph.add("Gather", "pool/map", x, 0, axis=1)
