@@ -88,6 +88,9 @@ def resize_image(image: np.ndarray, hw: tuple[int, int], method: str = "linear")
 
 
 def _cubic(image: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
+  if image.dtype == np.uint8 and image.shape[2] == 3:  # Pillow's own takes a twentieth of the time
+    resized = Image.fromarray(image).resize(hw[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(resized)
   from flexivit_jax.resize import resize_matrix  # Imports JAX, which loader processes do without.
 
   rows, columns = (
