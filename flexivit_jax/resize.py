@@ -73,15 +73,61 @@ def resize_matrix(old: int, new: int, operator: str = "linear") -> Float[np.ndar
   return _read_only(np.eye(old) if old == new else OPERATORS[operator](old, new))
 
 
+Moment = tuple[float, ...]
+
+
 @functools.cache
-def pi_matrix(old: int, new: int, operator: str = "linear") -> Float[np.ndarray, "new old"]:
+def pi_matrix(
+  old: int, new: int, operator: str = "linear", moment: Moment | None = None
+) -> Float[np.ndarray, "new old"]:
   """Matrix `P` with `<M @ x, P @ w> == <x, w>` for all `x` when new >= old; least squares when new < old.
 
   `P = pinv(M.T)` with `M = resize_matrix(old, new, operator)`; float64, read-only. Source: FlexiViT
   (arXiv 2212.08013), PI-resize: `(B^T)^+ vec(w)`.
+
+  Args:
+    old, new, operator: as in `resize_matrix`.
+    moment: `E[x_i x_(i+k)]` for k = 0, 1, ..., at least `old` of them: what signals look like, see `second_moment`.
+      Least squares is then over such signals, `P = pinv(sqrt(S) M.T) sqrt(S)` (same source, for a general second
+      moment S), and not over white noise. Without effect when new >= old.
   """
   m = resize_matrix(old, new, operator)
-  return m if old == new else _read_only(np.linalg.pinv(m.T))
+  if old == new:
+    return m
+  if moment is None or new > old:
+    return _read_only(np.linalg.pinv(m.T))
+  root = _root(moment, old)
+  return _read_only(np.linalg.pinv(root @ m.T) @ root)
+
+
+def _root(moment: Moment, size: int) -> Float[np.ndarray, "size size"]:
+  """Symmetric square root of the Toeplitz matrix of the first `size` values."""
+  at = np.arange(size)
+  values, vectors = np.linalg.eigh(np.asarray(moment)[np.abs(at[:, None] - at)])
+  if values.min() <= 1e-9 * values.max():
+    raise errors.UserError(
+      f"The second moment {moment[:4]}... of {size} samples is none: the smallest eigenvalue of its"
+      f" matrix is {values.min():.1e}, expected > 0."
+    )
+  return (vectors * np.sqrt(values)) @ vectors.T
+
+
+def second_moment(image: Float[np.ndarray, "n h w c"], length: int) -> Moment:
+  """Returns `E[x_i x_(i+k)] / E[x_i^2]` of pixels k apart in a row or column, for k < length: what `pi_matrix` takes.
+
+  Pixels in [-1, 1], as the model sees them; not centred, since a kernel answers to the mean too.
+
+  Raises:
+    UserError: images with fewer than `length` pixels a side.
+  """
+  if min(image.shape[1:3]) < length:
+    raise errors.UserError(f"Images of {image.shape[1:3]} pixels are smaller than {length}.")
+  x = image.astype(np.float64)
+  sums = [
+    np.mean(x[:, k:] * x[:, : x.shape[1] - k]) + np.mean(x[:, :, k:] * x[:, :, : x.shape[2] - k])
+    for k in range(length)
+  ]
+  return tuple(float(s / sums[0]) for s in sums)
 
 
 @functools.cache
@@ -97,11 +143,15 @@ def zoom_matrix(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 
 def pi_resize(
-  kernel: Float[Array, "*size c d"], size: Sequence[int], operator: str = "linear"
+  kernel: Float[Array, "*size c d"],
+  size: Sequence[int],
+  operator: str = "linear",
+  moment: Moment | None = None,
 ) -> Float[Array, "*new c d"]:
   """Patch-embedding kernel resized so that tokens of equally resized patches stay what they were.
 
-  Exact when no axis shrinks; the least-squares solution for white-noise patches on an axis that does. Any number
+  Exact when no axis shrinks; the least-squares solution for white-noise patches on an axis that does, or for patches
+  of a second moment that is the product of the same `moment` along each axis (see `pi_matrix`). Any number
   of spatial axes. NumPy in, NumPy out in the kernel's own precision; JAX in, JAX out, differentiable. Bitwise the
   identity where the size is unchanged.
 
@@ -109,11 +159,12 @@ def pi_resize(
     kernel: `[*size, c, d]`, usually `[h, w, c, d]`.
     size: new spatial size, one integer an axis.
     operator: how the image patches are resized; a name in `OPERATORS`.
+    moment: of the patches along an axis.
 
   Raises:
     UserError: if `size` does not have one entry for each spatial axis, or the operator is unknown.
   """
-  return _apply(kernel, [pi_matrix(o, n, operator) for o, n in _axes(kernel, size)])
+  return _apply(kernel, [pi_matrix(o, n, operator, moment) for o, n in _axes(kernel, size)])
 
 
 def plain_resize(
@@ -150,7 +201,12 @@ def norm_resize(
   return resized * xp.sqrt(before / after)
 
 
-KERNEL_RESIZES = {"pi": pi_resize, "plain": plain_resize, "area": area_resize, "norm": norm_resize}
+KERNEL_RESIZES: dict[str, Callable[..., Array]] = {
+  "pi": pi_resize,
+  "plain": plain_resize,
+  "area": area_resize,
+  "norm": norm_resize,
+}
 
 
 def resize_grid(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.ndimage
 from hypothesis import given, strategies as st
 
@@ -274,3 +275,60 @@ def test_unchanged_grids_are_bitwise_the_same():
   grid = _normal(7, 5, 4, dtype=np.float32)
   for resize_grid in (resize.resize_grid, resize.zoom_grid):
     np.testing.assert_array_equal(resize_grid(jnp.asarray(grid), (7, 5)), grid)
+
+
+# --- the second moment of patches ---
+
+
+def _toeplitz(moment, size):
+  return np.array([[moment[abs(i - j)] for j in range(size)] for i in range(size)])
+
+
+@given(st.integers(2, 16), st.integers(1, 16), st.floats(0.05, 0.98), operators)
+def test_moment_gives_the_least_expected_error_over_such_signals(old, new, rho, operator):
+  moment = tuple(rho**k for k in range(old))
+  m, p = resize.resize_matrix(old, new, operator), resize.pi_matrix(old, new, operator, moment)
+  w, s = _normal(old), _toeplitz(moment, old)
+
+  def expected_error(v):  # E[(<x, w> - <M x, v>)^2] for x of second moment S
+    return (w - m.T @ v) @ s @ (w - m.T @ v)
+
+  # At the minimum the gradient is zero.
+  gradient = m @ s @ (w - m.T @ (p @ w))
+  np.testing.assert_allclose(gradient, 0, atol=1e-8 * np.abs(s).sum())
+  assert expected_error(p @ w) <= expected_error(resize.pi_matrix(old, new, operator) @ w) + 1e-9
+
+
+def test_moment_changes_nothing_where_the_paper_is_exact_and_white_noise_is_the_paper():
+  moment = tuple(0.9**k for k in range(16))
+  np.testing.assert_array_equal(
+    resize.pi_matrix(16, 20, "linear", moment), resize.pi_matrix(16, 20)
+  )
+  white = (1.0, *[0.0] * 15)
+  np.testing.assert_allclose(
+    resize.pi_matrix(16, 10, "linear", white), resize.pi_matrix(16, 10), atol=1e-13
+  )
+  assert np.abs(resize.pi_matrix(16, 10, "linear", moment) - resize.pi_matrix(16, 10)).max() > 0.01
+
+
+def test_pi_resize_with_a_moment_is_that_of_the_whole_two_dimensional_problem():
+  moment, kernel = tuple(0.8**k for k in range(6)), _normal(6, 5, 2, 3)
+  b = np.kron(resize.resize_matrix(6, 4), resize.resize_matrix(5, 2))
+  s = np.kron(_toeplitz(moment, 6), _toeplitz(moment, 5))
+  root = scipy.linalg.sqrtm(s)
+  want = np.linalg.pinv(root @ b.T, rcond=1e-10) @ root @ kernel.reshape(30, 6)
+  got = resize.pi_resize(kernel, (4, 2), "linear", moment)
+  np.testing.assert_allclose(got.reshape(8, 6), want, atol=1e-10)
+
+
+def test_second_moment_is_measured_along_rows_and_columns():
+  rng = np.random.default_rng(0)
+  image = rng.normal(size=(4, 300, 300, 1))
+  image = image + np.roll(image, 1, axis=1) + np.roll(image, 1, axis=2)  # neighbours share a sample
+  got = resize.second_moment(image, 4)
+  np.testing.assert_allclose(got, [1, 1 / 3, 0, 0], atol=0.01)
+  np.testing.assert_allclose(resize.second_moment(np.ones((1, 9, 9, 3)), 3), [1, 1, 1])
+  with pytest.raises(UserError, match="smaller than 10"):
+    resize.second_moment(np.ones((1, 9, 9, 3)), 10)
+  with pytest.raises(UserError, match="smallest eigenvalue"):
+    resize.pi_matrix(8, 4, "linear", (1.0, *[2.0] * 7))

@@ -22,6 +22,7 @@ class PatchEmbed(nn.Module):
   width: int
   kernel_resize: str = "pi"
   kernel_operator: str = "linear"
+  kernel_moment: resize.Moment | None = None
   dtype: str = "float32"
 
   @nn.compact
@@ -34,7 +35,7 @@ class PatchEmbed(nn.Module):
       "kernel", nn.initializers.normal(self.width**-0.5), (*self.patch_size, c, self.width)
     )
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
-    kernel = resize.KERNEL_RESIZES[self.kernel_resize](kernel, patch_hw, self.kernel_operator)
+    kernel = resized_kernel(self, kernel, patch_hw)
     # A convolution whose stride is its size is a reshape and one matrix product.
     patches = (
       image.reshape(n, gh, ph, gw, pw, c)
@@ -43,6 +44,15 @@ class PatchEmbed(nn.Module):
     )
     tokens = patches.astype(self.dtype) @ kernel.reshape(ph * pw * c, self.width).astype(self.dtype)
     return tokens.astype(jnp.float32) + bias[None, None, None]
+
+
+def resized_kernel(
+  fields: "PatchEmbed | FlexiViT", kernel: Float[Array | np.ndarray, "h w c d"], patch_hw: Size
+) -> Float[Array | np.ndarray, "ph pw c d"]:
+  """The stored kernel at the patch size in use, as the model's fields say."""
+  function = resize.KERNEL_RESIZES[fields.kernel_resize]
+  moment = {} if fields.kernel_moment is None else {"moment": fields.kernel_moment}
+  return function(kernel, patch_hw, fields.kernel_operator, **moment)
 
 
 class FlexiViT(nn.Module):
@@ -61,6 +71,8 @@ class FlexiViT(nn.Module):
     posemb: "learn" or "sincos2d" (computed for the grid at hand).
     kernel_resize: "pi" (the paper's) or a competitor: "plain", "area", "norm".
     kernel_operator: resize operator of the patches that "pi" undoes; see `resize.OPERATORS`.
+    kernel_moment: what patches look like, for which "pi" is best where the kernel shrinks; see `resize.second_moment`.
+      None: white noise, as in the paper.
     grid_operator: resize operator of the position grid; timm's is "cubic_antialias".
     dtype: of the matrix products, "float32" or "bfloat16".
     scan, remat: one compiled loop over the blocks; recompute the blocks in the backward pass. Same numbers.
@@ -84,6 +96,7 @@ class FlexiViT(nn.Module):
   gelu: str = "tanh"
   kernel_resize: str = "pi"
   kernel_operator: str = "linear"
+  kernel_moment: resize.Moment | None = None
   grid_operator: str = "linear_antialias"
   dtype: str = "float32"
   scan: bool = False
@@ -93,8 +106,9 @@ class FlexiViT(nn.Module):
     for name, value in ({"patch_size": (32, 32)} | vit.decode_variant(self.variant)).items():
       if getattr(self, name) is None:
         setattr(self, name, value)
-    for name in ("patch_size", "posemb_size"):  # a config may give lists
-      setattr(self, name, tuple(getattr(self, name)))
+    for name in ("patch_size", "posemb_size", "kernel_moment"):  # a config may give lists
+      if getattr(self, name) is not None:
+        setattr(self, name, tuple(getattr(self, name)))
     check_fields(self)
     super().__post_init__()
 
@@ -129,6 +143,7 @@ class FlexiViT(nn.Module):
       self.width,
       self.kernel_resize,
       self.kernel_operator,
+      self.kernel_moment,
       self.dtype,
       name="embedding",
     )(jnp.asarray(image), patch_hw)
@@ -220,6 +235,12 @@ def check_fields(model: FlexiViT) -> None:
     )
   if not model.layer_norm_eps > 0:
     raise errors.UserError(f"layer_norm_eps={model.layer_norm_eps}: expected a number > 0.")
+  moment = model.kernel_moment
+  if moment is not None and (model.kernel_resize != "pi" or len(moment) < max(model.patch_size)):
+    raise errors.UserError(
+      f"kernel_moment has {len(moment)} values; expected one for each of the {max(model.patch_size)}"
+      f" pixels of the kernel, and kernel_resize='pi' (here {model.kernel_resize!r})."
+    )
   for name in ("patch_size", "posemb_size"):
     size = getattr(model, name)
     if len(size) != 2 or min(size) < 1:

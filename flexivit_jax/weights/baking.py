@@ -2,7 +2,7 @@
 
 from flexivit_jax import resize
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.models.flexivit import Size, which_patch
+from flexivit_jax.models.flexivit import Size, resized_kernel, which_patch
 
 RESAMPLED = ("embedding/kernel", "pos_embedding")  # the parameters that `bake` changes
 
@@ -34,11 +34,12 @@ def bake(
     image_hw, model.patch_size, seqhw=seqhw, grid_hw=grid_hw, patch_hw=patch_hw
   )
   grid_hw = image_hw[0] // patch_hw[0], image_hw[1] // patch_hw[1]
-  resize_kernel = resize.KERNEL_RESIZES[model.kernel_resize]
-  kernel = resize_kernel(params["embedding"]["kernel"], patch_hw, model.kernel_operator)
+  kernel = resized_kernel(model, params["embedding"]["kernel"], patch_hw)
   baked = params | {"embedding": params["embedding"] | {"kernel": kernel}}
   if model.posemb == "learn":
     buffer = params["pos_embedding"].reshape(*model.posemb_size, model.width)
     grid = resize.resize_grid(buffer, grid_hw, model.grid_operator)
     baked["pos_embedding"] = grid.reshape(1, -1, model.width)
-  return model.clone(patch_size=patch_hw, posemb_size=grid_hw), baked
+  # The moment is of the kernel that was; this one is not resized any more.
+  moment = model.kernel_moment if patch_hw == model.patch_size else None
+  return model.clone(patch_size=patch_hw, posemb_size=grid_hw, kernel_moment=moment), baked

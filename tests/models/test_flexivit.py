@@ -346,6 +346,20 @@ def test_kernel_resize_and_operator_are_used(kernel_resize):
   np.testing.assert_allclose(stem, want + params["embedding"]["bias"][None, None, None], atol=2e-5)
 
 
+def test_kernel_moment_is_used_where_the_kernel_shrinks_and_only_there():
+  moment = tuple(0.9**k for k in range(6))
+  (model, params), (other, _) = make(), make(kernel_moment=moment)
+  kernel = flexivit.resize.pi_resize(params["embedding"]["kernel"], (3, 3), "linear", moment)
+  fixed, _ = make(patch_size=(3, 3))
+  embedding = params["embedding"] | {"kernel": kernel}
+  got = run(other, params, images(), seqhw=8)[0]
+  want = run(fixed, params | {"embedding": embedding}, images(), seqhw=8)[0]
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  assert np.abs(got - run(model, params, images(), seqhw=8)[0]).max() > 1e-3
+  larger = [run(m, params, images(), seqhw=3)[0] for m in (model, other)]
+  np.testing.assert_array_equal(*larger)
+
+
 def test_sincos2d_positions_have_no_parameter_and_fit_every_grid():
   model, params = make(posemb="sincos2d")
   assert "pos_embedding" not in params
@@ -429,6 +443,8 @@ def test_a_field_beside_a_variant_wins():
     (dict(registers=-1), "registers=-1: expected 0 or more"),
     (dict(pool_type="tok+reg"), "1 or more with pool_type='tok+reg'"),
     (dict(layer_norm_eps=0.0), "layer_norm_eps=0.0: expected a number > 0"),
+    (dict(kernel_moment=(1.0, 0.5)), "kernel_moment has 2 values; expected one for each of the 32"),
+    (dict(kernel_moment=(1.0,) * 32, kernel_resize="area"), "and kernel_resize='pi' (here 'area')"),
     (dict(patch_size=(0, 8)), "patch_size=(0, 8) must be two positive integers"),
     (dict(posemb_size=(7, -7)), "posemb_size=(7, -7) must be two positive integers"),
   ],

@@ -37,6 +37,14 @@ def test_model_parameters_and_record_come_back(tmp_path, scan):
     np.testing.assert_array_equal(array, trees.flatten(params)[name])
 
 
+def test_the_second_moment_of_patches_comes_back(tmp_path):
+  moment = tuple(0.9**k for k in range(6))
+  model, params = made(kernel_moment=moment)
+  record = {"model": FIELDS | {"kernel_moment": list(moment)}}
+  weights.save_npz(tmp_path / "w.npz", model, params, record)
+  assert weights.load(tmp_path / "w.npz")[0].kernel_moment == moment
+
+
 def test_big_vision_finds_its_parameters_and_nothing_else_among_them(tmp_path):
   model, params = made()
   weights.save_npz(tmp_path / "w.npz", model, params, {"model": FIELDS})
