@@ -12,9 +12,11 @@ import numpy as np
 
 from flexivit_jax import checkpoint, errors, resize, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import big_vision, files, timm_names
+from flexivit_jax.weights import big_vision, files, foreign, timm_folder, timm_names
 
 Size = tuple[int, int]
+POSITIONS = {"learn": "grid; the class token has none", "sincos2d": "sine-cosine"}
+READERS = files.READERS | dict.fromkeys((".pth", ".pt", ".bin"), foreign.read_torch)
 
 
 class Source(NamedTuple):
@@ -23,6 +25,9 @@ class Source(NamedTuple):
   params: dict
   fields: dict[str, Any]
   record: dict[str, Any]
+  normalised: timm_folder.Normalised | None = (
+    None  # (mean, std) of the input, where the source says it
+  )
 
 
 def load(
@@ -35,13 +40,14 @@ def load(
 ) -> tuple[FlexiViT, dict]:
   """Returns (model, params) of a file with weights, a run folder, or one of its checkpoints.
 
-  Files: `.npz` in big_vision's, the original ViT's or timm's names, `.safetensors` in timm's. The architecture is
-  read from the arrays.
+  Files: `.npz` in big_vision's, the original ViT's or timm's names, `.safetensors` and PyTorch's `.pth`, `.pt` and
+  `.bin` in timm's; a folder as timm writes it. The architecture is read from the arrays.
 
   Args:
     path: the file or folder.
     mean, std: of the input (pixels in [0, 1]) with which a timm model was trained, both or none; folded into the
-      patch embedding, so that the model takes pixels in [-1, 1] as all models here. Not given: 0.5.
+      patch embedding, so that the model takes pixels in [-1, 1] as all models here. Not given: what the folder says,
+      or 0.5.
     flexify: (patch_size, posemb_size) of the buffers that a fixed model becomes a FlexiViT with, e.g.
       ((32, 32), (7, 7)): kernel PI-resized, position grid zoomed with its corners in place, as the reference does
       when it starts from an older checkpoint.
@@ -70,6 +76,8 @@ def load_with_record(
   "notes".
   """
   source = read(pathlib.Path(path), fields)
+  if mean is None and std is None and source.normalised:
+    mean, std = source.normalised
   if mean is not None or std is not None:
     source = _fold_input(source, mean, std)
   if flexify is not None:
@@ -88,16 +96,20 @@ def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
   Raises:
     UserError: it is not there, or in no known format.
   """
-  known = "expected an .npz file or a run folder, or .safetensors"
+  known = (
+    "expected an .npz file or a run folder, .safetensors, .pth, or a folder with timm's config.json"
+  )
   if not path.exists():
     raise errors.UserError(f"{path} does not exist; {known}.")
+  if path.is_dir() and (config := timm_folder.find(path)):
+    return _read_timm_folder(path, config, fields)
   if path.is_dir():
     params, record = checkpoint.load_params(path)
     format_ = "checkpoint of a run"
-  elif path.suffix in files.READERS:
-    arrays, record = files.READERS[path.suffix](path)
-    if not record:
-      return _recognise(path, arrays, fields)
+  elif path.suffix in READERS:
+    arrays, record = READERS[path.suffix](path)
+    if not record.keys() - {"notes"}:
+      return _recognise(path, arrays, fields, record.get("notes", []))
     params, format_ = _plain(arrays), "npz in big_vision's names, written by flexivit"
   else:
     raise errors.UserError(f"{path}: {known}.")
@@ -118,11 +130,14 @@ def check(model: FlexiViT, params: dict, what: str) -> None:
     raise errors.UserError(f"{what} does not fit the model flexivit:\n  " + "\n  ".join(lines))
 
 
-def _recognise(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, Any]) -> Source:
+def _recognise(
+  path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, Any], notes: Sequence[str] = ()
+) -> Source:
   """Tells by their names whose arrays these are."""
-  kind, fixed, notes = path.suffix[1:], True, list[str]()
+  kind, fixed, notes = path.suffix[1:], True, list(notes)
   if timm_names.is_timm(arrays):
-    flat, found, notes = timm_names.convert(arrays, fields)
+    flat, found, more = timm_names.convert(arrays, fields)
+    notes += more
     params, format_ = trees.unflatten(flat), f"{kind} in timm's names"
   elif big_vision.ORIGINAL_POSITION in arrays:
     params = trees.unflatten(big_vision.from_original(arrays, fields.get("posemb_size")))
@@ -137,6 +152,24 @@ def _recognise(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, An
   return Source(params, found, record)
 
 
+def _read_timm_folder(
+  folder: pathlib.Path, config: Mapping[str, Any], fields: Mapping[str, Any]
+) -> Source:
+  """The weights with what the config says, and the rest of the fields where `save_timm` wrote them down."""
+  path = timm_folder.weights_file(folder)
+  arrays, inside = READERS[path.suffix](path)
+  told = timm_folder.told(folder, config, arrays)
+  source = _recognise(path, arrays, {**told.fields, **fields}, inside.get("notes", []))
+  format_ = f"folder with {source.record['format']}"
+  record = source.record | {"format": format_, "source": {"file": folder.name, "format": format_}}
+  own, notes = timm_folder.own_record(folder, path)
+  if own:
+    found = _known_fields(folder, own) | told.fields
+    return Source(source.params, found, record | {"notes": []} | own | {"format": format_})
+  record["notes"] += notes
+  return Source(source.params, source.fields | told.fields, record, told.normalised)
+
+
 def _plain(arrays: files.Arrays) -> dict:
   """Tree of arrays named "params/head/bias" or "head/bias"."""
   prefixed = {n.removeprefix("params/"): a for n, a in arrays.items() if n.startswith("params/")}
@@ -144,11 +177,10 @@ def _plain(arrays: files.Arrays) -> dict:
 
 
 def _describe(path: pathlib.Path, format_: str, model: FlexiViT) -> dict[str, Any]:
-  position = {"learn": "grid; the class token has none", "sincos2d": "sine-cosine"}[model.posemb]
   return {
     "format": format_,
     "source": {"file": path.name, "format": format_},
-    "position": position,
+    "position": POSITIONS[model.posemb],
     "image_size": None,
     "native_patch_size": list(model.patch_size),
     "native_grid": list(model.posemb_size),
