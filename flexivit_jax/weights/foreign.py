@@ -90,7 +90,7 @@ def _check_archive(path: pathlib.Path) -> None:
 
 def _cause(error: Exception) -> str:
   """One line of torch's many."""
-  if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+  if refused := re.search(r"GLOBAL (\S+)", str(error)):
     return (
       f"it wants {refused[1]}, which is no tensor, and was not run. If you trust the file, open it with PyTorch and"
       " save its weights alone"
@@ -99,8 +99,8 @@ def _cause(error: Exception) -> str:
   return [*lines, type(error).__name__][0]
 
 
-def _unwrapped(path: pathlib.Path, content: Any) -> tuple[dict[str, Any], list[str]]:
-  """The tensors by name, and notes about what else the file holds."""
+def _unwrapped(path: pathlib.Path, content: Any) -> tuple[dict[Any, Any], list[str]]:
+  """What should be tensors by name, and notes about what else the file holds."""
   if not isinstance(content, dict):
     raise errors.UserError(f"{path} holds one {type(content).__name__}; expected weights by name.")
   wrappers = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]

@@ -29,11 +29,10 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
   "giantopt_patch16_siglip|so400m_patch16_siglip": {"gelu": "tanh"},
   "base_patch32_siglip|large_patch16_siglip_(gap_)?512": {"gelu": "tanh"},
   "giantopt_patch16_siglip|^vit_base_patch16_gap_224": {"num_heads": 16},
-  "^test_vit2?$": {"num_heads": 2},
-  "^test_vit[34]$": {"num_heads": 3},
+  "^test_vit$": {"num_heads": 2},
 }
 # Rotary positions leave no trace in the arrays; all else that is no plain ViT has other names or shapes.
-_KNOWN = re.compile(r"(vit|deit3?|flexivit)_(?!.*rope)\w+|test_vit\d?")
+_KNOWN = re.compile(r"(vit|deit3?|flexivit)_(?!.*rope)\w+|test_vit")
 
 # Arguments that say nothing which arrays do not say too, or that only training reads.
 _TOLD_BY_ARRAYS = {

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors
-from flexivit_jax.weights import big_vision
 
 KERNEL, FC1, LATENT = "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "attn_pool.latent"
 TOKENS = ("cls_token", "dist_token", "reg_token")  # in the order in which timm puts them
@@ -31,7 +30,12 @@ def square_grid(length: int, prefix: int) -> tuple[int, int]:
       f"pos_embed has {length} positions, {prefix} tokens stand before the grid, and it may have"
       f" {' or '.join(map(str, fits))} cells; give posemb_size=(h, w)."
     )
-  return big_vision.square(fits[0] if fits else length - prefix)
+  if not fits:
+    raise errors.UserError(
+      f"pos_embed has {length} positions, no square grid, with or without those of the {prefix} tokens before it;"
+      " give posemb_size=(h, w)."
+    )
+  return math.isqrt(fits[0]), math.isqrt(fits[0])
 
 
 def with_position(a: Arrays, grid: Sequence[int]) -> int:
