@@ -60,10 +60,15 @@ class Checkpoints:
     return restored.params, restored.state, restored.record
 
   def restore_params(self, step: int) -> tuple[Any, dict[str, Any]]:
-    """Returns (params, record) of a step, on the default device."""
+    """Returns (params, record) of a step, on the default device.
+
+    Raises:
+      UserError: arrays of a dtype that JAX would cast to another one.
+    """
     record = self._manager.restore(
       step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
     ).record
+    self._check_dtypes(step)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     stored = self._manager.item_metadata(step).params
     like = jax.tree.map(
@@ -77,6 +82,16 @@ class Checkpoints:
     """Waits until everything is on disk; raises what went wrong there."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+  def _check_dtypes(self, step: int) -> None:
+    stored = dict(self._manager.item_metadata(step).params.items())
+    got = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
+    kept = jax.tree.map(
+      lambda m: jax.ShapeDtypeStruct(m.shape, jax.dtypes.canonicalize_dtype(m.dtype)), got
+    )
+    if lines := trees.diff(kept, got):
+      where = self.folder / str(step)
+      raise errors.UserError(f"{where} holds what JAX would cast:\n  " + "\n  ".join(lines))
 
   def _check(self, step: int, item: str, like: Any) -> None:
     stored = dict(getattr(self._manager.item_metadata(step), item).items())

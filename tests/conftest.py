@@ -64,8 +64,20 @@ def repository() -> Path:
 def timm_state_dict():
   """Makes random arrays with timm's names and the shapes of a small ViT: 4 heads, 32x32 pixels."""
 
-  def make(*, layer_scale=False, cls=True, cls_position=True, classes=7, width=32):
-    """Random arrays with timm's names and shapes."""
+  def make(
+    *,
+    layer_scale=False,
+    cls=True,
+    cls_position=True,
+    classes=7,
+    width=32,
+    registers=0,
+    distilled=False,
+    attention_pool=False,
+    pre_norm=False,
+    final_norm="norm",
+  ):
+    """Random arrays with timm's names and shapes; with `cls_position` all tokens have one."""
     rng, depth, patch, cells = np.random.default_rng(0), 2, 8, 16
     d, mlp = width, 48
     block = {"norm1.weight": (d,), "norm1.bias": (d,), "norm2.weight": (d,), "norm2.bias": (d,)}
@@ -76,10 +88,27 @@ def timm_state_dict():
       block |= {"ls1.gamma": (d,), "ls2.gamma": (d,)}
     shapes = {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
     shapes |= {"patch_embed.proj.weight": (d, 3, patch, patch), "patch_embed.proj.bias": (d,)}
-    shapes |= {"pos_embed": (1, cells + (cls and cls_position), d)}
-    shapes |= {"norm.weight": (d,), "norm.bias": (d,)} | ({"cls_token": (1, 1, d)} if cls else {})
-    if classes:
-      shapes |= {"head.weight": (classes, d), "head.bias": (classes,)}
+    tokens = {"cls_token": cls, "dist_token": distilled, "reg_token": registers}
+    shapes |= {name: (1, int(n), d) for name, n in tokens.items() if n}
+    shapes |= {"pos_embed": (1, cells + cls_position * sum(tokens.values()), d)}
+    for norm in [final_norm] + ["norm_pre"] * pre_norm:
+      shapes |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    if pre_norm:
+      del shapes["patch_embed.proj.bias"]
+    if attention_pool:
+      dense = {
+        "q": (d, d),
+        "kv": (2 * d, d),
+        "proj": (d, d),
+        "mlp.fc1": (mlp, d),
+        "mlp.fc2": (d, mlp),
+      }
+      for name, shape in dense.items():
+        shapes |= {f"attn_pool.{name}.weight": shape, f"attn_pool.{name}.bias": shape[:1]}
+      shapes |= {"attn_pool.latent": (1, 1, d)}
+      shapes |= {"attn_pool.norm.weight": (d,), "attn_pool.norm.bias": (d,)}
+    for head in (["head"] + ["head_dist"] * distilled) * bool(classes):
+      shapes |= {f"{head}.weight": (classes, d), f"{head}.bias": (classes,)}
     return {n: (0.3 * rng.normal(size=s)).astype(np.float32) for n, s in shapes.items()}
 
   return make

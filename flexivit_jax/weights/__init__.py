@@ -2,7 +2,16 @@
 
 from flexivit_jax.weights.baking import bake
 from flexivit_jax.weights.reading import load, load_into, load_with_record
+from flexivit_jax.weights.timm_writer import save_timm
 from flexivit_jax.weights.transformers_writer import save_transformers
 from flexivit_jax.weights.writing import save_npz
 
-__all__ = ["bake", "load", "load_into", "load_with_record", "save_npz", "save_transformers"]
+__all__ = [
+  "bake",
+  "load",
+  "load_into",
+  "load_with_record",
+  "save_npz",
+  "save_timm",
+  "save_transformers",
+]

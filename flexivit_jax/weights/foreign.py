@@ -7,7 +7,9 @@ here in the framework that it was written for, for the certificate.
 import importlib
 import os
 import pathlib
+import re
 import types
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,10 +17,15 @@ import numpy as np
 from jaxtyping import Float
 
 from flexivit_jax import errors
-from flexivit_jax.weights import onnx_graph
+from flexivit_jax.weights import files, onnx_graph
 
 COMPARING_ONNX = "Comparing an ONNX export with its source, which --no-verify leaves out,"
 
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+_DTYPES = (
+  *("float64", "float32", "float16", "bfloat16", "bool"),
+  *("int64", "int32", "int16", "int8", "uint8"),
+)
 _ADVICE = "pip install -r requirements-convert.txt has the versions that are tested"
 
 
@@ -129,3 +136,110 @@ def onnx_program(path: pathlib.Path) -> Callable[[Any], np.ndarray]:
   runtime = require("onnxruntime", COMPARING_ONNX)
   session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
   return lambda image: session.run(None, {"image": image})[0]
+
+
+def read_torch(path: pathlib.Path) -> tuple[files.Arrays, dict[str, Any]]:
+  """Returns (arrays by name, notes) of a file that torch.save wrote; half precision is widened.
+
+  torch reads it with weights_only: no name in it is looked up that is not one of torch's own tensors, and nothing in
+  it is run. The tensors may lie under "model", "state_dict" or "model_state_dict", their names begin with "module.".
+
+  Raises:
+    UserError: PyTorch is not installed; the file is none of torch.save's, or asks for anything else to be loaded, or
+      would expand; what stands among the weights is no tensor.
+  """
+  _check_archive(path)
+  torch = require("torch", f"Reading {path.name}")
+  try:
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+  except Exception as e:  # what a broken or evil file makes a reader raise cannot be foreseen
+    raise errors.UserError(f"{path} cannot be read as PyTorch's weights: {_cause(e)}.") from e
+  tensors, notes = _unwrapped(path, content)
+  _check_tensors(path, torch, tensors)
+  return {n: _array(torch, tensor) for n, tensor in tensors.items()}, {"notes": notes}
+
+
+def timm_logits(model: Any, image: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n k"]:
+  """Runs a timm model, or the one in a folder that `save_timm` wrote, on pixels as it takes them."""
+  torch, timm = (require(name, "Running a timm model") for name in ("torch", "timm"))
+  if isinstance(model, (str, os.PathLike)):
+    model = timm.create_model(f"local-dir:{os.fspath(model)}", pretrained=True)
+  pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+  with torch.inference_mode():
+    return model.eval()(pixels).numpy()
+
+
+def _check_archive(path: pathlib.Path) -> None:
+  """Raises a UserError unless the file is a zip whose parts are stored as they are, as torch.save writes it."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      members = archive.infolist()
+  except (zipfile.BadZipFile, OSError, NotImplementedError) as e:
+    raise errors.UserError(
+      f"{path} cannot be read as PyTorch's weights: {e}. torch.save has written zip archives since 1.6 (2020); save an"
+      " older file again with a newer PyTorch."
+    ) from e
+  packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
+  total, size = sum(m.file_size for m in members), path.stat().st_size
+  if packed or total > size:
+    what = f"{packed[0]} is compressed" if packed else f"{size} bytes would expand to {total}"
+    raise errors.UserError(
+      f"{path} cannot be read as PyTorch's weights: {what}; torch.save never does that."
+    )
+
+
+def _cause(error: Exception) -> str:
+  """One line of torch's many."""
+  if refused := re.search(r"GLOBAL (\S+)", str(error)):
+    return (
+      f"it wants {refused[1]}, which is no tensor, and was not run. If you trust the file, open it with PyTorch and"
+      " save its weights alone"
+    )
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return [*lines, type(error).__name__][0]
+
+
+def _unwrapped(path: pathlib.Path, content: Any) -> tuple[dict[Any, Any], list[str]]:
+  """What should be tensors by name, and notes about what else the file holds."""
+  if not isinstance(content, dict):
+    raise errors.UserError(f"{path} holds one {type(content).__name__}; expected weights by name.")
+  wrappers = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
+  if len(wrappers) > 1:
+    raise errors.UserError(
+      f"{path} holds weights under {' and under '.join(wrappers)}; save those that you mean in a file of their own."
+    )
+  notes = []
+  if wrappers:
+    left = ", ".join(str(name) for name in content if name != wrappers[0])
+    notes = [f"Read from {wrappers[0]!r}; left out: {left}."] if left else []
+    content = content[wrappers[0]]
+  if all(str(name).startswith("module.") for name in content):
+    content = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+  return content, notes
+
+
+def _check_tensors(path: pathlib.Path, torch: Any, tensors: dict[Any, Any]) -> None:
+  """Raises a UserError for what is no plain tensor, and for tensors larger than what is stored of them."""
+  for name, tensor in tensors.items():
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+      raise errors.UserError(
+        f"{path}: {name!r} is a {type(tensor).__name__}; expected tensors by name,"
+        f" alone or under {', '.join(_WRAPPERS)}."
+      )
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or dtype not in _DTYPES:
+      raise errors.UserError(
+        f"{path}: {name} is {tensor.layout} of {dtype}, on {tensor.device}; expected plain numbers."
+      )
+  total, size = sum(t.nbytes for t in tensors.values()), path.stat().st_size
+  if (
+    total > 2 * size
+  ):  # a stride of 0 repeats one number as often as it likes; names may share their tensor
+    raise errors.UserError(f"{path}: {size} bytes would expand to {total}; no weights do that.")
+
+
+def _array(torch: Any, tensor: Any) -> np.ndarray:
+  """A copy, for the file is mapped into memory; half precision as float32."""
+  half = tensor.dtype in (torch.bfloat16, torch.float16)
+  return np.array((tensor.float() if half else tensor).detach().numpy())

@@ -1,41 +1,19 @@
 """Weights in: one function for the files that hold them."""
 
-import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexivit_jax import checkpoint, errors, resize, trees
+from flexivit_jax import errors, resize, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import (
-  big_vision,
-  files,
-  registry,
-  timm_names,
-  transformers_config,
-  transformers_folder,
-  transformers_names,
-)
-from flexivit_jax.weights.transformers_folder import Normalisation
+from flexivit_jax.weights import registry, sources, timm_names
 
 Size = tuple[int, int]
-
-
-class Source(NamedTuple):
-  """What a file holds: parameters (a tree of NumPy arrays), the fields of their FlexiViT, and the record.
-
-  `normalisation` is that of the input, where something beside the arrays says it; it is not yet folded in.
-  """
-
-  params: dict
-  fields: dict[str, Any]
-  record: dict[str, Any]
-  normalisation: Normalisation | None = None
 
 
 def load(
@@ -46,18 +24,18 @@ def load(
   flexify: tuple[Size, Size] | None = None,
   **fields: Any,
 ) -> tuple[FlexiViT, dict]:
-  """Returns (model, params) of a file with weights, a run folder, one of its checkpoints, or a transformers folder.
+  """Returns (model, params) of a file with weights, a run folder, one of its checkpoints, or a published name.
 
-  Files: `.npz` in big_vision's, the original ViT's or timm's names, `.safetensors` in timm's. The architecture is
-  read from the arrays. Folders of Hugging Face's `transformers`: config.json and model.safetensors or its shards,
-  of ViT, DeiT, DINOv2, CLIP and SigLIP; the architecture is read from config.json.
+  Files: `.npz` in big_vision's, the original ViT's or timm's names, `.safetensors` and PyTorch's `.pth`, `.pt` and
+  `.bin` in timm's: the architecture is read from the arrays. Folders: of timm, and of Hugging Face's `transformers`
+  (ViT, DeiT, DINOv2, CLIP, SigLIP): it is read from config.json.
 
   Args:
     path: the file or folder; or a name of `registry.PUBLISHED`, e.g. "FlexiViT-B i1k", or the https:// address of a
       file, which is then fetched once.
     mean, std: of the input (pixels in [0, 1]) with which a timm or transformers model was trained, both or none;
       folded into the patch embedding, so that the model takes pixels in [-1, 1] as all models here. Not given: what
-      preprocessor_config.json says, or 0.5.
+      the folder says, or 0.5.
     flexify: (patch_size, posemb_size) of the buffers that a fixed model becomes a FlexiViT with, e.g.
       ((32, 32), (7, 7)): kernel PI-resized, position grid zoomed with its corners in place, as the reference does
       when it starts from an older checkpoint.
@@ -87,11 +65,11 @@ def load_with_record(
   "notes"; "folded_input" (mean and std) where these were folded in; of a file that was fetched "name" and "url".
   """
   file, published = registry.find(path)
-  source = read(file, fields)
+  source = sources.read(file, fields)
   if published is not None:
     source = _published(source, published, file)
-  if mean is None and std is None and source.normalisation is not None:
-    mean, std = source.normalisation
+  if mean is None and std is None and source.normalised:
+    mean, std = source.normalised
   if mean is not None or std is not None:
     source = _fold_input(source, mean, std)
   if flexify is not None:
@@ -135,36 +113,6 @@ def load_into(path: str | os.PathLike[str], model: FlexiViT, **given: Any) -> di
 _SAME_FUNCTION = ("gelu", "layer_norm_eps", "num_heads", "pool_type", "posemb", "registers")
 
 
-def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
-  """Reads a file or folder in any format; nothing is checked against a model yet.
-
-  Raises:
-    UserError: it is not there, or in no known format.
-  """
-  known = "expected an .npz file or a run folder, or .safetensors, or a folder of transformers"
-  if not path.exists():
-    raise errors.UserError(
-      f"{path} does not exist; {known}, or a name that `flexivit inspect --list` prints."
-      + errors.nearest(str(path), registry.PUBLISHED)
-    )
-  if path.is_dir() and transformers_folder.is_folder(path):
-    return _transformers(path, fields)
-  if path.is_dir():
-    params, record = checkpoint.load_params(path)
-    format_ = "checkpoint of a run"
-  elif path.suffix in files.READERS:
-    arrays, record = files.READERS[path.suffix](path)
-    if not record:
-      return _recognise(path, arrays, fields)
-    params, format_ = _plain(arrays), "npz in big_vision's names, written by flexivit"
-  else:
-    raise errors.UserError(f"{path}: {known}.")
-  found = _known_fields(path, record)
-  return Source(
-    params, found, _describe(path, format_, FlexiViT(**found)) | record | {"format": format_}
-  )
-
-
 def check(model: FlexiViT, params: dict, what: str) -> None:
   """Raises a UserError that lists every array that is missing, extra, or of another shape or dtype."""
   kernel = params.get("embedding", {}).get("kernel")
@@ -176,7 +124,9 @@ def check(model: FlexiViT, params: dict, what: str) -> None:
     raise errors.UserError(f"{what} does not fit the model flexivit:\n  " + "\n  ".join(lines))
 
 
-def _published(source: Source, published: registry.Published, file: pathlib.Path) -> Source:
+def _published(
+  source: sources.Source, published: registry.Published, file: pathlib.Path
+) -> sources.Source:
   """Checks what a file that was fetched holds, and adds to the record where it came from."""
   registry.check(published, FlexiViT(**source.fields), file)
   notes = [*source.record.get("notes", []), *filter(None, [published.note])]
@@ -185,93 +135,12 @@ def _published(source: Source, published: registry.Published, file: pathlib.Path
   return source._replace(record=source.record | origin)
 
 
-def _recognise(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, Any]) -> Source:
-  """Tells by their names whose arrays these are."""
-  kind, fixed, notes = path.suffix[1:], True, list[str]()
-  if timm_names.is_timm(arrays):
-    flat, found, notes = timm_names.convert(arrays, fields)
-    params, format_ = trees.unflatten(flat), f"{kind} in timm's names"
-  elif big_vision.ORIGINAL_POSITION in arrays:
-    params = trees.unflatten(big_vision.from_original(arrays, fields.get("posemb_size")))
-    found, format_ = big_vision.infer_fields(params, fields), f"{kind} in the original ViT's names"
-  elif path.suffix == ".safetensors" and transformers_folder.is_folder(path.parent):
-    raise errors.UserError(
-      f"{path} is one file of a folder of transformers, whose config.json says what model it is;"
-      f" give the folder, {path.parent}."
-    )
-  else:
-    params, fixed = _plain(arrays), False
-    found, format_ = big_vision.infer_fields(params, fields), f"{kind} in big_vision's names"
-  record = _describe(path, format_, FlexiViT(**{**found, **fields})) | {"notes": notes}
-  if fixed:
-    sides = zip(record["native_patch_size"], record["native_grid"], strict=True)
-    record["image_size"] = [patch * cells for patch, cells in sides]
-  return Source(params, found, record)
-
-
-def _transformers(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
-  """A folder of Hugging Face's transformers."""
-  config = transformers_folder.read_config(path)
-  spec = transformers_config.spec(config)  # before the arrays: those of another model may be large
-  normalisation = transformers_folder.read_normalisation(path)
-  flat, found, notes = transformers_names.convert(spec, transformers_folder.read_arrays(path))
-  model = FlexiViT(**{**found, **fields})
-  record = _describe(path.resolve(), f"transformers folder, {config['model_type']}", model)
-  if normalisation is None:
-    notes.append(
-      "No preprocessor_config.json says the input's mean and std; unless they are given (mean, std"
-      " or --mean, --std), pixels are taken to be in [-1, 1]."
-    )
-  sides = zip(record["native_patch_size"], record["native_grid"], strict=True)
-  record |= {"notes": notes, "image_size": [patch * cells for patch, cells in sides]}
-  if names := transformers_config.class_names(config, model.num_classes):
-    record["class_names"] = names
-  return Source(trees.unflatten(flat), found, record, normalisation)
-
-
-def _plain(arrays: files.Arrays) -> dict:
-  """Tree of arrays named "params/head/bias" or "head/bias"."""
-  prefixed = {n.removeprefix("params/"): a for n, a in arrays.items() if n.startswith("params/")}
-  return trees.unflatten(prefixed or arrays)
-
-
-def _describe(path: pathlib.Path, format_: str, model: FlexiViT) -> dict[str, Any]:
-  position = {"learn": "grid; the class token has none", "sincos2d": "sine-cosine"}[model.posemb]
-  return {
-    "format": format_,
-    "source": {"file": path.name, "format": format_},
-    "position": position,
-    "image_size": None,
-    "native_patch_size": list(model.patch_size),
-    "native_grid": list(model.posemb_size),
-    "notes": [],
-  }
-
-
-def _known_fields(path: pathlib.Path, record: dict[str, Any]) -> dict[str, Any]:
-  """Fields of the model in a record; one from a file may hold anything."""
-  given = record.get("model")
-  if not isinstance(given, dict):
-    raise errors.UserError(f"{path}: its record does not say what model it is of.")
-  given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k != "name"}
-  for name, value in given.items():
-    if name not in _FIELDS:
-      raise errors.unknown(f"field of the record in {path}:", name, _FIELDS)
-    kind = tuple if name == "kernel_moment" else type(getattr(FlexiViT(), name))
-    if value is not None and not isinstance(value, (int, float) if kind is float else kind):
-      raise errors.UserError(f"{path}: its record has {name}={value!r}; expected {kind.__name__}.")
-  return given
-
-
-_FIELDS = [f.name for f in dataclasses.fields(FlexiViT) if f.name not in ("parent", "name")]
-
-
 def _fields_of(model: FlexiViT) -> dict[str, Any]:
-  values = {name: getattr(model, name) for name in _FIELDS}
+  values = {name: getattr(model, name) for name in sources.FIELDS}
   return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def _fold_input(source: Source, mean: Any, std: Any) -> Source:
+def _fold_input(source: sources.Source, mean: Any, std: Any) -> sources.Source:
   if mean is None or std is None:
     raise errors.UserError("Give both mean and std of the input, or none.")
   if not any(project in source.record["source"]["format"] for project in ("timm", "transformers")):
@@ -287,7 +156,7 @@ def _fold_input(source: Source, mean: Any, std: Any) -> Source:
   return source._replace(params=trees.unflatten(flat), record=source.record | folded)
 
 
-def _flexify(source: Source, patch_size: Size, posemb_size: Size) -> Source:
+def _flexify(source: sources.Source, patch_size: Size, posemb_size: Size) -> sources.Source:
   kernel = source.params["embedding"]["kernel"]
   if "pos_embedding" not in source.params:
     raise errors.UserError("flexify: the model has no learned positions to resize.")

@@ -1,27 +1,19 @@
 """timm's names for a Vision Transformer, turned into big_vision's.
 
-What is folded, exactly up to rounding: the class token's position into the class token; LayerScale (DeiT-III,
-DINOv2) into the projections before it is applied, `gamma * (W x + b) = (gamma W) x + gamma b`; the mean and standard
-deviation of the input into the patch embedding.
+What is folded, exactly up to rounding: the positions of class, distillation and register tokens into these tokens;
+LayerScale (DeiT-III, DINOv2) into the projections before it is applied; the two heads of a distilled DeiT, whose mean
+timm takes, into one on both tokens; the mean and standard deviation of the input into the patch embedding.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import vit
-from flexivit_jax.weights import big_vision
-
-_KERNEL, _FC1 = "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"
-_UNLIKE = {
-  "fc_norm.weight": "timm averages the tokens and then normalises (fc_norm), a FlexiViT does it the other way round",
-  "reg_token": "register tokens",
-  "attn_pool.latent": "attention pooling in timm's names",
-  "dist_token": "a distillation token",
-}
+from flexivit_jax.weights import big_vision, timm_layers, timm_shapes
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -42,18 +34,24 @@ def is_timm(arrays: Arrays) -> bool:
 def convert(arrays: Arrays, fields: Mapping[str, Any]) -> Converted:
   """Turns a timm state dict into ours; `fields` are those given by the caller.
 
+  Of them, `num_heads`, `posemb_size` and `pool_type` say what arrays leave open. A pool type of "gap" is for a class
+  token that takes part but is not the output, "tok" for one that is normalised by an `fc_norm`, "map" for attention
+  pooling that sees the class and register tokens too.
+
   Raises:
     UserError: a model that is no FlexiViT, names or shapes that do not fit (all listed), an unknown number of heads.
   """
-  big_vision.require(arrays, {_KERNEL: 4, _FC1: 2}, "a Vision Transformer in timm's")
-  for name, why in _UNLIKE.items():
-    if name in arrays:
-      raise errors.UserError(f"The file has {name}: {why}; such models are not supported.")
-  found, notes = _infer(arrays, fields)
-  lines = trees.diff(_expected(arrays, found), dict(arrays), max_lines=len(arrays) * 4)
+  arrays, notes = _renamed(arrays)
+  axes = {timm_shapes.KERNEL: 4, timm_shapes.FC1: 2} | {
+    n: 3 for n in (*timm_shapes.TOKENS, "pos_embed") if n in arrays
+  }
+  big_vision.require(arrays, axes, "a Vision Transformer in timm's")
+  _refuse_other_poolings(arrays, fields)
+  found, more = _infer(arrays, fields)
+  lines = trees.diff(timm_shapes.expected(arrays, found), arrays, max_lines=len(arrays) * 4)
   if lines:
     raise errors.UserError("The arrays are not those of timm's ViT:\n  " + "\n  ".join(lines))
-  return Converted(_convert(arrays, found), found, notes)
+  return Converted(_convert(arrays, found), found, notes + more)
 
 
 def fold_input(
@@ -81,36 +79,96 @@ def fold_input(
   }
 
 
+def _renamed(arrays: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
+  """The names of the original DINOv2 and DeiT-III files as timm's."""
+  names = {name: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name) for name in arrays}
+  names["register_tokens"] = "reg_token"
+  flat = dict(arrays)
+  for old, new in names.items():
+    if old in flat and new not in flat:
+      flat[new] = flat.pop(old)
+  if flat.pop("mask_token", None) is None:
+    return flat, []
+  return flat, ["mask_token is left out: only DINOv2's training uses it."]
+
+
+def _refuse_other_poolings(a: Arrays, fields: Mapping[str, Any]) -> None:
+  """Raises a UserError for the two poolings of timm that no FlexiViT has."""
+  if "fc_norm.weight" in a and fields.get("pool_type") != "tok":
+    raise errors.UserError(
+      "The file has fc_norm.weight: timm averages the tokens and then normalises (fc_norm), a FlexiViT does it the"
+      " other way round; such models are not supported. If this one takes the class token, where the order makes no"
+      " difference, give pool_type='tok'."
+    )
+  others = [name for name in timm_shapes.TOKENS if name in a]
+  if timm_shapes.LATENT in a and others and fields.get("pool_type") != "map":
+    raise errors.UserError(
+      f"The file has {timm_shapes.LATENT} and {', '.join(others)}: timm's attention pooling leaves such tokens out, a"
+      " FlexiViT's does not; such models are not supported. If this one has pool_include_prefix, give pool_type='map'."
+    )
+
+
 def _infer(a: Arrays, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-  width, _, *patch_size = a[_KERNEL].shape
+  width, _, *patch_size = a[timm_shapes.KERNEL].shape
   heads, notes = _heads(width, fields)
+  pool = _pool(a, fields)
   found = dict(
     patch_size=tuple(patch_size),
     width=width,
     depth=len({name.split(".")[1] for name in a if name.startswith("blocks.")}),
-    mlp_dim=a[_FC1].shape[0],
+    mlp_dim=a[timm_shapes.FC1].shape[0],
     num_heads=heads,
-    pool_type="tok" if "cls_token" in a else "gap",
+    pool_type=pool,
+    registers=max(timm_shapes.prefix_length(a) - ("tok" in pool), 0),
+    pre_norm="norm_pre.weight" in a,
+    layer_norm_eps=1e-5 if "norm_pre.weight" in a else 1e-6,
     num_classes=a["head.bias"].shape[0] if "head.bias" in a else 0,
     gelu="exact",
     kernel_operator="cubic_antialias",
     grid_operator="cubic_antialias",
   )
-  if any(".ls1." in name for name in a):
-    notes.append(
-      "LayerScale is folded into the projections; DeiT-III and DINOv2 expect ImageNet's mean and"
-      " std, which the file does not say: mean=(0.485,0.456,0.406), std=(0.229,0.224,0.225)."
-    )
+  notes += [note for told, note in _assumed(a) if told not in fields]
   if "pos_embed" not in a:
     return found, notes
-  position, _ = big_vision.split_position(
-    a["pos_embed"], a.get("cls_token"), fields.get("posemb_size")
+  grid = fields.get("posemb_size") or timm_shapes.square_grid(
+    a["pos_embed"].shape[1], timm_shapes.prefix_length(a)
   )
-  grid = fields.get("posemb_size") or big_vision.square(position.shape[1])
-  if _was_flexible(patch_size, grid, position.shape[1] == a["pos_embed"].shape[1], found):
+  if _was_flexible(patch_size, grid, timm_shapes.with_position(a, grid) == 0, found):
     found |= {"kernel_operator": "linear", "grid_operator": "linear_antialias"}
     notes.append(_ALREADY_RESIZED)
   return found | {"posemb_size": tuple(grid)}, notes
+
+
+def _pool(a: Arrays, fields: Mapping[str, Any]) -> str:
+  if "dist_token" in a:
+    return "tok+reg"
+  default = "map" if timm_shapes.LATENT in a else "tok" if "cls_token" in a else "gap"
+  return fields.get("pool_type") or default
+
+
+def _assumed(a: Arrays) -> list[tuple[str, str]]:
+  """What arrays leave open: pairs of (the field that would say it, a note)."""
+  found = {
+    ".ls1.": (
+      "",
+      "LayerScale is folded into the projections; DeiT-III and DINOv2 expect ImageNet's mean and"
+      " std, which the file does not say: mean=(0.485,0.456,0.406), std=(0.229,0.224,0.225).",
+    ),
+    "norm_pre.": (
+      "layer_norm_eps",
+      "A LayerNorm before the blocks is CLIP's: layer_norm_eps=1e-5, as in all of timm's that have one. OpenAI's"
+      " want gelu='quick', all of them mean=(0.48145466,0.4578275,0.40821073), std=(0.26862954,0.26130258,0.27577711).",
+    ),
+    "attn_pool.": (
+      "gelu",
+      "Attention pooling is SigLIP's: the exact GELU, as most of timm's have it; some of SigLIP 2 want gelu='tanh'.",
+    ),
+    "dist_token": (
+      "",
+      "A distilled DeiT: the head takes both tokens, as timm takes the mean of two heads.",
+    ),
+  }
+  return [note for part, note in found.items() if any(part in name for name in a)]
 
 
 _ALREADY_RESIZED = (
@@ -130,8 +188,10 @@ def _was_flexible(patch: Sequence[int], grid: Sequence[int], bare: bool, found: 
 
 def _heads(width: int, fields: Mapping[str, Any]) -> tuple[int, list[str]]:
   """Heads as given, or as in the published models of this width, or of 64 features each."""
-  if fields.get("num_heads"):
-    return fields["num_heads"], []
+  if heads := fields.get("num_heads"):
+    if heads < 1 or width % heads:
+      raise errors.UserError(f"num_heads={heads} does not divide the width {width}.")
+    return heads, []
   known = {shape.width: shape.num_heads for shape in vit.VARIANTS.values()}
   if width not in known and width % 64:
     raise errors.UserError(
@@ -141,71 +201,49 @@ def _heads(width: int, fields: Mapping[str, Any]) -> tuple[int, list[str]]:
   return heads, [f"{heads} heads: as usual for width {width}; the arrays do not say."]
 
 
-def _expected(a: Arrays, f: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays, in timm's names, of a ViT with these fields."""
-  d, mlp, channels = f["width"], f["mlp_dim"], a[_KERNEL].shape[1]
-  dense = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (mlp, d), "mlp.fc2": (d, mlp)}
-  block: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in dense.items()}
-  block |= {f"{name}.bias": shape[:1] for name, shape in dense.items()}
-  block |= {f"{norm}.{leaf}": (d,) for norm in ("norm1", "norm2") for leaf in ("weight", "bias")}
-  if any(".ls1." in name for name in a):
-    block |= {"ls1.gamma": (d,), "ls2.gamma": (d,)}
-  shapes: dict[str, tuple[int, ...]] = {
-    f"blocks.{i}.{name}": shape for i in range(f["depth"]) for name, shape in block.items()
-  }
-  shapes |= {_KERNEL: (d, channels, *f["patch_size"]), "patch_embed.proj.bias": (d,)}
-  shapes |= {"norm.weight": (d,), "norm.bias": (d,)}
-  cells = int(np.prod(f.get("posemb_size", (0, 0))))
-  with_cls = "pos_embed" in a and "cls_token" in a and a["pos_embed"].shape[1] == cells + 1
-  shapes["pos_embed"] = (1, cells + with_cls, d)
-  if "cls_token" in a:
-    shapes["cls_token"] = (1, 1, d)
-  if f["num_classes"] or "head.weight" in a:
-    shapes |= {"head.weight": (f["num_classes"], d), "head.bias": (f["num_classes"],)}
-  return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-
-
-def _convert(a: Arrays, fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  position, cls = big_vision.split_position(
-    a["pos_embed"], a.get("cls_token"), fields["posemb_size"]
-  )
+def _convert(a: Arrays, f: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  kernel = np.ascontiguousarray(a[timm_shapes.KERNEL].transpose(2, 3, 1, 0))
   flat = {
-    "embedding/kernel": np.ascontiguousarray(a[_KERNEL].transpose(2, 3, 1, 0)),
-    "embedding/bias": a["patch_embed.proj.bias"],
-    "pos_embedding": position,
-    **_norm(a, "norm", "Transformer/encoder_norm"),
+    "embedding/kernel": kernel,
+    "embedding/bias": a.get("patch_embed.proj.bias", np.zeros(f["width"], np.float32)),
+    **_convert_tokens(a, f),
+    **timm_layers.norm_from_timm(a, timm_shapes.final_norm(a), "Transformer/encoder_norm"),
   }
-  for i in range(fields["depth"]):
-    prefix = f"blocks.{i}."
-    block = {n.removeprefix(prefix): array for n, array in a.items() if n.startswith(prefix)}
-    converted = _convert_block(block, fields["num_heads"])
-    flat |= {f"Transformer/encoderblock_{i}/{name}": array for name, array in converted.items()}
-  if fields["num_classes"]:
-    flat |= _dense(a, "head", "head")
-  return flat | ({} if cls is None else {"cls": cls})
+  if f["pre_norm"]:
+    flat |= timm_layers.norm_from_timm(a, "norm_pre", "pre_norm")
+  for i in range(f["depth"]):
+    block = timm_layers.block_from_timm(_under(f"blocks.{i}.", a), f["num_heads"])
+    flat |= {f"Transformer/encoderblock_{i}/{name}": array for name, array in block.items()}
+  if f["pool_type"] == "map":
+    pool = timm_layers.pool_from_timm(_under("attn_pool.", a), f["num_heads"])
+    flat |= {f"MAPHead_0/{name}": array for name, array in pool.items()}
+  return flat | (_convert_head(a) if f["num_classes"] else {})
 
 
-def _convert_block(a: Arrays, heads: int) -> dict[str, np.ndarray]:
-  attention, mlp = "MultiHeadDotProductAttention_0", "MlpBlock_0"
-  flat = _norm(a, "norm1", "LayerNorm_0") | _norm(a, "norm2", "LayerNorm_1")
-  flat |= _dense(a, "mlp.fc1", f"{mlp}/Dense_0")
-  flat |= _dense(a, "mlp.fc2", f"{mlp}/Dense_1", a.get("ls2.gamma"))
-  flat |= _dense(a, "attn.proj", f"{attention}/out", a.get("ls1.gamma"))
-  out, width = f"{attention}/out/kernel", a["norm1.weight"].shape[0]
-  flat[out] = flat[out].reshape(heads, -1, width)
-  weights, biases = np.split(a["attn.qkv.weight"], 3), np.split(a["attn.qkv.bias"], 3)
-  for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
-    flat[f"{attention}/{name}/kernel"] = weight.T.reshape(width, heads, -1)
-    flat[f"{attention}/{name}/bias"] = bias.reshape(heads, -1)
-  return flat
+def _under(prefix: str, a: Arrays) -> dict[str, np.ndarray]:
+  return {n.removeprefix(prefix): array for n, array in a.items() if n.startswith(prefix)}
 
 
-def _dense(a: Arrays, name: str, to: str, gamma: np.ndarray | None = None) -> dict[str, np.ndarray]:
-  kernel, bias = a[f"{name}.weight"].T, a[f"{name}.bias"]
-  if gamma is not None:
-    kernel, bias = kernel * gamma[None], bias * gamma
-  return {f"{to}/kernel": np.ascontiguousarray(kernel), f"{to}/bias": bias}
+def _convert_tokens(a: Arrays, f: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Position grid, class token and registers, to which their own positions are added."""
+  position, own = a["pos_embed"], "tok" in f["pool_type"]
+  n = timm_shapes.with_position(a, f["posemb_size"])
+  flat = {"pos_embedding": position[:, n:]}
+  present = [a[name] for name in timm_shapes.TOKENS if name in a]
+  if not present:
+    return flat
+  tokens = np.concatenate(present, axis=1)
+  tokens[:, :n] += position[:, :n]
+  flat |= {"cls": tokens[:, :1]} if own else {}
+  return flat | ({"registers": tokens[:, own:]} if f["registers"] else {})
 
 
-def _norm(a: Arrays, name: str, to: str) -> dict[str, np.ndarray]:
-  return {f"{to}/scale": a[f"{name}.weight"], f"{to}/bias": a[f"{name}.bias"]}
+def _convert_head(a: Arrays) -> dict[str, np.ndarray]:
+  head = timm_layers.dense_from_timm(a, "head", "head")
+  if "dist_token" not in a:
+    return head
+  other = timm_layers.dense_from_timm(a, "head_dist", "head")
+  return {
+    "head/kernel": np.concatenate([head["head/kernel"], other["head/kernel"]]) / 2,
+    "head/bias": (head["head/bias"] + other["head/bias"]) / 2,
+  }

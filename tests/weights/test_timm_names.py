@@ -16,8 +16,9 @@ D, HEADS, MLP, DEPTH, PATCH = 32, 4, 48, 2, (8, 8)  # of the fixture `timm_state
 
 
 def norm(a, name, x):
+  eps = 1e-5 if "norm_pre.weight" in a else 1e-6
   x = x - x.mean(-1, keepdims=True)
-  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
   return x * a[f"{name}.weight"] + a[f"{name}.bias"]
 
 
@@ -29,13 +30,40 @@ def gelu(x):
   return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-def attention(a, b, x):
-  n, length, d = x.shape
-  qkv = dense(a, f"{b}attn.qkv", x).reshape(n, length, 3, HEADS, -1).transpose(2, 0, 3, 1, 4)
-  scores = qkv[0] @ qkv[1].swapaxes(-1, -2) / math.sqrt(d // HEADS)
+def attention(q, k, v):
+  n, _, d = q.shape
+  q, k, v = (x.reshape(n, -1, HEADS, d // HEADS).transpose(0, 2, 1, 3) for x in (q, k, v))
+  scores = q @ k.swapaxes(-1, -2) / math.sqrt(d // HEADS)
   p = np.exp(scores - scores.max(-1, keepdims=True))
-  x = (p / p.sum(-1, keepdims=True)) @ qkv[2]
-  return dense(a, f"{b}attn.proj", x.transpose(0, 2, 1, 3).reshape(n, length, d))
+  x = (p / p.sum(-1, keepdims=True)) @ v
+  return x.transpose(0, 2, 1, 3).reshape(n, -1, d)
+
+
+def mlp(a, b, x):
+  return dense(a, f"{b}mlp.fc2", gelu(dense(a, f"{b}mlp.fc1", x)))
+
+
+def block(a, b, x):
+  y = attention(*np.split(dense(a, f"{b}attn.qkv", norm(a, f"{b}norm1", x)), 3, axis=-1))
+  x = x + a.get(f"{b}ls1.gamma", 1.0) * dense(a, f"{b}attn.proj", y)
+  return x + a.get(f"{b}ls2.gamma", 1.0) * mlp(a, b, norm(a, f"{b}norm2", x))
+
+
+def attention_pool(a, x):
+  """One learned query over all tokens."""
+  b, latent = "attn_pool.", np.tile(a["attn_pool.latent"], (len(x), 1, 1))
+  k, v = np.split(dense(a, f"{b}kv", x), 2, axis=-1)
+  x = dense(a, f"{b}proj", attention(dense(a, f"{b}q", latent), k, v))
+  return (x + mlp(a, b, norm(a, f"{b}norm", x)))[:, 0]
+
+
+def pool(a, x, prefix):
+  """Of the normalised tokens [n, l, d]: logits, or what they are made of."""
+  if "head_dist.weight" in a:
+    return (dense(a, "head", x[:, 0]) + dense(a, "head_dist", x[:, 1])) / 2
+  gap = x[:, 0] if "cls_token" in a else x[:, prefix:].mean(1)
+  x = attention_pool(a, x) if "attn_pool.latent" in a else gap
+  return dense(a, "head", x) if "head.weight" in a else x
 
 
 def forward(state, image, patch=PATCH, kernel=None, position=None):
@@ -45,20 +73,19 @@ def forward(state, image, patch=PATCH, kernel=None, position=None):
   kernel = a["patch_embed.proj.weight"] if kernel is None else kernel
   position = a["pos_embed"] if position is None else position
   x = image.reshape(n, h // patch[0], patch[0], w // patch[1], patch[1], c)
-  x = np.einsum("nhpwqc,dcpq->nhwd", x, kernel) + a["patch_embed.proj.bias"]
+  x = np.einsum("nhpwqc,dcpq->nhwd", x, kernel) + a.get("patch_embed.proj.bias", 0)
   x = x.reshape(n, -1, x.shape[-1])
-  cls = np.tile(a["cls_token"], (n, 1, 1)) if "cls_token" in a else x[:, :0]
+  tokens = [np.tile(a[t], (n, 1, 1)) for t in ("cls_token", "dist_token", "reg_token") if t in a]
+  prefix = sum(t.shape[1] for t in tokens)
   if position.shape[1] > x.shape[1]:
-    x = np.concatenate([cls, x], 1) + position
+    x = np.concatenate([*tokens, x], 1) + position
   else:
-    x = np.concatenate([cls, x + position], 1)
-  for b in (f"blocks.{i}." for i in range(DEPTH)):
-    x = x + a.get(f"{b}ls1.gamma", 1.0) * attention(a, b, norm(a, f"{b}norm1", x))
-    y = gelu(dense(a, f"{b}mlp.fc1", norm(a, f"{b}norm2", x)))
-    x = x + a.get(f"{b}ls2.gamma", 1.0) * dense(a, f"{b}mlp.fc2", y)
-  x = norm(a, "norm", x)
-  x = x[:, 0] if "cls_token" in a else x.mean(1)
-  return dense(a, "head", x) if "head.weight" in a else x
+    x = np.concatenate([*tokens, x + position], 1)
+  if "norm_pre.weight" in a:
+    x = norm(a, "norm_pre", x)
+  for i in range(DEPTH):
+    x = block(a, f"blocks.{i}.", x)
+  return pool(a, norm(a, "fc_norm" if "fc_norm.weight" in a else "norm", x), prefix)
 
 
 def save(folder, state, kind="npz"):
@@ -87,18 +114,95 @@ def logits(model, params, image, **size):
     dict(layer_scale=True, cls_position=False),
     dict(cls=False),
     dict(classes=0, layer_scale=True),
+    dict(registers=4),
+    dict(registers=3, cls_position=False),
+    dict(registers=4, cls=False),
+    dict(distilled=True),
+    dict(attention_pool=True, cls=False),
+    dict(pre_norm=True),
+    dict(pre_norm=True, cls=False, registers=2, attention_pool=True),
+    dict(final_norm="fc_norm"),
   ],
 )
 def test_logits_are_those_of_the_source(timm_state_dict, tmp_path, options, kind):
   state = timm_state_dict(**options)
-  model, params, record = weights.load_with_record(save(tmp_path, state, kind), num_heads=HEADS)
+  pool = {"fc_norm": "tok"}.get(options.get("final_norm"))
+  pool = "map" if "registers" in options and "attention_pool" in options else pool
+  given = {} if pool is None else {"pool_type": pool}
+  file = save(tmp_path, state, kind)
+  model, params, record = weights.load_with_record(file, num_heads=HEADS, **given)
   np.testing.assert_allclose(
     logits(model, params, pixels()), forward(state, pixels()), rtol=0, atol=1e-5
   )
   assert record["source"]["format"] == f"{kind} in timm's names"
   assert record["image_size"] == [32, 32] and record["native_patch_size"] == [8, 8]
-  assert record["model"]["gelu"] == "exact" and record["model"]["layer_norm_eps"] == 1e-6
-  assert any("LayerScale" in note for note in record["notes"]) == bool(options.get("layer_scale"))
+  assert record["model"]["gelu"] == "exact"
+  assert record["model"]["layer_norm_eps"] == (1e-5 if "pre_norm" in options else 1e-6)
+  for option, word in NOTES.items():
+    assert any(word in note for note in record["notes"]) == bool(options.get(option))
+
+
+NOTES = {
+  "layer_scale": "LayerScale",
+  "pre_norm": "layer_norm_eps=1e-5",
+  "attention_pool": "gelu='tanh'",
+  "distilled": "distilled DeiT",
+}
+
+
+def test_a_class_token_that_is_not_the_output_is_a_register(timm_state_dict, tmp_path):
+  state = timm_state_dict(registers=2)
+  model, params = weights.load(save(tmp_path, state), num_heads=HEADS, pool_type="gap")
+  assert (model.pool_type, model.registers) == ("gap", 3)
+  renamed = dict(state)  # the same as registers of a model without a class token
+  renamed["reg_token"] = np.concatenate([renamed.pop("cls_token"), state["reg_token"]], 1)
+  want = forward(renamed, pixels())
+  np.testing.assert_allclose(logits(model, params, pixels()), want, rtol=0, atol=1e-5)
+
+
+def test_original_dinov2_files_are_read_as_timm_reads_them(timm_state_dict, tmp_path):
+  state = timm_state_dict(layer_scale=True, registers=4, cls_position=False)
+  first = np.random.default_rng(2).normal(size=(1, 1, D)).astype(np.float32)
+  original = {n: a for n, a in state.items() if n not in ("reg_token", "cls_token", "pos_embed")}
+  original |= {"register_tokens": state["reg_token"], "mask_token": np.zeros((1, D), np.float32)}
+  original |= {
+    "cls_token": state["cls_token"] - first,  # it alone has a position
+    "pos_embed": np.concatenate([first, state["pos_embed"]], 1),
+  }
+  model, params, record = weights.load_with_record(save(tmp_path, original), num_heads=HEADS)
+  assert model.registers == 4
+  np.testing.assert_allclose(
+    logits(model, params, pixels()), forward(state, pixels()), rtol=0, atol=1e-5
+  )
+  assert any("mask_token is left out" in note for note in record["notes"])
+
+
+def test_original_deit3_files_call_layer_scale_otherwise(timm_state_dict, tmp_path):
+  state = timm_state_dict(layer_scale=True)
+  original = {
+    n.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): a
+    for n, a in state.items()
+  }
+  assert original.keys() != state.keys()
+  model, params = weights.load(save(tmp_path, original), num_heads=HEADS)
+  np.testing.assert_allclose(
+    logits(model, params, pixels()), forward(state, pixels()), rtol=0, atol=1e-5
+  )
+
+
+def test_positions_that_fit_two_grids_must_be_told(timm_state_dict, tmp_path):
+  state = timm_state_dict(registers=4)
+  state["pos_embed"] = np.zeros((1, 9, D), np.float32)  # 9 cells, or 5 tokens and 4
+  with pytest.raises(UserError, match=r"9 positions, 5 tokens .* 9 or 4 cells; give posemb_size"):
+    weights.load(save(tmp_path, state), num_heads=HEADS)
+  for side in (2, 3):
+    model, _ = weights.load(save(tmp_path, state), num_heads=HEADS, posemb_size=(side, side))
+    assert model.posemb_size == (side, side)
+
+
+def test_heads_that_do_not_divide_the_width_are_an_error(timm_state_dict, tmp_path):
+  with pytest.raises(UserError, match="num_heads=5 does not divide the width 32"):
+    weights.load(save(tmp_path, timm_state_dict()), num_heads=5)
 
 
 def test_another_patch_size_is_timms_cubic_resize_of_kernel_and_grid(timm_state_dict, tmp_path):
@@ -155,16 +259,31 @@ def test_all_differences_are_listed_in_timms_names(timm_state_dict, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("name", "why"),
+  ("options", "why"),
   [
-    ("fc_norm.weight", "averages the tokens and then normalises"),
-    ("reg_token", "register tokens"),
-    ("attn_pool.latent", "attention pooling"),
+    (dict(final_norm="fc_norm", cls=False), "fc_norm.weight: .*averages the tokens and then"),
+    (dict(attention_pool=True), "attn_pool.latent and cls_token: .*leaves such tokens out"),
+    (dict(attention_pool=True, cls=False, registers=1), "attn_pool.latent and reg_token: "),
   ],
 )
-def test_models_that_are_no_flexivit_are_errors(timm_state_dict, tmp_path, name, why):
-  state = timm_state_dict() | {name: np.zeros(D, np.float32)}
-  with pytest.raises(UserError, match=f"{name}: .*{why}.*not supported"):
+def test_models_that_are_no_flexivit_are_errors(timm_state_dict, tmp_path, options, why):
+  with pytest.raises(UserError, match=f"{why}.*not supported"):
+    weights.load(save(tmp_path, timm_state_dict(**options)), num_heads=HEADS)
+
+
+@pytest.mark.parametrize(
+  ("options", "name"),
+  [
+    (dict(distilled=True), "head_dist.bias"),
+    (dict(attention_pool=True, cls=False), "attn_pool.kv.bias"),
+    (dict(pre_norm=True), "norm_pre.bias"),
+    (dict(layer_scale=True), "blocks.1.ls2.gamma"),
+  ],
+)
+def test_what_goes_with_other_arrays_is_asked_for(timm_state_dict, tmp_path, options, name):
+  state = timm_state_dict(**options)
+  del state[name]
+  with pytest.raises(UserError, match=f"missing {name} "):
     weights.load(save(tmp_path, state), num_heads=HEADS)
 
 

@@ -1,0 +1,203 @@
+"""A folder as timm writes it for the Hugging Face Hub: the weights, and a config.json that says what arrays do not.
+
+timm builds the model that `architecture` names with `model_args`; what these leave out is the architecture's own. Of
+that, arrays do not tell the activation, the heads and the LayerNorms' epsilon, so they are listed here where they are
+not the usual ones; a test compares the list with timm.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flexivit_jax import errors
+from flexivit_jax.weights import timm_shapes
+
+CONFIG, RECORD = "config.json", "flexivit_record.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+ACTIVATIONS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
+
+# What arrays do not tell and is not the usual: fields by a part of the architecture's name.
+_UNUSUAL: dict[str, dict[str, Any]] = {
+  "quickgelu": {"gelu": "quick"},
+  "_clip_": {"layer_norm_eps": 1e-5},
+  "giantopt_patch16_siglip|so400m_patch16_siglip": {"gelu": "tanh"},
+  "base_patch32_siglip|large_patch16_siglip_(gap_)?512": {"gelu": "tanh"},
+  "giantopt_patch16_siglip|^vit_base_patch16_gap_224": {"num_heads": 16},
+  "^test_vit$": {"num_heads": 2},
+}
+# Rotary positions leave no trace in the arrays; all else that is no plain ViT has other names or shapes.
+_KNOWN = re.compile(r"(vit|deit3?|flexivit)_(?!.*rope)\w+|test_vit")
+
+# Arguments that say nothing which arrays do not say too, or that only training reads.
+_TOLD_BY_ARRAYS = {
+  *("img_size", "patch_size", "in_chans", "mlp_ratio", "class_token", "reg_tokens", "no_embed_class", "pos_embed"),
+  *("qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "pre_norm", "final_norm"),
+  *("fc_norm", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "weight_init", "fix_init", "drop_rate"),
+  *("pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+}  # fmt: skip
+_NAMES = {
+  "embed_dim": "width",
+  "depth": "depth",
+  "num_heads": "num_heads",
+  "num_classes": "num_classes",
+}
+_READ = {*_NAMES, "act_layer", "norm_layer", "global_pool", "pool_include_prefix"}
+
+
+Normalised = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class Told(NamedTuple):
+  """What a config says: fields of the FlexiViT; the (mean, std) of the input where they are not all 0.5."""
+
+  fields: dict[str, Any]
+  normalised: Normalised | None
+
+
+def find(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the config of a folder that timm wrote, None for another folder (a run's has checkpoints/).
+
+  Raises:
+    UserError: the config is no JSON object.
+  """
+  if not (folder / CONFIG).is_file() or (folder / "checkpoints").exists():
+    return None
+  config = read_json(folder / CONFIG)
+  return config if "architecture" in config else None
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON object in a file; a UserError if there is none."""
+  try:
+    content = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as e:
+    raise errors.UserError(f"{path} cannot be read as JSON: {e}") from e
+  if not isinstance(content, dict):
+    raise errors.UserError(f"{path}: expected a JSON object, got {type(content).__name__}.")
+  return content
+
+
+def weights_file(folder: pathlib.Path) -> pathlib.Path:
+  """The file with the weights, as timm chooses it; a UserError if there is none."""
+  for name in WEIGHTS:
+    if (folder / name).is_file():
+      return folder / name
+  raise errors.UserError(
+    f"{folder} has a {CONFIG} and no weights; expected {' or '.join(WEIGHTS)}."
+  )
+
+
+def own_record(folder: pathlib.Path, weights: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
+  """Returns (record that `save_timm` wrote beside these weights, notes); empty if there is none about them."""
+  if not (folder / RECORD).is_file():
+    return {}, []
+  record = read_json(folder / RECORD)
+  if record.pop("sha256", None) == sha256(weights):
+    return record, []
+  return {}, [f"{RECORD} is about other weights than {weights.name}, and is not used."]
+
+
+def sha256(path: pathlib.Path) -> str:
+  """Returns the hexadecimal digest of a file."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def told(where: pathlib.Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Told:
+  """Returns what the config says of the model that the arrays are of.
+
+  Raises:
+    UserError: an architecture, a pooling, an activation or an argument that no FlexiViT has.
+  """
+  path, args = where / CONFIG, _mapping(where, config, "model_args")
+  pretrained = _mapping(where, config, "pretrained_cfg") or config  # timm's oldest have one level
+  args = {key: value for key, value in args.items() if value is not None}
+  unknown = next((key for key in args if key not in _READ | _TOLD_BY_ARRAYS), None)
+  if unknown:
+    raise errors.unknown(f"argument in model_args of {path}:", unknown, _READ | _TOLD_BY_ARRAYS)
+  fields = _by_architecture(path, config["architecture"])
+  classes = config.get("num_classes", pretrained.get("num_classes"))
+  fields |= {} if classes is None else {"num_classes": classes}
+  fields |= {field: args[key] for key, field in _NAMES.items() if key in args}
+  fields |= _activation(path, args) | _norm(path, args) | _pool(path, args, config, arrays)
+  fields |= _grid(args.get("img_size") or pretrained.get("input_size"), arrays)
+  for name in _NAMES.values():
+    if not isinstance(fields.get(name, 0), int):
+      raise errors.UserError(f"{path}: {name} is {fields[name]!r}; expected a whole number.")
+  return Told(fields, _normalised(path, pretrained))
+
+
+def _by_architecture(path: pathlib.Path, name: Any) -> dict[str, Any]:
+  if not isinstance(name, str) or not _KNOWN.fullmatch(name):
+    raise errors.UserError(
+      f"{path}: architecture {name!r} is no plain ViT; expected vit_*, deit_*, deit3_* or flexivit_*, without rope."
+    )
+  fields: dict[str, Any] = {}
+  for part, values in _UNUSUAL.items():
+    fields |= values if re.search(part, name) else {}
+  return fields
+
+
+def _mapping(where: pathlib.Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
+  value = config.get(key) or {}
+  if not isinstance(value, dict):
+    raise errors.UserError(f"{where / CONFIG}: {key} is {value!r}; expected a JSON object.")
+  return value
+
+
+def _activation(path: pathlib.Path, args: Mapping[str, Any]) -> dict[str, Any]:
+  name = args.get("act_layer")
+  if name is not None and name not in list(ACTIVATIONS):
+    raise errors.unknown(f"act_layer in {path}:", name, ACTIVATIONS)
+  return {} if name is None else {"gelu": ACTIVATIONS[name]}
+
+
+def _norm(path: pathlib.Path, args: Mapping[str, Any]) -> dict[str, Any]:
+  """A norm_layer given by name comes with timm's own epsilon, whatever the architecture's is."""
+  name = args.get("norm_layer")
+  if name is not None and str(name).replace("_", "").lower() not in ("layernorm", "layernormfp32"):
+    raise errors.UserError(f"{path}: norm_layer is {name!r}; a FlexiViT has 'layernorm' only.")
+  return {} if name is None else {"layer_norm_eps": 1e-6}
+
+
+def _pool(
+  path: pathlib.Path, args: Mapping[str, Any], config: Mapping[str, Any], arrays: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The pool type, unless arrays tell it, as they do of two heads, or it leaves out tokens that a FlexiViT does not."""
+  pool, whole = args.get("global_pool", config.get("global_pool")), args.get("pool_include_prefix")
+  prefix = any(name in arrays for name in timm_shapes.TOKENS)
+  names = {"token": "tok", "avg": "gap", "map": "map", None: None}
+  if pool not in list(names) or (pool == "avg" and whole and prefix):
+    shown = f"global_pool {pool!r}" + " with pool_include_prefix" * bool(whole)
+    raise errors.UserError(f"{path}: {shown}; a FlexiViT has 'token', 'avg' and 'map'.")
+  if pool is None or "dist_token" in arrays or (pool == "map" and prefix and not whole):
+    return {}
+  return {"pool_type": names[pool]}
+
+
+def _grid(size: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """The position grid, if it accounts for all positions: sizes on the Hub are not always those of the weights."""
+  kernel, position = arrays.get(timm_shapes.KERNEL), arrays.get("pos_embed")
+  hw = [size, size] if isinstance(size, int) else size[-2:] if isinstance(size, list) else []
+  if kernel is None or kernel.ndim != 4 or position is None or position.ndim != 3:
+    return {}
+  if len(hw) != 2 or not all(isinstance(side, int) for side in hw):
+    return {}
+  grid = tuple(side // patch for side, patch in zip(hw, kernel.shape[2:], strict=True))
+  fits = position.shape[1] - math.prod(grid) in (0, timm_shapes.prefix_length(arrays))
+  return {"posemb_size": grid} if fits else {}
+
+
+def _normalised(path: pathlib.Path, pretrained: Mapping[str, Any]) -> Normalised | None:
+  mean, std = pretrained.get("mean"), pretrained.get("std")
+  for name, values in (("mean", mean), ("std", std)):
+    numbers = isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)
+    if not numbers or not all(map(math.isfinite, values)):
+      raise errors.UserError(f"{path}: {name} is {values!r}; expected a list of numbers.")
+  return None if {*mean, *std} == {0.5} else (tuple(mean), tuple(std))

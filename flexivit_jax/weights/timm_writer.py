@@ -1,0 +1,197 @@
+"""Weights out, for timm: a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+
+Every argument that matters is written out, so the architecture's name decides one thing only: how timm resizes when it
+is asked for another size. It does so bilinearly, as the paper, for flexivit_*, and bicubically for all others.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from flexivit_jax import errors, trees
+from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.models.flexivit import Size
+from flexivit_jax.weights import baking, reading, sources, timm_folder, timm_layers
+
+WEIGHTS = timm_folder.WEIGHTS[0]
+_POOLS = {"tok": "token", "gap": "avg", "map": "map"}
+_ACTIVATIONS = {ours: name for name, ours in timm_folder.ACTIVATIONS.items()}
+_FLEXIVIT = {384: "flexivit_small", 768: "flexivit_base", 1024: "flexivit_large"}
+_OTHERS = (
+  "big_vision's .npz (`flexivit convert`) and the artifact (`flexivit export`) hold every model"
+)
+
+
+def save_timm(
+  out: str | os.PathLike[str],
+  model: FlexiViT,
+  params: dict,
+  record: dict[str, Any],
+  *,
+  image_hw: Size,
+  seqhw: int | None = None,
+) -> None:
+  """Writes a folder with config.json, model.safetensors and our record; it appears only when it is complete.
+
+  With `seqhw` the kernel and the positions are those in use at this size, and timm resizes nothing. Without, they are
+  as they are stored, and so is the image size that timm is told: kernel times grid. timm then runs another size by
+  `create_model("local-dir:FOLDER", pretrained=True, img_size=240, patch_size=8)`.
+
+  Args:
+    out: a name that is not there yet.
+    model, params, record: what `weights.load_with_record` returns.
+    image_hw: pixels of the images, with seqhw.
+    seqhw: tokens per side, or None for all sizes.
+
+  Raises:
+    UserError: the name is there already; parameters that are not the model's; a model that timm cannot hold;
+      a size that does not divide the image.
+  """
+  out = pathlib.Path(out)
+  if out.exists():
+    raise errors.UserError(f"{out} is there already; remove it or give another name.")
+  _check(model)
+  reading.check(model, params, f"What is to be written to {out}")
+  if seqhw is not None:
+    model, params = baking.bake(model, params, image_hw=image_hw, seqhw=seqhw)
+  elif (model.posemb, model.kernel_resize) != ("learn", "pi"):
+    raise errors.UserError(
+      f"posemb={model.posemb!r}, kernel_resize={model.kernel_resize!r}: timm resizes learned positions, and kernels by"
+      " PI-resize only; give seqhw for one size."
+    )
+  arrays = to_timm(model, params)
+  record = _record(model, record, None if seqhw is None else image_hw)
+  _write(out, arrays, config(model, arrays), record)
+
+
+def to_timm(model: FlexiViT, params: dict) -> dict[str, np.ndarray]:
+  """The parameters in timm's names and layout; sine-cosine positions are written out for the model's own grid."""
+  flat = {n: np.asarray(a) for n, a in trees.flatten(vit.unstack_blocks(params)).items()}
+  arrays = {"patch_embed.proj.weight": flat["embedding/kernel"].transpose(3, 2, 0, 1)}
+  arrays |= _positions(model, flat)
+  arrays |= {to: flat[name] for name, to in _TOKENS.items() if name in flat}
+  for i in range(model.depth):
+    block = timm_layers.block_to_timm(_under(f"Transformer/encoderblock_{i}/", flat))
+    arrays |= {f"blocks.{i}.{name}": array for name, array in block.items()}
+  arrays |= timm_layers.norm_to_timm(flat, "Transformer/encoder_norm", "norm")
+  if model.pre_norm:
+    arrays |= timm_layers.norm_to_timm(flat, "pre_norm", "norm_pre")
+  if model.pool_type == "map":
+    pool = timm_layers.pool_to_timm(_under("MAPHead_0/", flat))
+    arrays |= {f"attn_pool.{name}": array for name, array in pool.items()}
+  if model.num_classes:
+    arrays |= timm_layers.dense_to_timm(flat, "head", "head")
+  return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+_TOKENS = {"cls": "cls_token", "registers": "reg_token"}
+
+
+def _under(prefix: str, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return {n.removeprefix(prefix): array for n, array in flat.items() if n.startswith(prefix)}
+
+
+def _positions(model: FlexiViT, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Positions and the patch embedding's bias; where a norm follows, timm has no bias, and each position takes it."""
+  grid, bias = flat.get("pos_embedding"), flat["embedding/bias"]
+  if grid is None:
+    grid = vit.sincos2d(model.posemb_size, model.width).reshape(1, -1, model.width)
+  if model.pre_norm:
+    return {"pos_embed": grid + bias[None, None]}
+  return {"pos_embed": grid, "patch_embed.proj.bias": bias}
+
+
+def config(model: FlexiViT, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """The config.json for a model whose kernel and grid are of the size in use."""
+  hw = [patch * cells for patch, cells in zip(model.patch_size, model.posemb_size, strict=True)]
+  channels = arrays["patch_embed.proj.weight"].shape[1]
+  args = {
+    "img_size": hw,
+    "patch_size": list(model.patch_size),
+    "in_chans": channels,
+    "num_classes": model.num_classes,
+    "global_pool": _POOLS[model.pool_type],
+    "embed_dim": model.width,
+    "depth": model.depth,
+    "num_heads": model.num_heads,
+    "mlp_ratio": _ratio(model.mlp_dim, model.width),
+    "qkv_bias": True,
+    "class_token": model.pool_type == "tok",
+    "no_embed_class": True,
+    "reg_tokens": model.registers,
+    "pre_norm": model.pre_norm,
+    "fc_norm": False,
+    "pool_include_prefix": model.pool_type == "map",
+    "act_layer": _ACTIVATIONS[model.gelu],
+  }
+  return {
+    "architecture": _architecture(model),
+    "num_classes": model.num_classes,
+    "num_features": model.width,
+    "global_pool": args["global_pool"],
+    "model_args": args,
+    "pretrained_cfg": {
+      "input_size": [channels, *hw],
+      "fixed_input_size": True,
+      "interpolation": "bilinear",
+      "crop_pct": 0.95,
+      "mean": [0.5] * channels,
+      "std": [0.5] * channels,
+      "num_classes": model.num_classes,
+      "first_conv": "patch_embed.proj",
+      "classifier": "head",
+    },
+  }
+
+
+def _architecture(model: FlexiViT) -> str:
+  """One that resizes as the model does, and has its epsilon, which is no argument of timm's."""
+  if model.layer_norm_eps == 1e-5:
+    return "vit_base_patch16_clip_224"
+  if model.kernel_operator == "linear":
+    return _FLEXIVIT.get(model.width, "flexivit_base")
+  return "vit_base_patch16_224"
+
+
+def _ratio(mlp_dim: int, width: int) -> float:
+  """The number that timm, which rounds down, multiplies the width with."""
+  exact = mlp_dim / width
+  return exact if int(width * exact) == mlp_dim else (mlp_dim + 0.5) / width
+
+
+def _check(model: FlexiViT) -> None:
+  if model.pool_type not in _POOLS:
+    raise errors.UserError(
+      f"timm has no pooling like pool_type={model.pool_type!r}, only {', '.join(_POOLS)}; {_OTHERS}."
+    )
+  if model.layer_norm_eps not in (1e-6, 1e-5):
+    raise errors.UserError(
+      f"layer_norm_eps={model.layer_norm_eps:g} cannot be said in timm's config.json, only 1e-6 and 1e-5; {_OTHERS}."
+    )
+
+
+def _record(model: FlexiViT, record: dict[str, Any], image_hw: Size | None) -> dict[str, Any]:
+  """The record, which is now about the arrays that are written."""
+  patch, grid = list(model.patch_size), list(model.posemb_size)
+  about = {"native_patch_size": patch, "native_grid": grid, "position": sources.POSITIONS["learn"]}
+  about |= {} if image_hw is None else {"image_size": list(image_hw)}
+  written = {"patch_size": patch, "posemb_size": grid, "posemb": "learn", "scan": False}
+  written["kernel_moment"] = None if model.kernel_moment is None else list(model.kernel_moment)
+  return record | about | {"model": record["model"] | written}
+
+
+def _write(
+  out: pathlib.Path, arrays: dict[str, np.ndarray], config: dict[str, Any], record: dict[str, Any]
+) -> None:
+  part = out.with_name(f".{out.name}.part")
+  part.mkdir(parents=True, exist_ok=True)
+  safetensors.numpy.save_file(arrays, part / WEIGHTS, metadata={"format": "pt"})
+  record = record | {"sha256": timm_folder.sha256(part / WEIGHTS)}
+  for name, content in ((timm_folder.CONFIG, config), (timm_folder.RECORD, record)):
+    (part / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+  part.rename(out)
