@@ -42,7 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
   args, unknown = parser().parse_known_args([a for a in argv if not a.startswith("--config.")])
   if unknown:
-    known = ["--config", "--help", *(f"--{name}".replace("no_", "no-") for name in vars(args))]
+    known = ["--config", "--help", *(f"--{name}" for name in vars(args)), "--no-verify"]
     raise errors.UserError(f"Unknown argument {unknown[0]!r}.{errors.nearest(unknown[0], known)}")
   if overrides and not hasattr(args, "overrides"):
     raise errors.UserError(
@@ -110,12 +110,15 @@ def _inspect(p: argparse.ArgumentParser) -> None:
 
 def _convert(p: argparse.ArgumentParser) -> None:
   p.add_argument("file", type=pathlib.Path, help=_WEIGHTS)
-  p.add_argument("out", type=pathlib.Path, metavar="OUT.npz", help="file to write")
+  p.add_argument("out", type=pathlib.Path, help="an .npz to write; a folder with --to")
   p.add_argument(
-    "--image_size",
-    type=int,
-    help="pixels a side for the certificate (default: the model's, or 240)",
+    "--to", default="big_vision", help="big_vision (the default), timm or transformers"
   )
+  p.add_argument(
+    "--seqhw", type=int, help="tokens per side, with --to (default: buffers as they are stored)"
+  )
+  p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
+  _no_verify(p)
   _loading(p)
 
 
@@ -138,13 +141,17 @@ def _export(p: argparse.ArgumentParser) -> None:
     type=lambda text: tuple(text.split(",")),
     help="where it is to run, of cpu,cuda,rocm,tpu (default: cpu,cuda,tpu); not with --to=onnx",
   )
+  _no_verify(p)
+  _loading(p)
+
+
+def _no_verify(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--no-verify",
     dest="verify",
     action="store_false",
     help="do not compare with the source; no certificate then",
   )
-  _loading(p)
 
 
 def _flexify(p: argparse.ArgumentParser) -> None:
@@ -167,6 +174,9 @@ def _flexify(p: argparse.ArgumentParser) -> None:
     type=_whole_numbers,
     metavar="PATCH,GRID",
     help="sides of the stored kernel and grid (default: the model's own)",
+  )
+  p.add_argument(
+    "--moment", action="store_true", help="resize the kernel for patches like those of the images"
   )
   _reading(p)
 

@@ -1,35 +1,118 @@
-"""`flexivit convert`: weights in any format that `load` reads, written as big_vision's .npz, with a certificate.
+"""`flexivit convert`: weights in any format that `load` reads, written as big_vision's .npz or for another framework.
 
-The certificate holds the logits of the source and of the written file, read back, on the same images at several patch
-sizes. The source runs as it was published: its input normalised with its own mean and standard deviation, its kernel
-and grid of their native size.
+The certificate beside it holds the logits of the source and of what was written on the same images. An .npz is read
+back and compared at several patch sizes; the source runs as it was published, its input normalised with its own mean
+and standard deviation. A folder for timm or transformers is compared at its one size, in that framework where it is
+installed.
 """
 
 import argparse
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flexivit_jax import arguments, errors, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors
-from flexivit_jax.weights import certificate
+from flexivit_jax.weights import certificate, foreign
+
+
+class Framework(NamedTuple):
+  """Writes a model's folder, and runs it on normalised pixels where the package is installed."""
+
+  save: Callable[..., None]
+  run: Callable[[pathlib.Path, np.ndarray], np.ndarray]
+  package: str
+
+
+FRAMEWORKS = {
+  "timm": Framework(weights.save_timm, foreign.timm_logits, "timm"),
+  "transformers": Framework(weights.save_transformers, foreign.transformers_logits, "transformers"),
+}
+FORMATS = ("big_vision", *FRAMEWORKS)
 
 
 def run(args: argparse.Namespace) -> None:
   """Writes args.out and its certificate; prints the differences."""
-  rows = convert(
-    args.file,
-    args.out,
-    image_size=args.image_size,
-    exact=not args.flexify,
-    **arguments.loading(args),
-  )
+  if args.to not in FORMATS:
+    raise errors.unknown("--to", args.to, FORMATS)
+  given = dict(image_size=args.image_size, verify=args.verify, **arguments.loading(args))
+  if args.to == "big_vision":
+    if args.seqhw is not None:
+      raise errors.UserError(
+        "--seqhw: an .npz holds the model for all sizes; give --to=timm, or leave it out."
+      )
+    compared = "flexivit_jax"
+    rows = convert(args.file, args.out, exact=not args.flexify, **given)
+  else:
+    rows, compared = convert_to(args.to, args.file, args.out, seqhw=args.seqhw, **given)
   for row in rows:
-    print(f"seqhw {row.seqhw:3}: largest difference of the logits {row.difference:.1e}")
-  print(f"wrote {args.out} and {certificate.path_of(args.out)}")
+    print(
+      f"seqhw {row.seqhw:3}: largest difference of the logits {row.difference:.1e}, in {compared}"
+    )
+  if args.verify:
+    print(f"wrote {args.out} and {certificate.path_of(args.out)}")
+  else:
+    print(f"wrote {args.out}, not compared with its source (--no-verify)")
+
+
+def convert_to(
+  framework: str,
+  source: pathlib.Path,
+  out: pathlib.Path,
+  *,
+  seqhw: int | None = None,
+  image_size: int | None = None,
+  verify: bool = True,
+  **given: Any,
+) -> tuple[list[certificate.Row], str]:
+  """Writes a folder for another framework, and returns the certificate's row and what it was compared in.
+
+  Args:
+    framework: a name in `FRAMEWORKS`.
+    source: what `weights.load` takes.
+    out: a folder that is not there yet.
+    seqhw: tokens per side; without it the kernel and the positions are written as they are stored.
+    image_size: pixels a side; by default the model's own, or 240.
+    verify: compare; without it there is no certificate.
+    **given: as in `weights.load`.
+
+  Raises:
+    UserError: see `weights.load`, `weights.save_timm` and `weights.save_transformers`; or logits that differ, and then
+      nothing is left behind.
+  """
+  save, execute, package = FRAMEWORKS[framework]
+  model, params, record = weights.load_with_record(source, **{"dtype": "float32", **given})
+  hw = certificate.image_hw(record, image_size)
+  if seqhw is None:
+    (ph, pw), (gh, gw) = model.patch_size, model.posemb_size
+    hw = ph * gh, pw * gw
+  save(out, model, params, record, image_hw=hw, seqhw=seqhw)
+  if not verify:
+    return [], ""
+  try:
+    image = certificate.images(hw, params["embedding"]["kernel"].shape[2])
+    size = seqhw or hw[0] // model.patch_size[0]
+    compared = foreign.version(package) or "flexivit_jax, for it is not installed"
+    target = execute(out, image) if foreign.version(package) else _read_back(out, image)
+    row = certificate.Row(size, certificate.logits(model, params, image, seqhw), target)
+    if not row.difference <= row.limit:
+      raise errors.UserError(
+        f"The written model differs by {row.difference:.1e}, more than {row.limit:.1e}; nothing is"
+        " written. Please report this."
+      )
+  except Exception:
+    shutil.rmtree(out)
+    raise
+  certificate.write(out, source, [row], record | {"compared_in": compared}, hw)
+  return [row], compared
+
+
+def _read_back(out: pathlib.Path, image: np.ndarray) -> np.ndarray:
+  return certificate.logits(*weights.load(out), image, None)
 
 
 def convert(
@@ -38,6 +121,7 @@ def convert(
   *,
   image_size: int | None = None,
   exact: bool = True,
+  verify: bool = True,
   mean: Sequence[float] | None = None,
   std: Sequence[float] | None = None,
   flexify: Any = None,
@@ -49,6 +133,7 @@ def convert(
     source: what `weights.load` takes, and as there: mean, std, flexify, fields.
     out: a name that ends in .npz.
     image_size: pixels a side for the certificate; by default the model's own, or 240.
+    verify: compare; without it there is no certificate.
     exact: the native size must give the same logits; a flexified model does so only nearly.
 
   Raises:
@@ -57,6 +142,8 @@ def convert(
   given = dict(mean=mean, std=std, flexify=flexify, **fields)
   model, params, record = weights.load_with_record(source, **given)
   weights.save_npz(out, model, params, record)
+  if not verify:
+    return []
   try:
     folded = _folded(record)
     plain: dict[str, Any] = {name: [0.5] * len(values) for name, values in folded.items()}

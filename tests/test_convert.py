@@ -82,6 +82,47 @@ def test_predict_prepares_images_as_a_fixed_model_wants_them(file, tmp_path):
     predict.predict([tmp_path / "image.png"], file, seqhw=32, image_size=240)
 
 
+@pytest.mark.parametrize("seqhw", [None, 8])
+@pytest.mark.parametrize("to", ["timm", "transformers"])
+def test_another_frameworks_folder_gives_the_sources_logits(file, tmp_path, capsys, to, seqhw):
+  out = tmp_path / "out"
+  size = [] if seqhw is None else [f"--seqhw={seqhw}"]
+  assert cli.main(["convert", str(file), str(out), f"--to={to}", "--num_heads=4", *size]) == 0
+  printed = capsys.readouterr().out
+  certificate = json.loads((tmp_path / "out.certificate.json").read_text())
+  (row,) = certificate["rows"]
+  assert row["seqhw"] == (seqhw or 4) and row["largest_difference"] < 1e-4
+  assert certificate["record"]["compared_in"] in printed
+  assert np.std(row["source_logits"]) > 0.1
+  model, _ = weights.load(out)
+  assert model.patch_size == ((8, 8) if seqhw is None else (4, 4)) and model.gelu == "exact"
+
+
+def test_a_framework_that_gives_other_logits_leaves_nothing(file, tmp_path, monkeypatch):
+  wrong = lambda out, image: np.ones((len(image), 7), np.float32)  # noqa: E731
+  monkeypatch.setattr(convert.foreign, "version", lambda package: f"{package} 1")
+  monkeypatch.setitem(convert.FRAMEWORKS, "timm", convert.FRAMEWORKS["timm"]._replace(run=wrong))
+  with pytest.raises(errors.UserError, match=r"written model differs by .*nothing is written"):
+    convert.convert_to("timm", file, tmp_path / "out", seqhw=8, num_heads=4)
+  assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("to", ["big_vision", "timm"])
+def test_no_verify_writes_no_certificate(file, tmp_path, to, capsys):
+  out = tmp_path / "out.npz"
+  given = ["convert", str(file), str(out), f"--to={to}", "--num_heads=4", "--no-verify"]
+  assert cli.main(given) == 0
+  assert "not compared with its source" in capsys.readouterr().out
+  assert {p.name for p in tmp_path.iterdir()} == {file.name, out.name}
+
+
+def test_mistakes_in_where_to_are_errors(file, tmp_path, capsys):
+  assert cli.main(["convert", str(file), str(tmp_path / "out"), "--to=tim"]) == 2
+  assert "Did you mean 'timm'" in capsys.readouterr().err
+  assert cli.main(["convert", str(file), str(tmp_path / "out.npz"), "--seqhw=8"]) == 2
+  assert "holds the model for all sizes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["16", "16,7,7", "16.5,7", "0,7"])
 def test_flexify_takes_two_whole_numbers(file, text, capsys):
   assert cli.main(["inspect", str(file), f"--flexify={text}"]) == 2

@@ -19,7 +19,7 @@ SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
 
 def run(args: argparse.Namespace) -> None:
   """Flexifies args.init and prints what is left of it at each size."""
-  names = ("epochs", "image_size", "seqhw", "batch_size", "lr", "seed", "buffers")
+  names = ("epochs", "image_size", "seqhw", "batch_size", "lr", "seed", "buffers", "moment")
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   kept = flexify(args.init, args.data, args.out, loading=arguments.loading(args), **given)
   print(retention.table(kept))
@@ -38,6 +38,7 @@ def flexify(
   lr: float = 1e-4,
   seed: int = 0,
   buffers: tuple[int, int] | None = None,
+  moment: bool = False,
   loading: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Writes OUT/model.npz, OUT/retention.json, OUT/README.md (the model card) and OUT/run.
@@ -53,6 +54,8 @@ def flexify(
     batch_size, lr, seed: of the training.
     buffers: sides of the stored kernel (pixels) and position grid (cells); default: the model's own, with which it
       stays what it was at its native size.
+    moment: resize the kernel for patches like those of the training images, not for white noise; see
+      `resize.second_moment`. Matters where it shrinks.
     loading: further arguments of `weights.load`.
 
   Returns:
@@ -77,6 +80,10 @@ def flexify(
     batch_size=batch_size,
   )
   student = recipe.student_of(teacher.model, buffers)
+  if moment:
+    length = max(student.patch_size)
+    measured = recipe.moment_of(plan.sources["train"], image_size, length)
+    student = student.clone(kernel_moment=measured)
   params = experiment.load_init(student, checkpoint=str(init), **loading)
   mesh = sharding.make_mesh()
   kept: dict[str, Any] = {"original": retention.original(plan, teacher, mesh)}
@@ -92,6 +99,8 @@ def flexify(
   described = record | recipe.describe(plan, student, record, trained=epochs > 0)
   (out / "model.npz").unlink(missing_ok=True)  # of an earlier start of the same command
   weights.save_npz(out / "model.npz", student, params, described)
-  facts = dict(init=init.name, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+  facts = dict(
+    init=init.name, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, moment=moment
+  )
   (out / "README.md").write_text(card.text(plan, student, kept, facts))
   return kept

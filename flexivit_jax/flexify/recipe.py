@@ -4,7 +4,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flexivit_jax import data
+import numpy as np
+
+from flexivit_jax import data, resize
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import gmacs, which_patch
 
@@ -65,6 +67,15 @@ def student_of(teacher: FlexiViT, buffers: tuple[int, int] | None) -> FlexiViT:
   return teacher.clone(patch_size=(patch, patch), posemb_size=(grid, grid))
 
 
+def moment_of(source: Mapping[str, Any], side: int, length: int) -> resize.Moment:
+  """Second moment of pixels in the first hundred images of a source, as an evaluation at this side sees them."""
+  opened = data.make_source(**source)
+  prepare = data.parse(f"decode|{central(side)}|keep('image')")
+  records = opened.read(range(min(100, len(opened))))
+  images = [prepare({"image": record["image"]}, None)["image"] for record in records]
+  return resize.second_moment(np.stack(images), length)
+
+
 def equal_cost(student: FlexiViT, teacher: FlexiViT, plan: Plan) -> tuple[float, ...]:
   """Probabilities of the sizes under which each costs the same in the long run.
 
@@ -103,7 +114,8 @@ def settings(
     # One compiled block instead of all: half the time to compile, a quarter of the memory, the same numbers.
     model=dict(fields_of(student), name="flexivit", scan=True, remat=True),
     init=_without_image(plan.teacher),
-    objective=dict(name="distill", teachers=dict(original=plan.teacher)),
+    # Mixup as in the paper: with few images, what lies between them is most of what can be matched.
+    objective=dict(name="distill", teachers=dict(original=plan.teacher), mixup_p=1.0),
     flexi=dict(seqhw=dict(v=plan.seqhw, p=probs)),
     optim=dict(lr=lr, wd=lr / 10, clip=1.0, schedule=dict(warmup_percent=0.05)),
     checkpoint=dict(every_percent=0.1),

@@ -86,9 +86,9 @@ def images(hw: tuple[int, int], channels: int) -> Float[np.ndarray, "2 h w c"]:
 
 
 def logits(
-  model: FlexiViT, params: dict, image: Float[np.ndarray, "n h w c"], seqhw: int
+  model: FlexiViT, params: dict, image: Float[np.ndarray, "n h w c"], seqhw: int | None
 ) -> Float[np.ndarray, "n k"]:
-  """Runs the model in full precision."""
+  """Runs the model in full precision; without `seqhw` at its own patch size."""
   with jax.default_matmul_precision("highest"):
     return np.asarray(
       jax.jit(lambda p, x: model.apply({"params": p}, x, seqhw=seqhw)[0])(params, image)

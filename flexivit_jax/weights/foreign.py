@@ -5,6 +5,7 @@ here in the framework that it was written for, for the certificate.
 """
 
 import importlib
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -27,6 +28,14 @@ _DTYPES = (
   *("int64", "int32", "int16", "int8", "uint8"),
 )
 _ADVICE = "pip install -r requirements-convert.txt has the versions that are tested"
+
+
+def version(package: str) -> str:
+  """E.g. "timm 1.0.31"; an empty string where it is not installed."""
+  try:
+    return f"{package} {importlib.metadata.version(package)}"
+  except importlib.metadata.PackageNotFoundError:
+    return ""
 
 
 def require(package: str, why: str) -> types.ModuleType:

@@ -70,6 +70,16 @@ def test_no_epochs_is_resizing_alone(init, tmp_path):
   assert "Nothing was trained" in (out / "README.md").read_text()
 
 
+def test_moment_is_that_of_the_images_and_goes_with_the_model(init, tmp_path):
+  draw(tmp_path / "photos", 10)
+  given = command(init, tmp_path / "photos", tmp_path / "out", "--epochs=0", "--moment")
+  assert cli.main(given) == 0
+  model, _ = weights.load(tmp_path / "out" / "model.npz")
+  assert len(model.kernel_moment) == 8 and model.kernel_moment[0] == 1.0
+  assert 0.5 < model.kernel_moment[1] < 1  # smooth images: neighbours are alike
+  assert "- moment: True" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_labels_of_held_out_images_measure_accuracy(init, tmp_path):
   for label in range(7):
     draw(tmp_path / "photos" / "train" / str(label), 2, seed=label)
