@@ -127,10 +127,22 @@ def told(where: pathlib.Path, config: Mapping[str, Any], arrays: Mapping[str, np
   fields |= {field: args[key] for key, field in _NAMES.items() if key in args}
   fields |= _activation(path, args) | _norm(path, args) | _pool(path, args, config, arrays)
   fields |= _grid(args.get("img_size") or pretrained.get("input_size"), arrays)
+  _check_numbers(path, fields, arrays)
+  return Told(fields, _normalised(path, pretrained))
+
+
+def _check_numbers(
+  path: pathlib.Path, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
+  """The depth is compared here: before a model of any number of blocks that a file may claim is built."""
   for name in _NAMES.values():
     if not isinstance(fields.get(name, 0), int):
       raise errors.UserError(f"{path}: {name} is {fields[name]!r}; expected a whole number.")
-  return Told(fields, _normalised(path, pretrained))
+  blocks = len({name.split(".")[1] for name in arrays if name.startswith("blocks.")})
+  if fields.get("depth", blocks) != blocks:
+    raise errors.UserError(
+      f"{path}: depth is {fields['depth']}, and the weights have {blocks} blocks."
+    )
 
 
 def _by_architecture(path: pathlib.Path, name: Any) -> dict[str, Any]:
@@ -138,7 +150,7 @@ def _by_architecture(path: pathlib.Path, name: Any) -> dict[str, Any]:
     raise errors.UserError(
       f"{path}: architecture {name!r} is no plain ViT; expected vit_*, deit_*, deit3_* or flexivit_*, without rope."
     )
-  fields: dict[str, Any] = {}
+  fields: dict[str, Any] = {"gelu": "exact", "layer_norm_eps": 1e-6}
   for part, values in _UNUSUAL.items():
     fields |= values if re.search(part, name) else {}
   return fields
@@ -185,7 +197,9 @@ def _grid(size: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """The position grid, if it accounts for all positions: sizes on the Hub are not always those of the weights."""
   kernel, position = arrays.get(timm_shapes.KERNEL), arrays.get("pos_embed")
   hw = [size, size] if isinstance(size, int) else size[-2:] if isinstance(size, list) else []
-  if kernel is None or kernel.ndim != 4 or position is None or position.ndim != 3:
+  if (
+    kernel is None or kernel.ndim != 4 or not kernel.size or position is None or position.ndim != 3
+  ):
     return {}
   if len(hw) != 2 or not all(isinstance(side, int) for side in hw):
     return {}

@@ -151,8 +151,8 @@ def _assumed(a: Arrays) -> list[tuple[str, str]]:
   found = {
     ".ls1.": (
       "",
-      "LayerScale is folded into the projections; DeiT-III and DINOv2 expect ImageNet's mean and"
-      " std, which the file does not say: mean=(0.485,0.456,0.406), std=(0.229,0.224,0.225).",
+      "LayerScale is folded into the projections. DeiT-III and DINOv2 expect mean=(0.485,0.456,0.406),"
+      " std=(0.229,0.224,0.225), which a config.json says and arrays do not.",
     ),
     "norm_pre.": (
       "layer_norm_eps",

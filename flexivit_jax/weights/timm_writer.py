@@ -40,7 +40,8 @@ def save_timm(
 
   With `seqhw` the kernel and the positions are those in use at this size, and timm resizes nothing. Without, they are
   as they are stored, and so is the image size that timm is told: kernel times grid. timm then runs another size by
-  `create_model("local-dir:FOLDER", pretrained=True, img_size=240, patch_size=8)`.
+  `create_model("local-dir:FOLDER", pretrained=True, img_size=240, patch_size=8)`, as we do unless the grid shrinks,
+  where timm does not antialias. Its `set_input_size` resizes bicubically: another model.
 
   Args:
     out: a name that is not there yet.

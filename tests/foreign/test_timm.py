@@ -85,7 +85,7 @@ def test_timm_gives_our_logits_for_every_kind_of_model(flexivit_s, tmp_path, fie
   assert_timm_agrees(flexivit_s, tmp_path / "out", 48, depth=2, **fields)
 
 
-@pytest.mark.parametrize("p", [8, 16, 30])
+@pytest.mark.parametrize("p", [8, 16])
 def test_timm_resizes_the_stored_kernel_as_we_do_where_the_grid_grows(flexivit_s, tmp_path, p):
   import timm
 
@@ -219,7 +219,9 @@ def test_the_list_of_unusual_architectures_is_timms(family):
     if not timm_folder._KNOWN.fullmatch(name):
       continue
     model = on_meta(name)
-    arrays = {n: np.broadcast_to(np.float32(0), t.shape) for n, t in model.state_dict().items()}
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    first = {n: s for n, s in shapes.items() if not re.match(r"blocks\.[1-9]", n)}
+    arrays = {n: np.broadcast_to(np.float32(0), shape) for n, shape in first.items()}
     pretrained = {"mean": [0.5], "std": [0.5]}
     config = {
       "architecture": name,

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexivit_jax import checkpoint
+from flexivit_jax import checkpoint, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import files
+from flexivit_jax.weights import files, foreign
 
 
 def test_a_bomb_is_refused_before_memory_is_taken(tmp_path):
@@ -145,3 +145,30 @@ def test_half_precision_is_widened_and_others_are_left_as_they_are():
     assert files.widened(np.ones(2, dtype)).dtype == dtype
   raw = np.array([1.5, 3], ml_dtypes.bfloat16).view("V2")
   np.testing.assert_array_equal(files.widened(raw), np.array([1.5, 3], np.float32))
+
+
+def _no_torch(name):
+  raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
+def test_pytorchs_files_need_pytorch(tmp_path, monkeypatch, suffix):
+  monkeypatch.setattr(foreign.importlib, "import_module", _no_torch)
+  file = tmp_path / f"w.{suffix}"
+  with zipfile.ZipFile(file, "w") as archive:
+    archive.writestr("w/data.pkl", b"")
+  with pytest.raises(UserError, match=rf"Reading w.{suffix} needs the package torch, which is not"):
+    weights.load(file)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
+def test_pytorchs_files_are_looked_at_before_pytorch_is(tmp_path, monkeypatch, suffix):
+  monkeypatch.setattr(foreign.importlib, "import_module", pytest.fail)
+  file = tmp_path / f"w.{suffix}"
+  file.write_bytes(b"\x80\x02}q\x00.")  # torch.save before 1.6: a bare pickle
+  with pytest.raises(UserError, match=r"not a zip file. torch.save has written zip archives since"):
+    weights.load(file)
+  with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr("w/data/0", bytes(2**20))
+  with pytest.raises(UserError, match=r"w/data/0 is compressed"):
+    weights.load(file)

@@ -64,7 +64,9 @@ def test_model_parameters_and_record_come_back(tmp_path, fields):
   assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("fields", VARIETY)
+@pytest.mark.parametrize(
+  "fields", [*VARIETY, dict(pre_norm=True), dict(pre_norm=True, layer_norm_eps=1e-5)]
+)
 def test_timms_config_alone_tells_all_but_how_to_resize(tmp_path, fields):
   model, params, record = made(**fields)
   weights.save_timm(tmp_path / "out", model, params, record, image_hw=(24, 24))
