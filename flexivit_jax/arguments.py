@@ -125,9 +125,11 @@ def _convert(p: argparse.ArgumentParser) -> None:
 def _export(p: argparse.ArgumentParser) -> None:
   p.add_argument("checkpoint", type=pathlib.Path, help=_WEIGHTS)
   p.add_argument(
-    "out", type=pathlib.Path, metavar="OUT", help="file to write, a .zip; with --to=onnx a folder"
+    "out", type=pathlib.Path, metavar="OUT", help="file to write, a .zip; with --to a folder"
   )
-  p.add_argument("--to", default="stablehlo", help="stablehlo (the default; runs in jax) or onnx")
+  p.add_argument(
+    "--to", default="stablehlo", help="stablehlo (the default; runs in jax), onnx or saved_model"
+  )
   p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
   p.add_argument(
     "--seqhw",
@@ -139,7 +141,7 @@ def _export(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--platforms",
     type=lambda text: tuple(text.split(",")),
-    help="where it is to run, of cpu,cuda,rocm,tpu (default: cpu,cuda,tpu); not with --to=onnx",
+    help="where it is to run, of cpu,cuda,rocm,tpu (default: cpu,cuda,tpu); not with --to",
   )
   _no_verify(p)
   _loading(p)
@@ -163,11 +165,11 @@ def _flexify(p: argparse.ArgumentParser) -> None:
     help="folder of images, or one with train/CLASS/ and val/CLASS/",
   )
   p.add_argument("--out", required=True, type=pathlib.Path, help="folder to write to, or go on in")
-  p.add_argument("--epochs", type=float, help="passes over the images (default 20; 0: only resize)")
+  p.add_argument("--epochs", type=float, help="passes over the images (default 10; 0: only resize)")
   p.add_argument("--image_size", type=int, help="pixels a side (default 240)")
   p.add_argument("--seqhw", type=_whole_numbers, metavar="N,N", help="tokens per side, e.g. 5,8,15")
-  p.add_argument("--batch_size", type=int, help="default 32")
-  p.add_argument("--lr", type=float, help="default 1e-4")
+  p.add_argument("--batch_size", type=int, help="default 16")
+  p.add_argument("--lr", type=float, help="default 3e-5")
   p.add_argument("--seed", type=int, help="default 0")
   p.add_argument(
     "--buffers",

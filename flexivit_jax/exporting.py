@@ -1,6 +1,6 @@
 """`flexivit export`: one model at several patch sizes, to run without this project; read back and compared.
 
-What is written, and how, is told in `weights/stablehlo.py` and `weights/onnx_folder.py`.
+What is written, and how, is told in `weights/stablehlo.py`, `weights/onnx_folder.py` and `weights/saved_model.py`.
 """
 
 import argparse
@@ -14,10 +14,18 @@ import numpy as np
 
 from flexivit_jax import arguments, artifact, errors, weights
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate, foreign, onnx_folder, stablehlo
+from flexivit_jax.weights import certificate, foreign, onnx_folder, saved_model, stablehlo
 
-WRITERS: dict[str, Callable] = {"stablehlo": stablehlo.write, "onnx": onnx_folder.write}
-LOADERS: dict[str, Callable] = {"stablehlo": artifact.load_artifact, "onnx": onnx_folder.load}
+WRITERS: dict[str, Callable] = {
+  "stablehlo": stablehlo.write,
+  "onnx": onnx_folder.write,
+  "saved_model": saved_model.write,
+}
+LOADERS: dict[str, Callable] = {
+  "stablehlo": artifact.load_artifact,
+  "onnx": onnx_folder.load,
+  "saved_model": saved_model.load,
+}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -94,8 +102,11 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {} if args.platforms is None else {"platforms": args.platforms}
   if args.platforms is not None:
     raise errors.UserError(
-      "--platforms has no effect with --to=onnx, whose graphs run wherever onnxruntime does; remove it."
+      f"--platforms has no effect with --to={args.to}, which runs wherever its framework does; remove it."
     )
+  if args.to == "saved_model":
+    foreign.require("tensorflow", "Writing a SavedModel")
+    return {}
   foreign.require("onnx", "Writing ONNX")
   if args.verify:
     foreign.require("onnxruntime", foreign.COMPARING_ONNX)

@@ -55,7 +55,11 @@ for form, debug, folder in (
   INSTEAD[train.format(form, folder)] = train.format(debug, folder)
 
 # Shown command: why it is not run.
-NOT_RUN: dict[str, str] = {}
+_TINY = "flexivit export runs/tiny.npz {} --image_size=24 --seqhw=2,4,8"
+NOT_RUN: dict[str, str] = {
+  _TINY.format("tiny_onnx --to=onnx"): "needs onnx: tests/foreign/test_onnx.py",
+  _TINY.format("tiny_tf --to=saved_model"): "needs TensorFlow: tests/foreign/test_saved_model.py",
+}
 
 
 class Fence(NamedTuple):

@@ -141,7 +141,7 @@ def test_onnx_without_its_packages_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    (["--to=onxx"], "Unknown kind of export, --to 'onxx'; known: onnx, stablehlo."),
+    (["--to=onxx"], "Unknown kind of export, --to 'onxx'; known: onnx, saved_model, stablehlo."),
     (["--to=onnx", "--platforms=cpu"], "--platforms has no effect with --to=onnx"),
   ],
 )

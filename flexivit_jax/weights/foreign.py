@@ -27,6 +27,7 @@ _DTYPES = (
   *("float64", "float32", "float16", "bfloat16", "bool"),
   *("int64", "int32", "int16", "int8", "uint8"),
 )
+COMPARING_SAVED_MODEL = "Comparing a SavedModel with its source, which --no-verify leaves out,"
 _ADVICE = "pip install -r requirements-convert.txt has the versions that are tested"
 
 
@@ -252,3 +253,53 @@ def _array(torch: Any, tensor: Any) -> np.ndarray:
   """A copy, for the file is mapped into memory; half precision as float32."""
   half = tensor.dtype in (torch.bfloat16, torch.float16)
   return np.array((tensor.float() if half else tensor).detach().numpy())
+
+
+def save_tensorflow(
+  folder: pathlib.Path,
+  shared: Mapping[str, np.ndarray],
+  programs: Mapping[str, tuple[Callable[..., Any], Mapping[str, np.ndarray]]],
+  shape: tuple[int, ...],
+) -> None:
+  """Writes a SavedModel.
+
+  Args:
+    folder: where to.
+    shared: arrays by name that all programs take.
+    programs: by signature: a JAX function of (arrays by name, images [n, *shape]), and the arrays that are its own.
+    shape: of one image.
+  """
+  tf = require("tensorflow", "Writing a SavedModel")
+  jax2tf = importlib.import_module("jax.experimental.jax2tf")
+  module = tf.Module()
+  module.shared = {name: tf.Variable(array, trainable=False) for name, array in shared.items()}
+  image = tf.TensorSpec((None, *shape), tf.float32, name="image")
+  shapes = [None, f"(n, {', '.join(map(str, shape))})"]
+
+  def signature(forward: Callable[..., Any], variables: Any) -> Any:
+    converted = jax2tf.convert(forward, polymorphic_shapes=shapes, with_gradient=False)
+    run = tf.function(lambda image: {"logits": converted(variables, image)}, autograph=False)
+    return run.get_concrete_function(image)
+
+  signatures = {}
+  for name, (forward, own) in programs.items():
+    variables = module.shared | {n: tf.Variable(a, trainable=False) for n, a in own.items()}
+    setattr(module, name, variables)  # what a module holds is what is saved
+    signatures[name] = signature(forward, variables)
+  tf.saved_model.save(module, str(folder), signatures=signatures)
+
+
+def tensorflow_programs(
+  folder: pathlib.Path, names: tuple[str, ...]
+) -> dict[str, Callable[[Any], np.ndarray]]:
+  """Returns the functions from images to logits of a SavedModel's signatures."""
+  tf = require("tensorflow", COMPARING_SAVED_MODEL)
+  loaded = tf.saved_model.load(str(folder))
+
+  def program(name: str) -> Callable[[Any], np.ndarray]:
+    def run(image: Any) -> np.ndarray:
+      return loaded.signatures[name](image=tf.constant(image))["logits"].numpy()
+
+    return run
+
+  return {name: program(name) for name in names}

@@ -5,11 +5,9 @@ weights.bin                         what no size changes once, then each size's 
 record.json                         what the model is, and the sha256 of each file above
 """
 
-import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,7 +15,7 @@ import numpy as np
 
 from flexivit_jax import artifact, errors, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import baking, foreign, onnx_graph, reading
+from flexivit_jax.weights import baking, folders, foreign, onnx_graph, reading
 
 FORMAT = "flexivit onnx 1"
 WEIGHTS = "weights.bin"
@@ -56,10 +54,7 @@ def write(
   _check(out)
   reading.check(model, params, "What is to be exported")
   sizes, shape = list(dict.fromkeys(sizes)), (*image_hw, params["embedding"]["kernel"].shape[2])
-  part = out.with_name(f".{out.name}.part")
-  shutil.rmtree(part, ignore_errors=True)  # of an export that was cut off
-  part.mkdir(parents=True)
-  try:
+  with folders.new(out) as part:
     graphs = _write_graphs(part, model, params, image_hw, sizes)
     described = record | {
       "format": FORMAT,
@@ -68,12 +63,9 @@ def write(
       "image_shape": list(shape),
       "outputs": graphs[0].outputs,
       "opset": onnx_graph.OPSET,
-      "sha256": {name: _sha256(part / name) for name in _parts(sizes)},
+      "sha256": {name: folders.sha256(part / name) for name in _parts(sizes)},
     }
     (part / RECORD).write_text(json.dumps(described, allow_nan=False))
-    part.rename(out)
-  finally:
-    shutil.rmtree(part, ignore_errors=True)
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -90,11 +82,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     raise errors.UserError(f"{folder} cannot be read as an ONNX export: {e!r}") from e
   if format_ != FORMAT:
     raise errors.UserError(f"{folder}: its format is {format_!r}; expected {FORMAT!r}.")
-  for name in parts:
-    if not (folder / name).is_file() or _sha256(folder / name) != digests.get(name):
-      raise errors.UserError(
-        f"{folder / name} is missing or damaged (wrong sha256); copy or export it again."
-      )
+  folders.check(folder, parts, digests)
   return record
 
 
@@ -117,8 +105,6 @@ def _parts(sizes: Sequence[int]) -> list[str]:
 def _check(out: pathlib.Path) -> None:
   if out.suffix == ".zip":
     raise errors.UserError(f"{out}: an ONNX export is a folder; give a name without .zip.")
-  if out.exists():
-    raise errors.UserError(f"{out} is there already; remove it or give another name.")
 
 
 def _write_graphs(
@@ -162,8 +148,3 @@ def _append(file: BinaryIO, array: Any) -> Place:
   offset = file.tell()
   file.write(array.data)
   return Place(offset, array.nbytes)
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

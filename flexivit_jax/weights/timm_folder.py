@@ -5,7 +5,6 @@ that, arrays do not tell the activation, the heads and the LayerNorms' epsilon, 
 not the usual ones; a test compares the list with timm.
 """
 
-import hashlib
 import json
 import math
 import pathlib
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexivit_jax import errors
-from flexivit_jax.weights import timm_shapes
+from flexivit_jax.weights import folders, timm_shapes
 
 CONFIG, RECORD = "config.json", "flexivit_record.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -98,15 +97,9 @@ def own_record(folder: pathlib.Path, weights: pathlib.Path) -> tuple[dict[str, A
   if not (folder / RECORD).is_file():
     return {}, []
   record = read_json(folder / RECORD)
-  if record.pop("sha256", None) == sha256(weights):
+  if record.pop("sha256", None) == folders.sha256(weights):
     return record, []
   return {}, [f"{RECORD} is about other weights than {weights.name}, and is not used."]
-
-
-def sha256(path: pathlib.Path) -> str:
-  """Returns the hexadecimal digest of a file."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def told(where: pathlib.Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Told:

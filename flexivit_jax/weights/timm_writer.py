@@ -16,7 +16,7 @@ import safetensors.numpy
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
-from flexivit_jax.weights import baking, reading, sources, timm_folder, timm_layers
+from flexivit_jax.weights import baking, folders, reading, sources, timm_folder, timm_layers
 
 WEIGHTS = timm_folder.WEIGHTS[0]
 _POOLS = {"tok": "token", "gap": "avg", "map": "map"}
@@ -54,8 +54,6 @@ def save_timm(
       a size that does not divide the image.
   """
   out = pathlib.Path(out)
-  if out.exists():
-    raise errors.UserError(f"{out} is there already; remove it or give another name.")
   _check(model)
   reading.check(model, params, f"What is to be written to {out}")
   if seqhw is not None:
@@ -189,10 +187,8 @@ def _record(model: FlexiViT, record: dict[str, Any], image_hw: Size | None) -> d
 def _write(
   out: pathlib.Path, arrays: dict[str, np.ndarray], config: dict[str, Any], record: dict[str, Any]
 ) -> None:
-  part = out.with_name(f".{out.name}.part")
-  part.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(arrays, part / WEIGHTS, metadata={"format": "pt"})
-  record = record | {"sha256": timm_folder.sha256(part / WEIGHTS)}
-  for name, content in ((timm_folder.CONFIG, config), (timm_folder.RECORD, record)):
-    (part / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-  part.rename(out)
+  with folders.new(out) as part:
+    safetensors.numpy.save_file(arrays, part / WEIGHTS, metadata={"format": "pt"})
+    record = record | {"sha256": folders.sha256(part / WEIGHTS)}
+    for name, content in ((timm_folder.CONFIG, config), (timm_folder.RECORD, record)):
+      (part / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors import numpy as safetensors
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
-from flexivit_jax.weights import transformers_config, transformers_folder
+from flexivit_jax.weights import folders, transformers_config, transformers_folder
 from flexivit_jax.weights.baking import bake
 from flexivit_jax.weights.transformers_families import FAMILIES
 
@@ -49,8 +48,6 @@ def save_transformers(
       as many as classes, or something at `out`.
   """
   out = pathlib.Path(out)
-  if out.exists():
-    raise errors.UserError(f"{out} is there already; remove it or give another name.")
   _check(model)
   fixed, baked = bake(model, params, image_hw=image_hw, seqhw=seqhw)
   flat = {name: np.asarray(a) for name, a in trees.flatten(vit.unstack_blocks(baked)).items()}
@@ -193,11 +190,6 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def _write(out: pathlib.Path, parts: dict[str, bytes]) -> None:
-  """Writes the files into a hidden folder beside `out`, which then takes its name."""
-  out.parent.mkdir(parents=True, exist_ok=True)
-  part = out.with_name(f".{out.name}.part")
-  shutil.rmtree(part, ignore_errors=True)  # of an earlier try that was cut off
-  part.mkdir()
-  for name, content in parts.items():
-    (part / name).write_bytes(content)
-  part.rename(out)
+  with folders.new(out) as folder:
+    for name, content in parts.items():
+      (folder / name).write_bytes(content)

@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-PACKAGES = ("torch", "timm", "transformers", "onnx", "onnxruntime")
+PACKAGES = ("torch", "timm", "transformers", "onnx", "onnxruntime", "tensorflow")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,87 @@
+"""A TensorFlow SavedModel of several patch sizes: a signature for each, the weights once.
+
+Written where TensorFlow is installed, by JAX's own jax2tf; TensorFlow runs the same StableHLO as the artifact.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flexivit_jax import artifact, errors, trees
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.weights import baking, folders, foreign
+
+FORMAT = "flexivit saved model 1"
+RECORD = "record.json"
+
+
+def write(
+  out: pathlib.Path,
+  model: FlexiViT,
+  params: dict,
+  record: dict[str, Any],
+  *,
+  image_hw: tuple[int, int],
+  sizes: Sequence[int],
+) -> None:
+  """Writes a SavedModel for images of `image_hw`; it appears under its name only when it is complete.
+
+  Args:
+    out: a folder that is not there yet.
+    model, params, record: what `weights.load_with_record` returns; the record goes into the folder.
+    image_hw: pixels.
+    sizes: tokens per side (`seqhw`), a signature each: `seqhw_08` and so on.
+
+  Raises:
+    UserError: a size that does not divide the image, a folder that is there, TensorFlow that is not.
+  """
+  sizes = tuple(dict.fromkeys(sizes))
+  shape = (*image_hw, params["embedding"]["kernel"].shape[2])
+  shared = {n: np.asarray(a) for n, a in trees.flatten(params).items() if n not in baking.RESAMPLED}
+  programs = {}
+  for size in sizes:
+    fixed, baked = baking.bake(model, params, image_hw=image_hw, seqhw=size)
+    flat = trees.flatten(baked)
+    own = {n: np.asarray(flat[n]) for n in baking.RESAMPLED if n in flat}
+    programs[name_of(size)] = (_forward(fixed), own)
+  with folders.new(out) as part:
+    foreign.save_tensorflow(part, shared, programs, shape)
+    files = sorted(p for p in part.rglob("*") if p.is_file())
+    described = record | {
+      "format": FORMAT,
+      "sizes": list(sizes),
+      "image_size": list(image_hw),
+      "image_shape": list(shape),
+      "sha256": {p.relative_to(part).as_posix(): folders.sha256(p) for p in files},
+    }
+    (part / RECORD).write_text(json.dumps(described, indent=1, allow_nan=False) + "\n")
+
+
+def load(folder: pathlib.Path) -> artifact.Artifact:
+  """Reads one back, to run in TensorFlow; as `artifact.load_artifact` for the other kind.
+
+  Raises:
+    UserError: no SavedModel of ours, a file that is missing or damaged, TensorFlow that is not there.
+  """
+  try:
+    record = json.loads((folder / RECORD).read_text())
+    digests = dict(record["sha256"])
+  except (OSError, LookupError, TypeError, ValueError) as e:
+    raise errors.UserError(f"{folder} cannot be read as a SavedModel of ours: {e!r}") from e
+  folders.check(folder, digests, digests)
+  names = {size: name_of(size) for size in record["sizes"]}
+  programs = foreign.tensorflow_programs(folder, tuple(names.values()))
+  return artifact.Artifact(record, {size: programs[name] for size, name in names.items()})
+
+
+def name_of(size: int) -> str:
+  """The signature for `size` tokens per side."""
+  return f"seqhw_{size:02d}"
+
+
+def _forward(model: FlexiViT) -> Any:
+  """The forward pass at the model's own patch size, of arrays by name."""
+  return lambda flat, image: model.apply({"params": trees.unflatten(flat)}, image)[0]
