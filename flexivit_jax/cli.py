@@ -1,12 +1,14 @@
 """The command `flexivit`; each subcommand imports what it needs only when it runs."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from flexivit_jax import allocator, arguments, errors
 
 USAGE_ERROR = 2
+BROKEN_PIPE = 128 + 13  # as a shell counts SIGPIPE
 MODULES = {
   "train": "train",
   "eval": "evaluate",
@@ -29,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   except errors.UserError as e:
     print(f"flexivit: error: {e}", file=sys.stderr)
     return USAGE_ERROR
+  except BrokenPipeError:  # the reader, `| head`, has seen enough
+    os.dup2(
+      os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+    )  # or Python would write the rest at exit
+    return BROKEN_PIPE
   return 0
 
 

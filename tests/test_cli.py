@@ -158,3 +158,12 @@ def test_sizes_on_the_command_line():
 def test_overrides_without_a_config_are_refused():
   with pytest.raises(errors.UserError, match="no effect"):
     arguments.parse(["report", "x", "--config.a=1"])
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+  # The reader is gone long before the command, which has to start first, writes.
+  command = (
+    f"{sys.executable} -m flexivit_jax.cli inspect --list | head -c 0; echo ${{PIPESTATUS[0]}}"
+  )
+  done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+  assert (done.stdout, done.stderr) == ("141\n", "")
