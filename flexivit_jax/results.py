@@ -13,6 +13,15 @@ from flexivit_jax import trees
 COLUMNS = ("seqhw", "patch", "tokens", "gflops", "ms", "n")
 
 
+_FIRST = ("top1", "top5", "agree1", "agree5", "loss")  # the one that tells most in front
+
+
+def metrics_of(row: dict[str, Any]) -> list[str]:
+  """The names of the evaluator's metrics in a row, the headline first."""
+  found = [name for name in row if name not in COLUMNS]
+  return sorted(found, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+
+
 def main_of(names: Collection[str]) -> str | None:
   """The evaluator whose results are a run's eval.json: "test", else the first in the alphabet."""
   return "test" if "test" in names else min(names, default=None)
@@ -58,7 +67,8 @@ def write(path: pathlib.Path, described: dict[str, Any], rows: list[dict[str, An
 
 def table(rows: list[dict[str, Any]]) -> str:
   """Returns the rows as text, a line each."""
-  names = [*COLUMNS[:-1], *(name for name in rows[0] if name not in COLUMNS), "n"]
+  names = [*(name for name in COLUMNS[:-1] if name in rows[0])]
+  names += [*metrics_of(rows[0]), "n"]
   cells = [[_heading(n) for n in names], *([_cell(n, row[n]) for n in names] for row in rows)]
   widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
   return "\n".join(

@@ -209,9 +209,9 @@ def _note_rows(
   name: str, step: int, rows: list[dict[str, Any]], writer: metrics.MetricsWriter
 ) -> None:
   for row in rows:
-    values = {k: v for k, v in row.items() if k not in results.COLUMNS}
-    writer.write(step, {f"{name}/{k}/seqhw={row['seqhw']}": v for k, v in values.items()})
-  first = next(k for k in rows[0] if k not in results.COLUMNS)
+    values = {f"{name}/{k}/seqhw={row['seqhw']}": row[k] for k in results.metrics_of(row)}
+    writer.write(step, values)
+  first = results.metrics_of(rows[0])[0]
   _note(f"step {step}: {name} {first} " + ", ".join(f"{r['seqhw']}: {r[first]:.1%}" for r in rows))
 
 

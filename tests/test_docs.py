@@ -46,6 +46,12 @@ INSTEAD: dict[str, str] = {
   f"flexivit train --config {FOLDER} --workdir runs/photos": f"python {MAKE_PHOTOS} && flexivit train"
   f" --config {FOLDER} {SHORT} --config.flexi.seqhw.v='(5,)' --workdir runs/photos",
 }
+# A fixed ViT of patch 3 at 24 px, as it would be without training, and the images of noise.
+INSTEAD["flexivit flexify --init vit.npz --data photos --out runs/flexible"] = (
+  f"python {MAKE_PHOTOS} && flexivit train --config configs/digits.py:fixed=8,debug --workdir runs/tiny"
+  " && flexivit flexify --init runs/tiny --data photos --out runs/flexible --epochs 1 --image_size 24"
+  " --seqhw 2,8 --batch_size 4"
+)
 for form, debug, folder in (
   ("", ":debug", "flexivit"),
   (":fixed=8", ":fixed=8,debug", "fixed8"),

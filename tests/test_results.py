@@ -1,0 +1,21 @@
+"""Tables of results: the headline first, whatever the evaluator measured."""
+
+from flexivit_jax import results
+
+COST = dict(seqhw=8, patch=3, tokens=64, gflops=1.5, ms=2.0)
+
+
+def test_the_headline_comes_first_and_accuracies_are_percent():
+  row = COST | dict(loss=0.25, top5=1.0, top1=0.5, n=10)
+  assert results.metrics_of(row) == ["top1", "top5", "loss"]
+  head, line = results.table([row]).splitlines()
+  assert head.split() == ["seqhw", "patch", "tokens", "GFLOPs", "ms", "top-1", "top-5", "loss", "n"]
+  assert line.split() == ["8", "3", "64", "1.5", "2", "50.00%", "100.00%", "0.25", "10"]
+
+
+def test_other_metrics_and_missing_times_have_a_place():
+  row = {k: v for k, v in COST.items() if k != "ms"} | dict(kl=0.5, agree5=1.0, agree1=0.9, n=3)
+  assert results.metrics_of(row) == ["agree1", "agree5", "kl"]
+  head, line = results.table([row]).splitlines()
+  assert head.split() == ["seqhw", "patch", "tokens", "GFLOPs", "agree1", "agree5", "kl", "n"]
+  assert line.split() == ["8", "3", "64", "1.5", "90.00%", "100.00%", "0.5", "3"]
