@@ -227,7 +227,6 @@ def build_objective(section: Mapping[str, Any], teachers: Mapping[str, Teacher])
   return OBJECTIVES[section.get("name", "supervised")](**given)
 
 
-@functools.lru_cache(maxsize=4)  # an objective and its evaluators share one teacher
 def load_teacher(
   *,
   checkpoint: str,
