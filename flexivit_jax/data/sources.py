@@ -263,11 +263,12 @@ def images_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
   root = pathlib.Path(data_dir).expanduser()
   if not root.is_dir():
     raise UserError(f"{root} is no folder; give one with images below it.")
-  files = _select(split, {"all": _images_below(root, root, 0)})
-  if not files:
+  found = _images_below(root, root, 0)
+  if not found:
     raise UserError(
       f"No images below {root}; expected files that end in {' '.join(IMAGE_SUFFIXES)}."
     )
+  files = _select(split, {"all": found})
   read = functools.partial(_read_files, root, files)
   return Source("images", split, 1, None, len(files), read)
 

@@ -173,10 +173,10 @@ def test_files_that_are_no_npz_are_errors(tmp_path, content):
 
 
 def test_paths_that_are_no_weights_are_errors(tmp_path):
-  with pytest.raises(UserError, match=r"none.npz does not exist; expected an .npz file or a run"):
+  with pytest.raises(UserError, match=r"none.npz does not exist; expected a run folder"):
     weights.load(tmp_path / "none.npz")
   (tmp_path / "weights.h5").write_bytes(b"")
-  with pytest.raises(UserError, match=r"weights.h5: expected an .npz file or a run folder"):
+  with pytest.raises(UserError, match=r"weights.h5: expected a run folder"):
     weights.load(tmp_path / "weights.h5")
   with pytest.raises(UserError, match=re.escape(f"No checkpoint in {tmp_path}")):
     weights.load(tmp_path)
