@@ -37,7 +37,7 @@ def flexify(
   batch_size: int = 16,
   lr: float = 3e-5,
   seed: int = 0,
-  buffers: tuple[int, int] | None = None,
+  buffers: tuple[int, ...] | None = None,
   moment: bool = False,
   loading: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:

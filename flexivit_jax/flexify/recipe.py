@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexivit_jax import data, resize
+from flexivit_jax import data, errors, resize
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import gmacs, which_patch
 
@@ -55,14 +55,21 @@ def divide(images: pathlib.Path, num_classes: int) -> dict[str, dict[str, Any]]:
 
 
 def native_side(record: Mapping[str, Any]) -> int:
-  """Pixels a side for which a model was made."""
-  return (record.get("image_size") or record.get("image_shape") or [240])[0]
+  """Pixels a side for which a model was made; a UserError if its images are not square."""
+  h, w, *_ = record.get("image_size") or record.get("image_shape") or (240, 240)
+  if h != w:
+    raise errors.UserError(
+      f"The model is for images of {h}x{w} pixels; only square ones can be flexified."
+    )
+  return h
 
 
-def student_of(teacher: FlexiViT, buffers: tuple[int, int] | None) -> FlexiViT:
+def student_of(teacher: FlexiViT, buffers: tuple[int, ...] | None) -> FlexiViT:
   """The teacher's architecture, with other sides of the stored kernel and grid where these are given."""
   if buffers is None:
     return teacher
+  if len(buffers) != 2 or min(buffers) < 1:
+    raise errors.UserError(f"buffers={tuple(buffers)}: expected PATCH,GRID, e.g. 32,7.")
   patch, grid = buffers
   return teacher.clone(patch_size=(patch, patch), posemb_size=(grid, grid))
 

@@ -111,6 +111,20 @@ def test_sizes_are_drawn_so_that_each_costs_the_same():
   assert probs[0] > 2 * probs[1] > 4 * probs[2]
 
 
+@pytest.mark.parametrize("text", ["16", "16,2,2", "0,2"])
+def test_buffers_are_two_sizes(init, tmp_path, text, capsys):
+  draw(tmp_path / "photos", 10)
+  given = command(init, tmp_path / "photos", tmp_path / "out", "--epochs=0", f"--buffers={text}")
+  assert cli.main(given) == 2
+  assert "expected PATCH,GRID" in capsys.readouterr().err
+
+
+def test_a_model_for_images_that_are_not_square_is_an_error():
+  with pytest.raises(errors.UserError, match="images of 32x48 pixels; only square ones"):
+    recipe.native_side({"image_size": [32, 48]})
+  assert recipe.native_side({"image_size": None, "image_shape": [24, 24, 3]}) == 24
+
+
 def test_a_model_without_classes_is_an_error(tmp_path, timm_state_dict):
   save_file(timm_state_dict(classes=0), tmp_path / "vit.safetensors")
   draw(tmp_path / "photos", 10)
