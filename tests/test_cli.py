@@ -54,9 +54,15 @@ def test_help_imports_no_jax():
 
 
 def test_the_public_names_import_quickly():
-  code = "from flexivit_jax import FlexiViT, load, pi_resize"
-  call = lambda: subprocess.run([sys.executable, "-c", code], check=True)  # noqa: E731
-  assert min(seconds(call) for _ in range(3)) < 2.0
+  """Hardly slower than JAX and Flax themselves: how long these take depends on the machine."""
+
+  def spent(code):
+    return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True))
+
+  ours, theirs = "from flexivit_jax import FlexiViT, load, pi_resize", "import jax, flax.linen"
+  times = [(spent(ours), spent(theirs)) for _ in range(4)]  # in turns: the machine's speed drifts
+  best_ours, best_theirs = map(min, zip(*times, strict=True))
+  assert best_ours < 1.5 * best_theirs
 
 
 @pytest.mark.parametrize(
