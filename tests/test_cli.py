@@ -53,16 +53,28 @@ def test_help_imports_no_jax():
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_public_names_import_quickly():
-  """Hardly slower than JAX and Flax themselves: how long these take depends on the machine."""
-
-  def spent(code):
-    return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True))
-
-  ours, theirs = "from flexivit_jax import FlexiViT, load, pi_resize", "import jax, flax.linen"
-  times = [(spent(ours), spent(theirs)) for _ in range(4)]  # in turns: the machine's speed drifts
-  best_ours, best_theirs = map(min, zip(*times, strict=True))
-  assert best_ours < 1.5 * best_theirs
+def test_the_public_names_import_nothing_slow_beside_jax_and_flax():
+  """What is imported, and not how long it takes: seconds differ by a factor of two on a busy machine."""
+  code = """
+import sys
+import jax, flax.linen
+before = set(sys.modules)
+from flexivit_jax import FlexiViT, load, pi_resize
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  slow = {
+    "cv2",
+    "grain",
+    "matplotlib",
+    "sklearn",
+    "tensorboardX",
+    "tensorflow",
+    "tensorflow_datasets",
+  }
+  slow |= {"clu", "onnx", "onnxruntime", "timm", "torch", "transformers"}
+  assert "flexivit_jax" in done.stdout.split()
+  assert not slow & set(done.stdout.split())
 
 
 @pytest.mark.parametrize(
