@@ -1,7 +1,9 @@
 """Data: sources, preprocessing strings, and batches. Imports no JAX and no TensorFlow."""
 
+from flexivit_jax.data.known import planned_source
 from flexivit_jax.data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
 from flexivit_jax.data.preprocess import OPS, Preprocess, parse
+from flexivit_jax.data.shots import few_shots, subset
 from flexivit_jax.data.sources import SOURCES, Source, make_source
 
 __all__ = [
@@ -12,7 +14,10 @@ __all__ = [
   "Source",
   "TrainBatches",
   "eval_batches",
+  "few_shots",
   "make_source",
   "parse",
+  "planned_source",
+  "subset",
   "train_batches",
 ]

@@ -47,6 +47,14 @@ def central_crop(image: Image, size: Size) -> Resized:
   return images.crop(image, (image.shape[0] - hw[0]) // 2, (image.shape[1] - hw[1]) // 2, hw)
 
 
+def crop_border(image: Image, pixels: int) -> Resized:
+  """Cuts `pixels` off each of the four sides."""
+  h, w = image.shape[:2]
+  if pixels < 0 or 2 * pixels >= min(h, w):
+    raise UserError(f"Cannot cut {pixels} off each side of {(h, w)} pixels; expected 0 or more.")
+  return images.crop(image, pixels, pixels, (h - 2 * pixels, w - 2 * pixels))
+
+
 def random_crop(image: Image, size: Size, padding: int = 0, *, rng: np.random.Generator) -> Resized:
   """Adds `padding` black pixels on each side, then cuts `size` at a uniform position."""
   if padding:
@@ -131,11 +139,30 @@ def onehot(
   off: float = 0.0,
 ) -> dict[str, Any]:
   """Class index under `key` -> float32 [depth] under `key_result`; errors when out of range."""
-  label = int(_get(record, key))
+  label = _get(record, key)
+  if np.ndim(label):
+    raise UserError(f"onehot({depth}) of {label}: not one label; use multihot({depth}).")
+  label = int(label)
   if not 0 <= label < depth:
     raise UserError(f"Label {label} is outside onehot({depth}); expected 0..{depth - 1}.")
   vector = np.full(depth, off, np.float32)
   vector[label] = on
+  return record | {key_result: vector}
+
+
+def multihot(
+  record: dict[str, Any], depth: int, key: str = "label", key_result: str = "labels"
+) -> dict[str, Any]:
+  """Class indices under `key`, any number of them -> float32 [depth] of zeros and ones under `key_result`.
+
+  No index gives zeros, which the evaluator's `skip_unlabelled` leaves out. Errors when one is out of range.
+  """
+  labels = np.atleast_1d(np.asarray(_get(record, key), np.int64))
+  if labels.size and not 0 <= labels.min() <= labels.max() < depth:
+    found = labels.tolist()
+    raise UserError(f"Labels {found} are outside multihot({depth}); expected 0..{depth - 1}.")
+  vector = np.zeros(depth, np.float32)
+  vector[labels] = 1.0
   return record | {key_result: vector}
 
 
@@ -154,12 +181,14 @@ OPS: dict[str, Callable[..., Any]] = {
   "resize": resize,
   "resize_small": resize_small,
   "central_crop": central_crop,
+  "crop_border": crop_border,
   "random_crop": random_crop,
   "inception_crop": inception_crop,
   "flip_lr": flip_lr,
   "randaug": randaug,
   "value_range": value_range,
   "onehot": onehot,
+  "multihot": multihot,
   "copy": copy,
   "keep": keep,
 }

@@ -1,7 +1,9 @@
-"""Where examples come from: TFDS (array_record), image folders with and without labels, scikit-learn digits, synthetic.
+"""Where examples come from: TFDS (array_record), image folders with and without labels, ObjectNet, scikit-learn digits,
+synthetic.
 
 A source is a list of records `{"image": bytes or uint8 [h, w, c], "label": int, "id": str}`; bytes
-are an encoded file, which preprocessing decodes.
+are an encoded file, which preprocessing decodes. Where an image can have several labels, or none,
+"label" is a tuple of ints.
 """
 
 import dataclasses
@@ -17,10 +19,13 @@ from typing import Any, final
 
 import numpy as np
 
+from flexivit_jax import label_maps
 from flexivit_jax.data.splits import parse_split, split_names
 from flexivit_jax.errors import UserError, nearest, unknown
 
 Record = dict[str, Any]
+Label = int | tuple[int, ...]
+File = tuple[str, Label]  # Path below the root, label.
 _LOG = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -197,17 +202,24 @@ def folder_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
   classes. Files of other kinds are left out, with a warning that counts them.
   """
   root = pathlib.Path(data_dir).expanduser()
-  folders = _subfolders(root)
-  if not folders:
-    raise UserError(f"No folders in {root}; expected {root}/train/CLASS/*.jpg and so on.")
-  for name in split_names(split):
-    if name not in folders:
-      raise unknown(f"split folder in {root}", name, folders)
+  folders = _split_folders(root, split)
   names = _subfolders(root / ("train" if "train" in folders else split_names(split)[0]))
   stored = {s: _list_images(root / s, names) for s in split_names(split)}
   files = _select(split, stored)
   read = functools.partial(_read_files, root, files)
   return Source("folder", split, len(names), tuple(names), len(files), read)
+
+
+def _split_folders(root: pathlib.Path, split: str) -> list[str]:
+  """Returns the folders in `root`; raises a UserError if those of the split are not among them."""
+  folders = _subfolders(root)
+  if not folders:
+    first = root / split_names(split)[0]
+    raise UserError(f"No folders in {root}; expected {first}/CLASS/*.jpg and so on.")
+  for name in split_names(split):
+    if name not in folders:
+      raise unknown(f"split folder in {root}", name, folders)
+  return folders
 
 
 def _subfolders(folder: pathlib.Path) -> list[str]:
@@ -217,7 +229,7 @@ def _subfolders(folder: pathlib.Path) -> list[str]:
     return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _list_images(folder: pathlib.Path, class_names: Sequence[str]) -> list[tuple[str, int]]:
+def _list_images(folder: pathlib.Path, class_names: Sequence[str]) -> list[File]:
   """Returns (path below the root, label) of every image, sorted by a hash of the path."""
   for name in _subfolders(folder):
     if name not in class_names:
@@ -226,7 +238,7 @@ def _list_images(folder: pathlib.Path, class_names: Sequence[str]) -> list[tuple
   return _mixed(itertools.chain.from_iterable(classes))
 
 
-def _images_below(folder: pathlib.Path, root: pathlib.Path, label: int) -> list[tuple[str, int]]:
+def _images_below(folder: pathlib.Path, root: pathlib.Path, label: Label) -> list[File]:
   """Returns (path below the root, label) of every image below a folder, in a mixed order."""
   paths = _walk(folder)
   found = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
@@ -235,7 +247,7 @@ def _images_below(folder: pathlib.Path, root: pathlib.Path, label: int) -> list[
   return _mixed((os.path.relpath(path, root), label) for path in found)
 
 
-def _mixed(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+def _mixed(files: Iterable[File]) -> list[File]:
   """Sorted by a hash of the path."""
   return sorted(files, key=lambda file: hashlib.sha256(os.fsencode(file[0])).digest())
 
@@ -245,11 +257,44 @@ def _walk(folder: pathlib.Path) -> list[str]:
   return [os.path.join(d, f) for d, _, files in walk for f in files if not f.startswith(".")]
 
 
-def _read_files(
-  root: pathlib.Path, files: Sequence[tuple[str, int]], indices: Sequence[int]
-) -> list[Record]:
+def _read_files(root: pathlib.Path, files: Sequence[File], indices: Sequence[int]) -> list[Record]:
   found = [files[i] for i in indices]
   return [{"image": (root / p).read_bytes(), "label": k, "id": p} for p, k in found]
+
+
+# --- ObjectNet ---
+
+
+def objectnet_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
+  """ObjectNet's images of the 113 classes that ImageNet has too: `data_dir/SPLIT/CLASS/**/*.png`.
+
+  The label is the tuple of ImageNet-1k's classes that are right: `pp` makes `multihot(1000)` of it. The folders of the
+  other 200 classes are left out, and counted in the log. In the archive as it comes the split is called `images`.
+  """
+  root, classes = pathlib.Path(data_dir).expanduser(), label_maps.objectnet()
+  _split_folders(root, split)
+  for name in split_names(split):
+    _check_objectnet(root / name)
+  stored = {
+    name: _mixed(
+      file for c, label in classes.items() for file in _images_below(root / name / c, root, label)
+    )
+    for name in split_names(split)
+  }
+  files = _select(split, stored)
+  read = functools.partial(_read_files, root, files)
+  return Source("objectnet", split, label_maps.NUM_I1K, None, len(files), read)
+
+
+def _check_objectnet(folder: pathlib.Path) -> None:
+  found, classes = _subfolders(folder), label_maps.objectnet()
+  if missing := [c for c in classes if c not in found]:
+    raise UserError(
+      f"{folder} lacks {len(missing)} of ObjectNet's {len(classes)} classes that ImageNet has too, the first"
+      f" {missing[0]!r}; expected {folder}/{missing[0]}/*.png and so on."
+    )
+  others = len(found) - len(classes)
+  _LOG.info("%s: left out %d folders of classes that ImageNet does not have", folder, others)
 
 
 # --- images ---
@@ -295,7 +340,7 @@ def tfds_source(
     name: `NAME`, `NAME/CONFIG`, `NAME:VERSION`.
     split: TFDS split syntax.
     data_dir: where TFDS prepared it; None is TFDS's own default.
-    image_key, label_key: its features.
+    image_key, label_key: its features; the label may be a sequence of classes (`imagenet2012_real`).
     num_classes: needed only where the label is a plain integer.
   """
   builder = _builder(name, data_dir)
@@ -359,16 +404,21 @@ def _read_tfds(
   def record(index: int, raw: dict[str, Any]) -> Record:
     key = raw[id_key] if id_key else f"{prefix}#{index}"
     key = key.decode() if isinstance(key, bytes) else str(key)
-    return {"image": raw[image_key], "label": int(raw[label_key]), "id": key}
+    return {"image": raw[image_key], "label": _label(raw[label_key]), "id": key}
 
   indices = [int(i) for i in indices]
   return [record(i, raw) for i, raw in zip(indices, data.__getitems__(indices), strict=True)]
+
+
+def _label(value: Any) -> Label:
+  return tuple(int(v) for v in value) if np.ndim(value) else int(value)
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
   "digits": digits_source,
   "folder": folder_source,
   "images": images_source,
+  "objectnet": objectnet_source,
   "synthetic": synthetic_source,
 }
 

@@ -110,9 +110,9 @@ def _prepare(
 
 def _example(plan: Plan, epoch: int, index: int, record: dict[str, Any] | None) -> dict[str, Any]:
   record = plan.source[index] if record is None else record
-  label = record["label"]
-  if not 0 <= label < plan.source.num_classes:
-    raise UserError(f"label is {label}; expected 0..{plan.source.num_classes - 1}")
+  label, classes = record["label"], plan.source.num_classes
+  if not all(0 <= k < classes for k in (label if isinstance(label, tuple) else (label,))):
+    raise UserError(f"label is {label}; expected 0..{classes - 1}")
   rng = None
   if plan.pp.random:
     key = np.random.SeedSequence((plan.seed or 0, epoch, index))

@@ -129,6 +129,34 @@ def test_onehot():
     run("onehot(3)")
 
 
+@pytest.mark.parametrize(
+  ("label", "expected"), [((2, 0), [1, 0, 1, 0]), ((), [0, 0, 0, 0]), (3, [0, 0, 0, 1])]
+)
+def test_multihot(label, expected):
+  labels = parse("multihot(4)")({"label": label}, None)["labels"]
+  assert labels.dtype == np.float32
+  np.testing.assert_array_equal(labels, expected)
+
+
+def test_labels_that_do_not_fit_are_errors():
+  for label, message in (((1, 4), r"\[1, 4\]"), (-1, r"\[-1\]")):
+    with pytest.raises(
+      UserError, match=rf"Labels {message} are outside multihot\(4\); expected 0..3"
+    ):
+      parse("multihot(4)")({"label": label}, None)
+  with pytest.raises(UserError, match=r"onehot\(4\) of \(1, 2\): not one label; use multihot\(4\)"):
+    parse("onehot(4)")({"label": (1, 2)}, None)
+
+
+def test_crop_border():
+  out = run("crop_border(3)")["image"]
+  np.testing.assert_array_equal(out, IMAGE[3:-3, 3:-3])
+  np.testing.assert_array_equal(run("crop_border(0)")["image"], IMAGE)
+  for pixels in (-1, min(IMAGE.shape[:2]) // 2):
+    with pytest.raises(UserError, match=f"Cannot cut {pixels} off each side of"):
+      run(f"crop_border({pixels})")
+
+
 def test_student_and_teacher_get_the_same_crop():
   out = run(
     "inception_crop|flip_lr|copy('image', 'prof')|resize(8)|resize(16, key='prof')"

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flexivit_jax import label_maps
+from flexivit_jax.data.loader import eval_batches
 from flexivit_jax.data.sources import make_source
 from flexivit_jax.errors import UserError
 
@@ -177,6 +179,28 @@ def test_folder_errors(photos, tmp_path):
     make_source(name="folder", split="val", data_dir=photos)
 
 
+def test_objectnet_has_the_classes_that_imagenet_has_too(tmp_path, caplog):
+  root = tmp_path / "images"
+  for name in (*label_maps.objectnet(), "air_freshener", "belt"):
+    (root / name).mkdir(parents=True)
+    picture((0, 0, 0)).save(root / name / "a.png")
+  picture((0, 0, 0)).save(root / "chair" / "b.png")
+  with caplog.at_level("INFO"):
+    source = make_source(name="objectnet", split="images", data_dir=tmp_path)
+  assert "left out 2 folders" in caplog.text
+  assert (len(source), source.num_classes) == (114, 1000)
+  found = {r["id"]: r["label"] for r in source.read(range(114))}
+  assert found["images/chair/a.png"] == found["images/chair/b.png"] == (423, 559, 765)
+  assert found["images/tie/a.png"] == label_maps.objectnet()["tie"]
+  assert len(make_source(name="objectnet", split="images[:50]", data_dir=tmp_path)) == 50
+  (root / "tie" / "a.png").unlink()
+  (root / "tie").rmdir()
+  with pytest.raises(UserError, match=r"images lacks 1 of ObjectNet's 113 .* 'tie'"):
+    make_source(name="objectnet", split="images", data_dir=tmp_path)
+  with pytest.raises(UserError, match=r"split folder.*'image'.*Did you mean 'images'"):
+    make_source(name="objectnet", split="image", data_dir=tmp_path)
+
+
 def test_images_need_no_labels_and_are_divided_without_overlap(photos):
   (photos / "notes.txt").write_text("x")
   whole = make_source(name="images", split="all", data_dir=photos)
@@ -209,6 +233,7 @@ class Fruit(tfds.core.GeneratorBasedBuilder):
       "image": tfds.features.Image(shape=(None, None, 3)),
       "label": tfds.features.ClassLabel(names=["apple", "lime", "plum"]),
       "coarse": np.int64,
+      "several": tfds.features.Sequence(tfds.features.ClassLabel(names=["apple", "lime", "plum"])),
     }))
   def _split_generators(self, dl_manager):
     return {"train": self._generate_examples(12), "test": self._generate_examples(5)}
@@ -217,7 +242,8 @@ class Fruit(tfds.core.GeneratorBasedBuilder):
       file = io.BytesIO()
       Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(file, "PNG")
       file.seek(0)
-      yield i, {"file_name": f"{i}.png", "image": file, "label": i % 3, "coarse": i % 2}
+      yield i, {"file_name": f"{i}.png", "image": file, "label": i % 3, "coarse": i % 2,
+        "several": list(range(i % 4))[::-1]}
 
 Fruit(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 assert "tensorflow" not in sys.modules
@@ -261,12 +287,24 @@ def test_tfds_integer_labels(tfds_dir):
   assert source[0]["label"] == int(source[0]["id"].removesuffix(".png")) % 2
 
 
+def test_tfds_several_labels_or_none(tfds_dir):
+  source = make_source(name="fruit", split="train", data_dir=tfds_dir, label_key="several")
+  assert (source.num_classes, source.class_names) == (3, ("apple", "lime", "plum"))
+  found = {int(r["id"].removesuffix(".png")): r["label"] for r in source.read(range(12))}
+  assert found == {i: tuple(range(i % 4))[::-1] for i in range(12)}
+  pp = "decode|value_range|multihot(3)|keep('image', 'labels')"
+  batch = next(iter(eval_batches(source, pp, batch_size=12, threads=0)))
+  np.testing.assert_array_equal(
+    batch["labels"].sum(-1), [len(source[i]["label"]) for i in range(12)]
+  )
+
+
 def test_tfds_errors(tfds_dir):
   def open_(**changes):
     options = {"name": "fruit", "split": "train", "data_dir": tfds_dir} | changes
     return make_source(**options)
 
-  with pytest.raises(UserError, match=r"'img'; known: coarse, file_name, image, label"):
+  with pytest.raises(UserError, match=r"'img'; known: coarse, file_name, image, label, several"):
     open_(image_key="img")
   with pytest.raises(UserError, match=r"'labels'.*Did you mean 'label'"):
     open_(label_key="labels")

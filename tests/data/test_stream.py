@@ -54,6 +54,13 @@ def test_draws_are_pinned():
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("label", [1, -1, (0, 1), (-1,)])
+def test_labels_outside_the_classes_are_errors(label):
+  broken = Source("b", "train", 1, None, 20, lambda ii: [r | {"label": label} for r in read(ii)])
+  with pytest.raises(UserError, match=r"label is .*1.*; expected 0\.\.0"):
+    make_chunk(plan(source=broken), 0)
+
+
 def test_strings_in_a_batch_are_an_error():
   with pytest.raises(UserError, match="'image' is bytes, not numbers"):
     broken = Source("b", "train", 1, None, 20, lambda ii: [r | {"image": b"x"} for r in read(ii)])

@@ -1,0 +1,63 @@
+"""How large public data sets are, to plan a run where they are not: examples of each split, and classes.
+
+Sources: the pages of TFDS's catalogue, https://www.tensorflow.org/datasets/catalog/NAME, or what a comment says.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flexivit_jax.data.sources import SOURCES, Record, Source, make_source
+from flexivit_jax.data.splits import parse_split
+from flexivit_jax.errors import UserError
+
+_HW = (375, 500)  # a usual photograph of ImageNet
+
+
+class Known(NamedTuple):
+  """Examples of each stored split, and classes."""
+
+  splits: dict[str, int]
+  num_classes: int
+
+
+KNOWN: dict[str, Known] = {
+  "cifar10": Known({"train": 50_000, "test": 10_000}, 10),
+  "cifar100": Known({"train": 50_000, "test": 10_000}, 100),
+  "food101": Known({"train": 75_750, "validation": 25_250}, 101),
+  "imagenet2012": Known({"train": 1_281_167, "validation": 50_000}, 1000),
+  "imagenet2012_real": Known({"validation": 50_000}, 1000),
+  # No TFDS data set. 14.2 million images is what is usually said; the last digits are not checked by us.
+  "imagenet21k": Known({"full": 14_197_122}, 21_843),
+  "imagenet_a": Known({"test": 7500}, 1000),  # of 200 of them
+  "imagenet_r": Known({"test": 30_000}, 1000),  # of 200 of them
+  "imagenet_sketch": Known({"test": 50_889}, 1000),
+  "imagenet_v2": Known({"test": 10_000}, 1000),
+  "oxford_flowers102": Known({"train": 1020, "validation": 1020, "test": 6149}, 102),
+  "oxford_iiit_pet": Known({"train": 3680, "test": 3669}, 37),
+  "sun397": Known({"train": 76_128, "validation": 10_875, "test": 21_750}, 397),
+}
+
+
+def planned_source(*, name: str, split: str, **options: Any) -> Source:
+  """As `make_source`; of a data set that is known but not here, a stand-in of its size, of one grey image.
+
+  Raises:
+    UserError: it is neither here nor known.
+  """
+  known = KNOWN.get(name.partition("/")[0].partition(":")[0])
+  if known is None:
+    try:
+      return make_source(name=name, split=split, **options)
+    except UserError as e:
+      here = "the data set" if name in SOURCES else f"one of {', '.join(KNOWN)}, or have it here"
+      raise UserError(f"{e} To plan, give {here}.") from e
+  size = sum(part.stop - part.start for part in parse_split(split, known.splits))
+  label = (0,) if options.get("label_key") == "real_label" else 0
+  return Source(name, split, known.num_classes, None, size, _grey(label))
+
+
+def _grey(label: Any) -> Callable[..., list[Record]]:
+  image = np.full((*_HW, 3), 128, np.uint8)
+  return lambda indices: [{"image": image, "label": label, "id": str(i)} for i in indices]

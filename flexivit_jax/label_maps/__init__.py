@@ -1,0 +1,91 @@
+"""Which of a model's logits are the classes of a data set, and which of ImageNet's classes ObjectNet's are.
+
+The lists lie beside this file; README.md there says where they come from.
+"""
+
+import functools
+import json
+from importlib import resources
+from typing import NamedTuple
+
+from flexivit_jax import errors
+
+NUM_I1K, NUM_I21K = 1000, 21843
+
+
+class LabelMap(NamedTuple):
+  """A restriction of a model, and of the labels of a data set, to the same classes in the same order.
+
+  Attributes:
+    model_classes: logits of the model.
+    columns: those of them that stay, one a class.
+    labels: number of classes of the labels -> those of them that stay. The labels may be over ImageNet-1k's 1000
+      classes, or over the data set's own, as those of a folder of images are.
+  """
+
+  model_classes: int
+  columns: tuple[int, ...]
+  labels: dict[int, tuple[int, ...]]
+
+
+def columns(name: str) -> tuple[int, ...]:
+  """The logits that a label map leaves, in the order of the data set's classes. See `label_map`."""
+  return label_map(name).columns
+
+
+@functools.cache
+def label_map(name: str) -> LabelMap:
+  """Returns the label map `MODEL_CLASSES`.
+
+  `i1k_a`, `i1k_r`, `i1k_objectnet`: of the 1000 logits the 200 of ImageNet-A or -R, the 125 of ObjectNet. `i21k_i1k`,
+  `i21k_i1k_a`, `i21k_i1k_r`, `i21k_i1k_objectnet`: the same, and all 1000, of ImageNet-21k's 21,843 logits; there
+  class 850 (n04399382, teddy bear) does not exist, so one is missing from each of these but R.
+
+  Raises:
+    UserError: another name.
+  """
+  if name not in LABEL_MAPS:
+    raise errors.unknown("label map", name, LABEL_MAPS)
+  model_classes, classes = LABEL_MAPS[name]
+  logit = _numbers("i21k_i1k") if model_classes == NUM_I21K else range(NUM_I1K)
+  chosen = _classes(classes)
+  known = [k for k, c in enumerate(chosen) if logit[c] >= 0]
+  return LabelMap(
+    model_classes,
+    columns=tuple(logit[chosen[k]] for k in known),
+    labels={len(chosen): tuple(known), NUM_I1K: tuple(chosen[k] for k in known)},
+  )
+
+
+# Name: (logits of the model, classes that stay).
+LABEL_MAPS: dict[str, tuple[int, str]] = {
+  "i1k_a": (NUM_I1K, "a"),
+  "i1k_r": (NUM_I1K, "r"),
+  "i1k_objectnet": (NUM_I1K, "objectnet"),
+  "i21k_i1k": (NUM_I21K, "i1k"),
+  "i21k_i1k_a": (NUM_I21K, "a"),
+  "i21k_i1k_r": (NUM_I21K, "r"),
+  "i21k_i1k_objectnet": (NUM_I21K, "objectnet"),
+}
+
+
+@functools.cache
+def objectnet() -> dict[str, tuple[int, ...]]:
+  """ObjectNet's folders that are classes of ImageNet-1k too, 113 of 313: folder -> the ImageNet classes it is."""
+  folders = json.loads(_text("objectnet.json"))
+  return {folder: tuple(classes) for folder, classes in folders.items()}
+
+
+def _classes(name: str) -> tuple[int, ...]:
+  """The ImageNet-1k classes of a data set, ascending."""
+  if name == "objectnet":
+    return tuple(sorted(c for classes in objectnet().values() for c in classes))
+  return tuple(range(NUM_I1K)) if name == "i1k" else _numbers(f"i1k_{name}")
+
+
+def _numbers(name: str) -> tuple[int, ...]:
+  return tuple(int(line) for line in _text(f"{name}.txt").split())
+
+
+def _text(file: str) -> str:
+  return (resources.files(__package__) / file).read_text(encoding="utf-8")
