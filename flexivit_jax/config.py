@@ -79,19 +79,34 @@ def check(
   Raises:
     UserError: a key that is none of these, with the nearest that is, or one that is missing.
   """
-  parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
-  kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-  defaults = {p.name: p.default for p in parameters if p.kind in kinds and p.name not in given}
-  known = [*defaults, *needed, *optional]
+  check_known(where, section, *functions, given=given, optional=(*needed, *optional))
+  defaults = _defaults(functions, given)
+  wanted = [*needed, *(k for k, default in defaults.items() if default is inspect.Parameter.empty)]
+  missing = [k for k in wanted if k not in section]
+  if missing:
+    raise errors.UserError(f"The config lacks {', '.join(_prefixed(where, missing))}.")
+
+
+def check_known(
+  where: str,
+  section: Mapping[str, Any],
+  *functions: Callable[..., Any],
+  given: Sequence[str] = (),
+  optional: Sequence[str] = (),
+) -> None:
+  """As `check`, of unknown keys only: nothing has to be there."""
+  known = [*_defaults(functions, given), *optional]
   for key in section:
     if key not in known:
       raise errors.unknown(
         "config key", f"{where}.{key}" if where else key, _prefixed(where, known)
       )
-  wanted = [*needed, *(k for k, default in defaults.items() if default is inspect.Parameter.empty)]
-  missing = [k for k in wanted if k not in section]
-  if missing:
-    raise errors.UserError(f"The config lacks {', '.join(_prefixed(where, missing))}.")
+
+
+def _defaults(functions: Sequence[Callable[..., Any]], given: Sequence[str]) -> dict[str, Any]:
+  parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+  kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+  return {p.name: p.default for p in parameters if p.kind in kinds and p.name not in given}
 
 
 def _prefixed(where: str, names: Any) -> list[str]:

@@ -1,9 +1,10 @@
 """From a config to the things it names: data, model, objective, optimizer, evaluators. Computes nothing on a device."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from flexivit_jax import config, data, errors, patch_schedule, schedules, steps, trees, weights
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.models import MODELS
-from flexivit_jax.models.flexivit import which_patch
+from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid, which_patch
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
@@ -20,24 +21,45 @@ from flexivit_jax.optim import Optimizer, make as _make_optimizer
 
 # Arguments that the program provides, so no keys of a config.
 _GIVEN_DATA = ("source", "seed", "num_steps", "start_step", "process_index", "process_count")
+_GIVEN_EVALS = ("model", "batches", "train_batches", "num_classes", "mesh", "source")
 _GIVEN_OPTIM = ("params", "total_steps", "batch_size", "dataset_size")
 _DURATIONS = ("steps", "epochs", "examples", "percent")
 
 
 class Evaluation(NamedTuple):
-  """One evaluator of a run. `every` is in steps; `make(model, mesh)` builds it."""
+  """One evaluator of a run. `every` is in steps; `make(model, mesh)` builds it; a teacher in `section` is loaded."""
 
   make: Callable[[nn.Module, Any], Any]
   every: int
   source: data.Source
   pp: str
+  section: Mapping[str, Any]
+
+
+class Opening(NamedTuple):
+  """How what lies in files is opened: really, or only as far as shapes need it.
+
+  Attributes:
+    source: as `data.make_source`.
+    teacher: as `load_teacher`.
+    init: as `load_init`.
+    digest: of a teacher's parameters.
+    shots: `(source, section) -> source` of the few images that an evaluator is fitted to.
+  """
+
+  source: Callable[..., data.Source]
+  teacher: Callable[..., Teacher]
+  init: Callable[..., Any]
+  digest: Callable[[Any], str]
+  shots: Callable[..., data.Source]
 
 
 class Experiment(NamedTuple):
   """Everything that a config says, built and checked. Durations are in steps.
 
-  `input_shapes` are those of one example, for each input of the objective; `init` are parameters to start from, or
-  None for random ones; `frozen_digests` say which teachers those of the objective are.
+  `input_shapes` are those of one example, for each input of the objective and its teachers; `step_flops` gives those of
+  a step at a size; `init` are parameters to start from, or None for random ones; `frozen_digests` say which teachers
+  those of the objective are, and `drawn` all that their targets depend on.
   """
 
   name: str
@@ -48,6 +70,7 @@ class Experiment(NamedTuple):
   objective: Objective
   optimizer: Optimizer
   flexi: patch_schedule.Flexi
+  step_flops: patch_schedule.Cost
   evaluations: dict[str, Evaluation]
   batches: Callable[[int], data.TrainBatches]
   batch_size: int
@@ -57,6 +80,8 @@ class Experiment(NamedTuple):
   head_bias: float | None
   init: Any
   frozen_digests: dict[str, str]
+  drawn: dict[str, Any]
+  teacher_cache: str | None
   save_every: int
   keep: int | None
   log_every: int
@@ -81,12 +106,15 @@ def build(
   total_steps: int | None = None,
   total_epochs: float | None = None,
   total_examples: float | None = None,
+  total_flops: float | None = None,
   accumulate: int = 1,
   init: Mapping[str, Any] | None = None,
+  teacher_cache: str | None = None,
   init_head_bias: float | None = None,
   log_every: int = 50,
+  opening: Opening | None = None,
 ) -> Experiment:
-  """Builds an experiment; the arguments are the top-level keys of a config.
+  """Builds an experiment; the arguments are the top-level keys of a config, but for `opening`.
 
   Args:
     name: of the run, in reports; default: its folder's.
@@ -95,18 +123,26 @@ def build(
     model: `name` (default "flexivit") and the fields of that model; num_classes defaults to the data's.
     optim: arguments of `optim.make`.
     objective: `name` (default "supervised") and its arguments; `teachers` is `{name: arguments of load_teacher}`.
-    flexi: `{argument: {"v": values, "p": weights}}`: what is drawn for each step.
+    flexi: `{argument: section}`: what is drawn for each step; `seqhw` (or `grid_hw`, `patch_hw`, `stride`) and `depth`
+      are arguments of the model, a section is e.g. {"v": values, "p": weights}; all its keys: `patch_schedule.parse`.
     evals: `{name: section}`; a section is `type` (default "classification"), `data`, `pp`, `batch_size`, `seqhw`,
-      and one of every_steps, every_epochs, ... (default: at the end only); of a "distance" also `teacher`. The one
-      named "test", else the first in the alphabet, makes RUN/eval.json; another makes RUN/eval_NAME.json.
+      and one of every_steps, every_epochs, ... (default: at the end only); `stride` and `depth` for flexible axes other
+      than the patch size; of a "distance" or "teacher" also `teacher`, of a "fewshot" also `train_data` and the
+      arguments of `data.few_shots` and `evaluators.fewshot`. The one named "test", else the first in the alphabet,
+      makes RUN/eval.json; another makes RUN/eval_NAME.json.
     checkpoint: `keep` (newest checkpoints to keep; None: all), and one of every_steps, ... (default: every epoch).
-    total_steps: of the run; or give total_epochs or total_examples.
+    total_steps: of the run; or give total_epochs, total_examples or total_flops.
     total_epochs: see `total_steps`.
     total_examples: see `total_steps`.
+    total_flops: see `total_steps`; as many steps as the schedule of sizes is expected to make of it.
     accumulate: parts of a batch whose gradients are computed one after the other.
     init: weights to start from, arguments of `load_init`.
+    teacher_cache: folder where the teachers' logits are kept, step by step: another run with the same data, seed and
+      teachers reads them there, bit-equal, and runs no teacher. As large as steps x batch_size x classes x 4 bytes, or
+      with objective.top_k, x top_k x 8 bytes.
     init_head_bias: fills the head's bias at the start.
     log_every: steps between reads of the losses from the device.
+    opening: how data and weights are opened; default: `REAL`.
 
   Raises:
     UserError: a key that does not exist, a value that cannot be, sizes that do not divide the image.
@@ -121,27 +157,38 @@ def build(
     checkpoint=checkpoint,
     init=init,
   )
-  source = data.make_source(**input["data"])
+  opening = opening or REAL
+  source = opening.source(**input["data"])
   sizes = {"batch_size": input["batch_size"], "dataset_size": len(source)}
-  total = schedules.to_steps(
-    "total", steps=total_steps, epochs=total_epochs, examples=total_examples, **sizes
+  network, record = build_model(model, source.num_classes)
+  teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
+  goal = build_objective(objective, teachers)
+  shapes = example_shapes(source, input["pp"], _inputs(goal), network.num_classes)
+  image_shape = shapes["image"]
+  check_teachers(teachers, shapes, network.num_classes)
+  config.check("flexi", flexi, which_grid, given=("image_hw", "default"))
+  cost = functools.partial(
+    step_flops, network, shapes, teachers, goal.also, batch_size=input["batch_size"]
+  )
+  choices = patch_schedule.parse(flexi, cost)
+  for size in (*patch_schedule.all_static(choices), *goal.also):
+    check_size(network, image_shape, size)
+  total = _total_steps(
+    total_flops and total_flops / patch_schedule.mean_cost(choices, cost),
+    steps=total_steps,
+    epochs=total_epochs,
+    examples=total_examples,
+    **sizes,
   )
   if total < 1 or log_every < 1 or accumulate < 1 or input["batch_size"] % accumulate:
     message = f"Got {total} steps, log_every={log_every}, accumulate={accumulate}, batch_size={input['batch_size']}"
     raise errors.UserError(
       f"{message}; expected all at least 1 and accumulate a divisor of batch_size."
     )
-  network, record = build_model(model, source.num_classes)
   batches = functools.partial(_train_batches, source, input, seed, total)
-  config.check("flexi", flexi, which_patch, given=("image_hw", "default"))
-  choices = patch_schedule.parse(flexi)
-  teachers = {name: load_teacher(**t) for name, t in objective.get("teachers", {}).items()}
-  goal = build_objective(objective, teachers)
-  shapes = example_shapes(source, input["pp"], goal.inputs, network.num_classes)
-  image_shape = shapes["image"]
-  check_teachers(teachers, shapes, network.num_classes)
-  for size in patch_schedule.all_static(choices):
-    which_patch(image_shape[:2], network.patch_size, **cast(dict[str, Any], size))
+  digests = {name: opening.digest(teacher.params) for name, teacher in teachers.items()}
+  if teacher_cache is not None and not teachers:
+    raise errors.UserError("teacher_cache is set, but the objective has no teachers; remove it.")
   params = jax.eval_shape(lambda: steps.init_params(network, image_shape, seed, init_head_bias))
   every = functools.partial(_every, sizes=sizes, total=total)
   return Experiment(
@@ -153,8 +200,10 @@ def build(
     objective=goal,
     optimizer=_make_optimizer(params, total_steps=total, **sizes, **optim),
     flexi=choices,
+    step_flops=cost,
     evaluations={
-      k: build_evaluation(v, every(f"evals.{k}", v, default=total)) for k, v in evals.items()
+      k: build_evaluation(v, every(f"evals.{k}", v, default=total), opening)
+      for k, v in evals.items()
     },
     batches=batches,
     batch_size=input["batch_size"],
@@ -162,8 +211,10 @@ def build(
     total_steps=total,
     accumulate=accumulate,
     head_bias=init_head_bias,
-    init=None if init is None else load_init(network, **init),
-    frozen_digests={name: trees.digest(teacher.params) for name, teacher in teachers.items()},
+    init=None if init is None else opening.init(network, **init),
+    frozen_digests=digests,
+    drawn=_drawn(source, input, seed, accumulate, objective, teachers, digests),
+    teacher_cache=teacher_cache,
     save_every=every(
       "checkpoint", checkpoint, default=max(1, round(len(source) / input["batch_size"]))
     ),
@@ -184,13 +235,14 @@ def check_sections(
 ) -> None:
   """Raises a UserError for the first key that is misspelt, does not belong, or is missing."""
   network = _named("model", model, MODELS, "flexivit")
+  config.check_known("objective", objective, *OBJECTIVES.values(), optional=("name",))
   goal = _named("objective", objective, OBJECTIVES, "supervised")
   config.check("input", input, data.train_batches, given=_GIVEN_DATA, needed=("data",))
   config.check("input.data", input["data"], data.make_source)
   config.check("model", model, network, given=("parent",), optional=("name",))
   config.check("objective", objective, goal, optional=("name",))
   for name, section in objective.get("teachers", {}).items():
-    config.check(f"objective.teachers.{name}", section, load_teacher)
+    check_teacher(f"objective.teachers.{name}", section)
   if init is not None:
     config.check("init", init, load_init, given=("model",))
   config.check("optim", optim, _make_optimizer, given=_GIVEN_OPTIM)
@@ -204,15 +256,29 @@ def check_sections(
 
 def check_evaluation(where: str, section: Mapping[str, Any]) -> None:
   """Raises a UserError for the first wrong key in a section of `evals`."""
+  optional = ("type", "train_data", *(f"every_{unit}" for unit in _DURATIONS))
+  given = (*_GIVEN_EVALS, "process_index", "process_count")
+  every: list[Callable[..., Any]] = [data.eval_batches, data.few_shots, *EVALUATORS.values()]
+  # First what no evaluator has: a misspelt "type" is not the fault of the keys that belong to its value.
+  config.check_known(where, section, *every, given=given, optional=("data", *optional))
   evaluator = _named(where, section, EVALUATORS, "classification", "type")
-  optional = ("type", *(f"every_{unit}" for unit in _DURATIONS))
-  given = ("model", "batches", "mesh", *_GIVEN_DATA)
-  config.check(
-    where, section, data.eval_batches, evaluator, given=given, needed=("data",), optional=optional
-  )
-  config.check(f"{where}.data", section["data"], data.make_source)
+  functions, needed = [data.eval_batches, evaluator], ["data"]
+  if "train_batches" in inspect.signature(evaluator).parameters:
+    functions, needed = [*functions, data.few_shots], [*needed, "train_data"]
+  optional = tuple(k for k in optional if k != "train_data" or k in needed)
+  config.check(where, section, *functions, given=given, needed=needed, optional=optional)
+  for key in needed:
+    config.check(f"{where}.{key}", section[key], data.make_source)
   if "teacher" in section:
-    config.check(f"{where}.teacher", section["teacher"], load_teacher)
+    check_teacher(f"{where}.teacher", section["teacher"])
+
+
+def check_teacher(where: str, section: Mapping[str, Any]) -> None:
+  """Raises a UserError for the first wrong key in the section of a teacher."""
+  config.check(where, section, load_teacher)
+  if section.get("model") is not None:
+    model = _named(f"{where}.model", section["model"], MODELS, "flexivit")
+    config.check(f"{where}.model", section["model"], model, given=("parent",), optional=("name",))
 
 
 def build_model(section: Mapping[str, Any], num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -229,7 +295,8 @@ def build_objective(section: Mapping[str, Any], teachers: Mapping[str, Teacher])
 
 def load_teacher(
   *,
-  checkpoint: str,
+  checkpoint: str | None = None,
+  model: Mapping[str, Any] | None = None,
   image: str = "image",
   seqhw: int | None = None,
   num_heads: int | None = None,
@@ -240,19 +307,48 @@ def load_teacher(
 
   Args:
     checkpoint: what `weights.load` takes.
+    model: fields of the model that it must hold, by which a run can be planned without the file. Without a
+      checkpoint: of a model with random weights, to try a config.
     image: key of the batch under which it finds its image, of its own resolution.
     seqhw: tokens per side at which it runs; default: its own patch size.
     num_heads, mean, std: as in `weights.load`.
+
+  Raises:
+    UserError: neither checkpoint nor model; a checkpoint of another model.
   """
-  model, params = weights.load(checkpoint, **_given(num_heads=num_heads, mean=mean, std=std))
+  if checkpoint is not None:
+    network, params = weights.load(checkpoint, **_given(num_heads=num_heads, mean=mean, std=std))
+    _check_model(network, model or {}, checkpoint)
+  elif model is not None:
+    network, _ = build_model({"head_zeroinit": False, **model}, num_classes=0)
+    params = steps.init_params(network, (8, 8, 3), seed=0)  # no parameter depends on the image
+  else:
+    raise errors.UserError("A teacher has neither checkpoint nor model; give one of them.")
   size = {} if seqhw is None else {"seqhw": seqhw}
-  return Teacher(model, jax.tree.map(np.asarray, params), image, size)
+  return Teacher(network, jax.tree.map(np.asarray, params), image, size)
+
+
+def _check_model(found: nn.Module, section: Mapping[str, Any], checkpoint: str) -> None:
+  """Raises a UserError that lists the fields in which a model is not the one that a config names."""
+  names = (
+    {"width", "depth", "mlp_dim", "num_heads", "patch_size"} if "variant" in section else set()
+  )
+  names |= section.keys() - {"variant", "name"}
+  want = build_model({**section}, num_classes=0)[0] if section else found
+  lines = [
+    f"{name}: {getattr(found, name)!r} in the file, {getattr(want, name)!r} in the config"
+    for name in sorted(names)
+    if getattr(found, name) != getattr(want, name)
+  ]
+  if lines:
+    raise errors.UserError(f"{checkpoint} is not the model of the config:\n  " + "\n  ".join(lines))
 
 
 def load_init(
   model: nn.Module,
   *,
   checkpoint: str,
+  new_head: bool = False,
   num_heads: int | None = None,
   mean: tuple[float, ...] | None = None,
   std: tuple[float, ...] | None = None,
@@ -262,14 +358,87 @@ def load_init(
   Args:
     model: the model that they are for.
     checkpoint: what `weights.load` takes.
+    new_head: its head is not used, the model's own is drawn: for other classes.
     num_heads, mean, std: as in `weights.load`.
   """
   given = _given(num_heads=num_heads, mean=mean, std=std)
-  return jax.tree.map(np.asarray, weights.load_into(checkpoint, model, **given))
+  params = weights.load_into(checkpoint, model, new_head=new_head, **given)
+  return jax.tree.map(np.asarray, params)
 
 
 def _given(**values: Any) -> dict[str, Any]:
   return {name: value for name, value in values.items() if value is not None}
+
+
+def check_size(model: nn.Module, image_shape: Sequence[int], size: Mapping[str, Any]) -> None:
+  """Raises a UserError if a model cannot run images (h, w, c) with these static arguments."""
+  which_grid(tuple(image_shape[:2]), model.patch_size, **size)
+  which_depth(model.depth, size.get("depth"))
+
+
+def step_flops(
+  model: nn.Module,
+  shapes: Mapping[str, tuple[int, ...]],
+  teachers: Mapping[str, Teacher],
+  also: Sequence[Mapping[str, Any]],
+  size: Mapping[str, Any],
+  *,
+  batch_size: int,
+) -> float:
+  """FLOPs of a training step: three forward passes at the size, one for each teacher and for each size in `also`."""
+  h, w, c = shapes["image"]
+  macs = 3 * gmacs(model, (h, w), c, **size) + sum(gmacs(model, (h, w), c, **s) for s in also)
+  for teacher in teachers.values():
+    th, tw, tc = shapes[teacher.image]
+    macs += gmacs(teacher.model, (th, tw), tc, **teacher.size)
+  return 2e9 * macs * batch_size
+
+
+def _total_steps(by_flops: float | None, **given: Any) -> int:
+  if by_flops is None:
+    return schedules.to_steps("total", **given)
+  units = {k: given[k] for k in ("steps", "epochs", "examples") if given[k] is not None}
+  if units:
+    raise errors.UserError(f"Got total_flops and total_{next(iter(units))}; give one of them.")
+  return max(1, round(by_flops))
+
+
+def _inputs(objective: Objective) -> tuple[str, ...]:
+  """What an objective and its teachers take from a batch."""
+  taught = objective.teaching.inputs if objective.teaching else ()
+  return tuple(dict.fromkeys((*objective.inputs, *taught)))
+
+
+def _drawn(
+  source: data.Source,
+  section: Mapping[str, Any],
+  seed: int,
+  accumulate: int,
+  objective: Mapping[str, Any],
+  teachers: Mapping[str, Teacher],
+  digests: Mapping[str, str],
+) -> dict[str, Any]:
+  """What the teachers' targets depend on: images, their draws and mixup, and the teachers."""
+  options = {k: objective.get(k) for k in ("mixup_p", "top_k")}
+  return dict(
+    data={**section["data"], "examples": len(source)},
+    pp=section["pp"],
+    batch_size=section["batch_size"],
+    on_error=section.get("on_error"),
+    seed=seed,
+    accumulate=accumulate,
+    **options,
+    teachers={
+      name: dict(sha256=digests[name], image=t.image, size=t.size, model=_fields(t.model))
+      for name, t in teachers.items()
+    },
+  )
+
+
+def _fields(model: nn.Module) -> dict[str, Any]:
+  """What two models of the same parameters may differ in: num_heads, gelu and the like."""
+  names = (field.name for field in dataclasses.fields(model) if field.init)
+  return {name: getattr(model, name) for name in names if name not in ("parent", "name")}
 
 
 def check_teachers(
@@ -284,22 +453,46 @@ def check_teachers(
     which_patch(shapes[teacher.image][:2], teacher.model.patch_size, **teacher.size)
 
 
-def build_evaluation(section: Mapping[str, Any], every: int) -> Evaluation:
+def build_evaluation(
+  section: Mapping[str, Any], every: int, opening: Opening | None = None
+) -> Evaluation:
   """Opens an evaluator's data; its device programs are made later, by `make(model, mesh)`."""
-  source = data.make_source(**section["data"])
+  opening = opening or REAL
+  source = opening.source(**section["data"])
   evaluator = EVALUATORS[section.get("type", "classification")]
   if "teacher" in section:
-    section = {**section, "teacher": load_teacher(**section["teacher"])}
+    section = {**section, "teacher": opening.teacher(**section["teacher"])}
   process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+  training = None
+  if "train_data" in section:
+    training = _same_classes(opening.source(**section["train_data"]), source)
+    training = opening.shots(training, **_arguments(section, data.few_shots))
+
+  def load(source: data.Source) -> data.EvalBatches:
+    return data.eval_batches(source, **_arguments(section, data.eval_batches), **process)
 
   def make(model: nn.Module, mesh: Any) -> Any:
-    loading = {
-      k: section[k] for k in inspect.signature(data.eval_batches).parameters if k in section
-    }
-    scoring = {k: section[k] for k in inspect.signature(evaluator).parameters if k in section}
-    return evaluator(model, data.eval_batches(source, **loading, **process), mesh, **scoring)
+    scoring = _arguments(section, evaluator)
+    if training:
+      scoring |= {"train_batches": load(training), "num_classes": source.num_classes}
+    return evaluator(model, load(source), mesh, **scoring)
 
-  return Evaluation(make, every, source, section["pp"])
+  return Evaluation(make, every, source, section["pp"], section)
+
+
+def _same_classes(train: data.Source, test: data.Source) -> data.Source:
+  """Returns what an evaluator is fitted to; its classes have to be those of the data that it is tested on."""
+  named = train.class_names is not None and test.class_names is not None
+  if train.num_classes != test.num_classes or (named and train.class_names != test.class_names):
+    raise errors.UserError(
+      f"train_data is {train.name} {train.split!r} with {train.num_classes} classes, data {test.name} {test.split!r}"
+      f" with {test.num_classes}; expected the same classes under the same names."
+    )
+  return train
+
+
+def _arguments(section: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+  return {k: section[k] for k in inspect.signature(function).parameters if k in section}
 
 
 def example_shapes(
@@ -354,3 +547,6 @@ def _named(
 
 def _without(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
   return {k: v for k, v in section.items() if k not in keys}
+
+
+REAL = Opening(data.make_source, load_teacher, load_init, trees.digest, data.few_shots)

@@ -1,5 +1,7 @@
 """Per-example losses, distances between logits, and mixup, all in float32 whatever the inputs are."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key, UInt32
@@ -47,6 +49,33 @@ def logsoftmax_euclidean(
     teacher.astype(jnp.float32)
   )
   return jnp.sqrt(jnp.sum(difference**2, axis=-1) + 1e-12)
+
+
+class SparseLogits(NamedTuple):
+  """What is kept of logits [n, k]: the largest `values` [n, top] at `indices` [n, top], `rest` [n] for the others."""
+
+  values: Array
+  indices: Array
+  rest: Array
+
+
+def sparse_logits(logits: Float[Array, "n k"], top: int) -> SparseLogits:
+  """Keeps the `top` largest; the others become one number, with which together they have the probability that they had.
+
+  So the kept probabilities stay exact, and what is lost is how the rest is divided. Not for sigmoid models.
+  """
+  logits = logits.astype(jnp.float32)
+  top = min(top, logits.shape[-1])
+  values, indices = jax.lax.top_k(logits, top)
+  others = jnp.put_along_axis(logits, indices, -jnp.inf, axis=-1, inplace=False)
+  rest = jax.nn.logsumexp(others, axis=-1) - jnp.log(max(logits.shape[-1] - top, 1))
+  return SparseLogits(values, indices, rest)
+
+
+def dense_logits(sparse: SparseLogits, k: int) -> Float32[Array, "n k"]:
+  """Logits [n, k] of what `sparse_logits` kept."""
+  dense = jnp.broadcast_to(sparse.rest[:, None], (len(sparse.rest), k))
+  return jnp.put_along_axis(dense, sparse.indices, sparse.values, axis=-1, inplace=False)
 
 
 DISTANCES = {"kl": kl, "logsoftmax_euclidean": logsoftmax_euclidean}

@@ -10,7 +10,7 @@ import jax
 from flexivit_jax import trees
 
 # What a row holds besides its evaluator's metrics.
-COLUMNS = ("seqhw", "patch", "tokens", "gflops", "ms", "n")
+COLUMNS = ("seqhw", "stride", "depth", "patch", "tokens", "gflops", "ms", "n")
 
 
 _FIRST = ("top1", "top5", "agree1", "agree5", "loss")  # the one that tells most in front

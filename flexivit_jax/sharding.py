@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexivit_jax import errors
 
@@ -15,26 +15,26 @@ def make_mesh() -> Mesh:
   return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Sharding of what every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_split(mesh: Mesh) -> NamedSharding:
+def batch_split(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Sharding of arrays `[n, ...]` whose examples are divided over the devices."""
   return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Makes global arrays of this process's share of a batch, without waiting for the copy.
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+  """Makes global arrays of this process's share of a batch, a tree of arrays, without waiting for the copy.
 
   Raises:
     UserError: if the global batch cannot be divided over the devices.
   """
-  n = len(next(iter(batch.values()))) * jax.process_count()
+  n = len(jax.tree.leaves(batch)[0]) * jax.process_count()
   check_divides(n, mesh)
   sharding = batch_split(mesh)
-  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+  return jax.tree.map(lambda v: jax.make_array_from_process_local_data(sharding, v), batch)
 
 
 def check_divides(batch_size: int, mesh: Mesh) -> None:

@@ -1,5 +1,6 @@
 """One training step, as a pure function that is compiled once for each patch size."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flexivit_jax.objectives.base import Batch, Objective
+from flexivit_jax.objectives.base import Batch, Objective, Teaching
 
 
 class TrainState(NamedTuple):
-  """All that changes from step to step. `step` counts the updates done."""
+  """All that changes from step to step. `step` counts the updates done; `ema` is None where no objective needs it."""
 
   step: jax.Array
   params: Any
   opt_state: Any
+  ema: Any = None
 
 
 def init_params(
@@ -31,10 +33,15 @@ def init_params(
   return params
 
 
+def init_state(params: Any, tx: optax.GradientTransformation, objective: Objective) -> TrainState:
+  """The state before the first step."""
+  ema = None if objective.ema is None else jax.tree.map(jnp.copy, params)
+  return TrainState(jnp.int32(0), params, tx.init(params), ema)
+
+
 def step(
   state: TrainState,
   batch: Batch,
-  frozen: Any = (),
   *,
   model: nn.Module,
   objective: Objective,
@@ -48,7 +55,6 @@ def step(
   Args:
     state: its memory may be donated.
     batch: "image" `[n, h, w, c]` and what else the objective takes; may hold more, which is ignored.
-    frozen: the objective's, as an argument so that it is no constant of the program of each size.
     model: gives the logits as the first of two outputs.
     objective: what to minimise, see `objectives.base`.
     tx: the optimizer.
@@ -59,16 +65,18 @@ def step(
   Returns:
     The next state, and "loss", "grad_norm" and "param_norm" (of the next state) as float32 scalars.
   """
-  key = jax.random.fold_in(jax.random.key(seed), state.step + 1)  # 0 is the initialisation's
-  mix_key, dropout_key = jax.random.split(key)
+  mix_key, dropout_key = _keys(seed, state.step)
   prepared = objective.prepare(batch, mix_key)
 
   def mean_loss(params: Any, part: Batch, key: jax.Array) -> jax.Array:
-    def predict(image: jax.Array) -> jax.Array:
+    def predict(image: jax.Array, *, fixed: bool = False, **other: Any) -> jax.Array:
+      if fixed:
+        known = {"params": params if state.ema is None else state.ema}
+        return jax.lax.stop_gradient(model.apply(known, image, **(other or size))[0])
       rngs = {"dropout": key}
-      return model.apply({"params": params}, image, train=True, rngs=rngs, **size)[0]
+      return model.apply({"params": params}, image, train=True, rngs=rngs, **(other or size))[0]
 
-    return objective.loss(predict, part, frozen).mean()
+    return objective.loss(predict, part).mean()
 
   loss, grads = _accumulated(jax.value_and_grad(mean_loss), accumulate)(
     state.params, prepared, dropout_key
@@ -76,7 +84,50 @@ def step(
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-  return TrainState(state.step + 1, params, opt_state), {"loss": loss, **norms}
+  ema = (
+    None if objective.ema is None else running_mean(state.ema, params, objective.ema, state.step)
+  )
+  return TrainState(state.step + 1, params, opt_state, ema), {"loss": loss, **norms}
+
+
+def running_mean(mean: Any, params: Any, decay: float, step: jax.Array) -> Any:
+  """The running mean of the weights after `step + 1` updates; the first ones forget faster: (1 + step) / (10 + step).
+
+  Source of that factor: TensorFlow's ExponentialMovingAverage.
+  """
+  kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(lambda m, p: m + (1.0 - kept) * (p - m), mean, params)
+
+
+def targets(
+  step: jax.Array, batch: Batch, frozen: Any, *, teaching: Teaching, seed: int, accumulate: int = 1
+) -> Any:
+  """What the objective's teachers say of a batch: batch["targets"] of the step after `step` updates.
+
+  A program of its own, the same for all sizes, so that the teachers are compiled once; and a step whose targets were
+  kept is the same program on the same numbers.
+
+  Args:
+    step: `state.step` of the step that they are for.
+    batch: what `teaching.inputs` names, as it comes from the data: mixup is done here as in the step.
+    frozen: `teaching.frozen`, as an argument so that it is no constant of the program.
+    teaching: see `objectives.base`.
+    seed: as in `step`.
+    accumulate: parts of the batch that are computed one after the other: less memory, the same numbers.
+  """
+  mix_key, _ = _keys(seed, step)
+  prepared = teaching.prepare(batch, mix_key)
+  if accumulate == 1:
+    return teaching.targets(frozen, prepared)
+  made = jax.lax.map(functools.partial(teaching.targets, frozen), _split(prepared, accumulate))
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), made)
+
+
+def _keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The keys of mixup and dropout."""
+  key = jax.random.fold_in(jax.random.key(seed), step + 1)  # 0 is the initialisation's
+  mix_key, dropout_key = jax.random.split(key)
+  return mix_key, dropout_key
 
 
 def _accumulated(value_and_grad: Callable, parts: int) -> Callable:
@@ -85,8 +136,7 @@ def _accumulated(value_and_grad: Callable, parts: int) -> Callable:
     return value_and_grad
 
   def run(params: Any, batch: Any, key: jax.Array) -> Any:
-    # Interleaved, so that each device's share of the batch is divided where it is.
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = _split(batch, parts)
 
     def body(total: Any, xs: Any) -> tuple[Any, None]:
       part, i = xs
@@ -99,3 +149,8 @@ def _accumulated(value_and_grad: Callable, parts: int) -> Callable:
     return jax.tree.map(lambda x: x / parts, total)
 
   return run
+
+
+def _split(batch: Any, parts: int) -> Any:
+  """Arrays [n, ...] as [parts, n / parts, ...], interleaved so that each device's share is divided where it is."""
+  return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)

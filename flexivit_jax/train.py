@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
@@ -30,11 +29,13 @@ from flexivit_jax import (
   results,
   sharding,
   steps,
+  teaching,
   trees,
 )
 from flexivit_jax.checkpoint import Checkpoints
-from flexivit_jax.evaluators.per_size import size_text
-from flexivit_jax.models.flexivit import which_patch
+from flexivit_jax.evaluators.per_size import label, size_text
+from flexivit_jax.models.flexivit import which_grid
+from flexivit_jax.teacher_cache import TeacherCache
 
 
 def train(settings: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
@@ -46,11 +47,13 @@ def train(settings: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
   Raises:
     UserError: a mistake in the config; a checkpoint that does not fit it; a loss that is not finite.
   """
-  config.check("", settings, experiment.build)
+  config.check("", settings, experiment.build, given=("opening",))
   exp = experiment.build(**{"name": workdir.name, **settings})
   _note(
     f"{exp.name}: {exp.total_steps} steps of {exp.batch_size} ({exp.total_steps / exp.steps_per_epoch:.1f} epochs)"
   )
+  for line in _costs(exp):
+    _note(line)
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
   mesh = sharding.make_mesh()
@@ -59,7 +62,7 @@ def train(settings: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
     checkpoints = stack.enter_context(
       contextlib.closing(Checkpoints(workdir / "checkpoints", keep=exp.keep))
     )
-    state, batches = _start_or_resume(exp, checkpoints, mesh)
+    state, schedule, batches = _start_or_resume(exp, checkpoints, mesh)
     stack.enter_context(batches)
     start = int(state.step)
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -67,24 +70,26 @@ def train(settings: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
     writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start))
     evaluators = {name: e.make(exp.model, mesh) for name, e in exp.evaluations.items()}
     if start < exp.total_steps:
-      frozen = jax.device_put(exp.objective.frozen, sharding.replicated(mesh))
-      programs = _compile(exp, state, frozen, mesh)
+      targets = _targets(exp, start, mesh, stack)
+      programs = _compile(exp, state, targets, mesh)
       for evaluator in evaluators.values():
         evaluator.compile(state.params, _report_program("eval", exp))
-      state = _loop(exp, state, frozen, batches, programs, evaluators, checkpoints, writer, mesh)
+      state = _loop(
+        exp, state, schedule, targets, batches, programs, evaluators, checkpoints, writer, mesh
+      )
     _final_evaluation(exp, state, evaluators, writer, workdir)
   return workdir
 
 
 def _start_or_resume(
   exp: experiment.Experiment, checkpoints: Checkpoints, mesh: Any
-) -> tuple[steps.TrainState, Any]:
-  """Returns the initial state or the newest checkpoint's, and the batches from there on."""
+) -> tuple[steps.TrainState, patch_schedule.State, Any]:
+  """Returns the initial state or the newest checkpoint's, that of the schedule of sizes, and the batches from there."""
   state = _init(exp, mesh)
   latest = checkpoints.latest_step()
   if latest is None:
-    return state, exp.batches(0)
-  rest = {"step": state.step, "opt_state": state.opt_state}
+    return state, patch_schedule.init_state(exp.flexi), exp.batches(0)
+  rest = _rest(state)
   params, rest, record = checkpoints.restore(latest, state.params, rest)
   _check_frozen(exp, record.get("frozen", {}), checkpoints.folder / str(latest))
   batches = exp.batches(0)
@@ -93,14 +98,20 @@ def _start_or_resume(
   _note(
     f"resumed from {checkpoints.folder / str(latest)}: step {latest}/{exp.total_steps}, epoch {epoch:.2f}"
   )
-  return steps.TrainState(rest["step"], params, rest["opt_state"]), batches
+  return steps.TrainState(params=params, **rest), record.get("schedule", {}), batches
+
+
+def _rest(state: steps.TrainState) -> dict[str, Any]:
+  """What a checkpoint holds beside the parameters."""
+  rest = {k: v for k, v in state._asdict().items() if k != "params"}
+  return {k: v for k, v in rest.items() if v is not None}
 
 
 def _init(exp: experiment.Experiment, mesh: Any) -> steps.TrainState:
   def init(given: Any) -> steps.TrainState:
     params = steps.init_params(exp.model, exp.image_shape, exp.seed, exp.head_bias)
-    params = params if given is None else given
-    return steps.TrainState(jnp.int32(0), params, exp.optimizer.tx.init(params))
+    params = {**params, **(given or {})}  # what is given may lack the head
+    return steps.init_state(params, exp.optimizer.tx, exp.objective)
 
   state = jax.jit(init, out_shardings=sharding.replicated(mesh))(exp.init)
   _note(f"{trees.count(state.params):,} parameters on {mesh.size} x {jax.devices()[0].device_kind}")
@@ -115,13 +126,44 @@ def _check_frozen(exp: experiment.Experiment, stored: dict[str, str], where: pat
     )
 
 
-def _compile(
-  exp: experiment.Experiment, state: steps.TrainState, frozen: Any, mesh: Any
-) -> dict[tuple, compilation.Program]:
-  local = exp.batch_size // jax.process_count()
-  batch = sharding.specs(
-    {n: np.broadcast_to(np.float32(0), (local, *s)) for n, s in exp.input_shapes.items()}, mesh
+def _targets(
+  exp: experiment.Experiment, start: int, mesh: Any, stack: contextlib.ExitStack
+) -> teaching.Targets | None:
+  """What the teachers say of each step that is left; None without teachers."""
+  if exp.objective.teaching is None:
+    return None
+  cache = None
+  if exp.teacher_cache is not None:
+    process = (jax.process_index(), jax.process_count())
+    cache = TeacherCache(exp.teacher_cache, exp.drawn, process)
+    stack.enter_context(contextlib.closing(cache))
+  targets = teaching.Targets(
+    exp.objective.teaching,
+    _specs(exp, exp.objective.teaching.inputs, mesh),
+    mesh,
+    seed=exp.seed,
+    accumulate=exp.accumulate,
+    cache=cache,
+    todo=range(start, exp.total_steps),
+    report=lambda _, program: _note(f"compiled teachers: {program.seconds:.1f} s"),
   )
+  if targets.complete:
+    _note(f"teachers: their logits of all steps are in {exp.teacher_cache}")
+  return targets
+
+
+def _specs(exp: experiment.Experiment, inputs: Any, mesh: Any) -> dict[str, Any]:
+  local = exp.batch_size // jax.process_count()
+  shapes = {name: (local, *exp.input_shapes[name]) for name in inputs}
+  return sharding.specs({k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()}, mesh)
+
+
+def _compile(
+  exp: experiment.Experiment, state: steps.TrainState, targets: teaching.Targets | None, mesh: Any
+) -> dict[tuple, compilation.Program]:
+  batch = _specs(exp, exp.objective.inputs, mesh)
+  if targets is not None:
+    batch["targets"] = targets.specs
   fn = functools.partial(
     steps.step,
     model=exp.model,
@@ -132,14 +174,15 @@ def _compile(
   )
   sizes = patch_schedule.all_static(exp.flexi)
   return compilation.compile_each(
-    fn, (state, batch, frozen), sizes, donate=(0,), report=_report_program("train", exp)
+    fn, (state, batch), sizes, donate=(0,), report=_report_program("train", exp)
   )
 
 
 def _loop(
   exp: experiment.Experiment,
   state: steps.TrainState,
-  frozen: Any,
+  schedule: patch_schedule.State,
+  targets: teaching.Targets | None,
   batches: Any,
   programs: dict[tuple, compilation.Program],
   evaluators: dict[str, Any],
@@ -157,21 +200,28 @@ def _loop(
     asked = time.perf_counter()
     batch = next(batches)
     waited = time.perf_counter() - asked
-    size = patch_schedule.draw(exp.flexi, seed=exp.seed, step=step - 1)
-    on_device = sharding.put_batch({k: batch[k] for k in exp.input_shapes}, mesh)
-    state, measured = programs[compilation.size_key(size)].run(state, on_device, frozen)
+    size = patch_schedule.draw(
+      exp.flexi, seed=exp.seed, step=step - 1, total_steps=exp.total_steps, state=schedule
+    )
+    on_device = sharding.put_batch({k: batch[k] for k in exp.objective.inputs}, mesh)
+    if targets is not None:
+      on_device["targets"] = targets(step - 1, batch, state.step)
+    state, measured = programs[compilation.size_key(size)].run(state, on_device)
     pending.append((step, size, measured))
     last = step == exp.total_steps
     due = [name for name, e in exp.evaluations.items() if step % e.every == 0 and not last]
     save = step % exp.save_every == 0 or last
-    if step % exp.log_every == 0 or due or save:
+    if step % exp.log_every == 0 or due or save or patch_schedule.is_due(exp.flexi, step):
       skipped = {"data_errors": len(batches.errors)} if batches.errors else {}
-      _flush(exp, pending, writer, progress.stats() | skipped)
+      for at, drawn, values in _flush(exp, pending, writer, progress.stats() | skipped):
+        schedule = patch_schedule.update(
+          exp.flexi, schedule, step=at, drawn=drawn, loss=float(values["loss"])
+        )
     progress.update(step, data_wait=waited)
     with progress.paused():
       if save:
-        rest = {"step": state.step, "opt_state": state.opt_state}
-        checkpoints.save(step, state.params, rest, _record(exp, step, batches))
+        record = _record(exp, step, schedule, batches)
+        checkpoints.save(step, state.params, _rest(state), record)
       for name in due:
         _note_rows(name, step, evaluators[name].run(state.params), writer)
   return state
@@ -182,8 +232,8 @@ def _flush(
   pending: list[tuple[int, dict, dict]],
   writer: metrics.MetricsWriter,
   extra: dict[str, float],
-) -> None:
-  """Writes one row for each step since the last time; stops the run at the first that is not finite."""
+) -> list[tuple[int, dict, dict]]:
+  """Writes one row for each step since the last time, and returns them; stops the run at the first not finite."""
   rows, pending[:] = jax.device_get(pending), []
   for step, size, measured in rows:
     values: dict[str, Any] = {k: size_text(v) for k, v in size.items()}
@@ -203,22 +253,27 @@ def _flush(
         f"At step {step} ({compilation.size_name(size)}) {', '.join(bad)}; stopped. The last"
         " checkpoint is from before. Lower optim.lr, or set optim.clip."
       )
+  return rows
 
 
 def _note_rows(
   name: str, step: int, rows: list[dict[str, Any]], writer: metrics.MetricsWriter
 ) -> None:
   for row in rows:
-    values = {f"{name}/{k}/seqhw={row['seqhw']}": row[k] for k in results.metrics_of(row)}
+    values = {f"{name}/{k}/seqhw={label(row)}": row[k] for k in results.metrics_of(row)}
     writer.write(step, values)
   first = results.metrics_of(rows[0])[0]
-  _note(f"step {step}: {name} {first} " + ", ".join(f"{r['seqhw']}: {r[first]:.1%}" for r in rows))
+  _note(f"step {step}: {name} {first} " + ", ".join(f"{label(r)}: {r[first]:.1%}" for r in rows))
 
 
-def _record(exp: experiment.Experiment, step: int, batches: Any) -> dict[str, Any]:
+def _record(
+  exp: experiment.Experiment, step: int, schedule: patch_schedule.State, batches: Any
+) -> dict[str, Any]:
   """What a checkpoint says of itself: enough to go on training, and to predict without the config."""
   main = exp.evaluations.get(results.main_of(exp.evaluations))
-  names = main.source.class_names if main else None
+  # An evaluator that fits its own classifier may be of other classes than the model.
+  own = main is not None and main.source.num_classes == exp.model.num_classes
+  names = main.source.class_names if own else None
   return {
     "name": exp.name,
     "step": step,
@@ -228,6 +283,7 @@ def _record(exp: experiment.Experiment, step: int, batches: Any) -> dict[str, An
     "pp": main.pp if main else None,
     "class_names": list(names) if names else None,
     "frozen": exp.frozen_digests,
+    "schedule": schedule,
     "trained": {name: list(choice.values) for name, choice in exp.flexi.items()},
   }
 
@@ -250,12 +306,24 @@ def _final_evaluation(
     results.write(results.file_of(workdir / "eval.json", name, evaluators), about, rows)
 
 
+def _costs(exp: experiment.Experiment) -> list[str]:
+  """What the schedule of sizes will cost, a line for each size and one for all."""
+  shares = patch_schedule.shares(exp.flexi, exp.step_flops)
+  mean = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
+  lines = [
+    f"{compilation.size_name(size)}: {share:.1%} of the steps, {share * cost / mean:.1%} of the FLOPs"
+    for size, share, cost in shares
+  ]
+  adaptive = any(choice.adapt for choice in exp.flexi.values())
+  note = ", as the sizes are drawn at first" if adaptive else ""
+  return [*lines, f"{mean * exp.total_steps:.3g} FLOPs expected in all{note}"]
+
+
 def _report_program(kind: str, exp: experiment.Experiment) -> Any:
   def report(size: dict, program: compilation.Program) -> None:
-    h, w, _ = exp.image_shape
-    ph, pw = which_patch((h, w), exp.model.patch_size, **size)
+    rows, columns = which_grid(exp.image_shape[:2], exp.model.patch_size, **size).grid_hw
     _note(
-      f"compiled {kind} {compilation.size_name(size)}: {h // ph * (w // pw)} tokens,"
+      f"compiled {kind} {compilation.size_name(size)}: {rows * columns} tokens,"
       f" {program.seconds:.1f} s, {program.temp_bytes / 2**20:.1f} MiB temporary"
     )
 

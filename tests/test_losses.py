@@ -11,11 +11,14 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.losses import (
   DISTANCES,
   LOSSES,
+  SparseLogits,
+  dense_logits,
   kl,
   logsoftmax_euclidean,
   mixup,
   sigmoid_xent,
   softmax_xent,
+  sparse_logits,
 )
 
 
@@ -62,6 +65,50 @@ def test_distances_of_equal_logits_and_their_gradients_are_zero():
     scipy.special.log_softmax(a, axis=-1) - scipy.special.log_softmax(b, axis=-1), axis=-1
   )
   np.testing.assert_allclose(logsoftmax_euclidean(*_f32(a, b)), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top", [1, 4, 10])
+def test_sparse_logits_keep_the_largest_probabilities_and_the_sum_of_the_others(top):
+  logits, _ = _arrays()
+  order = np.argsort(-logits, axis=-1)
+  kept = sparse_logits(_f32(logits)[0], top)
+  np.testing.assert_array_equal(kept.indices, order[:, :top])
+  np.testing.assert_array_equal(
+    kept.values, np.float32(np.take_along_axis(logits, order, 1))[:, :top]
+  )
+  p = np.take_along_axis(scipy.special.softmax(logits, axis=-1), order, 1)
+  dense = dense_logits(kept, 11)
+  got = np.take_along_axis(scipy.special.softmax(np.float64(dense), axis=-1), order, 1)
+  np.testing.assert_allclose(got[:, :top], p[:, :top], rtol=2e-6)
+  rest = p[:, top:].sum(-1, keepdims=True) / (11 - top)
+  np.testing.assert_allclose(got[:, top:], np.repeat(rest, 11 - top, axis=1), rtol=2e-6)
+  # Not only the probabilities, the logits themselves too.
+  assert scipy.special.logsumexp(np.float64(dense), axis=-1) == pytest.approx(
+    scipy.special.logsumexp(logits, axis=-1), abs=2e-6
+  )
+
+
+def test_dense_logits_puts_each_value_where_it_was():
+  rng = np.random.default_rng(2)
+  values, rest = np.float32(rng.normal(size=(5, 3))), np.float32(rng.normal(size=5))
+  indices = np.stack([rng.permutation(8)[:3] for _ in range(5)])
+  want = np.repeat(rest[:, None], 8, axis=1)
+  for i in range(5):
+    want[i, indices[i]] = values[i]
+  got = jax.jit(dense_logits, static_argnums=1)(
+    SparseLogits(*map(jnp.asarray, (values, indices, rest))), 8
+  )
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("top", [11, 50])
+def test_logits_that_are_all_kept_come_back_bit_for_bit(top):
+  (logits,) = _f32(_arrays()[0])
+  np.testing.assert_array_equal(dense_logits(sparse_logits(logits, top), 11), logits)
+  half = logits.astype(jnp.bfloat16)
+  kept = sparse_logits(half, top)
+  assert kept.values.dtype == kept.rest.dtype == jnp.float32
+  np.testing.assert_array_equal(dense_logits(kept, 11), half.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

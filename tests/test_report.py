@@ -230,6 +230,36 @@ def test_equal_names_get_their_folders(tmp_path):
   assert [run.name for run in runs_lib.load(runs[1:3])] == ["FlexiViT (x)", "FlexiViT (c)"]
 
 
+def test_depths_are_curves_of_their_own(tmp_path):
+  rows = [make_row(g, 0.02 * k + 0.05 * g, depth=k) for g in (4, 8) for k in (10, 2)]
+  deep = make_run(tmp_path / "deep", rows=rows)
+  paths = [deep, make_run(tmp_path / "other", rows=rows[1:2]), make_run(tmp_path / "whole")]
+  runs = runs_lib.load(paths)
+  assert [(run.name, [row.patch for row in run.rows]) for run in runs] == [
+    ("FlexiViT depth=2 (deep)", [3, 6]),
+    ("FlexiViT depth=10", [3, 6]),
+    ("FlexiViT depth=2 (other)", [6]),
+    ("FlexiViT", [3, 4, 6, 8, 12]),
+  ]
+  assert [row.top1 for row in runs[0].rows] == [rows[3]["top1"], rows[1]["top1"]]
+  assert runs_lib.to_json(runs[1])["rows"] == [rows[2], rows[0]]
+  assert "depth" not in runs_lib.to_json(runs[3])["rows"][0]
+  assert table([deep]).splitlines()[3:5] == [
+    "FlexiViT depth=2      44.0*     24.0*",
+    "FlexiViT depth=10     60.0*     40.0*",
+  ]
+  with pytest.raises(UserError, match="patch 3 at seqhw 8 and depth 2 has more than one row"):
+    table([make_run(tmp_path / "twice", rows=[*rows, rows[-1]])])
+
+
+def test_strides_are_told_apart_by_their_grids(tmp_path):
+  rows = [make_row(g, 0.1 * g, patch=6, stride=18 // (g - 1)) for g in (2, 4, 7)]
+  (run,) = runs_lib.load([make_run(tmp_path / "run", rows=rows)])
+  assert [(row.patch, row.seqhw, row.top1) for row in run.rows] == [
+    (6, g, 0.1 * g) for g in (2, 4, 7)
+  ]
+
+
 def test_missing_runs_say_to_evaluate_first(tmp_path):
   with pytest.raises(UserError, match=r"nowhere does not exist; run `flexivit eval` first"):
     table([tmp_path / "nowhere"])
@@ -273,6 +303,8 @@ def test_missing_keys_are_named(tmp_path, key):
     ("loss", []),
     ("n", 0),
     ("n", 1.5),
+    ("depth", 0),
+    ("depth", "2"),
     ("tokens", -1),
     ("seqhw", 0),
     ("seqhw", "8by6"),

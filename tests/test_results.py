@@ -13,6 +13,15 @@ def test_the_headline_comes_first_and_accuracies_are_percent():
   assert line.split() == ["8", "3", "64", "1.5", "2", "50.00%", "100.00%", "0.25", "10"]
 
 
+def test_stride_and_depth_are_columns_and_no_metrics():
+  row = dict(seqhw=3, stride=3, depth=2, patch=6, tokens=9, gflops=1.5, ms=2.0, top1=0.5, n=10)
+  assert results.metrics_of(row) == ["top1"]
+  head, line = results.table([row]).splitlines()
+  columns = ["seqhw", "stride", "depth", "patch", "tokens", "GFLOPs", "ms", "top-1", "n"]
+  assert head.split() == columns
+  assert line.split() == ["3", "3", "2", "6", "9", "1.5", "2", "50.00%", "10"]
+
+
 def test_other_metrics_and_missing_times_have_a_place():
   row = {k: v for k, v in COST.items() if k != "ms"} | dict(kl=0.5, agree5=1.0, agree1=0.9, n=3)
   assert results.metrics_of(row) == ["agree1", "agree5", "kl"]

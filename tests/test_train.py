@@ -86,10 +86,10 @@ class StopError(Exception):
 def test_resumes_bit_for_bit_wherever_it_was_stopped(whole, tmp_path, monkeypatch, stop, capsys):
   draw = train_lib.patch_schedule.draw
 
-  def draw_or_stop(flexi, *, seed, step):
+  def draw_or_stop(flexi, *, step, **options):
     if step == stop:
       raise StopError
-    return draw(flexi, seed=seed, step=step)
+    return draw(flexi, step=step, **options)
 
   with monkeypatch.context() as patch, pytest.raises(StopError):
     patch.setattr(train_lib.patch_schedule, "draw", draw_or_stop)
@@ -141,13 +141,13 @@ def test_each_size_is_traced_once_and_before_step_one(tmp_path, monkeypatch):
   traced, drawn = [], []
   step, draw = train_lib.steps.step, train_lib.patch_schedule.draw
 
-  def counting_step(state, batch, frozen, **kwargs):
+  def counting_step(state, batch, **kwargs):
     traced.append(kwargs["seqhw"])
-    return step(state, batch, frozen, **kwargs)
+    return step(state, batch, **kwargs)
 
-  def counting_draw(flexi, *, seed, step):
+  def counting_draw(flexi, *, step, **options):
     drawn.append((step, sorted(traced)))
-    return draw(flexi, seed=seed, step=step)
+    return draw(flexi, step=step, **options)
 
   monkeypatch.setattr(train_lib.steps, "step", counting_step)
   monkeypatch.setattr(train_lib.patch_schedule, "draw", counting_draw)

@@ -9,7 +9,7 @@ import jax
 
 from flexivit_jax import errors, losses, metrics
 from flexivit_jax.evaluators.classification import scores
-from flexivit_jax.evaluators.per_size import PerSize, Size
+from flexivit_jax.evaluators.per_size import PerSize, Size, sizes_of
 from flexivit_jax.objectives.distill import Teacher, teach
 
 
@@ -35,8 +35,10 @@ def distance(
   batches: Iterable[dict],
   mesh: Any,
   *,
-  seqhw: Sequence[Size],
   teacher: Teacher,
+  seqhw: Sequence[Size] = (),
+  stride: Sequence[int] = (),
+  depth: Sequence[int] = (),
   labels: bool = False,
 ) -> PerSize:
   """Compares a model with a teacher, on images that need no labels. The teacher runs once for all sizes.
@@ -45,8 +47,8 @@ def distance(
     model: the model; its first output are logits.
     batches: re-iterable, of "image", the teacher's image (`teacher.image`) and "_mask".
     mesh: where it runs.
-    seqhw: sizes to evaluate: tokens per side, or (per column, per row).
     teacher: of the same classes.
+    seqhw, stride, depth: sizes to evaluate, see `per_size.sizes_of`.
     labels: whether the batches have "labels", which are then used too.
 
   Raises:
@@ -61,7 +63,14 @@ def distance(
   inputs = dict.fromkeys(("image", teacher.image, *(("labels",) if labels else ())))
   fn = functools.partial(eval_step, model=model)
   return PerSize(
-    fn, model, batches, mesh, seqhw=seqhw, inputs=tuple(inputs), once=once, frozen=teacher.params
+    fn,
+    model,
+    batches,
+    mesh,
+    sizes=sizes_of(seqhw, stride, depth),
+    inputs=tuple(inputs),
+    once=once,
+    frozen=teacher.params,
   )
 
 

@@ -2,17 +2,19 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from flexivit_jax import compilation, errors, metrics, sharding
+from flexivit_jax import compilation, errors, label_maps, metrics, sharding
 from flexivit_jax.models import flexivit
 
 Size = int | tuple[int, int]
+Static = dict[str, Any]
+Key = tuple  # `compilation.size_key` of static arguments
 
 
 @final
@@ -20,45 +22,53 @@ class PerSize:
   """Evaluates a model at several patch sizes.
 
   Args:
-    fn: `(params, batch, **size) -> metrics.Sums`, the masked sums over one batch at one patch size; pure.
+    fn: `(params, batch, **size) -> metrics.Sums`, the masked sums over one batch at one patch size; pure. Where only
+      `outputs` is used it may return anything.
     model: the model, whose patch sizes they are.
     batches: re-iterable, of `inputs` and "_mask".
     mesh: where it runs.
-    seqhw: sizes to evaluate: tokens per side, or (per column, per row).
+    sizes: static arguments of the model to evaluate at, see `sizes_of`.
     inputs: keys of the batch that it needs, "image" among them.
     once: `(frozen, batch) -> batch`, done once for all sizes before `fn`: a teacher's part; pure.
     frozen: arrays that `once` takes: a teacher's parameters.
+    num_classes: of the labels, where there are any; default: the model's.
+    label_map: what `fn` restricts logits and labels to, for the check that they fit; None: they are the same classes.
   """
 
   def __init__(
     self,
-    fn: Callable[..., metrics.Sums],
+    fn: Callable[..., Any],
     model: nn.Module,
     batches: Iterable[dict],
     mesh: Any,
     *,
-    seqhw: Sequence[Size],
+    sizes: Sequence[Static],
     inputs: Sequence[str],
     once: Callable[[Any, dict], dict] | None = None,
     frozen: Any = (),
+    num_classes: int | None = None,
+    label_map: label_maps.LabelMap | None = None,
   ):
     self.fn, self.model, self.batches, self.mesh = fn, model, batches, mesh
     self.once, self.frozen = once and jax.jit(once), frozen
     self.inputs = (*inputs, "_mask")
-    self.sizes = {size: static(size) for size in seqhw}
+    self.num_classes = model.num_classes if num_classes is None else num_classes
+    self.label_map = label_map
+    self.sizes = {compilation.size_key(size): dict(size) for size in sizes}
     self._programs: dict[tuple, compilation.Program] = {}
 
   def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
     """Compiles one program for each size; nothing is compiled later.
 
     Raises:
-      UserError: if a size does not divide the image, or the labels are not the model's.
+      UserError: if a size does not divide the image, or the labels are of another number of classes.
     """
     self._first = self._model_inputs(next(iter(self.batches)))
     if "labels" in self._first:
-      check_classes(self._first["labels"].shape[-1], self.model.num_classes)
+      labels = self._first["labels"].shape[-1]
+      check_classes(labels, self.num_classes, self.label_map)
     for size in self.sizes.values():
-      flexivit.which_patch(self._first["image"].shape[1:3], self.model.patch_size, **size)
+      flexivit.which_grid(self._image_hw, self.model.patch_size, **size)
     self.frozen = jax.device_put(self.frozen, sharding.replicated(self.mesh))
     specs = sharding.specs(self._first, self.mesh)
     if self.once:
@@ -71,18 +81,32 @@ class PerSize:
 
   def run(self, params: Any) -> list[dict[str, Any]]:
     """Returns for each size {"seqhw", the mean of each metric, "n"}; accuracies are fractions."""
+    sums: dict[Key, list] = {key: [] for key in self.sizes}
+    for outputs in self.outputs(params, self.batches):
+      for key, output in outputs.items():
+        sums[key].append(output)
+    return self.rows(sums)
+
+  def rows(self, sums: Mapping[Key, Sequence[metrics.Sums]]) -> list[dict[str, Any]]:
+    """Returns for each size what names it, the means of its metrics over all batches, and "n", how many examples."""
+    rows = []
+    for key, parts in sums.items():
+      n = round(sum(float(part.count) for part in jax.device_get(parts)))
+      rows.append({**self.names(self.sizes[key]), **metrics.means(*parts), "n": n})
+    return rows
+
+  def outputs(self, params: Any, batches: Iterable[dict]) -> Iterator[dict[Key, Any]]:
+    """Yields for each batch what `fn` returns at each size, without waiting for the device.
+
+    Args:
+      params: of the model.
+      batches: of the shapes of `self.batches`.
+    """
     if not self._programs:
       self.compile(params)
-    sums: dict[Size, list] = {size: [] for size in self.sizes}
-    for batch in self.batches:
+    for batch in batches:
       on_device = self._on_device(self._model_inputs(batch))
-      for size, kwargs in self.sizes.items():
-        sums[size].append(self._programs[compilation.size_key(kwargs)].run(params, on_device))
-    rows = []
-    for size, parts in sums.items():
-      n = round(sum(float(part.count) for part in jax.device_get(parts)))
-      rows.append({"seqhw": size_text(size), **metrics.means(*parts), "n": n})
-    return rows
+      yield {key: self._programs[key].run(params, on_device) for key in self.sizes}
 
   def costs(self, params: Any, repeats: int = 5) -> list[dict[str, Any]]:
     """Returns for each size {"patch", "tokens", "gflops", "ms"}; call after `compile` or `run`.
@@ -90,18 +114,27 @@ class PerSize:
     "ms" is the median time of a batch divided by its images; "gflops" two per multiply-add, of one image.
     """
     batch = self._on_device(self._first)
-    n, h, w = batch["image"].shape[:3]
+    n, h, w, channels = batch["image"].shape
     rows = []
-    for size, kwargs in self.sizes.items():
-      program = self._programs[compilation.size_key(kwargs)].run
+    for key, size in self.sizes.items():
+      program = self._programs[key].run
       times = (_seconds(program, params, batch) for _ in range(repeats))
       ms = statistics.median(times) * 1e3 / n
-      grid = size if isinstance(size, tuple) else (size, size)
-      patch = (h // grid[0], w // grid[1])
-      gflops = 2 * flexivit.gmacs(self.model, (h, w), grid, batch["image"].shape[3])
+      patch, _, grid = flexivit.which_grid((h, w), self.model.patch_size, **size)
+      gflops = 2 * flexivit.gmacs(self.model, (h, w), channels, **size)
       patch_text = patch[0] if patch[0] == patch[1] else size_text(patch)
       rows.append({"patch": patch_text, "tokens": grid[0] * grid[1], "gflops": gflops, "ms": ms})
     return rows
+
+  @property
+  def _image_hw(self) -> tuple[int, int]:
+    return self._first["image"].shape[1:3]
+
+  def names(self, size: Static) -> dict[str, Any]:
+    """What tells rows apart: the grid under "seqhw", and the other static arguments under their names."""
+    _, _, grid = flexivit.which_grid(self._image_hw, self.model.patch_size, **size)
+    others: Static = {k: size[k] for k in ("stride", "depth") if k in size}
+    return {"seqhw": size_text(grid) if grid[0] != grid[1] else grid[0], **others}
 
   def _on_device(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     arrays = sharding.put_batch(batch, self.mesh)
@@ -118,15 +151,48 @@ class PerSize:
     return {k: batch[k] for k in self.inputs}
 
 
-def check_classes(labels: int, model: int) -> None:
-  """Raises a UserError if the labels are not of the model's number of classes."""
-  if labels != model:
+def check_classes(labels: int, expected: int, label_map: label_maps.LabelMap | None) -> None:
+  """Raises a UserError if the labels are of another number of classes, or the label map does not fit them."""
+  if label_map:
+    if expected != label_map.model_classes or labels not in label_map.labels:
+      known = " or ".join(str(n) for n in label_map.labels)
+      raise errors.UserError(
+        f"The labels have {labels} classes, the model {expected}; this label_map is of {known} classes and models of"
+        f" {label_map.model_classes}. Mend onehot(...) in the evaluation's pp, or choose another label_map."
+      )
+  elif labels != expected:
     raise errors.UserError(
-      f"The labels have {labels} classes, the model {model}; mend onehot(...) in the evaluation's pp."
+      f"The labels have {labels} classes, expected {expected}; mend onehot(...) in the evaluation's pp."
     )
 
 
-def static(size: Size) -> dict[str, Any]:
+def sizes_of(
+  seqhw: Sequence[Size] = (), stride: Sequence[int] = (), depth: Sequence[int] = ()
+) -> list[Static]:
+  """Returns the model's static arguments for what an evaluator's section lists.
+
+  Args:
+    seqhw: tokens per side, or (per column, per row).
+    stride: pixels from one patch to the next, in the place of `seqhw`; the patch is then the kernel's own.
+    depth: how many blocks run; combined with each of the others. Default: all blocks.
+
+  Raises:
+    UserError: both `seqhw` and `stride`, or neither.
+  """
+  if bool(seqhw) == bool(stride):
+    raise errors.UserError(
+      f"Got seqhw={tuple(seqhw)} and stride={tuple(stride)} of an evaluation; give one of them."
+    )
+  grids = [static(size) for size in seqhw] + [{"stride": int(s)} for s in stride]
+  return [{**grid, "depth": int(k)} for grid in grids for k in depth] if depth else grids
+
+
+def label(row: dict[str, Any]) -> str:
+  """The size of a row, in a few characters: "8", "8x6", "8 depth=3"."""
+  return " ".join([str(row["seqhw"]), *(f"{k}={row[k]}" for k in ("stride", "depth") if k in row)])
+
+
+def static(size: Size) -> Static:
   """The model's static argument for a size: tokens per side, or (per column, per row)."""
   return {"grid_hw": tuple(size)} if isinstance(size, (tuple, list)) else {"seqhw": int(size)}
 

@@ -89,8 +89,7 @@ def flexify(
   kept: dict[str, Any] = {"original": retention.original(plan, teacher, mesh)}
   kept["before"] = retention.measure(plan, student, params, mesh)
   if epochs:
-    probs = recipe.equal_cost(student, teacher.model, plan)
-    settings = recipe.settings(plan, student, probs, epochs=epochs, lr=lr, seed=seed)
+    settings = recipe.settings(plan, student, epochs=epochs, lr=lr, seed=seed)
     train.train(settings, out / "run")
     _, params = weights.load(out / "run", scan=False)
     kept["after"] = retention.measure(plan, student, params, mesh)

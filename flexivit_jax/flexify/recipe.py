@@ -8,7 +8,6 @@ import numpy as np
 
 from flexivit_jax import data, errors, resize
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.models.flexivit import gmacs, which_patch
 
 TEACHER_IMAGE = "teacher_image"
 _CROP = 0.9  # of the shorter side, in the evaluation: as AugReg and timm do
@@ -83,24 +82,9 @@ def moment_of(source: Mapping[str, Any], side: int, length: int) -> resize.Momen
   return resize.second_moment(np.stack(images), length)
 
 
-def equal_cost(student: FlexiViT, teacher: FlexiViT, plan: Plan) -> tuple[float, ...]:
-  """Probabilities of the sizes under which each costs the same in the long run.
-
-  A step costs three forward passes of the student and one of the teacher. Coarse sizes are then drawn more often: they
-  are the cheap ones and, furthest from what the model knows, those with most to learn.
-  """
-  side, native = plan.sides
-  patch = which_patch((native, native), teacher.patch_size)
-  fixed = gmacs(teacher, (native, native), (native // patch[0], native // patch[1]))
-  costs = [3 * gmacs(student, (side, side), (s, s)) + fixed for s in plan.seqhw]
-  total = sum(1 / cost for cost in costs)
-  return tuple(1 / cost / total for cost in costs)
-
-
 def settings(
   plan: Plan,
   student: FlexiViT,
-  probs: tuple[float, ...],
   *,
   epochs: float,
   lr: float,
@@ -124,7 +108,9 @@ def settings(
     init=_without_image(plan.teacher),
     # Mixup as in the paper: with few images, what lies between them is most of what can be matched.
     objective=dict(name="distill", teachers=dict(original=plan.teacher), mixup_p=1.0),
-    flexi=dict(seqhw=dict(v=plan.seqhw, p=probs)),
+    # Each size costs the same in the long run. Coarse ones are then drawn more often: they are the cheap ones and,
+    # furthest from what the model knows, those with most to learn.
+    flexi=dict(seqhw=dict(v=plan.seqhw, share="flops")),
     optim=dict(lr=lr, wd=lr / 10, clip=1.0, schedule=dict(warmup_percent=0.05)),
     checkpoint=dict(every_percent=0.1),
   )

@@ -4,7 +4,10 @@ The weights hold one patch-embedding kernel (32x32 pixels) and one grid of posit
 size at hand the kernel is PI-resized and the grid interpolated; everything after that is a plain ViT.
 """
 
+from typing import Any, NamedTuple
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -27,7 +30,7 @@ class PatchEmbed(nn.Module):
 
   @nn.compact
   def __call__(
-    self, image: Float[Array, "n h w c"], patch_hw: Size
+    self, image: Float[Array, "n h w c"], patch_hw: Size, stride_hw: Size
   ) -> Float[Array, "n grid_h grid_w d"]:
     n, h, w, c = image.shape
     (ph, pw), (gh, gw) = patch_hw, (h // patch_hw[0], w // patch_hw[1])
@@ -36,6 +39,11 @@ class PatchEmbed(nn.Module):
     )
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     kernel = resized_kernel(self, kernel, patch_hw)
+    if stride_hw != patch_hw:  # patches that overlap, or leave gaps
+      arrays = image.astype(self.dtype), jnp.asarray(kernel, self.dtype)
+      layout = ("NHWC", "HWIO", "NHWC")
+      tokens = jax.lax.conv_general_dilated(*arrays, stride_hw, "VALID", dimension_numbers=layout)
+      return tokens.astype(jnp.float32) + bias[None, None, None]
     # A convolution whose stride is its size is a reshape and one matrix product.
     patches = (
       image.reshape(n, gh, ph, gw, pw, c)
@@ -120,6 +128,8 @@ class FlexiViT(nn.Module):
     seqhw: int | None = None,
     grid_hw: Size | None = None,
     patch_hw: Size | None = None,
+    stride: int | None = None,
+    depth: int | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, "n k"], dict]:
     """Returns the logits and a dict of named intermediates (big_vision's names).
@@ -129,15 +139,24 @@ class FlexiViT(nn.Module):
       seqhw: tokens per side; the patch size is then (h // seqhw, w // seqhw).
       grid_hw: tokens (per column, per row): as `seqhw` for rectangular grids.
       patch_hw: the patch size itself in pixels. At most one of the three; with none, the kernel's own size.
+      stride: pixels from one patch to the next, so that patches overlap (or leave gaps); default: the patch size. The
+        grid is then what fits: (h - patch) / stride + 1 a side.
+      depth: run only the first so many blocks, then the last LayerNorm and the head; default: all.
       train: applies dropout, which takes a "dropout" rng.
 
     Raises:
-      UserError: if the size does not divide the image, or more than one is given.
+      UserError: if the size does not divide the image, or more than one is given; more blocks than there are.
     """
     out = {}
-    patch_hw = which_patch(
-      image.shape[1:3], self.patch_size, seqhw=seqhw, grid_hw=grid_hw, patch_hw=patch_hw
+    patch_hw, stride_hw, _ = which_grid(
+      image.shape[1:3],
+      self.patch_size,
+      seqhw=seqhw,
+      grid_hw=grid_hw,
+      patch_hw=patch_hw,
+      stride=stride,
     )
+    depth = which_depth(self.depth, depth)
     x = out["stem"] = PatchEmbed(
       self.patch_size,
       self.width,
@@ -146,7 +165,7 @@ class FlexiViT(nn.Module):
       self.kernel_moment,
       self.dtype,
       name="embedding",
-    )(jnp.asarray(image), patch_hw)
+    )(jnp.asarray(image), patch_hw, stride_hw)
     n, gh, gw, d = x.shape
 
     if self.posemb == "learn":
@@ -171,7 +190,7 @@ class FlexiViT(nn.Module):
     x, out["encoder"] = vit.Encoder(
       self.depth, self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.scan, self.remat,
       self.layer_norm_eps, name="Transformer",
-    )(x, train)  # fmt: skip
+    )(x, train, depth)  # fmt: skip
     out["encoded"] = x
 
     tokens = x[:, self.prefix_length :]
@@ -277,6 +296,55 @@ def which_patch(
   return size[0], size[1]
 
 
+class Grid(NamedTuple):
+  """How an image is cut into patches: pixels (h, w) of a patch and from one to the next, and how many there are."""
+
+  patch_hw: Size
+  stride_hw: Size
+  grid_hw: Size
+
+
+def which_grid(
+  image_hw: tuple[int, ...],
+  default: Size,
+  *,
+  seqhw: int | None = None,
+  grid_hw: Size | None = None,
+  patch_hw: Size | None = None,
+  stride: int | None = None,
+  depth: int | None = None,
+) -> Grid:
+  """Returns the grid for the static arguments of a model; `depth` has no part in it.
+
+  Raises:
+    UserError: see `which_patch`; or the patches, `stride` pixels apart, do not reach the image's edge exactly.
+  """
+  if stride is None:
+    patch = which_patch(image_hw, default, seqhw=seqhw, grid_hw=grid_hw, patch_hw=patch_hw)
+    return Grid(patch, patch, (image_hw[0] // patch[0], image_hw[1] // patch[1]))
+  if seqhw is not None or grid_hw is not None:
+    raise errors.UserError("With stride the grid is what fits; give no seqhw and no grid_hw.")
+  patch = default if patch_hw is None else patch_hw
+  spans = [side - p for side, p in zip(image_hw, patch, strict=True)]
+  if stride < 1 or min(spans) < 0 or any(span % stride for span in spans):
+    exact = common_divisors(tuple(s for s in spans if s > 0) or (1,))
+    raise errors.UserError(
+      f"stride={stride}: patches of {tuple(patch)} pixels do not end at the edge of the image {tuple(image_hw)};"
+      f" strides with which they do: {', '.join(map(str, exact))}."
+    )
+  rows, columns = (span // stride + 1 for span in spans)
+  return Grid((patch[0], patch[1]), (stride, stride), (rows, columns))
+
+
+def which_depth(blocks: int, depth: int | None) -> int:
+  """Returns how many blocks run; a UserError if the model has fewer."""
+  if depth is None:
+    return blocks
+  if not 1 <= depth <= blocks:
+    raise errors.UserError(f"depth={depth}: the model has {blocks} blocks; expected 1 to {blocks}.")
+  return depth
+
+
 def _divisors(image_hw: tuple[int, ...], square: bool) -> str:
   each = [common_divisors((side,)) for side in image_hw]
   if square:
@@ -289,12 +357,19 @@ def common_divisors(sides: tuple[int, ...]) -> list[int]:
   return [i for i in range(1, min(sides) + 1) if not any(side % i for side in sides)]
 
 
-def gmacs(model: FlexiViT, image_hw: Size, grid_hw: Size, channels: int = 3) -> float:
+def gmacs(model: FlexiViT, image_hw: Size, channels: int = 3, **size: Any) -> float:
   """Multiply-adds of one forward pass for one image, in 1e9: matrix products only, PI-resize not counted.
 
   The paper's GFLOPs are twice this (its ViT-B/8 at 224 px: 156).
+
+  Args:
+    model: the model.
+    image_hw: pixels.
+    channels: of the image.
+    **size: static arguments of the model, e.g. `seqhw=15`.
   """
-  d, tokens = model.width, grid_hw[0] * grid_hw[1]
+  (ph, pw), _, (gh, gw) = which_grid(image_hw, model.patch_size, **size)
+  d, tokens = model.width, gh * gw
   length = tokens + model.prefix_length
   block = 4 * length * d * d + 2 * length * length * d + 2 * length * d * model.mlp_dim
   pool = (
@@ -303,8 +378,8 @@ def gmacs(model: FlexiViT, image_hw: Size, grid_hw: Size, channels: int = 3) -> 
     else 0
   )
   return (
-    image_hw[0] * image_hw[1] * channels * d
-    + model.depth * block
+    tokens * ph * pw * channels * d
+    + which_depth(model.depth, size.get("depth")) * block
     + pool
     + model.features * model.num_classes
   ) / 1e9

@@ -148,9 +148,10 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "n l d"], train: bool = False
+    self, x: Float[Array, "n l d"], train: bool = False, depth: int | None = None
   ) -> tuple[Float[Array, "n l d"], dict]:
     out: dict[str, Any] = {}
+    depth = self.depth if depth is None else depth  # of the blocks, the first so many run
     fields = (
       self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.layer_norm_eps
     )  # fmt: skip
@@ -162,14 +163,15 @@ class Encoder(nn.Module):
     if self.scan:
       rngs = {"params": True, "dropout": True}
       loop = nn.scan(
-        block, variable_axes={"params": 0}, split_rngs=rngs, in_axes=nn.broadcast, length=self.depth
+        block, variable_axes={"params": 0}, split_rngs=rngs, in_axes=nn.broadcast, length=depth
       )
+      if depth < self.depth:
+        first = lambda params: jax.tree.map(lambda a: a[:depth], params)  # noqa: E731
+        loop = nn.map_variables(loop, "params", trans_in_fn=first)
       x, stacked = loop(*fields, name="encoderblock")(x, train)
-      out |= {
-        f"block{i:02d}": jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(self.depth)
-      }
+      out |= {f"block{i:02d}": jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(depth)}
     else:
-      for i in range(self.depth):
+      for i in range(depth):
         x, out[f"block{i:02d}"] = block(*fields, name=f"encoderblock_{i}")(x, train)
     out["pre_ln"] = x
     return nn.LayerNorm(self.layer_norm_eps, name="encoder_norm")(x), out

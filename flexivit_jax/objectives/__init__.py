@@ -4,6 +4,11 @@ from collections.abc import Callable
 
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import distill
+from flexivit_jax.objectives.self_distill import self_distill
 from flexivit_jax.objectives.supervised import supervised
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"supervised": supervised, "distill": distill}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+  "supervised": supervised,
+  "distill": distill,
+  "self_distill": self_distill,
+}

@@ -5,22 +5,47 @@ from typing import Any, NamedTuple
 
 import jax
 
-Batch = Mapping[str, jax.Array]
-Predict = Callable[[jax.Array], jax.Array]
+Batch = Mapping[str, Any]
+"""Arrays [n, ...] by name; of an objective with teachers also "targets", their part of it."""
 
 
-class Objective(NamedTuple):
-  """What a training step minimises: two pure functions, and what they need.
+Predict = Callable[..., jax.Array]
+"""The model in training, as an objective sees it: `predict(image, *, fixed=False, **size)` gives the logits [n, k] at
+the size drawn, or at `size`; with `fixed` as in inference and without gradient, by the running mean of the weights if
+the objective has one."""
+
+
+class Teaching(NamedTuple):
+  """What does not depend on the student: computed once a step, before it and for all sizes alike, or read from a cache.
 
   Attributes:
-    inputs: keys of the batch that it takes; nothing else reaches the device.
-    prepare: `(batch, key) -> batch`, on the whole global batch: mixup and the like.
-    loss: `(predict, batch, frozen) -> [n]`, on any part of it; `predict(image)` gives the logits of the model in
-      training.
-    frozen: arrays that the loss takes and nothing trains: a teacher's parameters. In no checkpoint.
+    inputs: keys of the batch that it takes.
+    prepare: `(batch, key) -> batch`, on the whole global batch, with the key of `Objective.prepare`.
+    targets: `(frozen, batch) -> tree of arrays [n, ...]`, on any part of it; pure.
+    frozen: arrays that it takes and nothing trains: parameters. In no checkpoint.
   """
 
   inputs: tuple[str, ...]
   prepare: Callable[[Batch, jax.Array], Batch]
-  loss: Callable[[Predict, Batch, Any], jax.Array]
-  frozen: Any = ()
+  targets: Callable[[Any, Batch], Any]
+  frozen: Any
+
+
+class Objective(NamedTuple):
+  """What a training step minimises: pure functions, and what they need.
+
+  Attributes:
+    inputs: keys of the batch that it takes; nothing else reaches the device.
+    prepare: `(batch, key) -> batch`, on the whole global batch: mixup and the like.
+    loss: `(predict, batch) -> [n]`, on any part of it.
+    teaching: makes batch["targets"], where there are teachers.
+    ema: decay of a running mean of the weights, which is then part of the training state; None: no such mean.
+    also: static arguments of each further forward pass of a step, `predict(..., fixed=True)`; for counting FLOPs.
+  """
+
+  inputs: tuple[str, ...]
+  prepare: Callable[[Batch, jax.Array], Batch]
+  loss: Callable[[Predict, Batch], jax.Array]
+  teaching: Teaching | None = None
+  ema: float | None = None
+  also: tuple[Mapping[str, Any], ...] = ()

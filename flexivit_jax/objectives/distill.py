@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flexivit_jax import errors, losses
-from flexivit_jax.objectives.base import Batch, Objective, Predict
+from flexivit_jax.objectives.base import Batch, Objective, Predict, Teaching
 
 
 class Teacher(NamedTuple):
@@ -38,6 +38,7 @@ def distill(
   mixup_p: float = 0.0,
   label_weight: float = 0.0,
   label_loss: str = "softmax_xent",
+  top_k: int | None = None,
 ) -> Objective:
   """Sum over the teachers of the distance between student and teacher, with KL(teacher || student) by default.
 
@@ -48,9 +49,11 @@ def distill(
     mixup_p: parameter of mixup's Beta distribution; 0 switches it off.
     label_weight: of the labels' loss, which is added; 0: batches need no labels.
     label_loss: a name in `losses.LOSSES`.
+    top_k: of a teacher's logits only so many are kept, and one number for all others, see `losses.sparse_logits`:
+      what a cache of them then takes. None: all.
 
   Raises:
-    UserError: no teacher, an unknown name, a temperature that is not positive, a negative weight.
+    UserError: no teacher, an unknown name, a temperature that is not positive, a negative weight, a top_k below 1.
   """
   if not teachers:
     raise errors.UserError("objective.teachers is empty; give at least one, with its checkpoint.")
@@ -58,29 +61,42 @@ def distill(
     raise errors.unknown("distance", distance, losses.DISTANCES)
   if label_loss not in losses.LOSSES:
     raise errors.unknown("label_loss", label_loss, losses.LOSSES)
-  if temperature <= 0 or label_weight < 0:
+  if temperature <= 0 or label_weight < 0 or (top_k is not None and top_k < 1):
     raise errors.UserError(
-      f"temperature={temperature}, label_weight={label_weight}; expected > 0 and >= 0."
+      f"temperature={temperature}, label_weight={label_weight}, top_k={top_k};"
+      " expected > 0, >= 0, and None or >= 1."
     )
-  images = dict.fromkeys(["image", *(t.image for t in teachers.values())])
-  inputs = (*images, *(("labels",) if label_weight else ()))
+  inputs = ("image", *(("labels",) if label_weight else ()))
 
   def prepare(batch: Batch, key: jax.Array) -> Batch:
     mixed = losses.mixup(key, *(batch[name] for name in inputs), p=mixup_p)
-    return dict(zip(inputs, mixed, strict=True))
+    return {**dict(zip(inputs, mixed, strict=True)), "targets": batch["targets"]}
 
-  def per_example(predict: Predict, batch: Batch, frozen: Any) -> jax.Array:
+  images = tuple(dict.fromkeys(t.image for t in teachers.values()))
+
+  def prepare_images(batch: Batch, key: jax.Array) -> Batch:
+    mixed = losses.mixup(key, *(batch[name] for name in images), p=mixup_p)
+    return dict(zip(images, mixed, strict=True))
+
+  def targets(frozen: Any, batch: Batch) -> dict[str, Any]:
+    taught = {name: teach(t, frozen[name], batch) for name, t in teachers.items()}
+    if top_k is None:
+      return taught
+    return {name: losses.sparse_logits(logits, top_k) for name, logits in taught.items()}
+
+  def per_example(predict: Predict, batch: Batch) -> jax.Array:
     logits = predict(batch["image"])
     total = jnp.zeros(len(logits))
     if label_weight:
       total += label_weight * losses.LOSSES[label_loss](logits, batch["labels"])
-    for name, teacher in teachers.items():
-      target = teach(teacher, frozen[name], batch)
+    for kept in batch["targets"].values():
+      target = kept if top_k is None else losses.dense_logits(kept, logits.shape[-1])
       far = losses.DISTANCES[distance](logits / temperature, target / temperature)
       total += temperature**2 * far
     return total
 
-  return Objective(inputs, prepare, per_example, {n: t.params for n, t in teachers.items()})
+  frozen = {name: t.params for name, t in teachers.items()}
+  return Objective(inputs, prepare, per_example, Teaching(images, prepare_images, targets, frozen))
 
 
 def teach(teacher: Teacher, params: Any, batch: Batch) -> jax.Array:

@@ -1,7 +1,5 @@
 """Supervised classification."""
 
-from typing import Any
-
 import jax
 
 from flexivit_jax import errors, losses
@@ -22,7 +20,7 @@ def supervised(*, loss: str = "softmax_xent", mixup_p: float = 0.0) -> Objective
     image, labels = losses.mixup(key, batch["image"], batch["labels"], p=mixup_p)
     return {"image": image, "labels": labels}
 
-  def per_example(predict: Predict, batch: Batch, frozen: Any) -> jax.Array:
+  def per_example(predict: Predict, batch: Batch) -> jax.Array:
     return losses.LOSSES[loss](predict(batch["image"]), batch["labels"])
 
   return Objective(("image", "labels"), prepare, per_example)

@@ -15,7 +15,10 @@ FACTS = ("dataset", "split", "step", "params", "device", "jax", "command")
 
 
 class Row(NamedTuple):
-  """One evaluation: `gflops` are 2 x MACs / 1e9 of one image, `ms` its median time, `n` images."""
+  """One evaluation of the first `depth` blocks (None: all).
+
+  `gflops` are 2 x MACs / 1e9 of one image, `ms` its median time, `n` images.
+  """
 
   seqhw: Size
   patch: Size
@@ -26,6 +29,7 @@ class Row(NamedTuple):
   loss: float
   n: int
   top5: float | None
+  depth: int | None
 
 
 class Run(NamedTuple):
@@ -59,7 +63,7 @@ def is_trained(run: Run, row: Row) -> bool | None:
 
 
 def load(paths: Sequence[Path]) -> list[Run]:
-  """Returns the runs in the given order, each with a name of its own.
+  """Returns the runs in the given order, each with a name of its own; one for each depth that was evaluated.
 
   Raises:
     UserError: no run, the same run twice, or an eval.json that `read` refuses.
@@ -70,9 +74,25 @@ def load(paths: Sequence[Path]) -> list[Run]:
   twice = [str(path) for path, file in zip(paths, files, strict=True) if files.count(file) > 1]
   if twice:
     raise UserError(f"The same run was given more than once: {', '.join(twice)}; give it once.")
-  runs = [read(path) for path in paths]
-  names = _distinct([run.name for run in runs], [file.parent for file in files])
-  return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
+  found = [
+    (run, file.parent)
+    for path, file in zip(paths, files, strict=True)
+    for run in by_depth(read(path))
+  ]
+  names = _distinct([run.name for run, _ in found], [folder for _, folder in found])
+  return [run._replace(name=name) for (run, _), name in zip(found, names, strict=True)]
+
+
+def by_depth(run: Run) -> list[Run]:
+  """Returns the run as one curve for each depth, which its name then says; as it is where all blocks ran."""
+  depths = dict.fromkeys(row.depth for row in run.rows)
+  return [
+    run._replace(
+      name=run.name if depth is None else f"{run.name} depth={depth}",
+      rows=tuple(row for row in run.rows if row.depth == depth),
+    )
+    for depth in sorted(depths, key=lambda depth: depth or 0)
+  ]
 
 
 def read(path: Path) -> Run:
@@ -80,7 +100,7 @@ def read(path: Path) -> Run:
 
   Args:
     path: the run folder, or its eval.json: `{"name": str, "rows": [Row, ...]}` and, if known,
-      "trained_seqhw" and the FACTS; "ms" may be null, "ms" and "top5" may be absent.
+      "trained_seqhw" and the FACTS; "ms" may be null, "ms", "top5" and "depth" may be absent.
 
   Raises:
     UserError: the file is missing, is not strict JSON, lacks a key or has an impossible value.
@@ -94,19 +114,24 @@ def read(path: Path) -> Run:
   if not items:
     raise _bad(file, "rows", items, "one row a patch size at least; run `flexivit eval` again")
   rows = sorted((_row(item, f"rows[{i}]", file) for i, item in enumerate(items)), key=_row_order)
-  again = [k for k, count in Counter((r.patch, r.seqhw) for r in rows).items() if count > 1]
+  again = [
+    k for k, count in Counter((r.patch, r.seqhw, r.depth) for r in rows).items() if count > 1
+  ]
   if again:
-    raise UserError(f"{file}: patch {again[0][0]} at seqhw {again[0][1]} has more than one row.")
+    patch, seqhw, depth = again[0]
+    only = "" if depth is None else f" and depth {depth}"
+    raise UserError(f"{file}: patch {patch} at seqhw {seqhw}{only} has more than one row.")
   facts = {key: str(data[key]) for key in FACTS if data.get(key) is not None}
   return Run(name, tuple(rows), _trained(data, file), facts)
 
 
 def to_json(run: Run) -> dict[str, Any]:
-  """Returns `{"name", "rows"}` as report.json holds it; "top5" only where it was measured."""
+  """Returns `{"name", "rows"}` as report.json holds it; "top5" and "depth" only where they were given."""
   rows = [row._asdict() for row in run.rows]
+  optional = ("top5", "depth")
   return {
     "name": run.name,
-    "rows": [{k: v for k, v in row.items() if k != "top5" or v is not None} for row in rows],
+    "rows": [{k: v for k, v in row.items() if k not in optional or v is not None} for row in rows],
   }
 
 
@@ -147,6 +172,7 @@ def _row(item: Any, where: str, file: Path) -> Row:
     loss=_number(item, "loss", file, at, low=-math.inf),
     n=_count(item, "n", file, at),
     top5=None if item.get("top5") is None else _number(item, "top5", file, at, high=1.0),
+    depth=None if item.get("depth") is None else _count(item, "depth", file, at),
   )
 
 

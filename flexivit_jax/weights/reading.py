@@ -82,7 +82,9 @@ def load_with_record(
   return model, jax.tree.map(jnp.asarray, params), record
 
 
-def load_into(path: str | os.PathLike[str], model: FlexiViT, **given: Any) -> dict:
+def load_into(
+  path: str | os.PathLike[str], model: FlexiViT, *, new_head: bool = False, **given: Any
+) -> dict:
   """Parameters of a file for a model of the same architecture, whose kernel and grid may be of another size.
 
   A kernel is then PI-resized and a grid zoomed with its corners in place, as with `flexify` in `load`.
@@ -90,6 +92,7 @@ def load_into(path: str | os.PathLike[str], model: FlexiViT, **given: Any) -> di
   Args:
     path, given: as in `load`.
     model: says which size the buffers are to have, and whether blocks are stacked.
+    new_head: leave the file's head away, if it has one, and return all but the head.
 
   Raises:
     UserError: see `load`; or the file's model computes something else, e.g. another GELU.
@@ -105,6 +108,8 @@ def load_into(path: str | os.PathLike[str], model: FlexiViT, **given: Any) -> di
   ]
   if lines:
     raise errors.UserError(f"{path} is of another model:\n  " + "\n  ".join(lines))
+  if new_head:
+    params, model = {k: v for k, v in params.items() if k != "head"}, model.clone(num_classes=0)
   check(model, params, str(path))
   return params
 

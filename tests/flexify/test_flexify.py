@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from flexivit_jax import cli, errors, weights
+from flexivit_jax import cli, errors, experiment, patch_schedule, weights
 from flexivit_jax.flexify import flexify, recipe, retention
 from flexivit_jax.models import FlexiViT
 
@@ -104,11 +104,17 @@ def test_labels_of_other_classes_are_not_used(init, tmp_path):
 
 
 def test_sizes_are_drawn_so_that_each_costs_the_same():
-  model = FlexiViT(variant="Ti/16", num_classes=1000)
-  plan = recipe.Plan({}, {}, 1000, (240, 224), (5, 15, 30), 4)
-  probs = recipe.equal_cost(model, model, plan)
-  assert sum(probs) == pytest.approx(1)
-  assert probs[0] > 2 * probs[1] > 4 * probs[2]
+  model = FlexiViT(variant="mu", patch_size=(6, 6), posemb_size=(4, 4), num_classes=3)
+  teacher = dict(model=recipe.fields_of(model), image=recipe.TEACHER_IMAGE)
+  train = dict(name="synthetic", image_size=24, num_classes=3, num_examples=32, split="train")
+  plan = recipe.Plan(teacher, {"train": train}, 3, (24, 48), (2, 6, 12), 4)
+  config = recipe.settings(plan, model, epochs=1, lr=1e-3, seed=0)
+  exp = experiment.build(**{**config, "init": None})
+  found = patch_schedule.shares(exp.flexi, exp.step_flops)
+  assert [size for size, _, _ in found] == [{"seqhw": 2}, {"seqhw": 6}, {"seqhw": 12}]
+  parts, costs = zip(*((part, cost) for _, part, cost in found), strict=True)
+  np.testing.assert_allclose(np.multiply(parts, costs), parts[0] * costs[0], rtol=1e-12)
+  assert sum(parts) == pytest.approx(1) and parts[0] > parts[1] > parts[2]
 
 
 @pytest.mark.parametrize("text", ["16", "16,2,2", "0,2"])

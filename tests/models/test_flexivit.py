@@ -225,6 +225,122 @@ def test_sizes_that_do_not_fit_are_errors_before_anything_is_computed(size, mess
     model.apply({"params": params}, images(hw=(20, 24)))
 
 
+# --- stride and depth ---
+
+
+def test_a_stride_of_the_patch_is_the_grid_of_patches():
+  model, params = make()
+  want = run(model, params, images(), seqhw=4)
+  got = run(model, params, images(), stride=6)
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-6 * max(1.0, np.abs(b).max()))
+  # As the patch itself: the same program.
+  resized = run(model, params, images(), stride=8, patch_hw=(8, 8))[0]
+  np.testing.assert_array_equal(resized, run(model, params, images(), seqhw=3)[0])
+
+
+@pytest.mark.parametrize(
+  ("hw", "size", "patch_hw", "grid_hw"),
+  [
+    ((24, 24), dict(stride=3), (6, 6), (7, 7)),  # overlapping
+    ((24, 24), dict(stride=9), (6, 6), (3, 3)),  # with gaps
+    ((22, 30), dict(stride=4), (6, 6), (5, 7)),
+    ((24, 24), dict(stride=5, patch_hw=(4, 9)), (4, 9), (5, 4)),
+    ((24, 24), dict(stride=7, patch_hw=(3, 10)), (3, 10), (4, 3)),
+    ((6, 16), dict(stride=5), (6, 6), (1, 3)),
+  ],
+)
+def test_stride_cuts_windows_that_overlap_or_leave_gaps(hw, size, patch_hw, grid_hw):
+  model, params = make()
+  image, stride = images(hw=hw), size["stride"]
+  windows = np.lib.stride_tricks.sliding_window_view(
+    np.asarray(image, np.float64), patch_hw, (1, 2)
+  )
+  windows = windows[:, ::stride, ::stride]  # n gh gw c ph pw
+  kernel = flexivit.resize.pi_resize(params["embedding"]["kernel"], patch_hw, "linear")
+  want = np.einsum("nhwcyx,yxcd->nhwd", windows, np.asarray(kernel, np.float64))
+  logits, out = run(model, params, image, **size)
+  assert out["stem"].shape == (2, *grid_hw, 16) and logits.shape == (2, 5)
+  np.testing.assert_allclose(out["stem"], want + params["embedding"]["bias"], atol=2e-5)
+  grid = flexivit.which_grid(hw, (6, 6), **size)
+  assert grid == (patch_hw, (stride, stride), grid_hw)
+  positions = flexivit.resize.resize_grid(
+    params["pos_embedding"].reshape(3, 3, 16), grid_hw, "linear_antialias"
+  )
+  added = out["with_posemb"] - out["stem"].reshape(2, -1, 16)
+  np.testing.assert_allclose(added[0], np.reshape(positions, (-1, 16)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("size", "message"),
+  [
+    (
+      dict(stride=4),
+      "stride=4: patches of (6, 6) pixels do not end at the edge of the image (24, 36);"
+      " strides with which they do: 1, 2, 3, 6.",
+    ),
+    (dict(stride=0), "stride=0: patches"),
+    (dict(stride=-3), "stride=-3: patches"),
+    (dict(stride=3, patch_hw=(4, 8)), "strides with which they do: 1, 2, 4."),
+    (dict(stride=4, patch_hw=(24, 6)), "strides with which they do: 1, 2, 3, 5, 6, 10, 15, 30."),
+    (dict(stride=1, patch_hw=(25, 6)), "patches of (25, 6) pixels do not end at the edge"),
+    (dict(stride=3, seqhw=4), "With stride the grid is what fits; give no seqhw and no grid_hw."),
+    (dict(stride=3, grid_hw=(4, 4)), "With stride the grid is what fits"),
+  ],
+)
+def test_strides_that_do_not_fit_are_errors(size, message):
+  with pytest.raises(UserError, match=re.escape(message)):
+    flexivit.which_grid((24, 36), (6, 6), **size)
+
+
+@pytest.mark.parametrize(
+  "options", [{}, dict(remat=True), dict(scan=True), dict(scan=True, remat=True)]
+)
+@pytest.mark.parametrize("k", [1, 2])
+def test_depth_is_the_model_of_the_first_blocks(options, k):
+  _, params = make(depth=3)
+  model, _ = make(depth=3, **options)
+  encoder = params["Transformer"]
+  kept = {f"encoderblock_{i}": encoder[f"encoderblock_{i}"] for i in range(k)}
+  first = params | {"Transformer": kept | {"encoder_norm": encoder["encoder_norm"]}}
+  stacked = vit.stack_blocks if model.scan else lambda p: p
+  logits, out = run(model, stacked(params), images(), seqhw=3, depth=k)
+  want, other = run(make(depth=k, **options)[0], stacked(first), images(), seqhw=3)
+  assert jax.tree.structure(out) == jax.tree.structure(other)
+  np.testing.assert_allclose(logits, want, atol=2e-6 * max(1.0, np.abs(want).max()))
+  np.testing.assert_allclose(out["encoded"], other["encoded"], atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_blocks_beyond_the_depth_get_no_gradient(scan):
+  _, params = make()
+  model, _ = make(scan=scan)
+  params = vit.stack_blocks(params) if scan else params
+  loss = lambda p: (model.apply({"params": p}, images(), depth=1)[0] ** 2).sum()  # noqa: E731
+  blocks = vit.unstack_blocks(jit(jax.grad(loss))(params))["Transformer"]
+  assert all(np.abs(g).max() == 0 for g in jax.tree.leaves(blocks["encoderblock_1"]))
+  kernels = blocks["encoderblock_0"]["MlpBlock_0"]
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(kernels))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_no_depth_is_all_blocks(scan):
+  _, params = make()
+  model, _ = make(scan=scan)
+  params = vit.stack_blocks(params) if scan else params
+  whole, same = (run(model, params, images(), depth=depth) for depth in (None, 2))
+  jax.tree.map(np.testing.assert_array_equal, whole, same)
+  assert whole[1]["encoder"].keys() == {"block00", "block01", "pre_ln"}
+
+
+@pytest.mark.parametrize("depth", [0, -1, 3])
+def test_a_depth_that_the_model_lacks_is_an_error(depth):
+  model, params = make()
+  with pytest.raises(UserError, match=f"depth={depth}: the model has 2 blocks; expected 1 to 2"):
+    model.apply({"params": params}, images(), depth=depth)
+
+
 def test_gradients_reach_kernel_and_positions_at_another_size_than_stored():
   model, params = make()
   image = images()
@@ -469,17 +585,21 @@ GMACS = {
 def test_gmacs_are_those_of_the_papers_models(variant):
   model = FlexiViT(variant=variant, num_classes=1000)
   for grid, want in zip(GRIDS, GMACS[variant], strict=True):
-    got = flexivit.gmacs(model, (240, 240), (grid, grid))
+    got = flexivit.gmacs(model, (240, 240), seqhw=grid)
     np.testing.assert_allclose(got, want, rtol=0.01, err_msg=f"{variant} {grid}")
 
 
 def _multiply_adds(jaxpr):
-  """Of all matrix products in a jaxpr, also in those that it calls."""
+  """Of all matrix products and convolutions in a jaxpr, also in those that it calls."""
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
       shape, (contracted, _) = eqn.invars[0].aval.shape, eqn.params["dimension_numbers"][0]
       total += math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+      kernel = eqn.invars[1].aval.shape
+      out_channels = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+      total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // out_channels
     inner = [p.jaxpr for p in eqn.params.values() if hasattr(p, "jaxpr")]
     total += sum(_multiply_adds(getattr(j, "jaxpr", j)) for j in inner)
   return total
@@ -493,5 +613,25 @@ def test_gmacs_count_the_matrix_products_that_are_run(pool, registers):
   apply = lambda p, x: model.apply({"params": p}, x)  # noqa: E731
   counted = _multiply_adds(jax.make_jaxpr(apply)(params, images(1)).jaxpr)
   logits_2d = ("+" not in pool) * 12 * 16 * 5  # which nobody pays for who does not read them
-  want = flexivit.gmacs(model, (24, 24), (2, 6)) * 1e9
+  want = flexivit.gmacs(model, (24, 24), grid_hw=(2, 6)) * 1e9
+  np.testing.assert_allclose(counted - logits_2d, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+  ("size", "grid_hw"),
+  [
+    (dict(stride=3), (5, 7)),
+    (dict(stride=6, depth=1), (3, 4)),
+    (dict(depth=1), (2, 6)),
+    (dict(depth=2), (2, 6)),
+  ],
+)
+def test_gmacs_count_what_stride_and_depth_run(size, grid_hw):
+  model, params = make(pool_type="map", depth=3, patch_size=(12, 4), posemb_size=grid_hw)
+  image = images(1, (24, 22 if "stride" in size else 24))
+  assert flexivit.which_grid(image.shape[1:3], (12, 4), **size).grid_hw == grid_hw
+  apply = lambda p, x: model.apply({"params": p}, x, **size)  # noqa: E731
+  counted = _multiply_adds(jax.make_jaxpr(apply)(params, image).jaxpr)
+  logits_2d = math.prod(grid_hw) * 16 * 5
+  want = flexivit.gmacs(model, image.shape[1:3], **size) * 1e9
   np.testing.assert_allclose(counted - logits_2d, want, rtol=1e-12)

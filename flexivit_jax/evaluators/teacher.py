@@ -1,0 +1,71 @@
+"""A teacher's own accuracy, once: it never changes."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, final
+
+import flax.linen as nn
+
+from flexivit_jax.evaluators.classification import classification
+from flexivit_jax.evaluators.per_size import PerSize
+from flexivit_jax.models.flexivit import which_patch
+from flexivit_jax.objectives.distill import Teacher
+
+
+@final
+class Once:
+  """An evaluator of other parameters than those in training, which runs the first time it is asked."""
+
+  def __init__(self, evaluator: PerSize, params: Any):
+    self._evaluator, self._params = evaluator, params
+    self._rows: list[dict[str, Any]] | None = None
+
+  def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
+    """As of `PerSize`; nothing where the result is known already."""
+    if self._rows is None:
+      self._evaluator.compile(self._params, report)
+
+  def run(self, params: Any) -> list[dict[str, Any]]:
+    """The rows of the other parameters, whatever `params` are."""
+    if self._rows is None:
+      self._rows = self._evaluator.run(self._params)
+    return self._rows
+
+  def costs(self, params: Any, repeats: int = 5) -> list[dict[str, Any]]:
+    """As of `PerSize`."""
+    return self._evaluator.costs(self._params, repeats)
+
+
+def teacher(
+  model: nn.Module,
+  batches: Iterable[dict],
+  mesh: Any,
+  *,
+  teacher: Teacher,
+  loss: str = "softmax_xent",
+) -> Once:
+  """Evaluates a teacher on labelled images at its own size.
+
+  Args:
+    model: the student, which has no part in it.
+    batches: re-iterable, of the teacher's image (`teacher.image`), "labels" and "_mask".
+    mesh: where it runs.
+    teacher: its `size` is the one that is measured.
+    loss: a name in `losses.LOSSES`.
+  """
+  renamed = _Renamed(batches, teacher.image)
+  image_hw = next(iter(renamed))["image"].shape[1:3]
+  ph, pw = which_patch(image_hw, teacher.model.patch_size, **teacher.size)
+  size = (image_hw[0] // ph, image_hw[1] // pw)
+  seqhw = (size[0],) if size[0] == size[1] else (size,)
+  return Once(classification(teacher.model, renamed, mesh, seqhw=seqhw, loss=loss), teacher.params)
+
+
+class _Renamed:
+  """Batches with one image under "image"."""
+
+  def __init__(self, batches: Iterable[dict], key: str):
+    self._batches, self._key = batches, key
+
+  def __iter__(self) -> Any:
+    for batch in self._batches:
+      yield {**batch, "image": batch[self._key]}

@@ -1,0 +1,63 @@
+"""Self-distillation across sizes: no teacher but the model itself, at one size that is good, say the finest.
+
+Labels teach the size drawn, and so does the model's own answer at `size`: of the same weights (as in-place distillation
+does between widths, arXiv 1903.05134), or of their running mean (arXiv 1703.01780). Not in the FlexiViT paper.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from flexivit_jax import errors, losses
+from flexivit_jax.objectives.base import Batch, Objective, Predict
+
+
+def self_distill(
+  *,
+  size: Mapping[str, Any],
+  weight: float = 1.0,
+  distance: str = "kl",
+  temperature: float = 1.0,
+  ema: float | None = None,
+  loss: str = "softmax_xent",
+  mixup_p: float = 0.0,
+) -> Objective:
+  """The labels' loss at the size drawn, plus the distance from there to the model's own logits at `size`.
+
+  Args:
+    size: static arguments of the model where it teaches, e.g. {"seqhw": 30}.
+    weight: of the distance.
+    distance: a name in `losses.DISTANCES`.
+    temperature: both sides' logits are divided by it, the distance multiplied by its square.
+    ema: the running mean of the weights teaches, of this decay a step (for example 0.999; less in the first steps, see
+      `steps.running_mean`). None: the weights themselves.
+    loss: a name in `losses.LOSSES`.
+    mixup_p: parameter of mixup's Beta distribution; 0 switches it off.
+
+  Raises:
+    UserError: no size; an unknown name; a temperature or weight that is not positive; a decay outside (0, 1).
+  """
+  if loss not in losses.LOSSES:
+    raise errors.unknown("loss", loss, losses.LOSSES)
+  if distance not in losses.DISTANCES:
+    raise errors.unknown("distance", distance, losses.DISTANCES)
+  if temperature <= 0 or weight <= 0:
+    raise errors.UserError(f"temperature={temperature}, weight={weight}; expected both > 0.")
+  if ema is not None and not 0 < ema < 1:
+    raise errors.UserError(f"ema={ema}; expected a decay between 0 and 1, or None.")
+  if not size:
+    raise errors.UserError("size is empty; give where the model teaches, e.g. size=dict(seqhw=30).")
+  size = dict(size)
+
+  def prepare(batch: Batch, key: jax.Array) -> Batch:
+    image, labels = losses.mixup(key, batch["image"], batch["labels"], p=mixup_p)
+    return {"image": image, "labels": labels}
+
+  def per_example(predict: Predict, batch: Batch) -> jax.Array:
+    logits = predict(batch["image"])
+    target = predict(batch["image"], fixed=True, **size)
+    far = losses.DISTANCES[distance](logits / temperature, target / temperature)
+    return losses.LOSSES[loss](logits, batch["labels"]) + weight * temperature**2 * far
+
+  return Objective(("image", "labels"), prepare, per_example, ema=ema, also=(size,))
