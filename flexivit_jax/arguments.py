@@ -16,6 +16,7 @@ def parser() -> argparse.ArgumentParser:
     prog="flexivit", description="One Vision Transformer for all patch sizes."
   )
   commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  _plan(commands.add_parser("plan", help="what a config will cost; needs no data and no device"))
   _train(commands.add_parser("train", help="train from a config file; the same command resumes"))
   _eval(commands.add_parser("eval", help="accuracy and cost of a checkpoint at every patch size"))
   _predict(commands.add_parser("predict", help="classify images at a chosen patch size"))
@@ -72,6 +73,18 @@ def _train(p: argparse.ArgumentParser) -> None:
   _config(p)
   p.add_argument(
     "--workdir", required=True, type=pathlib.Path, help="the run's folder; made, or resumed from"
+  )
+
+
+def _plan(p: argparse.ArgumentParser) -> None:
+  p.add_argument("config", metavar="CONFIG[:ARG]", help="e.g. configs/i1k_distill.py:variant=B")
+  p.add_argument(
+    "--utilisation", type=float, default=0.4, help="share of a machine's peak (default 0.4)"
+  )
+  p.add_argument("--json", action="store_true", help="everything, to be read by a program")
+  p.set_defaults(overrides=[])
+  p.epilog = (
+    "--config.KEY=VALUE overrides a value of the config, e.g. --config.input.batch_size=512"
   )
 
 

@@ -10,6 +10,7 @@ from flexivit_jax import allocator, arguments, errors
 USAGE_ERROR = 2
 BROKEN_PIPE = 128 + 13  # as a shell counts SIGPIPE
 MODULES = {
+  "plan": "plan",
   "train": "train",
   "eval": "evaluate",
   "predict": "predict",

@@ -1,0 +1,293 @@
+"""`flexivit plan`: what a config will cost, before anything is there: no data, no weights, no accelerator.
+
+What can be wrong with shapes is found: the config is built with stand-ins of the right size, and the training step of
+each size is traced and lowered for meshes of devices that do not exist. Nothing is compiled, nothing computed.
+"""
+
+import argparse
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from flexivit_jax import (
+  compilation,
+  config,
+  data,
+  errors,
+  experiment,
+  patch_schedule,
+  sharding,
+  steps,
+  trees,
+)
+from flexivit_jax.evaluators.per_size import sizes_of
+from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid
+from flexivit_jax.objectives.distill import Teacher
+
+
+class Machine(NamedTuple):
+  """Accelerators: the devices that JAX sees, and the dense bfloat16 FLOP/s of all together, as their makers state."""
+
+  devices: int
+  flops: float
+
+
+# TPU v3: 123e12 a chip of two cores (Google's page "TPU v3"); A100 312e12, H100 SXM 989e12 (NVIDIA's data sheets).
+MACHINES = {
+  "v3-32": Machine(32, 16 * 123e12),
+  "8xA100": Machine(8, 8 * 312e12),
+  "8xH100": Machine(8, 8 * 989e12),
+}
+MESHES = (1, 8, 32)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints the plan of args.config."""
+  if not 0 < args.utilisation <= 1:
+    raise errors.UserError(f"--utilisation={args.utilisation}; expected a fraction, as 0.4.")
+  settings = config.load(args.config, args.overrides)
+  made = plan(settings, utilisation=args.utilisation)
+  print(json.dumps(made, indent=1) if args.json else "\n".join(text(made)))
+
+
+def plan(
+  settings: Mapping[str, Any], *, utilisation: float = 0.4, meshes: Sequence[int] = MESHES
+) -> dict[str, Any]:
+  """Returns what a config will cost, JSON-able.
+
+  Args:
+    settings: the config.
+    utilisation: the share of its peak that a machine reaches.
+    meshes: numbers of devices for which every training step is lowered.
+
+  Raises:
+    UserError: what is wrong with the config; a data set that is neither here nor known.
+  """
+  config.check("", settings, experiment.build, given=("opening",))
+  exp = experiment.build(**settings, opening=PLANNED)
+  state = _state(exp)
+  training = patch_schedule.mean_cost(exp.flexi, exp.step_flops) * exp.total_steps
+  evaluation = sum(_evaluation_flops(exp, e) for e in exp.evaluations.values())
+  sizes = _sizes(exp)
+  seconds = {k: 1 / (m.flops * utilisation) for k, m in MACHINES.items()}
+  return {
+    "name": exp.name,
+    "parameters": trees.count(state.params),
+    "steps": exp.total_steps,
+    "batch_size": exp.batch_size,
+    "epochs": exp.total_steps / exp.steps_per_epoch,
+    "sizes": sizes,
+    "training_flops": training,
+    "evaluation_flops": evaluation,
+    "utilisation": utilisation,
+    "hours": {
+      k: {"training": training * s / 3600, "evaluation": evaluation * s / 3600}
+      for k, s in seconds.items()
+    },
+    "memory": {str(n): _memory(exp, state, n) for n in meshes},
+    "lowered": _lower(settings, [n for n in meshes if n > 1]),
+  }
+
+
+def text(plan: Mapping[str, Any]) -> list[str]:
+  """Returns the lines that say it to a reader."""
+  lines = [
+    f"{plan['name']}: {plan['parameters']:,} parameters; {plan['steps']:,} steps of {plan['batch_size']}"
+    f" ({plan['epochs']:.1f} epochs)",
+    "",
+    "            size  tokens    GMACs  TFLOPs/step  of steps  of FLOPs",
+  ]
+  for s in plan["sizes"]:
+    lines.append(
+      f"{s['size']:>16} {s['tokens']:>7} {s['gmacs']:>8.2f} {s['step_flops'] / 1e12:>12.4g}"
+      f" {s['share_of_steps']:>9.1%} {s['share_of_flops']:>9.1%}"
+    )
+  lines += [
+    "",
+    f"{plan['training_flops']:.3g} FLOPs to train, {plan['evaluation_flops']:.3g} to evaluate",
+  ]
+  for name, hours in plan["hours"].items():
+    lines.append(
+      f"{name:>8}: {hours['training']:.3g} h to train, {hours['evaluation']:.3g} h to evaluate,"
+      f" at {plan['utilisation']:.0%} of its peak"
+    )
+  lines += ["", "GiB a device at the costliest size (activations are an estimate):"]
+  for n, memory in plan["memory"].items():
+    parts = ", ".join(f"{k} {v / 2**30:.3g}" for k, v in memory.items())
+    lines.append(f"{n:>8} devices: {sum(memory.values()) / 2**30:.3g} = {parts}")
+  lines.append("")
+  for n, lowered in plan["lowered"].items():
+    lines.append(f"{n:>8} devices: {lowered}")
+  return lines
+
+
+# --- the parts ---
+
+
+def _planned_teacher(
+  *, checkpoint: str | None = None, model: Mapping[str, Any] | None = None, **given: Any
+) -> Teacher:
+  """As `load_teacher`, of shapes only where the config names the model."""
+  if model is None:
+    return experiment.load_teacher(checkpoint=checkpoint, **given)
+  network, _ = experiment.build_model(model, num_classes=0)
+  params = jax.eval_shape(lambda: steps.init_params(network, (8, 8, 3), seed=0))
+  size = {} if given.get("seqhw") is None else {"seqhw": given["seqhw"]}
+  return Teacher(network, params, given.get("image", "image"), size)
+
+
+PLANNED = experiment.Opening(
+  source=data.planned_source,
+  teacher=_planned_teacher,
+  init=lambda model, **_: None,
+  digest=lambda params: "planned",
+  shots=lambda source, **_: source,
+)
+
+
+def _state(exp: experiment.Experiment) -> steps.TrainState:
+  def init() -> steps.TrainState:
+    params = steps.init_params(exp.model, exp.image_shape, exp.seed, exp.head_bias)
+    return steps.init_state(params, exp.optimizer.tx, exp.objective)
+
+  return jax.eval_shape(init)
+
+
+def _sizes(exp: experiment.Experiment) -> list[dict[str, Any]]:
+  h, w, c = exp.image_shape
+  mean = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
+  rows = []
+  for size, share, cost in patch_schedule.shares(exp.flexi, exp.step_flops):
+    args: dict[str, Any] = dict(size)
+    grid = which_grid((h, w), exp.model.patch_size, **args).grid_hw
+    rows.append(
+      {
+        "size": compilation.size_name(size),
+        "tokens": grid[0] * grid[1],
+        "gmacs": gmacs(exp.model, (h, w), c, **size),
+        "step_flops": cost,
+        "share_of_steps": share,
+        "share_of_flops": share * cost / mean,
+      }
+    )
+  return rows
+
+
+def _evaluation_flops(exp: experiment.Experiment, evaluation: experiment.Evaluation) -> float:
+  """FLOPs of one evaluator over the whole run: a forward pass at each size, and the teacher's once for all."""
+  section = evaluation.section
+  h, w, c = exp.image_shape
+  axes = {k: section[k] for k in ("seqhw", "stride", "depth") if section.get(k)}
+  sizes = sizes_of(**axes) if axes else []
+  macs = sum(gmacs(exp.model, (h, w), c, **size) for size in sizes)
+  times = math.ceil(exp.total_steps / evaluation.every)
+  if "teacher" in section:
+    teacher = section["teacher"]
+    th, tw, tc = experiment.example_shapes(evaluation.source, evaluation.pp, (teacher.image,), 0)[
+      teacher.image
+    ]
+    macs += gmacs(teacher.model, (th, tw), tc, **teacher.size)
+    times = 1 if not sizes else times
+  return 2e9 * macs * len(evaluation.source) * times
+
+
+def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> dict[str, float]:
+  """Bytes on each device under data parallelism: weights are whole on each, the batch is divided."""
+  share = exp.batch_size / devices
+  batch = sum(4 * share * math.prod(shape) for shape in exp.input_shapes.values())
+  teachers = exp.objective.teaching.frozen if exp.objective.teaching else ()
+  costliest = max(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
+  return {
+    "parameters": _bytes(state.params),
+    "gradients": _bytes(state.params),
+    "optimizer": _bytes(state.opt_state) + _bytes(state.ema),
+    "teachers": _bytes(teachers),
+    "batch": batch,
+    "activations": activation_bytes(exp, costliest) * share / exp.accumulate,
+  }
+
+
+def activation_bytes(exp: experiment.Experiment, size: Mapping[str, Any]) -> float:
+  """Estimate of the bytes that one image's activations take until the backward pass has used them.
+
+  Each block keeps of each token: in float32 its input, both LayerNorms and the residual (4 d); in the compute dtype
+  query, key, value, attention's output and the MLP's hidden layer before and after the GELU (5 d + 2 m); a row of
+  attention for each head in float32 and in the compute dtype. With remat only a block's input, and one block whole.
+  """
+  model, (h, w, _) = exp.model, exp.image_shape
+  grid = which_grid((h, w), model.patch_size, **size).grid_hw
+  tokens = grid[0] * grid[1] + model.prefix_length
+  b = 2 if model.dtype == "bfloat16" else 4
+  token = 16 * model.width + b * (5 * model.width + 2 * model.mlp_dim)
+  block = tokens * (token + (4 + b) * model.num_heads * tokens)
+  depth = which_depth(model.depth, size.get("depth"))
+  return block + depth * tokens * 4 * model.width if model.remat else depth * block
+
+
+def _bytes(tree: Any) -> float:
+  return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+# --- lowering ---
+
+
+def _lower(settings: Mapping[str, Any], meshes: Sequence[int]) -> dict[str, str]:
+  """Traces and lowers every training step for each number of devices; returns a line about each."""
+  exp = _looped(settings)
+  # Of each function one object, whose trace is then found again for the next mesh.
+  teach = None
+  if exp.objective.teaching is not None:
+    teach = jax.jit(
+      functools.partial(steps.targets, teaching=exp.objective.teaching, **_common(exp))
+    )
+  step = functools.partial(
+    steps.step, model=exp.model, objective=exp.objective, tx=exp.optimizer.tx, **_common(exp)
+  )
+  sizes = patch_schedule.all_static(exp.flexi)
+  train = [jax.jit(functools.partial(step, **size)) for size in sizes]
+  return {str(n): _lower_for(n, exp, teach, train) for n in meshes}
+
+
+def _common(exp: experiment.Experiment) -> dict[str, Any]:
+  return {"seed": exp.seed, "accumulate": exp.accumulate}
+
+
+def _lower_for(devices: int, exp: experiment.Experiment, teach: Any, train: Sequence[Any]) -> str:
+  if (exp.batch_size // exp.accumulate) % devices:
+    return f"not possible: batch_size={exp.batch_size} / accumulate={exp.accumulate} does not divide over them"
+  mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+  split = functools.partial(_placed, sharding.batch_split(mesh))
+  whole = functools.partial(_placed, sharding.replicated(mesh))
+  shapes = {k: (exp.batch_size, *shape) for k, shape in exp.input_shapes.items()}
+  specs = {k: split(jax.ShapeDtypeStruct(shape, jnp.float32)) for k, shape in shapes.items()}
+  state = whole(_state(exp))
+  batch: dict[str, Any] = {k: specs[k] for k in exp.objective.inputs}
+  if teach is not None:
+    taught = {k: specs[k] for k in exp.objective.teaching.inputs}
+    args = (state.step, taught, whole(exp.objective.teaching.frozen))
+    teach.trace(*args).lower(lowering_platforms=("tpu",))
+    batch["targets"] = split(jax.eval_shape(teach, *args))
+  for step in train:
+    step.trace(state, batch).lower(lowering_platforms=("tpu",))
+  return f"{len(train)} training steps lowered"
+
+
+def _placed(where: Any, tree: Any) -> Any:
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree)
+
+
+def _looped(settings: Mapping[str, Any]) -> experiment.Experiment:
+  """The experiment with its blocks as one loop: no shape of a step changes, and one block is traced, not a dozen.
+
+  As it is where its optimizer tells blocks apart by name. Evaluations have no part in it.
+  """
+  optim = settings["optim"]
+  named = optim.get("lr_mults") or not isinstance(optim.get("schedule", {}), Mapping)
+  model = settings["model"] if named else {**settings["model"], "scan": True}
+  return experiment.build(**{**settings, "model": model, "evals": None}, opening=PLANNED)

@@ -1,0 +1,155 @@
+"""`flexivit plan`: what it says is right, it finds what is wrong, and it touches nothing."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flexivit_jax import cli, config, data, errors, experiment, plan, steps
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.models.flexivit import gmacs
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+NAMES = sorted(f.stem for f in CONFIGS.glob("*.py") if f.stem not in ("__init__", "folder"))
+GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
+# GMACs at 240 pixels with the class token: derived from the architecture; at patch 16 they agree with timm's counts.
+GMACS = {
+  "S": (0.62, 0.86, 1.49, 2.30, 3.34, 5.34, 6.13, 10.06, 15.39, 26.68),
+  "B": (2.35, 3.30, 5.73, 8.90, 12.84, 20.27, 23.18, 37.16, 55.28, 91.62),
+  "L": (8.06, 11.42, 20.01, 31.18, 45.0, 70.94, 81.03, 129.2, 190.8, 312.2),
+}
+PARAMETERS = {"S": 22.06, "B": 86.59, "L": 304.36}  # millions, at patch 16 of 240 pixels: timm
+
+
+def load(spec, *overrides):
+  name, _, arg = spec.partition(":")
+  return config.load(f"{CONFIGS / name}.py:{arg}", ["input.data.data_dir=/nowhere", *overrides])
+
+
+def small(spec, *overrides):
+  """A config with only its coarsest and finest size, which lowers faster."""
+  settings = load(spec, *overrides)
+  sizes = settings["flexi"]["seqhw"]["v"]
+  return {**settings, "flexi": {"seqhw": {"v": (sizes[0], sizes[-1])}}}
+
+
+@pytest.mark.parametrize("variant", GMACS)
+def test_gmacs_at_ten_sizes_are_those_of_the_papers_models(variant):
+  model = FlexiViT(num_classes=1000, variant=variant)
+  got = [gmacs(model, (240, 240), seqhw=seqhw) for seqhw in GRIDS]
+  assert got == pytest.approx(GMACS[variant], rel=0.01)
+
+
+@pytest.mark.parametrize("variant", PARAMETERS)
+def test_parameters_at_patch_16_are_timms(variant):
+  """With the position grid of that patch size, 15x15, as timm stores these models; a 7x7 grid has fewer."""
+  model = FlexiViT(num_classes=1000, variant=f"{variant}/16", posemb_size=(15, 15))
+  params = jax.eval_shape(lambda: steps.init_params(model, (240, 240, 3), seed=0))
+  assert plan.trees.count(params) / 1e6 == pytest.approx(PARAMETERS[variant], abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["miniature"])
+def test_a_config_is_planned_without_its_data(name):
+  made = plan.plan(small(name), meshes=(1, 8))
+  assert made["lowered"] == {"8": "2 training steps lowered"}
+  assert sum(s["share_of_steps"] for s in made["sizes"]) == pytest.approx(1)
+  json.dumps(made, allow_nan=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NAMES, "i1k_distill:variant=L", "i21k_sup:variant=L"])
+def test_every_config_is_planned(name):
+  settings = small(name) if name != "digits" else config.load(f"{CONFIGS / name}.py")
+  made = plan.plan(settings)
+  n = len(settings["flexi"]["seqhw"]["v"])
+  divides = [m for m in (8, 32) if settings["input"]["batch_size"] % m == 0]
+  assert [made["lowered"][str(m)] for m in divides] == [f"{n} training steps lowered"] * len(
+    divides
+  )
+
+
+def test_steps_flops_and_hours_of_the_small_distillation():
+  """A step is three passes of the student and one of the teacher, 15.5 GMACs at 384 px; the steps are the paper's."""
+  made = plan.plan(small("i1k_distill"), utilisation=0.5, meshes=(1,))
+  assert made["steps"] == 111_477
+  student = (GMACS["S"][0] + GMACS["S"][-1]) / 2
+  want = 2e9 * (3 * student + 15.52) * 1024 * 111_477
+  assert made["training_flops"] == pytest.approx(want, rel=0.01)
+  hours = made["hours"]["8xH100"]["training"]
+  assert hours == pytest.approx(want / (8 * 989e12 * 0.5) / 3600, rel=0.01)
+  # 50,000 images at the eleven times of every tenth (the end among them) at two sizes, without the teacher.
+  settings = small("i1k_distill")
+  settings["evals"] = {"test": {**settings["evals"]["test"], "seqhw": (5, 30)}}
+  only = plan.plan(settings, meshes=(1,))
+  assert only["evaluation_flops"] == pytest.approx(2e9 * 2 * student * 50_000 * 11, rel=0.1)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("seqhw", [8])
+def test_activations_are_about_what_a_compiled_step_needs(remat, seqhw):
+  """Within a factor of two and a half of XLA's own figure on a CPU, which also holds the gradients."""
+  settings = load(
+    "cifar10", "input.data.name=synthetic", "input.data.split=train", "model.width=64"
+  )
+  synthetic = dict(name="synthetic", split="train", num_examples=64)
+  settings["input"] |= {"data": synthetic, "batch_size": 64}
+  settings |= {"evals": None, "flexi": {"seqhw": {"v": (seqhw,)}}, "total_epochs": 1000}
+  # As one loop: unrolled, XLA on a CPU does not save what remat lets it save.
+  settings["model"] |= {"remat": remat, "scan": remat, "num_heads": 2, "mlp_dim": 256, "depth": 4}
+  exp = experiment.build(**settings)
+  state = plan._state(exp)
+  specs = {k: jax.ShapeDtypeStruct((64, *v), jnp.float32) for k, v in exp.input_shapes.items()}
+
+  def step(state, batch):
+    fields = dict(model=exp.model, objective=exp.objective, tx=exp.optimizer.tx, seed=0)
+    return steps.step(state, batch, seqhw=seqhw, **fields)
+
+  compiled = jax.jit(step, donate_argnums=(0,)).lower(state, specs).compile()
+  found = compiled.memory_analysis().temp_size_in_bytes
+  estimate = 64 * plan.activation_bytes(exp, {"seqhw": seqhw}) + plan._bytes(state.params)
+  assert found / 2.5 < estimate < found * 2.5
+
+
+def test_a_batch_that_does_not_divide_is_said():
+  made = plan.plan(small("cifar10", "input.batch_size=1000"), meshes=(8, 32))
+  assert made["lowered"]["8"] == "2 training steps lowered"
+  assert "batch_size=1000 / accumulate=1 does not divide" in made["lowered"]["32"]
+
+
+@pytest.mark.parametrize(
+  ("override", "message"),
+  [
+    ("flexi.seqhw.v=(5,7)", "seqhw=7 does not divide the image"),
+    ("optim.lrr=1", "Did you mean 'optim.lr'"),
+    ("input.data.name=imagenet_of_mine", "To plan, give one of cifar10"),
+    ("model.num_classes=999", "the model has 999 classes"),
+  ],
+)
+def test_what_is_wrong_is_an_error(override, message):
+  with pytest.raises(errors.UserError, match=message):
+    plan.plan(load("i1k_sup", override), meshes=(1,))
+
+
+def test_known_data_sets_are_divided_as_real_ones():
+  source = data.planned_source(name="imagenet2012", split="train[:99%]")
+  assert (len(source), source.num_classes) == (1_268_355, 1000)
+  assert (
+    len(data.planned_source(name="imagenet_v2/matched-frequency:3.0.0", split="test")) == 10_000
+  )
+  real = data.planned_source(name="imagenet2012_real", split="validation", label_key="real_label")
+  assert real[7]["label"] == (0,)
+  with pytest.raises(errors.UserError, match="split"):
+    data.planned_source(name="imagenet2012", split="test")
+
+
+def test_command(capsys):
+  arguments = ["plan", str(CONFIGS / "digits.py"), "--config.flexi.seqhw.v=(2,)"]
+  assert cli.main([*arguments, "--json"]) == 0
+  assert json.loads(capsys.readouterr().out)["steps"] == 1500
+  assert cli.main(arguments) == 0
+  out = capsys.readouterr().out
+  assert "seqhw=2" in out and "v3-32" in out and "8 devices: 1 training steps lowered" in out
+  assert cli.main([*arguments, "--utilisation=2"]) == 2
+  assert "expected a fraction" in capsys.readouterr().err
