@@ -2,6 +2,7 @@
 # make test   the fast tests
 # make test-convert   the tests that need PyTorch, timm, transformers, ONNX; in an environment of their own
 # make lint   ruff, mypy, import-linter
+# make miniature  the paper's experiments on CIFAR-10, DATA_DIR=where TFDS prepared it; hours
 # make clean  remove the virtual environment and everything that tools have cached; runs/ stays
 #
 # Another interpreter: make test PYTHON=python3.12
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 CONVERT_VENV := .venv-convert
 CONVERT_STAMP := $(CONVERT_VENV)/.installed
 
-.PHONY: demo test test-convert lint clean
+.PHONY: demo test test-convert lint miniature clean
 
 demo: $(STAMP)
 	$(BIN)/flexivit train --config configs/digits.py --workdir runs/demo/flexivit
@@ -25,6 +26,10 @@ test: $(STAMP)
 
 test-convert: $(CONVERT_STAMP)
 	$(CONVERT_VENV)/bin/python -m pytest -m convert
+
+# One after the other; the same command goes on where it was stopped.
+miniature: $(STAMP)
+	$(BIN)/python tools/miniature.py --out runs/miniature $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
