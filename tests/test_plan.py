@@ -59,7 +59,7 @@ def test_a_config_is_planned_without_its_data(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*NAMES, "i1k_distill:variant=L", "i21k_sup:variant=L"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_planned(name):
   settings = small(name) if name != "digits" else config.load(f"{CONFIGS / name}.py")
   made = plan.plan(settings)
