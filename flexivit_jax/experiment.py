@@ -400,7 +400,7 @@ def _total_steps(by_flops: float | None, **given: Any) -> int:
   units = {k: given[k] for k in ("steps", "epochs", "examples") if given[k] is not None}
   if units:
     raise errors.UserError(f"Got total_flops and total_{next(iter(units))}; give one of them.")
-  return max(1, round(by_flops))
+  return round(by_flops)
 
 
 def _inputs(objective: Objective) -> tuple[str, ...]:

@@ -56,7 +56,8 @@ def parse(flexi: Mapping[str, Mapping[str, Any]], cost: Cost | None = None) -> F
       share: what the weights are shares of: "steps" (default), or "flops": each value is drawn in proportion to its
         weight divided by what a step costs there, so that equal weights give equal computation.
       stages: a curriculum, `((until, weights), ...)` with fractions of the training up to 1, in the place of `p`; or
-        "coarse_to_fine", "fine_to_coarse": one value after the other, smallest or largest first, equally long.
+        "coarse_to_fine", "fine_to_coarse": one value after the other, those of fewest or of most tokens (or blocks)
+        first, equally long.
       adapt: arguments of `adaptive`: the weights then follow the losses.
     cost: FLOPs of a step with these static arguments; for share="flops".
 
@@ -105,7 +106,7 @@ def adaptive(
 
 
 SIGNALS: dict[str, Callable[[float, float], float]] = {
-  "loss": lambda short, long: short,
+  "loss": lambda short, long: max(short, 0.0),  # a distance of 0 may be rounded to just below it
   "progress": lambda short, long: max(long - short, 0.0),
 }
 
@@ -140,9 +141,13 @@ def probabilities(
   """Returns those of an argument's values at a step."""
   choice = flexi[name]
   if choice.adapt:
-    if name not in (state or {}):
-      raise UserError(f"flexi.{name} is adaptive; its draws need the state of `update`.")
-    return tuple((state or {})[name]["probs"])
+    probs = (state or {}).get(name, {}).get("probs", ())
+    if len(probs) != len(choice.values):
+      raise UserError(
+        f"flexi.{name} is adaptive; its draws need the state of `update` for {len(choice.values)} values, got one for"
+        f" {len(probs)}. A run goes on with the choice that it began with; for another give another --workdir."
+      )
+    return tuple(probs)
   if len(choice.stages) == 1:
     return choice.stages[0].probs
   if total_steps is None:
@@ -283,6 +288,8 @@ def _pick(values: tuple[Size, ...], probs: tuple[float, ...], u: float) -> Size:
 
 _KEYS = ("v", "p", "share", "stages", "adapt")
 _ORDERS = ("coarse_to_fine", "fine_to_coarse")
+# These are in pixels, where small is fine; other arguments count tokens or blocks.
+_IN_PIXELS = ("patch_hw", "stride")
 
 
 def _parse_choice(key: str, section: Mapping[str, Any]) -> Choice:
@@ -319,7 +326,9 @@ def _parse_stages(key: str, stages: Any, values: tuple[Size, ...]) -> tuple[Stag
   if isinstance(stages, str):
     if stages not in _ORDERS:
       raise unknown(key, stages, _ORDERS)
-    order = sorted(range(n), key=lambda i: values[i], reverse=stages == "fine_to_coarse")
+    small_first = (stages == "coarse_to_fine") != (key.split(".")[1] in _IN_PIXELS)
+    area = [(int(np.prod(value)), value) for value in values]
+    order = sorted(range(n), key=lambda i: area[i], reverse=not small_first)
     stages = [((k + 1) / n, [float(i == only) for i in range(n)]) for k, only in enumerate(order)]
   parsed = []
   for stage in _sequence(key, stages):
@@ -327,7 +336,8 @@ def _parse_stages(key: str, stages: Any, values: tuple[Size, ...]) -> tuple[Stag
       raise UserError(f"{key} has {stage!r}; expected (until, weights), e.g. (0.5, (1, 1, 0)).")
     parsed.append(Stage(float(stage[0]), _probs(key, _sequence(key, stage[1]), n)))
   edges = [stage.until for stage in parsed]
-  if not edges or edges != sorted(set(edges)) or not edges[0] > 0 or edges[-1] != 1:
+  # Pairwise, since a NaN is as large as its neighbours to `sorted`.
+  if not all(a < b for a, b in itertools.pairwise([0.0, *edges])) or edges[-1:] != [1.0]:
     raise UserError(f"{key} end at {edges}; expected rising fractions of the training, the last 1.")
   return tuple(parsed)
 

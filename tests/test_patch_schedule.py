@@ -122,6 +122,10 @@ def test_nothing_to_draw():
       {"v": (5, 6), "stages": ((0.6, (1, 1)), (0.5, (1, 0)), (1, (1, 1)))},
       r"end at \[0.6, 0.5, 1.0\]; expected rising",
     ),
+    (
+      {"v": (5, 6), "stages": ((0.5, (1, 1)), (float("nan"), (1, 0)), (1, (1, 1)))},
+      r"end at \[0.5, nan, 1.0\]; expected rising",
+    ),
     ({"v": (5, 6), "stages": ((1, 1, 1),)}, r"stages has \(1, 1, 1\); expected \(until, weights\)"),
     ({"v": (5, 6), "stages": (1, (1, 1))}, r"stages has 1; expected \(until, weights\)"),
     ({"v": (5, 6), "stages": ((1, (1,)),)}, r"stages has 1 weights for 2 values"),
@@ -244,13 +248,21 @@ def test_each_stage_draws_its_values_until_its_fraction_of_the_steps():
 
 
 @pytest.mark.parametrize(
-  ("order", "reverse"), [("coarse_to_fine", False), ("fine_to_coarse", True)]
+  ("name", "values", "coarse_first"),
+  [
+    ("seqhw", (8, 5, 6), (5, 6, 8)),
+    ("depth", (1, 4, 2), (1, 2, 4)),
+    ("grid_hw", ((2, 8), (6, 6), (3, 4)), ((3, 4), (2, 8), (6, 6))),
+    # In pixels, the largest have the fewest tokens.
+    ("patch_hw", ((2, 8), (6, 6), (3, 4)), ((6, 6), (2, 8), (3, 4))),
+    ("stride", (15, 30, 6), (30, 15, 6)),
+  ],
 )
-@pytest.mark.parametrize("values", [(8, 5, 6), (5, 6, 8), ((4, 2), (2, 2), (3, 9))])
-def test_named_curricula_take_one_value_after_the_other(order, reverse, values):
-  flexi = patch_schedule.parse({"size": {"v": values, "stages": order}})
-  drawn = [patch_schedule.draw(flexi, seed=0, step=i, total_steps=12)["size"] for i in range(12)]
-  assert drawn == [v for v in sorted(values, reverse=reverse) for _ in range(4)]
+def test_named_curricula_take_one_value_after_the_other(name, values, coarse_first):
+  for order, want in (("coarse_to_fine", coarse_first), ("fine_to_coarse", coarse_first[::-1])):
+    flexi = patch_schedule.parse({name: {"v": values, "stages": order}})
+    drawn = [patch_schedule.draw(flexi, seed=0, step=i, total_steps=12)[name] for i in range(12)]
+    assert drawn == [v for v in want for _ in range(4)]
 
 
 def test_a_curriculum_by_share_of_the_flops():
@@ -341,6 +353,15 @@ def test_a_value_that_was_not_drawn_yet_counts_as_the_worst():
   )
 
 
+@pytest.mark.parametrize("losses", [(0.0, -1e-8, 0.0), (1e-3, -1e-8, 1e-3), (-2e-8, -1e-8, -1e-8)])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_a_loss_just_below_zero_counts_as_zero(losses, power):
+  flexi = adaptive(power=power, floor=0.2)
+  got = probs_of(flexi, after(flexi, zip((5, 6, 8), losses, strict=True)))
+  want = probs_of(flexi, after(flexi, zip((5, 6, 8), np.maximum(losses, 0), strict=True)))
+  assert got == want and min(got) > 0
+
+
 def test_a_value_of_weight_zero_stays_out():
   flexi = adaptive(p=(1, 0, 1))
   state = after(flexi, [(5, 1.0), (8, 9.0)])
@@ -407,7 +428,9 @@ def test_a_resumed_run_draws_the_same(stop, every, signal):
 
 
 def test_adaptive_draws_need_the_state():
-  for state in (None, {}):  # {}: of a run whose choice was not adaptive
+  # {}: of a run whose choice was not adaptive; the last: of a run that had other values
+  fewer = {"seqhw": {"short": [None], "long": [None], "probs": [1.0]}}
+  for state in (None, {}, fewer):
     with pytest.raises(UserError, match=r"flexi\.seqhw is adaptive; its draws need the state"):
       patch_schedule.draw(adaptive(), seed=0, step=0, state=state)
 

@@ -216,6 +216,11 @@ def test_odd_runs_are_reported(tmp_path):
   assert table(runs).count("\n") == 10
 
 
+def test_markers_are_explained_only_where_both_are_seen(tmp_path):
+  runs = runs_lib.load([make_run(tmp_path / "unknown", trained=None)])
+  assert "trained" not in plots.draw(runs, "patch", plots.WIDE).page_svg
+
+
 def test_a_run_may_be_its_eval_json(demo):
   assert runs_lib.load([demo[0] / "eval.json"]) == runs_lib.load([demo[0]])
 

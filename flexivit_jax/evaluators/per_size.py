@@ -69,6 +69,7 @@ class PerSize:
       check_classes(labels, self.num_classes, self.label_map)
     for size in self.sizes.values():
       flexivit.which_grid(self._image_hw, self.model.patch_size, **size)
+      flexivit.which_depth(self.model.depth, size.get("depth"))
     self.frozen = jax.device_put(self.frozen, sharding.replicated(self.mesh))
     specs = sharding.specs(self._first, self.mesh)
     if self.once:

@@ -326,7 +326,12 @@ def which_grid(
     raise errors.UserError("With stride the grid is what fits; give no seqhw and no grid_hw.")
   patch = default if patch_hw is None else patch_hw
   spans = [side - p for side, p in zip(image_hw, patch, strict=True)]
-  if stride < 1 or min(spans) < 0 or any(span % stride for span in spans):
+  if min(patch) < 1 or min(spans) < 0:
+    raise errors.UserError(
+      f"Patches of {tuple(patch)} pixels do not fit into the image {tuple(image_hw)}; with stride the patch is"
+      " patch_hw, or the kernel's own size."
+    )
+  if stride < 1 or any(span % stride for span in spans):
     exact = common_divisors(tuple(s for s in spans if s > 0) or (1,))
     raise errors.UserError(
       f"stride={stride}: patches of {tuple(patch)} pixels do not end at the edge of the image {tuple(image_hw)};"

@@ -289,7 +289,7 @@ def _explain_markers(ax: Any, runs: Sequence[Run]) -> None:
   """Says what filled and hollow mean, where both are seen."""
   from matplotlib.lines import Line2D
 
-  if {is_trained(run, row) for run in runs for row in run.rows} < {True, False}:
+  if not {is_trained(run, row) for run in runs for row in run.rows} >= {True, False}:
     return
   handles = [
     Line2D([], [], marker="o", linestyle="", color=FAINT, markerfacecolor=face, label=label)

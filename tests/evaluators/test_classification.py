@@ -335,5 +335,9 @@ def test_rows_say_stride_and_depth():
 def test_strides_and_depths_that_do_not_fit_are_errors():
   with pytest.raises(UserError, match="stride=4: patches"):
     evaluate(make_batches(), seqhw=(), stride=[4])
+  model, params = make_model()
+  evaluator = classification(model, make_batches(), sharding.make_mesh(), seqhw=[2], depth=[1, 2])
+  compiled = []
   with pytest.raises(UserError, match="depth=2: the model has 1 blocks"):
-    evaluate(make_batches(), seqhw=[2], depth=[2])
+    evaluator.compile(params, report=lambda size, program: compiled.append(size))
+  assert not compiled

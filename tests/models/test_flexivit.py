@@ -284,7 +284,11 @@ def test_stride_cuts_windows_that_overlap_or_leave_gaps(hw, size, patch_hw, grid
     (dict(stride=-3), "stride=-3: patches"),
     (dict(stride=3, patch_hw=(4, 8)), "strides with which they do: 1, 2, 4."),
     (dict(stride=4, patch_hw=(24, 6)), "strides with which they do: 1, 2, 3, 5, 6, 10, 15, 30."),
-    (dict(stride=1, patch_hw=(25, 6)), "patches of (25, 6) pixels do not end at the edge"),
+    (
+      dict(stride=1, patch_hw=(25, 6)),
+      "Patches of (25, 6) pixels do not fit into the image (24, 36)",
+    ),
+    (dict(stride=1, patch_hw=(0, 6)), "Patches of (0, 6) pixels do not fit"),
     (dict(stride=3, seqhw=4), "With stride the grid is what fits; give no seqhw and no grid_hw."),
     (dict(stride=3, grid_hw=(4, 4)), "With stride the grid is what fits"),
   ],

@@ -1,0 +1,111 @@
+"""What a run costs, how long a budget of computation is, and sizes that a model cannot run."""
+
+import copy
+import pathlib
+
+import numpy as np
+import pytest
+
+from flexivit_jax import config, experiment, patch_schedule
+from flexivit_jax.errors import UserError
+from flexivit_jax.models.flexivit import gmacs
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def digits(**changes):
+  settings = config.load(f"{CONFIGS / 'digits'}.py:debug", [])
+  settings["model"]["depth"] = 2
+  return settings | copy.deepcopy(changes)
+
+
+def flops_of(settings, size):
+  """Of a step, from the multiply-adds of the models alone."""
+  exp = experiment.build(**settings)
+  macs = 3 * gmacs(exp.model, (24, 24), 3, **size)
+  for teacher in settings.get("objective", {}).get("teachers", {}).values():
+    found = experiment.load_teacher(**teacher)
+    macs += gmacs(found.model, (24, 24), 3, **found.size)
+  return 2e9 * macs * settings["input"]["batch_size"]
+
+
+TEACHER = dict(
+  model=dict(width=48, depth=3, mlp_dim=96, num_heads=4, patch_size=(4, 4), num_classes=10), seqhw=8
+)
+
+
+@pytest.mark.parametrize(
+  "teachers", [{}, {"one": TEACHER}, {"one": TEACHER, "two": TEACHER | {"seqhw": 3}}]
+)
+def test_equal_shares_of_the_flops_of_a_config_count_its_teachers(teachers):
+  objective = dict(name="distill", teachers=teachers) if teachers else {}
+  sizes = (2, 3, 4, 6, 8)
+  settings = digits(objective=objective, flexi=dict(seqhw=dict(v=sizes, share="flops")))
+  exp = experiment.build(**settings)
+  probs = patch_schedule.probabilities(exp.flexi, "seqhw", step=0)
+  spent = [p * flops_of(settings, dict(seqhw=s)) for p, s in zip(probs, sizes, strict=True)]
+  np.testing.assert_allclose(spent, np.mean(spent), rtol=0.01)
+  # A teacher's part is the same at all sizes: the more of it, the less they differ.
+  assert probs[0] > probs[-1]
+
+
+def test_a_teacher_makes_the_sizes_cost_more_alike():
+  flexi = dict(seqhw=dict(v=(2, 8), share="flops"))
+  plain = experiment.build(**digits(flexi=flexi))
+  taught = experiment.build(
+    **digits(flexi=flexi, objective=dict(name="distill", teachers=dict(one=TEACHER)))
+  )
+  finest = [patch_schedule.probabilities(e.flexi, "seqhw", step=0)[1] for e in (plain, taught)]
+  assert finest[0] < finest[1] < 0.5
+
+
+@pytest.mark.parametrize(
+  "flexi",
+  [
+    dict(seqhw=dict(v=(2, 8))),
+    dict(seqhw=dict(v=(2, 8), share="flops"), depth=dict(v=(1, 2))),
+    dict(seqhw=dict(v=(8, 2), stages="coarse_to_fine")),
+  ],
+)
+@pytest.mark.parametrize("budget", [0.6, 7.0, 7.4, 7.6])
+def test_a_budget_is_the_number_of_steps_whose_expected_flops_are_nearest(flexi, budget):
+  settings = digits(flexi=flexi, total_steps=None)
+  settings["optim"]["schedule"]["warmup_steps"] = 0
+  exp = experiment.build(**digits(flexi=flexi))
+  mean = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
+  flops = budget * mean
+  got = experiment.build(**settings, total_flops=flops).total_steps
+  off = [abs(n * mean - flops) for n in (got, got - 1, got + 1)]
+  assert off[0] == min(off) and got >= 1
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(total_flops=1e9), "Got total_flops and total_steps; give one of them"),
+    (dict(total_steps=None, total_flops=-1e9), r"Got -?\d+ steps"),
+    (dict(total_steps=None, total_flops=1.0), "Got 0 steps"),
+    (dict(flexi=dict(depth=dict(v=(1, 3)))), "depth=3: the model has 2 blocks; expected 1 to 2"),
+    (
+      dict(flexi=dict(stride=dict(v=(5, 7)))),
+      r"stride=7: patches of \(4, 4\) pixels do not end at the edge .*do: 1, 2, 4, 5, 10, 20\.",
+    ),
+    (
+      dict(flexi=dict(stride=dict(v=(3, 5), share="flops"))),
+      r"stride=3: .*do: 1, 2, 4, 5, 10, 20\.",
+    ),
+    (
+      dict(flexi=dict(seqhw=dict(v=(2,)), stride=dict(v=(4,)))),
+      "With stride the grid is what fits",
+    ),
+    (
+      dict(flexi=dict(seqhw=dict(v=(2, 3), share="flops"), depth=dict(v=(1, 2), share="flops"))),
+      "flexi.seqhw and flexi.depth both have share='flops'; one can",
+    ),
+    (dict(flexi=dict(seqwh=dict(v=(2,)))), "'flexi.seqwh'.*Did you mean 'flexi.seqhw'"),
+    (dict(flexi=dict(seqhw=dict(v=(2, 3), adapt=dict(evry=2)))), "'evry'.*Did you mean 'every'"),
+  ],
+)
+def test_mistakes_are_errors_before_anything_runs(changes, message):
+  with pytest.raises(UserError, match=message):
+    experiment.build(**digits(**changes))
