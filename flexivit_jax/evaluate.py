@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
   sizes = {} if args.seqhw == "all" else {"seqhw": parse_sizes(args.seqhw)}
   for name, given in sections.items():
     section = {**given, **sizes} if "seqhw" in given else {**given}
-    experiment.check_evaluation(f"evals.{name}", section)
+    sections.check_evaluation(f"evals.{name}", section)
     evaluation = experiment.build_evaluation(section, every=1)
     rows = results.measure(evaluation.make(model, sharding.make_mesh()), params)
     print(f"{name}: {evaluation.source.name} {evaluation.source.split}\n{results.table(rows)}")

@@ -8,22 +8,16 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 
-from flexivit_jax import config, data, errors, patch_schedule, schedules, steps, trees, weights
+from flexivit_jax import config, data, errors, patch_schedule, schedules, sections, steps
 from flexivit_jax.evaluators import EVALUATORS
-from flexivit_jax.models import MODELS
 from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid, which_patch
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
+from flexivit_jax.opening import REAL, Opening, build_model, sharing
 from flexivit_jax.optim import Optimizer, make as _make_optimizer
-
-# Arguments that the program provides, so no keys of a config.
-_GIVEN_DATA = ("source", "seed", "num_steps", "start_step", "process_index", "process_count")
-_GIVEN_EVALS = ("model", "batches", "train_batches", "num_classes", "mesh", "source")
-_GIVEN_OPTIM = ("params", "total_steps", "batch_size", "dataset_size")
-_DURATIONS = ("steps", "epochs", "examples", "percent")
+from flexivit_jax.sections import DURATIONS
 
 
 class Evaluation(NamedTuple):
@@ -34,24 +28,6 @@ class Evaluation(NamedTuple):
   source: data.Source
   pp: str
   section: Mapping[str, Any]
-
-
-class Opening(NamedTuple):
-  """How what lies in files is opened: really, or only as far as shapes need it.
-
-  Attributes:
-    source: as `data.make_source`.
-    teacher: as `load_teacher`.
-    init: as `load_init`.
-    digest: of a teacher's parameters.
-    shots: `(source, section) -> source` of the few images that an evaluator is fitted to.
-  """
-
-  source: Callable[..., data.Source]
-  teacher: Callable[..., Teacher]
-  init: Callable[..., Any]
-  digest: Callable[[Any], str]
-  shots: Callable[..., data.Source]
 
 
 class Experiment(NamedTuple):
@@ -148,7 +124,7 @@ def build(
     UserError: a key that does not exist, a value that cannot be, sizes that do not divide the image.
   """
   objective, flexi, evals, checkpoint = objective or {}, flexi or {}, evals or {}, checkpoint or {}
-  check_sections(
+  sections.check_sections(
     input=input,
     model=model,
     objective=objective,
@@ -157,7 +133,7 @@ def build(
     checkpoint=checkpoint,
     init=init,
   )
-  opening = opening or REAL
+  opening = sharing(opening or REAL)
   source = opening.source(**input["data"])
   sizes = {"batch_size": input["batch_size"], "dataset_size": len(source)}
   network, record = build_model(model, source.num_classes)
@@ -223,151 +199,11 @@ def build(
   )
 
 
-def check_sections(
-  *,
-  input: Mapping[str, Any],
-  model: Mapping[str, Any],
-  objective: Mapping[str, Any],
-  optim: Mapping[str, Any],
-  evals: Mapping[str, Any],
-  checkpoint: Mapping[str, Any],
-  init: Mapping[str, Any] | None = None,
-) -> None:
-  """Raises a UserError for the first key that is misspelt, does not belong, or is missing."""
-  network = _named("model", model, MODELS, "flexivit")
-  config.check_known("objective", objective, *OBJECTIVES.values(), optional=("name",))
-  goal = _named("objective", objective, OBJECTIVES, "supervised")
-  config.check("input", input, data.train_batches, given=_GIVEN_DATA, needed=("data",))
-  config.check("input.data", input["data"], data.make_source)
-  config.check("model", model, network, given=("parent",), optional=("name",))
-  config.check("objective", objective, goal, optional=("name",))
-  for name, section in objective.get("teachers", {}).items():
-    check_teacher(f"objective.teachers.{name}", section)
-  if init is not None:
-    config.check("init", init, load_init, given=("model",))
-  config.check("optim", optim, _make_optimizer, given=_GIVEN_OPTIM)
-  if isinstance(optim.get("schedule"), Mapping):
-    config.check("optim.schedule", optim["schedule"], schedules.make, given=_GIVEN_OPTIM)
-  every = [f"every_{unit}" for unit in _DURATIONS]
-  config.check("checkpoint", checkpoint, optional=("keep", *every))
-  for key, section in evals.items():
-    check_evaluation(f"evals.{key}", section)
-
-
-def check_evaluation(where: str, section: Mapping[str, Any]) -> None:
-  """Raises a UserError for the first wrong key in a section of `evals`."""
-  optional = ("type", "train_data", *(f"every_{unit}" for unit in _DURATIONS))
-  given = (*_GIVEN_EVALS, "process_index", "process_count")
-  every: list[Callable[..., Any]] = [data.eval_batches, data.few_shots, *EVALUATORS.values()]
-  # First what no evaluator has: a misspelt "type" is not the fault of the keys that belong to its value.
-  config.check_known(where, section, *every, given=given, optional=("data", *optional))
-  evaluator = _named(where, section, EVALUATORS, "classification", "type")
-  functions, needed = [data.eval_batches, evaluator], ["data"]
-  if "train_batches" in inspect.signature(evaluator).parameters:
-    functions, needed = [*functions, data.few_shots], [*needed, "train_data"]
-  optional = tuple(k for k in optional if k != "train_data" or k in needed)
-  config.check(where, section, *functions, given=given, needed=needed, optional=optional)
-  for key in needed:
-    config.check(f"{where}.{key}", section[key], data.make_source)
-  if "teacher" in section:
-    check_teacher(f"{where}.teacher", section["teacher"])
-
-
-def check_teacher(where: str, section: Mapping[str, Any]) -> None:
-  """Raises a UserError for the first wrong key in the section of a teacher."""
-  config.check(where, section, load_teacher)
-  if section.get("model") is not None:
-    model = _named(f"{where}.model", section["model"], MODELS, "flexivit")
-    config.check(f"{where}.model", section["model"], model, given=("parent",), optional=("name",))
-
-
-def build_model(section: Mapping[str, Any], num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
-  """Returns the model, and the JSON-able record from which it can be built again."""
-  record = {"name": "flexivit", "num_classes": num_classes, **section}
-  return MODELS[record["name"]](**_without(record, "name")), record
-
-
 def build_objective(section: Mapping[str, Any], teachers: Mapping[str, Teacher]) -> Objective:
   """Returns the objective that a section names; one that distils takes the teachers, loaded."""
-  given = _without(section, "name", "teachers") | ({"teachers": teachers} if teachers else {})
+  given = {k: v for k, v in section.items() if k not in ("name", "teachers")}
+  given |= {"teachers": teachers} if teachers else {}
   return OBJECTIVES[section.get("name", "supervised")](**given)
-
-
-def load_teacher(
-  *,
-  checkpoint: str | None = None,
-  model: Mapping[str, Any] | None = None,
-  image: str = "image",
-  seqhw: int | None = None,
-  num_heads: int | None = None,
-  mean: tuple[float, ...] | None = None,
-  std: tuple[float, ...] | None = None,
-) -> Teacher:
-  """Loads a teacher.
-
-  Args:
-    checkpoint: what `weights.load` takes.
-    model: fields of the model that it must hold, by which a run can be planned without the file. Without a
-      checkpoint: of a model with random weights, to try a config.
-    image: key of the batch under which it finds its image, of its own resolution.
-    seqhw: tokens per side at which it runs; default: its own patch size.
-    num_heads, mean, std: as in `weights.load`.
-
-  Raises:
-    UserError: neither checkpoint nor model; a checkpoint of another model.
-  """
-  if checkpoint is not None:
-    network, params = weights.load(checkpoint, **_given(num_heads=num_heads, mean=mean, std=std))
-    _check_model(network, model or {}, checkpoint)
-  elif model is not None:
-    network, _ = build_model({"head_zeroinit": False, **model}, num_classes=0)
-    params = steps.init_params(network, (8, 8, 3), seed=0)  # no parameter depends on the image
-  else:
-    raise errors.UserError("A teacher has neither checkpoint nor model; give one of them.")
-  size = {} if seqhw is None else {"seqhw": seqhw}
-  return Teacher(network, jax.tree.map(np.asarray, params), image, size)
-
-
-def _check_model(found: nn.Module, section: Mapping[str, Any], checkpoint: str) -> None:
-  """Raises a UserError that lists the fields in which a model is not the one that a config names."""
-  names = (
-    {"width", "depth", "mlp_dim", "num_heads", "patch_size"} if "variant" in section else set()
-  )
-  names |= section.keys() - {"variant", "name"}
-  want = build_model({**section}, num_classes=0)[0] if section else found
-  lines = [
-    f"{name}: {getattr(found, name)!r} in the file, {getattr(want, name)!r} in the config"
-    for name in sorted(names)
-    if getattr(found, name) != getattr(want, name)
-  ]
-  if lines:
-    raise errors.UserError(f"{checkpoint} is not the model of the config:\n  " + "\n  ".join(lines))
-
-
-def load_init(
-  model: nn.Module,
-  *,
-  checkpoint: str,
-  new_head: bool = False,
-  num_heads: int | None = None,
-  mean: tuple[float, ...] | None = None,
-  std: tuple[float, ...] | None = None,
-) -> Any:
-  """Returns parameters to start from; kernel and position grid are resized to the model's buffers.
-
-  Args:
-    model: the model that they are for.
-    checkpoint: what `weights.load` takes.
-    new_head: its head is not used, the model's own is drawn: for other classes.
-    num_heads, mean, std: as in `weights.load`.
-  """
-  given = _given(num_heads=num_heads, mean=mean, std=std)
-  params = weights.load_into(checkpoint, model, new_head=new_head, **given)
-  return jax.tree.map(np.asarray, params)
-
-
-def _given(**values: Any) -> dict[str, Any]:
-  return {name: value for name, value in values.items() if value is not None}
 
 
 def check_size(model: nn.Module, image_shape: Sequence[int], size: Mapping[str, Any]) -> None:
@@ -529,24 +365,8 @@ def _train_batches(
 def _every(
   where: str, section: Mapping[str, Any], *, default: int, sizes: Mapping[str, int], total: int
 ) -> int:
-  given = {unit: section[f"every_{unit}"] for unit in _DURATIONS if f"every_{unit}" in section}
+  given = {unit: section[f"every_{unit}"] for unit in DURATIONS if f"every_{unit}" in section}
   every = schedules.to_steps(f"{where}.every", **given, **sizes, total_steps=total, default=default)
   if every < 1:
     raise errors.UserError(f"{where}: every 0 steps is never; give at least 1, or leave it out.")
   return every
-
-
-def _named(
-  where: str, section: Mapping[str, Any], table: Mapping[str, Any], default: str, key: str = "name"
-) -> Any:
-  name = section.get(key, default)
-  if name not in table:
-    raise errors.unknown(f"{where}.{key}", name, table)
-  return table[name]
-
-
-def _without(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-  return {k: v for k, v in section.items() if k not in keys}
-
-
-REAL = Opening(data.make_source, load_teacher, load_init, trees.digest, data.few_shots)

@@ -21,6 +21,7 @@ from flexivit_jax import (
   data,
   errors,
   experiment,
+  opening,
   patch_schedule,
   sharding,
   steps,
@@ -135,14 +136,14 @@ def _planned_teacher(
 ) -> Teacher:
   """As `load_teacher`, of shapes only where the config names the model."""
   if model is None:
-    return experiment.load_teacher(checkpoint=checkpoint, **given)
-  network, _ = experiment.build_model(model, num_classes=0)
+    return opening.load_teacher(checkpoint=checkpoint, **given)
+  network, _ = opening.build_model(model, num_classes=0)
   params = jax.eval_shape(lambda: steps.init_params(network, (8, 8, 3), seed=0))
   size = {} if given.get("seqhw") is None else {"seqhw": given["seqhw"]}
   return Teacher(network, params, given.get("image", "image"), size)
 
 
-PLANNED = experiment.Opening(
+PLANNED = opening.Opening(
   source=data.planned_source,
   teacher=_planned_teacher,
   init=lambda model, **_: None,

@@ -2,6 +2,9 @@
 
 import getpass
 import os
+import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -58,6 +61,58 @@ def shared() -> Path:
 def repository() -> Path:
   """The top level of the repository."""
   return REPOSITORY
+
+
+class StoppedError(Exception):
+  """Stands for whatever ends a run."""
+
+
+@pytest.fixture
+def train_until(monkeypatch):
+  """Trains a config in a folder and ends after so many steps, before the next is drawn."""
+  from flexivit_jax import patch_schedule, train
+
+  draw = patch_schedule.draw
+
+  def run(settings, workdir, stop: int) -> None:
+    def draw_or_stop(flexi, *, step, **given):
+      if step == stop:
+        raise StoppedError
+      return draw(flexi, step=step, **given)
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+      patch.setattr(patch_schedule, "draw", draw_or_stop)
+      train.train(settings, workdir)
+
+  return run
+
+
+def _environment(devices: int) -> dict[str, str]:
+  """That of a process in which JAX sees so many CPU devices."""
+  flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+  return os.environ | {
+    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": os.pathsep.join(sys.path),
+  }
+
+
+@pytest.fixture
+def environment_of():
+  """Makes the environment of a process in which JAX sees so many CPU devices."""
+  return _environment
+
+
+@pytest.fixture
+def on_eight_devices():
+  """Calls a function of a test's module with one argument, a string, where JAX sees eight devices."""
+
+  def call(function, argument: str) -> None:
+    command = "import runpy, sys; runpy.run_path(sys.argv[1])[sys.argv[2]](sys.argv[3])"
+    arguments = [function.__code__.co_filename, function.__name__, argument]
+    subprocess.run([sys.executable, "-c", command, *arguments], env=_environment(8), check=True)
+
+  return call
 
 
 @pytest.fixture(scope="session")

@@ -33,24 +33,6 @@ def config(flexi, save_every):
   return copy.deepcopy(CONFIG) | dict(flexi=flexi, checkpoint=dict(every_steps=save_every))
 
 
-class StopError(Exception):
-  pass
-
-
-def stopped(settings, workdir, stop, monkeypatch):
-  """A run that ends right after a step."""
-  draw = train_lib.patch_schedule.draw
-
-  def draw_or_stop(flexi, *, step, **options):
-    if step == stop:
-      raise StopError
-    return draw(flexi, step=step, **options)
-
-  with monkeypatch.context() as patch, pytest.raises(StopError):
-    patch.setattr(train_lib.patch_schedule, "draw", draw_or_stop)
-    train_lib.train(settings, workdir)
-
-
 def final(settings, workdir):
   """All arrays of the last checkpoint, and the state of the schedule in it."""
   exp = experiment.build(**settings)
@@ -85,19 +67,19 @@ def whole(tmp_path_factory):
 
 # Before, at and after a change of the probabilities; resumed at steps 5, 6 and 6.
 @pytest.mark.parametrize(("stop", "save_every"), [(6, 2), (7, 1)])
-def test_adaptive_sizes_resume_bit_for_bit(whole, tmp_path, monkeypatch, capsys, stop, save_every):
+def test_adaptive_sizes_resume_bit_for_bit(whole, tmp_path, train_until, capsys, stop, save_every):
   settings = config(ADAPTIVE, save_every)
-  stopped(settings, tmp_path, stop, monkeypatch)
+  train_until(settings, tmp_path, stop)
   train_lib.train(settings, tmp_path)
   assert f"resumed from {tmp_path / 'checkpoints'}" in capsys.readouterr().err
   schedule = check_same(whole, tmp_path, settings)
   assert schedule["seqhw"]["probs"][0] != 0.5  # they did follow the losses
 
 
-def test_a_curriculum_resumes_bit_for_bit(tmp_path, monkeypatch):
+def test_a_curriculum_resumes_bit_for_bit(tmp_path, train_until):
   settings = config(CURRICULUM, 2)
   train_lib.train(settings, tmp_path / "whole")
   assert [row[1] for row in history(tmp_path / "whole")] == [2] * 6 + [3] * 6
-  stopped(settings, tmp_path / "run", 7, monkeypatch)
+  train_until(settings, tmp_path / "run", 7)
   train_lib.train(settings, tmp_path / "run")
   check_same(tmp_path / "whole", tmp_path / "run", settings)

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import config, data, errors, experiment, metrics, patch_schedule, schedules, train
+from flexivit_jax import (
+  config,
+  data,
+  errors,
+  experiment,
+  metrics,
+  patch_schedule,
+  schedules,
+  sections,
+  train,
+)
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 NAMES = sorted(f.stem for f in FOLDER.glob("*.py") if f.stem != "__init__")
@@ -50,7 +60,7 @@ def test_every_key_is_known(name):
   config.check("", full, experiment.build, given=("opening",))
   optional = {k: full.get(k, {}) for k in ("objective", "evals", "checkpoint")}
   required = {k: full[k] for k in ("input", "model", "optim")}
-  experiment.check_sections(**required, **optional, init=full.get("init"))
+  sections.check_sections(**required, **optional, init=full.get("init"))
   patch_schedule.parse(full["flexi"])
 
 
@@ -120,28 +130,15 @@ def test_fixed_trains_one_size_and_evaluates_all(name):
 # --- end to end ---
 
 
-class KilledError(Exception):
-  pass
-
-
 @pytest.mark.parametrize(
   "name",
   [pytest.param(n, marks=[] if n in ("digits", "cifar10") else pytest.mark.slow) for n in NAMES],
 )
-def test_runs_end_to_end_and_resumes(name, tmp_path, monkeypatch, capsys):
+def test_runs_end_to_end_and_resumes(name, tmp_path, train_until, capsys):
   settings = load(f"{name}:debug")
   if name not in ("digits", "cifar10"):
     settings = at_fewer_sizes(settings)
-  draw = patch_schedule.draw
-
-  def draw_or_die(flexi, *, step, **given):
-    if step == 2:
-      raise KilledError
-    return draw(flexi, step=step, **given)
-
-  with monkeypatch.context() as patch, pytest.raises(KilledError):
-    patch.setattr(patch_schedule, "draw", draw_or_die)
-    train.train(settings, tmp_path)
+  train_until(settings, tmp_path, 2)
   assert checkpoints(tmp_path) == [2] and not (tmp_path / "eval.json").exists()
 
   train.train(settings, tmp_path)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from flexivit_jax import experiment, label_maps
+from flexivit_jax import label_maps, sections
 from flexivit_jax.data.preprocess import parse
 
 
@@ -30,7 +30,7 @@ def test_the_sections_are_right(pasted):
   assert {"v2", "a", "r", "sketch", "real", "objectnet"} <= set(of_i1k)
   for evals in pasted:
     for name, section in evals.items():
-      experiment.check_evaluation(f"evals.{name}", section)
+      sections.check_evaluation(f"evals.{name}", section)
       assert not parse(section["pp"]).random
   for section in (of_i21k[name] for name in ("val", "v2", "a", "r", "sketch", "real")):
     assert label_maps.label_map(section["label_map"]).model_classes == 21843

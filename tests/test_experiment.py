@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from flexivit_jax import config, experiment, patch_schedule
+from flexivit_jax import config, experiment, opening, patch_schedule
 from flexivit_jax.errors import UserError
 from flexivit_jax.models.flexivit import gmacs
 
@@ -24,7 +24,7 @@ def flops_of(settings, size):
   exp = experiment.build(**settings)
   macs = 3 * gmacs(exp.model, (24, 24), 3, **size)
   for teacher in settings.get("objective", {}).get("teachers", {}).values():
-    found = experiment.load_teacher(**teacher)
+    found = opening.load_teacher(**teacher)
     macs += gmacs(found.model, (24, 24), 3, **found.size)
   return 2e9 * macs * settings["input"]["batch_size"]
 
@@ -109,3 +109,17 @@ def test_a_budget_is_the_number_of_steps_whose_expected_flops_are_nearest(flexi,
 def test_mistakes_are_errors_before_anything_runs(changes, message):
   with pytest.raises(UserError, match=message):
     experiment.build(**digits(**changes))
+
+
+def test_a_teacher_that_several_sections_name_is_opened_once():
+  opened = []
+
+  def teacher(**section):
+    opened.append(section)
+    return opening.load_teacher(**section)
+
+  settings = config.load(f"{CONFIGS / 'i21k_distill'}.py:debug", [])
+  other = {**settings["evals"]["test"]["teacher"], "seqhw": 14}
+  settings["evals"]["other"] = {**settings["evals"]["test"], "teacher": other}
+  experiment.build(**settings, opening=opening.REAL._replace(teacher=teacher))
+  assert [section.get("seqhw") for section in opened] == [None, 14]

@@ -1,10 +1,6 @@
 """Training on eight devices is training on one."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -54,17 +50,8 @@ def train_and_evaluate(path: str) -> None:
   np.savez(path, *jax.tree.leaves(state.params), row=json.dumps(rows[0]), n=jax.device_count())
 
 
-def test_eight_devices_make_the_same_step_and_evaluation_as_one(tmp_path):
-  flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-  env = os.environ | {
-    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": os.pathsep.join(sys.path),
-  }
-  command = "import runpy, sys; runpy.run_path(sys.argv[1])['train_and_evaluate'](sys.argv[2])"
-  subprocess.run(
-    [sys.executable, "-c", command, __file__, str(tmp_path / "eight.npz")], env=env, check=True
-  )
+def test_eight_devices_make_the_same_step_and_evaluation_as_one(tmp_path, on_eight_devices):
+  on_eight_devices(train_and_evaluate, str(tmp_path / "eight.npz"))
   train_and_evaluate(str(tmp_path / "one.npz"))
   with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "eight.npz") as eight:
     assert (int(one["n"]), int(eight["n"])) == (1, 8)

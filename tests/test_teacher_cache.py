@@ -2,10 +2,6 @@
 
 import copy
 import functools
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -117,19 +113,10 @@ def test_another_student_reads_the_same_cache(plain, written, tmp_path, monkeypa
 
 
 def test_a_run_stopped_in_the_middle_goes_on_from_a_cache_with_holes(
-  plain, written, tmp_path, monkeypatch
+  plain, written, tmp_path, train_until
 ):
   cache, config = tmp_path / "cache", changed(teacher_cache=str(tmp_path / "cache"))
-  draw = train_lib.patch_schedule.draw
-
-  def draw_or_stop(flexi, *, step, **options):
-    if step == 3:
-      raise InterruptedError
-    return draw(flexi, step=step, **options)
-
-  with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-    patch.setattr(train_lib.patch_schedule, "draw", draw_or_stop)
-    train_lib.train(config, tmp_path / "run")
+  train_until(config, tmp_path / "run", 3)
   assert steps_of(cache) == [0, 1, 2]
   (hole,) = cache.rglob("000000001.npz")
   hole.unlink()
@@ -327,16 +314,9 @@ def train_twice(folder: str) -> None:
   same(first, train_with_cache(folder))
 
 
-def test_eight_devices_write_what_one_writes_and_read_what_they_wrote(tmp_path):
-  flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-  env = os.environ | {
-    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": os.pathsep.join(sys.path),
-  }
-  command = "import runpy, sys; runpy.run_path(sys.argv[1])['train_twice'](sys.argv[2])"
+def test_eight_devices_write_what_one_writes_and_read_what_they_wrote(tmp_path, on_eight_devices):
   eight, one = tmp_path / "eight", tmp_path / "one"
-  subprocess.run([sys.executable, "-c", command, __file__, str(eight)], env=env, check=True)
+  on_eight_devices(train_twice, str(eight))
   train_with_cache(str(one))
   files = sorted(file.relative_to(one) for file in (one / "cache").rglob("*.npz"))
   assert len(files) == 2

@@ -78,22 +78,9 @@ def test_another_seed_is_another_run(whole, tmp_path):
   assert losses(whole) != losses(other)
 
 
-class StopError(Exception):
-  pass
-
-
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
-def test_resumes_bit_for_bit_wherever_it_was_stopped(whole, tmp_path, monkeypatch, stop, capsys):
-  draw = train_lib.patch_schedule.draw
-
-  def draw_or_stop(flexi, *, step, **options):
-    if step == stop:
-      raise StopError
-    return draw(flexi, step=step, **options)
-
-  with monkeypatch.context() as patch, pytest.raises(StopError):
-    patch.setattr(train_lib.patch_schedule, "draw", draw_or_stop)
-    train_lib.train(CONFIG, tmp_path)
+def test_resumes_bit_for_bit_wherever_it_was_stopped(whole, tmp_path, train_until, stop, capsys):
+  train_until(CONFIG, tmp_path, stop)
   train_lib.train(CONFIG, tmp_path)
   same(final(whole), final(tmp_path))
   assert losses(whole) == losses(tmp_path)

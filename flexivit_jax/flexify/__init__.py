@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexivit_jax import arguments, errors, experiment, sharding, train, weights
+from flexivit_jax import arguments, errors, opening, sharding, train, weights
 from flexivit_jax.flexify import card, recipe, retention
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
@@ -65,7 +65,7 @@ def flexify(
     UserError: a model without classes, a folder without images, a size that does not divide the image.
   """
   loading = dict(loading or {})
-  teacher = experiment.load_teacher(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
+  teacher = opening.load_teacher(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
   if not teacher.model.num_classes:
     raise errors.UserError(
       f"{init} has no classes: its logits are what is taught; give a classifier."
@@ -84,7 +84,7 @@ def flexify(
     length = max(student.patch_size)
     measured = recipe.moment_of(plan.sources["train"], image_size, length)
     student = student.clone(kernel_moment=measured)
-  params = experiment.load_init(student, checkpoint=str(init), **loading)
+  params = opening.load_init(student, checkpoint=str(init), **loading)
   mesh = sharding.make_mesh()
   kept: dict[str, Any] = {"original": retention.original(plan, teacher, mesh)}
   kept["before"] = retention.measure(plan, student, params, mesh)

@@ -17,7 +17,7 @@ class Plan(NamedTuple):
   """What training and measuring share.
 
   Attributes:
-    teacher: arguments of `experiment.load_teacher`.
+    teacher: arguments of `opening.load_teacher`.
     sources: arguments of `data.make_source`, "train" and "test".
     num_classes: of teacher and student.
     sides: pixels a side of the student's and the teacher's images.

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import os
-import re
 import socket
 import subprocess
 import sys
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, data, experiment, sharding, steps, train, weights
+from flexivit_jax import cli, data, experiment, sections, sharding, steps, train, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators.fewshot import decompose, fewshot, fit, hits, left_out, ridge
 from flexivit_jax.models import FlexiViT, flexivit
@@ -152,7 +150,7 @@ def probed(num_classes=7, mesh=None, **changes):
   """The rows of the probe of digits, from the same sections as in a config."""
   model, params = make_model(num_classes)
   section = SECTION | changes
-  experiment.check_evaluation("evals.probe", section)
+  sections.check_evaluation("evals.probe", section)
   evaluation = experiment.build_evaluation(section, every=1)
   return evaluation.make(model, mesh or sharding.make_mesh()).run(params)
 
@@ -292,18 +290,18 @@ def test_a_misspelt_key_is_an_error_that_names_the_right_one(key):
   section = SECTION | dict(shots=3, seed=0, l2=(1.0,))
   section[key + "s"] = section.pop(key)
   with pytest.raises(UserError, match=rf"'evals.probe.{key}s'.*Did you mean 'evals.probe.{key}'"):
-    experiment.check_evaluation("evals.probe", section)
+    sections.check_evaluation("evals.probe", section)
 
 
 def test_wrong_sections_are_errors():
   wrong = SECTION | dict(train_data=dict(name="digits", spilt="train"))
   with pytest.raises(UserError, match=r"'evals.probe.train_data.spilt'.*Did you mean .*\.split'"):
-    experiment.check_evaluation("evals.probe", wrong)
+    sections.check_evaluation("evals.probe", wrong)
   lacking = {k: v for k, v in SECTION.items() if k != "train_data"}
   with pytest.raises(UserError, match=r"lacks evals.probe.train_data"):
-    experiment.check_evaluation("evals.probe", lacking)
+    sections.check_evaluation("evals.probe", lacking)
   with pytest.raises(UserError, match=r"Unknown config key 'evals.probe.train_data'"):
-    experiment.check_evaluation("evals.probe", SECTION | dict(type="classification"))
+    sections.check_evaluation("evals.probe", SECTION | dict(type="classification"))
 
 
 def test_training_and_flexivit_eval_run_it_beside_the_models_own_classes(tmp_path, capsys):
@@ -359,29 +357,19 @@ def probe_on_all_devices(path: str) -> None:
     json.dump(written, file)
 
 
-def environment(devices):
-  flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-  return os.environ | {
-    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": os.pathsep.join(sys.path),
-  }
-
-
 _RUN = "import runpy, sys; runpy.run_path(sys.argv[1])['probe_on_all_devices'](sys.argv[2])"
 
 
-def test_eight_devices_probe_as_one(tmp_path):
+def test_eight_devices_probe_as_one(tmp_path, on_eight_devices):
   path = tmp_path / "eight.json"
-  command = [sys.executable, "-c", _RUN, __file__, str(path)]
-  subprocess.run(command, env=environment(8), check=True)
+  on_eight_devices(probe_on_all_devices, str(path))
   eight = json.loads(path.read_text())
   assert (eight["devices"], jax.device_count()) == (8, 1)
   assert eight["rows"] == probed(shots=5, batch_size=64)
 
 
 @pytest.mark.slow
-def test_two_processes_probe_as_one(tmp_path):
+def test_two_processes_probe_as_one(tmp_path, environment_of):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
@@ -391,7 +379,7 @@ def test_two_processes_probe_as_one(tmp_path):
   )
   paths = [str(tmp_path / f"{i}.json") for i in range(2)]
   commands = [[sys.executable, "-c", join + _RUN, __file__, p, str(i)] for i, p in enumerate(paths)]
-  processes = [subprocess.Popen(command, env=environment(2)) for command in commands]
+  processes = [subprocess.Popen(command, env=environment_of(2)) for command in commands]
   assert [process.wait(timeout=300) for process in processes] == [0, 0]
   for path in paths:
     with open(path) as file:

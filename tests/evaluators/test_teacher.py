@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import errors, experiment, metrics, sharding, steps, train as train_lib
+from flexivit_jax import errors, experiment, metrics, sections, sharding, steps, train as train_lib
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.teacher import teacher
 from flexivit_jax.models import FlexiViT
@@ -91,11 +91,11 @@ def test_a_wrong_section_is_an_error():
     batch_size=8,
     teacher=dict(model=FIELDS),
   )
-  experiment.check_evaluation("evals.t", section)
+  sections.check_evaluation("evals.t", section)
   with pytest.raises(errors.UserError, match=r"Unknown config key 'evals.t.seqhw'"):
-    experiment.check_evaluation("evals.t", section | {"seqhw": (2,)})
+    sections.check_evaluation("evals.t", section | {"seqhw": (2,)})
   with pytest.raises(errors.UserError, match=r"Unknown config key 'evals.t.teacher.modle'"):
-    experiment.check_evaluation("evals.t", section | {"teacher": dict(modle=FIELDS)})
+    sections.check_evaluation("evals.t", section | {"teacher": dict(modle=FIELDS)})
   evaluation = experiment.build_evaluation(section, every=1)  # of 7 classes, not digits' 10
   model, params = made(0)
   with pytest.raises(errors.UserError, match="labels have 10 classes, expected 7"):

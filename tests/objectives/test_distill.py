@@ -15,6 +15,7 @@ from flexivit_jax import (
   experiment,
   losses,
   metrics,
+  opening,
   steps,
   train as train_lib,
   trees,
@@ -319,17 +320,17 @@ def test_a_teacher_that_does_not_fit_is_an_error(teacher, tmp_path):
 def test_a_teacher_is_a_checkpoint_or_a_model(teacher):
   fields = FIELDS | {"width": 32}
   with pytest.raises(errors.UserError, match="neither checkpoint nor model"):
-    experiment.load_teacher()
+    opening.load_teacher()
   with pytest.raises(errors.UserError, match="width: 32 in the file, 48 in the config"):
-    experiment.load_teacher(checkpoint=teacher, model=fields | {"width": 48})
-  same = fields | {"gelu": experiment.load_teacher(checkpoint=teacher).model.gelu}
-  loaded = experiment.load_teacher(checkpoint=teacher, model=same, image="large", seqhw=8)
+    opening.load_teacher(checkpoint=teacher, model=fields | {"width": 48})
+  same = fields | {"gelu": opening.load_teacher(checkpoint=teacher).model.gelu}
+  loaded = opening.load_teacher(checkpoint=teacher, model=same, image="large", seqhw=8)
   assert (loaded.image, loaded.size) == ("large", {"seqhw": 8})
   jax.tree.map(np.testing.assert_array_equal, loaded.params, made(1, width=32)[1])
 
 
 def test_a_teacher_of_random_weights_is_the_same_each_time_and_says_something():
-  a, b = (experiment.load_teacher(model=FIELDS | {"width": 32}) for _ in range(2))
+  a, b = (opening.load_teacher(model=FIELDS | {"width": 32}) for _ in range(2))
   assert trees.digest(a.params) == trees.digest(b.params)
   said = logits(a.model, a.params, batch()["image"], seqhw=3)
   assert said.shape == (4, 3) and said.std(axis=0).min() > 1e-3

@@ -211,17 +211,8 @@ def test_a_checkpoint_holds_the_mean_of_the_weights_until_then(whole):
   assert largest(jax.tree.map(np.subtract, params, states[-1][1]["ema"])) > 1e-4
 
 
-def test_a_run_with_a_mean_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
-  draw = train_lib.patch_schedule.draw
-
-  def draw_or_stop(flexi, *, step, **options):
-    if step == 2:
-      raise InterruptedError
-    return draw(flexi, step=step, **options)
-
-  with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-    patch.setattr(train_lib.patch_schedule, "draw", draw_or_stop)
-    train_lib.train(CONFIG, tmp_path)
+def test_a_run_with_a_mean_resumes_bit_for_bit(whole, tmp_path, train_until):
+  train_until(CONFIG, tmp_path, 2)
   train_lib.train(CONFIG, tmp_path)
   jax.tree.map(np.testing.assert_array_equal, saved(tmp_path, 4), saved(whole, 4))
   losses = [

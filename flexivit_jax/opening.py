@@ -1,0 +1,130 @@
+"""What a config names that lies in files: data, teachers, weights to start from. Opened really, or only in shape."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from flexivit_jax import data, errors, steps, trees, weights
+from flexivit_jax.models import MODELS
+from flexivit_jax.objectives.distill import Teacher
+
+
+class Opening(NamedTuple):
+  """How what lies in files is opened: really, or only as far as shapes need it.
+
+  Attributes:
+    source: as `data.make_source`.
+    teacher: as `load_teacher`.
+    init: as `load_init`.
+    digest: of a teacher's parameters.
+    shots: `(source, section) -> source` of the few images that an evaluator is fitted to.
+  """
+
+  source: Callable[..., data.Source]
+  teacher: Callable[..., Teacher]
+  init: Callable[..., Any]
+  digest: Callable[[Any], str]
+  shots: Callable[..., data.Source]
+
+
+def sharing(opening: Opening) -> Opening:
+  """The same, but a teacher that several sections name is opened once."""
+  opened: dict[str, Teacher] = {}
+
+  def teacher(**section: Any) -> Teacher:
+    key = json.dumps(section, sort_keys=True, default=str)
+    if key not in opened:
+      opened[key] = opening.teacher(**section)
+    return opened[key]
+
+  return opening._replace(teacher=teacher)
+
+
+def build_model(section: Mapping[str, Any], num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+  """Returns the model, and the JSON-able record from which it can be built again."""
+  record = {"name": "flexivit", "num_classes": num_classes, **section}
+  return MODELS[record["name"]](**{k: v for k, v in record.items() if k != "name"}), record
+
+
+def load_teacher(
+  *,
+  checkpoint: str | None = None,
+  model: Mapping[str, Any] | None = None,
+  image: str = "image",
+  seqhw: int | None = None,
+  num_heads: int | None = None,
+  mean: tuple[float, ...] | None = None,
+  std: tuple[float, ...] | None = None,
+) -> Teacher:
+  """Loads a teacher.
+
+  Args:
+    checkpoint: what `weights.load` takes.
+    model: fields of the model that it must hold, by which a run can be planned without the file. Without a
+      checkpoint: of a model with random weights, to try a config.
+    image: key of the batch under which it finds its image, of its own resolution.
+    seqhw: tokens per side at which it runs; default: its own patch size.
+    num_heads, mean, std: as in `weights.load`.
+
+  Raises:
+    UserError: neither checkpoint nor model; a checkpoint of another model.
+  """
+  if checkpoint is not None:
+    network, params = weights.load(checkpoint, **_given(num_heads=num_heads, mean=mean, std=std))
+    _check_model(network, model or {}, checkpoint)
+  elif model is not None:
+    network, _ = build_model({"head_zeroinit": False, **model}, num_classes=0)
+    params = steps.init_params(network, (8, 8, 3), seed=0)  # no parameter depends on the image
+  else:
+    raise errors.UserError("A teacher has neither checkpoint nor model; give one of them.")
+  size = {} if seqhw is None else {"seqhw": seqhw}
+  return Teacher(network, jax.tree.map(np.asarray, params), image, size)
+
+
+def _check_model(found: nn.Module, section: Mapping[str, Any], checkpoint: str) -> None:
+  """Raises a UserError that lists the fields in which a model is not the one that a config names."""
+  names = (
+    {"width", "depth", "mlp_dim", "num_heads", "patch_size"} if "variant" in section else set()
+  )
+  names |= section.keys() - {"variant", "name"}
+  want = build_model({**section}, num_classes=0)[0] if section else found
+  lines = [
+    f"{name}: {getattr(found, name)!r} in the file, {getattr(want, name)!r} in the config"
+    for name in sorted(names)
+    if getattr(found, name) != getattr(want, name)
+  ]
+  if lines:
+    raise errors.UserError(f"{checkpoint} is not the model of the config:\n  " + "\n  ".join(lines))
+
+
+def load_init(
+  model: nn.Module,
+  *,
+  checkpoint: str,
+  new_head: bool = False,
+  num_heads: int | None = None,
+  mean: tuple[float, ...] | None = None,
+  std: tuple[float, ...] | None = None,
+) -> Any:
+  """Returns parameters to start from; kernel and position grid are resized to the model's buffers.
+
+  Args:
+    model: the model that they are for.
+    checkpoint: what `weights.load` takes.
+    new_head: its head is not used, the model's own is drawn: for other classes.
+    num_heads, mean, std: as in `weights.load`.
+  """
+  given = _given(num_heads=num_heads, mean=mean, std=std)
+  params = weights.load_into(checkpoint, model, new_head=new_head, **given)
+  return jax.tree.map(np.asarray, params)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if value is not None}
+
+
+REAL = Opening(data.make_source, load_teacher, load_init, trees.digest, data.few_shots)
