@@ -32,6 +32,10 @@ RUNS = {
   "axis_depth": f"{EQUAL},axis=depth",
   "axis_stride": f"{EQUAL},axis=stride,kernel=18",
   "short_kernel24": f"{SHORT},kernel=24",
+  "short_kernel4": f"{SHORT},kernel=4",
+  "short_grid12": f"{SHORT},grid=12",
+  "short_s1": f"{SHORT},seed=1",
+  "curriculum_coarse_to_fine_s1": f"{EQUAL},sizes=coarse_to_fine,seed=1",
 }
 CACHED = (
   "distilled_init",
