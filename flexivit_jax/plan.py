@@ -53,11 +53,28 @@ def run(args: argparse.Namespace) -> None:
   if not 0 < args.utilisation <= 1:
     raise errors.UserError(f"--utilisation={args.utilisation}; expected a fraction, as 0.4.")
   settings = config.load(args.config, args.overrides)
-  made = plan(settings, utilisation=args.utilisation)
-  print(json.dumps(made, indent=1) if args.json else "\n".join(text(made)))
+  if args.json:
+    print(json.dumps(plan(settings, utilisation=args.utilisation), indent=1))
+    return
+  print("\n".join(text(costs(settings, utilisation=args.utilisation))), flush=True)
+  print()
+  for n, line in lowered(settings, _several(MESHES)).items():  # takes longer than all that is above
+    print(f"{n:>8} devices: {line}")
 
 
 def plan(
+  settings: Mapping[str, Any], *, utilisation: float = 0.4, meshes: Sequence[int] = MESHES
+) -> dict[str, Any]:
+  """Returns `costs`, and under "lowered" what `lowered` says of the meshes of more than one device."""
+  found = costs(settings, utilisation=utilisation, meshes=meshes)
+  return found | {"lowered": lowered(settings, _several(meshes))}
+
+
+def _several(meshes: Sequence[int]) -> list[int]:
+  return [n for n in meshes if n > 1]
+
+
+def costs(
   settings: Mapping[str, Any], *, utilisation: float = 0.4, meshes: Sequence[int] = MESHES
 ) -> dict[str, Any]:
   """Returns what a config will cost, JSON-able.
@@ -65,7 +82,7 @@ def plan(
   Args:
     settings: the config.
     utilisation: the share of its peak that a machine reaches.
-    meshes: numbers of devices for which every training step is lowered.
+    meshes: numbers of devices for which memory is estimated.
 
   Raises:
     UserError: what is wrong with the config; a data set that is neither here nor known.
@@ -92,39 +109,35 @@ def plan(
       for k, s in seconds.items()
     },
     "memory": {str(n): _memory(exp, state, n) for n in meshes},
-    "lowered": _lower(settings, [n for n in meshes if n > 1]),
   }
 
 
-def text(plan: Mapping[str, Any]) -> list[str]:
-  """Returns the lines that say it to a reader."""
+def text(found: Mapping[str, Any]) -> list[str]:
+  """Returns the lines that say `costs` to a reader."""
   lines = [
-    f"{plan['name']}: {plan['parameters']:,} parameters; {plan['steps']:,} steps of {plan['batch_size']}"
-    f" ({plan['epochs']:.1f} epochs)",
+    f"{found['name']}: {found['parameters']:,} parameters; {found['steps']:,} steps of {found['batch_size']}"
+    f" ({found['epochs']:.1f} epochs)",
     "",
     "            size  tokens    GMACs  TFLOPs/step  of steps  of FLOPs",
   ]
-  for s in plan["sizes"]:
+  for s in found["sizes"]:
     lines.append(
       f"{s['size']:>16} {s['tokens']:>7} {s['gmacs']:>8.2f} {s['step_flops'] / 1e12:>12.4g}"
       f" {s['share_of_steps']:>9.1%} {s['share_of_flops']:>9.1%}"
     )
   lines += [
     "",
-    f"{plan['training_flops']:.3g} FLOPs to train, {plan['evaluation_flops']:.3g} to evaluate",
+    f"{found['training_flops']:.3g} FLOPs to train, {found['evaluation_flops']:.3g} to evaluate",
   ]
-  for name, hours in plan["hours"].items():
+  for name, hours in found["hours"].items():
     lines.append(
       f"{name:>8}: {hours['training']:.3g} h to train, {hours['evaluation']:.3g} h to evaluate,"
-      f" at {plan['utilisation']:.0%} of its peak"
+      f" at {found['utilisation']:.0%} of its peak"
     )
   lines += ["", "GiB a device at the costliest size (activations are an estimate):"]
-  for n, memory in plan["memory"].items():
+  for n, memory in found["memory"].items():
     parts = ", ".join(f"{k} {v / 2**30:.3g}" for k, v in memory.items())
     lines.append(f"{n:>8} devices: {sum(memory.values()) / 2**30:.3g} = {parts}")
-  lines.append("")
-  for n, lowered in plan["lowered"].items():
-    lines.append(f"{n:>8} devices: {lowered}")
   return lines
 
 
@@ -238,7 +251,7 @@ def _bytes(tree: Any) -> float:
 # --- lowering ---
 
 
-def _lower(settings: Mapping[str, Any], meshes: Sequence[int]) -> dict[str, str]:
+def lowered(settings: Mapping[str, Any], meshes: Sequence[int]) -> dict[str, str]:
   """Traces and lowers every training step for each number of devices; returns a line about each."""
   exp = _looped(settings)
   # Of each function one object, whose trace is then found again for the next mesh.
