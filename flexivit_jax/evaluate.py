@@ -4,20 +4,20 @@ import argparse
 import pathlib
 from typing import Any
 
-from flexivit_jax import config, errors, experiment, results, sharding, weights
+from flexivit_jax import config, errors, experiment, results, sections, sharding, weights
 
 
 def run(args: argparse.Namespace) -> None:
   """Evaluates args.checkpoint on each of the config's evaluators, prints a table, writes the results."""
-  sections = config.load(args.config, args.overrides).get("evals", {})
-  if not sections:
+  evals = config.load(args.config, args.overrides).get("evals", {})
+  if not evals:
     raise errors.UserError(
       f"{args.config} has no evals; add evals=dict(test=dict(data=..., pp=..., seqhw=...))."
     )
   model, params, record = weights.load_with_record(args.checkpoint)
   trained = record.get("trained", {}).get("seqhw")
   sizes = {} if args.seqhw == "all" else {"seqhw": parse_sizes(args.seqhw)}
-  for name, given in sections.items():
+  for name, given in evals.items():
     section = {**given, **sizes} if "seqhw" in given else {**given}
     sections.check_evaluation(f"evals.{name}", section)
     evaluation = experiment.build_evaluation(section, every=1)
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
       title, evaluation.source.name, evaluation.source.split, record.get("step"), params, trained
     )
     if out := _out(args):
-      results.write(results.file_of(out, name, sections), about, rows)
+      results.write(results.file_of(out, name, evals), about, rows)
 
 
 def parse_sizes(text: str) -> tuple[Any, ...]:
