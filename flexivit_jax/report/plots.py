@@ -253,13 +253,16 @@ def _name_curves(
 
 
 def wrap(name: str, chars: int) -> str:
-  """Breaks a name into at most two lines of about equal length, none longer than `chars`."""
+  """Breaks a name into at most two lines of about equal length, or three; none is longer than `chars`."""
   name = shorten(name, 2 * chars)
   if len(name) <= chars:
     return name
-  widths = range(len(name) // 2, chars + 1)
-  fits = (lines for w in widths if len(lines := textwrap.wrap(name, w)) <= 2)
-  return "\n".join(next(fits, [name[:chars], name[chars:]]))
+  for count in (2, 3):
+    for width in range(len(name) // count, chars + 1):
+      lines = textwrap.wrap(name, width, break_long_words=False)
+      if len(lines) <= count and max(map(len, lines)) <= chars:
+        return "\n".join(lines)
+  return f"{name[:chars]}\n{name[chars:]}"
 
 
 def spread(levels: Sequence[float], heights: Sequence[float]) -> list[float]:
