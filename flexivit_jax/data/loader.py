@@ -13,7 +13,7 @@ import numpy as np
 
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import Source
-from flexivit_jax.data.stream import Bad, Batch, Plan, check_limit, make_chunk
+from flexivit_jax.data.stream import Bad, Batch, Plan, check_limit, make_chunk, room
 from flexivit_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def train_batches(
   prefetch: int = 2,
   on_error: str = "raise",
   max_errors: int = 100,
+  keep_mb: int = 512,
 ) -> "TrainBatches":
   """Shuffled batches of this process, for steps `start_step` to `num_steps`.
 
@@ -62,6 +63,8 @@ def train_batches(
     on_error: "raise", or "skip": a bad example is replaced by the next good one of its epoch's
       order, and counted in `.errors`.
     max_errors: how many different bad examples "skip" bears.
+    keep_mb: MiB of memory for decoded examples, so that later epochs neither read nor decode them: all of a data set
+      or, where it is larger, nothing. Not with `workers`, each of which would keep its own.
 
   Raises:
     UserError: now for bad arguments, from the iterator for bad examples.
@@ -74,6 +77,7 @@ def train_batches(
   if seed < 0:
     raise UserError(f"Data seed is {seed}; expected 0 or more.")
   plan = _plan(source, pp, seed, batch_size, process_index, process_count, on_error, max_errors)
+  plan = plan._replace(kept=None if workers else room(source, plan.pp, keep_mb))
   return TrainBatches(plan, Options(threads, workers, prefetch), num_steps, start_step)
 
 
@@ -89,6 +93,7 @@ def eval_batches(
   prefetch: int = 2,
   on_error: str = "raise",
   max_errors: int = 100,
+  keep_mb: int = 512,
 ) -> "EvalBatches":
   """Every example once, in order; the same number of batches on every process.
 
@@ -96,6 +101,7 @@ def eval_batches(
   and for what "skip" left out; such entries are zeros and their `_id` is -1).
   """
   plan = _plan(source, pp, None, batch_size, process_index, process_count, on_error, max_errors)
+  plan = plan._replace(kept=None if workers else room(source, plan.pp, keep_mb))
   return EvalBatches(plan, Options(threads, workers, prefetch))
 
 

@@ -213,6 +213,15 @@ class Preprocess(NamedTuple):
   ops: tuple[Op, ...]
   random: bool
 
+  def divide(self) -> tuple["Preprocess", "Preprocess"]:
+    """Returns what makes the same of an example each time, in integers, and the rest: it in turn is the whole.
+
+    The first ends before the first operation that is random, or that makes floats, four times as large.
+    """
+    ends = (i for i, op in enumerate(self.ops) if op.random or op.function is value_range)
+    end = next(ends, len(self.ops))
+    return self._replace(ops=self.ops[:end], random=False), self._replace(ops=self.ops[end:])
+
   def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
     """Returns a new record; `rng` may be None where `random` is False.
 

@@ -29,6 +29,7 @@ class Plan(NamedTuple):
     batch_size: global; this process makes `local` examples of each batch, from `offset`.
     chunks: tasks that a batch is divided into.
     on_error, max_errors: see `train_batches`.
+    kept: examples so far, where they are few enough to keep, see `room`.
   """
 
   source: Source
@@ -40,6 +41,21 @@ class Plan(NamedTuple):
   chunks: int
   on_error: str
   max_errors: int
+  kept: "Kept | None" = None
+
+
+class Kept(NamedTuple):
+  """Decoded examples, which need not be read and decoded again.
+
+  Attributes:
+    fixed: the first part of the preprocessing, which makes the same of an example each time.
+    rest: the other part.
+    examples: index -> what `fixed` made of it; filled as examples come.
+  """
+
+  fixed: Preprocess
+  rest: Preprocess
+  examples: dict[int, dict[str, Any]]
 
 
 def make_chunk(plan: Plan, chunk: int) -> tuple[Batch, Bad]:
@@ -50,7 +66,9 @@ def make_chunk(plan: Plan, chunk: int) -> tuple[Batch, Bad]:
   positions = range(first + low, first + high)
   indices = [_index(plan, position) for position in positions]
   bad: Bad = {}
-  records = _read(plan.source, indices)
+  records = _read(
+    plan.source, [-1 if plan.kept and i in plan.kept.examples else i for i in indices]
+  )
   pairs = [
     _prepare(plan, position, index, record, bad)
     for position, index, record in zip(positions, indices, records, strict=True)
@@ -109,15 +127,38 @@ def _prepare(
 
 
 def _example(plan: Plan, epoch: int, index: int, record: dict[str, Any] | None) -> dict[str, Any]:
-  record = plan.source[index] if record is None else record
-  label, classes = record["label"], plan.source.num_classes
-  if not all(0 <= k < classes for k in (label if isinstance(label, tuple) else (label,))):
-    raise UserError(f"label is {label}; expected 0..{classes - 1}")
   rng = None
   if plan.pp.random:
     key = np.random.SeedSequence((plan.seed or 0, epoch, index))
     rng = np.random.Generator(np.random.Philox(key))
-  return plan.pp({"image": record["image"], "label": label}, rng)
+  if plan.kept is None:
+    return plan.pp(_checked(plan.source, index, record), rng)
+  fixed, rest, examples = plan.kept
+  if index not in examples:
+    examples[index] = fixed(_checked(plan.source, index, record), None)
+  return rest(examples[index], rng)
+
+
+def _checked(source: Source, index: int, record: dict[str, Any] | None) -> dict[str, Any]:
+  """What preprocessing gets of an example: its image and its label, which is one of the classes'."""
+  record = source[index] if record is None else record
+  label, classes = record["label"], source.num_classes
+  if not all(0 <= k < classes for k in (label if isinstance(label, tuple) else (label,))):
+    raise UserError(f"label is {label}; expected 0..{classes - 1}")
+  return {"image": record["image"], "label": label}
+
+
+def room(source: Source, pp: Preprocess, mebibytes: int) -> Kept | None:
+  """A place for examples, if all of them fit into so many MiB, being as large as the first."""
+  if not mebibytes:
+    return None
+  fixed, rest = pp.divide()
+  try:
+    first = fixed(_checked(source, 0, None), None)
+  except Exception:  # Bad examples are reported where batches are made.
+    return None
+  size = sum(getattr(value, "nbytes", np.size(value) * 8) for value in first.values())
+  return Kept(fixed, rest, {}) if size * len(source) <= mebibytes * 2**20 else None
 
 
 def _describe(source: Source, index: int, record: dict[str, Any] | None, error: Exception) -> str:

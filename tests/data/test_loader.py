@@ -357,3 +357,77 @@ def test_overhead_is_small():
   for record in source.read(range(1000)):
     prepare(record, None)
   assert each < 2.5 * (time.process_time() - start) / 1000
+
+
+# --- what is kept in memory ---
+
+
+def counted(source):
+  """The source, and a list of all indices read from it."""
+  read = []
+
+  def reading(indices):
+    read.extend(indices)
+    return source.read(indices)
+
+  return dataclasses.replace(source, read=reading), read
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_examples_that_are_kept_are_read_once_and_give_the_same_batches(threads):
+  pp = (
+    "decode|resize(10)|random_crop(8)|flip_lr|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
+  )
+  digits, first = counted(make_source(name="digits", split="train[:40]"))
+  arguments = dict(batch_size=8, seed=3, num_steps=15, threads=threads)
+  with train_batches(digits, pp, **arguments) as batches:
+    kept = list(batches)
+  if not threads:  # else two epochs may want the same example at once
+    assert sorted(first) == sorted([0, *range(40)])  # the first tells how large they are
+  digits, every = counted(digits)
+  with train_batches(digits, pp, **arguments, keep_mb=0) as batches:
+    again = list(batches)
+  assert len(every) == 120
+  for one, other in zip(kept, again, strict=True):
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_evaluation_batches_are_kept_from_pass_to_pass():
+  digits, read = counted(make_source(name="digits", split="test[:10]"))
+  batches = eval_batches(digits, "resize(4)|value_range(-1, 1)", batch_size=4, threads=0)
+  first, second = list(batches), list(batches)
+  assert sorted(read) == sorted([0, *range(10)])
+  assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(first, second, strict=True))
+
+
+def test_what_does_not_fit_is_not_kept():
+  synthetic, read = counted(
+    make_source(name="synthetic", split="train", image_size=256, num_examples=6)
+  )
+  arguments = dict(batch_size=6, seed=0, num_steps=2, threads=0)
+  list(train_batches(synthetic, "resize(256)", **arguments, keep_mb=1))  # 1.125 MiB
+  assert len(read) == 1 + 12
+  read.clear()
+  list(train_batches(synthetic, "resize(128)", **arguments, keep_mb=1))
+  assert len(read) == 1 + 6
+
+
+def test_a_bad_example_is_not_kept_and_is_named_each_time():
+  digits = make_source(name="digits", split="train[:8]")
+
+  def read(indices):
+    return [
+      r | {"label": 99} if i == 5 else r for i, r in zip(indices, digits.read(indices), strict=True)
+    ]
+
+  batches = eval_batches(
+    dataclasses.replace(digits, read=read),
+    "value_range(-1, 1)",
+    batch_size=4,
+    threads=0,
+    on_error="skip",
+  )
+  for _ in range(2):
+    assert [batch["_mask"].sum() for batch in batches] == [4, 3]
+    assert list(batches.errors) == [5]
