@@ -29,7 +29,7 @@ test-convert: $(CONVERT_STAMP)
 
 # One after the other; the same command goes on where it was stopped.
 miniature: $(STAMP)
-	$(BIN)/python tools/miniature.py --out runs/miniature $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+	$(BIN)/python tools/miniature.py --out runs/miniature --jobs 2 $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -44,6 +44,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   args, unknown = parser().parse_known_args([a for a in argv if not a.startswith("--config.")])
   if unknown:
     known = ["--config", "--help", *(f"--{name}" for name in vars(args)), "--no-verify"]
+    name = unknown[0].removeprefix("--").partition("=")[0]
+    if hasattr(args, name):
+      raise errors.UserError(f"`flexivit {args.command}` takes {name.upper()} without --{name}.")
     raise errors.UserError(f"Unknown argument {unknown[0]!r}.{errors.nearest(unknown[0], known)}")
   if overrides and not hasattr(args, "overrides"):
     raise errors.UserError(

@@ -173,6 +173,11 @@ def test_sizes_on_the_command_line():
       parse_sizes(bad)
 
 
+def test_what_a_command_takes_without_dashes_is_named():
+  with pytest.raises(errors.UserError, match="`flexivit plan` takes CONFIG without --config"):
+    arguments.parse(["plan", "configs/digits.py", "--config=configs/digits.py"])
+
+
 def test_overrides_without_a_config_are_refused():
   with pytest.raises(errors.UserError, match="no effect"):
     arguments.parse(["report", "x", "--config.a=1"])
