@@ -27,7 +27,7 @@ test: $(STAMP)
 test-convert: $(CONVERT_STAMP)
 	$(CONVERT_VENV)/bin/python -m pytest -m convert
 
-# One after the other; the same command goes on where it was stopped.
+# Two at a time; the same command goes on where it was stopped.
 miniature: $(STAMP)
 	$(BIN)/python tools/miniature.py --out runs/miniature --jobs 2 $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 

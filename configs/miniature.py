@@ -4,7 +4,7 @@
     flexivit train --config configs/miniature.py:fixed=6 --workdir runs/miniature/fixed6
     flexivit train --config configs/miniature.py:teacher=runs/miniature/fixed6 --workdir runs/miniature/distilled
 
-`make miniature` runs them all, one after the other, and goes on where it was stopped; what came of it, with seeds, wall
+`make miniature` runs them all, two at a time, and goes on where it was stopped; what came of it, with seeds, wall
 times and what each tells of the paper's claims, is in docs/results.md. Expect of the first 42.8, 45.2, 48.0, 50.0 %
 top-1 at GRIDS, of the second 56.2 % at 6x6 (six epochs, seed 0; 14 and 22 minutes on one core).
 
