@@ -1,13 +1,21 @@
-"""Ahead-of-time compilation: one program for each patch size, all made before step one."""
+"""Ahead-of-time compilation: one program for each patch size, all made before step one, and kept on disk."""
 
 import functools
+import hashlib
+import logging
+import os
+import pathlib
+import stat
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 
-from flexivit_jax import errors
+from flexivit_jax import errors, folders
+
+_LOG = logging.getLogger(__name__)
+_CACHE_BYTES = 4 * 2**30
 
 
 class Program(NamedTuple):
@@ -65,3 +73,54 @@ def compile_each(
     programs[size_key(size)] = Program(compiled, time.perf_counter() - begin, temp)
     report(size, programs[size_key(size)])
   return programs
+
+
+def keep_programs() -> pathlib.Path | None:
+  """Keeps compiled programs on disk from now on, so that the next start compiles nothing.
+
+  In JAX's persistent compilation cache, 4 GiB of the last used programs, below `folders.cache_folder()`; a setting of
+  JAX's own (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) is left alone. Programs are code that a reader of
+  the folder runs, so it must be this user's and writable by nobody else; each kind of processor has its own.
+
+  Returns:
+    The folder; None with a warning where it is not private or cannot be made: programs are then not kept.
+  """
+  settings = jax.config.values
+  if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
+    return None
+  folder = folders.cache_folder() / "programs" / _processor()
+  try:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(folder)
+    _check_private(folder.parent)
+  except OSError as e:
+    _LOG.warning("Compiled programs are not kept: %s", e)
+    return None
+  wanted = {
+    "jax_compilation_cache_dir": str(folder),
+    "jax_compilation_cache_max_size": _CACHE_BYTES,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+  }
+  for name, value in wanted.items():
+    jax.config.update(name, value)
+  return folder
+
+
+def _processor() -> str:
+  """A name for what this processor can do; programs of another one may stop at an instruction it lacks."""
+  lines = pathlib.Path("/proc/cpuinfo")
+  flags = (
+    next((k for k in lines.read_text().splitlines() if k.startswith(("flags", "Features"))), "")
+    if lines.exists()
+    else ""
+  )
+  return hashlib.sha256(flags.encode()).hexdigest()[:12]
+
+
+def _check_private(folder: pathlib.Path) -> None:
+  found = folder.stat()
+  if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
+    raise PermissionError(
+      f"{folder} is another user's, or others may write to it; chmod 700 it, or set FLEXIVIT_CACHE"
+    )

@@ -4,11 +4,21 @@ import argparse
 import pathlib
 from typing import Any
 
-from flexivit_jax import config, errors, experiment, results, sections, sharding, weights
+from flexivit_jax import (
+  compilation,
+  config,
+  errors,
+  experiment,
+  results,
+  sections,
+  sharding,
+  weights,
+)
 
 
 def run(args: argparse.Namespace) -> None:
   """Evaluates args.checkpoint on each of the config's evaluators, prints a table, writes the results."""
+  compilation.keep_programs()
   evals = config.load(args.config, args.overrides).get("evals", {})
   if not evals:
     raise errors.UserError(

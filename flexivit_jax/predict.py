@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flexivit_jax import data, errors, weights
+from flexivit_jax import compilation, data, errors, weights
 
 _PP = "decode|resize({size})|value_range(-1, 1)"
 _REPEATS = 5
@@ -25,6 +25,7 @@ class Prediction(NamedTuple):
 
 def run(args: argparse.Namespace) -> None:
   """Prints the predictions for args.image."""
+  compilation.keep_programs()
   for path, prediction in zip(
     args.image, predict(args.image, args.checkpoint, args.seqhw, args.image_size), strict=True
   ):

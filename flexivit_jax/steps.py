@@ -22,7 +22,10 @@ class TrainState(NamedTuple):
 
 
 def init_params(
-  model: nn.Module, image_shape: tuple[int, ...], seed: int, head_bias: float | None = None
+  model: nn.Module,
+  image_shape: tuple[int, ...],
+  seed: int | jax.Array,
+  head_bias: float | None = None,
 ) -> dict:
   """Random parameters; `head_bias` fills the head's bias (-10 for sigmoid losses over many classes)."""
   image = jnp.zeros((1, *image_shape), jnp.float32)
@@ -45,8 +48,9 @@ def step(
   *,
   model: nn.Module,
   objective: Objective,
-  tx: optax.GradientTransformation,
-  seed: int,
+  tx: optax.GradientTransformationExtraArgs,
+  seed: int | jax.Array,
+  total_steps: jax.Array | None = None,
   accumulate: int = 1,
   **size: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -58,7 +62,9 @@ def step(
     model: gives the logits as the first of two outputs.
     objective: what to minimise, see `objectives.base`.
     tx: the optimizer.
-    seed: all randomness is a function of it and of `state.step`.
+    seed: all randomness is a function of it and of `state.step`. An array, as is `total_steps`, where one program is to
+      serve runs of other seeds and lengths.
+    total_steps: of the run, for the schedules of `tx`; None: what `tx` was made with.
     accumulate: number of parts, run one after the other, whose gradients are averaged.
     **size: static arguments of the model, e.g. `seqhw=15`.
 
@@ -81,7 +87,8 @@ def step(
   loss, grads = _accumulated(jax.value_and_grad(mean_loss), accumulate)(
     state.params, prepared, dropout_key
   )
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  length = {} if total_steps is None else {"total_steps": total_steps}
+  updates, opt_state = tx.update(grads, state.opt_state, state.params, **length)
   params = optax.apply_updates(state.params, updates)
   norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
   ema = (
@@ -100,7 +107,13 @@ def running_mean(mean: Any, params: Any, decay: float, step: jax.Array) -> Any:
 
 
 def targets(
-  step: jax.Array, batch: Batch, frozen: Any, *, teaching: Teaching, seed: int, accumulate: int = 1
+  step: jax.Array,
+  batch: Batch,
+  frozen: Any,
+  *,
+  teaching: Teaching,
+  seed: int | jax.Array,
+  accumulate: int = 1,
 ) -> Any:
   """What the objective's teachers say of a batch: batch["targets"] of the step after `step` updates.
 
@@ -123,7 +136,7 @@ def targets(
   return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), made)
 
 
-def _keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _keys(seed: int | jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The keys of mixup and dropout."""
   key = jax.random.fold_in(jax.random.key(seed), step + 1)  # 0 is the initialisation's
   mix_key, dropout_key = jax.random.split(key)

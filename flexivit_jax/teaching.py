@@ -1,6 +1,5 @@
 """The teachers' part of each step: computed by a program of its own, or read from a cache."""
 
-import functools
 from typing import Any, final
 
 import jax
@@ -39,10 +38,14 @@ class Targets:
     report: Any = lambda size, program: None,
   ):
     self._teaching, self._mesh, self._cache = teaching, mesh, cache
-    fn = functools.partial(steps.targets, teaching=teaching, seed=seed, accumulate=accumulate)
+    self._seed = jax.device_put(np.uint32(seed), sharding.replicated(mesh))
     split = sharding.batch_split(mesh)
+
+    def fn(step: jax.Array, batch: Any, frozen: Any, seed: jax.Array) -> Any:
+      return steps.targets(step, batch, frozen, teaching=teaching, seed=seed, accumulate=accumulate)
+
     args = (jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), specs)
-    made = jax.eval_shape(fn, *args, teaching.frozen)
+    made = jax.eval_shape(fn, *args, teaching.frozen, self._seed)
     self.specs = jax.tree.map(
       lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=split), made
     )
@@ -53,7 +56,7 @@ class Targets:
       self._frozen = jax.device_put(teaching.frozen, sharding.replicated(mesh))
       whole = jax.jit(fn, out_shardings=split)
       (self._program,) = compilation.compile_each(
-        whole, (*args, self._frozen), [{}], report=report
+        whole, (*args, self._frozen, self._seed), [{}], report=report
       ).values()
 
   def __call__(self, step: int, batch: dict[str, np.ndarray], done: jax.Array) -> Any:
@@ -68,7 +71,7 @@ class Targets:
       found = self._cache.read(step, self.specs)
       return sharding.put_batch(found, self._mesh)
     inputs = sharding.put_batch({k: batch[k] for k in self._teaching.inputs}, self._mesh)
-    targets = self._program.run(done, inputs, self._frozen)
+    targets = self._program.run(done, inputs, self._frozen, self._seed)
     if self._cache is not None:
       self._cache.write(step, targets)
     return targets

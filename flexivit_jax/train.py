@@ -6,7 +6,6 @@ is measured is an evaluator. The same command continues a run that was stopped.
 
 import argparse
 import contextlib
-import functools
 import json
 import pathlib
 import sys
@@ -108,12 +107,12 @@ def _rest(state: steps.TrainState) -> dict[str, Any]:
 
 
 def _init(exp: experiment.Experiment, mesh: Any) -> steps.TrainState:
-  def init(given: Any) -> steps.TrainState:
-    params = steps.init_params(exp.model, exp.image_shape, exp.seed, exp.head_bias)
+  def init(given: Any, seed: jax.Array) -> steps.TrainState:
+    params = steps.init_params(exp.model, exp.image_shape, seed, exp.head_bias)
     params = {**params, **(given or {})}  # what is given may lack the head
     return steps.init_state(params, exp.optimizer.tx, exp.objective)
 
-  state = jax.jit(init, out_shardings=sharding.replicated(mesh))(exp.init)
+  state = jax.jit(init, out_shardings=sharding.replicated(mesh))(exp.init, np.uint32(exp.seed))
   _note(f"{trees.count(state.params):,} parameters on {mesh.size} x {jax.devices()[0].device_kind}")
   return state
 
@@ -164,18 +163,25 @@ def _compile(
   batch = _specs(exp, exp.objective.inputs, mesh)
   if targets is not None:
     batch["targets"] = targets.specs
-  fn = functools.partial(
-    steps.step,
-    model=exp.model,
-    objective=exp.objective,
-    tx=exp.optimizer.tx,
-    seed=exp.seed,
-    accumulate=exp.accumulate,
+
+  fixed: dict[str, Any] = dict(
+    model=exp.model, objective=exp.objective, tx=exp.optimizer.tx, accumulate=exp.accumulate
   )
+
+  def fn(state: steps.TrainState, batch: Any, run: dict[str, Any], **size: Any) -> Any:
+    return steps.step(state, batch, **run, **fixed, **size)
+
   sizes = patch_schedule.all_static(exp.flexi)
+  args = (state, batch, _run_constants(exp, mesh))
   return compilation.compile_each(
-    fn, (state, batch), sizes, donate=(0,), report=_report_program("train", exp)
+    fn, args, sizes, donate=(0,), report=_report_program("train", exp)
   )
+
+
+def _run_constants(exp: experiment.Experiment, mesh: Any) -> dict[str, jax.Array]:
+  """What is the same in all steps of a run, and other in another run of the same programs."""
+  numbers = {"seed": np.uint32(exp.seed), "total_steps": np.int32(exp.total_steps)}
+  return jax.device_put(numbers, sharding.replicated(mesh))
 
 
 def _loop(
@@ -196,6 +202,7 @@ def _loop(
     total_steps=exp.total_steps, batch_size=exp.batch_size, start_step=start
   )
   pending: list[tuple[int, dict, dict]] = []
+  constants = _run_constants(exp, mesh)
   for step in range(start + 1, exp.total_steps + 1):
     asked = time.perf_counter()
     batch = next(batches)
@@ -206,7 +213,7 @@ def _loop(
     on_device = sharding.put_batch({k: batch[k] for k in exp.objective.inputs}, mesh)
     if targets is not None:
       on_device["targets"] = targets(step - 1, batch, state.step)
-    state, measured = programs[compilation.size_key(size)].run(state, on_device)
+    state, measured = programs[compilation.size_key(size)].run(state, on_device, constants)
     pending.append((step, size, measured))
     last = step == exp.total_steps
     due = [name for name, e in exp.evaluations.items() if step % e.every == 0 and not last]
@@ -337,6 +344,7 @@ def _note(message: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """`flexivit train`."""
+  compilation.keep_programs()
   train(config.load(args.config, args.overrides), args.workdir)
 
 

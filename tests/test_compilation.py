@@ -1,6 +1,9 @@
 """One trace and one program for each size, before the first step; memory is reused and reported."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -111,3 +114,73 @@ def test_out_of_memory_names_the_size_and_what_to_do(monkeypatch):
 def test_other_compiler_errors_stay_what_they_are(monkeypatch):
   with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
     _compile_failing(monkeypatch, "INTERNAL: a bug in XLA")
+
+
+# --- programs on disk ---
+
+COUNT = """
+import collections, sys
+import jax
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda name, **_: events.update([name.rpartition("/")[2]]))
+from flexivit_jax import cli
+code = cli.main(sys.argv[1:])
+print(code, events["cache_misses"], events["cache_hits"])
+"""
+TRAIN = (
+  "train --config=configs/digits.py:debug=True --config.total_epochs=None --config.evals.test.every_steps=2"
+  " --config.flexi.seqhw.v=(2,) --config.evals.test.seqhw=(2,)"
+)
+
+
+def started(folder, *arguments):
+  """Runs a command that keeps programs in `folder`: its exit code, programs compiled, programs found; its stderr."""
+  environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+  environment |= {"FLEXIVIT_CACHE": str(folder)}
+  command = [sys.executable, "-c", COUNT, *TRAIN.split(), *arguments]
+  run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+  assert run.stdout.strip(), run.stderr
+  return tuple(map(int, run.stdout.splitlines()[-1].split())), run.stderr
+
+
+def test_a_run_of_other_length_seed_and_folder_compiles_nothing(tmp_path):
+  first = [
+    "--config.total_steps=2",
+    f"--workdir={tmp_path / 'a'}",
+    "--config.seed=0",
+    "--config.log_every=1",
+  ]
+  (code, missed, _), stderr = started(tmp_path / "cache", *first)
+  assert code == 0 and missed > 0, stderr
+  second = [
+    "--config.total_steps=3",
+    f"--workdir={tmp_path / 'b'}",
+    "--config.seed=7",
+    "--config.log_every=2",
+  ]
+  (code, missed, found), stderr = started(tmp_path / "cache", *second)
+  assert (code, missed) == (0, 0) and found > 0, stderr
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(tmp_path, monkeypatch, caplog):
+  monkeypatch.setenv("FLEXIVIT_CACHE", str(tmp_path))
+  monkeypatch.setattr(compilation, "_processor", lambda: "mine")
+  kept = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", None)
+  try:
+    (tmp_path / "programs" / "mine").mkdir(parents=True)
+    (tmp_path / "programs").chmod(0o770)
+    assert compilation.keep_programs() is None
+    assert "others may write to it" in caplog.text and "FLEXIVIT_CACHE" in caplog.text
+    (tmp_path / "programs").chmod(0o755)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert compilation.keep_programs() is None
+    assert jax.config.jax_compilation_cache_dir is None
+  finally:
+    jax.config.update("jax_compilation_cache_dir", kept)
+
+
+def test_a_setting_of_jaxs_own_is_left_alone(tmp_path, monkeypatch):
+  monkeypatch.setenv("FLEXIVIT_CACHE", str(tmp_path))
+  assert jax.config.jax_compilation_cache_dir  # the tests'
+  assert compilation.keep_programs() is None and not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexivit_jax import arguments, errors, opening, sharding, train, weights
+from flexivit_jax import arguments, compilation, errors, opening, sharding, train, weights
 from flexivit_jax.flexify import card, recipe, retention
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
@@ -19,6 +19,7 @@ SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
 
 def run(args: argparse.Namespace) -> None:
   """Flexifies args.init and prints what is left of it at each size."""
+  compilation.keep_programs()
   names = ("epochs", "image_size", "seqhw", "batch_size", "lr", "seed", "buffers", "moment")
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   kept = flexify(args.init, args.data, args.out, loading=arguments.loading(args), **given)

@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from flexivit_jax import errors
+from flexivit_jax import errors, folders
 
 _CHUNK = 2**18
 _TIMEOUT = 30.0  # seconds without a byte
@@ -31,13 +31,6 @@ _PAGES = ("text/html", "application/xhtml+xml", "text/xml", "application/xml")
 
 class _BrokenError(Exception):
   """What another attempt may mend: a connection that broke, a server that is busy."""
-
-
-def cache_folder() -> pathlib.Path:
-  """$FLEXIVIT_CACHE, else flexivit_jax in $XDG_CACHE_HOME, else in ~/.cache."""
-  if folder := os.environ.get("FLEXIVIT_CACHE"):
-    return pathlib.Path(folder).expanduser()
-  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexivit_jax"
 
 
 def fetch(
@@ -52,7 +45,7 @@ def fetch(
 
   Args:
     url: http:// or https://.
-    folder: where to keep it; by default `cache_folder()`. Equal names of other addresses do not meet there.
+    folder: where to keep it; by default `folders.cache_folder()`. Equal names of other addresses do not meet there.
     sha256: what the file must have, in hex. Not given: what it had when it was fetched.
     progress: the text stream where it is shown, by default stderr: one line that moves on a terminal, else two lines.
     pause: seconds before the first of three retries; doubled for each of the others.
@@ -61,7 +54,7 @@ def fetch(
     UserError: it cannot be had, is not what was expected (length, hash, a web page instead of a file), or cannot be
       kept. What has arrived stays for the next call, unless it is wrong.
   """
-  folder = folder or cache_folder()
+  folder = folder or folders.cache_folder()
   path = _place(url, folder)
   with _disk_errors(url, folder):
     if not path.exists():

@@ -233,7 +233,7 @@ def test_each_image_is_read_and_decoded_once_for_all_sizes():
 
   source = Source("counted", "test", 7, None, 10, records)
   pp = "value_range(-1, 1)|onehot(7)|keep('image', 'labels')"
-  batches = eval_batches(source, pp, batch_size=4, threads=0, workers=0)
+  batches = eval_batches(source, pp, batch_size=4, threads=0, workers=0, keep_mb=0)
   model, params = make_model()
   evaluator = classification(model, batches, sharding.make_mesh(), seqhw=SIZES)
   evaluator.compile(params)

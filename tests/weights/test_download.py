@@ -332,14 +332,3 @@ def test_a_resumed_download_says_so(site, fetch):
   site.cuts, file = [500], io.StringIO()
   fetch(progress=file)
   assert ", from 0.0 MB on\n" in file.getvalue() and len(file.getvalue().splitlines()) == 4
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
-  monkeypatch.delenv("FLEXIVIT_CACHE", raising=False)
-  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-  monkeypatch.setenv("HOME", str(tmp_path))
-  assert download.cache_folder() == tmp_path / ".cache" / "flexivit_jax"
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-  assert download.cache_folder() == tmp_path / "xdg" / "flexivit_jax"
-  monkeypatch.setenv("FLEXIVIT_CACHE", str(tmp_path / "mine"))
-  assert download.cache_folder() == tmp_path / "mine"
