@@ -297,11 +297,12 @@ def _placed(where: Any, tree: Any) -> Any:
 
 
 def _looped(settings: Mapping[str, Any]) -> experiment.Experiment:
-  """The experiment with its blocks as one loop: no shape of a step changes, and one block is traced, not a dozen.
+  """The experiment with its blocks as one loop: no shape of a step changes, and one block is traced, not a dozen; and
+  with the attention of accelerators, which this machine would not choose for itself.
 
   As it is where its optimizer tells blocks apart by name. Evaluations have no part in it.
   """
   optim = settings["optim"]
   named = optim.get("lr_mults") or not isinstance(optim.get("schedule", {}), Mapping)
-  model = settings["model"] if named else {**settings["model"], "scan": True}
+  model = {"attention": "einsum", **settings["model"], **({} if named else {"scan": True})}
   return experiment.build(**{**settings, "model": model, "evals": None}, opening=PLANNED)

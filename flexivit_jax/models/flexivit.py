@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flexivit_jax import errors, resize
-from flexivit_jax.models import vit
+from flexivit_jax.models import attention, vit
 
 Size = tuple[int, int]
 
@@ -84,6 +84,7 @@ class FlexiViT(nn.Module):
     grid_operator: resize operator of the position grid; timm's is "cubic_antialias".
     dtype: of the matrix products, "float32" or "bfloat16".
     scan, remat: one compiled loop over the blocks; recompute the blocks in the backward pass. Same numbers.
+    attention: a form of `models/attention.py`: the same numbers, faster or slower; "auto" by backend and tokens.
   """
 
   num_classes: int = 0
@@ -109,6 +110,7 @@ class FlexiViT(nn.Module):
   dtype: str = "float32"
   scan: bool = False
   remat: bool = False
+  attention: str = "auto"
 
   def __post_init__(self) -> None:
     for name, value in ({"patch_size": (32, 32)} | vit.decode_variant(self.variant)).items():
@@ -189,7 +191,7 @@ class FlexiViT(nn.Module):
 
     x, out["encoder"] = vit.Encoder(
       self.depth, self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.scan, self.remat,
-      self.layer_norm_eps, name="Transformer",
+      self.layer_norm_eps, self.attention, name="Transformer",
     )(x, train, depth)  # fmt: skip
     out["encoded"] = x
 
@@ -204,7 +206,13 @@ class FlexiViT(nn.Module):
       x = jnp.concatenate([x[:, 0], x[:, 1]], axis=-1)
     else:
       x = vit.MAPHead(
-        self.mlp_dim, self.num_heads, self.gelu, self.dtype, self.layer_norm_eps, name="MAPHead_0"
+        self.mlp_dim,
+        self.num_heads,
+        self.gelu,
+        self.dtype,
+        self.layer_norm_eps,
+        self.attention,
+        name="MAPHead_0",
       )(x)
     out["head_input"] = out["pre_logits"] = x
     out["pre_logits_2d"] = tokens = tokens.reshape(n, gh, gw, d)
@@ -236,6 +244,7 @@ CHOICES = {
   "kernel_operator": tuple(resize.OPERATORS),
   "grid_operator": tuple(resize.OPERATORS),
   "dtype": ("float32", "bfloat16"),
+  "attention": ("auto", *attention.FORMS),
 }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flexivit_jax import errors
+from flexivit_jax.models import attention
 
 
 class Shape(NamedTuple):
@@ -80,10 +81,11 @@ class MlpBlock(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head dot-product attention of queries `q` over `kv`."""
+  """Multi-head dot-product attention of queries `q` over `kv`; `form` is a key of `attention.FORMS`, or "auto"."""
 
   num_heads: int
   dtype: str = "float32"
+  form: str = "auto"
 
   @nn.compact
   def __call__(self, q: Float[Array, "n q d"], kv: Float[Array, "n k d"]) -> Float[Array, "n q d"]:
@@ -93,11 +95,10 @@ class Attention(nn.Module):
     query = nn.DenseGeneral(heads, name="query", **init)(q)
     key = nn.DenseGeneral(heads, name="key", **init)(kv)
     value = nn.DenseGeneral(heads, name="value", **init)(kv)
-    scores = jnp.einsum(
-      "nqhe,nkhe->nhqk", query * heads[1] ** -0.5, key, preferred_element_type=jnp.float32
-    )
-    weights = jax.nn.softmax(scores).astype(value.dtype)
-    x = jnp.einsum("nhqk,nkhe->nqhe", weights, value)
+    form = self.form
+    if form == "auto":
+      form = attention.choose(jax.default_backend(), q.shape[1], kv.shape[1], self.dtype)
+    x = attention.FORMS[form](query, key, value)
     return nn.DenseGeneral(width, axis=(-2, -1), name="out", **init)(x)
 
 
@@ -110,6 +111,7 @@ class EncoderBlock(nn.Module):
   gelu: str = "tanh"
   dtype: str = "float32"
   layer_norm_eps: float = 1e-6
+  attention: str = "auto"
 
   @nn.compact
   def __call__(
@@ -117,9 +119,9 @@ class EncoderBlock(nn.Module):
   ) -> tuple[Float[Array, "n l d"], dict]:
     out = {}
     y = nn.LayerNorm(self.layer_norm_eps, name="LayerNorm_0")(x)
-    y = out["sa"] = Attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(
-      y, y
-    )
+    y = out["sa"] = Attention(
+      self.num_heads, self.dtype, self.attention, name="MultiHeadDotProductAttention_0"
+    )(y, y)
     x = out["+sa"] = x + nn.Dropout(self.dropout)(y, deterministic=not train)
     y = nn.LayerNorm(self.layer_norm_eps, name="LayerNorm_1")(x)
     y = out["mlp"] = MlpBlock(self.mlp_dim, self.dropout, self.gelu, self.dtype, name="MlpBlock_0")(
@@ -145,6 +147,7 @@ class Encoder(nn.Module):
   scan: bool = False
   remat: bool = False
   layer_norm_eps: float = 1e-6
+  attention: str = "auto"
 
   @nn.compact
   def __call__(
@@ -153,7 +156,7 @@ class Encoder(nn.Module):
     out: dict[str, Any] = {}
     depth = self.depth if depth is None else depth  # of the blocks, the first so many run
     fields = (
-      self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.layer_norm_eps
+      self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.layer_norm_eps, self.attention
     )  # fmt: skip
     block = (
       nn.remat(EncoderBlock, static_argnums=(2,), prevent_cse=not self.scan)
@@ -185,14 +188,15 @@ class MAPHead(nn.Module):
   gelu: str = "tanh"
   dtype: str = "float32"
   layer_norm_eps: float = 1e-6
+  attention: str = "auto"
 
   @nn.compact
   def __call__(self, x: Float[Array, "n l d"]) -> Float[Array, "n d"]:
     n, _, d = x.shape
     probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
-    x = Attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(
-      jnp.tile(probe, (n, 1, 1)), x
-    ).astype(jnp.float32)
+    x = Attention(
+      self.num_heads, self.dtype, self.attention, name="MultiHeadDotProductAttention_0"
+    )(jnp.tile(probe, (n, 1, 1)), x).astype(jnp.float32)
     y = nn.LayerNorm(self.layer_norm_eps, name="LayerNorm_0")(x)
     x = x + MlpBlock(self.mlp_dim, gelu=self.gelu, dtype=self.dtype, name="MlpBlock_0")(y)
     return x[:, 0]

@@ -1,0 +1,124 @@
+"""Dot-product attention in several forms: the same numbers, and each the fastest somewhere.
+
+All take queries, keys and values of shape [n, l, h, e] and return [n, l, h, e]. Products run in the arrays' dtype, sums
+and softmax in float32. Which is fastest where: docs/performance.md.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Heads = Float[Array, "n q h e"]
+Others = Float[Array, "n k h e"]
+LONG = 256  # tokens from which scores of all heads at once leave a CPU's cache
+
+
+def einsum(q: Heads, k: Others, v: Others) -> Heads:
+  """As the formula has it; XLA's own choice on accelerators."""
+  scores = jnp.einsum(
+    "nqhe,nkhe->nhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32
+  )
+  return jnp.einsum("nhqk,nkhe->nqhe", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+def heads_first(q: Heads, k: Others, v: Others) -> Heads:
+  """Head by head in memory, so that each product reads rows; it is the output that is normalised, not the weights."""
+  return _attend(*_by_head(q, k, v))[0].swapaxes(1, 2)
+
+
+def one_by_one(q: Heads, k: Others, v: Others) -> Heads:
+  """One head of one image at a time, whose scores stay in cache, and once more in the backward pass: memory for one."""
+  return _looped(*_by_head(q, k, v)).swapaxes(1, 2)
+
+
+def cudnn(q: Heads, k: Others, v: Others) -> Heads:
+  """The fused kernel of cuDNN, for half precision on NVIDIA's GPUs."""
+  lengths = [x.shape[1] for x in (q, k)]
+  odd = [n % 2 for n in lengths]  # its backward pass takes even lengths only
+  padded = [
+    jnp.pad(x, ((0, 0), (0, o), (0, 0), (0, 0)))
+    for x, o in zip((q, k, v), (odd[0], odd[1], odd[1]), strict=True)
+  ]
+  real = [jnp.full(len(q), n, jnp.int32) for n in lengths] if any(odd) else [None, None]
+  made = jax.nn.dot_product_attention(
+    *padded, query_seq_lengths=real[0], key_value_seq_lengths=real[1], implementation="cudnn"
+  )
+  return made[:, : lengths[0]]
+
+
+FORMS: dict[str, Callable[..., Any]] = {
+  "einsum": einsum,
+  "heads_first": heads_first,
+  "one_by_one": one_by_one,
+  "cudnn": cudnn,
+}
+
+
+def choose(backend: str, queries: int, keys: int, dtype: Any) -> str:
+  """The form that was measured to be the fastest.
+
+  Args:
+    backend: JAX's name of it.
+    queries, keys: how many tokens.
+    dtype: of the products.
+  """
+  if backend == "cpu":
+    return "one_by_one" if min(queries, keys) >= LONG else "heads_first"
+  half = jnp.dtype(dtype).itemsize == 2
+  if backend in ("gpu", "cuda") and half and min(queries, keys) >= 64:
+    return "cudnn"
+  return "einsum"
+
+
+def _by_head(q: Heads, k: Others, v: Others) -> tuple[Any, Any, Any]:
+  q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+  return q, k, v
+
+
+def _attend(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+  """Of [..., l, e]: the output, and the logarithm of each query's sum of exponentials [..., l, 1]."""
+  scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+  top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.exp(scores - top)
+  total = weights.sum(-1, keepdims=True)
+  out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+  return out.astype(v.dtype), top + jnp.log(total)
+
+
+@jax.custom_vjp
+def _looped(q: Any, k: Any, v: Any) -> Any:
+  return _forward(q, k, v)[0]
+
+
+def _forward(q: Any, k: Any, v: Any) -> tuple[Any, tuple]:
+  out, logs = _map_heads(_attend, q, k, v)
+  return out, (q, k, v, out, logs)
+
+
+def _backward(kept: tuple, g: Any) -> tuple[Any, Any, Any]:
+  return _map_heads(_gradients, *kept, g)
+
+
+_looped.defvjp(_forward, _backward)
+
+
+def _gradients(q: Any, k: Any, v: Any, out: Any, logs: Any, g: Any) -> tuple[Any, Any, Any]:
+  """Of one head, from its output and sums; the weights are computed again (arXiv 2205.14135, appendix B.2)."""
+  product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+  weights = jnp.exp(product(q, k.T) - logs)
+  mean = (g.astype(jnp.float32) * out).sum(-1, keepdims=True)
+  d_scores = (weights * (product(g, v.T) - mean)).astype(q.dtype)
+  grads = product(d_scores, k), product(d_scores.T, q), product(weights.T.astype(g.dtype), g)
+  return tuple(d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))  # type: ignore[return-value]
+
+
+def _map_heads(fn: Callable[..., Any], *arrays: Any) -> Any:
+  """Applies `fn` to each [l, e] of arrays [n, h, l, e], one after the other."""
+  n, h = arrays[0].shape[:2]
+  flat = tuple(x.reshape(n * h, *x.shape[2:]) for x in arrays)
+  made = jax.lax.map(lambda xs: fn(*xs), flat)
+  return jax.tree.map(lambda x: x.reshape(n, h, *x.shape[1:]), made)
