@@ -17,6 +17,7 @@ def parser() -> argparse.ArgumentParser:
   )
   commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
   _plan(commands.add_parser("plan", help="what a config will cost; needs no data and no device"))
+  _bench(commands.add_parser("bench", help="what each patch size costs on this machine"))
   _train(commands.add_parser("train", help="train from a config file; the same command resumes"))
   _eval(commands.add_parser("eval", help="accuracy and cost of a checkpoint at every patch size"))
   _predict(commands.add_parser("predict", help="classify images at a chosen patch size"))
@@ -89,6 +90,30 @@ def _plan(p: argparse.ArgumentParser) -> None:
   p.epilog = (
     "--config.KEY=VALUE overrides a value of the config, e.g. --config.input.batch_size=512"
   )
+
+
+def _bench(p: argparse.ArgumentParser) -> None:
+  p.add_argument("--forward", action="store_true", help="inference at each size")
+  p.add_argument("--train", action="store_true", help="a training step at each size")
+  p.add_argument("--compile", action="store_true", help="tracing and compiling each training step")
+  p.add_argument("--input", metavar="CONFIG", help="a config's training images: reading to batches")
+  p.add_argument("--startup", metavar="CONFIG", help="from the command to the first step")
+  p.add_argument("--variant", default="S", help="S (the default), B, L, ...")
+  p.add_argument("--batch_size", type=int, default=8, help="default 8")
+  p.add_argument("--image_size", type=int, default=240, help="pixels a side (default 240)")
+  p.add_argument(
+    "--seqhw",
+    type=_whole_numbers,
+    metavar="N,N",
+    help="tokens a side (default: patches of 8 to 48)",
+  )
+  p.add_argument("--dtype", help="float32 or bfloat16 (default: float32 on CPUs)")
+  p.add_argument(
+    "--attention", default="auto", help="a form of models/attention.py (default: auto)"
+  )
+  p.add_argument("--rounds", type=int, default=7, help="of which the median is taken (default 7)")
+  p.add_argument("--out", type=pathlib.Path, help="a CSV file to write")
+  p.set_defaults(overrides=[])
 
 
 def _eval(p: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ USAGE_ERROR = 2
 BROKEN_PIPE = 128 + 13  # as a shell counts SIGPIPE
 MODULES = {
   "plan": "plan",
+  "bench": "bench",
   "train": "train",
   "eval": "evaluate",
   "predict": "predict",

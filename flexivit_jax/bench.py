@@ -1,0 +1,353 @@
+"""`flexivit bench`: what each patch size costs on this machine, before anything is trained.
+
+Times are medians over rounds in which all sizes take turns, so that a machine that slows down slows all of them. The
+columns are those of timm's benchmark.py where it has them, and the patch size.
+"""
+
+import argparse
+import csv
+import functools
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flexivit_jax import compilation, config, errors, experiment, optim, steps, trees, weights
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.models.flexivit import common_divisors, gmacs
+from flexivit_jax.objectives.supervised import supervised
+
+Row = dict[str, Any]
+TRAIN_FLOPS = 3  # of a training step, in forward passes: the backward pass is two
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints a table for each thing asked for, and writes them all to args.out."""
+  shared = dict(batch_size=args.batch_size, image_size=args.image_size, rounds=args.rounds)
+  tables: dict[str, list[Row]] = {}
+  if args.forward or args.train or args.compile:
+    model = FlexiViT(
+      num_classes=1000,
+      variant=args.variant,
+      dtype=args.dtype or default_dtype(),
+      attention=args.attention,
+    )
+    sizes = args.seqhw or paper_sizes(args.image_size)
+    peak = matmul_peak(model.dtype)
+    print(
+      f"{jax.devices()[0].device_kind}: {peak / 1e9:.4g} GFLOP/s in a {model.dtype} matrix product"
+    )
+    if args.forward:
+      tables["forward"] = forward(model, sizes, peak=peak, **shared)
+    if args.train:
+      tables["train"] = train(model, sizes, peak=peak, **shared)
+    if args.compile:
+      tables["compile"] = compiling(model, sizes, args.batch_size, args.image_size)
+  if args.input:
+    tables["input"] = [reading(config.load(args.input, args.overrides))]
+  if args.startup:
+    tables["startup"] = starting(args.startup)
+  if not tables:
+    raise errors.UserError(
+      "Nothing to measure; give --forward, --train, --compile, --input CONFIG or --startup CONFIG."
+    )
+  for name, rows in tables.items():
+    print(f"\n{name}\n{table(rows)}")
+  if args.out:
+    write(args.out, tables)
+    print(f"\nwrote {args.out}")
+
+
+def default_dtype() -> str:
+  """The dtype of matrix products that this backend is fast in."""
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def paper_sizes(image_size: int) -> list[int]:
+  """Tokens a side whose patches are 48 to 8 pixels: the paper's ten at 240 pixels, without 12 and 20 of 20 and 12."""
+  return [n for n in common_divisors((image_size,)) if 8 <= image_size // n <= 48]
+
+
+# --- speed ---
+
+
+def forward(
+  model: FlexiViT,
+  sizes: Sequence[int],
+  *,
+  batch_size: int,
+  image_size: int,
+  rounds: int,
+  peak: float,
+) -> list[Row]:
+  """Inference at each size, the kernel and the grid resized once beforehand."""
+  image = _image(batch_size, image_size)
+  params = _params(model, image_size)
+  runs: dict[int, Callable[[], Any]] = {}
+  programs: dict[int, compilation.Program] = {}
+  for seqhw in sizes:
+    fixed, baked = weights.bake(model, params, image_hw=(image_size, image_size), seqhw=seqhw)
+    baked = jax.device_put(baked)
+
+    def apply(params: Any, image: jax.Array, model: FlexiViT = fixed) -> jax.Array:
+      return model.apply({"params": params}, image)[0]
+
+    (programs[seqhw],) = compilation.compile_each(apply, (baked, image), [{}]).values()
+    runs[seqhw] = functools.partial(programs[seqhw].run, baked, image)
+  times = alternate(runs, rounds)
+  return [
+    _row(
+      model,
+      seqhw,
+      image_size,
+      batch_size,
+      times[seqhw],
+      programs[seqhw],
+      peak,
+      passes=1,
+      kind="infer",
+    )
+    for seqhw in sizes
+  ]
+
+
+def train(
+  model: FlexiViT,
+  sizes: Sequence[int],
+  *,
+  batch_size: int,
+  image_size: int,
+  rounds: int,
+  peak: float,
+) -> list[Row]:
+  """A training step at each size: forward, backward, clipping, Adam with decoupled weight decay."""
+  fn, state, batch = training_step(model, batch_size, image_size)
+  programs = compilation.compile_each(
+    fn, (state, batch), [{"seqhw": n} for n in sizes], donate=(0,)
+  )
+  held = [state]
+
+  def once(program: Any) -> Any:
+    held[0], measured = program(held[0], batch)
+    return measured
+
+  of = {n: programs[compilation.size_key({"seqhw": n})] for n in sizes}
+  times = alternate({n: functools.partial(once, of[n].run) for n in sizes}, rounds)
+  return [
+    _row(model, n, image_size, batch_size, times[n], of[n], peak, passes=TRAIN_FLOPS, kind="train")
+    for n in sizes
+  ]
+
+
+def training_step(model: FlexiViT, batch_size: int, image_size: int) -> tuple[Callable, Any, Any]:
+  """Returns (step, state, batch) of supervised training on random images."""
+  params = _params(model, image_size)
+  made = optim.make(
+    params, total_steps=1000, lr=1e-3, wd=1e-4, clip=1.0, schedule=dict(decay_type="cosine")
+  )
+  objective = supervised()
+  state = steps.init_state(params, made.tx, objective)
+  labels = jax.nn.one_hot(jnp.arange(batch_size) % model.num_classes, model.num_classes)
+  batch = {"image": _image(batch_size, image_size), "labels": labels}
+  return (
+    functools.partial(steps.step, model=model, objective=objective, tx=made.tx, seed=0),
+    state,
+    batch,
+  )
+
+
+def alternate(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+  """Calls each function in turn, after two calls to warm up, and returns the seconds of each, `rounds` times.
+
+  Short ones are called often enough for a turn of 50 ms, and one call's share of it is counted.
+  """
+  calls = {}
+  for name, once in runs.items():
+    jax.block_until_ready(once())
+    calls[name] = max(1, round(0.05 / max(_seconds(once, 1), 1e-6)))
+  found: dict[Any, list[float]] = {name: [] for name in runs}
+  for _ in range(rounds):
+    for name, once in runs.items():
+      found[name].append(_seconds(once, calls[name]))
+  return found
+
+
+def _seconds(once: Callable[[], Any], calls: int) -> float:
+  begin = time.perf_counter()
+  out = None
+  for _ in range(calls):
+    out = once()
+  jax.block_until_ready(out)
+  return (time.perf_counter() - begin) / calls
+
+
+def matmul_peak(dtype: str) -> float:
+  """FLOP/s of a large square matrix product in this dtype: the fastest of five rounds."""
+  n = 2048 if jax.default_backend() == "cpu" else 8192
+  a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
+  product = jax.jit(lambda a, b: a @ b).lower(a, b).compile()
+  return 2 * n**3 / min(alternate({"": functools.partial(product, a, b)}, 5)[""])
+
+
+# --- compilation, input, start-up ---
+
+
+def compiling(model: FlexiViT, sizes: Sequence[int], batch_size: int, image_size: int) -> list[Row]:
+  """Seconds to trace, lower and compile a training step at each size, with nothing kept from before."""
+  step, state, batch = training_step(model, batch_size, image_size)
+  kept = jax.config.values["jax_enable_compilation_cache"]
+  jax.config.update("jax_enable_compilation_cache", False)
+  rows: list[Row] = []
+  try:
+    for seqhw in sizes:
+      begin = time.perf_counter()
+      lowered = jax.jit(functools.partial(step, seqhw=seqhw), donate_argnums=(0,)).lower(
+        state, batch
+      )
+      traced = time.perf_counter()
+      compiled = lowered.compile()
+      done = time.perf_counter()
+      row = _names(model, seqhw, image_size) | {
+        "trace_s": traced - begin,
+        "compile_s": done - traced,
+      }
+      rows.append(row | {"temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20})
+  finally:
+    jax.config.update("jax_enable_compilation_cache", kept)
+  return rows
+
+
+def reading(settings: Mapping[str, Any], seconds: float = 10.0) -> Row:
+  """Images per second of a config's training input, and per second of CPU time: what one core would do."""
+  exp = experiment.build(**{**settings, "evals": None})
+  with exp.batches(0) as batches:
+    next(batches)
+    images, begin, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - begin < seconds:
+      images += exp.batch_size
+      next(batches)
+    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+  shape = "x".join(map(str, exp.image_shape))
+  return {
+    "image": shape,
+    "images": images,
+    "images_per_s": images / wall,
+    "images_per_core_s": images / cpu,
+  }
+
+
+def starting(spec: str) -> list[Row]:
+  """Seconds from the command `flexivit train` to the end of its first step: with no program kept, then with all."""
+  with tempfile.TemporaryDirectory() as folder:
+    return [
+      {"programs": kept, "first_step_s": _first_step(spec, folder, kept)}
+      for kept in ("cold", "warm")
+    ]
+
+
+def _first_step(spec: str, folder: str, name: str) -> float:
+  environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
+  environment["FLEXIVIT_CACHE"] = folder
+  command = ["train", f"--config={spec}", f"--workdir={folder}/{name}", "--config.log_every=1"]
+  begin = time.perf_counter()
+  process = subprocess.Popen(
+    [sys.executable, "-m", "flexivit_jax.cli", *command],
+    env=environment,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  said = []
+  try:
+    for line in process.stderr or ():
+      said.append(line)
+      if line.startswith("step "):
+        return time.perf_counter() - begin
+  finally:
+    process.kill()
+    process.wait()
+  raise errors.UserError(
+    f"flexivit {' '.join(command)} ended before its first step: {''.join(said[-3:])}"
+  )
+
+
+# --- rows ---
+
+
+def _image(batch_size: int, image_size: int) -> jax.Array:
+  return jax.random.normal(jax.random.key(1), (batch_size, image_size, image_size, 3))
+
+
+def _params(model: FlexiViT, image_size: int) -> Any:
+  return jax.jit(lambda: steps.init_params(model, (image_size, image_size, 3), seed=0))()
+
+
+def _names(model: FlexiViT, seqhw: int, image_size: int) -> Row:
+  return {
+    "model": f"FlexiViT-{model.variant}",
+    "img_size": image_size,
+    "patch_size": image_size // seqhw,
+    "tokens": seqhw**2,
+  }
+
+
+def _row(
+  model: FlexiViT,
+  seqhw: int,
+  image_size: int,
+  batch_size: int,
+  times: Sequence[float],
+  program: compilation.Program,
+  peak: float,
+  *,
+  passes: int,
+  kind: str,
+) -> Row:
+  median = statistics.median(times)
+  flops = 2e9 * passes * gmacs(model, (image_size, image_size), seqhw=seqhw) * batch_size / median
+  memory = program.run.memory_analysis()  # type: ignore[attr-defined]
+  held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return _names(model, seqhw, image_size) | {
+    f"{kind}_batch_size": batch_size,
+    f"{kind}_samples_per_sec": batch_size / median,
+    f"{kind}_step_time": median * 1e3,
+    "spread": (max(times) - min(times)) / median,
+    "gflops_per_s": flops / 1e9,
+    "of_peak": flops / peak,
+    "peak_mib": (held - memory.alias_size_in_bytes) / 2**20,
+    f"{kind}_gmacs": gmacs(model, (image_size, image_size), seqhw=seqhw),
+    "param_count": trees.count(_shapes(model, image_size)) / 1e6,
+  }
+
+
+@functools.cache
+def _shapes(model: FlexiViT, image_size: int) -> Any:
+  return jax.eval_shape(lambda: steps.init_params(model, (image_size, image_size, 3), seed=0))
+
+
+def table(rows: Sequence[Row]) -> str:
+  """Rows of the same keys as columns of equal width."""
+  texts = [list(rows[0]), *([_text(v) for v in row.values()] for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+  return "\n".join("  ".join(t.rjust(w) for t, w in zip(row, widths, strict=True)) for row in texts)
+
+
+def _text(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(file: pathlib.Path, tables: Mapping[str, Sequence[Row]]) -> None:
+  """One CSV of all tables, with a column "bench" that tells them apart."""
+  rows = [{"bench": name, **row} for name, made in tables.items() for row in made]
+  columns = list(dict.fromkeys(key for row in rows for key in row))
+  with file.open("w", newline="") as out:
+    writer = csv.DictWriter(out, columns)
+    writer.writeheader()
+    writer.writerows(rows)
