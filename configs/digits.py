@@ -5,7 +5,7 @@
 
 The second is a ViT of one patch size in the same budget.
 
-Expect, in top-1 on 360 images: FlexiViT 95.6-99.2 % at its five sizes (seed 0, two machines; seeds 1 and 2:
+Expect, in top-1 on 360 images: FlexiViT 95.0-99.2 % at its five sizes (seed 0, three runs; seeds 1 and 2:
 94.4-98.9 %), the fixed one 98.3-99.2 % at its own size and 11.4-56.4 % at the others. About a minute each on 2 free
 CPU cores, compilation included.
 
