@@ -1,8 +1,10 @@
 """`flexivit bench`: what it prints is what it measured, for the sizes that were asked for."""
 
 import csv
+import functools
 import itertools
 
+import jax
 import pytest
 
 from flexivit_jax import bench, cli, errors
@@ -78,6 +80,15 @@ def test_input_is_measured_per_core():
   )
   row = bench.reading(settings, seconds=0.2)
   assert row["image"] == "24x24x3" and row["images"] % 8 == 0 and row["images_per_core_s"] > 0
+
+
+def test_a_step_takes_the_memory_of_the_state_before_it():
+  step, state, batch = bench.training_step(FlexiViT(num_classes=10, variant="mu"), 2, 48)
+  compiled = (
+    jax.jit(functools.partial(step, seqhw=2), donate_argnums=0).lower(state, batch).compile()
+  )
+  held = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+  assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * held
 
 
 def test_nothing_to_measure_is_an_error():
