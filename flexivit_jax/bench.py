@@ -256,26 +256,28 @@ def starting(spec: str) -> list[Row]:
 def _first_step(spec: str, folder: str, name: str) -> float:
   environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
   environment["FLEXIVIT_CACHE"] = folder
-  command = ["train", f"--config={spec}", f"--workdir={folder}/{name}", "--config.log_every=1"]
+  command = [
+    "flexivit",
+    "train",
+    f"--config={spec}",
+    f"--workdir={folder}/{name}",
+    "--config.log_every=1",
+  ]
+  said = []
   begin = time.perf_counter()
-  process = subprocess.Popen(
-    [sys.executable, "-m", "flexivit_jax.cli", *command],
+  with subprocess.Popen(
+    [sys.executable, "-m", "flexivit_jax.cli", *command[1:]],
     env=environment,
     stderr=subprocess.PIPE,
     text=True,
-  )
-  said = []
-  try:
+  ) as process:
     for line in process.stderr or ():
       said.append(line)
       if line.startswith("step "):
-        return time.perf_counter() - begin
-  finally:
-    process.kill()
-    process.wait()
-  raise errors.UserError(
-    f"flexivit {' '.join(command)} ended before its first step: {''.join(said[-3:])}"
-  )
+        seconds = time.perf_counter() - begin
+        process.kill()
+        return seconds
+  raise errors.UserError(f"{' '.join(command)} ended before its first step: {''.join(said[-3:])}")
 
 
 # --- rows ---
