@@ -6,7 +6,7 @@
 The second is a ViT of one patch size in the same budget.
 
 Expect, in top-1 on 360 images: FlexiViT 95.0-99.2 % at its five sizes (seed 0, three runs; seeds 1 and 2:
-94.4-98.9 %), the fixed one 98.3-99.2 % at its own size and 11.4-56.4 % at the others. About a minute each on 2 free
+94.4-98.9 %), the fixed one 98.3-99.2 % at its own size and 11.4-56.4 % at the others. One to four minutes each on two
 CPU cores, compilation included.
 
 Data: 1,437 images for training, 360 for test, in a

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,20 @@ from flexivit_jax.models.flexivit import common_divisors, gmacs
 from flexivit_jax.objectives.supervised import supervised
 
 Row = dict[str, Any]
-TRAIN_FLOPS = 3  # of a training step, in forward passes: the backward pass is two
+PASSES = {"infer": 1, "train": 3}  # FLOPs in forward passes; a backward pass is two
+
+
+class Setting(NamedTuple):
+  """What all sizes are measured with; `peak` is the device's FLOP/s in a large matrix product."""
+
+  batch_size: int
+  image_size: int
+  rounds: int
+  peak: float
 
 
 def run(args: argparse.Namespace) -> None:
   """Prints a table for each thing asked for, and writes them all to args.out."""
-  shared = dict(batch_size=args.batch_size, image_size=args.image_size, rounds=args.rounds)
   tables: dict[str, list[Row]] = {}
   if args.forward or args.train or args.compile:
     model = FlexiViT(
@@ -42,13 +50,14 @@ def run(args: argparse.Namespace) -> None:
     )
     sizes = args.seqhw or paper_sizes(args.image_size)
     peak = matmul_peak(model.dtype)
+    setting = Setting(args.batch_size, args.image_size, args.rounds, peak)
     print(
       f"{jax.devices()[0].device_kind}: {peak / 1e9:.4g} GFLOP/s in a {model.dtype} matrix product"
     )
     if args.forward:
-      tables["forward"] = forward(model, sizes, peak=peak, **shared)
+      tables["forward"] = forward(model, sizes, setting)
     if args.train:
-      tables["train"] = train(model, sizes, peak=peak, **shared)
+      tables["train"] = train(model, sizes, setting)
     if args.compile:
       tables["compile"] = compiling(model, sizes, args.batch_size, args.image_size)
   if args.input:
@@ -72,29 +81,22 @@ def default_dtype() -> str:
 
 
 def paper_sizes(image_size: int) -> list[int]:
-  """Tokens a side whose patches are 48 to 8 pixels: the paper's ten at 240 pixels, without 12 and 20 of 20 and 12."""
+  """Tokens a side whose patches are 48 to 8 pixels: at 240 pixels the paper's ten."""
   return [n for n in common_divisors((image_size,)) if 8 <= image_size // n <= 48]
 
 
 # --- speed ---
 
 
-def forward(
-  model: FlexiViT,
-  sizes: Sequence[int],
-  *,
-  batch_size: int,
-  image_size: int,
-  rounds: int,
-  peak: float,
-) -> list[Row]:
+def forward(model: FlexiViT, sizes: Sequence[int], setting: Setting) -> list[Row]:
   """Inference at each size, the kernel and the grid resized once beforehand."""
-  image = _image(batch_size, image_size)
-  params = _params(model, image_size)
+  image = _image(setting.batch_size, setting.image_size)
+  params = _params(model, setting.image_size)
+  hw = (setting.image_size, setting.image_size)
   runs: dict[int, Callable[[], Any]] = {}
   programs: dict[int, compilation.Program] = {}
   for seqhw in sizes:
-    fixed, baked = weights.bake(model, params, image_hw=(image_size, image_size), seqhw=seqhw)
+    fixed, baked = weights.bake(model, params, image_hw=hw, seqhw=seqhw)
     baked = jax.device_put(baked)
 
     def apply(params: Any, image: jax.Array, model: FlexiViT = fixed) -> jax.Array:
@@ -102,34 +104,13 @@ def forward(
 
     (programs[seqhw],) = compilation.compile_each(apply, (baked, image), [{}]).values()
     runs[seqhw] = functools.partial(programs[seqhw].run, baked, image)
-  times = alternate(runs, rounds)
-  return [
-    _row(
-      model,
-      seqhw,
-      image_size,
-      batch_size,
-      times[seqhw],
-      programs[seqhw],
-      peak,
-      passes=1,
-      kind="infer",
-    )
-    for seqhw in sizes
-  ]
+  times = alternate(runs, setting.rounds)
+  return [_row("infer", model, n, setting, times[n], programs[n]) for n in sizes]
 
 
-def train(
-  model: FlexiViT,
-  sizes: Sequence[int],
-  *,
-  batch_size: int,
-  image_size: int,
-  rounds: int,
-  peak: float,
-) -> list[Row]:
+def train(model: FlexiViT, sizes: Sequence[int], setting: Setting) -> list[Row]:
   """A training step at each size: forward, backward, clipping, Adam with decoupled weight decay."""
-  fn, state, batch = training_step(model, batch_size, image_size)
+  fn, state, batch = training_step(model, setting.batch_size, setting.image_size)
   programs = compilation.compile_each(
     fn, (state, batch), [{"seqhw": n} for n in sizes], donate=(0,)
   )
@@ -140,11 +121,8 @@ def train(
     return measured
 
   of = {n: programs[compilation.size_key({"seqhw": n})] for n in sizes}
-  times = alternate({n: functools.partial(once, of[n].run) for n in sizes}, rounds)
-  return [
-    _row(model, n, image_size, batch_size, times[n], of[n], peak, passes=TRAIN_FLOPS, kind="train")
-    for n in sizes
-  ]
+  times = alternate({n: functools.partial(once, of[n].run) for n in sizes}, setting.rounds)
+  return [_row("train", model, n, setting, times[n], of[n]) for n in sizes]
 
 
 def training_step(model: FlexiViT, batch_size: int, image_size: int) -> tuple[Callable, Any, Any]:
@@ -301,31 +279,28 @@ def _names(model: FlexiViT, seqhw: int, image_size: int) -> Row:
 
 
 def _row(
+  kind: str,
   model: FlexiViT,
   seqhw: int,
-  image_size: int,
-  batch_size: int,
+  setting: Setting,
   times: Sequence[float],
   program: compilation.Program,
-  peak: float,
-  *,
-  passes: int,
-  kind: str,
 ) -> Row:
-  median = statistics.median(times)
-  flops = 2e9 * passes * gmacs(model, (image_size, image_size), seqhw=seqhw) * batch_size / median
+  size, median = setting.image_size, statistics.median(times)
+  macs = gmacs(model, (size, size), seqhw=seqhw)
+  flops = 2e9 * PASSES[kind] * macs * setting.batch_size / median
   memory = program.run.memory_analysis()  # type: ignore[attr-defined]
   held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-  return _names(model, seqhw, image_size) | {
-    f"{kind}_batch_size": batch_size,
-    f"{kind}_samples_per_sec": batch_size / median,
+  return _names(model, seqhw, size) | {
+    f"{kind}_batch_size": setting.batch_size,
+    f"{kind}_samples_per_sec": setting.batch_size / median,
     f"{kind}_step_time": median * 1e3,
     "spread": (max(times) - min(times)) / median,
     "gflops_per_s": flops / 1e9,
-    "of_peak": flops / peak,
+    "of_peak": flops / setting.peak,
     "peak_mib": (held - memory.alias_size_in_bytes) / 2**20,
-    f"{kind}_gmacs": gmacs(model, (image_size, image_size), seqhw=seqhw),
-    "param_count": trees.count(_shapes(model, image_size)) / 1e6,
+    f"{kind}_gmacs": macs,
+    "param_count": trees.count(_shapes(model, size)) / 1e6,
   }
 
 

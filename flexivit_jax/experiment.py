@@ -161,6 +161,8 @@ def build(
     raise errors.UserError(
       f"{message}; expected all at least 1 and accumulate a divisor of batch_size."
     )
+  if not 0 <= seed < 2**32:
+    raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
   batches = functools.partial(_train_batches, source, input, seed, total)
   digests = {name: opening.digest(teacher.params) for name, teacher in teachers.items()}
   if teacher_cache is not None and not teachers:
