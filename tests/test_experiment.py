@@ -111,6 +111,12 @@ def test_mistakes_are_errors_before_anything_runs(changes, message):
     experiment.build(**digits(**changes))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_is_no_number_of_32_bits_is_refused(seed):
+  with pytest.raises(UserError, match=f"seed={seed}; expected 0 to 4294967295"):
+    experiment.build(**digits(seed=seed))
+
+
 def test_a_teacher_that_several_sections_name_is_opened_once():
   opened = []
 
