@@ -26,7 +26,7 @@ def get_config(arg=""):
   pp = f"value_range(-1, 1)|onehot({arg.num_classes})|keep('image', 'labels')"
   c.input = dict(
     data=dict(name="folder", split="train", data_dir=arg.data_dir),
-    pp=f"decode|inception_crop(120, area_min=20)|flip_lr|{pp}",
+    pp=f"decode_inception_crop(120, area_min=20)|flip_lr|{pp}",
     batch_size=64,
   )
   c.flexi = dict(seqhw=dict(v=(arg.fixed,) if arg.fixed else GRIDS))

@@ -1,6 +1,7 @@
 """Images as arrays: decoding bytes and changing sizes, with Pillow and OpenCV."""
 
 import io
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -30,12 +31,52 @@ def decode_image(data: bytes, *, max_pixels: int) -> np.ndarray:
     OSError, SyntaxError, ValueError: Pillow's, for what is not an image or is damaged.
   """
   with _open(data) as image:
-    width, height = image.size
-    if width * height > max_pixels:
-      raise UserError(
-        f"Image header says {width}x{height} pixels, more than max_pixels={max_pixels}."
-      )
+    _check_pixels(image, max_pixels)
     return _to_rgb(image)
+
+
+def decode_crop(
+  data: bytes,
+  draw: Callable[[tuple[int, int]], tuple[int, int, int, int]],
+  hw: tuple[int, int],
+  *,
+  max_pixels: int,
+) -> np.ndarray:
+  """Decodes a box of an image, a JPEG at the smallest scale that still has `hw` pixels in the box.
+
+  JPEG's transform gives 1/2, 1/4 and 1/8 of the size for less work than the whole; the pixels are then means of those
+  of the file. Other formats are decoded whole, and so are JPEGs that are not grey or RGB.
+
+  Args:
+    data: the file.
+    draw: (height, width) of the image -> (top, left, height, width) of the box in it.
+    hw: pixels that are wanted of the box.
+    max_pixels: see `decode_image`, also for the errors.
+
+  Returns:
+    RGB uint8 [h, w, 3] of the box, which has at least `hw` pixels where the file has them.
+  """
+  with _open(data) as image:
+    _check_pixels(image, max_pixels)
+    width, height = image.size
+    top, left, h, w = draw((height, width))
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+      return crop(_to_rgb(image), top, left, (h, w))
+    scale = next((s for s in (8, 4, 2) if h >= s * hw[0] and w >= s * hw[1]), 1)
+    if scale > 1:
+      image.draft(image.mode, (width // scale, height // scale))  # at least so large
+    whole = _to_rgb(image)
+    rows, columns = whole.shape[0] / height, whole.shape[1] / width  # 1, or nearly 1 / scale
+    top, h, left, w = round(top * rows), round(h * rows), round(left * columns), round(w * columns)
+    return crop(whole, min(top, whole.shape[0] - h), min(left, whole.shape[1] - w), (h, w))
+
+
+def _check_pixels(image: Image.Image, max_pixels: int) -> None:
+  width, height = image.size
+  if width * height > max_pixels:
+    raise UserError(
+      f"Image header says {width}x{height} pixels, more than max_pixels={max_pixels}."
+    )
 
 
 def _open(data: bytes) -> Image.Image:

@@ -157,8 +157,13 @@ def room(source: Source, pp: Preprocess, mebibytes: int) -> Kept | None:
     first = fixed(_checked(source, 0, None), None)
   except Exception:  # Bad examples are reported where batches are made.
     return None
-  size = sum(getattr(value, "nbytes", np.size(value) * 8) for value in first.values())
+  size = sum(map(_size, first.values()))
   return Kept(fixed, rest, {}) if size * len(source) <= mebibytes * 2**20 else None
+
+
+def _size(value: Any) -> int:
+  """Bytes of one value of an example; that of a file not yet decoded stands for the others'."""
+  return len(value) if isinstance(value, bytes) else getattr(value, "nbytes", np.size(value) * 8)
 
 
 def _describe(source: Source, index: int, record: dict[str, Any] | None, error: Exception) -> str:

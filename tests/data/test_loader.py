@@ -12,6 +12,7 @@ import pytest
 from flexivit_jax.data.loader import eval_batches, train_batches
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import Source, make_source
+from flexivit_jax.data.stream import room
 from flexivit_jax.errors import UserError
 
 PP = "decode|random_crop(6)|flip_lr|value_range|onehot(10)|keep('image', 'labels')"
@@ -411,6 +412,17 @@ def test_what_does_not_fit_is_not_kept():
   read.clear()
   list(train_batches(synthetic, "resize(128)", **arguments, keep_mb=1))
   assert len(read) == 1 + 6
+
+
+def test_files_that_are_kept_count_with_their_bytes():
+  """What is random begins with the decoding: it is the files themselves that would be kept."""
+  file = b"x" * 2**20
+  source = Source(
+    "files", "train", 1, None, 2, lambda at: [{"image": file, "label": 0} for _ in at]
+  )
+  pp = parse("decode_inception_crop(8)|keep('image')")
+  assert room(source, pp, 2) is None  # with their labels they are a little more
+  assert room(source, pp, 3) is not None
 
 
 def test_a_bad_example_is_not_kept_and_is_named_each_time():

@@ -1,8 +1,12 @@
 """Each operation does what it says, and strings are parsed strictly."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from flexivit_jax.data import images
 from flexivit_jax.data.preprocess import OPS, parse
 from flexivit_jax.errors import UserError
 
@@ -13,7 +17,7 @@ def rng(seed: int = 0) -> np.random.Generator:
   return np.random.default_rng(seed)
 
 
-def run(pp: str, image: np.ndarray = IMAGE, seed: int = 0, label: int = 3) -> dict:
+def run(pp: str, image: np.ndarray | bytes = IMAGE, seed: int = 0, label: int = 3) -> dict:
   return parse(pp)({"image": image, "label": label}, rng(seed))
 
 
@@ -92,6 +96,64 @@ def test_inception_crop_distribution():
 def test_inception_crop_of_a_line_is_the_line():
   line = IMAGE[:1]
   np.testing.assert_array_equal(run("inception_crop(area_min=90)", line)["image"], line)
+
+
+def ramp(height: int, width: int) -> np.ndarray:
+  """An image whose first two channels are the place: 0 to 255 from top to bottom and from left to right."""
+  y, x = (np.linspace(0, 255, n) for n in (height, width))
+  places = np.broadcast_arrays(y[:, None], x[None], 128.0)
+  return np.stack(places, -1).round().astype(np.uint8)
+
+
+def encoded(image: np.ndarray, form: str, **options) -> bytes:
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, form, **options)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize("hw", [(60, 80), (90, 70), (700, 900), (901, 1203), (1300, 400)])
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_decode_inception_crop_cuts_the_same_boxes(hw, form):
+  file = encoded(ramp(*hw), form)
+  for seed in range(8):
+    options = "64, area_min=20"
+    plain = run(f"decode|inception_crop({options})", file, seed=seed)["image"]
+    fused = run(f"decode_inception_crop({options})", file, seed=seed)["image"]
+    if form == "PNG" or min(hw) < 128:  # nothing to gain: no box is twice as large as 64 a side
+      np.testing.assert_array_equal(fused, plain)
+    else:  # a pixel of an eighth of the size is at most 2.6 grey levels wide here
+      assert np.abs(fused.astype(float) - plain).mean() < 2
+
+
+@pytest.mark.parametrize(
+  ("size", "scale"), [(400, 1), (200, 2), (100, 4), (50, 8), (20, 8), ((400, 100), 1)]
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_has_the_pixels(monkeypatch, size, scale):
+  decoded = []
+  whole = images._to_rgb
+  monkeypatch.setattr(images, "_to_rgb", lambda image: decoded.append(image.size) or whole(image))
+  file = encoded(ramp(400, 400), "JPEG")
+  out = run(f"decode_inception_crop({size}, area_min=100, ratio_min=1, ratio_max=1)", file)
+  assert decoded == [(400 // scale, 400 // scale)]
+  assert out["image"].shape[:2] == (size if isinstance(size, tuple) else (size, size))
+
+
+def test_decode_inception_crop_takes_what_decode_takes():
+  np.testing.assert_array_equal(
+    run("decode_inception_crop(9)")["image"], run("inception_crop(9)")["image"]
+  )
+  grey = Image.fromarray(ramp(400, 400)[..., 0])
+  cmyk = Image.fromarray(ramp(400, 400)).convert("CMYK")
+  for image in (grey, cmyk):
+    file = io.BytesIO()
+    image.save(file, "JPEG")
+    assert run("decode_inception_crop(32)", file.getvalue())["image"].shape == (32, 32, 3)
+  with pytest.raises(UserError, match="400x400 pixels, more than max_pixels=1000"):
+    run("decode_inception_crop(32, max_pixels=1000)", encoded(ramp(400, 400), "JPEG"))
+  with pytest.raises(OSError, match="truncated"):
+    run("decode_inception_crop(32)", encoded(ramp(400, 400), "JPEG")[:3000])
+  with pytest.raises(ValueError, match="no known image format"):
+    run("decode_inception_crop(32)", b"<html>")
 
 
 def test_inception_crop_resizes():
