@@ -111,6 +111,11 @@ def _bench(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--attention", default="auto", help="a form of models/attention.py (default: auto)"
   )
+  p.add_argument(
+    "--memory_gib",
+    type=float,
+    help="of --train and --compile: batches in as few parts as fit into so much (default: in one)",
+  )
   p.add_argument("--rounds", type=int, default=7, help="of which the median is taken (default 7)")
   p.add_argument("--out", type=pathlib.Path, help="a CSV file to write")
   p.set_defaults(overrides=[])

@@ -19,11 +19,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flexivit_jax import compilation, config, errors, experiment, optim, steps, trees, weights
+from flexivit_jax import (
+  compilation,
+  config,
+  errors,
+  experiment,
+  optim,
+  sharding,
+  step_programs,
+  steps,
+  trees,
+  weights,
+)
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors, gmacs
 from flexivit_jax.objectives.supervised import supervised
+from flexivit_jax.opening import default_dtype
 
 Row = dict[str, Any]
 PASSES = {"infer": 1, "train": 3}  # FLOPs in forward passes; a backward pass is two
@@ -57,9 +70,9 @@ def run(args: argparse.Namespace) -> None:
     if args.forward:
       tables["forward"] = forward(model, sizes, setting)
     if args.train:
-      tables["train"] = train(model, sizes, setting)
+      tables["train"] = train(model, sizes, setting, args.memory_gib)
     if args.compile:
-      tables["compile"] = compiling(model, sizes, args.batch_size, args.image_size)
+      tables["compile"] = compiling(model, sizes, args.batch_size, args.image_size, args.memory_gib)
   if args.input:
     tables["input"] = [reading(config.load(args.input, args.overrides))]
   if args.startup:
@@ -73,11 +86,6 @@ def run(args: argparse.Namespace) -> None:
   if args.out:
     write(args.out, tables)
     print(f"\nwrote {args.out}")
-
-
-def default_dtype() -> str:
-  """The dtype of matrix products that this backend is fast in."""
-  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def paper_sizes(image_size: int) -> list[int]:
@@ -108,25 +116,40 @@ def forward(model: FlexiViT, sizes: Sequence[int], setting: Setting) -> list[Row
   return [_row("infer", model, n, setting, times[n], programs[n]) for n in sizes]
 
 
-def train(model: FlexiViT, sizes: Sequence[int], setting: Setting) -> list[Row]:
-  """A training step at each size: forward, backward, clipping, Adam with decoupled weight decay."""
-  fn, state, batch = training_step(model, setting.batch_size, setting.image_size)
-  programs = compilation.compile_each(
-    fn, (state, batch), [{"seqhw": n} for n in sizes], donate=(0,)
+def train(
+  model: FlexiViT, sizes: Sequence[int], setting: Setting, memory_gib: float | None = None
+) -> list[Row]:
+  """A training step at each size: forward, backward, clipping, Adam with decoupled weight decay.
+
+  With `memory_gib` in as few parts of the batch as fit into so much.
+  """
+  step, state, programs = training(
+    model, sizes, setting.batch_size, setting.image_size, memory_gib=memory_gib
   )
-  held = [state]
+  times = alternate({n: functools.partial(step, n) for n in sizes}, setting.rounds)
+  rows = []
+  for n in sizes:
+    key = compilation.size_key({"seqhw": n})
+    held = trees.size_in_bytes(state.opt_state)
+    row = _row("train", model, n, setting, times[n], programs.gradients[key], held)
+    rows.append(row | {"parts": programs.parts[key]})
+  return rows
 
-  def once(program: Any) -> Any:
-    held[0], measured = program(held[0], batch)
-    return measured
 
-  of = {n: programs[compilation.size_key({"seqhw": n})] for n in sizes}
-  times = alternate({n: functools.partial(once, of[n].run) for n in sizes}, setting.rounds)
-  return [_row("train", model, n, setting, times[n], of[n]) for n in sizes]
+def training(
+  model: FlexiViT,
+  sizes: Sequence[int],
+  batch_size: int,
+  image_size: int,
+  *,
+  memory_gib: float | None = None,
+  report: step_programs.Report = lambda size, program, parts: None,
+) -> tuple[Callable[[int], Any], steps.TrainState, step_programs.StepPrograms]:
+  """Supervised training on random images, compiled.
 
-
-def training_step(model: FlexiViT, batch_size: int, image_size: int) -> tuple[Callable, Any, Any]:
-  """Returns (step, state, batch) of supervised training on random images."""
+  Returns:
+    A function that makes a step at a size and returns what it measured, the first state's shapes, and the programs.
+  """
   params = _params(model, image_size)
   made = optim.make(
     params, total_steps=1000, lr=1e-3, wd=1e-4, clip=1.0, schedule=dict(decay_type="cosine")
@@ -135,11 +158,32 @@ def training_step(model: FlexiViT, batch_size: int, image_size: int) -> tuple[Ca
   state = steps.init_state(params, made.tx, objective)
   labels = jax.nn.one_hot(jnp.arange(batch_size) % model.num_classes, model.num_classes)
   batch = {"image": _image(batch_size, image_size), "labels": labels}
-  return (
-    functools.partial(steps.step, model=model, objective=objective, tx=made.tx, seed=0),
+  mesh = sharding.make_mesh()
+  whole = sharding.replicated(mesh)
+  state, run = jax.device_put((state, {"seed": np.uint32(0), "total_steps": np.int32(1000)}), whole)
+  batch = jax.device_put(batch, sharding.batch_split(mesh))
+  fit: dict[str, Any] = {}
+  if memory_gib is not None:
+    fit = {"parts": sharding.possible_parts(batch_size, mesh), "memory": memory_gib * 2**30}
+  programs = step_programs.compile_steps(
+    [{"seqhw": n} for n in sizes],
     state,
     batch,
+    run,
+    mesh,
+    model=model,
+    objective=objective,
+    tx=made.tx,
+    report=report,
+    **fit,
   )
+  held = [state]
+
+  def step(seqhw: int) -> Any:
+    held[0], measured = programs({"seqhw": seqhw}, held[0], batch, run)
+    return measured
+
+  return step, jax.eval_shape(lambda: state), programs
 
 
 def alternate(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
@@ -178,28 +222,39 @@ def matmul_peak(dtype: str) -> float:
 # --- compilation, input, start-up ---
 
 
-def compiling(model: FlexiViT, sizes: Sequence[int], batch_size: int, image_size: int) -> list[Row]:
-  """Seconds to trace, lower and compile a training step at each size, with nothing kept from before."""
-  step, state, batch = training_step(model, batch_size, image_size)
-  kept = jax.config.values["jax_enable_compilation_cache"]
-  jax.config.update("jax_enable_compilation_cache", False)
+def compiling(
+  model: FlexiViT,
+  sizes: Sequence[int],
+  batch_size: int,
+  image_size: int,
+  memory_gib: float | None = None,
+) -> list[Row]:
+  """Seconds to trace and lower, and to compile the gradients at each size and the update of all; memory of a step.
+
+  With nothing kept from before, or with what JAX_COMPILATION_CACHE_DIR names. A size is compiled while the next is
+  traced: all together take less than the sum.
+  """
   rows: list[Row] = []
-  try:
-    for seqhw in sizes:
-      begin = time.perf_counter()
-      lowered = jax.jit(functools.partial(step, seqhw=seqhw), donate_argnums=(0,)).lower(
-        state, batch
-      )
-      traced = time.perf_counter()
-      compiled = lowered.compile()
-      done = time.perf_counter()
-      row = _names(model, seqhw, image_size) | {
-        "trace_s": traced - begin,
-        "compile_s": done - traced,
+
+  def report(size: dict, program: compilation.Program, parts: int) -> None:
+    names = {"model": f"FlexiViT-{model.variant}", "img_size": image_size}
+    names |= {"patch_size": "all", "tokens": "all"}
+    rows.append(
+      (_names(model, size["seqhw"], image_size) if size else names)
+      | {
+        "trace_s": program.trace_seconds,
+        "compile_s": program.seconds - program.trace_seconds,
+        "peak_mib": program.bytes / 2**20,
+        "parts": parts,
       }
-      rows.append(row | {"temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20})
-  finally:
-    jax.config.update("jax_enable_compilation_cache", kept)
+    )
+
+  _, state, programs = training(
+    model, sizes, batch_size, image_size, memory_gib=memory_gib, report=report
+  )
+  for row in rows[:-1]:  # the update has it among its arguments
+    row["peak_mib"] += trees.size_in_bytes(state.opt_state) / 2**20
+  print(f"{len(sizes)} sizes and the update in {programs.seconds:.1f} s")
   return rows
 
 
@@ -285,12 +340,11 @@ def _row(
   setting: Setting,
   times: Sequence[float],
   program: compilation.Program,
+  held: int = 0,
 ) -> Row:
   size, median = setting.image_size, statistics.median(times)
   macs = gmacs(model, (size, size), seqhw=seqhw)
   flops = 2e9 * PASSES[kind] * macs * setting.batch_size / median
-  memory = program.run.memory_analysis()  # type: ignore[attr-defined]
-  held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
   return _names(model, seqhw, size) | {
     f"{kind}_batch_size": setting.batch_size,
     f"{kind}_samples_per_sec": setting.batch_size / median,
@@ -298,7 +352,7 @@ def _row(
     "spread": (max(times) - min(times)) / median,
     "gflops_per_s": flops / 1e9,
     "of_peak": flops / setting.peak,
-    "peak_mib": (held - memory.alias_size_in_bytes) / 2**20,
+    "peak_mib": (program.bytes + held) / 2**20,
     f"{kind}_gmacs": macs,
     "param_count": trees.count(_shapes(model, size)) / 1e6,
   }

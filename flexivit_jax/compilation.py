@@ -7,7 +7,8 @@ import os
 import pathlib
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +19,23 @@ _LOG = logging.getLogger(__name__)
 _CACHE_BYTES = 4 * 2**30
 
 
+class OutOfMemory(errors.UserError):
+  """A program does not fit into the device's memory."""
+
+
 class Program(NamedTuple):
-  """A compiled function for one size."""
+  """A compiled function for one size, and the bytes that it takes on each device while it runs."""
 
   run: Callable[..., Any]
   seconds: float
   temp_bytes: int
+  arguments_bytes: int = 0  # its arguments and results, less those that share memory
+  trace_seconds: float = 0.0  # of `seconds`, until the compiler had it
+
+  @property
+  def bytes(self) -> int:
+    """Of all that it needs."""
+    return self.temp_bytes + self.arguments_bytes
 
 
 def size_key(size: dict[str, Any]) -> tuple:
@@ -43,6 +55,7 @@ def compile_each(
   sizes: Iterable[dict[str, Any]],
   *,
   donate: tuple[int, ...] = (),
+  out_shardings: Any = None,
   report: Callable[[dict, Program], None] = lambda size, program: None,
 ) -> dict[tuple, Program]:
   """Compiles `fn(*args, **size)` ahead of time, once for each size.
@@ -52,27 +65,113 @@ def compile_each(
     args: example arguments, or their `jax.ShapeDtypeStruct`.
     sizes: the static arguments, one dict a program.
     donate: positions of arguments whose memory the result may take.
-    report: called after each compilation.
+    out_shardings: where the results live; None: where the compiler puts them.
+    report: called for each program in the order of the sizes.
 
   Raises:
     UserError: if a program does not fit into the device's memory, naming the size.
   """
-  programs = {}
-  for size in sizes:
+  with futures.ThreadPoolExecutor(1) as compiler:  # works on one size while the next is traced
+    waiting = []
+    for size in sizes:
+      lowered = _lower(functools.partial(fn, **size), args, size_name(size), donate, out_shardings)
+      waiting.append((size, compiler.submit(lowered.compile)))
+    programs = {}
+    for size, compiled in waiting:
+      programs[size_key(size)] = compiled.result()
+      report(size, programs[size_key(size)])
+  return programs
+
+
+def compile_one(
+  fn: Callable[..., Any],
+  args: tuple,
+  name: str,
+  *,
+  donate: tuple[int, ...] = (),
+  out_shardings: Any = None,
+) -> Program:
+  """Compiles `fn(*args)`; see `compile_each`. `name` is for the error."""
+  return _lower(fn, args, name, donate, out_shardings).compile()
+
+
+class _Lowered(NamedTuple):
+  """What is left to the compiler."""
+
+  lowered: Any
+  name: str
+  seconds: float
+
+  def compile(self) -> Program:
     begin = time.perf_counter()
-    lowered = jax.jit(functools.partial(fn, **size), donate_argnums=donate).lower(*args)
     try:
-      compiled = lowered.compile()
+      compiled = self.lowered.compile()
     except jax.errors.JaxRuntimeError as e:
       if "RESOURCE_EXHAUSTED" not in str(e):
         raise
-      message = f"Out of device memory while compiling {size_name(size)}: smaller batch, accumulation or remat. {e}"
-      raise errors.UserError(message) from e
-    memory = compiled.memory_analysis()
-    temp = int(memory.temp_size_in_bytes) if memory else 0
-    programs[size_key(size)] = Program(compiled, time.perf_counter() - begin, temp)
-    report(size, programs[size_key(size)])
-  return programs
+      message = f"Out of device memory while compiling {self.name}: smaller batch, accumulate='auto' or remat. {e}"
+      raise OutOfMemory(message) from e
+    memory, seconds = compiled.memory_analysis(), self.seconds + time.perf_counter() - begin
+    if not memory:
+      return Program(compiled, seconds, 0, 0, self.seconds)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(compiled, seconds, int(memory.temp_size_in_bytes), int(held), self.seconds)
+
+
+def _lower(
+  fn: Callable[..., Any], args: tuple, name: str, donate: tuple[int, ...], out_shardings: Any
+) -> _Lowered:
+  begin = time.perf_counter()
+  placed = {} if out_shardings is None else {"out_shardings": out_shardings}
+  lowered = jax.jit(fn, donate_argnums=donate, **placed).lower(*args)
+  return _Lowered(lowered, name, time.perf_counter() - begin)
+
+
+def fewest_parts(
+  make: Callable[[int], Program], parts: Sequence[int], room: float, name: str, guess: float = 1
+) -> tuple[int, Program]:
+  """Compiles a function that works on a batch part by part, with the fewest parts that fit into memory.
+
+  Args:
+    make: compiles it with so many parts.
+    parts: the numbers that are possible, from small to large.
+    room: bytes.
+    name: of the program, in the error.
+    guess: a lower bound, to begin with.
+
+  Returns:
+    The number of parts and the program.
+
+  Raises:
+    OutOfMemory: not even the largest number fits.
+  """
+  tried = min((n for n in parts if n >= guess), default=parts[-1])
+  while True:
+    try:
+      program = make(tried)
+      if program.bytes <= room:
+        return tried, program
+      need = f"{program.bytes / 2**30:.3g} GiB"
+      # Arguments do not shrink, so this is too low rather than too high.
+      wanted = tried * program.temp_bytes / max(room - program.arguments_bytes, 1.0)
+    except OutOfMemory as error:
+      need, wanted = str(error), 2.0 * tried
+    if tried == parts[-1]:
+      raise OutOfMemory(
+        f"{name} needs {need} even in {tried} parts, and there are {room / 2**30:.3g} GiB for it: smaller batch, model"
+        " or memory_gib, or model.scan and model.remat."
+      )
+    tried = min((n for n in parts if n > tried and n >= wanted), default=parts[-1])
+
+
+def device_memory() -> float:
+  """Bytes that programs may fill on each device: nine tenths of the device's, or of the host's that are free."""
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return 0.9 * stats["bytes_limit"]
+  free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return 0.9 * free / jax.local_device_count()
 
 
 def keep_programs() -> pathlib.Path | None:

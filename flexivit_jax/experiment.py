@@ -15,7 +15,7 @@ from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid, which_p
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
-from flexivit_jax.opening import REAL, Opening, build_model, sharing
+from flexivit_jax.opening import REAL, Opening, build_model, default_dtype, sharing
 from flexivit_jax.optim import Optimizer, make as _make_optimizer
 from flexivit_jax.sections import DURATIONS
 
@@ -52,7 +52,8 @@ class Experiment(NamedTuple):
   batch_size: int
   steps_per_epoch: float
   total_steps: int
-  accumulate: int
+  accumulate: int | str
+  memory_gib: float | None
   head_bias: float | None
   init: Any
   frozen_digests: dict[str, str]
@@ -83,7 +84,8 @@ def build(
   total_epochs: float | None = None,
   total_examples: float | None = None,
   total_flops: float | None = None,
-  accumulate: int = 1,
+  accumulate: int | str = 1,
+  memory_gib: float | None = None,
   init: Mapping[str, Any] | None = None,
   teacher_cache: str | None = None,
   init_head_bias: float | None = None,
@@ -96,7 +98,8 @@ def build(
     name: of the run, in reports; default: its folder's.
     seed: of everything random.
     input: training data: `data` (arguments of `data.make_source`), and those of `data.train_batches`.
-    model: `name` (default "flexivit") and the fields of that model; num_classes defaults to the data's.
+    model: `name` (default "flexivit") and the fields of that model; num_classes defaults to the data's, dtype to
+      "bfloat16" on accelerators and "float32" on a CPU.
     optim: arguments of `optim.make`.
     objective: `name` (default "supervised") and its arguments; `teachers` is `{name: arguments of load_teacher}`.
     flexi: `{argument: section}`: what is drawn for each step; `seqhw` (or `grid_hw`, `patch_hw`, `stride`) and `depth`
@@ -111,7 +114,9 @@ def build(
     total_epochs: see `total_steps`.
     total_examples: see `total_steps`.
     total_flops: see `total_steps`; as many steps as the schedule of sizes is expected to make of it.
-    accumulate: parts of a batch whose gradients are computed one after the other.
+    accumulate: parts of a batch whose gradients are computed one after the other; "auto": at each size the fewest
+      with which its step fits into memory, the same result but for rounding.
+    memory_gib: of each device, for accumulate="auto"; default: nine tenths of what the device has.
     init: weights to start from, arguments of `load_init`.
     teacher_cache: folder where the teachers' logits are kept, step by step: another run with the same data, seed and
       teachers reads them there, bit-equal, and runs no teacher. As large as steps x batch_size x classes x 4 bytes, or
@@ -136,7 +141,7 @@ def build(
   opening = sharing(opening or REAL)
   source = opening.source(**input["data"])
   sizes = {"batch_size": input["batch_size"], "dataset_size": len(source)}
-  network, record = build_model(model, source.num_classes)
+  network, record = build_model({"dtype": default_dtype(), **model}, source.num_classes)
   teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
   goal = build_objective(objective, teachers)
   shapes = example_shapes(source, input["pp"], _inputs(goal), network.num_classes)
@@ -156,11 +161,9 @@ def build(
     examples=total_examples,
     **sizes,
   )
-  if total < 1 or log_every < 1 or accumulate < 1 or input["batch_size"] % accumulate:
-    message = f"Got {total} steps, log_every={log_every}, accumulate={accumulate}, batch_size={input['batch_size']}"
-    raise errors.UserError(
-      f"{message}; expected all at least 1 and accumulate a divisor of batch_size."
-    )
+  if total < 1 or log_every < 1:
+    raise errors.UserError(f"Got {total} steps, log_every={log_every}; expected at least 1.")
+  check_accumulate(accumulate, memory_gib, input["batch_size"], network)
   if not 0 <= seed < 2**32:
     raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
   batches = functools.partial(_train_batches, source, input, seed, total)
@@ -188,6 +191,7 @@ def build(
     steps_per_epoch=len(source) / input["batch_size"],
     total_steps=total,
     accumulate=accumulate,
+    memory_gib=memory_gib,
     head_bias=init_head_bias,
     init=None if init is None else opening.init(network, **init),
     frozen_digests=digests,
@@ -199,6 +203,26 @@ def build(
     keep=checkpoint.get("keep", 1),
     log_every=log_every,
   )
+
+
+def check_accumulate(
+  accumulate: int | str, memory_gib: float | None, batch_size: int, model: nn.Module
+) -> None:
+  """Raises a UserError for parts that do not divide the batch, and for "auto" where the result would depend on it."""
+  if accumulate == "auto":
+    if getattr(model, "dropout", 0.0):
+      raise errors.UserError(
+        "accumulate='auto' with dropout: its masks would depend on the memory of the device; give accumulate a number."
+      )
+    if memory_gib is not None and not memory_gib > 0:
+      raise errors.UserError(f"memory_gib={memory_gib}; expected more than 0.")
+    return
+  if not isinstance(accumulate, int) or accumulate < 1 or batch_size % accumulate:
+    raise errors.UserError(
+      f"Got accumulate={accumulate!r}, batch_size={batch_size}; expected a divisor of batch_size, or 'auto'."
+    )
+  if memory_gib is not None:
+    raise errors.UserError(f"memory_gib={memory_gib} has no effect without accumulate='auto'.")
 
 
 def build_objective(section: Mapping[str, Any], teachers: Mapping[str, Teacher]) -> Objective:
@@ -251,7 +275,7 @@ def _drawn(
   source: data.Source,
   section: Mapping[str, Any],
   seed: int,
-  accumulate: int,
+  accumulate: int | str,
   objective: Mapping[str, Any],
   teachers: Mapping[str, Teacher],
   digests: Mapping[str, str],

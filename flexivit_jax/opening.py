@@ -50,6 +50,11 @@ def build_model(section: Mapping[str, Any], num_classes: int) -> tuple[nn.Module
   return MODELS[record["name"]](**{k: v for k, v in record.items() if k != "name"}), record
 
 
+def default_dtype() -> str:
+  """The dtype of matrix products that this backend is fast in: a run's, where its config gives none."""
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def load_teacher(
   *,
   checkpoint: str | None = None,

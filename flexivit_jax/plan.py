@@ -88,7 +88,7 @@ def costs(
     UserError: what is wrong with the config; a data set that is neither here nor known.
   """
   config.check("", settings, experiment.build, given=("opening",))
-  exp = experiment.build(**settings, opening=PLANNED)
+  exp = experiment.build(**_on_accelerator(settings), opening=PLANNED)
   state = _state(exp)
   training = patch_schedule.mean_cost(exp.flexi, exp.step_flops) * exp.total_steps
   evaluation = sum(_evaluation_flops(exp, e) for e in exp.evaluations.values())
@@ -218,12 +218,12 @@ def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -
   teachers = exp.objective.teaching.frozen if exp.objective.teaching else ()
   costliest = max(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
   return {
-    "parameters": _bytes(state.params),
-    "gradients": _bytes(state.params),
-    "optimizer": _bytes(state.opt_state) + _bytes(state.ema),
-    "teachers": _bytes(teachers),
+    "parameters": trees.size_in_bytes(state.params),
+    "gradients": trees.size_in_bytes(state.params),
+    "optimizer": trees.size_in_bytes(state.opt_state) + trees.size_in_bytes(state.ema),
+    "teachers": trees.size_in_bytes(teachers),
     "batch": batch,
-    "activations": activation_bytes(exp, costliest) * share / exp.accumulate,
+    "activations": activation_bytes(exp, costliest) * share / _parts(exp),
   }
 
 
@@ -244,10 +244,6 @@ def activation_bytes(exp: experiment.Experiment, size: Mapping[str, Any]) -> flo
   return block + depth * tokens * 4 * model.width if model.remat else depth * block
 
 
-def _bytes(tree: Any) -> float:
-  return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
-
-
 # --- lowering ---
 
 
@@ -260,21 +256,29 @@ def lowered(settings: Mapping[str, Any], meshes: Sequence[int]) -> dict[str, str
     teach = jax.jit(
       functools.partial(steps.targets, teaching=exp.objective.teaching, **_common(exp))
     )
-  step = functools.partial(
-    steps.step, model=exp.model, objective=exp.objective, tx=exp.optimizer.tx, **_common(exp)
+  gradients = functools.partial(
+    steps.gradients, model=exp.model, objective=exp.objective, **_common(exp)
   )
   sizes = patch_schedule.all_static(exp.flexi)
-  train = [jax.jit(functools.partial(step, **size)) for size in sizes]
-  return {str(n): _lower_for(n, exp, teach, train) for n in meshes}
+  train = [jax.jit(functools.partial(gradients, **size)) for size in sizes]
+  update = jax.jit(functools.partial(steps.update, objective=exp.objective, tx=exp.optimizer.tx))
+  return {str(n): _lower_for(n, exp, teach, train, update) for n in meshes}
 
 
 def _common(exp: experiment.Experiment) -> dict[str, Any]:
-  return {"seed": exp.seed, "accumulate": exp.accumulate}
+  return {"seed": exp.seed, "accumulate": _parts(exp)}
 
 
-def _lower_for(devices: int, exp: experiment.Experiment, teach: Any, train: Sequence[Any]) -> str:
-  if (exp.batch_size // exp.accumulate) % devices:
-    return f"not possible: batch_size={exp.batch_size} / accumulate={exp.accumulate} does not divide over them"
+def _parts(exp: experiment.Experiment) -> int:
+  """Parts of a batch; where memory decides that, none are assumed."""
+  return 1 if exp.accumulate == "auto" else int(exp.accumulate)
+
+
+def _lower_for(
+  devices: int, exp: experiment.Experiment, teach: Any, train: Sequence[Any], update: Any
+) -> str:
+  if (exp.batch_size // _parts(exp)) % devices:
+    return f"not possible: batch_size={exp.batch_size} / accumulate={_parts(exp)} does not divide over them"
   mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
   split = functools.partial(_placed, sharding.batch_split(mesh))
   whole = functools.partial(_placed, sharding.replicated(mesh))
@@ -287,13 +291,20 @@ def _lower_for(devices: int, exp: experiment.Experiment, teach: Any, train: Sequ
     args = (state.step, taught, whole(exp.objective.teaching.frozen))
     teach.trace(*args).lower(lowering_platforms=("tpu",))
     batch["targets"] = split(jax.eval_shape(teach, *args))
-  for step in train:
-    step.trace(state, batch).lower(lowering_platforms=("tpu",))
+  for gradients in train:
+    gradients.trace(state, batch).lower(lowering_platforms=("tpu",))
+  found = whole(jax.eval_shape(train[0], state, batch))
+  update.trace(state, *found).lower(lowering_platforms=("tpu",))
   return f"{len(train)} training steps lowered"
 
 
 def _placed(where: Any, tree: Any) -> Any:
   return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree)
+
+
+def _on_accelerator(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """A config with the dtype that it has there, whatever this machine is."""
+  return {**settings, "model": {"dtype": "bfloat16", **settings["model"]}}
 
 
 def _looped(settings: Mapping[str, Any]) -> experiment.Experiment:
@@ -304,5 +315,6 @@ def _looped(settings: Mapping[str, Any]) -> experiment.Experiment:
   """
   optim = settings["optim"]
   named = optim.get("lr_mults") or not isinstance(optim.get("schedule", {}), Mapping)
+  settings = _on_accelerator(settings)
   model = {"attention": "einsum", **settings["model"], **({} if named else {"scan": True})}
   return experiment.build(**{**settings, "model": model, "evals": None}, opening=PLANNED)

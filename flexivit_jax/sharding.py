@@ -34,6 +34,8 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
   n = len(jax.tree.leaves(batch)[0]) * jax.process_count()
   check_divides(n, mesh)
   sharding = batch_split(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)  # all in one call: half the time on the host
   return jax.tree.map(lambda v: jax.make_array_from_process_local_data(sharding, v), batch)
 
 
@@ -43,6 +45,12 @@ def check_divides(batch_size: int, mesh: Mesh) -> None:
     raise errors.UserError(
       f"batch_size={batch_size} must be a multiple of the number of devices, {mesh.size}."
     )
+
+
+def possible_parts(batch_size: int, mesh: Mesh) -> list[int]:
+  """The numbers of equal parts into which a global batch can be divided on the devices of a mesh."""
+  share = batch_size // mesh.size
+  return [n for n in range(1, share + 1) if share % n == 0]
 
 
 def specs(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,4 +1,4 @@
-"""One training step, as a pure function that is compiled once for each patch size."""
+"""One training step, as pure functions: the gradients at a patch size, and the update, which knows no size."""
 
 import functools
 from collections.abc import Callable
@@ -42,34 +42,29 @@ def init_state(params: Any, tx: optax.GradientTransformation, objective: Objecti
   return TrainState(jnp.int32(0), params, tx.init(params), ema)
 
 
-def step(
+def gradients(
   state: TrainState,
   batch: Batch,
   *,
   model: nn.Module,
   objective: Objective,
-  tx: optax.GradientTransformationExtraArgs,
   seed: int | jax.Array,
-  total_steps: jax.Array | None = None,
   accumulate: int = 1,
   **size: Any,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update at one patch size.
+) -> tuple[jax.Array, Any]:
+  """The part of a training step that is another program for each patch size.
 
   Args:
-    state: its memory may be donated.
+    state: its optimizer's part is not used.
     batch: "image" `[n, h, w, c]` and what else the objective takes; may hold more, which is ignored.
     model: gives the logits as the first of two outputs.
     objective: what to minimise, see `objectives.base`.
-    tx: the optimizer.
-    seed: all randomness is a function of it and of `state.step`. An array, as is `total_steps`, where one program is to
-      serve runs of other seeds and lengths.
-    total_steps: of the run, for the schedules of `tx`; None: what `tx` was made with.
+    seed: all randomness is a function of it and of `state.step`. An array where one program is to serve other seeds.
     accumulate: number of parts, run one after the other, whose gradients are averaged.
     **size: static arguments of the model, e.g. `seqhw=15`.
 
   Returns:
-    The next state, and "loss", "grad_norm" and "param_norm" (of the next state) as float32 scalars.
+    The mean loss over the batch and its gradients with respect to the parameters.
   """
   mix_key, dropout_key = _keys(seed, state.step)
   prepared = objective.prepare(batch, mix_key)
@@ -84,9 +79,33 @@ def step(
 
     return objective.loss(predict, part).mean()
 
-  loss, grads = _accumulated(jax.value_and_grad(mean_loss), accumulate)(
+  return _accumulated(jax.value_and_grad(mean_loss), accumulate)(
     state.params, prepared, dropout_key
   )
+
+
+def update(
+  state: TrainState,
+  loss: jax.Array,
+  grads: Any,
+  *,
+  objective: Objective,
+  tx: optax.GradientTransformationExtraArgs,
+  total_steps: jax.Array | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The part of a training step that is one program for all patch sizes: two thirds of what there is to compile.
+
+  Args:
+    state: its memory may be donated.
+    loss, grads: of `gradients`.
+    objective: says whether a running mean of the weights is kept.
+    tx: the optimizer.
+    total_steps: of the run, for the schedules of `tx`, where one program is to serve runs of other lengths; None: what
+      `tx` was made with.
+
+  Returns:
+    The next state, and "loss", "grad_norm" and "param_norm" (of the next state) as float32 scalars.
+  """
   length = {} if total_steps is None else {"total_steps": total_steps}
   updates, opt_state = tx.update(grads, state.opt_state, state.params, **length)
   params = optax.apply_updates(state.params, updates)
@@ -95,6 +114,25 @@ def step(
     None if objective.ema is None else running_mean(state.ema, params, objective.ema, state.step)
   )
   return TrainState(state.step + 1, params, opt_state, ema), {"loss": loss, **norms}
+
+
+def step(
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: nn.Module,
+  objective: Objective,
+  tx: optax.GradientTransformationExtraArgs,
+  seed: int | jax.Array,
+  total_steps: jax.Array | None = None,
+  accumulate: int = 1,
+  **size: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update at one patch size: `update` with `gradients`, whose arguments and results these are."""
+  loss, grads = gradients(
+    state, batch, model=model, objective=objective, seed=seed, accumulate=accumulate, **size
+  )
+  return update(state, loss, grads, objective=objective, tx=tx, total_steps=total_steps)
 
 
 def running_mean(mean: Any, params: Any, decay: float, step: jax.Array) -> Any:

@@ -1,5 +1,8 @@
 """The teachers' part of each step: computed by a program of its own, or read from a cache."""
 
+import functools
+import math
+from collections.abc import Sequence
 from typing import Any, final
 
 import jax
@@ -20,7 +23,8 @@ class Targets:
     teaching: the objective's.
     specs: of the inputs on the device, by name.
     mesh: where it runs.
-    seed, accumulate: as in `steps.step`.
+    seed: as in `steps.step`.
+    parts, memory: as in `step_programs.compile_steps`.
     cache: of what the teachers said, read where it has a step and written where it has not; None: no cache.
     todo: the steps that are left; if the cache has them all, no teacher is compiled or put on a device.
   """
@@ -32,16 +36,17 @@ class Targets:
     mesh: Any,
     *,
     seed: int,
-    accumulate: int,
+    parts: Sequence[int] = (1,),
+    memory: float = math.inf,
     cache: TeacherCache | None,
     todo: range,
-    report: Any = lambda size, program: None,
+    report: Any = lambda program: None,
   ):
     self._teaching, self._mesh, self._cache = teaching, mesh, cache
     self._seed = jax.device_put(np.uint32(seed), sharding.replicated(mesh))
     split = sharding.batch_split(mesh)
 
-    def fn(step: jax.Array, batch: Any, frozen: Any, seed: jax.Array) -> Any:
+    def fn(step: jax.Array, batch: Any, frozen: Any, seed: jax.Array, accumulate: int = 1) -> Any:
       return steps.targets(step, batch, frozen, teaching=teaching, seed=seed, accumulate=accumulate)
 
     args = (jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), specs)
@@ -54,10 +59,14 @@ class Targets:
     self.complete = len(self._kept) == len(todo)
     if not self.complete:
       self._frozen = jax.device_put(teaching.frozen, sharding.replicated(mesh))
-      whole = jax.jit(fn, out_shardings=split)
-      (self._program,) = compilation.compile_each(
-        whole, (*args, self._frozen, self._seed), [{}], report=report
-      ).values()
+
+      def make(accumulate: int) -> compilation.Program:
+        parted = functools.partial(fn, accumulate=accumulate)
+        given = (*args, self._frozen, self._seed)
+        return compilation.compile_one(parted, given, "the teachers", out_shardings=split)
+
+      _, self._program = compilation.fewest_parts(make, parts, memory, "the teachers")
+      report(self._program)
 
   def __call__(self, step: int, batch: dict[str, np.ndarray], done: jax.Array) -> Any:
     """Returns the targets of a step on the device.

@@ -7,6 +7,7 @@ is measured is an evaluator. The same command continues a run that was stopped.
 import argparse
 import contextlib
 import json
+import math
 import pathlib
 import sys
 import time
@@ -27,6 +28,7 @@ from flexivit_jax import (
   patch_schedule,
   results,
   sharding,
+  step_programs,
   steps,
   teaching,
   trees,
@@ -56,7 +58,7 @@ def train(settings: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
   mesh = sharding.make_mesh()
-  sharding.check_divides(exp.batch_size // exp.accumulate, mesh)
+  parts, memory = _parts(exp, mesh)
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(
       contextlib.closing(Checkpoints(workdir / "checkpoints", keep=exp.keep))
@@ -69,8 +71,9 @@ def train(settings: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
     writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start))
     evaluators = {name: e.make(exp.model, mesh) for name, e in exp.evaluations.items()}
     if start < exp.total_steps:
-      targets = _targets(exp, start, mesh, stack)
-      programs = _compile(exp, state, targets, mesh)
+      held = memory - trees.size_in_bytes(state)
+      targets = _targets(exp, start, mesh, stack, parts=parts, memory=held)
+      programs = _compile(exp, state, targets, mesh, parts=parts, memory=memory)
       for evaluator in evaluators.values():
         evaluator.compile(state.params, _report_program("eval", exp))
       state = _loop(
@@ -125,8 +128,18 @@ def _check_frozen(exp: experiment.Experiment, stored: dict[str, str], where: pat
     )
 
 
+def _parts(exp: experiment.Experiment, mesh: Any) -> tuple[list[int], float]:
+  """Into how many parts a batch may be divided, and the bytes of each device into which a step has to fit."""
+  if exp.accumulate != "auto":
+    sharding.check_divides(exp.batch_size // int(exp.accumulate), mesh)
+    return [int(exp.accumulate)], math.inf
+  sharding.check_divides(exp.batch_size, mesh)
+  memory = compilation.device_memory() if exp.memory_gib is None else exp.memory_gib * 2**30
+  return sharding.possible_parts(exp.batch_size, mesh), memory
+
+
 def _targets(
-  exp: experiment.Experiment, start: int, mesh: Any, stack: contextlib.ExitStack
+  exp: experiment.Experiment, start: int, mesh: Any, stack: contextlib.ExitStack, **fit: Any
 ) -> teaching.Targets | None:
   """What the teachers say of each step that is left; None without teachers."""
   if exp.objective.teaching is None:
@@ -141,10 +154,10 @@ def _targets(
     _specs(exp, exp.objective.teaching.inputs, mesh),
     mesh,
     seed=exp.seed,
-    accumulate=exp.accumulate,
     cache=cache,
     todo=range(start, exp.total_steps),
-    report=lambda _, program: _note(f"compiled teachers: {program.seconds:.1f} s"),
+    report=lambda program: _note(f"compiled teachers: {program.seconds:.1f} s"),
+    **fit,
   )
   if targets.complete:
     _note(f"teachers: their logits of all steps are in {exp.teacher_cache}")
@@ -158,24 +171,32 @@ def _specs(exp: experiment.Experiment, inputs: Any, mesh: Any) -> dict[str, Any]
 
 
 def _compile(
-  exp: experiment.Experiment, state: steps.TrainState, targets: teaching.Targets | None, mesh: Any
-) -> dict[tuple, compilation.Program]:
+  exp: experiment.Experiment,
+  state: steps.TrainState,
+  targets: teaching.Targets | None,
+  mesh: Any,
+  **fit: Any,
+) -> step_programs.StepPrograms:
   batch = _specs(exp, exp.objective.inputs, mesh)
   if targets is not None:
     batch["targets"] = targets.specs
 
-  fixed: dict[str, Any] = dict(
-    model=exp.model, objective=exp.objective, tx=exp.optimizer.tx, accumulate=exp.accumulate
+  sizes = sorted(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
+  report = _report_program("train", exp)
+  programs = step_programs.compile_steps(
+    sizes,
+    state,
+    batch,
+    _run_constants(exp, mesh),
+    mesh,
+    model=exp.model,
+    objective=exp.objective,
+    tx=exp.optimizer.tx,
+    report=report,
+    **fit,
   )
-
-  def fn(state: steps.TrainState, batch: Any, run: dict[str, Any], **size: Any) -> Any:
-    return steps.step(state, batch, **run, **fixed, **size)
-
-  sizes = patch_schedule.all_static(exp.flexi)
-  args = (state, batch, _run_constants(exp, mesh))
-  return compilation.compile_each(
-    fn, args, sizes, donate=(0,), report=_report_program("train", exp)
-  )
+  _note(f"{len(sizes)} sizes and the update compiled in {programs.seconds:.1f} s")
+  return programs
 
 
 def _run_constants(exp: experiment.Experiment, mesh: Any) -> dict[str, jax.Array]:
@@ -190,7 +211,7 @@ def _loop(
   schedule: patch_schedule.State,
   targets: teaching.Targets | None,
   batches: Any,
-  programs: dict[tuple, compilation.Program],
+  programs: step_programs.StepPrograms,
   evaluators: dict[str, Any],
   checkpoints: Checkpoints,
   writer: metrics.MetricsWriter,
@@ -213,7 +234,7 @@ def _loop(
     on_device = sharding.put_batch({k: batch[k] for k in exp.objective.inputs}, mesh)
     if targets is not None:
       on_device["targets"] = targets(step - 1, batch, state.step)
-    state, measured = programs[compilation.size_key(size)].run(state, on_device, constants)
+    state, measured = programs(size, state, on_device, constants)
     pending.append((step, size, measured))
     last = step == exp.total_steps
     due = [name for name, e in exp.evaluations.items() if step % e.every == 0 and not last]
@@ -327,14 +348,22 @@ def _costs(exp: experiment.Experiment) -> list[str]:
 
 
 def _report_program(kind: str, exp: experiment.Experiment) -> Any:
-  def report(size: dict, program: compilation.Program) -> None:
+  def report(size: dict, program: compilation.Program, parts: int = 1) -> None:
+    if not size:
+      _note(f"compiled the update: {program.seconds:.1f} s, {_mib(program.bytes)}")
+      return
     rows, columns = which_grid(exp.image_shape[:2], exp.model.patch_size, **size).grid_hw
     _note(
       f"compiled {kind} {compilation.size_name(size)}: {rows * columns} tokens,"
-      f" {program.seconds:.1f} s, {program.temp_bytes / 2**20:.1f} MiB temporary"
+      f" {program.seconds:.1f} s, {_mib(program.bytes)}, {_mib(program.temp_bytes)} of it temporary"
+      + (f", in {parts} parts" if parts > 1 else "")
     )
 
   return report
+
+
+def _mib(size: float) -> str:
+  return f"{size / 2**20:.1f} MiB"
 
 
 def _note(message: str) -> None:

@@ -83,6 +83,11 @@ def count(tree: Any) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def size_in_bytes(tree: Any) -> int:
+  """Bytes of all arrays, or of what has their shapes and dtypes."""
+  return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
 def digest(tree: Any) -> str:
   """Returns a sha256 of the names, shapes, dtypes and values of a tree of arrays."""
   sha = hashlib.sha256()

@@ -111,6 +111,24 @@ def test_mistakes_are_errors_before_anything_runs(changes, message):
     experiment.build(**digits(**changes))
 
 
+@pytest.mark.parametrize(
+  ("backend", "given", "dtype"),
+  [
+    ("cpu", {}, "float32"),
+    ("gpu", {}, "bfloat16"),
+    ("tpu", {}, "bfloat16"),
+    ("tpu", {"dtype": "float32"}, "float32"),
+    ("cpu", {"dtype": "bfloat16"}, "bfloat16"),
+  ],
+)
+def test_accelerators_train_in_bfloat16_unless_told(monkeypatch, backend, given, dtype):
+  settings = digits()
+  settings["model"] |= given
+  monkeypatch.setattr(opening.jax, "default_backend", lambda: backend)
+  exp = experiment.build(**settings)
+  assert exp.model.dtype == exp.model_record["dtype"] == dtype  # a checkpoint says which it was
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_is_no_number_of_32_bits_is_refused(seed):
   with pytest.raises(UserError, match=f"seed={seed}; expected 0 to 4294967295"):

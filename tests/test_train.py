@@ -126,17 +126,17 @@ def test_a_run_leaves_everything_that_was_promised(whole):
 
 def test_each_size_is_traced_once_and_before_step_one(tmp_path, monkeypatch):
   traced, drawn = [], []
-  step, draw = train_lib.steps.step, train_lib.patch_schedule.draw
+  gradients, draw = train_lib.steps.gradients, train_lib.patch_schedule.draw
 
-  def counting_step(state, batch, **kwargs):
+  def counting_gradients(state, batch, **kwargs):
     traced.append(kwargs["seqhw"])
-    return step(state, batch, **kwargs)
+    return gradients(state, batch, **kwargs)
 
   def counting_draw(flexi, *, step, **options):
     drawn.append((step, sorted(traced)))
     return draw(flexi, step=step, **options)
 
-  monkeypatch.setattr(train_lib.steps, "step", counting_step)
+  monkeypatch.setattr(train_lib.steps, "gradients", counting_gradients)
   monkeypatch.setattr(train_lib.patch_schedule, "draw", counting_draw)
   train_lib.train(changed(total_steps=5), tmp_path)
   assert drawn[0] == (0, [2, 3])

@@ -12,7 +12,6 @@ import time
 import jax
 
 from flexivit_jax import config, errors, experiment, patch_schedule, sharding, train
-from flexivit_jax.compilation import size_key
 
 
 def main() -> None:
@@ -39,6 +38,7 @@ def seconds(settings: dict) -> float:
   with contextlib.ExitStack() as stack:
     state, targets = train._init(exp, mesh), train._targets(exp, 0, mesh, stack)
     programs = train._compile(exp, state, targets, mesh)
+    constants = train._run_constants(exp, mesh)
     batches = stack.enter_context(exp.batches(0))
     spent = 0.0
     for step in range(exp.total_steps):
@@ -47,7 +47,7 @@ def seconds(settings: dict) -> float:
       begin = time.process_time()
       on_device = sharding.put_batch({k: batch[k] for k in exp.objective.inputs}, mesh)
       on_device["targets"] = targets(step, batch, state.step)
-      state, _ = jax.block_until_ready(programs[size_key(size)].run(state, on_device))
+      state, _ = jax.block_until_ready(programs(size, state, on_device, constants))
       spent += time.process_time() - begin
   return spent / exp.total_steps
 

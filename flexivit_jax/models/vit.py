@@ -4,6 +4,7 @@ Parameters are float32. Matrix products run in `dtype`; the residual stream, Lay
 Source of the variants: Scaling Vision Transformers (arXiv 2106.04560), table 2; So400m: arXiv 2305.13035.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -163,21 +164,54 @@ class Encoder(nn.Module):
       if self.remat
       else EncoderBlock
     )
+    if self.is_initializing():
+      self._init_blocks(block, fields, x)
+    params = self.variables["params"]
+    once = traced_once(block, fields, train)
+    keys = None
+    if train and self.dropout:
+      keys = jax.random.split(self.make_rng("dropout"), depth)
     if self.scan:
-      rngs = {"params": True, "dropout": True}
-      loop = nn.scan(
-        block, variable_axes={"params": 0}, split_rngs=rngs, in_axes=nn.broadcast, length=depth
-      )
-      if depth < self.depth:
-        first = lambda params: jax.tree.map(lambda a: a[:depth], params)  # noqa: E731
-        loop = nn.map_variables(loop, "params", trans_in_fn=first)
-      x, stacked = loop(*fields, name="encoderblock")(x, train)
-      out |= {f"block{i:02d}": jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(depth)}
+      first = jax.tree.map(lambda a: a[:depth], params["encoderblock"])
+      x, stacked = jax.lax.scan(lambda x, xs: once(xs[0], x, xs[1]), x, (first, keys))
+      each = {k: jnp.unstack(a) for k, a in stacked.items()}
+      out |= {f"block{i:02d}": {k: a[i] for k, a in each.items()} for i in range(depth)}
     else:
       for i in range(depth):
-        x, out[f"block{i:02d}"] = block(*fields, name=f"encoderblock_{i}")(x, train)
+        key = None if keys is None else keys[i]
+        x, out[f"block{i:02d}"] = once(params[f"encoderblock_{i}"], x, key)
     out["pre_ln"] = x
     return nn.LayerNorm(self.layer_norm_eps, name="encoder_norm")(x), out
+
+  def _init_blocks(self, block: Any, fields: tuple, x: jax.Array) -> None:
+    """Makes the parameters of all blocks; they do not depend on the tokens."""
+    if not self.scan:
+      for i in range(self.depth):
+        block(*fields, name=f"encoderblock_{i}")(x, False)
+      return
+    rngs = {"params": True}
+    loop = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs=rngs,
+      in_axes=nn.broadcast,
+      length=self.depth,
+    )
+    loop(*fields, name="encoderblock")(x, False)
+
+
+@functools.cache
+def traced_once(block: Any, fields: tuple, train: bool) -> Any:
+  """One function `(params, x, dropout key) -> (x, intermediates)` for all blocks of these fields.
+
+  Traced and differentiated once for each shape, not once a block.
+  """
+
+  def run(params: Any, x: jax.Array, key: jax.Array | None) -> Any:
+    rngs = None if key is None else {"dropout": key}
+    return block(*fields).apply({"params": params}, x, train, rngs=rngs)
+
+  return jax.jit(run)
 
 
 class MAPHead(nn.Module):

@@ -271,8 +271,8 @@ def test_a_run_changes_no_bit_of_its_teacher_and_saves_none(teacher, tmp_path, m
   made_targets = []
   targets = train_lib._targets
 
-  def observed(*args):
-    made_targets.append(targets(*args))
+  def observed(*args, **fit):
+    made_targets.append(targets(*args, **fit))
     return made_targets[0]
 
   monkeypatch.setattr(train_lib, "_targets", observed)

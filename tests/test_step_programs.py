@@ -1,0 +1,178 @@
+"""A step in two programs is the step; a batch in parts is the batch; parts are as few as memory allows."""
+
+import copy
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from flexivit_jax import (
+  compilation,
+  experiment,
+  optim,
+  sharding,
+  step_programs,
+  steps,
+  train,
+  trees,
+)
+from flexivit_jax.errors import UserError
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.objectives import supervised
+
+SIZES = [{"seqhw": 2}, {"seqhw": 4}, {"seqhw": 8}]
+MODEL = FlexiViT(
+  num_classes=10, width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=(3, 3), posemb_size=(4, 4),
+  head_zeroinit=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given():
+  """(state, batch, run, mesh, what else a step takes)."""
+  rng, mesh = np.random.default_rng(0), sharding.make_mesh()
+  batch = {
+    "image": rng.uniform(-1, 1, (16, 24, 24, 3)).astype(np.float32),
+    "labels": np.eye(10, dtype=np.float32)[rng.integers(10, size=16)],
+  }
+  params = jax.jit(lambda: steps.init_params(MODEL, (24, 24, 3), seed=0))()
+  tx = optim.make(params, total_steps=10, lr=0.1, name="sgd", clip=1.0).tx
+  objective = supervised(mixup_p=0.5)
+  run = {"seed": np.uint32(0), "total_steps": np.int32(10)}
+  placed = jax.device_put((steps.init_state(params, tx, objective), run), sharding.replicated(mesh))
+  fixed = dict(model=MODEL, objective=objective, tx=tx)
+  return placed[0], sharding.put_batch(batch, mesh), placed[1], mesh, fixed
+
+
+def after_each_size(given, **fit):
+  """The parameters after one step at each size, and the programs."""
+  state, batch, run, mesh, fixed = given
+  programs = step_programs.compile_steps(SIZES, state, batch, run, mesh, **fixed, **fit)
+  found = []
+  for size in SIZES:
+    new, measured = programs(size, jax.tree.map(jax.numpy.copy, state), batch, run)
+    found.append(jax.device_get((new.params, measured)))
+  return found, programs
+
+
+@pytest.fixture(scope="module")
+def whole(given):
+  """Without parts."""
+  return after_each_size(given)
+
+
+def close(a, b):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), a, b)
+
+
+def test_two_programs_are_the_step(given, whole):
+  state, batch, run, _, fixed = given
+  for size, found in zip(SIZES, whole[0], strict=True):
+    step = jax.jit(lambda s, b, size=size: steps.step(s, b, **run, **fixed, **size))
+    new, measured = step(state, batch)
+    close(found, jax.device_get((new.params, measured)))
+
+
+def test_parts_are_few_where_tokens_are_and_change_nothing(given, whole):
+  state = given[0]
+  needs = [p.bytes for p in whole[1].gradients.values()]
+  assert needs == sorted(needs)
+  held = trees.size_in_bytes(state.opt_state)
+  memory = held + needs[1]  # what the size in the middle takes without parts
+  found, programs = after_each_size(given, parts=[1, 2, 4, 8, 16], memory=memory)
+  parts = list(programs.parts.values())
+  assert parts[:2] == [1, 1] and parts[2] >= 4
+  assert all(p.bytes + held <= memory for p in programs.gradients.values())
+  close(found, whole[0])
+
+
+def test_what_never_fits_names_the_size(given):
+  with pytest.raises(UserError, match=r"step at seqhw=2 needs .* GiB even in 16 parts"):
+    after_each_size(given, parts=[1, 16], memory=1e4)
+
+
+def program(temp, arguments=0):
+  return compilation.Program(lambda: None, 0.0, temp, arguments)
+
+
+@pytest.mark.parametrize(
+  ("room", "parts", "tried"),
+  [(1000, 1, [1]), (999, 2, [1, 2]), (325, 4, [1, 4]), (200, 16, [1, 16]), (130, 32, [1, 32])],
+)
+def test_the_next_number_of_parts_follows_from_what_the_last_one_took(room, parts, tried):
+  """Of 100 bytes that stay and 900 that are divided."""
+  seen = []
+
+  def make(n):
+    seen.append(n)
+    return program(900 // n, 100)
+
+  found, _ = compilation.fewest_parts(make, [1, 2, 4, 8, 16, 32], room, "it")
+  assert (found, seen) == (parts, tried)
+
+
+def test_a_compiler_that_runs_out_of_memory_is_asked_for_more_parts():
+  def make(n):
+    if n < 4:
+      raise compilation.OutOfMemory("full")
+    return program(1)
+
+  assert compilation.fewest_parts(make, [1, 2, 4, 8], 10, "it")[0] == 4
+  with pytest.raises(compilation.OutOfMemory, match="it needs full even in 2 parts"):
+    compilation.fewest_parts(make, [1, 2], 10, "it")
+
+
+def test_a_guess_saves_trying():
+  seen = []
+  compilation.fewest_parts(lambda n: seen.append(n) or program(1), [1, 2, 4, 8], 10, "it", 2.5)
+  assert seen == [4]
+
+
+# --- in the trainer ---
+
+DATA = dict(name="synthetic", image_size=24, num_classes=10, num_examples=32)
+CONFIG = dict(
+  total_steps=4,
+  input=dict(
+    data=dict(DATA, split="train"),
+    pp="decode|value_range(-1, 1)|onehot(10)|keep('image', 'labels')",
+    batch_size=16,
+    threads=0,
+  ),
+  model=dict(width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=(3, 3), posemb_size=(4, 4)),
+  flexi=dict(seqhw=dict(v=(8, 2))),
+  optim=dict(lr=1e-2, name="sgd"),
+)
+
+
+def test_a_run_that_accumulates_by_itself_is_the_run(tmp_path, capsys):
+  losses = {}
+  for name, changes in {
+    "one": {},
+    "auto": dict(accumulate="auto", memory_gib=1e-3),
+    "device": dict(accumulate="auto"),
+  }.items():
+    run = train.train({**copy.deepcopy(CONFIG), **changes}, tmp_path / name)
+    rows = train.metrics.read_rows(run / "metrics.jsonl")
+    losses[name] = [row["loss"] for row in rows]
+    said = capsys.readouterr().err
+    parts = re.search(r"compiled train seqhw=8: 64 tokens.*in (\d+) parts", said)
+    assert (parts is not None) == (name == "auto"), said
+  np.testing.assert_allclose(losses["auto"], losses["one"], rtol=0, atol=1e-6)
+  assert losses["device"] == losses["one"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(accumulate="auto", model=CONFIG["model"] | dict(dropout=0.1)), "masks would depend"),
+    (dict(memory_gib=1.0), "no effect without accumulate='auto'"),
+    (dict(accumulate="auto", memory_gib=-1.0), "expected more than 0"),
+    (dict(accumulate="all"), "got accumulate='all'|Got accumulate='all'"),
+    (dict(accumulate=3), "expected a divisor of batch_size"),
+  ],
+)
+def test_what_cannot_be_accumulated_is_refused(changes, message):
+  with pytest.raises(UserError, match=message):
+    experiment.build(**{**copy.deepcopy(CONFIG), **changes})
