@@ -296,21 +296,23 @@ def _first_step(spec: str, folder: str, name: str) -> float:
     f"--workdir={folder}/{name}",
     "--config.log_every=1",
   ]
-  said = []
+  rows = pathlib.Path(folder, name, "metrics.jsonl")  # a step's row reaches it at once
   begin = time.perf_counter()
-  with subprocess.Popen(
-    [sys.executable, "-m", "flexivit_jax.cli", *command[1:]],
-    env=environment,
-    stderr=subprocess.PIPE,
-    text=True,
-  ) as process:
-    for line in process.stderr or ():
-      said.append(line)
-      if line.startswith("step "):
+  with (
+    tempfile.TemporaryFile("w+") as said,
+    subprocess.Popen(
+      [sys.executable, "-m", "flexivit_jax.cli", *command[1:]], env=environment, stderr=said
+    ) as process,
+  ):
+    while process.poll() is None:
+      if rows.exists() and rows.stat().st_size:
         seconds = time.perf_counter() - begin
         process.kill()
         return seconds
-  raise errors.UserError(f"{' '.join(command)} ended before its first step: {''.join(said[-3:])}")
+      time.sleep(0.01)
+    said.seek(0)
+    last = "".join(said.readlines()[-3:])
+  raise errors.UserError(f"{' '.join(command)} ended before its first step: {last}")
 
 
 # --- rows ---
