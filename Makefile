@@ -1,6 +1,7 @@
 # make demo   train on digits, evaluate at every patch size, write runs/demo/report.html
 # make test   the fast tests
 # make test-convert   the tests that need PyTorch, timm, transformers, ONNX; in an environment of their own
+# make faults  the tests that inject faults: kills, signals, damaged files, full disks (docs/reliability.md)
 # make lint   ruff, mypy, import-linter
 # make miniature  the paper's experiments on CIFAR-10, DATA_DIR=where TFDS prepared it; hours
 # make clean  remove the virtual environment and everything that tools have cached; runs/ stays
@@ -14,7 +15,10 @@ STAMP := $(VENV)/.installed
 CONVERT_VENV := .venv-convert
 CONVERT_STAMP := $(CONVERT_VENV)/.installed
 
-.PHONY: demo test test-convert lint miniature clean
+FAULTS := $(addprefix tests/,test_chaos.py test_manifest.py test_stopping.py test_run_folder.py test_replay.py test_verify.py \
+	test_ledger.py test_metrics.py test_config.py data weights/test_files.py weights/test_download.py weights/test_reading.py)
+
+.PHONY: demo test test-convert faults lint miniature clean
 
 demo: $(STAMP)
 	$(BIN)/flexivit train --config configs/digits.py --workdir runs/demo/flexivit
@@ -30,6 +34,9 @@ test-convert: $(CONVERT_STAMP)
 # Two at a time; the same command goes on where it was stopped.
 miniature: $(STAMP)
 	$(BIN)/python tools/miniature.py --out runs/miniature --jobs 2 $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not convert" $(FAULTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

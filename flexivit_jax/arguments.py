@@ -32,6 +32,12 @@ def parser() -> argparse.ArgumentParser:
   _flexify(
     commands.add_parser("flexify", help="make a fixed model work at every patch size, unlabelled")
   )
+  _verify(
+    commands.add_parser("verify", help="is everything in a run or an export as it was written?")
+  )
+  _replay(
+    commands.add_parser("replay", help="look into a step whose loss or gradients were not finite")
+  )
   return top
 
 
@@ -78,6 +84,24 @@ def _train(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--workdir", required=True, type=pathlib.Path, help="the run's folder; made, or resumed from"
   )
+  p.add_argument(
+    "--resume",
+    default="latest",
+    help="latest (the default): the newest checkpoint, which has to be whole; latest-valid: the newest that is",
+  )
+  p.add_argument(
+    "--allow_config_change",
+    action="store_true",
+    help="go on with another model, data or optimizer than the run was begun with",
+  )
+
+
+def _verify(p: argparse.ArgumentParser) -> None:
+  p.add_argument("path", type=pathlib.Path, help="a run, a checkpoint, an export, or weights")
+
+
+def _replay(p: argparse.ArgumentParser) -> None:
+  p.add_argument("dump", type=pathlib.Path, help="RUN/bad_step.json")
 
 
 def _plan(p: argparse.ArgumentParser) -> None:

@@ -1,16 +1,23 @@
-"""Checkpoints of a run: written in the background by Orbax, listed only once complete.
+"""Checkpoints of a run: written in the background by Orbax, listed only once complete, checked before they are used.
 
-A checkpoint holds the parameters, the rest of the training state, and a small JSON record that says what model they
-are of and where in the data the run was.
+A checkpoint holds the parameters, the rest of the training state, a small JSON record that says what model they are of
+and where in the data the run was, and a manifest with the checksums of all that (see `manifest`). Two notes that Orbax
+makes of the save after it, _CHECKPOINT_METADATA and commit_success.txt, are not covered and not read by us.
 """
 
 import pathlib
+from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from flexivit_jax import errors, trees
+from flexivit_jax import errors, manifest, trees
+
+_UNSEALED = (manifest.FOLDER, "_CHECKPOINT_METADATA", "commit_success.txt")
+RESUME = ("latest", "latest-valid")
 
 
 class Checkpoints:
@@ -27,6 +34,7 @@ class Checkpoints:
       "params": ocp.StandardCheckpointHandler(),
       "state": ocp.StandardCheckpointHandler(),
       "record": ocp.JsonCheckpointHandler(),
+      manifest.FOLDER: _ManifestHandler(),  # the last: it seals the others
     }
     self.folder = pathlib.Path(folder).absolute()
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -35,28 +43,96 @@ class Checkpoints:
     """The newest complete checkpoint's step, or None."""
     return self._manager.latest_step()
 
+  def choose(self, resume: str = "latest", note: Callable[[str], None] = print) -> int | None:
+    """The step to go on from: None where nothing was saved yet.
+
+    Args:
+      resume: "latest", the newest checkpoint, which has to be whole; or "latest-valid", the newest that is.
+      note: is told of each that is passed over.
+
+    Raises:
+      Damaged: the newest checkpoint is damaged, or with "latest-valid" all of them: a run never starts again from the
+        beginning where there is something to lose.
+    """
+    if resume not in RESUME:
+      raise errors.unknown("--resume", resume, RESUME)
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        self.verify(step)
+        return step
+      except manifest.Damaged as damage:
+        if resume == "latest":
+          others = (
+            "--resume=latest-valid goes on from the newest that is whole" if steps[1:] else ""
+          )
+          raise manifest.Damaged(
+            f"The newest checkpoint, step {step}, cannot be used: {damage} {others or _MOVE}."
+          ) from damage
+        note(f"step {step} is passed over: {damage}")
+    if steps:
+      raise manifest.Damaged(f"No checkpoint in {self.folder} is whole; {_MOVE}.")
+    return None
+
+  def verify(self, step: int) -> manifest.Manifest:
+    """Compares the files of a step with its manifest, which is returned; `Damaged` where they differ."""
+    folder = self.folder / str(step)
+    found = manifest.read(folder / manifest.FOLDER)
+    manifest.check_files(folder, found, _UNSEALED)
+    return found
+
   def save(self, step: int, params: Any, state: Any, record: dict[str, Any]) -> None:
-    """Copies the arrays and returns; the files are written in the background."""
+    """Copies the arrays and returns; the files and checksums are written in the background.
+
+    Raises:
+      UserError: it cannot be written, or the one before could not, with the folder and the reason.
+    """
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(params),
       state=ocp.args.StandardSave(state),
       record=ocp.args.JsonSave(record),
+      **{manifest.FOLDER: _SaveManifest({"params": params, "state": state})},
     )
-    self._manager.save(step, args=items)
+    self._told(lambda: self._manager.save(step, args=items))
+
+  def check(self) -> None:
+    """Raises a UserError if a save in the background has failed meanwhile; takes microseconds."""
+    self._told(self._manager.check_for_errors)
+
+  def wait(self) -> None:
+    """Waits until everything is on disk; raises as `save` does."""
+    self._told(self._manager.wait_until_finished)
+
+  def _told(self, call: Callable[[], Any]) -> None:
+    try:
+      call()
+    except errors.UserError:
+      raise
+    except Exception as e:
+      reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+      raise errors.UserError(
+        f"A checkpoint could not be written to {self.folder}: {reason}. What was saved before it is still there; make"
+        " room or mend the folder, and run the same command again."
+      ) from e
 
   def restore(self, step: int, params: Any, state: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Returns (params, state, record) of a step, with the shapes, dtypes and shardings of the arguments.
 
     Raises:
       UserError: if the checkpoint's arrays differ in name, shape or dtype; nothing is cast.
+      Damaged: a file or an array is not what was written.
     """
+    sums = self.verify(step)
     self._check(step, "params", params)
+    self._check(step, "state", state)
     items = ocp.args.Composite(
       params=ocp.args.StandardRestore(params),
       state=ocp.args.StandardRestore(state),
       record=ocp.args.JsonRestore(),
     )
     restored = self._manager.restore(step, args=items)
+    for item in ("params", "state"):
+      manifest.check_arrays(self.folder / str(step), item, restored[item], sums)
     return restored.params, restored.state, restored.record
 
   def restore_params(self, step: int) -> tuple[Any, dict[str, Any]]:
@@ -64,7 +140,9 @@ class Checkpoints:
 
     Raises:
       UserError: arrays of a dtype that JAX would cast to another one.
+      Damaged: a file or an array is not what was written.
     """
+    sums = self.verify(step)
     record = self._manager.restore(
       step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
     ).record
@@ -74,13 +152,15 @@ class Checkpoints:
     like = jax.tree.map(
       lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), dict(stored.items())
     )
-    return self._manager.restore(
+    params = self._manager.restore(
       step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like))
-    ).params, record
+    ).params
+    manifest.check_arrays(self.folder / str(step), "params", params, sums)
+    return params, record
 
   def close(self) -> None:
-    """Waits until everything is on disk; raises what went wrong there."""
-    self._manager.wait_until_finished()
+    """Waits until everything is on disk; raises as `save` does."""
+    self.wait()
     self._manager.close()
 
   def _check_dtypes(self, step: int) -> None:
@@ -102,6 +182,49 @@ class Checkpoints:
       raise errors.UserError(
         f"{where} does not fit the model of this config:\n  " + "\n  ".join(lines)
       )
+
+
+_MOVE = "move the folder away to start from the beginning"
+
+
+class _ManifestHandler(ocp.AsyncCheckpointHandler):
+  """Writes the checksums of arrays, reckoned while Orbax writes them, and of the files once they are written."""
+
+  def __init__(self) -> None:
+    self._pool = futures.ThreadPoolExecutor(1)
+    self._sums: futures.Future | None = None
+
+  async def async_save(self, directory: Any, args: "_SaveManifest") -> list[Any]:
+    del directory
+    # Views on a CPU, whose memory a donation then leaves alone; copies from a device.
+    host = {item: jax.tree.map(np.asarray, tree) for item, tree in args.items.items()}
+    self._sums = self._pool.submit(
+      lambda: {item: manifest.array_sums(tree) for item, tree in host.items()}
+    )
+    return [self._sums]
+
+  def save(self, directory: Any, args: "_SaveManifest") -> None:
+    raise NotImplementedError("Saves are in the background.")
+
+  def restore(self, directory: Any, args: Any = None) -> manifest.Manifest:
+    return manifest.read(pathlib.Path(directory))
+
+  def finalize(self, directory: Any) -> None:
+    assert self._sums is not None
+    folder = pathlib.Path(directory)
+    files = manifest.file_sums(folder.parent, skip=_UNSEALED)
+    manifest.write(folder, manifest.Manifest(files, self._sums.result()))
+
+  def close(self) -> None:
+    self._pool.shutdown()
+
+
+@ocp.args.register_with_handler(_ManifestHandler, for_save=True, for_restore=True)
+class _SaveManifest(ocp.args.CheckpointArgs):
+  """The arrays of each item."""
+
+  def __init__(self, items: dict[str, Any] | None = None):
+    self.items = items or {}
 
 
 def find(path: pathlib.Path) -> tuple[pathlib.Path, int]:

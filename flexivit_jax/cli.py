@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from flexivit_jax import allocator, arguments, errors
+from flexivit_jax import allocator, arguments, errors, stopping
 
 USAGE_ERROR = 2
 BROKEN_PIPE = 128 + 13  # as a shell counts SIGPIPE
@@ -20,11 +20,13 @@ MODULES = {
   "convert": "convert",
   "export": "exporting",
   "flexify": "flexify",
+  "verify": "verify",
+  "replay": "replay",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; a user's mistake is one line on stderr and exit code 2."""
+  """Runs one command; a user's mistake is one line on stderr and exit code 2, a signal that was obeyed 75."""
   try:
     args = arguments.parse(sys.argv[1:] if argv is None else argv)
     module = MODULES[args.command]
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except errors.UserError as e:
     print(f"flexivit: error: {e}", file=sys.stderr)
     return USAGE_ERROR
+  except stopping.Stopped as e:
+    print(f"flexivit: stopped by {e}; the same command goes on", file=sys.stderr)
+    return stopping.STOPPED
   except BrokenPipeError:  # the reader, `| head`, has seen enough
     os.dup2(
       os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
@@ -41,5 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
+def entry(argv: Sequence[str] | None = None) -> None:
+  """The command: `main`, and then the end of the process."""
+  code = main(argv)
+  if code == stopping.STOPPED:  # without waiting for a program that is still being compiled
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
+
+
 if __name__ == "__main__":
-  sys.exit(main())
+  entry()

@@ -51,7 +51,7 @@ def size_name(size: dict[str, Any]) -> str:
 
 def compile_each(
   fn: Callable[..., Any],
-  args: tuple,
+  args: tuple | Callable[[dict[str, Any]], tuple],
   sizes: Iterable[dict[str, Any]],
   *,
   donate: tuple[int, ...] = (),
@@ -62,7 +62,7 @@ def compile_each(
 
   Args:
     fn: pure; static arguments are keywords.
-    args: example arguments, or their `jax.ShapeDtypeStruct`.
+    args: example arguments, or their `jax.ShapeDtypeStruct`; or a function that gives those of a size.
     sizes: the static arguments, one dict a program.
     donate: positions of arguments whose memory the result may take.
     out_shardings: where the results live; None: where the compiler puts them.
@@ -74,7 +74,8 @@ def compile_each(
   with futures.ThreadPoolExecutor(1) as compiler:  # works on one size while the next is traced
     waiting = []
     for size in sizes:
-      lowered = _lower(functools.partial(fn, **size), args, size_name(size), donate, out_shardings)
+      given = args(size) if callable(args) else args
+      lowered = _lower(functools.partial(fn, **size), given, size_name(size), donate, out_shardings)
       waiting.append((size, compiler.submit(lowered.compile)))
     programs = {}
     for size, compiled in waiting:

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from flexivit_jax import config, data, errors, patch_schedule, schedules, sections, steps
+from flexivit_jax import (
+  config,
+  data,
+  errors,
+  patch_schedule,
+  schedules,
+  sections,
+  steps,
+  token_budget as token_budgets,
+)
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid, which_patch
 from flexivit_jax.objectives import OBJECTIVES
@@ -35,7 +44,8 @@ class Experiment(NamedTuple):
 
   `input_shapes` are those of one example, for each input of the objective and its teachers; `step_flops` gives those of
   a step at a size; `init` are parameters to start from, or None for random ones; `frozen_digests` say which teachers
-  those of the objective are, and `drawn` all that their targets depend on.
+  those of the objective are, and `drawn` all that their targets depend on. `batches_of` says how many batches a step
+  at a size takes, and `update_scale` by what its update is multiplied; None without a token budget.
   """
 
   name: str
@@ -52,6 +62,8 @@ class Experiment(NamedTuple):
   batch_size: int
   steps_per_epoch: float
   total_steps: int
+  batches_of: Callable[[Mapping[str, Any]], int]
+  update_scale: Callable[[Mapping[str, Any]], float] | None
   accumulate: int | str
   memory_gib: float | None
   head_bias: float | None
@@ -62,6 +74,9 @@ class Experiment(NamedTuple):
   save_every: int
   keep: int | None
   log_every: int
+  hang_after: float | None
+  skip_above: float | None
+  skip_limit: int
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -86,10 +101,14 @@ def build(
   total_flops: float | None = None,
   accumulate: int | str = 1,
   memory_gib: float | None = None,
+  token_budget: Mapping[str, Any] | None = None,
   init: Mapping[str, Any] | None = None,
   teacher_cache: str | None = None,
   init_head_bias: float | None = None,
   log_every: int = 50,
+  hang_after: float | None = 1800.0,
+  skip_above: float | None = None,
+  skip_limit: int = 10,
   opening: Opening | None = None,
 ) -> Experiment:
   """Builds an experiment; the arguments are the top-level keys of a config, but for `opening`.
@@ -116,6 +135,8 @@ def build(
     total_flops: see `total_steps`; as many steps as the schedule of sizes is expected to make of it.
     accumulate: parts of a batch whose gradients are computed one after the other; "auto": at each size the fewest
       with which its step fits into memory, the same result but for rounding.
+    token_budget: arguments of `token_budget.make`; steps at coarse sizes then take several batches. An epoch is so many
+      steps as are expected to see each image once. Not with teachers.
     memory_gib: of each device, for accumulate="auto"; default: nine tenths of what the device has.
     init: weights to start from, arguments of `load_init`.
     teacher_cache: folder where the teachers' logits are kept, step by step: another run with the same data, seed and
@@ -123,6 +144,11 @@ def build(
       with objective.top_k, x top_k x 8 bytes.
     init_head_bias: fills the head's bias at the start.
     log_every: steps between reads of the losses from the device.
+    hang_after: seconds in which nothing goes on, no step, program or evaluation, after which the run says where it
+      stands still and ends; None: never.
+    skip_above: norm of a gradient, before clipping, above which a step changes nothing; also where it or the loss is
+      not finite. The schedule of the learning rate waits meanwhile. None: such a step is made, or ends the run.
+    skip_limit: skipped steps in a row after which the run ends.
     opening: how data and weights are opened; default: `REAL`.
 
   Raises:
@@ -140,7 +166,6 @@ def build(
   )
   opening = sharing(opening or REAL)
   source = opening.source(**input["data"])
-  sizes = {"batch_size": input["batch_size"], "dataset_size": len(source)}
   network, record = build_model({"dtype": default_dtype(), **model}, source.num_classes)
   teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
   goal = build_objective(objective, teachers)
@@ -148,12 +173,18 @@ def build(
   image_shape = shapes["image"]
   check_teachers(teachers, shapes, network.num_classes)
   config.check("flexi", flexi, which_grid, given=("image_hw", "default"))
-  cost = functools.partial(
+  batches_of, update_scale = _budget(token_budget, flexi, network, image_shape, bool(teachers))
+  one = functools.partial(
     step_flops, network, shapes, teachers, goal.also, batch_size=input["batch_size"]
   )
+  cost = lambda size: one(size) * batches_of(size)  # noqa: E731
   choices = patch_schedule.parse(flexi, cost)
   for size in (*patch_schedule.all_static(choices), *goal.also):
     check_size(network, image_shape, size)
+  per_step = input["batch_size"]
+  if update_scale is not None:
+    per_step *= patch_schedule.mean_cost(choices, batches_of)
+  sizes = {"batch_size": per_step, "dataset_size": len(source)}
   total = _total_steps(
     total_flops and total_flops / patch_schedule.mean_cost(choices, cost),
     steps=total_steps,
@@ -161,12 +192,17 @@ def build(
     examples=total_examples,
     **sizes,
   )
+  if (skip_above is not None and not skip_above > 0) or skip_limit < 1:
+    raise errors.UserError(
+      f"skip_above={skip_above}, skip_limit={skip_limit}; expected a norm > 0 and at least 1 step."
+    )
   if total < 1 or log_every < 1:
     raise errors.UserError(f"Got {total} steps, log_every={log_every}; expected at least 1.")
   check_accumulate(accumulate, memory_gib, input["batch_size"], network)
   if not 0 <= seed < 2**32:
     raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
-  batches = functools.partial(_train_batches, source, input, seed, total)
+  largest = max(map(batches_of, patch_schedule.all_static(choices)))
+  batches = functools.partial(_train_batches, source, input, seed, total * largest)
   digests = {name: opening.digest(teacher.params) for name, teacher in teachers.items()}
   if teacher_cache is not None and not teachers:
     raise errors.UserError("teacher_cache is set, but the objective has no teachers; remove it.")
@@ -188,8 +224,10 @@ def build(
     },
     batches=batches,
     batch_size=input["batch_size"],
-    steps_per_epoch=len(source) / input["batch_size"],
+    steps_per_epoch=len(source) / per_step,
     total_steps=total,
+    batches_of=batches_of,
+    update_scale=update_scale,
     accumulate=accumulate,
     memory_gib=memory_gib,
     head_bias=init_head_bias,
@@ -197,12 +235,38 @@ def build(
     frozen_digests=digests,
     drawn=_drawn(source, input, seed, accumulate, objective, teachers, digests),
     teacher_cache=teacher_cache,
-    save_every=every(
-      "checkpoint", checkpoint, default=max(1, round(len(source) / input["batch_size"]))
-    ),
+    save_every=every("checkpoint", checkpoint, default=max(1, round(len(source) / per_step))),
     keep=checkpoint.get("keep", 1),
     log_every=log_every,
+    hang_after=hang_after,
+    skip_above=skip_above,
+    skip_limit=skip_limit,
   )
+
+
+def _budget(
+  section: Mapping[str, Any] | None,
+  flexi: Mapping[str, Any],
+  model: nn.Module,
+  image_shape: Sequence[int],
+  taught: bool,
+) -> tuple[Callable[[Mapping[str, Any]], int], Callable[[Mapping[str, Any]], float] | None]:
+  """Returns how many batches a step at a size takes, and by what its update is multiplied."""
+  if section is None:
+    return lambda size: 1, None
+  if taught:
+    raise errors.UserError("token_budget with teachers, whose batches are all alike; remove one.")
+  config.check("token_budget", section, token_budgets.make)
+  budget = token_budgets.make(**section)
+
+  def tokens(size: Mapping[str, Any]) -> int:
+    rows, columns = which_grid(tuple(image_shape[:2]), model.patch_size, **size).grid_hw
+    return rows * columns
+
+  values = patch_schedule.parse({name: {"v": choice["v"]} for name, choice in flexi.items()})
+  most = max(map(tokens, patch_schedule.all_static(values)))
+  batches_of = lambda size: budget.batches(tokens(size), most)  # noqa: E731
+  return batches_of, lambda size: budget.update_scale(batches_of(size))
 
 
 def check_accumulate(
@@ -389,7 +453,7 @@ def _train_batches(
 
 
 def _every(
-  where: str, section: Mapping[str, Any], *, default: int, sizes: Mapping[str, int], total: int
+  where: str, section: Mapping[str, Any], *, default: int, sizes: Mapping[str, Any], total: int
 ) -> int:
   given = {unit: section[f"every_{unit}"] for unit in DURATIONS if f"every_{unit}" in section}
   every = schedules.to_steps(f"{where}.every", **given, **sizes, total_steps=total, default=default)

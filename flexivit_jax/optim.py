@@ -55,7 +55,7 @@ def make(
   wd_mults: Sequence[Sequence[Any]] = ((".*/kernel", 1.0),),
   lr_mults: Sequence[Sequence[Any]] = (),
   schedule: Mapping[str, Any] | Sequence[Sequence[Any]] | None = None,
-  batch_size: int | None = None,
+  batch_size: int | float | None = None,
   dataset_size: int | None = None,
 ) -> Optimizer:
   """Builds the gradient transformation.

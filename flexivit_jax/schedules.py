@@ -28,7 +28,7 @@ def to_steps(
   epochs: Duration = None,
   examples: Duration = None,
   percent: Duration = None,
-  batch_size: int | None = None,
+  batch_size: int | float | None = None,
   dataset_size: int | None = None,
   total_steps: int | None = None,
   default: int | None = None,
@@ -41,7 +41,7 @@ def to_steps(
     epochs: passes over the data set; steps = round(epochs * dataset_size / batch_size).
     examples: images; steps = round(examples / batch_size).
     percent: fraction in [0, 1] of the run, as in big_vision; steps = round(percent * total_steps).
-    batch_size: global, images a step.
+    batch_size: global, images a step; a mean where steps differ.
     dataset_size: images in the training split.
     total_steps: of the run.
     default: the result when no unit is given; without it, none given is an error.
@@ -128,7 +128,7 @@ def make(
   timescale_examples: Duration = None,
   timescale_percent: Duration = None,
   linear_end: int | float | None = None,
-  batch_size: int | None = None,
+  batch_size: int | float | None = None,
   dataset_size: int | None = None,
 ) -> Schedule:
   """Returns `schedule(step, total_steps=total_steps)` -> factor in [0, 1].
@@ -149,7 +149,9 @@ def make(
     "cooldown": (cooldown_steps, cooldown_epochs, cooldown_examples, cooldown_percent),
     "timescale": (timescale_steps, timescale_epochs, timescale_examples, timescale_percent),
   }
-  sizes = {"batch_size": batch_size, "dataset_size": dataset_size, "total_steps": total_steps}
+  sizes: dict[str, Any] = dict(
+    batch_size=batch_size, dataset_size=dataset_size, total_steps=total_steps
+  )
   steps = {
     name: to_steps(
       name, steps=given[0], epochs=given[1], examples=given[2], percent=given[3], default=0, **sizes

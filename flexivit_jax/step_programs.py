@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flexivit_jax import compilation, sharding, steps, trees
@@ -24,6 +25,7 @@ class StepPrograms(NamedTuple):
   update: compilation.Program
   parts: dict[tuple, int]
   seconds: float = 0.0  # that making them took
+  scales: dict[tuple, jax.Array] | None = None  # of the updates
 
   def __call__(
     self, size: dict[str, Any], state: steps.TrainState, batch: Any, run: dict[str, jax.Array]
@@ -31,7 +33,8 @@ class StepPrograms(NamedTuple):
     """One step; `run` holds "seed" and "total_steps". The state's memory is taken."""
     program = self.gradients[compilation.size_key(size)]
     loss, grads = program.run(state._replace(opt_state=None), batch, run["seed"])
-    return self.update.run(state, loss, grads, run["total_steps"])
+    scale = () if self.scales is None else (self.scales[compilation.size_key(size)],)
+    return self.update.run(state, loss, grads, run["total_steps"], *scale)
 
 
 def compile_steps(
@@ -46,6 +49,9 @@ def compile_steps(
   tx: optax.GradientTransformationExtraArgs,
   parts: Sequence[int] = (1,),
   memory: float = math.inf,
+  skip_above: float | None = None,
+  batches_of: Callable[[dict[str, Any]], int] = lambda size: 1,
+  update_scale: Callable[[dict[str, Any]], float] | None = None,
   report: Report = lambda size, program, parts: None,
 ) -> StepPrograms:
   """Compiles all that a run's steps will need.
@@ -58,6 +64,9 @@ def compile_steps(
     parts: numbers of parts of a batch whose gradients may be computed one after the other; of these each size takes
       the fewest with which a step fits into `memory`.
     memory: bytes of each device for a step.
+    skip_above: see `steps.update`.
+    batches_of: how many times `batch` a step at a size takes.
+    update_scale: by what the update is multiplied after a step at a size; None: by nothing.
     report: called after each compilation; the update is that of the size {}.
 
   Raises:
@@ -71,10 +80,11 @@ def compile_steps(
   def gradients(seen: Any, batch: Any, seed: jax.Array, *, parts: int, **size: Any) -> Any:
     return fn(seen, batch, seed=seed, accumulate=parts, **size)
 
-  given = (seen, batch, run["seed"])
-  if (
-    len(parts) == 1
-  ):  # nothing to find out; as below, but one size is compiled while the next is traced
+  def given(size: dict[str, Any]) -> tuple:
+    return (seen, _several(batch, batches_of(size)), run["seed"])
+
+  # With one number there is nothing to find out: as below, but a size is compiled while the next is traced.
+  if len(parts) == 1:
     used = {compilation.size_key(size): parts[0] for size in sizes}
     programs = compilation.compile_each(
       functools.partial(gradients, parts=parts[0]),
@@ -94,7 +104,7 @@ def compile_steps(
 
       def make(parts: int, size: dict[str, Any] = size, name: str = name) -> compilation.Program:
         fixed = functools.partial(gradients, parts=parts, **size)
-        return compilation.compile_one(fixed, given, name, out_shardings=everywhere)
+        return compilation.compile_one(fixed, given(size), name, out_shardings=everywhere)
 
       key = compilation.size_key(size)
       guess = busy / max(room - 2 * trees.size_in_bytes(state.params), 1.0)
@@ -107,12 +117,32 @@ def compile_steps(
 
   loss, grads = placed(jnp.zeros(())), jax.tree.map(placed, state.params)
 
-  def update(state: Any, loss: Any, grads: Any, total_steps: jax.Array) -> Any:
-    return steps.update(state, loss, grads, objective=objective, tx=tx, total_steps=total_steps)
+  def update(
+    state: Any, loss: Any, grads: Any, total_steps: jax.Array, scale: jax.Array | None = None
+  ) -> Any:
+    fixed = dict(objective=objective, tx=tx, skip_above=skip_above)
+    return steps.update(state, loss, grads, total_steps=total_steps, scale=scale, **fixed)
 
-  args = (state, loss, grads, run["total_steps"])
+  args: tuple[Any, ...] = (state, loss, grads, run["total_steps"])
+  scales = None
+  if update_scale is not None:
+    by_size = {compilation.size_key(s): np.float32(update_scale(s)) for s in sizes}
+    scales = jax.device_put(by_size, everywhere)
+    args += (next(iter(scales.values())),)
   updating = compilation.compile_one(
     update, args, "the update", donate=(0,), out_shardings=everywhere
   )
   report({}, updating, 1)
-  return StepPrograms(programs, updating, used, time.perf_counter() - begin)
+  return StepPrograms(programs, updating, used, time.perf_counter() - begin, scales)
+
+
+def _several(batch: Any, times: int) -> Any:
+  """The shapes of several batches as one."""
+  if times == 1:
+    return batch
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (times * x.shape[0], *x.shape[1:]), x.dtype, sharding=x.sharding
+    ),
+    batch,
+  )

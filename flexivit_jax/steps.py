@@ -92,6 +92,8 @@ def update(
   objective: Objective,
   tx: optax.GradientTransformationExtraArgs,
   total_steps: jax.Array | None = None,
+  skip_above: float | None = None,
+  scale: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """The part of a training step that is one program for all patch sizes: two thirds of what there is to compile.
 
@@ -102,18 +104,28 @@ def update(
     tx: the optimizer.
     total_steps: of the run, for the schedules of `tx`, where one program is to serve runs of other lengths; None: what
       `tx` was made with.
+    skip_above: a gradient whose norm is larger, or not finite, changes nothing but `state.step`, to the bit; and
+      "skipped" is then 1. None: nothing is skipped.
+    scale: by what the update is multiplied; None: by nothing.
 
   Returns:
     The next state, and "loss", "grad_norm" and "param_norm" (of the next state) as float32 scalars.
   """
   length = {} if total_steps is None else {"total_steps": total_steps}
   updates, opt_state = tx.update(grads, state.opt_state, state.params, **length)
+  if scale is not None:
+    updates = jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
   params = optax.apply_updates(state.params, updates)
-  norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
   ema = (
     None if objective.ema is None else running_mean(state.ema, params, objective.ema, state.step)
   )
-  return TrainState(state.step + 1, params, opt_state, ema), {"loss": loss, **norms}
+  new = TrainState(state.step + 1, params, opt_state, ema)
+  measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+  if skip_above is not None:
+    good = jnp.isfinite(loss) & (measured["grad_norm"] <= skip_above)  # false for NaN
+    new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)._replace(step=new.step)
+    measured["skipped"] = 1.0 - good
+  return new, {**measured, "param_norm": optax.tree.norm(new.params)}
 
 
 def step(

@@ -6,12 +6,11 @@ is measured is an evaluator. The same command continues a run that was stopped.
 
 import argparse
 import contextlib
-import json
 import math
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,80 +26,146 @@ from flexivit_jax import (
   metrics,
   patch_schedule,
   results,
+  run_folder,
   sharding,
   step_programs,
   steps,
+  stopping,
   teaching,
   trees,
 )
 from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.evaluators.per_size import label, size_text
+from flexivit_jax.ledger import Ledger
 from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.teacher_cache import TeacherCache
 
 
-def train(settings: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
+class Run(NamedTuple):
+  """What the loop works with."""
+
+  exp: experiment.Experiment
+  mesh: Any
+  checkpoints: Checkpoints
+  batches: Any
+  writer: metrics.MetricsWriter
+  ledger: Ledger
+  stop: stopping.Stop
+  watchdog: stopping.Watchdog
+  skips: list[int]  # how many of the last steps in a row were skipped
+
+
+def train(
+  settings: dict[str, Any],
+  workdir: pathlib.Path,
+  *,
+  resume: str = "latest",
+  allow_config_change: bool = False,
+) -> pathlib.Path:
   """Trains, evaluates and saves what a config says into a run folder; continues where the folder left off.
 
+  Args:
+    settings: the config.
+    workdir: the run folder.
+    resume: see `Checkpoints.choose`.
+    allow_config_change: see `run_folder.keep_config`.
+
   Returns:
-    The run folder: config.json, parameters.txt, metrics.jsonl, tb/, checkpoints/, eval.json.
+    The run folder: config.json, parameters.txt, metrics.jsonl, tb/, checkpoints/, ledger.json, eval.json.
 
   Raises:
-    UserError: a mistake in the config; a checkpoint that does not fit it; a loss that is not finite.
+    UserError: a mistake in the config; a folder in use; a checkpoint that is damaged or does not fit the config; one
+      that cannot be written; a loss that is not finite.
+    Stopped: a signal came; what was done is saved.
   """
-  config.check("", settings, experiment.build, given=("opening",))
-  exp = experiment.build(**{"name": workdir.name, **settings})
+  begun = time.perf_counter()
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(stopping.catch())
+    with stop.interruptible():
+      config.check("", settings, experiment.build, given=("opening",))
+      exp = experiment.build(**{"name": workdir.name, **settings})
+      _say_costs(exp)
+      stack.enter_context(run_folder.locked(workdir))
+      watchdog = stack.enter_context(contextlib.closing(stopping.Watchdog(exp.hang_after, _note)))
+      mesh = sharding.make_mesh()
+      parts, memory = _parts(exp, mesh)
+      checkpoints = stack.enter_context(
+        contextlib.closing(Checkpoints(workdir / "checkpoints", keep=exp.keep))
+      )
+      latest = checkpoints.choose(resume, _note)
+      begun_before = latest is not None
+      run_folder.keep_config(
+        workdir, settings, begun=begun_before, allow_change=allow_config_change, note=_note
+      )
+      ledger = Ledger(workdir / "ledger.json", begun, latest or 0)
+      state, schedule, batches = _start_or_resume(exp, checkpoints, latest, ledger, mesh)
+      stack.enter_context(batches)
+      start = int(state.step)
+      overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+      (workdir / "parameters.txt").write_text(overview + "\n")
+      writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start))
+      run = Run(exp, mesh, checkpoints, batches, writer, ledger, stop, watchdog, [0])
+      evaluators = {name: e.make(exp.model, mesh) for name, e in exp.evaluations.items()}
+      if start < exp.total_steps:
+        with ledger.of("compilation"):
+          held = memory - trees.size_in_bytes(state)
+          targets = _targets(exp, start, mesh, stack, parts=parts, memory=held)
+          programs = _compile(exp, state, targets, mesh, parts=parts, memory=memory)
+          for evaluator in evaluators.values():
+            evaluator.compile(state.params, _report_program("eval", exp))
+            watchdog.beat()
+        _evaluate_again(run, state, evaluators, workdir)
+    if start < exp.total_steps:
+      ledger.steps_begin()
+      state = _loop(run, state, schedule, targets, programs, evaluators)
+    with stop.interruptible(), ledger.of("evaluation"):
+      _final_evaluation(exp, state, evaluators, writer, workdir)
+    ledger.write(int(state.step))
+  return workdir
+
+
+def _say_costs(exp: experiment.Experiment) -> None:
   _note(
     f"{exp.name}: {exp.total_steps} steps of {exp.batch_size} ({exp.total_steps / exp.steps_per_epoch:.1f} epochs)"
   )
   for line in _costs(exp):
     _note(line)
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
-  mesh = sharding.make_mesh()
-  parts, memory = _parts(exp, mesh)
-  with contextlib.ExitStack() as stack:
-    checkpoints = stack.enter_context(
-      contextlib.closing(Checkpoints(workdir / "checkpoints", keep=exp.keep))
-    )
-    state, schedule, batches = _start_or_resume(exp, checkpoints, mesh)
-    stack.enter_context(batches)
-    start = int(state.step)
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    (workdir / "parameters.txt").write_text(overview + "\n")
-    writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start))
-    evaluators = {name: e.make(exp.model, mesh) for name, e in exp.evaluations.items()}
-    if start < exp.total_steps:
-      held = memory - trees.size_in_bytes(state)
-      targets = _targets(exp, start, mesh, stack, parts=parts, memory=held)
-      programs = _compile(exp, state, targets, mesh, parts=parts, memory=memory)
-      for evaluator in evaluators.values():
-        evaluator.compile(state.params, _report_program("eval", exp))
-      state = _loop(
-        exp, state, schedule, targets, batches, programs, evaluators, checkpoints, writer, mesh
-      )
-    _final_evaluation(exp, state, evaluators, writer, workdir)
-  return workdir
 
 
 def _start_or_resume(
-  exp: experiment.Experiment, checkpoints: Checkpoints, mesh: Any
+  exp: experiment.Experiment,
+  checkpoints: Checkpoints,
+  latest: int | None,
+  ledger: Ledger,
+  mesh: Any,
 ) -> tuple[steps.TrainState, patch_schedule.State, Any]:
-  """Returns the initial state or the newest checkpoint's, that of the schedule of sizes, and the batches from there."""
+  """Returns the initial state or that of a checkpoint, that of the schedule of sizes, and the batches from there."""
   state = _init(exp, mesh)
-  latest = checkpoints.latest_step()
   if latest is None:
     return state, patch_schedule.init_state(exp.flexi), exp.batches(0)
-  rest = _rest(state)
-  params, rest, record = checkpoints.restore(latest, state.params, rest)
+  params, rest, record = checkpoints.restore(latest, state.params, _rest(state))
   _check_frozen(exp, record.get("frozen", {}), checkpoints.folder / str(latest))
   batches = exp.batches(0)
   batches.set_state(record["data"])
-  epoch = latest / exp.steps_per_epoch
+  epoch, seen = latest / exp.steps_per_epoch, record["data"]["step"] * exp.batch_size
   _note(
-    f"resumed from {checkpoints.folder / str(latest)}: step {latest}/{exp.total_steps}, epoch {epoch:.2f}"
+    f"resumed from {checkpoints.folder / str(latest)}: step {latest}/{exp.total_steps}, epoch {epoch:.2f},"
+    f" {seen} images seen; {ledger.lost:.0f} s of work lost"
   )
   return steps.TrainState(params=params, **rest), record.get("schedule", {}), batches
+
+
+def _evaluate_again(
+  run: Run, state: steps.TrainState, evaluators: dict[str, Any], workdir: pathlib.Path
+) -> None:
+  """Runs the evaluations that were due at the step that a run goes on from, and did not end."""
+  step = int(state.step)
+  rows = [row for row in metrics.read_rows(workdir / "metrics.jsonl") if row["step"] == step]
+  for name, evaluation in run.exp.evaluations.items():
+    done = any(key.startswith(f"{name}/") for row in rows for key in row)
+    if step and step % evaluation.every == 0 and not done:
+      with run.ledger.of("evaluation"):
+        _note_rows(name, step, evaluators[name].run(state.params), run.writer)
 
 
 def _rest(state: steps.TrainState) -> dict[str, Any]:
@@ -192,6 +257,9 @@ def _compile(
     model=exp.model,
     objective=exp.objective,
     tx=exp.optimizer.tx,
+    skip_above=exp.skip_above,
+    batches_of=exp.batches_of,
+    update_scale=exp.update_scale,
     report=report,
     **fit,
   )
@@ -206,80 +274,137 @@ def _run_constants(exp: experiment.Experiment, mesh: Any) -> dict[str, jax.Array
 
 
 def _loop(
-  exp: experiment.Experiment,
+  run: Run,
   state: steps.TrainState,
   schedule: patch_schedule.State,
   targets: teaching.Targets | None,
-  batches: Any,
   programs: step_programs.StepPrograms,
   evaluators: dict[str, Any],
-  checkpoints: Checkpoints,
-  writer: metrics.MetricsWriter,
-  mesh: Any,
 ) -> steps.TrainState:
   """Runs every step that is left. The device is asked for numbers only every `log_every` steps."""
-  start = int(state.step)
+  exp, start = run.exp, int(state.step)
   progress = metrics.Progress(
     total_steps=exp.total_steps, batch_size=exp.batch_size, start_step=start
   )
-  pending: list[tuple[int, dict, dict]] = []
-  constants = _run_constants(exp, mesh)
-  for step in range(start + 1, exp.total_steps + 1):
-    asked = time.perf_counter()
-    batch = next(batches)
-    waited = time.perf_counter() - asked
-    size = patch_schedule.draw(
-      exp.flexi, seed=exp.seed, step=step - 1, total_steps=exp.total_steps, state=schedule
-    )
-    on_device = sharding.put_batch({k: batch[k] for k in exp.objective.inputs}, mesh)
-    if targets is not None:
-      on_device["targets"] = targets(step - 1, batch, state.step)
-    state, measured = programs(size, state, on_device, constants)
-    pending.append((step, size, measured))
-    last = step == exp.total_steps
-    due = [name for name, e in exp.evaluations.items() if step % e.every == 0 and not last]
-    save = step % exp.save_every == 0 or last
-    if step % exp.log_every == 0 or due or save or patch_schedule.is_due(exp.flexi, step):
-      skipped = {"data_errors": len(batches.errors)} if batches.errors else {}
-      for at, drawn, values in _flush(exp, pending, writer, progress.stats() | skipped):
-        schedule = patch_schedule.update(
-          exp.flexi, schedule, step=at, drawn=drawn, loss=float(values["loss"])
-        )
-    progress.update(step, data_wait=waited)
-    with progress.paused():
-      if save:
-        record = _record(exp, step, schedule, batches)
-        checkpoints.save(step, state.params, _rest(state), record)
-      for name in due:
-        _note_rows(name, step, evaluators[name].run(state.params), writer)
+  pending: list[Pending] = []
+  constants = _run_constants(exp, run.mesh)
+  done = saved = start
+  try:
+    for step in range(start + 1, exp.total_steps + 1):
+      asked = time.perf_counter()
+      size = patch_schedule.draw(
+        exp.flexi, seed=exp.seed, step=step - 1, total_steps=exp.total_steps, state=schedule
+      )
+      with run.watchdog.data(), run.ledger.of("data wait"):
+        batch = next_batch(run.batches, exp.batches_of(size), run.stop)
+      waited = time.perf_counter() - asked
+      on_device = sharding.put_batch({k: batch[k] for k in exp.objective.inputs}, run.mesh)
+      if targets is not None:
+        on_device["targets"] = targets(step - 1, batch, state.step)
+      state, measured = programs(size, state, on_device, constants)
+      done = step
+      pending.append(Pending(step, size, measured, batch.get("_id")))
+      last = step == exp.total_steps
+      due = [name for name, e in exp.evaluations.items() if step % e.every == 0 and not last]
+      save = step % exp.save_every == 0 or last
+      if step % exp.log_every == 0 or due or save or patch_schedule.is_due(exp.flexi, step):
+        schedule = _log(run, pending, schedule, progress)
+      progress.update(step, data_wait=waited)
+      run.watchdog.beat()
+      with progress.paused():
+        if save:
+          _save(run, step, state, schedule)
+          saved = step
+        run.checkpoints.check()
+        for name in due:
+          with run.stop.interruptible(), run.ledger.of("evaluation"):
+            _note_rows(name, step, evaluators[name].run(state.params), run.writer)
+      run.stop.check()
+  except stopping.Stopped as stopped:
+    if done > saved:
+      schedule = _log(run, pending, schedule, progress)
+      _save(run, done, state, schedule)
+    run.checkpoints.wait()
+    run.ledger.write(done)
+    _note(f"{stopped}: stopped after step {done}, which is saved; the same command goes on")
+    raise
   return state
 
 
-def _flush(
-  exp: experiment.Experiment,
-  pending: list[tuple[int, dict, dict]],
-  writer: metrics.MetricsWriter,
-  extra: dict[str, float],
-) -> list[tuple[int, dict, dict]]:
+def next_batch(batches: Any, number: int, stop: stopping.Stop) -> dict[str, np.ndarray]:
+  """The next batches as one; a signal may only come before the first, lest those after it were lost."""
+  with stop.interruptible():
+    first = next(batches)
+  if number == 1:
+    return first
+  several = [first, *(next(batches) for _ in range(number - 1))]
+  return {key: np.concatenate([batch[key] for batch in several]) for key in first}
+
+
+class Pending(NamedTuple):
+  """A step whose numbers are still on the device, and the ids of its examples."""
+
+  step: int
+  size: dict[str, Any]
+  measured: dict[str, Any]
+  ids: np.ndarray | None
+
+
+def _log(
+  run: Run, pending: list[Pending], schedule: patch_schedule.State, progress: metrics.Progress
+) -> patch_schedule.State:
+  """Writes what is pending; returns the state of the schedule of sizes after it."""
+  skipped = {"data_errors": len(run.batches.errors)} if run.batches.errors else {}
+  for at, drawn, values, _ in _flush(run, pending, progress.stats() | skipped):
+    schedule = patch_schedule.update(
+      run.exp.flexi, schedule, step=at, drawn=drawn, loss=float(values["loss"])
+    )
+  return schedule
+
+
+def _save(run: Run, step: int, state: steps.TrainState, schedule: patch_schedule.State) -> None:
+  with run.ledger.of("checkpoints"):
+    record = _record(run.exp, step, schedule, run.batches)
+    run.checkpoints.save(step, state.params, _rest(state), record)
+  run.ledger.saved(step)
+  run.ledger.write(step)
+
+
+def _flush(run: Run, pending: list[Pending], extra: dict[str, float]) -> list[Pending]:
   """Writes one row for each step since the last time, and returns them; stops the run at the first not finite."""
-  rows, pending[:] = jax.device_get(pending), []
-  for step, size, measured in rows:
+  exp = run.exp
+  numbers = jax.device_get([p.measured for p in pending])
+  rows = [p._replace(measured=n) for p, n in zip(pending, numbers, strict=True)]
+  pending.clear()
+  for step, size, measured, ids in rows:
     values: dict[str, Any] = {k: size_text(v) for k, v in size.items()}
     values |= {**measured, "epoch": step / exp.steps_per_epoch}
     values |= {
       f"schedule/{k}" if k != ".*" else "schedule": f(step - 1)
       for k, f in exp.optimizer.schedules.items()
     }
-    if step == rows[-1][0]:
+    if step == rows[-1].step:
       values |= {k: v for k, v in extra.items() if k != "eta_s"}
-    writer.write(step, values)
-    # Each of the three: a checkpoint of this step must not hold what the next one would stumble over.
-    bad = [f"{name} is {value}" for name, value in measured.items() if not np.isfinite(value)]
+    run.writer.write(step, values)
+    # Each of the three: a checkpoint of this step must not hold what the next one would stumble over. A step that was
+    # skipped holds nothing of it.
+    skipped = bool(measured.get("skipped"))
+    run.skips[0] = run.skips[0] + 1 if skipped else 0
+    checked = {"param_norm": measured["param_norm"]} if skipped else measured
+    bad = [f"{name} is {value}" for name, value in checked.items() if not np.isfinite(value)]
+    if run.skips[0] >= exp.skip_limit:
+      bad.append(
+        f"{exp.skip_limit} steps in a row are skipped, the gradient's norm is {measured['grad_norm']:.3g}"
+      )
     if bad:
-      writer.flush()
+      run.writer.flush()
+      run.checkpoints.wait()
+      dump = run_folder.write_bad_step(
+        run.checkpoints.folder.parent, step=step, size=size, measured=measured, ids=ids
+      )
       raise errors.UserError(
         f"At step {step} ({compilation.size_name(size)}) {', '.join(bad)}; stopped. The last"
-        " checkpoint is from before. Lower optim.lr, or set optim.clip."
+        f" checkpoint is from before. `flexivit replay {dump}` looks into the step. Lower optim.lr, or set optim.clip."
       )
   return rows
 
@@ -374,7 +499,12 @@ def _note(message: str) -> None:
 def run(args: argparse.Namespace) -> None:
   """`flexivit train`."""
   compilation.keep_programs()
-  train(config.load(args.config, args.overrides), args.workdir)
+  train(
+    config.load(args.config, args.overrides),
+    args.workdir,
+    resume=args.resume,
+    allow_config_change=args.allow_config_change,
+  )
 
 
 if __name__ == "__main__":
@@ -383,3 +513,5 @@ if __name__ == "__main__":
     run(arguments.parse(["train", *sys.argv[1:]]))
   except errors.UserError as e:
     sys.exit(f"flexivit: error: {e}")
+  except stopping.Stopped:
+    sys.exit(stopping.STOPPED)

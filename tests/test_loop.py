@@ -18,9 +18,11 @@ from flexivit_jax import (
   sharding,
   step_programs,
   steps,
+  stopping,
   train,
 )
 from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.ledger import Ledger
 
 CONFIG = dict(
   name="loop",
@@ -76,6 +78,9 @@ class Unsaved(Checkpoints):
   def __init__(self):
     pass
 
+  def check(self):
+    pass
+
   def save(self, *_):
     pass
 
@@ -91,7 +96,11 @@ def run_loop(tmp_path, inside=contextlib.nullcontext):
   with metrics.MetricsWriter(tmp_path, restored_step=0) as writer, inside():
     begin = time.process_time()
     schedule = patch_schedule.init_state(exp.flexi)
-    train._loop(exp, state, schedule, None, Data(exp), made, {}, Unsaved(), writer, mesh)
+    ledger = Ledger(tmp_path / "ledger.json", time.perf_counter(), 0)
+    watchdog = stopping.Watchdog(60.0, print)
+    run = train.Run(exp, mesh, Unsaved(), Data(exp), writer, ledger, stopping.Stop(), watchdog, [0])
+    train._loop(run, state, schedule, None, made, {})
+    watchdog.close()
     return time.process_time() - begin, seen
 
 
@@ -125,11 +134,11 @@ def test_the_device_is_asked_for_nothing_between_two_logs(tmp_path, monkeypatch)
 
   written = []
 
-  def flushing(exp, pending, *args):
+  def flushing(run, pending, *args):
     written.append(len(pending))
     monkeypatch.setattr(array, "_value", value)
     try:
-      return flush(exp, pending, *args)
+      return flush(run, pending, *args)
     finally:
       monkeypatch.setattr(array, "_value", property(reading))
 

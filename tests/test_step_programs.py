@@ -14,6 +14,7 @@ from flexivit_jax import (
   sharding,
   step_programs,
   steps,
+  token_budget,
   train,
   trees,
 )
@@ -163,6 +164,59 @@ def test_a_run_that_accumulates_by_itself_is_the_run(tmp_path, capsys):
   assert losses["device"] == losses["one"]
 
 
+# --- budgets of tokens ---
+
+
+@pytest.mark.parametrize(
+  ("tokens", "batches"), [(900, 1), (451, 1), (450, 2), (225, 4), (100, 8), (25, 8)]
+)
+def test_batches_are_in_proportion_to_one_over_the_tokens(tokens, batches):
+  budget = token_budget.make(most=8)
+  assert budget.batches(tokens, 900) == batches
+  assert budget.update_scale(batches) == pytest.approx(batches**0.5)
+  assert token_budget.make(lr_power=1).update_scale(3) == 3
+
+
+def test_a_step_of_two_batches_is_that_of_one_of_twice_the_images(given):
+  state, batch, run, mesh, fixed = given
+  size = {"seqhw": 2}
+  programs = step_programs.compile_steps(
+    [size], state, batch, run, mesh, **fixed, batches_of=lambda _: 2, update_scale=lambda _: 3.0
+  )
+  twice = jax.tree.map(lambda x: jax.numpy.concatenate([x, x[::-1]]), batch)
+  found, _ = programs(size, jax.tree.map(jax.numpy.copy, state), twice, run)
+  plain, _ = jax.jit(lambda s, b: steps.step(s, b, **run, **fixed, **size))(state, twice)
+  wanted = jax.tree.map(lambda old, new: old + 3 * (new - old), state.params, plain.params)
+  close(jax.device_get(found.params), jax.device_get(wanted))
+
+
+def test_a_run_with_a_budget_reads_as_many_images_and_resumes(tmp_path, train_until):
+  config = {
+    **copy.deepcopy(CONFIG),
+    "token_budget": dict(most=4),
+    "checkpoint": dict(every_steps=2),
+  }
+  exp = experiment.build(**config)
+  assert [exp.batches_of({"seqhw": n}) for n in (8, 2)] == [1, 4]
+  assert exp.steps_per_epoch == pytest.approx(32 / (16 * 2.5))
+  run = train.train(config, tmp_path / "whole")
+  rows = train.metrics.read_rows(run / "metrics.jsonl")
+  _, _, record = saved(exp, run)
+  assert record["data"]["step"] == sum(1 if row["seqhw"] == 8 else 4 for row in rows)
+  train_until(config, tmp_path / "cut", 2)
+  again = train.metrics.read_rows(train.train(config, tmp_path / "cut") / "metrics.jsonl")
+  assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+
+
+def saved(exp, run):
+  checkpoints = train.Checkpoints(run / "checkpoints", keep=None)
+  state = train._init(exp, sharding.make_mesh())
+  try:
+    return checkpoints.restore(checkpoints.latest_step(), state.params, train._rest(state))
+  finally:
+    checkpoints.close()
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -171,6 +225,8 @@ def test_a_run_that_accumulates_by_itself_is_the_run(tmp_path, capsys):
     (dict(accumulate="auto", memory_gib=-1.0), "expected more than 0"),
     (dict(accumulate="all"), "got accumulate='all'|Got accumulate='all'"),
     (dict(accumulate=3), "expected a divisor of batch_size"),
+    (dict(token_budget=dict(most=0)), "expected at least 1"),
+    (dict(token_budget=dict(mots=2)), "Did you mean 'token_budget.most'"),
   ],
 )
 def test_what_cannot_be_accumulated_is_refused(changes, message):

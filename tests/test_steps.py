@@ -58,6 +58,24 @@ def assert_close(a, b, atol):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
+@pytest.mark.parametrize("spoil", [1e30, np.nan, np.inf])
+def test_an_update_that_is_skipped_changes_no_bit(spoil):
+  tx = optax.adam(0.1)
+  state, _ = compiled(tx=tx)
+  grads = jax.tree.map(jnp.ones_like, state.params)
+  update = jax.jit(functools.partial(steps.update, objective=supervised(), tx=tx, skip_above=100.0))
+  state, measured = update(state, jnp.float32(1.0), grads)  # of a norm below 100
+  assert measured["skipped"] == 0
+  bad = {**grads, "head": jax.tree.map(lambda g: g * spoil, grads["head"])}
+  new, measured = update(state, jnp.float32(1.0), bad)
+  assert measured["skipped"] == 1 and new.step == state.step + 1
+  assert np.isfinite(measured["param_norm"])
+  for a, b in zip(jax.tree.leaves(new[1:]), jax.tree.leaves(state[1:]), strict=True):
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+  _, measured = update(state, jnp.float32(np.nan), grads)
+  assert measured["skipped"] == 1
+
+
 def test_step_is_gradient_descent_on_the_mean_loss():
   tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2))
   state, step = compiled(tx=tx)

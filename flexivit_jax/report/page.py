@@ -87,6 +87,7 @@ def _describe(facts: Mapping[str, str]) -> str:
   parts += [facts["device"]] if "device" in facts else []
   parts += [f"jax {facts['jax']}"] if "jax" in facts else []
   parts += [facts["command"]] if "command" in facts else []
+  parts += [facts["time"]] if "time" in facts else []
   return " · ".join(part for part in parts if part)
 
 

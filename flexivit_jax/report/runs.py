@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flexivit_jax import ledger
 from flexivit_jax.errors import UserError
 
 Size = int | str  # tokens or pixels of a side; "HxW" where the sides differ
@@ -122,6 +123,8 @@ def read(path: Path) -> Run:
     only = "" if depth is None else f" and depth {depth}"
     raise UserError(f"{file}: patch {patch} at seqhw {seqhw}{only} has more than one row.")
   facts = {key: str(data[key]) for key in FACTS if data.get(key) is not None}
+  if spent := ledger.shares(file.parent / "ledger.json"):
+    facts["time"] = ledger.text(spent)
   return Run(name, tuple(rows), _trained(data, file), facts)
 
 

@@ -1,0 +1,138 @@
+"""The folder of a run: one process at a time, and the config of each start, which must be that of the run."""
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import filelock
+import numpy as np
+
+from flexivit_jax import errors
+
+# What makes a run what it is: another value would be another run under the same name. Of these, some keys are free.
+IDENTITY = ("model", "input", "flexi", "objective", "optim", "seed", "init", "init_head_bias")
+FREE = ("input.threads", "input.workers", "input.prefetch", "input.keep_mb", "input.data.data_dir")
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the folder for this process; it is free again when the process ends, however it does.
+
+  Raises:
+    UserError: another process has it, which is named; or nothing can be written there.
+  """
+  holder = workdir / "holder.json"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(workdir / ".lock", timeout=0)
+    lock.acquire()
+  except filelock.Timeout as e:
+    raise errors.UserError(
+      f"{workdir} is in use by {_holder(holder)}; wait for it, stop it, or give another --workdir."
+    ) from e
+  except OSError as e:
+    raise errors.UserError(
+      f"{workdir} cannot be written to: {e.strerror}; give another --workdir."
+    ) from e
+  try:
+    began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    about = {"pid": os.getpid(), "host": socket.gethostname(), "since": began}
+    holder.write_text(json.dumps(about) + "\n")
+    yield
+  finally:
+    with contextlib.suppress(OSError):
+      holder.unlink()
+    lock.release()
+
+
+def _holder(file: pathlib.Path) -> str:
+  try:
+    found = json.loads(file.read_text())
+    return f"process {found['pid']} on {found['host']} since {found['since']}"
+  except (OSError, ValueError, KeyError):
+    return "another process"
+
+
+def keep_config(
+  workdir: pathlib.Path,
+  settings: Mapping[str, Any],
+  *,
+  begun: bool,
+  allow_change: bool,
+  note: Callable[[str], None],
+) -> None:
+  """Writes config.json, and for each start that differs from the one before config.NNN.json.
+
+  Args:
+    workdir: of the run.
+    settings: the config of this start.
+    begun: whether there is a checkpoint: until then a config may become another.
+    allow_change: of what makes a run what it is, too.
+    note: is told what has changed, a line each.
+
+  Raises:
+    UserError: what makes the run what it is has changed.
+  """
+  file, text = workdir / "config.json", json.dumps(settings, indent=2, default=str) + "\n"
+  kept = sorted(workdir.glob("config.[0-9][0-9][0-9].json"))
+  if file.exists():
+    lines = diff(json.loads(file.read_text()), json.loads(text))
+    if not lines and kept:
+      return
+    for key, line in lines.items():
+      note(f"config: {line}" if begun else f"config, before anything was saved: {line}")
+      if begun and not allow_change and is_identity(key):
+        raise errors.UserError(
+          f"The config differs from that of the run in {workdir}: {'; '.join(lines.values())}. {key} makes it another"
+          " run: give another --workdir, or --allow_config_change to go on all the same."
+        )
+  number = 1 + max((int(p.suffixes[-2][1:]) for p in kept), default=0)
+  (workdir / f"config.{number:03d}.json").write_text(text)
+  file.write_text(text)
+
+
+def write_bad_step(
+  workdir: pathlib.Path,
+  *,
+  step: int,
+  size: Mapping[str, Any],
+  measured: Mapping[str, Any],
+  ids: Any,
+) -> pathlib.Path:
+  """Writes bad_step.json: what `flexivit replay` needs to look into a step that was not finite. Returns its path."""
+  file = workdir / "bad_step.json"
+  # Numbers that JSON has not are words there.
+  numbers = {k: float(v) if np.isfinite(v) else str(v) for k, v in measured.items()}
+  found = {"step": step, "size": dict(size), "measured": numbers}
+  file.write_text(
+    json.dumps(found | {"ids": None if ids is None else np.asarray(ids).tolist()}) + "\n"
+  )
+  return file
+
+
+def is_identity(key: str) -> bool:
+  """Whether a run with another value under this key is another run."""
+  return key.partition(".")[0] in IDENTITY and not key.startswith(FREE)
+
+
+def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+  """Returns for each key, "a.b.c", that differs a line that says how."""
+  a, b = _flat(old), _flat(new)
+  changed = {k: (a.get(k, "absent"), b.get(k, "absent")) for k in {**a, **b}}
+  return {k: f"{k}: {x!r} -> {y!r}" for k, (x, y) in changed.items() if x != y}
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  out: dict[str, Any] = {}
+  for key, value in section.items():
+    name = f"{prefix}{key}"
+    if isinstance(value, Mapping):
+      out |= _flat(value, f"{name}.")
+    elif value is not None:  # as absent
+      out[name] = value
+  return out

@@ -1,0 +1,128 @@
+"""Signals and hangs: a run that is told to stop saves first, and one that stands still says where.
+
+SIGTERM or SIGINT: the step in hand is finished and saved, and the process ends with `STOPPED`; the same command goes on
+from there. While nothing is in hand, at start-up, in compilation, in an evaluation, while data is awaited, it ends at
+once. A second signal ends it whatever it does.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+HUNG = 70  # EX_SOFTWARE
+DATA_NOTE_S = 10.0
+
+
+class Stopped(BaseException):
+  """A signal has asked the run to end; no error."""
+
+
+class Stop:
+  """Whether a signal has come; see `catch`."""
+
+  def __init__(self) -> None:
+    self.signal: str | None = None
+    self._at_once = 0
+
+  def check(self) -> None:
+    """Raises `Stopped` if a signal has come."""
+    if self.signal:
+      raise Stopped(self.signal)
+
+  @contextlib.contextmanager
+  def interruptible(self) -> Iterator[None]:
+    """What runs inside may be left at any place: a signal raises `Stopped` there, at once."""
+    self._at_once += 1
+    try:
+      self.check()
+      yield
+    finally:
+      self._at_once -= 1
+
+  def _handle(self, number: int, frame: Any) -> None:
+    del frame
+    name = signal.Signals(number).name
+    if self.signal:
+      os.write(2, f"second signal, {name}: ended at once\n".encode())
+      os._exit(128 + number)
+    self.signal = name
+    if self._at_once:
+      raise Stopped(name)
+
+
+@contextlib.contextmanager
+def catch() -> Iterator[Stop]:
+  """Handles SIGTERM and SIGINT while it lasts; elsewhere than in the main thread Python has no signals to handle."""
+  stop = Stop()
+  if threading.current_thread() is not threading.main_thread():
+    yield stop
+    return
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = [signal.signal(number, stop._handle) for number in numbers]
+  try:
+    yield stop
+  finally:
+    for number, handler in zip(numbers, before, strict=True):
+      signal.signal(number, handler)
+
+
+class Watchdog:
+  """A thread that notices when nothing goes on.
+
+  Args:
+    limit: seconds without `beat` after which the stacks of all threads go to standard error and the process ends with
+      `HUNG`; None: never.
+    note: is told that data is awaited, once each time.
+  """
+
+  def __init__(self, limit: float | None, note: Callable[[str], None]):
+    self._limit, self._note = limit, note
+    self._beat, self._waiting = time.monotonic(), False
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+    self._thread.start()
+
+  def beat(self) -> None:
+    """Says that something was done."""
+    self._beat = time.monotonic()
+
+  @contextlib.contextmanager
+  def data(self) -> Iterator[None]:
+    """Data is awaited inside."""
+    self.beat()
+    self._waiting = True
+    try:
+      yield
+    finally:
+      self._waiting = False
+      self.beat()
+
+  def close(self) -> None:
+    """Ends the thread."""
+    self._ended.set()
+    self._thread.join()
+
+  def _watch(self) -> None:
+    told = -1.0
+    while not self._ended.wait(0.25):
+      began, idle = self._beat, time.monotonic() - self._beat
+      if self._waiting and idle > DATA_NOTE_S and told != began:
+        told = began
+        self._note(f"waiting for data for {idle:.0f} s")
+      if self._limit is not None and idle > self._limit:
+        what = "waiting for data" if self._waiting else "in a step, a compilation or an evaluation"
+        print(
+          f"flexivit: error: nothing has gone on for {idle:.0f} s ({what}), more than hang_after={self._limit:g}; the"
+          " stacks of all threads follow. The same command goes on from the last checkpoint.",
+          file=sys.stderr,
+          flush=True,
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(HUNG)

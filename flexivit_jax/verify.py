@@ -1,0 +1,78 @@
+"""`flexivit verify PATH`: is everything still what was written? Checkpoints, exports and files with weights."""
+
+import argparse
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from flexivit_jax import artifact, errors, weights
+from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.weights import folders, onnx_folder
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints a line for each thing checked; a UserError if anything is damaged, after all were looked at."""
+  wrong = []
+  for name, problem in verify(args.path):
+    print(f"{name}: {problem or 'as it was written'}", flush=True)
+    if problem:
+      wrong.append(name)
+  if wrong:
+    raise errors.UserError(f"Damaged: {', '.join(wrong)}.")
+
+
+def verify(path: pathlib.Path) -> list[tuple[str, str | None]]:
+  """Returns (what, what is wrong with it or None) of all that a path holds.
+
+  Args:
+    path: a run, its checkpoints or one of them; an export; a file or folder that `weights.load` reads.
+
+  Raises:
+    UserError: nothing of these.
+  """
+  if not path.exists():
+    raise errors.UserError(f"{path} does not exist.")
+  steps = _checkpoints(path)
+  if steps:
+    return steps
+  if path.is_dir() and (path / onnx_folder.RECORD).is_file():
+    return [(str(path), _problem(lambda: _check_export(path)))]
+  if path.suffix == ".zip":
+    return [(str(path), _problem(lambda: artifact.load_artifact(path)))]
+  return [(str(path), _problem(lambda: weights.load(path)))]
+
+
+def _checkpoints(path: pathlib.Path) -> list[tuple[str, str | None]]:
+  for folder in (path / "checkpoints", path, path.parent):
+    only = int(path.name) if folder == path.parent and path.name.isdigit() else None
+    steps = sorted(int(p.name) for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit())
+    if steps and (folder.name == "checkpoints" or only is not None):
+      checkpoints = Checkpoints(folder, keep=None)
+      try:
+        return [
+          (str(folder / str(step)), _problem(functools.partial(checkpoints.verify, step)))
+          for step in steps
+          if only in (None, step)
+        ]
+      finally:
+        checkpoints.close()
+  return []
+
+
+def _check_export(folder: pathlib.Path) -> None:
+  """Compares the sha256 of each file that the record of an ONNX export or a SavedModel names."""
+  try:
+    digests = dict(json.loads((folder / onnx_folder.RECORD).read_text())["sha256"])
+  except (OSError, LookupError, TypeError, ValueError) as e:
+    raise errors.UserError(f"{folder / onnx_folder.RECORD} cannot be read: {e!r}") from e
+  folders.check(folder, digests, digests)
+
+
+def _problem(check: Callable[[], Any]) -> str | None:
+  try:
+    check()
+  except (errors.UserError, ValueError, OSError) as e:
+    return str(e)
+  return None

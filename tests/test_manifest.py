@@ -1,0 +1,173 @@
+"""Every flipped bit, truncation and deletion in a checkpoint is found, and named, before anything is used."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexivit_jax import checkpoint, manifest
+from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.errors import UserError
+
+
+def state(seed):
+  rng = np.random.default_rng(seed)
+  params = {"a": jnp.asarray(rng.normal(size=(64, 33)), jnp.float32), "b": {"c": jnp.ones(5)}}
+  rest = {"step": jnp.int32(seed), "mu": jnp.asarray(rng.normal(size=(64, 33)), jnp.bfloat16)}
+  return params, rest
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A folder with the steps 1, 2 and 3."""
+  folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+  checkpoints = Checkpoints(folder, keep=None)
+  for step in (1, 2, 3):
+    checkpoints.save(step, *state(step), {"step": step})
+  checkpoints.close()
+  return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+  shutil.copytree(saved, tmp_path / "copy")
+  return tmp_path / "copy"
+
+
+def files(folder, step=3):
+  """Of a step, but for Orbax's own notes on the save, which we do not read."""
+  found = (folder / str(step)).rglob("*")
+  notes = ("_CHECKPOINT_METADATA", "commit_success.txt")
+  return sorted(p for p in found if p.is_file() and p.name not in notes)
+
+
+def restored(folder, resume="latest", note=print):
+  checkpoints = Checkpoints(folder, keep=None)
+  try:
+    step = checkpoints.choose(resume, note)
+    return step, checkpoints.restore(step, *state(0))
+  finally:
+    checkpoints.close()
+
+
+def test_what_is_whole_is_restored(saved):
+  step, (params, rest, record) = restored(saved)
+  assert step == record["step"] == 3
+  for a, b in zip(jax.tree.leaves((params, rest)), jax.tree.leaves(state(3)), strict=True):
+    assert a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def damage(path, kind, rng):
+  content = bytearray(path.read_bytes())
+  if kind == "delete":
+    path.unlink()
+  elif kind == "truncate":
+    path.write_bytes(content[: rng.integers(len(content))])
+  else:
+    bit = rng.integers(8 * len(content))
+    content[bit // 8] ^= 1 << (bit % 8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate", "delete"])
+def test_all_of_many_damages_are_found(copy, kind):
+  """200 of them in all, in files drawn with the probability of their bytes, and in each file once."""
+  rng, checkpoints = np.random.default_rng(0), Checkpoints(copy, keep=None)
+  every = files(copy)
+  sizes = np.array([p.stat().st_size for p in every], float)
+  drawn = list(rng.choice(len(every), size=67 - len(every), p=sizes / sizes.sum()))
+  assert any("ocdbt" in str(p) or "/d/" in str(p) for p in every) and len(every) >= 10
+  for i in (*range(len(every)), *drawn):
+    content = every[i].read_bytes()
+    if not content:
+      continue
+    damage(every[i], kind, rng)
+    with pytest.raises(manifest.Damaged):
+      checkpoints.verify(3)
+    every[i].write_bytes(content)
+  checkpoints.verify(3)
+  checkpoints.close()
+
+
+def test_the_newest_being_damaged_is_an_error_that_names_it_and_the_way_out(copy):
+  path = max(files(copy), key=lambda p: p.stat().st_size)
+  damage(path, "flip", np.random.default_rng(1))
+  with pytest.raises(UserError, match=r"newest checkpoint, step 3.*other bytes.*--resume=latest-v"):
+    restored(copy)
+  passed: list[str] = []
+  step, (params, *_) = restored(copy, "latest-valid", passed.append)
+  assert step == 2 and np.array_equal(params["a"], state(2)[0]["a"])
+  assert len(passed) == 1 and path.name in passed[0]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(copy):
+  for step in (1, 2, 3):
+    (copy / str(step) / "manifest" / manifest.NAME).unlink()
+  for resume in checkpoint.RESUME:
+    with pytest.raises(UserError, match=r"move the folder away|--resume=latest-valid"):
+      restored(copy, resume)
+
+
+@pytest.mark.parametrize("broken", ["empty", "garbled"])
+def test_an_empty_step_and_a_garbled_one_are_not_chosen(copy, broken):
+  if broken == "empty":
+    shutil.rmtree(copy / "3")
+    (copy / "3").mkdir()
+  else:
+    for path in (copy / "3").rglob("_METADATA"):
+      path.write_text("{")
+  with pytest.raises(UserError, match="step 3"):
+    restored(copy)
+  assert restored(copy, "latest-valid", lambda _: None)[0] == 2
+
+
+def test_a_file_that_was_not_there_is_found(copy):
+  (copy / "3" / "params" / "extra").write_text("x")
+  with pytest.raises(UserError, match="params/extra was not there when it was written"):
+    restored(copy)
+
+
+def test_a_checkpoint_may_be_copied_elsewhere(copy):
+  assert restored(copy)[0] == 3
+
+
+def test_arrays_that_are_not_what_was_written_are_named(copy, monkeypatch):
+  """Whatever made them so: here, a manifest of other arrays."""
+  found = manifest.read(copy / "3" / manifest.FOLDER)
+  wrong = found._replace(arrays={**found.arrays, "params": found.arrays["params"] | {"b/c": 1}})
+  monkeypatch.setattr(Checkpoints, "verify", lambda self, step: wrong)
+  with pytest.raises(UserError, match=r"params b/c \(1\) are not what was written"):
+    restored(copy)
+
+
+def test_nothing_is_cast_and_no_shape_is_changed(saved):
+  params, rest = state(0)
+  checkpoints = Checkpoints(saved, keep=None)
+  for like, message in (
+    ((params, rest | {"mu": rest["mu"].astype(jnp.float32)}), r"mu: expected float32.*bfloat16"),
+    (({**params, "a": params["a"].astype(jnp.bfloat16)}, rest), r"a: expected bfloat16"),
+    (({**params, "a": params["a"][:12]}, rest), r"a: expected float32\[12,33\], got .*64,33"),
+    (({"a": params["a"]}, rest), r"b/c"),
+  ):
+    with pytest.raises(UserError, match=message):
+      checkpoints.restore(3, *like)
+  checkpoints.close()
+
+
+def test_a_failing_save_is_told_at_the_next_check(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=None)
+  checkpoints.save(1, *state(1), {})
+  checkpoints.wait()
+  monkeypatch.setattr(manifest, "write", full)
+  checkpoints.save(2, *state(2), {})
+  with pytest.raises(UserError, match=r"checkpoints: .*No space left.*run the same command again"):
+    for _ in range(500):
+      checkpoints.check()
+      checkpoints.wait()
+  monkeypatch.undo()
+  assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == 1

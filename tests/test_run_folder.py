@@ -1,0 +1,101 @@
+"""One process a folder; a config that would make another run of it is refused and shown."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flexivit_jax import run_folder
+from flexivit_jax.errors import UserError
+
+HOLD = """
+import pathlib, sys, time
+from flexivit_jax import run_folder
+with run_folder.locked(pathlib.Path(sys.argv[1])):
+  print("held", flush=True)
+  time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_by_name_until_the_first_is_gone(tmp_path):
+  with subprocess.Popen(
+    [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+  ) as process:
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    with (
+      pytest.raises(UserError, match=rf"in use by process {process.pid} on .* since 20"),
+      run_folder.locked(tmp_path),
+    ):
+      pass
+    process.kill()  # leaves its files behind, which hold nobody back
+  with run_folder.locked(tmp_path):
+    assert json.loads((tmp_path / "holder.json").read_text())["pid"] == os.getpid()
+  assert not (tmp_path / "holder.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path):
+  (tmp_path / "file").write_text("")
+  begun = time.monotonic()
+  with (
+    pytest.raises(UserError, match=r"cannot be written to: .*give another --workdir"),
+    run_folder.locked(tmp_path / "file" / "run"),
+  ):
+    pass
+  assert time.monotonic() - begun < 5
+
+
+OLD = {"model": {"width": 8}, "input": {"threads": 1, "batch_size": 4}, "log_every": 5}
+
+
+def kept(tmp_path, settings, begun=True, allow=False):
+  said: list[str] = []
+  run_folder.keep_config(tmp_path, settings, begun=begun, allow_change=allow, note=said.append)
+  return said
+
+
+def names(tmp_path):
+  return sorted(p.name for p in tmp_path.glob("config*"))
+
+
+def test_each_start_with_another_config_keeps_its_own(tmp_path):
+  assert kept(tmp_path, OLD) == [] and names(tmp_path) == ["config.001.json", "config.json"]
+  assert kept(tmp_path, OLD) == [] and names(tmp_path) == ["config.001.json", "config.json"]
+  other = {**OLD, "log_every": 9, "input": {"threads": 8, "batch_size": 4}}
+  said = kept(tmp_path, other)
+  assert said == ["config: input.threads: 1 -> 8", "config: log_every: 5 -> 9"]
+  assert names(tmp_path) == ["config.001.json", "config.002.json", "config.json"]
+  assert json.loads((tmp_path / "config.001.json").read_text()) == OLD
+  assert json.loads((tmp_path / "config.json").read_text()) == other
+
+
+@pytest.mark.parametrize(
+  ("section", "value", "line"),
+  [
+    ("model", {"width": 9}, "model.width: 8 -> 9"),
+    ("input", {"threads": 1, "batch_size": 8}, "input.batch_size: 4 -> 8"),
+    ("flexi", {"seqhw": {"v": [2]}}, r"flexi.seqhw.v: 'absent' -> \[2\]"),
+    ("seed", 3, "seed: 'absent' -> 3"),
+  ],
+)
+def test_what_makes_it_another_run_is_refused_unless_allowed(tmp_path, section, value, line):
+  kept(tmp_path, OLD)
+  with pytest.raises(UserError, match=rf"{line}.*makes it another run.*--allow_config_change"):
+    kept(tmp_path, {**OLD, section: value})
+  assert json.loads((tmp_path / "config.json").read_text()) == OLD
+  assert len(kept(tmp_path, {**OLD, section: value}, allow=True)) == 1
+  assert json.loads((tmp_path / "config.json").read_text()) != OLD
+
+
+def test_before_anything_is_saved_a_config_may_become_another(tmp_path):
+  kept(tmp_path, OLD)
+  said = kept(tmp_path, {**OLD, "model": {"width": 9}}, begun=False)
+  assert said == ["config, before anything was saved: model.width: 8 -> 9"]
+
+
+def test_absent_and_none_are_the_same(tmp_path):
+  kept(tmp_path, OLD)
+  assert kept(tmp_path, {**OLD, "seed": None}) == []

@@ -1,0 +1,205 @@
+"""A signal, wherever it comes, costs nothing: what is done is saved, and the same command ends where it would have."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from flexivit_jax import cli, compilation, experiment, metrics, stopping, train as train_lib
+from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.data.loader import TrainBatches
+from flexivit_jax.evaluators.per_size import PerSize
+
+DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=40)
+PP = "value_range(-1, 1)|onehot(3)|keep('image', 'labels')"
+TIMES = ("step_s", "images_per_s", "data_wait")
+CONFIG = dict(
+  total_steps=12,
+  log_every=4,
+  accumulate=2,
+  input=dict(
+    data=dict(DATA, split="train"),
+    pp=f"decode|flip_lr|randaug(2, 10)|{PP}",
+    batch_size=8,  # five steps an epoch
+    threads=0,
+  ),
+  model=dict(variant="mu", patch_size=(4, 4), posemb_size=(3, 3), dropout=0.1),
+  flexi=dict(seqhw=dict(v=(2, 3))),
+  objective=dict(name="self_distill", ema=0.9, mixup_p=0.5, size=dict(seqhw=3)),
+  optim=dict(lr=1e-2, wd=1e-3, clip=1.0, schedule=dict(warmup_steps=2)),
+  evals=dict(
+    test=dict(
+      data=dict(DATA, split="test"), pp=PP, batch_size=20, seqhw=(2, 3), every_steps=5, threads=0
+    )
+  ),
+  checkpoint=dict(every_steps=3, keep=None),
+)
+
+
+def terminate():
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def final(workdir):
+  """The bytes of all arrays of the last checkpoint, and all rows but for the times."""
+  exp = experiment.build(**CONFIG)
+  checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
+  state = train_lib._init(exp, train_lib.sharding.make_mesh())
+  restored = checkpoints.restore(12, state.params, train_lib._rest(state))
+  checkpoints.close()
+  arrays = [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(restored[:2]))]
+  rows = metrics.read_rows(workdir / "metrics.jsonl")
+  return arrays, [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """An uninterrupted run, with everything random on."""
+  return final(train_lib.train(CONFIG, tmp_path_factory.mktemp("whole")))
+
+
+@contextlib.contextmanager
+def stopped_after(monkeypatch, step):
+  """A signal comes while this step is made."""
+  draw = train_lib.patch_schedule.draw
+
+  def drawing(flexi, **options):
+    if options["step"] == step - 1:
+      terminate()
+    return draw(flexi, **options)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train_lib.patch_schedule, "draw", drawing)
+    yield
+
+
+def check_resumed(whole, workdir):
+  train_lib.train(CONFIG, workdir)
+  arrays, rows = final(workdir)
+  assert arrays == whole[0]
+  assert rows == whole[1]
+
+
+@pytest.mark.parametrize(
+  "step", [5, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 12) if k != 5)]
+)
+def test_a_step_in_hand_is_finished_and_saved(whole, tmp_path, monkeypatch, capsys, step):
+  with stopped_after(monkeypatch, step), pytest.raises(stopping.Stopped, match="SIGTERM"):
+    train_lib.train(CONFIG, tmp_path)
+  assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == step
+  assert f"stopped after step {step}, which is saved" in capsys.readouterr().err
+  check_resumed(whole, tmp_path)
+  said = capsys.readouterr().err
+  assert f"step {step}/12, epoch {step / 5:.2f}, {8 * step} images seen; 0 s of work lost" in said
+
+
+def test_an_evaluation_is_left_at_once_and_made_again(whole, tmp_path, monkeypatch):
+  def evaluating(self, params):
+    terminate()
+    time.sleep(60)
+
+  with monkeypatch.context() as patch, pytest.raises(stopping.Stopped):
+    patch.setattr(PerSize, "run", evaluating)
+    begun = time.monotonic()
+    train_lib.train(CONFIG, tmp_path)
+  assert time.monotonic() - begun < 50
+  rows = metrics.read_rows(tmp_path / "metrics.jsonl")
+  assert rows[-1]["step"] == 5 and not any("test/" in key for row in rows for key in row)
+  check_resumed(whole, tmp_path)
+
+
+def test_a_wait_for_data_is_left_at_once(whole, tmp_path, monkeypatch):
+  following = TrainBatches.__next__
+
+  def waiting(self):
+    if self.get_state()["step"] == 7:
+      terminate()
+      time.sleep(60)
+    return following(self)
+
+  with monkeypatch.context() as patch, pytest.raises(stopping.Stopped):
+    patch.setattr(TrainBatches, "__next__", waiting)
+    train_lib.train(CONFIG, tmp_path)
+  assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == 7
+  check_resumed(whole, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["build", "compile"])
+def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, where):
+  def ending(*args, **kwargs):
+    terminate()
+    time.sleep(60)
+
+  owner, name = {
+    "build": (train_lib, "_say_costs"),
+    "compile": (compilation._Lowered, "compile"),
+  }[where]
+  with pytest.raises(stopping.Stopped):
+    monkeypatch.setattr(owner, name, ending if where == "build" else lambda self: terminate())
+    train_lib.train(CONFIG, tmp_path / "run")
+  assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_the_command_ends_with_75(monkeypatch, capsys, tmp_path):
+  def ending(*_, **__):
+    terminate()
+
+  monkeypatch.setattr(train_lib, "_say_costs", ending)
+  code = cli.main(["train", "--config=configs/digits.py:debug", f"--workdir={tmp_path / 'run'}"])
+  assert code == stopping.STOPPED == 75
+  assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
+
+
+SECOND = """
+import os, signal, time
+from flexivit_jax import stopping
+with stopping.catch():
+  for _ in range(2):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+  time.sleep(60)
+"""
+HANG = """
+import time
+from flexivit_jax import stopping
+stopping.DATA_NOTE_S = 0.3
+dog = stopping.Watchdog(1.0, lambda line: print(line, flush=True))
+with dog.data():
+  time.sleep(60)
+"""
+
+
+def python(code, **options):
+  return subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False, **options
+  )
+
+
+def test_a_second_signal_ends_it_at_once():
+  run = python(SECOND)
+  assert run.returncode == 128 + signal.SIGTERM
+  assert run.stderr == "second signal, SIGTERM: ended at once\n"
+
+
+def test_a_run_that_stands_still_says_where_and_ends():
+  run = python(HANG)
+  assert run.returncode == stopping.HUNG
+  assert re.fullmatch(r"waiting for data for \d s\n", run.stdout)
+  assert "nothing has gone on for 1 s (waiting for data), more than hang_after=1" in run.stderr
+  assert 'File "<string>", line 7' in run.stderr  # where it stood
+
+
+def test_the_watchdog_is_quiet_while_something_goes_on():
+  said: list[str] = []
+  dog = stopping.Watchdog(1.0, said.append)
+  for _ in range(8):
+    time.sleep(0.25)
+    dog.beat()
+  dog.close()
+  assert not said
