@@ -73,6 +73,14 @@ def catch() -> Iterator[Stop]:
       signal.signal(number, handler)
 
 
+_LAST = [0.0]  # when something was done last
+
+
+def beat() -> None:
+  """Says that something was done: a step, a program, a batch of an evaluation."""
+  _LAST[0] = time.monotonic()
+
+
 class Watchdog:
   """A thread that notices when nothing goes on.
 
@@ -83,26 +91,22 @@ class Watchdog:
   """
 
   def __init__(self, limit: float | None, note: Callable[[str], None]):
-    self._limit, self._note = limit, note
-    self._beat, self._waiting = time.monotonic(), False
+    self._limit, self._note, self._waiting = limit, note, False
+    beat()
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
     self._thread.start()
 
-  def beat(self) -> None:
-    """Says that something was done."""
-    self._beat = time.monotonic()
-
   @contextlib.contextmanager
   def data(self) -> Iterator[None]:
     """Data is awaited inside."""
-    self.beat()
+    beat()
     self._waiting = True
     try:
       yield
     finally:
       self._waiting = False
-      self.beat()
+      beat()
 
   def close(self) -> None:
     """Ends the thread."""
@@ -112,7 +116,8 @@ class Watchdog:
   def _watch(self) -> None:
     told = -1.0
     while not self._ended.wait(0.25):
-      began, idle = self._beat, time.monotonic() - self._beat
+      began = _LAST[0]
+      idle = time.monotonic() - began
       if self._waiting and idle > DATA_NOTE_S and told != began:
         told = began
         self._note(f"waiting for data for {idle:.0f} s")

@@ -93,9 +93,12 @@ def train(
         contextlib.closing(Checkpoints(workdir / "checkpoints", keep=exp.keep))
       )
       latest = checkpoints.choose(resume, _note)
-      begun_before = latest is not None
       run_folder.keep_config(
-        workdir, settings, begun=begun_before, allow_change=allow_config_change, note=_note
+        workdir,
+        settings,
+        begun=latest is not None,
+        allow_change=allow_config_change,
+        note=_note,
       )
       ledger = Ledger(workdir / "ledger.json", begun, latest or 0)
       state, schedule, batches = _start_or_resume(exp, checkpoints, latest, ledger, mesh)
@@ -113,7 +116,6 @@ def train(
           programs = _compile(exp, state, targets, mesh, parts=parts, memory=memory)
           for evaluator in evaluators.values():
             evaluator.compile(state.params, _report_program("eval", exp))
-            watchdog.beat()
         _evaluate_again(run, state, evaluators, workdir)
     if start < exp.total_steps:
       ledger.steps_begin()
@@ -310,7 +312,7 @@ def _loop(
       if step % exp.log_every == 0 or due or save or patch_schedule.is_due(exp.flexi, step):
         schedule = _log(run, pending, schedule, progress)
       progress.update(step, data_wait=waited)
-      run.watchdog.beat()
+      stopping.beat()
       with progress.paused():
         if save:
           _save(run, step, state, schedule)

@@ -1,6 +1,10 @@
 """Every flipped bit, truncation and deletion in a checkpoint is found, and named, before anything is used."""
 
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -171,3 +175,30 @@ def test_a_failing_save_is_told_at_the_next_check(tmp_path, monkeypatch):
       checkpoints.wait()
   monkeypatch.undo()
   assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == 1
+
+
+FULL = """
+import resource, sys
+from flexivit_jax import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # as a full disk
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_is_full_ends_the_run_at_the_next_step_with_the_reason(tmp_path):
+  arguments = [
+    "train", "--config=configs/digits.py:debug", f"--workdir={tmp_path / 'run'}", "--config.model.width=256",
+    "--config.total_steps=200", "--config.checkpoint.every_steps=2", "--config.flexi.seqhw.v=(2,)",
+    "--config.evals.test.seqhw=(2,)", "--config.evals.test.every_steps=None",
+  ]  # fmt: skip
+  root = pathlib.Path(__file__).parent.parent
+  environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+  run = subprocess.run(
+    [sys.executable, "-c", FULL, *arguments],
+    capture_output=True, text=True, check=False, cwd=root, env=environment,
+  )  # fmt: skip
+  assert run.returncode == 2, run.stderr
+  (said,) = (line for line in run.stderr.splitlines() if line.startswith("flexivit: error"))
+  assert "could not be written to" in said and str(tmp_path / "run" / "checkpoints") in said
+  rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  assert 2 <= len(rows) < 200

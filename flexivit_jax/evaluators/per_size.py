@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from flexivit_jax import compilation, errors, label_maps, metrics, sharding
+from flexivit_jax import compilation, errors, label_maps, metrics, sharding, stopping
 from flexivit_jax.models import flexivit
 
 Size = int | tuple[int, int]
@@ -108,6 +108,7 @@ class PerSize:
     for batch in batches:
       on_device = self._on_device(self._model_inputs(batch))
       yield {key: self._programs[key].run(params, on_device) for key in self.sizes}
+      stopping.beat()
 
   def costs(self, params: Any, repeats: int = 5) -> list[dict[str, Any]]:
     """Returns for each size {"patch", "tokens", "gflops", "ms"}; call after `compile` or `run`.
