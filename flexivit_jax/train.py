@@ -328,7 +328,8 @@ def _loop(
       _save(run, done, state, schedule)
     run.checkpoints.wait()
     run.ledger.write(done)
-    _note(f"{stopped}: stopped after step {done}, which is saved; the same command goes on")
+    where = f"after step {done}, which is saved" if done else "before the first step"
+    _note(f"{stopped}: stopped {where}; the same command goes on")
     raise
   return state
 

@@ -15,6 +15,7 @@ from flexivit_jax import cli, compilation, experiment, metrics, stopping, train 
 from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.data.loader import TrainBatches
 from flexivit_jax.evaluators.per_size import PerSize
+from flexivit_jax.step_programs import StepPrograms
 
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=40)
 PP = "value_range(-1, 1)|onehot(3)|keep('image', 'labels')"
@@ -67,15 +68,15 @@ def whole(tmp_path_factory):
 @contextlib.contextmanager
 def stopped_after(monkeypatch, step):
   """A signal comes while this step is made."""
-  draw = train_lib.patch_schedule.draw
+  make = StepPrograms.__call__
 
-  def drawing(flexi, **options):
-    if options["step"] == step - 1:
+  def making(self, size, state, *args):
+    if int(state.step) == step - 1:
       terminate()
-    return draw(flexi, **options)
+    return make(self, size, state, *args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train_lib.patch_schedule, "draw", drawing)
+    patch.setattr(StepPrograms, "__call__", making)
     yield
 
 
@@ -86,10 +87,18 @@ def check_resumed(whole, workdir):
   assert rows == whole[1]
 
 
-@pytest.mark.parametrize(
-  "step", [5, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 12) if k != 5)]
-)
-def test_a_step_in_hand_is_finished_and_saved(whole, tmp_path, monkeypatch, capsys, step):
+@pytest.mark.slow
+def test_a_run_that_is_stopped_after_each_of_its_steps_is_the_run(whole, tmp_path, monkeypatch):
+  """In the middle of an epoch, at an evaluation, at a save, at a log."""
+  for step in range(1, 12):
+    with stopped_after(monkeypatch, step), pytest.raises(stopping.Stopped):
+      train_lib.train(CONFIG, tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == step
+  check_resumed(whole, tmp_path)
+
+
+def test_a_step_in_hand_is_finished_and_saved(whole, tmp_path, monkeypatch, capsys):
+  step = 5
   with stopped_after(monkeypatch, step), pytest.raises(stopping.Stopped, match="SIGTERM"):
     train_lib.train(CONFIG, tmp_path)
   assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == step
