@@ -94,23 +94,8 @@ def compile_steps(
       report=lambda size, program: report(size, program, parts[0]),
     )
   else:
-    programs, used = {}, {}
     room = memory - trees.size_in_bytes(state.opt_state)  # which waits meanwhile
-    busy = (
-      0.0  # bytes of the intermediates of a whole batch at the size before, which has fewer tokens
-    )
-    for size in sizes:
-      name = f"a training step at {compilation.size_name(size)}"
-
-      def make(parts: int, size: dict[str, Any] = size, name: str = name) -> compilation.Program:
-        fixed = functools.partial(gradients, parts=parts, **size)
-        return compilation.compile_one(fixed, given(size), name, out_shardings=everywhere)
-
-      key = compilation.size_key(size)
-      guess = busy / max(room - 2 * trees.size_in_bytes(state.params), 1.0)
-      used[key], programs[key] = compilation.fewest_parts(make, parts, room, name, guess)
-      busy = programs[key].temp_bytes * used[key]
-      report(size, programs[key], used[key])
+    programs, used = _fitting(gradients, given, sizes, parts, room, everywhere, report)
 
   def placed(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
@@ -134,6 +119,35 @@ def compile_steps(
   )
   report({}, updating, 1)
   return StepPrograms(programs, updating, used, time.perf_counter() - begin, scales)
+
+
+def _fitting(
+  gradients: Callable[..., Any],
+  given: Callable[[dict[str, Any]], tuple],
+  sizes: Sequence[dict[str, Any]],
+  parts: Sequence[int],
+  room: float,
+  everywhere: Any,
+  report: Report,
+) -> tuple[dict[tuple, compilation.Program], dict[tuple, int]]:
+  """The program of each size with the fewest parts that fit into `room`, and how many these are."""
+  programs, used = {}, {}
+  busy = (
+    0.0  # bytes of the intermediates of a whole batch at the size before, which has fewer tokens
+  )
+  for size in sizes:
+    name, args = f"a training step at {compilation.size_name(size)}", given(size)
+
+    def make(parts: int, size: Any = size, args: Any = args, name: str = name) -> Any:
+      fixed = functools.partial(gradients, parts=parts, **size)
+      return compilation.compile_one(fixed, args, name, out_shardings=everywhere)
+
+    key = compilation.size_key(size)
+    guess = busy / max(room - 2 * trees.size_in_bytes(args[0].params), 1.0)
+    used[key], programs[key] = compilation.fewest_parts(make, parts, room, name, guess)
+    busy = programs[key].temp_bytes * used[key]
+    report(size, programs[key], used[key])
+  return programs, used
 
 
 def _several(batch: Any, times: int) -> Any:
