@@ -117,7 +117,9 @@ def write_bad_step(
 
 def is_identity(key: str) -> bool:
   """Whether a run with another value under this key is another run."""
-  teacher = key.startswith("objective.teachers.") and key.endswith(".checkpoint")  # told by its sha256
+  teacher = key.startswith("objective.teachers.") and key.endswith(
+    ".checkpoint"
+  )  # told by its sha256
   return key.partition(".")[0] in IDENTITY and not key.startswith(FREE) and not teacher
 
 
