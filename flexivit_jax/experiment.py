@@ -45,7 +45,8 @@ class Experiment(NamedTuple):
   `input_shapes` are those of one example, for each input of the objective and its teachers; `step_flops` gives those of
   a step at a size; `init` are parameters to start from, or None for random ones; `frozen_digests` say which teachers
   those of the objective are, and `drawn` all that their targets depend on. `batches_of` says how many batches a step
-  at a size takes, and `update_scale` by what its update is multiplied; None without a token budget.
+  at a size takes, `images_per_step` are the mean of that in images, and `update_scale` says by what its update is
+  multiplied; None without a token budget.
   """
 
   name: str
@@ -62,6 +63,7 @@ class Experiment(NamedTuple):
   batch_size: int
   steps_per_epoch: float
   total_steps: int
+  images_per_step: float
   batches_of: Callable[[Mapping[str, Any]], int]
   update_scale: Callable[[Mapping[str, Any]], float] | None
   accumulate: int | str
@@ -226,6 +228,7 @@ def build(
     batch_size=input["batch_size"],
     steps_per_epoch=len(source) / per_step,
     total_steps=total,
+    images_per_step=per_step,
     batches_of=batches_of,
     update_scale=update_scale,
     accumulate=accumulate,

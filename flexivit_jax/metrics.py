@@ -246,7 +246,7 @@ class Progress:
     self,
     *,
     total_steps: int,
-    batch_size: int,
+    batch_size: float,
     start_step: int = 0,
     stream: io.TextIOBase | None = None,
     every_s: int | float | None = None,

@@ -286,7 +286,7 @@ def _loop(
   """Runs every step that is left. The device is asked for numbers only every `log_every` steps."""
   exp, start = run.exp, int(state.step)
   progress = metrics.Progress(
-    total_steps=exp.total_steps, batch_size=exp.batch_size, start_step=start
+    total_steps=exp.total_steps, batch_size=exp.images_per_step, start_step=start
   )
   pending: list[Pending] = []
   constants = _run_constants(exp, run.mesh)

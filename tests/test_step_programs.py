@@ -198,7 +198,8 @@ def test_a_run_with_a_budget_reads_as_many_images_and_resumes(tmp_path, train_un
   }
   exp = experiment.build(**config)
   assert [exp.batches_of({"seqhw": n}) for n in (8, 2)] == [1, 4]
-  assert exp.steps_per_epoch == pytest.approx(32 / (16 * 2.5))
+  assert exp.images_per_step == pytest.approx(40)
+  assert exp.steps_per_epoch == pytest.approx(32 / 40)
   run = train.train(config, tmp_path / "whole")
   rows = train.metrics.read_rows(run / "metrics.jsonl")
   _, _, record = saved(exp, run)
