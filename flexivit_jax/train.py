@@ -358,10 +358,13 @@ def _log(
 ) -> patch_schedule.State:
   """Writes what is pending; returns the state of the schedule of sizes after it."""
   skipped = {"data_errors": len(run.batches.errors)} if run.batches.errors else {}
-  for at, drawn, values, _ in _flush(run, pending, progress.stats() | skipped):
+  rows = _flush(run, pending, progress.stats() | skipped)
+  for at, drawn, values, _ in rows:
     schedule = patch_schedule.update(
       run.exp.flexi, schedule, step=at, drawn=drawn, loss=float(values["loss"])
     )
+  if rows:
+    run.ledger.write(rows[-1].step)
   return schedule
 
 

@@ -11,7 +11,7 @@ import time
 import jax
 import pytest
 
-from flexivit_jax import cli, compilation, experiment, metrics, stopping, train as train_lib
+from flexivit_jax import cli, compilation, experiment, ledger, metrics, stopping, train as train_lib
 from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.data.loader import TrainBatches
 from flexivit_jax.evaluators.per_size import PerSize
@@ -121,6 +121,16 @@ def test_an_evaluation_is_left_at_once_and_made_again(whole, tmp_path, monkeypat
   rows = metrics.read_rows(tmp_path / "metrics.jsonl")
   assert rows[-1]["step"] == 5 and not any("test/" in key for row in rows for key in row)
   check_resumed(whole, tmp_path)
+
+
+def test_what_a_kill_costs_is_counted(whole, tmp_path, train_until, capsys):
+  """Steps were logged after the last save: their time is lost, and the run says so."""
+  train_until(CONFIG, tmp_path, 5)  # saved at 3, logged at 4 and 5
+  check_resumed(whole, tmp_path)
+  assert "step 3/12" in capsys.readouterr().err
+  found = ledger.shares(tmp_path / "ledger.json")
+  assert found["lost work"] > 0
+  assert sum(found[part] for part in ledger.PARTS) == pytest.approx(found["wall"], rel=0.01)
 
 
 def test_a_wait_for_data_is_left_at_once(whole, tmp_path, monkeypatch):
