@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = sorted([*REPOSITORY.glob("README.md"), *REPOSITORY.glob("docs/*.md")])
 LEFT_OUT = (
   ".git",
-  ".venv",
+  ".venv*",  # that of the conversion tests is gigabytes
   ".cache",
   ".hypothesis",
   ".*_cache",

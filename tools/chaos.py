@@ -74,7 +74,8 @@ def main() -> None:
   subprocess.run(command(args.config, whole, overrides), check=True, stderr=subprocess.DEVNULL)
   wrong = 0
   with (args.out / "chaos.jsonl").open("w") as log:
-    for kill in range(args.kills):
+    kill = 0
+    while kill < args.kills:
       after, gentle = rng.uniform(0, args.longest), rng.random() < args.terminate
       begun = time.monotonic()
       with subprocess.Popen(
@@ -101,7 +102,10 @@ def main() -> None:
         wrong += not same
         row |= {"ended": True, "same": same}
         shutil.rmtree(run)
-      elif process.returncode not in (-signal.SIGKILL, 75):
+      else:
+        kill += 1
+      # -SIGTERM: it came while Python was still importing, before there was anything to save.
+      if process.returncode not in (0, -signal.SIGKILL, -signal.SIGTERM, 75):
         wrong += 1
         row |= {"unexpected": said.splitlines()[-3:]}
       log.write(json.dumps(row) + "\n")
