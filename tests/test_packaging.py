@@ -56,3 +56,17 @@ def canonical(name: str) -> str:
 
 def test_version_is_written_the_same_twice(setup_cfg):
   assert flexivit_jax.__version__ == setup_cfg["metadata"]["version"] == version("flexivit_jax")
+
+
+def test_make_faults_runs_every_test_that_the_reliability_page_names(repository):
+  named = set(
+    re.findall(r"[\w/]*test_\w+\.py", (repository / "docs" / "reliability.md").read_text())
+  )
+  (listed,) = re.findall(
+    r"FAULTS := \$\(addprefix tests/,(.*?)\)", (repository / "Makefile").read_text(), re.S
+  )
+  given = listed.replace("\\", " ").split()
+  assert len(named) > 15
+  for name in named:
+    assert (repository / "tests" / name).is_file(), name
+    assert name in given or name.partition("/")[0] in given, name
