@@ -6,12 +6,12 @@ makes of the save after it, _CHECKPOINT_METADATA and commit_success.txt, are not
 """
 
 import pathlib
+import shutil
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from flexivit_jax import errors, manifest, trees
@@ -94,6 +94,16 @@ class Checkpoints:
       **{manifest.FOLDER: _SaveManifest({"params": params, "state": state})},
     )
     self._told(lambda: self._manager.save(step, args=items))
+
+  def check_room(self, state: Any) -> None:
+    """Raises a UserError where the disk has no room for one checkpoint of this state."""
+    folder = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+    needed, free = trees.size_in_bytes(state), shutil.disk_usage(folder).free
+    if free < needed:
+      raise errors.UserError(
+        f"A checkpoint takes {needed / 2**20:.0f} MiB, where {self.folder} is there are {free / 2**20:.0f} MiB; make"
+        " room, or give another --workdir."
+      )
 
   def check(self) -> None:
     """Raises a UserError if a save in the background has failed meanwhile; takes microseconds."""
@@ -197,9 +207,9 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
   async def async_save(self, directory: Any, args: "_SaveManifest") -> list[Any]:
     del directory
     # Views on a CPU, whose memory a donation then leaves alone; copies from a device.
-    host = {item: jax.tree.map(np.asarray, tree) for item, tree in args.items.items()}
+    host = {item: manifest.pieces(tree) for item, tree in args.items.items()}
     self._sums = self._pool.submit(
-      lambda: {item: manifest.array_sums(tree) for item, tree in host.items()}
+      lambda: {item: manifest.array_sums(arrays) for item, arrays in host.items()}
     )
     return [self._sums]
 

@@ -103,6 +103,7 @@ def train(
       ledger = Ledger(workdir / "ledger.json", begun, latest or 0)
       state, schedule, batches = _start_or_resume(exp, checkpoints, latest, ledger, mesh)
       stack.enter_context(batches)
+      checkpoints.check_room(state)
       start = int(state.step)
       overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
       (workdir / "parameters.txt").write_text(overview + "\n")

@@ -1,5 +1,6 @@
 """Every flipped bit, truncation and deletion in a checkpoint is found, and named, before anything is used."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flexivit_jax import checkpoint, manifest
 from flexivit_jax.checkpoint import Checkpoints
@@ -144,6 +146,54 @@ def test_arrays_that_are_not_what_was_written_are_named(copy, monkeypatch):
   monkeypatch.setattr(Checkpoints, "verify", lambda self, step: wrong)
   with pytest.raises(UserError, match=r"params b/c \(1\) are not what was written"):
     restored(copy)
+
+
+def divide_in_all_ways(path):
+  """Saves the sums of pieces for (written, read) devices, and who was named when a value was wrong."""
+
+  def divided(devices, values):
+    mesh = jax.make_mesh((devices,), ("fsdp",), devices=jax.devices()[:devices])
+    split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    copies = NamedSharding(mesh, PartitionSpec())
+    return {"k": jax.device_put(values, split), "b": jax.device_put(np.arange(3), copies)}
+
+  values = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+  wrong = values.copy()
+  wrong[2, 13] += 1e-6
+  found = []
+  for written, read in ((8, 8), (8, 2), (2, 8), (8, 1), (1, 8)):
+    sums = manifest.array_sums(manifest.pieces(divided(written, values)))
+    whole = manifest.Manifest({}, {"params": sums})
+    manifest.check_arrays(pathlib.Path(), "params", divided(read, values), whole)
+    try:
+      manifest.check_arrays(pathlib.Path(), "params", divided(read, wrong), whole)
+      said = "nothing"
+    except manifest.Damaged as damage:
+      said = str(damage)
+    found.append([written, sorted(sums), said])
+  pathlib.Path(path).write_text(json.dumps(found))
+
+
+def test_arrays_divided_over_devices_are_compared_however_they_are_divided(
+  on_eight_devices, tmp_path
+):
+  """A checksum a piece, and a wrong value is found by any other division; a copy on each device counts once."""
+  on_eight_devices(divide_in_all_ways, str(tmp_path / "found.json"))
+  found = json.loads((tmp_path / "found.json").read_text())
+  assert len(found) == 5
+  for written, names, said in found:
+    assert len(names) == 1 + written and names[0] == "b" and "params k (1) are not what" in said
+    assert names[1] == ("k" if written == 1 else f"k[0:3,0:{16 // written}]")
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_an_error_before_anything_is_compiled(
+  tmp_path, monkeypatch
+):
+  checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+  checkpoints.check_room(state(0))
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 999))
+  with pytest.raises(UserError, match=r"takes 0 MiB.*there are 0 MiB; make room, or give another"):
+    checkpoints.check_room(state(0))
 
 
 def test_nothing_is_cast_and_no_shape_is_changed(saved):
