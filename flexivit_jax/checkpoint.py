@@ -18,6 +18,7 @@ from flexivit_jax import errors, manifest, trees
 
 _UNSEALED = (manifest.FOLDER, "_CHECKPOINT_METADATA", "commit_success.txt")
 RESUME = ("latest", "latest-valid")
+_OLD = "old"  # where checkpoints go at once when newer ones take their place, to be deleted there
 
 
 class Checkpoints:
@@ -29,7 +30,10 @@ class Checkpoints:
   """
 
   def __init__(self, folder: pathlib.Path, *, keep: int | None = 1):
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    # Deleted where it is listed, a checkpoint would be damaged if that were cut short.
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, cleanup_tmp_directories=True, todelete_subdir=_OLD
+    )
     handlers = {
       "params": ocp.StandardCheckpointHandler(),
       "state": ocp.StandardCheckpointHandler(),
@@ -38,6 +42,9 @@ class Checkpoints:
     }
     self.folder = pathlib.Path(folder).absolute()
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+    self._sweeper = futures.ThreadPoolExecutor(1)
+    self._swept: futures.Future | None = None
+    self._saved = False
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint's step, or None."""
@@ -94,6 +101,7 @@ class Checkpoints:
       **{manifest.FOLDER: _SaveManifest({"params": params, "state": state})},
     )
     self._told(lambda: self._manager.save(step, args=items))
+    self._saved = True
 
   def check_room(self, state: Any) -> None:
     """Raises a UserError where the disk has no room for one checkpoint of this state."""
@@ -106,8 +114,12 @@ class Checkpoints:
       )
 
   def check(self) -> None:
-    """Raises a UserError if a save in the background has failed meanwhile; takes microseconds."""
+    """Raises a UserError if a save in the background has failed meanwhile; takes microseconds.
+
+    What newer checkpoints have replaced is deleted in the background.
+    """
     self._told(self._manager.check_for_errors)
+    self._sweep()
 
   def wait(self) -> None:
     """Waits until everything is on disk; raises as `save` does."""
@@ -125,14 +137,23 @@ class Checkpoints:
         " room or mend the folder, and run the same command again."
       ) from e
 
-  def restore(self, step: int, params: Any, state: Any) -> tuple[Any, Any, dict[str, Any]]:
+  def restore(
+    self, step: int, params: Any, state: Any, *, verified: bool = False
+  ) -> tuple[Any, Any, dict[str, Any]]:
     """Returns (params, state, record) of a step, with the shapes, dtypes and shardings of the arguments.
+
+    Args:
+      step: of the checkpoint.
+      params, state: arrays, or their shapes, dtypes and shardings.
+      verified: `verify` has been done, here or on another process: only the arrays are compared.
 
     Raises:
       UserError: if the checkpoint's arrays differ in name, shape or dtype; nothing is cast.
       Damaged: a file or an array is not what was written.
     """
-    sums = self.verify(step)
+    sums = (
+      manifest.read(self.folder / str(step) / manifest.FOLDER) if verified else self.verify(step)
+    )
     self._check(step, "params", params)
     self._check(step, "state", state)
     items = ocp.args.Composite(
@@ -172,6 +193,17 @@ class Checkpoints:
     """Waits until everything is on disk; raises as `save` does."""
     self.wait()
     self._manager.close()
+    if self._saved:
+      self._sweeper.shutdown()  # of what it is at
+      self._sweeper = futures.ThreadPoolExecutor(1)
+      self._sweep()
+    self._sweeper.shutdown()
+
+  def _sweep(self) -> None:
+    if jax.process_index() == 0 and (self._swept is None or self._swept.done()):
+      old = self.folder / _OLD
+      if old.is_dir() and (found := list(old.iterdir())):
+        self._swept = self._sweeper.submit(_delete, found)
 
   def _check_dtypes(self, step: int) -> None:
     stored = dict(self._manager.item_metadata(step).params.items())
@@ -192,6 +224,11 @@ class Checkpoints:
       raise errors.UserError(
         f"{where} does not fit the model of this config:\n  " + "\n  ".join(lines)
       )
+
+
+def _delete(folders: list[pathlib.Path]) -> None:
+  for folder in folders:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 _MOVE = "move the folder away to start from the beginning"

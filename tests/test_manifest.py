@@ -186,6 +186,25 @@ def test_arrays_divided_over_devices_are_compared_however_they_are_divided(
     assert names[1] == ("k" if written == 1 else f"k[0:3,0:{16 // written}]")
 
 
+def test_a_checkpoint_that_is_replaced_is_never_listed_in_part(tmp_path, monkeypatch):
+  """It is moved away at once, and deleted there: here, never."""
+  monkeypatch.setattr(checkpoint, "_delete", lambda folders: None)
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+  for step in (1, 2):
+    checkpoints.save(step, *state(step), {})
+    checkpoints.wait()
+  checkpoints.close()
+  listed = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir())
+  assert listed == ["2", "old"]
+  assert [p.name for p in (tmp_path / "checkpoints" / "old").iterdir()] == ["1"]
+  monkeypatch.undo()
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+  assert checkpoints.latest_step() == 2
+  checkpoints.check()  # as a run does after each step
+  checkpoints.close()
+  assert not list((tmp_path / "checkpoints" / "old").iterdir())
+
+
 def test_a_disk_without_room_for_one_checkpoint_is_an_error_before_anything_is_compiled(
   tmp_path, monkeypatch
 ):
