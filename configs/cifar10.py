@@ -55,6 +55,7 @@ def get_config(arg=""):
     )
   )
   c.checkpoint = dict(every_epochs=1)
+  c.mesh = dict(data=-1, fsdp=1)
 
   if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
     data = dict(name="synthetic", image_size=32, num_classes=10, num_examples=20)

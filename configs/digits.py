@@ -42,6 +42,7 @@ def get_config(arg=""):
   test = dict(name="digits", split="test")
   c.evals = dict(test=dict(data=test, pp=pp, batch_size=360, seqhw=GRIDS, every_steps=500))
   c.checkpoint = dict(every_steps=500)
+  c.mesh = dict(data=-1, fsdp=1)
 
   if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
     data = dict(name="synthetic", image_size=8, num_classes=10, num_examples=20)

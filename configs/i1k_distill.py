@@ -84,6 +84,7 @@ def get_config(arg=""):
   pp = f"{start}|onehot(1000)|keep('teacher_image', 'labels')"
   c.evals.teacher = dict(type="teacher", data=where["test"], pp=pp, teacher=teacher, batch_size=1024)  # fmt: skip
   c.checkpoint = dict(every_steps=1000)  # [ours]
+  c.mesh = dict(data=-1, fsdp=1)
 
   if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
     data = dict(name="synthetic", image_size=(250, 300), num_classes=1000, num_examples=20)

@@ -57,6 +57,7 @@ def get_config(arg=""):
     val=dict(data=imagenet | dict(split="train[99%:]"), every_epochs=5, **common),  # [BV]; [ours]
   )
   c.checkpoint = dict(every_steps=1000)  # [BV]
+  c.mesh = dict(data=-1, fsdp=1)
 
   if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
     data = dict(name="synthetic", image_size=(250, 300), num_classes=1000, num_examples=20)

@@ -75,6 +75,7 @@ def get_config(arg=""):
     for k, split in splits.items()
   }
   c.checkpoint = dict(every_steps=1000)  # [BV]
+  c.mesh = dict(data=-1, fsdp=1)
 
   if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
     data = dict(name="synthetic", image_size=(250, 300), num_classes=21843, num_examples=20)

@@ -85,6 +85,7 @@ def get_config(arg=""):
     )
   )
   c.checkpoint = dict(every_percent=0.1)
+  c.mesh = dict(data=-1, fsdp=1)
 
   if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
     data = dict(name="synthetic", image_size=(250, 300), num_classes=classes, num_examples=20)

@@ -94,6 +94,27 @@ def _train(p: argparse.ArgumentParser) -> None:
     action="store_true",
     help="go on with another model, data or optimizer than the run was begun with",
   )
+  _several(p)
+
+
+def _several(p: argparse.ArgumentParser) -> None:
+  """Of a run on several hosts."""
+  group = p.add_argument_group(
+    "several processes",
+    "Found by themselves on TPU pods, SLURM and Open MPI (Kubernetes: with its Python package); else give three.",
+  )
+  group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of the first process")
+  group.add_argument("--num_processes", type=int, help="how many there are")
+  group.add_argument("--process_id", type=int, help="which one this is, from 0")
+  group.add_argument(
+    "--join_timeout", type=int, default=300, help="seconds in which all have to come (default 300)"
+  )
+  group.add_argument(
+    "--heartbeat_timeout",
+    type=int,
+    default=100,
+    help="seconds of silence after which a process counts as lost and the others end (default 100)",
+  )
 
 
 def _verify(p: argparse.ArgumentParser) -> None:

@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry(argv: Sequence[str] | None = None) -> None:
   """The command: `main`, and then the end of the process."""
   code = main(argv)
+  if "flexivit_jax.distributed" in sys.modules:  # loaded only by what may be several processes
+    importlib.import_module("flexivit_jax.distributed").leave(code)
   if code == stopping.STOPPED:  # without waiting for a program that is still being compiled
     sys.stdout.flush()
     sys.stderr.flush()

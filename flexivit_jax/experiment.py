@@ -16,6 +16,7 @@ from flexivit_jax import (
   patch_schedule,
   schedules,
   sections,
+  sharding,
   steps,
   token_budget as token_budgets,
 )
@@ -79,6 +80,7 @@ class Experiment(NamedTuple):
   hang_after: float | None
   skip_above: float | None
   skip_limit: int
+  mesh: dict[str, Any]
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -111,6 +113,7 @@ def build(
   hang_after: float | None = 1800.0,
   skip_above: float | None = None,
   skip_limit: int = 10,
+  mesh: Mapping[str, Any] | None = None,
   opening: Opening | None = None,
 ) -> Experiment:
   """Builds an experiment; the arguments are the top-level keys of a config, but for `opening`.
@@ -151,6 +154,8 @@ def build(
     skip_above: norm of a gradient, before clipping, above which a step changes nothing; also where it or the loss is
       not finite. The schedule of the learning rate waits meanwhile. None: such a step is made, or ends the run.
     skip_limit: skipped steps in a row after which the run ends.
+    mesh: `data` and `fsdp`, see `sharding.make_mesh`; default: copies of the parameters on all devices, the batch
+      divided. `divide_teachers` (default True): theirs are divided along "fsdp", too. Changes no result.
     opening: how data and weights are opened; default: `REAL`.
 
   Raises:
@@ -200,6 +205,7 @@ def build(
     )
   if total < 1 or log_every < 1:
     raise errors.UserError(f"Got {total} steps, log_every={log_every}; expected at least 1.")
+  config.check("mesh", mesh or {}, sharding.make_mesh, optional=("divide_teachers",))
   check_accumulate(accumulate, memory_gib, input["batch_size"], network)
   if not 0 <= seed < 2**32:
     raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
@@ -244,6 +250,7 @@ def build(
     hang_after=hang_after,
     skip_above=skip_above,
     skip_limit=skip_limit,
+    mesh=dict(mesh or {}),
   )
 
 

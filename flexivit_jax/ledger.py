@@ -15,16 +15,16 @@ class Ledger:
   """Divides the time of one start of a run; what belongs to no other part is "steps", or before them "start-up".
 
   Args:
-    file: RUN/ledger.json, a list of starts.
+    file: RUN/ledger.json, a list of starts; None: nothing is read or written.
     begun: `time.perf_counter()` when this one began.
     step: from which it goes on; what the start before did after it is lost.
   """
 
-  def __init__(self, file: pathlib.Path, begun: float, step: int):
+  def __init__(self, file: pathlib.Path | None, begun: float, step: int):
     self._file, self._begun = file, begun
     self._seconds = dict.fromkeys(PARTS[:-1], 0.0)
     self._rest = "start-up"
-    self._earlier = _read(file)
+    self._earlier = _read(file) if file else []
     self._own: dict[str, Any] = {"from_step": step, "saves": {}}
     self._counted = begun
     if self._earlier:
@@ -55,6 +55,8 @@ class Ledger:
   def write(self, step: int) -> None:
     """Brings the file up to date, after `step`."""
     self._count(self._rest)
+    if self._file is None:
+      return
     self._own |= {"to_step": step, "wall": self._elapsed(), "seconds": self._seconds}
     part = self._file.with_name(self._file.name + ".tmp")
     part.write_text(json.dumps([*self._earlier, self._own]) + "\n")

@@ -63,11 +63,15 @@ class MetricsWriter:
   increase and are unique: writing at the last step again adds to its row. Each row reaches the
   file at once. Whatever goes wrong in here is logged once a sink and never stops a training.
 
-  On one process of a multi-process run only.
   """
 
   def __init__(
-    self, run_dir: str | os.PathLike[str], *, restored_step: int = -1, tensorboard: bool = True
+    self,
+    run_dir: str | os.PathLike[str],
+    *,
+    restored_step: int = -1,
+    tensorboard: bool = True,
+    writing: bool = True,
   ):
     """Opens the files.
 
@@ -76,10 +80,13 @@ class MetricsWriter:
       restored_step: of the checkpoint that the run resumes from. Rows of later steps, which the run
         is about to repeat, are dropped; -1, a fresh run, drops all.
       tensorboard: whether to write event files.
+      writing: False on all processes but one, where nothing is opened or written.
     """
     self._warned: set[str] = set()
     self._jsonl: _Jsonl | None = None
     self._tb: Any = None
+    if not writing:
+      return
     run_dir = pathlib.Path(run_dir)
     with self._guard("metrics.jsonl"):
       run_dir.mkdir(parents=True, exist_ok=True)
@@ -265,6 +272,7 @@ class Progress:
     self._total, self._batch = total_steps, batch_size
     self._start = self._step = start_step
     self._stream, self._clock = stream or sys.stderr, clock
+    self._first = jax.process_index() == 0
     self._tty = self._stream.isatty()
     self._every = (0.2 if self._tty else 10.0) if every_s is None else every_s
     self._waited = 0.0
@@ -302,6 +310,8 @@ class Progress:
       self._printed += pause
 
   def _print(self, note: str) -> None:
+    if not self._first:  # of several processes one speaks
+      return
     s = self.stats()
     text = (
       f"step {self._step}/{self._total} | {s['step_s'] * 1e3:.1f} ms/step"

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 
 from flexivit_jax import (
+  communication,
   compilation,
   config,
   data,
@@ -88,8 +88,8 @@ def costs(
     UserError: what is wrong with the config; a data set that is neither here nor known.
   """
   config.check("", settings, experiment.build, given=("opening",))
-  exp = experiment.build(**_on_accelerator(settings), opening=PLANNED)
-  state = _state(exp)
+  exp = experiment.build(**on_accelerator(settings), opening=PLANNED)
+  state = state_of(exp)
   training = patch_schedule.mean_cost(exp.flexi, exp.step_flops) * exp.total_steps
   evaluation = sum(_evaluation_flops(exp, e) for e in exp.evaluations.values())
   sizes = _sizes(exp)
@@ -109,6 +109,7 @@ def costs(
       for k, s in seconds.items()
     },
     "memory": {str(n): _memory(exp, state, n) for n in meshes},
+    "sent": {str(n): _sent(exp, state, n) for n in _several(meshes)},
   }
 
 
@@ -138,6 +139,8 @@ def text(found: Mapping[str, Any]) -> list[str]:
   for n, memory in found["memory"].items():
     parts = ", ".join(f"{k} {v / 2**30:.3g}" for k, v in memory.items())
     lines.append(f"{n:>8} devices: {sum(memory.values()) / 2**30:.3g} = {parts}")
+  lines += ["", "MiB that each device sends to others in a step:"]
+  lines += [f"{n:>8} devices: {sent / 2**20:.4g}" for n, sent in found["sent"].items()]
   return lines
 
 
@@ -165,7 +168,9 @@ PLANNED = opening.Opening(
 )
 
 
-def _state(exp: experiment.Experiment) -> steps.TrainState:
+def state_of(exp: experiment.Experiment) -> steps.TrainState:
+  """The shapes of the state before the first step."""
+
   def init() -> steps.TrainState:
     params = steps.init_params(exp.model, exp.image_shape, exp.seed, exp.head_bias)
     return steps.init_state(params, exp.optimizer.tx, exp.objective)
@@ -212,19 +217,28 @@ def _evaluation_flops(exp: experiment.Experiment, evaluation: experiment.Evaluat
 
 
 def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> dict[str, float]:
-  """Bytes on each device under data parallelism: weights are whole on each, the batch is divided."""
+  """Bytes on each device: the batch is divided, weights where the config's mesh says so."""
+  mesh = _mesh(exp, devices) or sharding.abstract_mesh(devices)
   share = exp.batch_size / devices
   batch = sum(4 * share * math.prod(shape) for shape in exp.input_shapes.values())
   teachers = exp.objective.teaching.frozen if exp.objective.teaching else ()
   costliest = max(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
   return {
-    "parameters": trees.size_in_bytes(state.params),
-    "gradients": trees.size_in_bytes(state.params),
-    "optimizer": trees.size_in_bytes(state.opt_state) + trees.size_in_bytes(state.ema),
-    "teachers": trees.size_in_bytes(teachers),
+    "parameters": communication.state_bytes(state.params, mesh),
+    "gradients": communication.state_bytes(state.params, mesh),
+    "optimizer": communication.state_bytes((state.opt_state, state.ema), mesh),
+    "teachers": communication.state_bytes(teachers, mesh)
+    if exp.mesh.get("divide_teachers", True)
+    else trees.size_in_bytes(teachers),
     "batch": batch,
     "activations": activation_bytes(exp, costliest) * share / _parts(exp),
   }
+
+
+def _sent(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> float:
+  """Bytes that each device sends to others in a step, see `communication`."""
+  mesh = _mesh(exp, devices) or sharding.abstract_mesh(devices)
+  return communication.expected(state.params, mesh).on_the_wire(*mesh.axis_sizes)
 
 
 def activation_bytes(exp: experiment.Experiment, size: Mapping[str, Any]) -> float:
@@ -279,12 +293,17 @@ def _lower_for(
 ) -> str:
   if (exp.batch_size // _parts(exp)) % devices:
     return f"not possible: batch_size={exp.batch_size} / accumulate={_parts(exp)} does not divide over them"
-  mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+  mesh = _mesh(exp, devices)
+  if mesh is None:
+    return f"not possible: mesh.fsdp={exp.mesh['fsdp']} does not divide them"
   split = functools.partial(_placed, sharding.batch_split(mesh))
-  whole = functools.partial(_placed, sharding.replicated(mesh))
+
+  def whole(tree: Any) -> Any:
+    return jax.tree.map(_placed_one, tree, sharding.divided(tree, mesh))
+
   shapes = {k: (exp.batch_size, *shape) for k, shape in exp.input_shapes.items()}
   specs = {k: split(jax.ShapeDtypeStruct(shape, jnp.float32)) for k, shape in shapes.items()}
-  state = whole(_state(exp))
+  state = whole(state_of(exp))
   batch: dict[str, Any] = {k: specs[k] for k in exp.objective.inputs}
   if teach is not None:
     taught = {k: specs[k] for k in exp.objective.teaching.inputs}
@@ -299,10 +318,20 @@ def _lower_for(
 
 
 def _placed(where: Any, tree: Any) -> Any:
-  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree)
+  return jax.tree.map(lambda s: _placed_one(s, where), tree)
 
 
-def _on_accelerator(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _placed_one(s: Any, where: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
+
+
+def _mesh(exp: experiment.Experiment, devices: int) -> Any:
+  """The config's mesh with so many devices, as many as there may be along "data"; None where that cannot be."""
+  fsdp = exp.mesh.get("fsdp", 1)
+  return None if devices % fsdp else sharding.abstract_mesh(devices, fsdp=fsdp)
+
+
+def on_accelerator(settings: Mapping[str, Any]) -> dict[str, Any]:
   """A config with the dtype that it has there, whatever this machine is."""
   return {**settings, "model": {"dtype": "bfloat16", **settings["model"]}}
 
@@ -315,6 +344,6 @@ def _looped(settings: Mapping[str, Any]) -> experiment.Experiment:
   """
   optim = settings["optim"]
   named = optim.get("lr_mults") or not isinstance(optim.get("schedule", {}), Mapping)
-  settings = _on_accelerator(settings)
+  settings = on_accelerator(settings)
   model = {"attention": "einsum", **settings["model"], **({} if named else {"scan": True})}
   return experiment.build(**{**settings, "model": model, "evals": None}, opening=PLANNED)

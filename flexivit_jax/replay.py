@@ -18,6 +18,7 @@ from flexivit_jax import (
   errors,
   experiment,
   patch_schedule,
+  preparation,
   sharding,
   steps,
   stopping,
@@ -45,16 +46,16 @@ def look(dump: pathlib.Path) -> list[str]:
     raise errors.UserError(
       f"{dump} cannot be replayed ({type(e).__name__}); give RUN/bad_step.json beside RUN/config.json."
     ) from e
-  exp, mesh = experiment.build(**{"name": "replay", **_tuples(config)}), sharding.make_mesh()
+  exp, mesh = preparation.place(experiment.build(**{"name": "replay", **_tuples(config)}))
   with contextlib.ExitStack() as stack:
     state, schedule, batches = _before(exp, dump.parent, step, mesh)
     stack.enter_context(batches)
-    parts, memory = train._parts(exp, mesh)
-    targets = train._targets(
-      exp, int(state.step), mesh, stack, parts=parts, memory=memory - trees.size_in_bytes(state)
+    parts, memory = preparation.parts(exp, mesh)
+    targets = preparation.targets(
+      exp, int(state.step), mesh, stack, parts=parts, memory=memory - sharding.bytes_each(state)
     )
-    programs = train._compile(exp, state, targets, mesh, parts=parts, memory=memory)
-    constants = train._run_constants(exp, mesh)
+    programs = preparation.programs(exp, state, targets, mesh, parts=parts, memory=memory)
+    constants = preparation.constants(exp, mesh)
     lines = [f"from step {int(state.step)} to step {step}"]
     for at in range(int(state.step) + 1, step + 1):
       size = patch_schedule.draw(
@@ -92,12 +93,12 @@ def _before(
   exp: experiment.Experiment, folder: pathlib.Path, step: int, mesh: Any
 ) -> tuple[steps.TrainState, Any, Any]:
   """The state of the newest checkpoint from before a step, or the run's first; the schedule; the batches from there."""
-  state = train._init(exp, mesh)
+  state = preparation.first_state(exp, mesh)
   checkpoints = Checkpoints(folder / "checkpoints", keep=None)
   try:
     latest = checkpoints.latest_step()
     if latest is not None and latest < step:
-      params, rest, record = checkpoints.restore(latest, state.params, train._rest(state))
+      params, rest, record = checkpoints.restore(latest, state.params, preparation.rest(state))
       batches = exp.batches(0)
       batches.set_state(record["data"])
       return steps.TrainState(params=params, **rest), record.get("schedule", {}), batches

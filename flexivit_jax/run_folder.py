@@ -103,9 +103,15 @@ def write_bad_step(
   size: Mapping[str, Any],
   measured: Mapping[str, Any],
   ids: Any,
+  writing: bool = True,
 ) -> pathlib.Path:
-  """Writes bad_step.json: what `flexivit replay` needs to look into a step that was not finite. Returns its path."""
+  """Writes bad_step.json: what `flexivit replay` needs to look into a step that was not finite. Returns its path.
+
+  With `writing` False, on all processes but one, it only returns the path.
+  """
   file = workdir / "bad_step.json"
+  if not writing:
+    return file
   # Numbers that JSON has not are words there.
   numbers = {k: float(v) if np.isfinite(v) else str(v) for k, v in measured.items()}
   found = {"step": step, "size": dict(size), "measured": numbers}

@@ -34,7 +34,7 @@ def check_sections(
   goal = _named("objective", objective, OBJECTIVES, "supervised")
   config.check("input", input, data.train_batches, given=_GIVEN_DATA, needed=("data",))
   config.check("input.data", input["data"], data.make_source)
-  config.check("model", model, network, given=("parent",), optional=("name",))
+  config.check("model", model, network, given=("parent", "fsdp"), optional=("name",))
   config.check("objective", objective, goal, optional=("name",))
   for name, section in objective.get("teachers", {}).items():
     check_teacher(f"objective.teachers.{name}", section)
@@ -73,7 +73,9 @@ def check_teacher(where: str, section: Mapping[str, Any]) -> None:
   config.check(where, section, load_teacher)
   if section.get("model") is not None:
     model = _named(f"{where}.model", section["model"], MODELS, "flexivit")
-    config.check(f"{where}.model", section["model"], model, given=("parent",), optional=("name",))
+    config.check(
+      f"{where}.model", section["model"], model, given=("parent", "fsdp"), optional=("name",)
+    )
 
 
 def _named(

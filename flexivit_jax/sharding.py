@@ -1,18 +1,56 @@
-"""Where arrays live: one mesh over all devices, the batch split along it, everything else a copy on each."""
+"""Where arrays live: one mesh of all devices, with the axes "data" and "fsdp".
 
+The batch is divided along both. Parameters, optimizer state and running means are a copy on each device along "data"
+and divided along "fsdp" (fully sharded data parallelism, arXiv 1910.02054 and 2304.11277). With fsdp=1, the default,
+that is plain data parallelism. No number depends on the mesh but for the order in which floats are added.
+"""
+
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flexivit_jax import errors
+from flexivit_jax import errors, trees
+
+AXES = ("data", "fsdp")
+SMALLEST = 2**13  # elements: what is smaller, biases and the like, is a copy on each device
+STACKED = "encoderblock"  # parameters below this name have the blocks as their first axis
 
 
-def make_mesh() -> Mesh:
-  """Returns a mesh of all devices of all processes with the one axis "data"."""
-  # jax.make_mesh gives Explicit axes by default, under which reshaping a sharded axis raises.
-  return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+  """Returns the mesh of all devices of all processes, those of a process side by side.
+
+  Args:
+    data: along this axis parameters are copies; -1: as many as there are devices for.
+    fsdp: along this axis they are divided.
+
+  Raises:
+    UserError: the product is not the number of devices.
+  """
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  shape = mesh_shape(len(devices), data=data, fsdp=fsdp)
+  return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def abstract_mesh(devices: int, *, data: int = -1, fsdp: int = 1) -> AbstractMesh:
+  """The mesh that `make_mesh` would return where there are so many devices."""
+  shape = mesh_shape(devices, data=data, fsdp=fsdp)
+  return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_shape(devices: int, *, data: int = -1, fsdp: int = 1) -> tuple[int, int]:
+  """Returns the lengths of both axes; raises as `make_mesh`."""
+  whole = devices // fsdp if data == -1 and fsdp > 0 else data
+  if fsdp < 1 or whole < 1 or whole * fsdp != devices:
+    raise errors.UserError(
+      f"mesh=dict(data={data}, fsdp={fsdp}) does not fit {devices} devices: their product must be that"
+      " (data=-1: what is left)."
+    )
+  return whole, fsdp
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -22,7 +60,80 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 def batch_split(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Sharding of arrays `[n, ...]` whose examples are divided over the devices."""
-  return NamedSharding(mesh, PartitionSpec("data"))
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def divided(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """The shardings of parameters, or of what has their names and shapes: each large array is divided along "fsdp".
+
+  Along the last of its longest axes that can be; arrays where none can be, and small ones, are copies.
+  """
+
+  def place(name: str, leaf: Any) -> NamedSharding:
+    stacked = STACKED in name.split("/")[:-1]
+    spec = _spec(leaf.shape[stacked:], mesh.shape["fsdp"])
+    return NamedSharding(mesh, PartitionSpec(*[None] * stacked, *spec) if spec else spec)
+
+  return trees.map_named(place, tree)
+
+
+def _spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:
+  axes = [axis for axis, n in enumerate(shape) if n % parts == 0]
+  if parts == 1 or math.prod(shape) < SMALLEST or not axes:
+    return PartitionSpec()
+  chosen = max(axes, key=lambda axis: (shape[axis], axis))
+  return PartitionSpec(*[None] * chosen, "fsdp")
+
+
+def over_divided(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], Any]:
+  """Returns `fn(params, x)`, which gathers the parameters while it runs, forwards and again backwards.
+
+  No more than the parameters of one call are ever whole on a device, and their gradients are summed where they are
+  divided: an all-gather in each direction and a reduce-scatter, as in ZeRO's third stage (arXiv 1910.02054).
+
+  Args:
+    fn: does the same with each example of `x` [n, l, d]; a block of a transformer.
+    mesh: has an axis "fsdp".
+  """
+
+  def run(params: Any, x: jax.Array) -> Any:
+    specs = jax.tree.map(lambda leaf: _spec(leaf.shape, mesh.shape["fsdp"]), params)
+
+    def gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+      if not spec:
+        return leaf
+      # Marked before: its gradient is then scattered along "fsdp" first, and only the piece summed along "data".
+      leaf = jax.lax.pcast(leaf, "data", to="varying")
+      return jax.lax.all_gather(leaf, "fsdp", axis=len(spec) - 1, tiled=True)
+
+    def local(params: Any, x: jax.Array) -> Any:
+      whole = lambda params, x: fn(jax.tree.map(gather, params, specs), x)  # noqa: E731
+      return jax.checkpoint(whole, policy=functools.partial(_of_tokens, *x.shape[:2]))(params, x)
+
+    split = PartitionSpec(AXES)
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, split), out_specs=split)(params, x)
+
+  return run
+
+
+def _of_tokens(n: int, tokens: int, prim: Any, *avals: Any, **params: Any) -> bool:
+  """Whether an operation has part in what is kept for the backward pass: activations are, parameters are not.
+
+  Told apart by the shape: [examples, tokens, ...] or [examples, heads, tokens, ...].
+  """
+  del prim, params
+  return any(a.ndim > 2 and a.shape[0] == n and tokens in a.shape[1:3] for a in avals)
+
+
+def bytes_each(tree: Any) -> int:
+  """Bytes that a tree of arrays, or of their shapes and shardings, takes on each device."""
+
+  def size(leaf: Any) -> int:
+    where = getattr(leaf, "sharding", None)
+    shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
+    return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+  return sum(map(size, jax.tree.leaves(tree)))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
@@ -39,7 +150,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda v: jax.make_array_from_process_local_data(sharding, v), batch)
 
 
-def check_divides(batch_size: int, mesh: Mesh) -> None:
+def check_divides(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
   """Raises a UserError if a global batch does not divide over the devices of the mesh."""
   if batch_size % mesh.size:
     raise errors.UserError(

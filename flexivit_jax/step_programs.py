@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flexivit_jax import compilation, sharding, steps, trees
+from flexivit_jax import compilation, sharding, steps
 from flexivit_jax.objectives.base import Objective
 
 Report = Callable[[dict, compilation.Program, int], None]
@@ -74,6 +74,9 @@ def compile_steps(
   """
   begin = time.perf_counter()
   everywhere = sharding.replicated(mesh)
+  # As the parameters and the state: left to the compiler, what is donated might be laid out anew.
+  found = (everywhere, sharding.divided(state.params, mesh))
+  placed = sharding.divided(state, mesh)
   seen = state._replace(opt_state=None)
   fn = functools.partial(steps.gradients, model=model, objective=objective)
 
@@ -90,17 +93,17 @@ def compile_steps(
       functools.partial(gradients, parts=parts[0]),
       given,
       sizes,
-      out_shardings=everywhere,
+      out_shardings=found,
       report=lambda size, program: report(size, program, parts[0]),
     )
   else:
-    room = memory - trees.size_in_bytes(state.opt_state)  # which waits meanwhile
-    programs, used = _fitting(gradients, given, sizes, parts, room, everywhere, report)
+    room = memory - sharding.bytes_each(state.opt_state)  # which waits meanwhile
+    programs, used = _fitting(gradients, given, sizes, parts, room, found, report)
 
-  def placed(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
-
-  loss, grads = placed(jnp.zeros(())), jax.tree.map(placed, state.params)
+  loss = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+  grads = jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state.params, found[1]
+  )
 
   def update(
     state: Any, loss: Any, grads: Any, total_steps: jax.Array, scale: jax.Array | None = None
@@ -115,7 +118,7 @@ def compile_steps(
     scales = jax.device_put(by_size, everywhere)
     args += (next(iter(scales.values())),)
   updating = compilation.compile_one(
-    update, args, "the update", donate=(0,), out_shardings=everywhere
+    update, args, "the update", donate=(0,), out_shardings=(placed, everywhere)
   )
   report({}, updating, 1)
   return StepPrograms(programs, updating, used, time.perf_counter() - begin, scales)
@@ -127,7 +130,7 @@ def _fitting(
   sizes: Sequence[dict[str, Any]],
   parts: Sequence[int],
   room: float,
-  everywhere: Any,
+  out_shardings: Any,
   report: Report,
 ) -> tuple[dict[tuple, compilation.Program], dict[tuple, int]]:
   """The program of each size with the fewest parts that fit into `room`, and how many these are."""
@@ -140,10 +143,10 @@ def _fitting(
 
     def make(parts: int, size: Any = size, args: Any = args, name: str = name) -> Any:
       fixed = functools.partial(gradients, parts=parts, **size)
-      return compilation.compile_one(fixed, args, name, out_shardings=everywhere)
+      return compilation.compile_one(fixed, args, name, out_shardings=out_shardings)
 
     key = compilation.size_key(size)
-    guess = busy / max(room - 2 * trees.size_in_bytes(args[0].params), 1.0)
+    guess = busy / max(room - 2 * sharding.bytes_each(args[0].params), 1.0)
     used[key], programs[key] = compilation.fewest_parts(make, parts, room, name, guess)
     busy = programs[key].temp_bytes * used[key]
     report(size, programs[key], used[key])

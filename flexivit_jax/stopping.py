@@ -27,14 +27,21 @@ class Stopped(BaseException):
 class Stop:
   """Whether a signal has come; see `catch`."""
 
-  def __init__(self) -> None:
+  def __init__(self, reached: Callable[[int], bool] | None = None) -> None:
     self.signal: str | None = None
     self._at_once = 0
+    self._reached = reached
 
   def check(self) -> None:
     """Raises `Stopped` if a signal has come."""
     if self.signal:
       raise Stopped(self.signal)
+
+  def check_after(self, step: int) -> None:
+    """As `check`, after a step: of several processes all are told after the same one."""
+    if self._reached is not None and self._reached(step):
+      raise Stopped("SIGTERM to one of the processes")
+    self.check()
 
   @contextlib.contextmanager
   def interruptible(self) -> Iterator[None]:
@@ -58,19 +65,27 @@ class Stop:
 
 
 @contextlib.contextmanager
-def catch() -> Iterator[Stop]:
-  """Handles SIGTERM and SIGINT while it lasts; elsewhere than in the main thread Python has no signals to handle."""
-  stop = Stop()
+def catch(reached: Callable[[int], bool] | None = None) -> Iterator[Stop]:
+  """Handles SIGTERM and SIGINT while it lasts; elsewhere than in the main thread Python has no signals to handle.
+
+  Args:
+    reached: of several processes, whether all are to stop after a step. SIGTERM is then left to who decides that, and
+      SIGINT is SIGTERM; neither ends anything at once.
+  """
+  stop = Stop(reached)
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return
-  numbers = (signal.SIGTERM, signal.SIGINT)
-  before = [signal.signal(number, stop._handle) for number in numbers]
+  numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+  handler: Any = stop._handle
+  if reached is not None:
+    numbers, handler = (signal.SIGINT,), lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+  before = [signal.signal(number, handler) for number in numbers]
   try:
     yield stop
   finally:
-    for number, handler in zip(numbers, before, strict=True):
-      signal.signal(number, handler)
+    for number, old in zip(numbers, before, strict=True):
+      signal.signal(number, old)
 
 
 _LAST = [0.0]  # when something was done last
@@ -81,6 +96,11 @@ def beat() -> None:
   _LAST[0] = time.monotonic()
 
 
+def idle() -> float:
+  """Seconds since the last `beat`."""
+  return time.monotonic() - _LAST[0]
+
+
 class Watchdog:
   """A thread that notices when nothing goes on.
 
@@ -88,10 +108,20 @@ class Watchdog:
     limit: seconds without `beat` after which the stacks of all threads go to standard error and the process ends with
       `HUNG`; None: never.
     note: is told that data is awaited, once each time.
+    tick: called a few times a second.
+    blame: says, for the message at the end, which process of several stands still.
   """
 
-  def __init__(self, limit: float | None, note: Callable[[str], None]):
+  def __init__(
+    self,
+    limit: float | None,
+    note: Callable[[str], None],
+    *,
+    tick: Callable[[], None] = lambda: None,
+    blame: Callable[[], str] = lambda: "",
+  ):
     self._limit, self._note, self._waiting = limit, note, False
+    self._tick, self._blame = tick, blame
     beat()
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -116,16 +146,19 @@ class Watchdog:
   def _watch(self) -> None:
     told = -1.0
     while not self._ended.wait(0.25):
+      self._tick()
       began = _LAST[0]
-      idle = time.monotonic() - began
-      if self._waiting and idle > DATA_NOTE_S and told != began:
+      silence = time.monotonic() - began
+      if self._waiting and silence > DATA_NOTE_S and told != began:
         told = began
-        self._note(f"waiting for data for {idle:.0f} s")
-      if self._limit is not None and idle > self._limit:
+        self._note(f"waiting for data for {silence:.0f} s")
+      if self._limit is not None and silence > self._limit:
+        blamed = self._blame()
         what = "waiting for data" if self._waiting else "in a step, a compilation or an evaluation"
         print(
-          f"flexivit: error: nothing has gone on for {idle:.0f} s ({what}), more than hang_after={self._limit:g}; the"
-          " stacks of all threads follow. The same command goes on from the last checkpoint.",
+          f"flexivit: error: nothing has gone on for {silence:.0f} s ({what}), more than"
+          f" hang_after={self._limit:g}; {blamed + '; ' if blamed else ''}the stacks of all threads follow. The same"
+          " command goes on from the last checkpoint.",
           file=sys.stderr,
           flush=True,
         )

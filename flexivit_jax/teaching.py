@@ -27,6 +27,7 @@ class Targets:
     parts, memory: as in `step_programs.compile_steps`.
     cache: of what the teachers said, read where it has a step and written where it has not; None: no cache.
     todo: the steps that are left; if the cache has them all, no teacher is compiled or put on a device.
+    divide: the teachers' parameters along "fsdp" as the student's are; else they are copies.
   """
 
   def __init__(
@@ -40,6 +41,7 @@ class Targets:
     memory: float = math.inf,
     cache: TeacherCache | None,
     todo: range,
+    divide: bool = True,
     report: Any = lambda program: None,
   ):
     self._teaching, self._mesh, self._cache = teaching, mesh, cache
@@ -58,7 +60,8 @@ class Targets:
     self._kept = frozenset() if cache is None else _kept_by_all(cache, todo)
     self.complete = len(self._kept) == len(todo)
     if not self.complete:
-      self._frozen = jax.device_put(teaching.frozen, sharding.replicated(mesh))
+      where = sharding.divided(teaching.frozen, mesh) if divide else sharding.replicated(mesh)
+      self._frozen = jax.device_put(teaching.frozen, where)
 
       def make(accumulate: int) -> compilation.Program:
         parted = functools.partial(fn, accumulate=accumulate)

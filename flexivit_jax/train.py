@@ -6,11 +6,15 @@ is measured is an evaluator. The same command continues a run that was stopped.
 
 import argparse
 import contextlib
-import math
+import functools
+import json
+import os
 import pathlib
+import shutil
 import sys
 import time
-from typing import Any, NamedTuple
+import traceback
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -21,10 +25,13 @@ from flexivit_jax import (
   arguments,
   compilation,
   config,
+  distributed,
   errors,
   experiment,
   metrics,
   patch_schedule,
+  peers as peers_of,
+  preparation,
   results,
   run_folder,
   sharding,
@@ -32,13 +39,10 @@ from flexivit_jax import (
   steps,
   stopping,
   teaching,
-  trees,
 )
 from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.evaluators.per_size import label, size_text
 from flexivit_jax.ledger import Ledger
-from flexivit_jax.models.flexivit import which_grid
-from flexivit_jax.teacher_cache import TeacherCache
 
 
 class Run(NamedTuple):
@@ -53,6 +57,7 @@ class Run(NamedTuple):
   stop: stopping.Stop
   watchdog: stopping.Watchdog
   skips: list[int]  # how many of the last steps in a row were skipped
+  peers: peers_of.Peers | None = None
 
 
 def train(
@@ -80,59 +85,141 @@ def train(
   """
   begun = time.perf_counter()
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(stopping.catch())
-    with stop.interruptible():
-      config.check("", settings, experiment.build, given=("opening",))
-      exp = experiment.build(**{"name": workdir.name, **settings})
-      _say_costs(exp)
-      stack.enter_context(run_folder.locked(workdir))
-      watchdog = stack.enter_context(contextlib.closing(stopping.Watchdog(exp.hang_after, _note)))
-      mesh = sharding.make_mesh()
-      parts, memory = _parts(exp, mesh)
-      checkpoints = stack.enter_context(
-        contextlib.closing(Checkpoints(workdir / "checkpoints", keep=exp.keep))
-      )
-      latest = checkpoints.choose(resume, _note)
+    try:
+      _train(settings, workdir, stack, begun, resume, allow_config_change)
+    except Exception as error:
+      if distributed.is_on():
+        _abandon(error, workdir)
+      raise
+  return workdir
+
+
+def _train(
+  settings: dict[str, Any],
+  workdir: pathlib.Path,
+  stack: contextlib.ExitStack,
+  begun: float,
+  resume: str,
+  allow_config_change: bool,
+) -> None:
+  several = distributed.is_on()
+  stop = stack.enter_context(stopping.catch(distributed.preempted if several else None))
+  with stop.interruptible():
+    config.check("", settings, experiment.build, given=("opening",))
+    exp = experiment.build(**{"name": workdir.name, **settings})
+    _say_costs(exp)
+    distributed.on_first(lambda: _take(workdir, stack), f"the folder {workdir}")
+    peers = _peers(workdir) if several else None
+    watchdog = stack.enter_context(contextlib.closing(_watchdog(exp, peers)))
+    exp, mesh = preparation.place(exp)
+    parts, memory = preparation.parts(exp, mesh)
+    checkpoints = stack.enter_context(
+      contextlib.closing(Checkpoints(workdir / "checkpoints", keep=exp.keep))
+    )
+
+    def choose() -> int | None:
+      latest = checkpoints.choose(resume, preparation.note)
       run_folder.keep_config(
         workdir,
         settings,
         begun=latest is not None,
         allow_change=allow_config_change,
-        note=_note,
+        note=preparation.note,
       )
-      ledger = Ledger(workdir / "ledger.json", begun, latest or 0)
-      state, schedule, batches = _start_or_resume(exp, checkpoints, latest, ledger, mesh)
-      stack.enter_context(batches)
-      checkpoints.check_room(state)
-      start = int(state.step)
-      overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-      (workdir / "parameters.txt").write_text(overview + "\n")
-      writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start))
-      run = Run(exp, mesh, checkpoints, batches, writer, ledger, stop, watchdog, [0])
-      evaluators = {name: e.make(exp.model, mesh) for name, e in exp.evaluations.items()}
-      if start < exp.total_steps:
-        with ledger.of("compilation"):
-          held = memory - trees.size_in_bytes(state)
-          targets = _targets(exp, start, mesh, stack, parts=parts, memory=held)
-          programs = _compile(exp, state, targets, mesh, parts=parts, memory=memory)
-          for evaluator in evaluators.values():
-            evaluator.compile(state.params, _report_program("eval", exp))
-        _evaluate_again(run, state, evaluators, workdir)
+      return latest
+
+    latest = distributed.on_first(choose, "its checkpoints or its config")
+    first = jax.process_index() == 0
+    ledger = Ledger(workdir / "ledger.json" if first else None, begun, latest or 0)
+    state, schedule, batches = _start_or_resume(exp, checkpoints, latest, ledger, mesh)
+    stack.enter_context(batches)
+    start = int(state.step)
+    distributed.on_first(lambda: _write_overview(workdir, checkpoints, state), "its folder")
+    writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start, writing=first))
+    run = Run(exp, mesh, checkpoints, batches, writer, ledger, stop, watchdog, [0], peers)
+    if several:
+      distributed.agree(
+        start, {"config": json.dumps(settings, default=str), **_facts(run, start, schedule)}
+      )
+    evaluators = {name: e.make(exp.model, mesh) for name, e in exp.evaluations.items()}
     if start < exp.total_steps:
-      ledger.steps_begin()
-      state = _loop(run, state, schedule, targets, programs, evaluators)
-    with stop.interruptible(), ledger.of("evaluation"):
-      _final_evaluation(exp, state, evaluators, writer, workdir)
-    ledger.write(int(state.step))
-  return workdir
+      with ledger.of("compilation"):
+        held = memory - sharding.bytes_each(state)
+        targets = preparation.targets(exp, start, mesh, stack, parts=parts, memory=held)
+        programs = preparation.programs(exp, state, targets, mesh, parts=parts, memory=memory)
+        for evaluator in evaluators.values():
+          evaluator.compile(state.params, preparation.report_of("eval", exp))
+      _evaluate_again(run, state, evaluators, workdir)
+  if start < exp.total_steps:
+    ledger.steps_begin()
+    state = _loop(run, state, schedule, targets, programs, evaluators)
+  with stop.interruptible(), ledger.of("evaluation"):
+    _final_evaluation(exp, state, evaluators, writer, workdir)
+  ledger.write(int(state.step))
+
+
+def _take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
+  """Takes the folder for this run, whose processes have left no sign of life yet."""
+  stack.enter_context(run_folder.locked(workdir))
+  shutil.rmtree(workdir / peers_of.FOLDER, ignore_errors=True)
+
+
+def _peers(workdir: pathlib.Path) -> peers_of.Peers:
+  """Ends this process when another is silent, a little before the runtime would, which names none."""
+  folder, limit = workdir / peers_of.FOLDER, 0.6 * distributed.heartbeat()
+  return peers_of.Peers(folder, jax.process_index(), jax.process_count(), limit)
+
+
+def _watchdog(exp: experiment.Experiment, peers: peers_of.Peers | None) -> stopping.Watchdog:
+  if peers is None:
+    return stopping.Watchdog(exp.hang_after, preparation.note)
+  return stopping.Watchdog(exp.hang_after, preparation.note, tick=peers.tick, blame=peers.blame)
+
+
+def _write_overview(
+  workdir: pathlib.Path, checkpoints: Checkpoints, state: steps.TrainState
+) -> None:
+  checkpoints.check_room(state)
+  overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+  (workdir / "parameters.txt").write_text(overview + "\n")
+
+
+def _facts(run: Run, step: int, schedule: patch_schedule.State) -> dict[str, Any]:
+  """What all processes must have alike before the next steps: other sizes would be other programs, which wait for ever.
+
+  The sizes are those until the next log at the latest.
+  """
+  exp = run.exp
+  ahead = range(step, min(step + exp.log_every, exp.total_steps))
+  drawn = [
+    patch_schedule.draw(
+      exp.flexi, seed=exp.seed, step=s, total_steps=exp.total_steps, state=schedule
+    )
+    for s in ahead
+  ]
+  return {"sizes of the next steps": drawn, "next batch": run.batches.next_ids()}
+
+
+def _abandon(error: Exception, workdir: pathlib.Path) -> NoReturn:
+  """Ends a process of several at once: the others would wait for it, and it for them."""
+  said, code = f"{type(error).__name__}: {error}", stopping.HUNG
+  if isinstance(error, errors.UserError):
+    said, code = str(error), 2
+  elif isinstance(error, jax.errors.JaxRuntimeError):
+    others = peers_of.Peers(workdir / peers_of.FOLDER, jax.process_index(), jax.process_count())
+    said = f"{others.blame_lost()}. {said.splitlines()[0]:.300}"
+  else:
+    traceback.print_exception(error)
+  print(f"flexivit: error: process {jax.process_index()}: {said}", file=sys.stderr, flush=True)
+  os._exit(code)
 
 
 def _say_costs(exp: experiment.Experiment) -> None:
-  _note(
+  preparation.note(
     f"{exp.name}: {exp.total_steps} steps of {exp.batch_size} ({exp.total_steps / exp.steps_per_epoch:.1f} epochs)"
   )
   for line in _costs(exp):
-    _note(line)
+    preparation.note(line)
 
 
 def _start_or_resume(
@@ -143,15 +230,17 @@ def _start_or_resume(
   mesh: Any,
 ) -> tuple[steps.TrainState, patch_schedule.State, Any]:
   """Returns the initial state or that of a checkpoint, that of the schedule of sizes, and the batches from there."""
-  state = _init(exp, mesh)
+  state = preparation.first_state(exp, mesh)
   if latest is None:
     return state, patch_schedule.init_state(exp.flexi), exp.batches(0)
-  params, rest, record = checkpoints.restore(latest, state.params, _rest(state))
-  _check_frozen(exp, record.get("frozen", {}), checkpoints.folder / str(latest))
+  params, rest, record = checkpoints.restore(
+    latest, state.params, preparation.rest(state), verified=True
+  )
+  preparation.check_frozen(exp, record.get("frozen", {}), checkpoints.folder / str(latest))
   batches = exp.batches(0)
   batches.set_state(record["data"])
   epoch, seen = latest / exp.steps_per_epoch, record["data"]["step"] * exp.batch_size
-  _note(
+  preparation.note(
     f"resumed from {checkpoints.folder / str(latest)}: step {latest}/{exp.total_steps}, epoch {epoch:.2f},"
     f" {seen} images seen; {ledger.lost:.0f} s of work lost"
   )
@@ -163,117 +252,16 @@ def _evaluate_again(
 ) -> None:
   """Runs the evaluations that were due at the step that a run goes on from, and did not end."""
   step = int(state.step)
-  rows = [row for row in metrics.read_rows(workdir / "metrics.jsonl") if row["step"] == step]
+
+  def done(name: str) -> int:
+    rows = metrics.read_rows(workdir / "metrics.jsonl")
+    return any(key.startswith(f"{name}/") for row in rows if row["step"] == step for key in row)
+
   for name, evaluation in run.exp.evaluations.items():
-    done = any(key.startswith(f"{name}/") for row in rows for key in row)
-    if step and step % evaluation.every == 0 and not done:
+    due = step and step % evaluation.every == 0
+    if due and not distributed.on_first(functools.partial(done, name), "metrics.jsonl"):
       with run.ledger.of("evaluation"):
         _note_rows(name, step, evaluators[name].run(state.params), run.writer)
-
-
-def _rest(state: steps.TrainState) -> dict[str, Any]:
-  """What a checkpoint holds beside the parameters."""
-  rest = {k: v for k, v in state._asdict().items() if k != "params"}
-  return {k: v for k, v in rest.items() if v is not None}
-
-
-def _init(exp: experiment.Experiment, mesh: Any) -> steps.TrainState:
-  def init(given: Any, seed: jax.Array) -> steps.TrainState:
-    params = steps.init_params(exp.model, exp.image_shape, seed, exp.head_bias)
-    params = {**params, **(given or {})}  # what is given may lack the head
-    return steps.init_state(params, exp.optimizer.tx, exp.objective)
-
-  state = jax.jit(init, out_shardings=sharding.replicated(mesh))(exp.init, np.uint32(exp.seed))
-  _note(f"{trees.count(state.params):,} parameters on {mesh.size} x {jax.devices()[0].device_kind}")
-  return state
-
-
-def _check_frozen(exp: experiment.Experiment, stored: dict[str, str], where: pathlib.Path) -> None:
-  if exp.frozen_digests != stored:
-    raise errors.UserError(
-      f"{where} was trained with other teachers: {stored} there, {exp.frozen_digests} here (sha256);"
-      " give the same ones, or another --workdir."
-    )
-
-
-def _parts(exp: experiment.Experiment, mesh: Any) -> tuple[list[int], float]:
-  """Into how many parts a batch may be divided, and the bytes of each device into which a step has to fit."""
-  if exp.accumulate != "auto":
-    sharding.check_divides(exp.batch_size // int(exp.accumulate), mesh)
-    return [int(exp.accumulate)], math.inf
-  sharding.check_divides(exp.batch_size, mesh)
-  memory = compilation.device_memory() if exp.memory_gib is None else exp.memory_gib * 2**30
-  return sharding.possible_parts(exp.batch_size, mesh), memory
-
-
-def _targets(
-  exp: experiment.Experiment, start: int, mesh: Any, stack: contextlib.ExitStack, **fit: Any
-) -> teaching.Targets | None:
-  """What the teachers say of each step that is left; None without teachers."""
-  if exp.objective.teaching is None:
-    return None
-  cache = None
-  if exp.teacher_cache is not None:
-    process = (jax.process_index(), jax.process_count())
-    cache = TeacherCache(exp.teacher_cache, exp.drawn, process)
-    stack.enter_context(contextlib.closing(cache))
-  targets = teaching.Targets(
-    exp.objective.teaching,
-    _specs(exp, exp.objective.teaching.inputs, mesh),
-    mesh,
-    seed=exp.seed,
-    cache=cache,
-    todo=range(start, exp.total_steps),
-    report=lambda program: _note(f"compiled teachers: {program.seconds:.1f} s"),
-    **fit,
-  )
-  if targets.complete:
-    _note(f"teachers: their logits of all steps are in {exp.teacher_cache}")
-  return targets
-
-
-def _specs(exp: experiment.Experiment, inputs: Any, mesh: Any) -> dict[str, Any]:
-  local = exp.batch_size // jax.process_count()
-  shapes = {name: (local, *exp.input_shapes[name]) for name in inputs}
-  return sharding.specs({k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()}, mesh)
-
-
-def _compile(
-  exp: experiment.Experiment,
-  state: steps.TrainState,
-  targets: teaching.Targets | None,
-  mesh: Any,
-  **fit: Any,
-) -> step_programs.StepPrograms:
-  batch = _specs(exp, exp.objective.inputs, mesh)
-  if targets is not None:
-    batch["targets"] = targets.specs
-
-  sizes = sorted(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
-  report = _report_program("train", exp)
-  programs = step_programs.compile_steps(
-    sizes,
-    state,
-    batch,
-    _run_constants(exp, mesh),
-    mesh,
-    model=exp.model,
-    objective=exp.objective,
-    tx=exp.optimizer.tx,
-    skip_above=exp.skip_above,
-    batches_of=exp.batches_of,
-    update_scale=exp.update_scale,
-    report=report,
-    **fit,
-  )
-  _note(f"{len(sizes)} sizes and the update compiled in {programs.seconds:.1f} s")
-  return programs
-
-
-def _run_constants(exp: experiment.Experiment, mesh: Any) -> dict[str, jax.Array]:
-  """What is the same in all steps of a run, and other in another run of the same programs."""
-  numbers = {"seed": np.uint32(exp.seed), "total_steps": np.int32(exp.total_steps)}
-  return jax.device_put(numbers, sharding.replicated(mesh))
 
 
 def _loop(
@@ -290,7 +278,7 @@ def _loop(
     total_steps=exp.total_steps, batch_size=exp.images_per_step, start_step=start
   )
   pending: list[Pending] = []
-  constants = _run_constants(exp, run.mesh)
+  constants = preparation.constants(exp, run.mesh)
   done = saved = start
   try:
     for step in range(start + 1, exp.total_steps + 1):
@@ -314,6 +302,8 @@ def _loop(
         schedule = _log(run, pending, schedule, progress)
       progress.update(step, data_wait=waited)
       stopping.beat()
+      if run.peers is not None:
+        run.peers.step = step
       with progress.paused():
         if save:
           _save(run, step, state, schedule)
@@ -322,7 +312,7 @@ def _loop(
         for name in due:
           with run.stop.interruptible(), run.ledger.of("evaluation"):
             _note_rows(name, step, evaluators[name].run(state.params), run.writer)
-      run.stop.check()
+      run.stop.check_after(step)
   except stopping.Stopped as stopped:
     if done > saved:
       schedule = _log(run, pending, schedule, progress)
@@ -330,7 +320,7 @@ def _loop(
     run.checkpoints.wait()
     run.ledger.write(done)
     where = f"after step {done}, which is saved" if done else "before the first step"
-    _note(f"{stopped}: stopped {where}; the same command goes on")
+    preparation.note(f"{stopped}: stopped {where}; the same command goes on")
     raise
   return state
 
@@ -366,13 +356,15 @@ def _log(
     )
   if rows:
     run.ledger.write(rows[-1].step)
+    if distributed.is_on():
+      distributed.agree(rows[-1].step, _facts(run, rows[-1].step, schedule))
   return schedule
 
 
 def _save(run: Run, step: int, state: steps.TrainState, schedule: patch_schedule.State) -> None:
   with run.ledger.of("checkpoints"):
     record = _record(run.exp, step, schedule, run.batches)
-    run.checkpoints.save(step, state.params, _rest(state), record)
+    run.checkpoints.save(step, state.params, preparation.rest(state), record)
   run.ledger.saved(step)
   run.ledger.write(step)
 
@@ -407,7 +399,12 @@ def _flush(run: Run, pending: list[Pending], extra: dict[str, float]) -> list[Pe
       run.writer.flush()
       run.checkpoints.wait()
       dump = run_folder.write_bad_step(
-        run.checkpoints.folder.parent, step=step, size=size, measured=measured, ids=ids
+        run.checkpoints.folder.parent,
+        step=step,
+        size=size,
+        measured=measured,
+        ids=distributed.gathered(ids),
+        writing=jax.process_index() == 0,
       )
       raise errors.UserError(
         f"At step {step} ({compilation.size_name(size)}) {', '.join(bad)}; stopped. The last"
@@ -423,7 +420,9 @@ def _note_rows(
     values = {f"{name}/{k}/seqhw={label(row)}": row[k] for k in results.metrics_of(row)}
     writer.write(step, values)
   first = results.metrics_of(rows[0])[0]
-  _note(f"step {step}: {name} {first} " + ", ".join(f"{label(r)}: {r[first]:.1%}" for r in rows))
+  preparation.note(
+    f"step {step}: {name} {first} " + ", ".join(f"{label(r)}: {r[first]:.1%}" for r in rows)
+  )
 
 
 def _record(
@@ -479,32 +478,15 @@ def _costs(exp: experiment.Experiment) -> list[str]:
   return [*lines, f"{mean * exp.total_steps:.3g} FLOPs expected in all{note}"]
 
 
-def _report_program(kind: str, exp: experiment.Experiment) -> Any:
-  def report(size: dict, program: compilation.Program, parts: int = 1) -> None:
-    if not size:
-      _note(f"compiled the update: {program.seconds:.1f} s, {_mib(program.bytes)}")
-      return
-    rows, columns = which_grid(exp.image_shape[:2], exp.model.patch_size, **size).grid_hw
-    _note(
-      f"compiled {kind} {compilation.size_name(size)}: {rows * columns} tokens,"
-      f" {program.seconds:.1f} s, {_mib(program.bytes)}, {_mib(program.temp_bytes)} of it temporary"
-      + (f", in {parts} parts" if parts > 1 else "")
-    )
-
-  return report
-
-
-def _mib(size: float) -> str:
-  return f"{size / 2**20:.1f} MiB"
-
-
-def _note(message: str) -> None:
-  if jax.process_index() == 0:
-    print(message, file=sys.stderr, flush=True)
-
-
 def run(args: argparse.Namespace) -> None:
   """`flexivit train`."""
+  distributed.start(
+    args.coordinator_address,
+    args.num_processes,
+    args.process_id,
+    join_timeout=args.join_timeout,
+    heartbeat_timeout=args.heartbeat_timeout,
+  )
   compilation.keep_programs()
   train(
     config.load(args.config, args.overrides),
@@ -521,4 +503,6 @@ if __name__ == "__main__":
   except errors.UserError as e:
     sys.exit(f"flexivit: error: {e}")
   except stopping.Stopped:
+    distributed.leave(stopping.STOPPED)
     sys.exit(stopping.STOPPED)
+  distributed.leave(0)

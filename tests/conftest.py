@@ -97,7 +97,7 @@ def _environment(devices: int) -> dict[str, str]:
   }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def environment_of():
   """Makes the environment of a process in which JAX sees so many CPU devices."""
   return _environment

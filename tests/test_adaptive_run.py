@@ -37,7 +37,7 @@ def final(settings, workdir):
   """All arrays of the last checkpoint, and the state of the schedule in it."""
   exp = experiment.build(**settings)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
-  state = train_lib._init(exp, train_lib.sharding.make_mesh())
+  state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
   assert checkpoints.latest_step() == STEPS
   rest = {"step": state.step, "opt_state": state.opt_state}
   *arrays, record = checkpoints.restore(STEPS, state.params, rest)

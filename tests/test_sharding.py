@@ -1,5 +1,6 @@
 """Training on eight devices is training on one."""
 
+import contextlib
 import json
 
 import jax
@@ -78,3 +79,58 @@ def test_specs_are_those_of_the_arrays_that_are_put():
     spec = specs[name]
     assert (spec.shape, spec.dtype, spec.sharding) == (array.shape, array.dtype, array.sharding)
     np.testing.assert_array_equal(array, batch[name])
+
+
+def teach(path: str) -> None:
+  """Writes what a teacher says whose parameters are copies, and divided along "fsdp"; and what lies on each device."""
+  from flexivit_jax import experiment, preparation
+
+  data = {
+    "name": "synthetic",
+    "image_size": 12,
+    "num_classes": 3,
+    "num_examples": 16,
+    "split": "train",
+  }
+  teacher = {
+    "variant": "mu",
+    "width": 64,
+    "num_classes": 3,
+    "patch_size": (4, 4),
+    "posemb_size": (3, 3),
+  }
+  small = {"variant": "mu", "patch_size": (4, 4), "posemb_size": (3, 3)}
+  found, bytes_each = {}, []
+  for i, divide in enumerate((True, False)):
+    exp = experiment.build(
+      total_steps=1,
+      input={
+        "data": data,
+        "pp": "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')",
+        "batch_size": 16,
+      },
+      model=small,
+      optim={"lr": 1e-3},
+      flexi={"seqhw": {"v": (2, 3)}},
+      objective={"name": "distill", "teachers": {"big": {"model": teacher, "seqhw": 3}}},
+      mesh={"data": 2, "fsdp": 4, "divide_teachers": divide},
+    )
+    exp, mesh = preparation.place(exp)
+    taught = preparation.targets(
+      exp, 0, mesh, contextlib.ExitStack(), parts=[1], memory=float("inf")
+    )
+    image = np.random.default_rng(0).normal(size=(16, 12, 12, 3)).astype(np.float32)
+    labels = np.eye(3, dtype=np.float32)[np.arange(16) % 3]
+    said = taught(0, {"image": image, "labels": labels}, jax.numpy.int32(0))
+    found |= {f"{i}/{n}": a for n, a in enumerate(jax.tree.leaves(said))}
+    bytes_each.append(sharding.bytes_each(taught._frozen))
+  np.savez(path, bytes_each=bytes_each, **found)
+
+
+def test_a_teacher_may_be_divided_otherwise_than_the_student(tmp_path, on_eight_devices):
+  on_eight_devices(teach, str(tmp_path / "taught.npz"))
+  with np.load(tmp_path / "taught.npz") as found:
+    divided, copies = (found[f"{i}/0"] for i in (0, 1))
+    np.testing.assert_allclose(divided, copies, rtol=1e-5, atol=1e-6)
+    assert np.abs(copies).max() > 0.1
+    assert found["bytes_each"][0] < 0.75 * found["bytes_each"][1]

@@ -11,6 +11,7 @@ from flexivit_jax import (
   compilation,
   experiment,
   optim,
+  preparation,
   sharding,
   step_programs,
   steps,
@@ -211,9 +212,9 @@ def test_a_run_with_a_budget_reads_as_many_images_and_resumes(tmp_path, train_un
 
 def saved(exp, run):
   checkpoints = train.Checkpoints(run / "checkpoints", keep=None)
-  state = train._init(exp, sharding.make_mesh())
+  state = preparation.first_state(exp, sharding.make_mesh())
   try:
-    return checkpoints.restore(checkpoints.latest_step(), state.params, train._rest(state))
+    return checkpoints.restore(checkpoints.latest_step(), state.params, preparation.rest(state))
   finally:
     checkpoints.close()
 

@@ -51,8 +51,8 @@ def final(workdir):
   """The bytes of all arrays of the last checkpoint, and all rows but for the times."""
   exp = experiment.build(**CONFIG)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
-  state = train_lib._init(exp, train_lib.sharding.make_mesh())
-  restored = checkpoints.restore(12, state.params, train_lib._rest(state))
+  state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
+  restored = checkpoints.restore(12, state.params, train_lib.preparation.rest(state))
   checkpoints.close()
   arrays = [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(restored[:2]))]
   rows = metrics.read_rows(workdir / "metrics.jsonl")

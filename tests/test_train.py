@@ -45,7 +45,7 @@ def final(workdir):
   """All arrays of the newest checkpoint: parameters, optimizer state, step."""
   exp = experiment.build(**CONFIG)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
-  state = train_lib._init(exp, train_lib.sharding.make_mesh())
+  state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
   rest = {"step": state.step, "opt_state": state.opt_state}
   restored = checkpoints.restore(checkpoints.latest_step(), state.params, rest)
   checkpoints.close()

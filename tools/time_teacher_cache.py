@@ -11,7 +11,7 @@ import time
 
 import jax
 
-from flexivit_jax import config, errors, experiment, patch_schedule, sharding, train
+from flexivit_jax import config, errors, experiment, patch_schedule, preparation, sharding
 
 
 def main() -> None:
@@ -36,9 +36,9 @@ def seconds(settings: dict) -> float:
     raise errors.UserError("The config has no teachers.")
   mesh = sharding.make_mesh()
   with contextlib.ExitStack() as stack:
-    state, targets = train._init(exp, mesh), train._targets(exp, 0, mesh, stack)
-    programs = train._compile(exp, state, targets, mesh)
-    constants = train._run_constants(exp, mesh)
+    state, targets = preparation.first_state(exp, mesh), preparation.targets(exp, 0, mesh, stack)
+    programs = preparation.programs(exp, state, targets, mesh)
+    constants = preparation.constants(exp, mesh)
     batches = stack.enter_context(exp.batches(0))
     spent = 0.0
     for step in range(exp.total_steps):

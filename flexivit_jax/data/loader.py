@@ -13,7 +13,7 @@ import numpy as np
 
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import Source
-from flexivit_jax.data.stream import Bad, Batch, Plan, check_limit, make_chunk, room
+from flexivit_jax.data.stream import Bad, Batch, Plan, check_limit, index_of, make_chunk, room
 from flexivit_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -140,6 +140,11 @@ class TrainBatches:
       raise
     self._step += 1
     return batch
+
+  def next_ids(self) -> list[int]:
+    """The examples of the next batch on all processes, as the order has them; bad ones are not replaced here."""
+    first = self._step * self._plan.batch_size
+    return [index_of(self._plan, first + i) for i in range(self._plan.batch_size)]
 
   def get_state(self) -> dict[str, int]:
     """The next step, and what the order depends on."""

@@ -64,7 +64,7 @@ def make_chunk(plan: Plan, chunk: int) -> tuple[Batch, Bad]:
   first = step * plan.batch_size + plan.offset
   low, high = (plan.local * k // plan.chunks for k in (part, part + 1))
   positions = range(first + low, first + high)
-  indices = [_index(plan, position) for position in positions]
+  indices = [index_of(plan, position) for position in positions]
   bad: Bad = {}
   records = _read(
     plan.source, [-1 if plan.kept and i in plan.kept.examples else i for i in indices]
@@ -77,7 +77,7 @@ def make_chunk(plan: Plan, chunk: int) -> tuple[Batch, Bad]:
   return _stack(plan, pairs), bad
 
 
-def _index(plan: Plan, position: int) -> int:
+def index_of(plan: Plan, position: int) -> int:
   """The example at a position of the stream; -1 past the end of an evaluation."""
   if plan.seed is None:
     return position if position < len(plan.source) else -1
@@ -121,7 +121,7 @@ def _prepare(
       bad[index] = message
     if plan.seed is None or len(bad) > plan.max_errors:
       break  # Evaluation replaces nothing; over the limit `make_chunk` raises.
-    index = _index(plan, epoch * size + (slot + attempt + 1) % size)
+    index = index_of(plan, epoch * size + (slot + attempt + 1) % size)
     record = None
   return -1, None
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from flexivit_jax import errors, resize
@@ -85,6 +86,7 @@ class FlexiViT(nn.Module):
     dtype: of the matrix products, "float32" or "bfloat16".
     scan, remat: one compiled loop over the blocks; recompute the blocks in the backward pass. Same numbers.
     attention: a form of `models/attention.py`: the same numbers, faster or slower; "auto" by backend and tokens.
+    fsdp: the mesh along whose axis "fsdp" the parameters are divided (see `sharding`); None: none are.
   """
 
   num_classes: int = 0
@@ -111,6 +113,7 @@ class FlexiViT(nn.Module):
   scan: bool = False
   remat: bool = False
   attention: str = "auto"
+  fsdp: Mesh | None = None
 
   def __post_init__(self) -> None:
     for name, value in ({"patch_size": (32, 32)} | vit.decode_variant(self.variant)).items():
@@ -191,7 +194,7 @@ class FlexiViT(nn.Module):
 
     x, out["encoder"] = vit.Encoder(
       self.depth, self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.scan, self.remat,
-      self.layer_norm_eps, self.attention, name="Transformer",
+      self.layer_norm_eps, self.attention, self.fsdp, name="Transformer",
     )(x, train, depth)  # fmt: skip
     out["encoded"] = x
 
@@ -256,6 +259,10 @@ def check_fields(model: FlexiViT) -> None:
   if model.num_heads < 1 or model.width % model.num_heads:
     raise errors.UserError(
       f"width={model.width} must be a multiple of num_heads={model.num_heads}."
+    )
+  if model.fsdp is not None and model.dropout:
+    raise errors.UserError(
+      f"mesh.fsdp with dropout={model.dropout}: its masks would depend on the mesh; set mesh.fsdp=1 or model.dropout=0."
     )
   if model.registers < (model.pool_type == "tok+reg"):
     raise errors.UserError(

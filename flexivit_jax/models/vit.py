@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from flexivit_jax import errors
+from flexivit_jax import errors, sharding
 from flexivit_jax.models import attention
 
 
@@ -136,7 +137,8 @@ class Encoder(nn.Module):
   """Stack of blocks and a LayerNorm.
 
   With `scan` the blocks are one compiled loop and their parameters are stacked under "encoderblock" (see
-  `stack_blocks`); `remat` recomputes each block in the backward pass instead of storing its activations.
+  `stack_blocks`); `remat` recomputes each block in the backward pass instead of storing its activations. `fsdp` is a
+  mesh along whose axis of this name the parameters are divided (see `sharding`); each block gathers its own.
   """
 
   depth: int
@@ -149,6 +151,7 @@ class Encoder(nn.Module):
   remat: bool = False
   layer_norm_eps: float = 1e-6
   attention: str = "auto"
+  fsdp: Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -167,7 +170,7 @@ class Encoder(nn.Module):
     if self.is_initializing():
       self._init_blocks(block, fields, x)
     params = self.variables["params"]
-    once = traced_once(block, fields, train)
+    once = traced_once(block, fields, train, None if self.is_initializing() else self.fsdp)
     keys = None
     if train and self.dropout:
       keys = jax.random.split(self.make_rng("dropout"), depth)
@@ -201,7 +204,7 @@ class Encoder(nn.Module):
 
 
 @functools.cache
-def traced_once(block: Any, fields: tuple, train: bool) -> Any:
+def traced_once(block: Any, fields: tuple, train: bool, fsdp: Mesh | None = None) -> Any:
   """One function `(params, x, dropout key) -> (x, intermediates)` for all blocks of these fields.
 
   Traced and differentiated once for each shape, not once a block.
@@ -211,7 +214,10 @@ def traced_once(block: Any, fields: tuple, train: bool) -> Any:
     rngs = None if key is None else {"dropout": key}
     return block(*fields).apply({"params": params}, x, train, rngs=rngs)
 
-  return jax.jit(run)
+  if fsdp is None:
+    return jax.jit(run)
+  over = sharding.over_divided(lambda params, x: run(params, x, None), fsdp)
+  return jax.jit(lambda params, x, key: over(params, x))
 
 
 class MAPHead(nn.Module):

@@ -269,13 +269,13 @@ def test_a_run_keeps_its_teacher_out_of_its_checkpoints_and_itself_to_its_teache
 
 def test_a_run_changes_no_bit_of_its_teacher_and_saves_none(teacher, tmp_path, monkeypatch):
   made_targets = []
-  targets = train_lib._targets
+  targets = train_lib.preparation.targets
 
   def observed(*args, **fit):
     made_targets.append(targets(*args, **fit))
     return made_targets[0]
 
-  monkeypatch.setattr(train_lib, "_targets", observed)
+  monkeypatch.setattr(train_lib.preparation, "targets", observed)
   run = train_lib.train(config(teacher, evals={}), tmp_path / "run")
   _, params = weights.load(teacher)
   before = trees.digest(params)
@@ -354,7 +354,7 @@ def test_init_starts_from_weights_whose_buffers_are_resized(teacher):
   model = FIELDS | {"width": 32, "patch_size": (6, 6), "posemb_size": (2, 2)}
   exp = experiment.build(**config(teacher, model=model, init=dict(checkpoint=teacher)))
   _, want = weights.load(teacher, flexify=((6, 6), (2, 2)))
-  state = train_lib._init(exp, train_lib.sharding.make_mesh())
+  state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
   jax.tree.map(np.testing.assert_array_equal, state.params, want)
   same = experiment.build(
     **config(teacher, model=FIELDS | {"width": 32}, init=dict(checkpoint=teacher))

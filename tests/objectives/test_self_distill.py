@@ -186,9 +186,9 @@ CONFIG = dict(
 def saved(run, step):
   """(parameters, the rest of the state) of a checkpoint, as NumPy arrays."""
   exp = experiment.build(**CONFIG)
-  state = train_lib._init(exp, train_lib.sharding.make_mesh())
+  state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
   checkpoints = Checkpoints(run / "checkpoints", keep=None)
-  params, rest, _ = checkpoints.restore(step, state.params, train_lib._rest(state))
+  params, rest, _ = checkpoints.restore(step, state.params, train_lib.preparation.rest(state))
   checkpoints.close()
   return jax.device_get((params, rest))
 
@@ -201,7 +201,7 @@ def whole(tmp_path_factory):
 
 def test_a_checkpoint_holds_the_mean_of_the_weights_until_then(whole):
   exp = experiment.build(**CONFIG)
-  first = train_lib._init(exp, train_lib.sharding.make_mesh()).params
+  first = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh()).params
   states = [saved(whole, step) for step in range(1, 5)]
   for n, (_, rest) in enumerate(states, start=1):
     want = mean_of([first, *(params for params, _ in states[:n])], decay=0.5)

@@ -1,0 +1,153 @@
+"""What the devices of a mesh send to each other in a training step: expected from shapes, and read from a program."""
+
+import collections
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flexivit_jax import sharding, trees
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(rf"\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+_IN_BLOCK = re.compile(r".*/encoderblock(_\d+)?/.*")
+
+
+class Sent(NamedTuple):
+  """Bytes that each device of a mesh takes part in moving: of whole arrays, or of what is left of them along "fsdp".
+
+  `all_reduce` is over all devices, `all_reduce_data` along "data", the other two along "fsdp".
+  """
+
+  all_reduce: int
+  all_reduce_data: int
+  all_gather: int
+  reduce_scatter: int
+
+  def on_the_wire(self, data: int, fsdp: int) -> float:
+    """Bytes that each device sends, where collectives go around rings: (n - 1) / n of an array, twice for a sum."""
+
+    def ring(n: int) -> float:
+      return (n - 1) / n
+
+    return (
+      2 * ring(data * fsdp) * self.all_reduce
+      + 2 * ring(data) * self.all_reduce_data
+      + ring(fsdp) * (self.all_gather + self.reduce_scatter)
+    )
+
+
+def expected(params: Any, mesh: Any) -> Sent:
+  """What a step sends for the parameters of a FlexiViT, or their shapes, without accumulation.
+
+  A block's divided arrays are gathered forwards and backwards, and their gradients scattered; what lies outside the
+  blocks is gathered once. Gradients of what is a copy are summed over all devices.
+  """
+  places = trees.flatten(sharding.divided(params, mesh))
+  data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+  sent = dict.fromkeys(Sent._fields, 0)
+  for name, leaf in trees.flatten(params).items():
+    size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    if "fsdp" not in places[name].spec:
+      sent["all_reduce"] += size
+    elif _IN_BLOCK.fullmatch(name):
+      sent["all_gather"] += 2 * size
+      sent["reduce_scatter"] += size
+      sent["all_reduce_data"] += size // fsdp if data > 1 else 0
+    else:
+      sent["all_gather"] += size
+      sent["reduce_scatter"] += size
+      sent["all_reduce_data"] += size // fsdp if data > 1 else 0
+  return Sent(**sent)
+
+
+def state_bytes(state: Any, mesh: Any) -> int:
+  """Bytes of a training state, or of its shapes, on each device of a mesh."""
+  placed = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    state, sharding.divided(state, mesh),
+  )  # fmt: skip
+  return sharding.bytes_each(placed)
+
+
+class Collective(NamedTuple):
+  """One of a compiled program. `bytes` are those of its result, `group` how many devices talk, `times` in a run."""
+
+  kind: str
+  bytes: int
+  group: int
+  times: int
+  shapes: tuple[str, ...]
+
+
+def collectives(hlo: str, devices: int) -> list[Collective]:
+  """The collectives of an optimized program for so many devices, `compiled.as_text()`; groups of one send nothing."""
+  times = _times(hlo)
+  found = []
+  for name, lines in _computations(hlo).items():
+    for line in lines:
+      match = _COLLECTIVE.match(line)
+      if match is None:
+        continue
+      group = _group(line, devices)
+      if group > 1:
+        shapes = tuple(re.findall(r"[a-z]+\d+\[[\d,]*\]", match[1]))
+        found.append(
+          Collective(match[2], sum(map(_bytes, shapes)), group, times.get(name, 1), shapes)
+        )
+  return found
+
+
+def totals(found: list[Collective]) -> Mapping[str, int]:
+  """Bytes of each kind in a run of the program."""
+  out: collections.Counter[str] = collections.Counter()
+  for one in found:
+    out[one.kind] += one.bytes * one.times
+  return out
+
+
+def _computations(hlo: str) -> dict[str, list[str]]:
+  found: dict[str, list[str]] = {}
+  name = ""
+  for line in hlo.splitlines():
+    begin = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+    if begin:
+      name = begin[1]
+    found.setdefault(name, []).append(line)
+  return found
+
+
+def _times(hlo: str) -> dict[str, int]:
+  """How often the body of each loop runs; loops in loops multiply."""
+  inside: dict[str, tuple[str, int]] = {}
+  for name, lines in _computations(hlo).items():
+    for line in lines:
+      body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
+      if body:
+        count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        inside[body[1]] = (name, int(count[1]) if count else 1)
+
+  def of(name: str) -> int:
+    if name not in inside:
+      return 1
+    outer, count = inside[name]
+    return count * of(outer)
+
+  return {name: of(name) for name in inside}
+
+
+def _group(line: str, devices: int) -> int:
+  iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line)
+  if iota:
+    return int(iota[2])
+  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+  return len(listed[1].split(",")) if listed and listed[1] else devices
+
+
+def _bytes(shape: str) -> int:
+  kind, _, dims = shape.removesuffix("]").partition("[")
+  bits = int(re.sub(r"\D", "", kind))  # f32, bf16, u8
+  return math.prod(int(n) for n in dims.split(",") if n) * bits // 8

@@ -1,0 +1,213 @@
+"""Several processes of one run: how they find each other, decide together, and end together.
+
+The engine is JAX's own: `jax.distributed` joins them, its coordination service notices one that is gone, its preemption
+service agrees on the step after which all save when one gets SIGTERM.
+"""
+
+import importlib.util
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+from jax.experimental import multihost_utils
+
+from flexivit_jax import errors
+
+_HEARTBEAT = [100.0]
+FLAGS = ("coordinator_address", "num_processes", "process_id")
+# Where a launcher has started several processes: name -> (what it sets, how many there are).
+_LAUNCHERS = {
+  "SLURM": (("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"), "SLURM_NTASKS"),
+  "Open MPI": (("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE"),
+}
+
+
+def start(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  join_timeout: int = 300,
+  heartbeat_timeout: int = 100,
+) -> None:
+  """Joins the processes of a run; to be called before anything else of JAX. For one process it does nothing.
+
+  Without the first three arguments they are those of the launcher: a TPU pod's, SLURM's, Open MPI's, or those of
+  Kubernetes where the package `kubernetes` is installed.
+
+  Args:
+    coordinator_address: "host:port" of the first process.
+    num_processes: how many there are.
+    process_id: which one this is, from 0.
+    join_timeout: seconds in which all have to come.
+    heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
+
+  Raises:
+    UserError: some of the three but not all; a process that did not come.
+  """
+  given = dict(zip(FLAGS, (coordinator_address, num_processes, process_id), strict=True))
+  explicit = [name for name, value in given.items() if value is not None]
+  if explicit and len(explicit) < len(FLAGS):
+    missing = ", ".join(f"--{name}" for name in FLAGS if name not in explicit)
+    raise errors.UserError(f"Got --{explicit[0]} without {missing}; give all three, or none.")
+  launcher = None if explicit else _launcher(os.environ)
+  if not explicit and launcher is None:
+    return
+  if num_processes is not None and not (
+    num_processes > 0 and 0 <= (process_id or 0) < num_processes
+  ):
+    raise errors.UserError(
+      f"--process_id={process_id} of --num_processes={num_processes}; expected 0 to {num_processes - 1}."
+    )
+  whose = f"--coordinator_address={coordinator_address}" if explicit else launcher
+  late = threading.Timer(join_timeout, _say_late, (whose, num_processes, join_timeout))
+  late.daemon = True
+  late.start()
+  try:
+    jax.distributed.initialize(
+      coordinator_address,
+      num_processes,
+      process_id,
+      initialization_timeout=join_timeout + 60,  # at its own time-out it aborts, and says less
+      heartbeat_timeout_seconds=heartbeat_timeout,
+      shutdown_timeout_seconds=heartbeat_timeout,
+    )
+  except (RuntimeError, ValueError) as e:
+    raise errors.UserError(
+      f"The processes of this run ({whose}) could not be joined: {str(e).splitlines()[0]}"
+    ) from e
+  finally:
+    late.cancel()
+  _HEARTBEAT[0] = heartbeat_timeout
+
+
+def _say_late(whose: str, count: int | None, seconds: int) -> None:
+  """Ends the process: others did not come."""
+  print(
+    f"flexivit: error: the {count or 'processes'} processes of this run ({whose}) did not all come within {seconds} s."
+    " Look whether each was started, with the same address and another --process_id, and whether the port is open.",
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(2)
+
+
+def heartbeat() -> float:
+  """Seconds of silence after which a process counts as lost."""
+  return _HEARTBEAT[0]
+
+
+def _launcher(environment: Mapping[str, str]) -> str | None:
+  """Who has started several processes; None where nobody has."""
+  for name, (needed, count) in _LAUNCHERS.items():
+    if all(key in environment for key in needed) and int(environment.get(count, "1")) > 1:
+      return name
+  if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+    raise errors.UserError(
+      "Open MPI has started several processes but does not say where the first is (its version 5 does not); give "
+      + ", ".join(f"--{name}" for name in FLAGS)
+      + ", the last from OMPI_COMM_WORLD_RANK."
+    )
+  accelerators = [*pathlib.Path("/dev").glob("accel*"), *pathlib.Path("/dev").glob("vfio/[0-9]*")]
+  wanted = environment.get("JAX_PLATFORMS", "tpu").split(",")[0] == "tpu"
+  if wanted and accelerators and importlib.util.find_spec("libtpu"):
+    return "the TPU's"
+  job = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
+  return "Kubernetes" if job and importlib.util.find_spec("kubernetes") else None
+
+
+def is_on() -> bool:
+  """Whether there are several processes."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def preempted(step: int) -> bool:
+  """Whether all processes are to save and end after this step, because one of them was told to.
+
+  Has to be asked after each step by all. SIGTERM is the runtime's own to catch.
+  """
+  return multihost_utils.reached_preemption_sync_point(step)
+
+
+def on_first(call: Callable[[], int | None], what: str) -> int | None:
+  """Calls on the first process only, while the others wait, and returns there and here what it returned: -1 is None.
+
+  Args:
+    call: what only one process should do: files it writes are seen by the others afterwards.
+    what: for the error on the others.
+
+  Raises:
+    UserError: as `call` did, on all.
+  """
+  if not is_on():
+    return call()
+  failed: BaseException | None = None
+  answer = 0
+  if jax.process_index() == 0:
+    try:
+      found = call()
+      answer = -1 if found is None else found
+    except errors.UserError as e:
+      failed, answer = e, -2
+  answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+  if failed is not None:
+    raise failed
+  if answer == -2:
+    raise errors.UserError(f"Process 0 could not go on ({what}); its own message says why.")
+  return None if answer == -1 else answer
+
+
+def agree(step: int, facts: Mapping[str, Any]) -> None:
+  """Compares on all processes what has to be the same there; they talk once.
+
+  Args:
+    step: after which, for the error.
+    facts: by name.
+
+  Raises:
+    UserError: the processes that differ from the first, and in what. On all of them.
+  """
+  if not is_on():
+    return
+  own = np.array(
+    [xxhash.xxh32_intdigest(repr(value).encode()) for value in facts.values()], np.uint32
+  )
+  found = np.asarray(multihost_utils.process_allgather(own))
+  for name, column in zip(facts, found.T, strict=True):
+    others = np.flatnonzero(column != column[0])
+    if others.size:
+      named = ", ".join(map(str, others[:8]))
+      raise errors.UserError(
+        f"After step {step} process {named} differs from process 0 in: {name}. On process {jax.process_index()} it is"
+        f" {repr(facts[name])[:300]}. All were stopped; start them from the same files, with the same command."
+      )
+
+
+def gathered(ids: np.ndarray | None) -> np.ndarray | None:
+  """The ids of a batch on all processes, in the order of the batch; all have to ask."""
+  if ids is None or not is_on():
+    return ids
+  halves = np.stack([ids >> 32, ids & 0xFFFFFFFF], axis=1).astype(
+    np.uint32
+  )  # int64 is none of JAX's
+  high, low = np.asarray(multihost_utils.process_allgather(halves, tiled=True)).astype(np.int64).T
+  return (high << 32) | low
+
+
+def leave(code: int) -> None:
+  """Ends this process, without waiting for the others if it ends by an error: they may wait for it for ever.
+
+  Returns where there is only one process.
+  """
+  if not is_on():
+    return
+  if code in (0, 75):  # all of them end so
+    jax.distributed.shutdown()
+    return
+  os._exit(code)

@@ -1,0 +1,103 @@
+"""Signs of life of the processes of a run, in RUN/processes: who stands still, when the others can only wait."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import sys
+import time
+from typing import Any
+
+from flexivit_jax import stopping
+
+FOLDER = "processes"
+
+
+class Peers:
+  """What this process writes of itself and reads of the others, every few seconds.
+
+  The first process looks at all, the others at the first. Whoever finds one silent says so and ends. Clocks are not
+  compared: silent is what does not change.
+
+  Args:
+    folder: of all processes.
+    index, count: of this process, and how many there are.
+    limit: seconds of silence that are too many; None: never.
+  """
+
+  def __init__(self, folder: pathlib.Path, index: int, count: int, limit: float | None = None):
+    self._folder, self._index, self._count, self._limit = folder, index, count, limit
+    self._every = max(2.0, count / 4)  # files that are read in a second do not grow with the count
+    self.step = 0
+    self._written = -self._every
+    self._begun = time.monotonic()
+    self._seen: dict[int, tuple[float, dict[str, Any]]] = {}  # when it changed, and what it says
+    folder.mkdir(parents=True, exist_ok=True)
+    self.tick()
+
+  def tick(self) -> None:
+    """Writes a sign of life and looks at the others', if it is time to."""
+    now = time.monotonic()
+    if now - self._written < self._every:
+      return
+    self._written = now
+    about = {"pid": os.getpid(), "host": socket.gethostname(), "step": self.step}
+    about |= {"written": time.time(), "idle": stopping.idle()}
+    file = self._folder / f"{self._index}.json"
+    part = file.with_suffix(".tmp")
+    with contextlib.suppress(OSError):  # a sign of life is no reason to end a run
+      part.write_text(json.dumps(about) + "\n")
+      os.replace(part, file)
+    if self._limit is None:
+      return
+    self._look(range(self._count) if self._index == 0 else (0,))
+    if lost := self._silent(self._limit):
+      print(
+        f"flexivit: error: process {self._index}: {'; '.join(lost)}; ended. The same command on all goes on from the"
+        " last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+      )
+      os._exit(stopping.HUNG)
+
+  def blame(self) -> str:
+    """Says which of the processes are silent, or else which one is behind or has done nothing for longest."""
+    self._look(range(self._count))
+    silent = self._silent(3 * self._every)
+    missing = [f"process {i} has left no sign" for i in range(self._count) if i not in self._seen]
+    if silent or missing:
+      return "; ".join(silent + missing)
+    # All that wait have been idle since the same moment: the one that they wait for is a step behind.
+    last = min(self._seen, key=lambda i: (self._seen[i][1]["step"], -self._seen[i][1]["idle"]))
+    return f"{self._who(last)} has done nothing for {self._seen[last][1]['idle']:.0f} s"
+
+  def blame_lost(self) -> str:
+    """As `blame`, when one may just have gone: waits until it would have given a sign."""
+    self._look(range(self._count))
+    end = time.monotonic() + 4 * self._every
+    while time.monotonic() < end:
+      time.sleep(0.25)
+      said = self.blame()
+      if "silent" in said or "no sign" in said:
+        return said
+    return self.blame()
+
+  def _look(self, indices: Any) -> None:
+    for index in indices:
+      with contextlib.suppress(OSError, ValueError):
+        about = json.loads((self._folder / f"{index}.json").read_text())
+        if index not in self._seen or self._seen[index][1]["written"] != about["written"]:
+          self._seen[index] = (time.monotonic(), about)
+
+  def _silent(self, seconds: float) -> list[str]:
+    now = time.monotonic()
+    return [
+      f"{self._who(i)} is silent for {now - changed:.0f} s"
+      for i, (changed, _) in sorted(self._seen.items())
+      if now - changed > seconds and i != self._index
+    ]
+
+  def _who(self, index: int) -> str:
+    about = self._seen[index][1]
+    return f"process {index} ({about['pid']} on {about['host']}, step {about['step']})"
