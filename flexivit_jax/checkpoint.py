@@ -7,6 +7,7 @@ makes of the save after it, _CHECKPOINT_METADATA and commit_success.txt, are not
 
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
@@ -19,6 +20,7 @@ from flexivit_jax import errors, manifest, trees
 _UNSEALED = (manifest.FOLDER, "_CHECKPOINT_METADATA", "commit_success.txt")
 RESUME = ("latest", "latest-valid")
 _OLD = "old"  # where checkpoints go at once when newer ones take their place, to be deleted there
+_LOOK_S = 2.0
 
 
 class Checkpoints:
@@ -44,7 +46,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
     self._sweeper = futures.ThreadPoolExecutor(1)
     self._swept: futures.Future | None = None
-    self._saved = False
+    self._saved, self._looked = False, -_LOOK_S
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint's step, or None."""
@@ -119,7 +121,8 @@ class Checkpoints:
     What newer checkpoints have replaced is deleted in the background.
     """
     self._told(self._manager.check_for_errors)
-    self._sweep()
+    if time.monotonic() - self._looked > _LOOK_S:
+      self._sweep()
 
   def wait(self) -> None:
     """Waits until everything is on disk; raises as `save` does."""
@@ -200,6 +203,7 @@ class Checkpoints:
     self._sweeper.shutdown()
 
   def _sweep(self) -> None:
+    self._looked = time.monotonic()
     if jax.process_index() == 0 and (self._swept is None or self._swept.done()):
       old = self.folder / _OLD
       if old.is_dir() and (found := list(old.iterdir())):

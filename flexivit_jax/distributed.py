@@ -90,7 +90,8 @@ def start(
 def _say_late(whose: str, count: int | None, seconds: int) -> None:
   """Ends the process: others did not come."""
   print(
-    f"flexivit: error: the {count or 'processes'} processes of this run ({whose}) did not all come within {seconds} s."
+    f"flexivit: error: the {f'{count} ' if count else ''}processes of this run ({whose}) did not all come within"
+    f" {seconds} s."
     " Look whether each was started, with the same address and another --process_id, and whether the port is open.",
     file=sys.stderr,
     flush=True,

@@ -16,12 +16,11 @@ from flexivit_jax import (
   patch_schedule,
   schedules,
   sections,
-  sharding,
   steps,
   token_budget as token_budgets,
 )
 from flexivit_jax.evaluators import EVALUATORS
-from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid, which_patch
+from flexivit_jax.models.flexivit import UNNAMED, gmacs, which_depth, which_grid, which_patch
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
@@ -170,6 +169,7 @@ def build(
     evals=evals,
     checkpoint=checkpoint,
     init=init,
+    mesh=mesh,
   )
   opening = sharing(opening or REAL)
   source = opening.source(**input["data"])
@@ -205,7 +205,6 @@ def build(
     )
   if total < 1 or log_every < 1:
     raise errors.UserError(f"Got {total} steps, log_every={log_every}; expected at least 1.")
-  config.check("mesh", mesh or {}, sharding.make_mesh, optional=("divide_teachers",))
   check_accumulate(accumulate, memory_gib, input["batch_size"], network)
   if not 0 <= seed < 2**32:
     raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
@@ -374,7 +373,7 @@ def _drawn(
 def _fields(model: nn.Module) -> dict[str, Any]:
   """What two models of the same parameters may differ in: num_heads, gelu and the like."""
   names = (field.name for field in dataclasses.fields(model) if field.init)
-  return {name: getattr(model, name) for name in names if name not in ("parent", "name")}
+  return {name: getattr(model, name) for name in names if name not in UNNAMED}
 
 
 def check_teachers(

@@ -4,9 +4,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flexivit_jax import config, data, errors, schedules
+from flexivit_jax import config, data, errors, schedules, sharding
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.models import MODELS
+from flexivit_jax.models.flexivit import UNNAMED
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.opening import load_init, load_teacher
 from flexivit_jax.optim import make as _make_optimizer
@@ -27,6 +28,7 @@ def check_sections(
   evals: Mapping[str, Any],
   checkpoint: Mapping[str, Any],
   init: Mapping[str, Any] | None = None,
+  mesh: Mapping[str, Any] | None = None,
 ) -> None:
   """Raises a UserError for the first key that is misspelt, does not belong, or is missing."""
   network = _named("model", model, MODELS, "flexivit")
@@ -34,12 +36,13 @@ def check_sections(
   goal = _named("objective", objective, OBJECTIVES, "supervised")
   config.check("input", input, data.train_batches, given=_GIVEN_DATA, needed=("data",))
   config.check("input.data", input["data"], data.make_source)
-  config.check("model", model, network, given=("parent", "fsdp"), optional=("name",))
+  config.check("model", model, network, given=UNNAMED, optional=("name",))
   config.check("objective", objective, goal, optional=("name",))
   for name, section in objective.get("teachers", {}).items():
     check_teacher(f"objective.teachers.{name}", section)
   if init is not None:
     config.check("init", init, load_init, given=("model",))
+  config.check("mesh", mesh or {}, sharding.make_mesh, optional=("divide_teachers",))
   config.check("optim", optim, _make_optimizer, given=_GIVEN_OPTIM)
   if isinstance(optim.get("schedule"), Mapping):
     config.check("optim.schedule", optim["schedule"], schedules.make, given=_GIVEN_OPTIM)
@@ -73,9 +76,7 @@ def check_teacher(where: str, section: Mapping[str, Any]) -> None:
   config.check(where, section, load_teacher)
   if section.get("model") is not None:
     model = _named(f"{where}.model", section["model"], MODELS, "flexivit")
-    config.check(
-      f"{where}.model", section["model"], model, given=("parent", "fsdp"), optional=("name",)
-    )
+    config.check(f"{where}.model", section["model"], model, given=UNNAMED, optional=("name",))
 
 
 def _named(

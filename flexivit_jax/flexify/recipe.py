@@ -8,6 +8,7 @@ import numpy as np
 
 from flexivit_jax import data, errors, resize
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.models.flexivit import UNNAMED
 
 TEACHER_IMAGE = "teacher_image"
 _CROP = 0.9  # of the shorter side, in the evaluation: as AugReg and timm do
@@ -122,7 +123,7 @@ def _without_image(teacher: Mapping[str, Any]) -> dict[str, Any]:
 
 def fields_of(model: FlexiViT) -> dict[str, Any]:
   """The model's own fields, all resolved."""
-  skipped = ("parent", "name", "variant")
+  skipped = (*UNNAMED, "variant")
   return {k: getattr(model, k) for k in model.__dataclass_fields__ if k not in skipped}
 
 

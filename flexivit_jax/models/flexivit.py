@@ -239,6 +239,9 @@ class FlexiViT(nn.Module):
     return self.width * (1 + ("+" in self.pool_type))
 
 
+# What says nothing about which model it is: Flax's own, and where it runs.
+UNNAMED = ("parent", "name", "fsdp")
+
 CHOICES = {
   "pool_type": ("tok", "gap", "map", "tok+gap", "tok+reg"),
   "posemb": ("learn", "sincos2d"),

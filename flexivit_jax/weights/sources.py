@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from flexivit_jax import checkpoint, errors, trees
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.models.flexivit import UNNAMED
 from flexivit_jax.weights import (
   big_vision,
   files,
@@ -171,4 +172,4 @@ def _known_fields(path: pathlib.Path, record: dict[str, Any]) -> dict[str, Any]:
   return given
 
 
-FIELDS = [f.name for f in dataclasses.fields(FlexiViT) if f.name not in ("parent", "name")]
+FIELDS = [f.name for f in dataclasses.fields(FlexiViT) if f.name not in UNNAMED]
