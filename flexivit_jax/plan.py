@@ -270,13 +270,18 @@ def lowered(settings: Mapping[str, Any], meshes: Sequence[int]) -> dict[str, str
     teach = jax.jit(
       functools.partial(steps.targets, teaching=exp.objective.teaching, **_common(exp))
     )
-  gradients = functools.partial(
-    steps.gradients, model=exp.model, objective=exp.objective, **_common(exp)
-  )
-  sizes = patch_schedule.all_static(exp.flexi)
-  train = [jax.jit(functools.partial(gradients, **size)) for size in sizes]
+  train = _gradients(exp, exp.model)
   update = jax.jit(functools.partial(steps.update, objective=exp.objective, tx=exp.optimizer.tx))
   return {str(n): _lower_for(n, exp, teach, train, update) for n in meshes}
+
+
+def _gradients(exp: experiment.Experiment, model: Any) -> list[Any]:
+  """The first program of a step at each size."""
+  gradients = functools.partial(
+    steps.gradients, model=model, objective=exp.objective, **_common(exp)
+  )
+  sizes = patch_schedule.all_static(exp.flexi)
+  return [jax.jit(functools.partial(gradients, **size)) for size in sizes]
 
 
 def _common(exp: experiment.Experiment) -> dict[str, Any]:
@@ -296,6 +301,8 @@ def _lower_for(
   mesh = _mesh(exp, devices)
   if mesh is None:
     return f"not possible: mesh.fsdp={exp.mesh['fsdp']} does not divide them"
+  if mesh.shape["fsdp"] > 1:  # its blocks gather what is divided over this mesh
+    train = _gradients(exp, exp.model.clone(fsdp=mesh))
   split = functools.partial(_placed, sharding.batch_split(mesh))
 
   def whole(tree: Any) -> Any:

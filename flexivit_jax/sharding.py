@@ -85,7 +85,9 @@ def _spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:
   return PartitionSpec(*[None] * chosen, "fsdp")
 
 
-def over_divided(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], Any]:
+def over_divided(
+  fn: Callable[[Any, Any], Any], mesh: Mesh | AbstractMesh
+) -> Callable[[Any, Any], Any]:
   """Returns `fn(params, x)`, which gathers the parameters while it runs, forwards and again backwards.
 
   No more than the parameters of one call are ever whole on a device, and their gradients are summed where they are

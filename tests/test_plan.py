@@ -118,6 +118,20 @@ def test_a_batch_that_does_not_divide_is_said():
   assert "batch_size=1000 / accumulate=1 does not divide" in made["lowered"]["32"]
 
 
+def test_divided_weights_are_held_sent_and_lowered():
+  settings = small("cifar10", "input.batch_size=1024")
+  settings["model"]["width"] = 256  # of arrays that are worth dividing
+  whole = plan.plan(settings, meshes=(8, 32))
+  divided = plan.plan(settings | {"mesh": {"fsdp": 8}}, meshes=(4, 8, 32))
+  for kind in ("parameters", "gradients", "optimizer"):
+    assert whole["memory"]["32"][kind] == whole["memory"]["8"][kind]
+    assert divided["memory"]["32"][kind] < whole["memory"]["32"][kind] / 7
+  # Twice gathered, once scattered, in the place of a sum: half as much again.
+  assert 1.3 < divided["sent"]["8"] / whole["sent"]["8"] < 1.55
+  assert divided["lowered"]["8"] == divided["lowered"]["32"] == "2 training steps lowered"
+  assert divided["lowered"]["4"] == "not possible: mesh.fsdp=8 does not divide them"
+
+
 @pytest.mark.parametrize(
   ("override", "message"),
   [

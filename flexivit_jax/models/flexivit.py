@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from flexivit_jax import errors, resize
@@ -113,7 +113,7 @@ class FlexiViT(nn.Module):
   scan: bool = False
   remat: bool = False
   attention: str = "auto"
-  fsdp: Mesh | None = None
+  fsdp: Mesh | AbstractMesh | None = None
 
   def __post_init__(self) -> None:
     for name, value in ({"patch_size": (32, 32)} | vit.decode_variant(self.variant)).items():

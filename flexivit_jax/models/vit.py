@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from flexivit_jax import errors, sharding
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
   remat: bool = False
   layer_norm_eps: float = 1e-6
   attention: str = "auto"
-  fsdp: Mesh | None = None
+  fsdp: Mesh | AbstractMesh | None = None
 
   @nn.compact
   def __call__(
@@ -204,7 +204,9 @@ class Encoder(nn.Module):
 
 
 @functools.cache
-def traced_once(block: Any, fields: tuple, train: bool, fsdp: Mesh | None = None) -> Any:
+def traced_once(
+  block: Any, fields: tuple, train: bool, fsdp: Mesh | AbstractMesh | None = None
+) -> Any:
   """One function `(params, x, dropout key) -> (x, intermediates)` for all blocks of these fields.
 
   Traced and differentiated once for each shape, not once a block.
