@@ -101,6 +101,7 @@ def programs(tmp_path_factory, environment_of):
   return found
 
 
+@pytest.mark.slow
 def test_data_parallelism_is_one_sum_of_the_gradients(programs):
   """And of the loss; nothing else is as large as a KiB, in either program."""
   one = programs["8x1"]
@@ -110,6 +111,7 @@ def test_data_parallelism_is_one_sum_of_the_gradients(programs):
   assert not [c for c in one["update"] if c.bytes > 1024]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1x8", "2x4"])
 def test_divided_parameters_are_gathered_twice_and_their_gradients_scattered(programs, name):
   """Of the arrays outside of the blocks XLA's CPU compiler sums the whole gradient and takes a piece of it."""
@@ -131,6 +133,7 @@ def _outside():
   return 4 * 8 * 8 * 3 * 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1x8", "2x4"])
 def test_no_divided_parameter_is_ever_whole_on_a_device(programs, name):
   """Neither all blocks' at once in a step, nor any at the start; what is held falls with the devices."""
