@@ -17,17 +17,19 @@ FOLDER = "processes"
 class Peers:
   """What this process writes of itself and reads of the others, every few seconds.
 
-  The first process looks at all, the others at the first. Whoever finds one silent says so and ends. Clocks are not
-  compared: silent is what does not change.
+  The first process looks at all, the others at the first. Whoever finds one silent says so, and who it is, which the
+  runtime does not say when it ends the run; it alone decides that, for files may be seen late on other hosts. Clocks
+  are not compared: silent is what does not change.
 
   Args:
     folder: of all processes.
     index, count: of this process, and how many there are.
-    limit: seconds of silence that are too many; None: never.
+    limit: seconds of silence after which it is said; None: never.
   """
 
   def __init__(self, folder: pathlib.Path, index: int, count: int, limit: float | None = None):
     self._folder, self._index, self._count, self._limit = folder, index, count, limit
+    self._said = ""
     self._every = max(2.0, count / 4)  # files that are read in a second do not grow with the count
     self.step = 0
     self._written = -self._every
@@ -52,14 +54,16 @@ class Peers:
     if self._limit is None:
       return
     self._look(range(self._count) if self._index == 0 else (0,))
-    if lost := self._silent(self._limit):
+    lost = self._silent(self._limit)
+    who = ", ".join(self._who(i) for i in lost)
+    if lost and who != self._said:
       print(
-        f"flexivit: error: process {self._index}: {'; '.join(lost)}; ended. The same command on all goes on from the"
-        " last checkpoint.",
+        f"flexivit: process {self._index}: {'; '.join(lost.values())}. If it is lost the run ends; the same command on"
+        " all goes on from the last checkpoint.",
         file=sys.stderr,
         flush=True,
       )
-      os._exit(stopping.HUNG)
+    self._said = who
 
   def blame(self) -> str:
     """Says which of the processes are silent, or else which one is behind or has done nothing for longest."""
@@ -67,7 +71,7 @@ class Peers:
     silent = self._silent(3 * self._every)
     missing = [f"process {i} has left no sign" for i in range(self._count) if i not in self._seen]
     if silent or missing:
-      return "; ".join(silent + missing)
+      return "; ".join([*silent.values(), *missing])
     # All that wait have been idle since the same moment: the one that they wait for is a step behind.
     last = min(self._seen, key=lambda i: (self._seen[i][1]["step"], -self._seen[i][1]["idle"]))
     return f"{self._who(last)} has done nothing for {self._seen[last][1]['idle']:.0f} s"
@@ -90,13 +94,13 @@ class Peers:
         if index not in self._seen or self._seen[index][1]["written"] != about["written"]:
           self._seen[index] = (time.monotonic(), about)
 
-  def _silent(self, seconds: float) -> list[str]:
+  def _silent(self, seconds: float) -> dict[int, str]:
     now = time.monotonic()
-    return [
-      f"{self._who(i)} is silent for {now - changed:.0f} s"
+    return {
+      i: f"{self._who(i)} is silent for {now - changed:.0f} s"
       for i, (changed, _) in sorted(self._seen.items())
       if now - changed > seconds and i != self._index
-    ]
+    }
 
   def _who(self, index: int) -> str:
     about = self._seen[index][1]

@@ -165,8 +165,8 @@ def _take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
 
 
 def _peers(workdir: pathlib.Path) -> peers_of.Peers:
-  """Ends this process when another is silent, a little before the runtime would, which names none."""
-  folder, limit = workdir / peers_of.FOLDER, 0.6 * distributed.heartbeat()
+  """Says when another process is silent, before the runtime ends this one for it."""
+  folder, limit = workdir / peers_of.FOLDER, 0.3 * distributed.heartbeat()
   return peers_of.Peers(folder, jax.process_index(), jax.process_count(), limit)
 
 
