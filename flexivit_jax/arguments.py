@@ -38,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
   _replay(
     commands.add_parser("replay", help="look into a step whose loss or gradients were not finite")
   )
+  _reproduce(
+    commands.add_parser(
+      "reproduce", help="the paper's figures: how, at what cost, ours beside theirs"
+    )
+  )
   return top
 
 
@@ -123,6 +128,17 @@ def _verify(p: argparse.ArgumentParser) -> None:
 
 def _replay(p: argparse.ArgumentParser) -> None:
   p.add_argument("dump", type=pathlib.Path, help="RUN/bad_step.json")
+
+
+def _reproduce(p: argparse.ArgumentParser) -> None:
+  p.add_argument("item", nargs="?", help="a figure or table, as `--list` names them")
+  p.add_argument("--list", action="store_true", help="all items (the default without one)")
+  p.add_argument("--costs", action="store_true", help="with what training them takes; a minute")
+  p.add_argument(
+    "--results", type=pathlib.Path, help="an eval.json, to put beside the published numbers"
+  )
+  p.add_argument("--model", help="only published numbers of this model, e.g. FlexiViT-S")
+  p.add_argument("--setting", help='only those of this setting, e.g. "90 epochs"')
 
 
 def _plan(p: argparse.ArgumentParser) -> None:

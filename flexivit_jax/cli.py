@@ -22,6 +22,7 @@ MODULES = {
   "flexify": "flexify",
   "verify": "verify",
   "replay": "replay",
+  "reproduce": "reproduce",
 }
 
 
