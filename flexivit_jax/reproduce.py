@@ -95,7 +95,13 @@ ITEMS: dict[str, Item] = {
     **_train("configs/i21k_distill.py", "configs/i21k_distill.py:init=random"),
     data=("imagenet21k",),
   ),
-  "fig6": Item("representations at different patch sizes (CKA)"),
+  "fig6": Item(
+    "representations at different patch sizes (CKA)",
+    how=("python tools/representations.py CHECKPOINT --config configs/i1k_sup.py --out RUN",),
+    data=(_I1K,),
+    weights=("FlexiViT-B i1k",),
+    differs="the paper embeds distances by t-SNE, we by classical scaling, which keeps them and has no random start",
+  ),
   "fig7": Item(
     "transfer of FlexiViT-B, ViT-B/16 and ViT-B/30: classification (the other tasks are not in this project)",
     **_train(*(f"configs/transfer.py:data={d}" for d in ("oxford_iiit_pet", "food101", "cifar100", "sun397"))),

@@ -1,0 +1,111 @@
+"""CKA against its definition, and what it does not change with."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flexivit_jax import similarity
+from flexivit_jax.errors import UserError
+
+
+def unbiased_hsic(x, y):
+  """Song et al. 2012 as written, term by term: sums over different examples i, j, q, r."""
+  k, other = x @ x.T, y @ y.T
+  n = len(x)
+  pairs = sum(k[i, j] * other[i, j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+  fours = [
+    (i, j, q, r)
+    for i in range(n) for j in range(n) for q in range(n) for r in range(n)
+    if len({i, j, q, r}) == 4
+  ]  # fmt: skip
+  both = sum(k[i, j] * other[q, r] for i, j, q, r in fours) / len(fours)
+  threes = [(i, j, q) for i in range(n) for j in range(n) for q in range(n) if len({i, j, q}) == 3]
+  one = sum(k[i, j] * other[i, q] for i, j, q in threes) / len(threes)
+  return pairs + both - 2 * one
+
+
+def test_cka_is_its_definition():
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(7, 5)), rng.normal(size=(7, 3))
+  y[:, 0] += x[:, 0]
+  want = unbiased_hsic(x, y) / np.sqrt(unbiased_hsic(x, x) * unbiased_hsic(y, y))
+  assert similarity.cka(x, y) == pytest.approx(want, abs=1e-9)
+
+
+def test_equal_is_one_and_rotation_shift_and_scale_change_nothing():
+  rng = np.random.default_rng(1)
+  x, y = rng.normal(size=(40, 6)), rng.normal(size=(40, 9))
+  rotation, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+  assert similarity.cka(x, x) == pytest.approx(1.0, abs=1e-12)
+  assert similarity.cka(x, 3 * x @ rotation + 5) == pytest.approx(1.0, abs=1e-9)
+  assert similarity.cka(x, y) == pytest.approx(similarity.cka(x @ rotation - 1, y), abs=1e-9)
+  assert abs(similarity.cka(rng.normal(size=(2000, 3)), rng.normal(size=(2000, 3)))) < 0.01
+
+
+def test_minibatches_come_near_to_all_at_once():
+  rng = np.random.default_rng(2)
+  x = rng.normal(size=(4096, 8))
+  y = x @ rng.normal(size=(8, 5)) + rng.normal(size=(4096, 5))
+  whole = similarity.cka(x, y)
+  apart = []
+  for size in (16, 64, 512):
+    parts = similarity.MinibatchCKA(2)
+    for i in range(0, 4096, size):
+      parts.update([x[i : i + size], y[i : i + size]])
+    found = parts.result()
+    np.testing.assert_allclose(found, found.T, atol=1e-12)
+    np.testing.assert_allclose(np.diag(found), 1.0, atol=1e-12)
+    apart.append(abs(found[0, 1] - whole))
+  assert apart[2] < 0.003 and max(apart) < 0.02
+
+
+def test_a_map_keeps_the_distances_of_a_plane():
+  rng = np.random.default_rng(3)
+  points = rng.normal(size=(9, 2))
+  distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+  found = similarity.embed(distances)
+  np.testing.assert_allclose(
+    np.linalg.norm(found[:, None] - found[None], axis=-1), distances, atol=1e-9
+  )
+  assert (found[np.abs(found).argmax(axis=0), [0, 1]] > 0).all()
+
+
+def test_distances_are_angles():
+  angles = similarity.arc_cosine(np.array([[1.0, 0.5], [-0.01, 1.0 + 1e-12]]))
+  np.testing.assert_allclose(angles, [[0, np.pi / 3], [np.pi / 2, 0]])
+
+
+def test_too_few_examples_and_other_features_are_errors():
+  with pytest.raises(UserError, match="CKA of 3 examples; it takes at least 4"):
+    similarity.cka(np.ones((3, 2)), np.ones((3, 2)))
+  with pytest.raises(UserError, match="Got 1 features, expected 2"):
+    similarity.MinibatchCKA(2).update([np.ones((5, 2))])
+
+
+@pytest.mark.slow
+def test_the_tool_compares_all_layers_and_sizes_of_a_run(repository, tmp_path):
+  """Of a model that was hardly trained; equal to itself, and as large as it says."""
+  run, out = tmp_path / "run", tmp_path / "cka"
+  train = ["-m", "flexivit_jax.train", "--config=configs/digits.py:debug", f"--workdir={run}"]
+  tool = [
+    "tools/representations.py",
+    run,
+    "--config=configs/digits.py:debug",
+    f"--out={out}",
+    "--seqhw=2,4",
+  ]
+  for command in (train, tool):
+    subprocess.run([sys.executable, *command], check=True, cwd=repository)
+  found = json.loads((out / "cka.json").read_text())
+  matrix = np.array(found["cka"])
+  assert found["rows"] == [
+    f"{n} | {layer}" for n in (2, 4) for layer in ("block 0 sa", "block 0 mlp", "pooled")
+  ]
+  assert matrix.shape == (6, 6) and found["grid"] == [2, 2] and found["examples"] == 20
+  np.testing.assert_allclose(np.diag(matrix), 1.0)
+  np.testing.assert_allclose(matrix, matrix.T)
+  assert len((out / "cka.csv").read_text().splitlines()) == 7
+  assert {p.name for p in out.iterdir()} >= {"cka.png", "map.png"}

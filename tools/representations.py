@@ -1,0 +1,151 @@
+"""How alike a FlexiViT's representations are at different patch sizes: CKA of all pairs of layers and sizes.
+
+Usage:
+  python tools/representations.py runs/digits --config configs/digits.py --out runs/cka [--seqhw 2,4,8]
+
+For each size and block: what attention and what the MLP adds to the tokens of the patches, brought to the coarsest of
+the grids by a linear, antialiased resize (as of position embeddings), so that features of all sizes are of the same
+places; and the pooled representation, as it is. CKA over minibatches (see `similarity`), its arc-cosine as a distance,
+and a map of these. Into OUT: cka.json, cka.csv, cka.png (the matrix), map.png.
+"""
+
+import argparse
+import csv
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+from flexivit_jax import (
+  config,
+  evaluate,
+  experiment,
+  resize,
+  results,
+  sharding,
+  similarity,
+  weights,
+)
+from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
+from flexivit_jax.models.flexivit import which_grid
+
+PARTS = ("sa", "mlp")
+
+
+def features(
+  params: Any, batch: Any, *, model: Any, grid: tuple[int, int], **size: Any
+) -> tuple[list[jax.Array], jax.Array]:
+  """Of each layer [n, p], those of the patches at places of `grid`; and the mask of the batch."""
+  image = batch["image"]
+  _, out = model.apply({"params": params}, image, **size)
+  own = which_grid(image.shape[1:3], model.patch_size, **size).grid_hw
+  found = []
+  for name in sorted(k for k in out["encoder"] if k.startswith("block")):
+    for part in PARTS:
+      tokens = out["encoder"][name][part][:, model.prefix_length :]
+      cells = tokens.reshape(len(image), *own, -1)
+      found.append(jax.vmap(lambda t: resize.resize_grid(t, grid))(cells).reshape(len(image), -1))
+  return [*found, out["pre_logits"]], batch["_mask"]
+
+
+def layers(model: Any) -> list[str]:
+  """Their names, in the order of `features`."""
+  return [f"block {i} {part}" for i in range(model.depth) for part in PARTS] + ["pooled"]
+
+
+def draw_matrix(
+  path: pathlib.Path, matrix: np.ndarray, sizes: Sequence[str], per_size: int
+) -> None:
+  """The whole matrix, a block of rows for each size."""
+  figure, axes = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
+  shown = axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
+  middles = [per_size * (i + 0.5) - 0.5 for i in range(len(sizes))]
+  axes.set_xticks(middles, sizes)
+  axes.set_yticks(middles, sizes)
+  for edge in range(1, len(sizes)):
+    axes.axhline(per_size * edge - 0.5, color="white", linewidth=0.8)
+    axes.axvline(per_size * edge - 0.5, color="white", linewidth=0.8)
+  axes.set_xlabel("tokens a side; within each, layers from first to last")
+  figure.colorbar(shown, label="CKA")
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def draw_map(path: pathlib.Path, points: np.ndarray, sizes: Sequence[str], per_size: int) -> None:
+  """The layers of each size as a line, from the first (a ring) to the pooled representation (a star)."""
+  figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+  colors = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(sizes)))
+  for i, size in enumerate(sizes):
+    own = points[per_size * i : per_size * (i + 1)]
+    axes.plot(*own.T, "-o", color=colors[i], markersize=3, linewidth=1, label=size)
+    axes.plot(*own[0], "o", color=colors[i], markersize=9, markerfacecolor="white")
+    axes.plot(*own[-1], "*", color=colors[i], markersize=13)
+  axes.set_aspect("equal")
+  axes.set_xlabel("first axis (radians)")
+  axes.set_ylabel("second axis (radians)")
+  axes.legend(title="tokens a side", frameon=False)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def main() -> None:
+  """Measures, writes, and prints how alike each size is to the finest, by layer."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("checkpoint", type=pathlib.Path)
+  parser.add_argument("--config", required=True, help="whose evaluation data are used")
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--seqhw", default="all", help="e.g. 2,4,8; default: the evaluation's")
+  parser.add_argument("--examples", type=int, default=1024, help="at most so many")
+  args, overrides = parser.parse_known_args()
+  evals = config.load(args.config, [o.removeprefix("--config.") for o in overrides])["evals"]
+  section = evals[results.main_of(evals)]
+  seqhw = section["seqhw"] if args.seqhw == "all" else evaluate.parse_sizes(args.seqhw)
+  model, params, _ = weights.load_with_record(args.checkpoint)
+  mesh = sharding.make_mesh()
+  data = experiment.build_evaluation(section, every=1).make(model, mesh).batches
+  image_hw = next(iter(data))["image"].shape[1:3]
+  sizes = sizes_of(seqhw)
+  grids = [which_grid(image_hw, model.patch_size, **size).grid_hw for size in sizes]
+  coarsest = (min(g[0] for g in grids), min(g[1] for g in grids))
+  fn = functools.partial(features, model=model, grid=coarsest)
+  runner = PerSize(fn, model, data, mesh, sizes=sizes, inputs=("image",))
+  runner.compile(params)
+  names = [label(runner.names(size)) for size in runner.sizes.values()]
+  per_size = len(layers(model))
+  found, seen = similarity.MinibatchCKA(len(sizes) * per_size), 0
+  for outputs in runner.outputs(params, data):
+    everything = jax.device_get([outputs[key] for key in runner.sizes])
+    real = everything[0][1] > 0
+    if real.sum() >= 4:
+      found.update([x[real] for each, _ in everything for x in each])
+      seen += int(real.sum())
+    if seen >= args.examples:
+      break
+  matrix = found.result()
+  points = similarity.embed(similarity.arc_cosine(matrix))
+  args.out.mkdir(parents=True, exist_ok=True)
+  rows = [f"{name} | {layer}" for name in names for layer in layers(model)]
+  about = {"checkpoint": str(args.checkpoint), "examples": seen, "grid": coarsest, "rows": rows}
+  (args.out / "cka.json").write_text(
+    json.dumps({**about, "cka": matrix.tolist(), "map": points.tolist()}) + "\n"
+  )
+  with (args.out / "cka.csv").open("w", newline="") as file:
+    csv.writer(file).writerows([["", *rows], *([r, *v] for r, v in zip(rows, matrix, strict=True))])
+  draw_matrix(args.out / "cka.png", matrix, names, per_size)
+  draw_map(args.out / "map.png", points, names, per_size)
+  finest = len(sizes) - 1
+  print(f"{seen} examples; CKA with the same layer at {names[finest]} tokens a side:")
+  for j, layer in enumerate(layers(model)):
+    values = [matrix[i * per_size + j, finest * per_size + j] for i in range(len(sizes))]
+    print(f"{layer:>12}: " + ", ".join(f"{n} {v:.2f}" for n, v in zip(names, values, strict=True)))
+
+
+if __name__ == "__main__":
+  main()
