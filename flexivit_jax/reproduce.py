@@ -122,7 +122,20 @@ ITEMS: dict[str, Item] = {
     data=("imagenet21k",),
     differs="the paper's schedule is not published; ours goes from coarse to fine",
   ),
-  "fig13": Item("attention relevance and token similarity over patch sizes"),
+  "fig13": Item(
+    "token similarity over patch sizes (attention relevance is not there yet)",
+    how=(
+      "python tools/token_similarity.py CHECKPOINT --config configs/i1k_sup.py --out RUN --seqhw 15 --with 5,10,30",
+    ),
+    data=(_I1K,),
+    weights=("FlexiViT-B i1k",),
+  ),
+  "ensembles": Item(
+    "ensembles of one FlexiViT over patch sizes, at equal compute",
+    how=("python tools/sizes_together.py CHECKPOINT --config configs/i1k_sup.py --out RUN",),
+    data=(_I1K,),
+    weights=("FlexiViT-B i1k",),
+  ),
   "fig17": Item(
     "sizes of the stored kernel and of the grid of positions",
     **_train("configs/i21k_distill.py:kernel=48,grid=15"),
