@@ -31,7 +31,7 @@ class Peers:
     self._folder, self._index, self._count, self._limit = folder, index, count, limit
     self._said = ""
     self._every = max(2.0, count / 4)  # files that are read in a second do not grow with the count
-    self.step = 0
+    self.step = 0  # that this process is at
     self._written = -self._every
     self._begun = time.monotonic()
     self._seen: dict[int, tuple[float, dict[str, Any]]] = {}  # when it changed, and what it says

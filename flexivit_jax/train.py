@@ -289,6 +289,10 @@ def _loop(
       with run.watchdog.data(), run.ledger.of("data wait"):
         batch = next_batch(run.batches, exp.batches_of(size), run.stop)
       waited = time.perf_counter() - asked
+      if run.peers is not None:
+        run.peers.step = (
+          step  # before the first wait for others: who is a step behind is the one they wait for
+        )
       on_device = sharding.put_batch({k: batch[k] for k in exp.objective.inputs}, run.mesh)
       if targets is not None:
         on_device["targets"] = targets(step - 1, batch, state.step)
@@ -302,8 +306,6 @@ def _loop(
         schedule = _log(run, pending, schedule, progress)
       progress.update(step, data_wait=waited)
       stopping.beat()
-      if run.peers is not None:
-        run.peers.step = step
       with progress.paused():
         if save:
           _save(run, step, state, schedule)

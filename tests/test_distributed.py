@@ -188,7 +188,7 @@ def test_a_process_that_is_gone_ends_the_others_and_is_named(environment_of, tmp
     both[1].kill()
     both[1].communicate()
   assert both[0].returncode not in (0, 75)
-  assert re.search(r"process 0: process 1 \(\d+ on .*, step [34]\) is silent for \d+ s", said), said
+  assert re.search(r"process 0: process 1 \(\d+ on .*, step \d+\) is silent for \d+ s", said), said
 
 
 @pytest.mark.slow

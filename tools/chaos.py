@@ -63,7 +63,11 @@ def main() -> None:
   parser.add_argument("kills", type=int)
   parser.add_argument("--config", default="configs/digits.py")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/chaos"))
-  parser.add_argument("--longest", type=float, default=20.0, help="seconds until a kill, at most")
+  parser.add_argument(
+    "--longest",
+    type=float,
+    help="seconds until a kill, at most; default: 0.8 of what the whole run took",
+  )
   parser.add_argument("--terminate", type=float, default=0.2, help="share of SIGTERM")
   parser.add_argument("--seed", type=int, default=0)
   args, overrides = parser.parse_known_args()
@@ -71,12 +75,14 @@ def main() -> None:
   shutil.rmtree(args.out, ignore_errors=True)
   args.out.mkdir(parents=True)
   whole, run = args.out / "whole", args.out / "run"
+  begun = time.monotonic()
   subprocess.run(command(args.config, whole, overrides), check=True, stderr=subprocess.DEVNULL)
+  longest = args.longest or 0.8 * (time.monotonic() - begun)
   wrong = 0
   with (args.out / "chaos.jsonl").open("w") as log:
     kill = 0
     while kill < args.kills:
-      after, gentle = rng.uniform(0, args.longest), rng.random() < args.terminate
+      after, gentle = rng.uniform(0, longest), rng.random() < args.terminate
       begun = time.monotonic()
       with subprocess.Popen(
         command(args.config, run, overrides), stderr=subprocess.PIPE, text=True
