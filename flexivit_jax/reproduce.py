@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from flexivit_jax import config, errors, plan, published
 
 _I1K = "imagenet2012"
+_SETS = (_I1K, "imagenet2012_real", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch")
+_S_B_L = tuple(f"FlexiViT-{v} i1k" for v in "SBL")
 _EVAL = "flexivit eval --config configs/i1k_sup.py --out RESULTS.json --checkpoint"
 
 
@@ -58,16 +60,16 @@ ITEMS: dict[str, Item] = {
     configs=tuple(
       f"configs/i1k_distill.py:variant={v},epochs={e}" for v in "SBL" for e in _LENGTHS
     ),
-    data=(_I1K, "imagenet2012_real", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch"),
-    weights=tuple(f"FlexiViT-{v} i1k" for v in "SBL"),
+    data=_SETS,
+    weights=_S_B_L,
     published="fig2",
     differs="milliseconds as in fig1; published accuracies are read off the figure",
   ),
   "timm": Item(
     "third party: the released checkpoints at patch 16 in timm's protocol, on six data sets",
     how=(f"{_EVAL} 'FlexiViT-S i1k' --seqhw 15",),
-    data=(_I1K, "imagenet2012_real", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch"),
-    weights=tuple(f"FlexiViT-{v} i1k" for v in "SBL"),
+    data=_SETS,
+    weights=_S_B_L,
     published="timm",
     differs="timm resizes bicubic, keeps the aspect, crops 0.95; the config's evaluation squashes to 272 and crops 240",
   ),

@@ -9,7 +9,6 @@ places; and the pooled representation, as it is. CKA over minibatches (see `simi
 and a map of these. Into OUT: cka.json, cka.csv, cka.png (the matrix), map.png.
 """
 
-import argparse
 import csv
 import functools
 import json
@@ -21,16 +20,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import (
-  config,
-  evaluate,
-  experiment,
-  resize,
-  results,
-  sharding,
-  similarity,
-  weights,
-)
+from flexivit_jax import analysis, resize, similarity
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 
@@ -95,21 +85,9 @@ def draw_map(path: pathlib.Path, points: np.ndarray, sizes: Sequence[str], per_s
 
 def main() -> None:
   """Measures, writes, and prints how alike each size is to the finest, by layer."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("checkpoint", type=pathlib.Path)
-  parser.add_argument("--config", required=True, help="whose evaluation data are used")
-  parser.add_argument("--out", type=pathlib.Path, required=True)
-  parser.add_argument("--seqhw", default="all", help="e.g. 2,4,8; default: the evaluation's")
+  parser = analysis.parser(__doc__)
   parser.add_argument("--examples", type=int, default=1024, help="at most so many")
-  args, overrides = parser.parse_known_args()
-  evals = config.load(args.config, [o.removeprefix("--config.") for o in overrides])["evals"]
-  section = evals[results.main_of(evals)]
-  seqhw = section["seqhw"] if args.seqhw == "all" else evaluate.parse_sizes(args.seqhw)
-  model, params, _ = weights.load_with_record(args.checkpoint)
-  mesh = sharding.make_mesh()
-  data = experiment.build_evaluation(section, every=1).make(model, mesh).batches
+  args, (model, params, data, mesh, seqhw) = analysis.open_checkpoint(parser)
   image_hw = next(iter(data))["image"].shape[1:3]
   sizes = sizes_of(seqhw)
   grids = [which_grid(image_hw, model.patch_size, **size).grid_hw for size in sizes]

@@ -9,7 +9,6 @@ same. For each two and three sizes the mean of their probabilities, beside the b
 Into OUT: sizes.json, sizes.csv, agreement.csv, ensembles.csv, ensembles.png.
 """
 
-import argparse
 import csv
 import functools
 import itertools
@@ -22,16 +21,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import (
-  calibration,
-  config,
-  errors,
-  evaluate,
-  experiment,
-  results,
-  sharding,
-  weights,
-)
+from flexivit_jax import analysis, calibration, errors
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import gmacs
 
@@ -115,20 +105,7 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
 
 def main() -> None:
   """Measures, writes, and prints."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("checkpoint", type=pathlib.Path)
-  parser.add_argument("--config", required=True, help="whose evaluation data are used")
-  parser.add_argument("--out", type=pathlib.Path, required=True)
-  parser.add_argument("--seqhw", default="all", help="e.g. 2,4,8; default: the evaluation's")
-  args, overrides = parser.parse_known_args()
-  evals = config.load(args.config, [o.removeprefix("--config.") for o in overrides])["evals"]
-  section = evals[results.main_of(evals)]
-  seqhw = section["seqhw"] if args.seqhw == "all" else evaluate.parse_sizes(args.seqhw)
-  model, params, _ = weights.load_with_record(args.checkpoint)
-  mesh = sharding.make_mesh()
-  data = experiment.build_evaluation(section, every=1).make(model, mesh).batches
+  args, (model, params, data, mesh, seqhw) = analysis.open_checkpoint(analysis.parser(__doc__))
   fn = functools.partial(logits, model=model)
   runner = PerSize(fn, model, data, mesh, sizes=sizes_of(seqhw), inputs=("image", "labels"))
   runner.compile(params)

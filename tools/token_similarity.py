@@ -9,7 +9,6 @@ chance is what a random token would score. Into OUT: tokens.json, tokens.csv, an
 central token with all tokens, for the first images.
 """
 
-import argparse
 import csv
 import functools
 import json
@@ -21,7 +20,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import config, evaluate, experiment, results, sharding, weights
+from flexivit_jax import analysis, evaluate
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 
@@ -81,21 +80,10 @@ def draw(
 
 def main() -> None:
   """Measures, writes, and prints the scores."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("checkpoint", type=pathlib.Path)
-  parser.add_argument("--config", required=True, help="whose evaluation data are used")
-  parser.add_argument("--out", type=pathlib.Path, required=True)
-  parser.add_argument("--seqhw", required=True, help="the grid whose tokens are looked for, e.g. 4")
+  parser = analysis.parser(__doc__, required=True, help="the grid whose tokens are looked for")
   parser.add_argument("--with", dest="others", required=True, help="the other grids, e.g. 2,3,6,8")
   parser.add_argument("--examples", type=int, default=512, help="at most so many")
-  args, overrides = parser.parse_known_args()
-  evals = config.load(args.config, [o.removeprefix("--config.") for o in overrides])["evals"]
-  section = evals[results.main_of(evals)]
-  model, params, _ = weights.load_with_record(args.checkpoint)
-  mesh = sharding.make_mesh()
-  data = experiment.build_evaluation(section, every=1).make(model, mesh).batches
+  args, (model, params, data, mesh, _) = analysis.open_checkpoint(parser)
   first = next(iter(data))
   images = np.asarray(first["image"][:IMAGES])
   given = evaluate.parse_sizes(f"{args.seqhw},{args.others}")

@@ -1,0 +1,45 @@
+"""What each analysis of a checkpoint begins with: its command line, the model, the data of a config's evaluation."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flexivit_jax import config, evaluate, experiment, results, sharding, weights
+
+
+class Opened(NamedTuple):
+  """A model with its parameters, batches as often as wanted, the mesh, and the sizes to look at."""
+
+  model: Any
+  params: Any
+  data: Iterable[dict[str, Any]]
+  mesh: Any
+  seqhw: Sequence[Any]
+
+
+def parser(doc: str | None, **seqhw: Any) -> argparse.ArgumentParser:
+  """The arguments that all take; `seqhw` are those of `--seqhw` where it is not "all sizes of the evaluation"."""
+  made = argparse.ArgumentParser(
+    description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  made.add_argument("checkpoint", type=Path)
+  made.add_argument("--config", required=True, help="whose evaluation data are used")
+  made.add_argument("--out", type=Path, required=True)
+  default = {"default": "all", "help": "e.g. 2,4,8; default: the evaluation's"}
+  made.add_argument("--seqhw", **(seqhw or default))
+  return made
+
+
+def open_checkpoint(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, Opened]:
+  """Parses the command line, `--config.KEY=VALUE` too, and opens what it names."""
+  args, rest = made.parse_known_args()
+  if unknown := [a for a in rest if not a.startswith("--config.")]:
+    made.error(f"unknown argument {unknown[0]}")
+  evals = config.load(args.config, [a.removeprefix("--config.") for a in rest])["evals"]
+  section = evals[results.main_of(evals)]
+  seqhw = section["seqhw"] if args.seqhw == "all" else evaluate.parse_sizes(args.seqhw)
+  model, params, _ = weights.load_with_record(args.checkpoint)
+  mesh = sharding.make_mesh()
+  data = experiment.build_evaluation(section, every=1).make(model, mesh).batches
+  return args, Opened(model, params, data, mesh, seqhw)

@@ -1,0 +1,23 @@
+"""The command line that analyses share."""
+
+import sys
+
+import pytest
+
+from flexivit_jax import analysis
+
+
+def test_an_argument_that_none_knows_is_an_error(monkeypatch, capsys):
+  given = ["tool", "run", "--config=configs/digits.py", "--out=out", "--examplez=3"]
+  monkeypatch.setattr(sys, "argv", given)
+  with pytest.raises(SystemExit):
+    analysis.open_checkpoint(analysis.parser("Text."))
+  assert "unknown argument --examplez=3" in capsys.readouterr().err
+
+
+def test_values_of_the_config_may_be_given(monkeypatch):
+  """A key that it does not have is told with it: it has reached the config."""
+  given = ["tool", "run", "--config=configs/digits.py", "--out=out", "--config.nothing.here=3"]
+  monkeypatch.setattr(sys, "argv", given)
+  with pytest.raises(analysis.config.errors.UserError, match=r"nothing\.here"):
+    analysis.open_checkpoint(analysis.parser("Text."))
