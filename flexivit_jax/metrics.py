@@ -167,6 +167,7 @@ class _Jsonl:
     self._row: dict[str, Any] = rows[-1] if rows else {"step": -1}
     self._end = path.stat().st_size
     self._start = self._end - len(_line(self._row)) if rows else self._end
+    self._failed = False  # a write, of which something may be left behind the end
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     if step < self._row["step"]:
@@ -174,10 +175,13 @@ class _Jsonl:
     again = step == self._row["step"]
     row = (self._row if again else {}) | {"step": step} | dict(values, step=step)
     start, line = self._start if again else self._end, _line(row)
+    cut, self._failed = again or self._failed, True
     self._file.seek(start)
     if self._file.write(line) != len(line):
       raise OSError("disk full")
-    self._file.truncate()  # What an earlier, failed write may have left.
+    if cut:  # not always: it costs more than all the rest of a row
+      self._file.truncate()
+    self._failed = False
     self._row, self._start, self._end = row, start, start + len(line)
 
   def close(self) -> None:
@@ -186,13 +190,9 @@ class _Jsonl:
 
 def _summary(values: Mapping[str, float]) -> Any:
   """One event for all numbers of a row: each costs the writer's thread as much."""
-  from tensorboardX.summary import scalar
+  from tensorboardX.proto.summary_pb2 import Summary
 
-  whole = scalar("", 0.0)
-  whole.ClearField("value")
-  for name, value in values.items():
-    whole.MergeFrom(scalar(name, value))
-  return whole
+  return Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
 
 
 def _valid_rows(path: pathlib.Path) -> list[dict[str, Any]]:

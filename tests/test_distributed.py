@@ -195,11 +195,11 @@ def test_a_process_that_is_gone_ends_the_others_and_is_named(environment_of, tmp
 def test_a_process_that_stands_still_is_named_by_the_other(environment_of, tmp_path):
   """F50: it lives and answers, but does nothing."""
   faults = {1: {"kind": "sleep", "at": 4}}
-  both = launch_two(environment_of, tmp_path / "run", faults, total_steps=200, hang_after=12.0)
+  both = launch_two(environment_of, tmp_path / "run", faults, total_steps=200, hang_after=40.0)
   codes, said = ended(both)
   assert 70 in codes and 0 not in codes
   assert any(
-    re.search(r"hang_after=12; process 1 \(\d+ on .*, step 3\) has done nothing", s) for s in said
+    re.search(r"hang_after=40; process 1 \(\d+ on .*, step 3\) has done nothing", s) for s in said
   ), said
 
 
