@@ -135,10 +135,27 @@ def _reproduce(p: argparse.ArgumentParser) -> None:
   p.add_argument("--list", action="store_true", help="all items (the default without one)")
   p.add_argument("--costs", action="store_true", help="with what training them takes; a minute")
   p.add_argument(
+    "--data_dir",
+    type=pathlib.Path,
+    help="where TFDS prepared the data, or of folders such as DIR/val/CLASS/*.jpg",
+  )
+  p.add_argument(
+    "--out", type=pathlib.Path, help="folder for results; what is there already is kept"
+  )
+  p.add_argument(
+    "--checkpoint",
+    action="append",
+    help="one of the item's, NAME=FILE that stands for one, or a file; again for more (default: all, fetched)",
+  )
+  p.add_argument("--sets", help="e.g. val,v2 (default: the item's)")
+  p.add_argument("--seqhw", help="e.g. 5,15,30 (default: the item's)")
+  p.add_argument("--protocol", help="paper, timm, ... (default: the item's)")
+  p.add_argument("--batch_size", type=int, default=250, help="images at a time (default 250)")
+  p.add_argument(
     "--results", type=pathlib.Path, help="an eval.json, to put beside the published numbers"
   )
-  p.add_argument("--model", help="only published numbers of this model, e.g. FlexiViT-S")
-  p.add_argument("--setting", help='only those of this setting, e.g. "90 epochs"')
+  p.add_argument("--model", help="with --results: only published numbers of this model")
+  p.add_argument("--setting", help='with --results: only those of this setting, e.g. "90 epochs"')
 
 
 def _plan(p: argparse.ArgumentParser) -> None:

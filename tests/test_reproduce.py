@@ -1,12 +1,30 @@
 """`flexivit reproduce`: every numbered item has a place, its commands exist, and numbers stand side by side."""
 
 import json
+import re
 import shlex
+import subprocess
+import sys
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 
-from flexivit_jax import arguments, cli, config, published, reproduce
+from flexivit_jax import (
+  arguments,
+  cli,
+  config,
+  imagenet_sets,
+  label_maps,
+  published,
+  reproduce,
+  results,
+  trees,
+)
 from flexivit_jax.errors import UserError
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.reproduce import items
 from flexivit_jax.weights.registry import PUBLISHED
 
 
@@ -15,8 +33,9 @@ def test_the_list_names_every_item_and_what_it_needs(capsys):
   said = capsys.readouterr().out
   for name in reproduce.ITEMS:
     assert f"{name}: " in said
-  assert "    data: imagenet2012; checkpoints: FlexiViT-L i1k\n" in said
-  assert said.count("not in this project yet") == sum(not i.how for i in reproduce.ITEMS.values())
+  assert "    data: imagenet2012; checkpoints: FlexiViT-L i1k\n    here: " in said
+  undone = [i for i in reproduce.ITEMS.values() if not i.how and not i.evaluation]
+  assert said.count("not in this project yet") == len(undone)
 
 
 def test_all_that_items_name_exists(repository):
@@ -25,7 +44,15 @@ def test_all_that_items_name_exists(repository):
     for given in item.configs:
       assert config.load(given, [])["optim"]
     assert set(item.weights) <= set(PUBLISHED)
-    known |= {item.published} - {None}
+    known |= set(item.published)
+    if item.evaluation:
+      assert set(item.evaluation.sets) <= set(imagenet_sets.SETS)
+      assert item.evaluation.protocol in imagenet_sets.PROTOCOLS
+      values = [v for p in item.published for v in published.read(p)]
+      for subject in item.evaluation.subjects.values() if values else ():
+        assert any(
+          v.model == subject.model and v.setting.startswith(subject.setting) for v in values
+        )
     for command in item.how:
       word, *rest = shlex.split(command, comments=True)
       if word == "flexivit":
@@ -63,7 +90,7 @@ def test_an_item_says_how_and_what_is_known(capsys):
 
 def test_what_cannot_be_compared_is_said(tmp_path):
   with pytest.raises(UserError, match=r"item of the paper 'fig99'"):
-    reproduce.about("fig99")
+    items.find("fig99")
   with pytest.raises(UserError, match="No numbers of fig5 are known"):
     reproduce.compare("fig5", RESULTS)
   with pytest.raises(
@@ -78,4 +105,165 @@ def test_what_cannot_be_compared_is_said(tmp_path):
 def test_costs_are_those_of_the_plan():
   lines = reproduce.listing(costs=True)
   (at,) = (i for i, line in enumerate(lines) if line.startswith("fig8:"))
-  assert "h on a TPU v3-32 to train all 1" in lines[at + 2]
+  assert "h on a TPU v3-32 to train all 1" in lines[at + 3]
+
+
+# --- measured on checkpoints ---
+
+# The six test sets as TFDS prepares them, of ten random images each; of ReaL two images have no label.
+TEST_SETS = """
+import io, sys
+import numpy as np, tensorflow_datasets as tfds
+from PIL import Image
+
+LABELS = tfds.features.ClassLabel(num_classes=1000)
+
+def prepare(name, split, classes=range(0, 1000, 100), config=None):
+  several = name == "Imagenet2012Real"
+  label = "real_label" if several else "label"
+  def info(self):
+    features = {"file_name": tfds.features.Text(), "image": tfds.features.Image(shape=(None, None, 3))}
+    features[label] = tfds.features.Sequence(LABELS) if several else LABELS
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+  def examples(self):
+    rng = np.random.default_rng(0)
+    for i, k in enumerate(classes):
+      file = io.BytesIO()
+      Image.fromarray(rng.integers(0, 255, (30, 40, 3), np.uint8)).save(file, "PNG")
+      file.seek(0)
+      yield i, {"file_name": f"{i}.png", "image": file, label: [k, k + 1][: i // 2] if several else k}
+  made = dict(VERSION=tfds.core.Version("1.0.0"), _info=info, _generate_examples=examples)
+  made["_split_generators"] = lambda self, _: {split: examples(self)}
+  if config:
+    made["BUILDER_CONFIGS"] = [tfds.core.BuilderConfig(name=config)]
+  made["__module__"] = __name__
+  builder = type(name, (tfds.core.GeneratorBasedBuilder,), made)
+  builder(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+
+prepare("Imagenet2012", "validation")
+prepare("Imagenet2012Real", "validation")
+prepare("ImagenetV2", "test", config="matched-frequency")
+prepare("ImagenetA", "test", classes=[int(k) for k in sys.argv[2].split(",")])
+prepare("ImagenetR", "test", classes=[int(k) for k in sys.argv[3].split(",")])
+prepare("ImagenetSketch", "test")
+"""
+
+
+@pytest.fixture(scope="module")
+def sets_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("sets")
+  few = [",".join(map(str, label_maps.label_map(n).columns[:100:10])) for n in ("i1k_a", "i1k_r")]
+  subprocess.run(
+    [sys.executable, "-c", TEST_SETS, str(folder), *few], check=True, capture_output=True
+  )
+  return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+  """Two files in the published format: random, small, of 1000 classes."""
+  folder = tmp_path_factory.mktemp("checkpoints")
+  model = FlexiViT(variant="mu", num_classes=1000, head_zeroinit=False)
+  for seed, name in enumerate(("one", "other")):
+    params = model.init(jax.random.key(seed), np.zeros((1, 32, 32, 3), np.float32))["params"]
+    flat = {f"params/{k}": np.asarray(v) for k, v in trees.flatten(params).items()}
+    np.savez(folder / f"{name}.npz", **flat)
+  return folder
+
+
+def test_the_table_is_measured_compared_and_gone_on_with(
+  sets_dir, checkpoints, tmp_path, capsys, monkeypatch
+):
+  command = [
+    "reproduce", "table-i1k", f"--data_dir={sets_dir}", f"--out={tmp_path}", "--seqhw=5,15", "--batch_size=10",
+    f"--checkpoint=FlexiViT-S i1k={checkpoints / 'one.npz'}", f"--checkpoint={checkpoints / 'other.npz'}",
+  ]  # fmt: skip
+  assert cli.main(command) == 0
+  said = capsys.readouterr().out
+  made = json.loads((tmp_path / "table-i1k.json").read_text())
+  rows = {(r["checkpoint"], r["set"], r["patch"], r["metric"]): r for r in made["rows"]}
+  names = ("FlexiViT-S i1k", "other")
+  sets = ("val", "v2", "a", "r", "sketch", "real")
+  assert {k for k in rows if k[3] == "top1"} == {
+    (n, s, p, "top1") for n in names for s in sets for p in (48, 16)
+  }
+  assert rows["other", "real", 48, "top1"]["images"] == 8  # two images have no label
+  row = rows["FlexiViT-S i1k", "sketch", 16, "top1"]
+  assert (row["published"], row["kind"]) == (32.078, "third party")
+  assert row["difference"] == pytest.approx(row["ours"] - 32.078)
+  assert rows["FlexiViT-S i1k", "sketch", 48, "top1"]["published"] is None
+  assert rows["FlexiViT-S i1k", "val", 48, "latency"]["published"] == 0.089
+  assert rows["other", "sketch", 16, "top1"]["published"] is None  # nothing is known of it
+  assert "FlexiViT-S i1k, sketch, patch 16, top1: ours 0, published 32.078 %, -32.1" in said
+  assert "differs: numbers on the other sets are timm's" in said
+  assert {p.name for p in tmp_path.glob("table-i1k.*")} == {
+    f"table-i1k.{s}" for s in ("json", "csv", "png", "svg")
+  }
+  evaluated = json.loads((tmp_path / "other" / "a.json").read_text())
+  assert evaluated["pp"].startswith("decode|resize(272)|central_crop(240)|value_range(-1, 1)")
+
+  monkeypatch.setattr(results, "measure", None)  # nothing is measured again
+  assert cli.main(command) == 0
+  assert json.loads((tmp_path / "table-i1k.json").read_text()) == made
+  swapped = [c.replace("one.npz", "other.npz") for c in command[:-1]]
+  assert cli.main(swapped) == 2
+  assert "val.json is of weights" in capsys.readouterr().err
+
+
+def test_a_protocol_and_a_folder_of_images_are_said_to_differ(checkpoints, tmp_path, capsys):
+  photos, out = tmp_path / "photos", tmp_path / "out"
+  for k in range(1000):
+    (photos / "val" / f"{k:04}").mkdir(parents=True)
+  for i in range(3):
+    Image.new("RGB", (300, 260), (80 * i, 0, 0)).save(photos / "val" / "0007" / f"{i}.jpg")
+  command = [
+    "reproduce", "timm", f"--data_dir={photos}", f"--out={out}", "--sets=val", "--batch_size=4",
+    f"--checkpoint=FlexiViT-B i1k={checkpoints / 'one.npz'}",
+  ]  # fmt: skip
+  assert cli.main(command) == 0
+  said = capsys.readouterr().out
+  assert "FlexiViT-B i1k, val, patch 16, top1: ours 0, published 84.678 %" in said
+  assert "differs: val: 3 images of a folder, where published numbers are of imagenet2012" in said
+  assert "method='cubic'" in json.loads((out / "FlexiViT-B i1k" / "val.json").read_text())["pp"]
+  assert cli.main([*command, "--protocol=paper"]) == 2
+  assert "is of protocol short side" in capsys.readouterr().err
+  command[3] = f"--out={tmp_path / 'paper'}"
+  assert cli.main([*command, "--protocol=paper"]) == 0
+  assert "differs: protocol paper: both sides to 272" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["fig5", "--out=o"], "fig5 is not measured on checkpoints alone.*flexivit train"),
+    (["fig9-12", "--out=o"], "not in this project"),
+    (["fig2", "--data_dir=d"], "Give --out"),
+    (["fig2", "--out=o", "--protocol=tim"], "protocol 'tim'.*timm"),
+    (["fig2", "--out=o", "--sets=vall"], "test set 'vall'.*val"),
+    (["fig2", "--out=o", "--data_dir=d", "--checkpoint=FlexiViT-X=f"], "checkpoint of this item"),
+    (["fig2", "--out=o", "--data_dir=d", "--checkpoint=a.npz", "--checkpoint=b/a.npz"], "twice"),
+    (["fig2", "--out=o", "--data_dir=d"], r"(?s)cannot be read.*val: .*tfds build imagenet2012"),
+    (["bwconrad", "--out=o", "--data_dir=d"], "--checkpoint 'ViT-T/16=FILE'"),
+  ],
+)
+def test_what_cannot_be_measured_is_said_at_once(arguments, words, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert cli.main(["reproduce", *arguments]) == 2
+  assert re.search(words, capsys.readouterr().err)
+  assert not list(tmp_path.iterdir())
+
+
+def test_real_labels_are_in_no_folder(tmp_path):
+  (tmp_path / "real" / "0").mkdir(parents=True)
+  with pytest.raises(UserError, match="several labels"):
+    imagenet_sets.section(
+      "real", imagenet_sets.PROTOCOLS["paper"], data_dir=tmp_path, seqhw=(5,), batch_size=1
+    )
+
+
+def test_the_list_says_what_can_run_here(sets_dir, monkeypatch, tmp_path):
+  monkeypatch.setenv("FLEXIVIT_CACHE", str(tmp_path))
+  lines = "\n".join(reproduce.listing(data_dir=sets_dir)).split("\n    ")
+  assert "here: yes; to be fetched: FlexiViT-L i1k\nfig2" in "\n".join(lines)
+  assert any("here: no, lacks imagenet21k" in line for line in lines)
+  assert any("to be given as --checkpoint NAME=FILE: ViT-T/16" in line for line in lines)

@@ -4,7 +4,7 @@ from flexivit_jax.data.known import planned_source
 from flexivit_jax.data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
 from flexivit_jax.data.preprocess import OPS, Preprocess, parse
 from flexivit_jax.data.shots import few_shots, subset
-from flexivit_jax.data.sources import SOURCES, Source, make_source
+from flexivit_jax.data.sources import SOURCES, Source, is_prepared, make_source
 
 __all__ = [
   "OPS",
@@ -15,6 +15,7 @@ __all__ = [
   "TrainBatches",
   "eval_batches",
   "few_shots",
+  "is_prepared",
   "make_source",
   "parse",
   "planned_source",

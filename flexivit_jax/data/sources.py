@@ -362,6 +362,15 @@ def tfds_source(
   return Source(name, split, known or num_classes, names, size, read)
 
 
+def is_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
+  """Whether TFDS prepared a data set there as array_record; arguments as of `tfds_source`."""
+  try:
+    _builder(name, data_dir)
+  except UserError:
+    return False
+  return True
+
+
 def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
   import tensorflow_datasets as tfds  # Lazy: half a second.
 

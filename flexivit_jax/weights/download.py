@@ -66,6 +66,11 @@ def fetch(
     return _checked(path, url, sha256)
 
 
+def is_kept(url: str, folder: pathlib.Path | None = None) -> bool:
+  """Whether `fetch` would find the file, which is not looked into, without the network."""
+  return _place(url, folder or folders.cache_folder()).is_file()
+
+
 def _place(url: str, folder: pathlib.Path) -> pathlib.Path:
   """Where a file is kept: each address has a folder, since many call their files model.safetensors."""
   plain = url.isascii() and url.isprintable() and " " not in url

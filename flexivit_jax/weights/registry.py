@@ -117,6 +117,13 @@ def find(path: str | os.PathLike[str]) -> tuple[pathlib.Path, Published | None]:
   return download.fetch(published.url, sha256=published.sha256), published
 
 
+def is_here(name: str) -> bool:
+  """Whether a published checkpoint has been fetched; a name that none has is here if it is a file or folder."""
+  if name not in PUBLISHED or pathlib.Path(name).exists():
+    return pathlib.Path(name).exists()
+  return download.is_kept(PUBLISHED[name].url)
+
+
 def _at(url: str) -> Published:
   """The published file at an address, or one of which nothing is expected."""
   file = pathlib.PurePosixPath(urllib.parse.urlsplit(url).path)

@@ -1,0 +1,202 @@
+"""`flexivit reproduce`: what the paper shows, how to do it here, at what cost, and ours beside what is published."""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flexivit_jax import config, data, errors, evaluate, imagenet_sets, plan, published, weights
+from flexivit_jax.reproduce import comparing, measuring
+from flexivit_jax.reproduce.items import ITEMS, Evaluation, Item, data_of, find, weights_of
+
+
+def run(args: argparse.Namespace) -> None:
+  """Lists the items, or shows one, or measures it, or puts results beside what is published of it."""
+  if args.item is None:
+    print("\n".join(listing(costs=args.costs, data_dir=args.data_dir)))
+  elif args.results is not None:
+    found = json.loads(_read(args.results))
+    print("\n".join(compare(args.item, found, model=args.model, setting=args.setting)))
+  elif args.checkpoint or args.data_dir or args.out:
+    print("\n".join(reproduce(args)))
+  else:
+    print("\n".join(about(args.item)))
+
+
+def reproduce(args: argparse.Namespace) -> list[str]:
+  """Measures an item on the checkpoints and sets that are asked for; writes and returns ours beside the published.
+
+  Raises:
+    UserError: an item that takes training or a tool; sets that cannot be read; no --out.
+  """
+  item = find(args.item)
+  if item.evaluation is None:
+    raise errors.UserError(
+      f"{args.item} is not measured on checkpoints alone. How it is done: "
+      + ("; ".join(item.how) or "not in this project")
+    )
+  if args.out is None:
+    raise errors.UserError(
+      "Give --out, the folder for the results; the same command goes on in it."
+    )
+  checkpoints = measuring.checkpoints_of(item.evaluation, args.checkpoint or [])
+  protocol = args.protocol or item.evaluation.protocol
+  sets = measuring.open_sets(
+    args.sets.split(",") if args.sets else item.evaluation.sets,
+    protocol,
+    data_dir=args.data_dir,
+    seqhw=item.evaluation.seqhw if args.seqhw is None else evaluate.parse_sizes(args.seqhw),
+    batch_size=args.batch_size,
+  )
+  measured = measuring.measure(checkpoints, sets, args.out)
+  rows = comparing.beside(measured, item.published)
+  differs = _differs(item.evaluation, protocol, item.differs, measured)
+  described = {"item": args.item, "title": item.title, "protocol": protocol, "differs": differs}
+  comparing.write(args.out, args.item, rows, described)
+  return [*map(comparing.line, rows), *(f"differs: {d}" for d in differs)]
+
+
+def _differs(
+  evaluation: Evaluation, protocol: str, said: str, measured: Sequence[measuring.Measured]
+) -> list[str]:
+  """How this measurement is not the published one."""
+  lines = [said] if said else []
+  if protocol != evaluation.protocol:
+    says = {p: imagenet_sets.PROTOCOLS[p].says for p in (protocol, evaluation.protocol)}
+    lines.append(
+      f"protocol {protocol}: {says[protocol]}; this item's is {evaluation.protocol}: {says[evaluation.protocol]}"
+    )
+  for found in measured:
+    expected = imagenet_sets.SETS[found.set_name].data["name"]
+    got = found.about["dataset"]
+    if got != expected:
+      lines.append(
+        f"{found.set_name}: {found.about['images']} images of a {got}, where published numbers are of {expected}"
+      )
+  return list(dict.fromkeys(lines))
+
+
+def listing(*, costs: bool = False, data_dir: pathlib.Path | None = None) -> list[str]:
+  """Some lines for each item: what it needs, and whether it can run here.
+
+  Args:
+    costs: with the hours of training on a TPU v3-32 at 40 % of its peak.
+    data_dir: where TFDS prepared the data; None: TFDS's own default.
+  """
+  lines, here = [], _Here(data_dir)
+  for name, item in ITEMS.items():
+    numbers = sum(len(published.read(p)) for p in item.published)
+    lines.append(f"{name}: {item.title}; {f'{numbers} numbers' if numbers else 'no numbers'} known")
+    if not item.how and not item.evaluation:
+      lines.append("    not in this project yet")
+      continue
+    needs = {"data": data_of(item), "checkpoints": weights_of(item), "training": item.configs}
+    lines.append("    " + "; ".join(f"{k}: {_some(v)}" for k, v in needs.items() if v))
+    lines.append(f"    {here.says(item)}")
+    if costs and item.configs:
+      hours = [plan.costs(config.load(c, []))["hours"]["v3-32"]["training"] for c in item.configs]
+      lines.append(f"    {sum(hours):.0f} h on a TPU v3-32 to train all {len(hours)}")
+  return lines
+
+
+def _some(names: Sequence[str]) -> str:
+  return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+class _Here:
+  """What of an item's needs is on this machine; each data set is looked for once."""
+
+  def __init__(self, data_dir: pathlib.Path | None):
+    self._data_dir = data_dir
+    self._missing: dict[str, bool] = {}
+
+  def says(self, item: Item) -> str:
+    """One line."""
+    if lacks := [name for name in data_of(item) if self._lacks(name)]:
+      return f"here: no, lacks {_some(lacks)}"
+    absent = [name for name in weights_of(item) if not weights.is_here(name)]
+    fetched = [name for name in absent if name in weights.PUBLISHED]
+    brought = [name for name in absent if name not in weights.PUBLISHED]
+    return (
+      "here: yes"
+      + (f"; to be fetched: {_some(fetched)}" if fetched else "")
+      + (f"; to be given as --checkpoint NAME=FILE: {_some(brought)}" if brought else "")
+    )
+
+  def _lacks(self, name: str) -> bool:
+    if name not in self._missing:
+      self._missing[name] = not data.is_prepared(name, self._data_dir)
+    return self._missing[name]
+
+
+def about(name: str) -> list[str]:
+  """What an item needs, its commands, and the published numbers."""
+  item = find(name)
+  lines = [f"{name}: {item.title}"]
+  if item.evaluation:
+    lines.append(f"  flexivit reproduce {name} --data_dir DIR --out OUT")
+  lines += [f"  {command}" for command in item.how]
+  if len(lines) == 1:
+    lines.append("  not in this project yet")
+  if item.differs:
+    lines.append(f"  differs: {item.differs}")
+  for value in _known(item):
+    lines.append(f"  {_named(value)}: {_number(value)} [{value.kind}: {value.source}]")
+  return lines
+
+
+def compare(
+  name: str, results: Mapping[str, Any], *, model: str | None = None, setting: str | None = None
+) -> list[str]:
+  """Ours beside the published numbers of the same metric and patch size.
+
+  Args:
+    name: of the item.
+    results: an eval.json.
+    model, setting: of the published numbers; only those that contain these words.
+
+  Raises:
+    UserError: an item without published numbers, or none that match.
+  """
+  item = find(name)
+  if not item.published:
+    raise errors.UserError(f"No numbers of {name} are known; see `flexivit reproduce --list`.")
+  lines = []
+  for value in _known(item):
+    if (model or "") not in value.model or (setting or "") not in value.setting:
+      continue
+    for row in results["rows"]:
+      got = comparing.ours_of(value, row)
+      if got is not None:
+        lines.append(
+          f"{_named(value)}: published {_number(value)}, ours {got:.4g}, {got - value.value:+.3g} [{value.kind}]"
+        )
+  if not lines:
+    settings = sorted({f"{v.model} ({v.setting})" for v in _known(item)})
+    raise errors.UserError(
+      f"No published number of {name} is of a patch size and metric in these results; known are {'; '.join(settings)}."
+    )
+  what = {k: results.get(k) for k in ("name", "dataset", "split", "step", "device")}
+  about = "ours: {name} on {dataset} {split}, step {step}, {device}".format_map(what)
+  return [about, *lines, *([f"differs: {item.differs}"] if item.differs else [])]
+
+
+def _known(item: Item) -> list[published.Value]:
+  return [value for name in item.published for value in published.read(name)]
+
+
+def _named(value: published.Value) -> str:
+  return f"{value.model} ({value.setting}), {value.dataset}, {value.metric} at patch {value.patch}"
+
+
+def _number(value: published.Value) -> str:
+  error = "" if value.error is None else f" +- {value.error:g}"
+  return f"{value.value:g}{error} {value.unit}"
+
+
+def _read(path: pathlib.Path) -> str:
+  try:
+    return path.read_text()
+  except OSError as e:
+    raise errors.UserError(f"{path} cannot be read ({e.strerror}); give an eval.json.") from e

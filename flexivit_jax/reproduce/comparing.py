@@ -1,0 +1,130 @@
+"""Ours beside the published numbers: as text, CSV, JSON and a figure."""
+
+import csv
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from flexivit_jax import imagenet_sets, published
+from flexivit_jax.reproduce.measuring import Measured
+
+# Published metrics and what they are called in a row; per cent there are fractions here.
+METRICS = {
+  "top1": "top1", "top5": "top5", "precision@1": "top1", "latency": "ms", "flops": "gflops",
+}  # fmt: skip
+
+
+def ours_of(value: published.Value, row: dict[str, Any]) -> float | None:
+  """What a row says of a published number, in its unit; None: nothing."""
+  name = METRICS.get(value.metric)
+  if value.patch != row["patch"] or name not in row:
+    return None
+  return row[name] * (100 if value.unit == "%" else 1)
+
+
+def beside(measured: Sequence[Measured], tables: Sequence[str]) -> list[dict[str, Any]]:
+  """A row for each checkpoint, set and patch size, and one for each further published number of it.
+
+  Args:
+    measured: ours.
+    tables: names for `published.read`.
+
+  Returns:
+    Rows with the same keys; "published" and what follows is None where nothing is known.
+  """
+  known = [v for name in tables for v in published.read(name)]
+  return [
+    row
+    for found in measured
+    for measured_row in found.rows
+    for row in _of_row(found, measured_row, [v for v in known if _is_of(v, found)])
+  ]
+
+
+def _is_of(value: published.Value, found: Measured) -> bool:
+  subject = found.checkpoint.subject
+  if subject is None or value.dataset != imagenet_sets.SETS[found.set_name].published:
+    return False
+  # How long a model was trained does not change its latency, whose setting is the machine.
+  its_setting = value.metric == "latency" or value.setting.startswith(subject.setting)
+  return value.model == subject.model and its_setting
+
+
+def _of_row(
+  found: Measured, row: dict[str, Any], known: Sequence[published.Value]
+) -> list[dict[str, Any]]:
+  made = {"checkpoint": found.checkpoint.name, "set": found.set_name, "images": row["n"]}
+  made |= {"seqhw": row["seqhw"], "patch": row["patch"]}
+  pairs = [(v, ours) for v in known if (ours := ours_of(v, row)) is not None]
+  lines = []
+  if not any(METRICS[v.metric] == "top1" for v, _ in pairs):
+    nothing = dict.fromkeys(("published", "error", "difference", "kind", "source", "note"))
+    lines.append({**made, "metric": "top1", "unit": "%", "ours": 100 * row["top1"], **nothing})
+  for value, ours in pairs:
+    lines.append({
+      **made, "metric": value.metric, "unit": value.unit, "ours": ours, "published": value.value,
+      "error": value.error, "difference": ours - value.value, "kind": value.kind, "source": value.source,
+      "note": value.note,
+    })  # fmt: skip
+  return lines
+
+
+def line(row: dict[str, Any]) -> str:
+  """A row as text."""
+  start = f"{row['checkpoint']}, {row['set']}, patch {row['patch']}, {row['metric']}: ours {row['ours']:.4g}"
+  if row["published"] is None:
+    return f"{start} {row['unit']}, nothing published"
+  error = "" if row["error"] is None else f" +- {row['error']:g}"
+  note = f"; {row['note']}" if row["note"] else ""
+  return f"{start}, published {row['published']:g}{error} {row['unit']}, {row['difference']:+.3g} [{row['kind']}{note}]"
+
+
+def write(
+  out: pathlib.Path, name: str, rows: Sequence[dict[str, Any]], about: dict[str, Any]
+) -> None:
+  """OUT/NAME.json (with `about`), NAME.csv, NAME.png and NAME.svg."""
+  (out / f"{name}.json").write_text(
+    json.dumps({**about, "rows": list(rows)}, indent=1, allow_nan=False) + "\n"
+  )
+  with (out / f"{name}.csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+  draw(out / name, rows)
+
+
+def draw(stem: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+  """Top-1 against patch size, a panel for each set: ours filled, published hollow with its error."""
+  import matplotlib.pyplot as plt
+  from matplotlib.ticker import NullLocator
+
+  rows = [row for row in rows if METRICS[row["metric"]] == "top1" and row["unit"] == "%"]
+  sets = list(dict.fromkeys(row["set"] for row in rows))
+  figure, axes = plt.subplots(
+    1, len(sets), figsize=(1.4 + 3.4 * len(sets), 3.8), layout="constrained", squeeze=False
+  )
+  names = list(dict.fromkeys(row["checkpoint"] for row in rows))
+  for axis, chosen in zip(axes[0], sets, strict=True):
+    for i, name in enumerate(names):
+      points = [r for r in rows if r["set"] == chosen and r["checkpoint"] == name]
+      ours = {r["patch"]: r["ours"] for r in sorted(points, key=lambda r: r["patch"])}
+      axis.plot(list(ours), list(ours.values()), "-o", color=f"C{i % 10}", markersize=4, label=name)
+      known = [r for r in points if r["published"] is not None]
+      axis.errorbar(
+        [r["patch"] for r in known], [r["published"] for r in known], [r["error"] or 0 for r in known],
+        fmt="s", color=f"C{i % 10}", markerfacecolor="none", markersize=7, linewidth=1,
+      )  # fmt: skip
+    patches = sorted({r["patch"] for r in rows if r["set"] == chosen})
+    axis.set_xscale("log")
+    axis.set_xticks(patches, [str(p) for p in patches], fontsize=8)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_title(chosen)
+    axis.set_xlabel("patch size (pixels)")
+    axis.grid(alpha=0.25)
+  axes[0, 0].set_ylabel("top-1 (%)")
+  axes[0, 0].plot([], [], "ks", markerfacecolor="none", label="published")
+  figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+  for suffix in ("png", "svg"):
+    figure.savefig(stem.with_name(f"{stem.name}.{suffix}"), dpi=150)
+  plt.close(figure)

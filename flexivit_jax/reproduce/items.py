@@ -1,0 +1,211 @@
+"""What the paper shows, figure by figure: how to do it here, with what, and which checkpoints show it as they are."""
+
+from typing import Any, NamedTuple
+
+from flexivit_jax import errors, imagenet_sets
+
+
+class Subject(NamedTuple):
+  """Whose published numbers a checkpoint should have: `model` and `setting` of `published.Value`."""
+
+  model: str
+  setting: str
+
+
+class Evaluation(NamedTuple):
+  """How an item is measured on checkpoints that are there, without training.
+
+  Attributes:
+    subjects: by published name (`flexivit inspect --list`), or by a name for what a user has to bring.
+    sets: names of `imagenet_sets.SETS`.
+    seqhw: grids.
+    protocol: a name of `imagenet_sets.PROTOCOLS`.
+  """
+
+  subjects: dict[str, Subject]
+  sets: tuple[str, ...] = ("val",)
+  seqhw: tuple[int, ...] = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
+  protocol: str = "paper"
+
+
+class Item(NamedTuple):
+  """A figure or table of the paper.
+
+  Attributes:
+    title: what it shows.
+    how: the commands, besides that of `evaluation`; both empty where the project cannot do it.
+    configs: those whose training it needs, for the cost.
+    data: TFDS data sets of `how`.
+    weights: published checkpoints that `how` takes in the place of training.
+    published: of which numbers are known, names for `published.read`.
+    differs: how the protocol here differs from that of the published numbers.
+    evaluation: what `flexivit reproduce ITEM --data_dir DIR --out OUT` measures; None: `how` is all.
+  """
+
+  title: str
+  how: tuple[str, ...] = ()
+  configs: tuple[str, ...] = ()
+  data: tuple[str, ...] = ()
+  weights: tuple[str, ...] = ()
+  published: tuple[str, ...] = ()
+  differs: str = ""
+  evaluation: Evaluation | None = None
+
+
+def find(name: str) -> Item:
+  """The item of a name; a UserError that lists all for another."""
+  if name not in ITEMS:
+    raise errors.unknown("item of the paper", name, ITEMS)
+  return ITEMS[name]
+
+
+def data_of(item: Item) -> list[str]:
+  """The TFDS data sets that an item needs in all."""
+  sets = item.evaluation.sets if item.evaluation else ()
+  return list(dict.fromkeys([*item.data, *(imagenet_sets.SETS[s].data["name"] for s in sets)]))
+
+
+def weights_of(item: Item) -> list[str]:
+  """The checkpoints that an item needs in all."""
+  return list(
+    dict.fromkeys([*item.weights, *(item.evaluation.subjects if item.evaluation else ())])
+  )
+
+
+def _train(*configs: str) -> dict[str, Any]:
+  how = tuple(f"flexivit train --config {c} --workdir RUN" for c in configs)
+  return {"how": how, "configs": configs}
+
+
+def _tool(name: str, rest: str = "", data: tuple[str, ...] = ("imagenet2012",)) -> dict[str, Any]:
+  how = f"python tools/{name}.py CHECKPOINT --config configs/i1k_sup.py --out RUN{rest}"
+  return {"how": (how,), "data": data, "weights": ("FlexiViT-B i1k",)}
+
+
+def _released(*epochs: int) -> dict[str, Subject]:
+  """S, B and L of ImageNet-1k; those of 1200 epochs have no suffix."""
+  return {
+    f"FlexiViT-{v} i1k" if e == 1200 else f"flexivit_{v.lower()}_i1k_{e}ep": Subject(
+      f"FlexiViT-{v}", f"i1k, {e} epochs"
+    )
+    for v in "SBL"
+    for e in epochs
+  }
+
+
+_LENGTHS = (1200, 600, 300, 90)
+_SETS = ("val", "v2", "a", "r", "sketch", "real")
+_MS = "milliseconds are those of the machine at hand, the paper's of a TPU v3"
+
+ITEMS: dict[str, Item] = {
+  "fig1": Item(
+    "one FlexiViT-L at two patch sizes",
+    published=("fig1",),
+    differs=_MS,
+    evaluation=Evaluation(
+      {"FlexiViT-L i1k": Subject("FlexiViT-L", "i1k")}, seqhw=(10, 24)
+    ),
+  ),
+  "fig2": Item(
+    "ImageNet-1k: accuracy against speed of S, B, L at four lengths and ten sizes",
+    **_train(*(f"configs/i1k_distill.py:variant={v},epochs={e}" for v in "SBL" for e in _LENGTHS)),
+    data=("imagenet2012",),
+    published=("fig2",),
+    differs=f"{_MS}; published accuracies are read off the figure",
+    evaluation=Evaluation(_released(*_LENGTHS)),
+  ),
+  "table-i1k": Item(
+    "tables 1-4 of the appendix: the same on v2, A, R, Sketch and ReaL; the tables themselves are not known to us",
+    published=("fig2", "timm"),
+    differs="numbers on the other sets are timm's, at patch 16 in its own protocol: `--protocol timm` is that one",
+    evaluation=Evaluation(_released(*_LENGTHS), _SETS),
+  ),
+  "timm": Item(
+    "third party: the released checkpoints at patch 16 in timm's protocol, on six data sets",
+    published=("timm",),
+    evaluation=Evaluation(_released(1200, 600, 300), _SETS, (15,), "timm"),
+  ),
+  "fig3": Item(
+    "ImageNet-21k: fixed ViT-B/16 and B/30 are not flexible, FlexiViT-B is",
+    **_train("configs/i21k_sup.py", "configs/i21k_sup.py:fixed=15", "configs/i21k_sup.py:fixed=8"),
+    published=("fig3",),
+    differs="sources disagree on whether the paper's baselines were resized plainly or by PI-resize (as here)",
+    evaluation=Evaluation(
+      {
+        "FlexiViT-B i21k 300ep": Subject("FlexiViT-B", "i21k"),
+        "ViT-B/16 i21k": Subject("ViT-B/16", "i21k"),
+        "ViT-B/30 i21k": Subject("ViT-B/30", "i21k"),
+      },
+      ("i21k",),
+      protocol="paper_i21k",
+    ),
+  ),
+  "fig4": Item(
+    "a trained kernel under PI-resize and its competitors",
+    how=("python tools/patch_curve.py CHECKPOINT DIR --out RUN",),
+    data=("imagenet2012",),
+  ),
+  "bwconrad": Item(
+    "third party: fixed ViTs at other patch sizes by PI-resize alone",
+    published=("bwconrad",),
+    differs="of the published patch sizes those that divide 224 pixels: 8, 14, 16, 28 and 32",
+    evaluation=Evaluation(
+      {f"ViT-{v}/16": Subject(f"ViT-{v}/16", "AugReg, PI-resized, 224 px") for v in "TSB"},
+      seqhw=(7, 8, 14, 16, 28),
+      protocol="bwconrad",
+    ),
+  ),
+  "fig5": Item(
+    "distillation from ViT-B/8, from the teacher's weights or from random ones",
+    **_train("configs/i21k_distill.py", "configs/i21k_distill.py:init=random"),
+    data=("imagenet21k",),
+  ),
+  "fig6": Item(
+    "representations at different patch sizes (CKA)",
+    **_tool("representations"),
+    differs="the paper embeds distances by t-SNE, we by classical scaling, which keeps them and has no random start",
+  ),
+  "fig7": Item(
+    "transfer of FlexiViT-B, ViT-B/16 and ViT-B/30: classification (the other tasks are not in this project)",
+    **_train(*(f"configs/transfer.py:data={d}" for d in ("oxford_iiit_pet", "food101", "cifar100", "sun397"))),
+    data=("oxford_iiit_pet", "food101", "cifar100", "sun397"),
+    weights=("FlexiViT-B i21k 300ep", "ViT-B/16 i21k", "ViT-B/30 i21k"),
+  ),
+  "fig8": Item(
+    "cheap fine-tuning on an 8 x 8 grid, use at a finer one",
+    **_train("configs/transfer.py:data=imagenet2012,fixed=8,res=240"),
+    weights=("FlexiViT-B i21k 300ep",),
+    published=("fig8",),
+    evaluation=Evaluation(
+      {"fine-tuned": Subject("FlexiViT-B", "i21k, fine-tuned on an 8x8 grid")}, seqhw=(8, 24)
+    ),
+  ),
+  "fig9-12": Item("flexible transfer, LiT, CLIP, OWL-ViT"),
+  "curriculum": Item(
+    "faster pre-training by a curriculum of patch sizes",
+    **_train("configs/i21k_sup.py:sizes=coarse_to_fine"),
+    data=("imagenet21k",),
+    differs="the paper's schedule is not published; ours goes from coarse to fine",
+  ),
+  "fig13": Item(
+    "token similarity over patch sizes (attention relevance is not there yet)",
+    **_tool("token_similarity", " --seqhw 15 --with 5,10,30"),
+  ),
+  "ensembles": Item(
+    "ensembles of one FlexiViT over patch sizes, at equal compute", **_tool("sizes_together")
+  ),
+  "fig17": Item(
+    "sizes of the stored kernel and of the grid of positions",
+    **_train("configs/i21k_distill.py:kernel=48,grid=15"),
+    data=("imagenet21k",),
+    differs="the values that the paper tried are not known",
+  ),
+  "fig19": Item("LiT of a fixed patch size keeps flexibility"),
+  "fig25": Item("shape or texture, by patch size"),
+  "fig30": Item(
+    "patch sizes that were not trained",
+    evaluation=Evaluation(
+      {"FlexiViT-B i1k": Subject("FlexiViT-B", "i1k, 1200 epochs")}, seqhw=(3, 4, 40, 48)
+    ),
+  ),
+}  # fmt: skip
