@@ -77,9 +77,11 @@ def _train(*configs: str) -> dict[str, Any]:
   return {"how": how, "configs": configs}
 
 
-def _tool(name: str, rest: str = "", data: tuple[str, ...] = ("imagenet2012",)) -> dict[str, Any]:
-  how = f"python tools/{name}.py CHECKPOINT --config configs/i1k_sup.py --out RUN{rest}"
-  return {"how": (how,), "data": data, "weights": ("FlexiViT-B i1k",)}
+def _tools(**given: str) -> dict[str, Any]:
+  """Analyses of tools/ with what follows in the command line."""
+  start = "python tools/{}.py CHECKPOINT --config configs/i1k_sup.py --out RUN{}"
+  how = tuple(start.format(name, rest) for name, rest in given.items())
+  return {"how": how, "data": ("imagenet2012",), "weights": ("FlexiViT-B i1k",)}
 
 
 def _released(*epochs: int) -> dict[str, Subject]:
@@ -162,7 +164,7 @@ ITEMS: dict[str, Item] = {
   ),
   "fig6": Item(
     "representations at different patch sizes (CKA)",
-    **_tool("representations"),
+    **_tools(representations=""),
     differs="the paper embeds distances by t-SNE, we by classical scaling, which keeps them and has no random start",
   ),
   "fig7": Item(
@@ -188,11 +190,11 @@ ITEMS: dict[str, Item] = {
     differs="the paper's schedule is not published; ours goes from coarse to fine",
   ),
   "fig13": Item(
-    "token similarity over patch sizes (attention relevance is not there yet)",
-    **_tool("token_similarity", " --seqhw 15 --with 5,10,30"),
+    "attention relevance (top) and token similarity (bottom) over patch sizes",
+    **_tools(relevance=" --seqhw 5,10,15,30", token_similarity=" --seqhw 15 --with 5,10,30"),
   ),
   "ensembles": Item(
-    "ensembles of one FlexiViT over patch sizes, at equal compute", **_tool("sizes_together")
+    "ensembles of one FlexiViT over patch sizes, at equal compute", **_tools(sizes_together="")
   ),
   "fig17": Item(
     "sizes of the stored kernel and of the grid of positions",
