@@ -108,4 +108,12 @@ def test_the_tool_compares_all_layers_and_sizes_of_a_run(repository, tmp_path):
   np.testing.assert_allclose(np.diag(matrix), 1.0)
   np.testing.assert_allclose(matrix, matrix.T)
   assert len((out / "cka.csv").read_text().splitlines()) == 7
-  assert {p.name for p in out.iterdir()} >= {"cka.png", "map.png"}
+  assert {p.name for p in out.iterdir()} == {
+    f"{kind}{name}"
+    for kind in ("", "class_token_")
+    for name in ("cka.json", "cka.csv", "cka.png", "map.png")
+  }
+  tokens = json.loads((out / "class_token_cka.json").read_text())
+  assert tokens["rows"] == [f"{n} | {layer}" for n in (2, 4) for layer in ("block 0", "pooled")]
+  # After the only block the token is what is pooled, but for a LayerNorm; and the pooled ones are the same as before.
+  np.testing.assert_allclose(tokens["cka"][1][3], matrix[2, 5], rtol=1e-6)

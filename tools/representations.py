@@ -6,7 +6,8 @@ Usage:
 For each size and block: what attention and what the MLP adds to the tokens of the patches, brought to the coarsest of
 the grids by a linear, antialiased resize (as of position embeddings), so that features of all sizes are of the same
 places; and the pooled representation, as it is. CKA over minibatches (see `similarity`), its arc-cosine as a distance,
-and a map of these. Into OUT: cka.json, cka.csv, cka.png (the matrix), map.png.
+and a map of these. Into OUT: cka.json, cka.csv, cka.png (the matrix), map.png; and of a model with a class token the
+same of that token after each block: class_token_cka.json and so on.
 """
 
 import csv
@@ -29,23 +30,31 @@ PARTS = ("sa", "mlp")
 
 def features(
   params: Any, batch: Any, *, model: Any, grid: tuple[int, int], **size: Any
-) -> tuple[list[jax.Array], jax.Array]:
-  """Of each layer [n, p], those of the patches at places of `grid`; and the mask of the batch."""
+) -> tuple[dict[str, list[jax.Array]], jax.Array]:
+  """Of each layer [n, p], those of the patches at places of `grid`, and of the class token; the mask of the batch."""
   image = batch["image"]
   _, out = model.apply({"params": params}, image, **size)
   own = which_grid(image.shape[1:3], model.patch_size, **size).grid_hw
-  found = []
-  for name in sorted(k for k in out["encoder"] if k.startswith("block")):
-    for part in PARTS:
-      tokens = out["encoder"][name][part][:, model.prefix_length :]
-      cells = tokens.reshape(len(image), *own, -1)
-      found.append(jax.vmap(lambda t: resize.resize_grid(t, grid))(cells).reshape(len(image), -1))
-  return [*found, out["pre_logits"]], batch["_mask"]
+  blocks = [out["encoder"][k] for k in sorted(out["encoder"]) if k.startswith("block")]
+
+  def placed(tokens: jax.Array) -> jax.Array:
+    cells = tokens[:, model.prefix_length :].reshape(len(image), *own, -1)
+    return jax.vmap(lambda t: resize.resize_grid(t, grid))(cells).reshape(len(image), -1)
+
+  pooled = out["pre_logits"]
+  found = {"": [*(placed(block[part]) for block in blocks for part in PARTS), pooled]}
+  if "tok" in model.pool_type:
+    found["class_token_"] = [*(block["+mlp"][:, 0] for block in blocks), pooled]
+  return found, batch["_mask"]
 
 
-def layers(model: Any) -> list[str]:
+def layers(model: Any) -> dict[str, list[str]]:
   """Their names, in the order of `features`."""
-  return [f"block {i} {part}" for i in range(model.depth) for part in PARTS] + ["pooled"]
+  blocks = range(model.depth)
+  found = {"": [*(f"block {i} {part}" for i in blocks for part in PARTS), "pooled"]}
+  if "tok" in model.pool_type:
+    found["class_token_"] = [*(f"block {i}" for i in blocks), "pooled"]
+  return found
 
 
 def draw_matrix(
@@ -96,33 +105,56 @@ def main() -> None:
   runner = PerSize(fn, model, data, mesh, sizes=sizes, inputs=("image",))
   runner.compile(params)
   names = [label(runner.names(size)) for size in runner.sizes.values()]
-  per_size = len(layers(model))
-  found, seen = similarity.MinibatchCKA(len(sizes) * per_size), 0
+  kinds = layers(model)
+  found = {k: similarity.MinibatchCKA(len(sizes) * len(v)) for k, v in kinds.items()}
+  seen = 0
   for outputs in runner.outputs(params, data):
     everything = jax.device_get([outputs[key] for key in runner.sizes])
     real = everything[0][1] > 0
     if real.sum() >= 4:
-      found.update([x[real] for each, _ in everything for x in each])
+      for kind, of_kind in found.items():
+        of_kind.update([x[real] for each, _ in everything for x in each[kind]])
       seen += int(real.sum())
     if seen >= args.examples:
       break
-  matrix = found.result()
-  points = similarity.embed(similarity.arc_cosine(matrix))
   args.out.mkdir(parents=True, exist_ok=True)
-  rows = [f"{name} | {layer}" for name in names for layer in layers(model)]
-  about = {"checkpoint": str(args.checkpoint), "examples": seen, "grid": coarsest, "rows": rows}
-  (args.out / "cka.json").write_text(
-    json.dumps({**about, "cka": matrix.tolist(), "map": points.tolist()}) + "\n"
-  )
-  with (args.out / "cka.csv").open("w", newline="") as file:
+  about = {"checkpoint": str(args.checkpoint), "examples": seen, "grid": coarsest}
+  for kind, of_kind in found.items():
+    matrix = of_kind.result()
+    write(args.out, kind, matrix, names, kinds[kind], about)
+    print(
+      f"{kind or 'patches'}, {seen} examples; CKA with the same layer at {names[-1]} tokens a side:"
+    )
+    print("\n".join(lines(matrix, names, kinds[kind])))
+
+
+def lines(matrix: np.ndarray, sizes: Sequence[str], layers: Sequence[str]) -> list[str]:
+  """For each layer how alike each size is to the last."""
+  count, found = len(layers), []
+  for j, layer in enumerate(layers):
+    values = matrix[j::count, len(matrix) - count + j]
+    each = ", ".join(f"{n} {v:.2f}" for n, v in zip(sizes, values, strict=True))
+    found.append(f"{layer:>12}: {each}")
+  return found
+
+
+def write(
+  out: pathlib.Path,
+  kind: str,
+  matrix: np.ndarray,
+  sizes: Sequence[str],
+  layers: Sequence[str],
+  about: dict[str, Any],
+) -> None:
+  """The files of one kind of features; `kind` is what their names begin with."""
+  points = similarity.embed(similarity.arc_cosine(matrix))
+  rows = [f"{name} | {layer}" for name in sizes for layer in layers]
+  made = {**about, "rows": rows, "cka": matrix.tolist(), "map": points.tolist()}
+  (out / f"{kind}cka.json").write_text(json.dumps(made) + "\n")
+  with (out / f"{kind}cka.csv").open("w", newline="") as file:
     csv.writer(file).writerows([["", *rows], *([r, *v] for r, v in zip(rows, matrix, strict=True))])
-  draw_matrix(args.out / "cka.png", matrix, names, per_size)
-  draw_map(args.out / "map.png", points, names, per_size)
-  finest = len(sizes) - 1
-  print(f"{seen} examples; CKA with the same layer at {names[finest]} tokens a side:")
-  for j, layer in enumerate(layers(model)):
-    values = [matrix[i * per_size + j, finest * per_size + j] for i in range(len(sizes))]
-    print(f"{layer:>12}: " + ", ".join(f"{n} {v:.2f}" for n, v in zip(names, values, strict=True)))
+  draw_matrix(out / f"{kind}cka.png", matrix, sizes, len(layers))
+  draw_map(out / f"{kind}map.png", points, sizes, len(layers))
 
 
 if __name__ == "__main__":
