@@ -7,19 +7,17 @@ training images; there the bias is a column of 100s, so hardly penalised, here i
 The model's own head is not used, so that the data may have other classes than the model.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, final
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from flexivit_jax import compilation, errors, metrics, sharding
-from flexivit_jax.evaluators.per_size import Key, PerSize, Size, sizes_of
+from flexivit_jax import errors
+from flexivit_jax.evaluators.per_size import Size
+from flexivit_jax.evaluators.probing import Classify, Probing
 
 POWERS = tuple(2.0**i for i in range(-10, 11))
 
@@ -97,24 +95,6 @@ def fit(
   return ridge(x, targets, min(error, key=lambda value: error[value]))
 
 
-def hits(
-  probe: Probe, features: Float[np.ndarray, "n d"], labels: Bool[np.ndarray, "n k"]
-) -> Bool[np.ndarray, "n"]:
-  """Whether the class of the highest score is one of the example's labels."""
-  first = (features @ probe.kernel + probe.bias[None]).argmax(axis=-1)
-  return np.take_along_axis(labels, first[:, None], axis=-1)[:, 0]
-
-
-def features_step(
-  params: Any, batch: dict[str, jax.Array], *, model: nn.Module, mesh: Any, **size: Any
-) -> dict[str, jax.Array]:
-  """The pre-logits, labels and mask of one batch, whole on every device, so that every process can read them."""
-  _, out = model.apply({"params": params}, batch["image"], **size)
-  found = {k: batch[k] for k in ("labels", "_mask")}
-  found["features"] = out["pre_logits"].astype(jnp.float32)
-  return jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
-
-
 def fewshot(
   model: nn.Module,
   batches: Iterable[dict],
@@ -126,17 +106,15 @@ def fewshot(
   stride: Sequence[int] = (),
   depth: Sequence[int] = (),
   l2: float | Sequence[float] = POWERS,
-) -> "Fewshot":
+) -> Probing:
   """Top-1 of a linear probe that is fitted to a few images of each class, anew at each patch size.
 
-  l2 is chosen for each size by the squared error of the left-out training images (`fit`): never on `batches`.
+  l2 is chosen for each size by the squared error of the left-out training images (`fit`): never on `batches`; it
+  stands in the row. What takes memory: `Probing`.
 
   Args:
-    model: the model; its head, if it has one, is not used.
-    batches: re-iterable, of "image", "labels" (one-hot or multi-hot) and "_mask": what is scored.
-    mesh: where it runs.
+    model, batches, mesh, num_classes: see `Probing`.
     train_batches: as `batches`, of the same shapes: what the probe is fitted to, a few images of each class.
-    num_classes: of the labels.
     seqhw, stride, depth: sizes to evaluate, see `per_size.sizes_of`.
     l2: values to choose from, or the one to take, in units of the sum (not the mean) over the training images.
 
@@ -146,87 +124,24 @@ def fewshot(
   values = np.ravel(l2).tolist()
   if not values or not all(0 < value < math.inf for value in values):
     raise errors.UserError(f"l2={l2}; expected one or more numbers, all greater than 0.")
-  headless = model.clone(num_classes=0)
-  fn = functools.partial(features_step, model=headless, mesh=mesh)
-  inputs = ("image", "labels")
-  features = PerSize(
-    fn,
-    headless,
+
+  def fitted(features: np.ndarray, labels: np.ndarray) -> tuple[Classify, dict[str, Any]]:
+    probe = fit(features, labels, values)
+    return lambda asked: scores(probe, asked).argmax(axis=-1), {"l2": probe.l2}
+
+  return Probing(
+    model,
     batches,
     mesh,
-    sizes=sizes_of(seqhw, stride, depth),
-    inputs=inputs,
+    train_batches=train_batches,
+    fit=fitted,
     num_classes=num_classes,
+    seqhw=seqhw,
+    stride=stride,
+    depth=depth,
   )
-  return Fewshot(features, train_batches, values)
 
 
-@final
-class Fewshot:
-  """An evaluator with the interface of `PerSize`, which makes the features; the rest is on the host.
-
-  Args:
-    features: `features_step` at each size, on what is scored.
-    train_batches: what the probe is fitted to.
-    l2: values to choose from.
-  """
-
-  def __init__(self, features: PerSize, train_batches: Iterable[dict], l2: Sequence[float]):
-    self.features, self.train_batches, self.l2 = features, train_batches, l2
-
-  def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
-    """Compiles one program for each size; see `PerSize.compile`."""
-    self.features.compile(params, report)
-
-  def run(self, params: Any) -> list[dict[str, Any]]:
-    """Returns for each size {"seqhw", "top1", "n" (images scored), "l2"}; accuracies are fractions."""
-    probes = self._fit(params)
-    sums: dict[Key, list] = {size: [] for size in probes}
-    for outputs in self.features.outputs(params, self.features.batches):
-      for size, (features, labels) in _real(outputs).items():
-        right = hits(probes[size], features, labels)
-        sums[size].append(metrics.Sums({"top1": right.sum()}, len(right)))
-    rows = zip(self.features.rows(sums), probes.values(), strict=True)
-    return [row | {"l2": probe.l2} for row, probe in rows]
-
-  def costs(self, params: Any, repeats: int = 5) -> list[dict[str, Any]]:
-    """Returns what the model without a head costs at each size; see `PerSize.costs`."""
-    return self.features.costs(params, repeats)
-
-  def _fit(self, params: Any) -> dict[Key, Probe]:
-    parts = [_real(outputs) for outputs in self.features.outputs(params, self.train_batches)]
-    probes = {}
-    for size in self.features.sizes:
-      features, labels = (np.concatenate([part[size][i] for part in parts]) for i in range(2))
-      _check_shots(labels)
-      probes[size] = fit(features, labels, self.l2)
-    return probes
-
-
-def _real(outputs: dict[Key, dict]) -> dict[Key, tuple[np.ndarray, np.ndarray]]:
-  """Fetches the features [n, d] and labels [n, k] (bool) of the examples that are no padding.
-
-  Raises:
-    UserError: a feature that is not finite.
-  """
-  found = {}
-  for size, on_device in outputs.items():
-    output = jax.device_get(on_device)
-    real = output["_mask"] > 0
-    found[size] = output["features"][real], output["labels"][real] > 0
-    if not np.isfinite(found[size][0]).all():
-      message = (
-        f"Features at {compilation.size_name(dict(size))} are not finite: there is nothing to fit"
-      )
-      raise errors.UserError(f"{message}; look at the checkpoint and the images.")
-  return found
-
-
-def _check_shots(labels: np.ndarray) -> None:
-  """Raises a UserError if there are fewer than two training images, or a class has none."""
-  lacking = np.flatnonzero(~labels.any(axis=0))
-  if len(labels) < 2 or len(lacking):
-    raise errors.UserError(
-      f"The probe has {len(labels)} training images and none of the classes {lacking[:5].tolist()};"
-      " expected some of each: mend train_data."
-    )
+def scores(probe: Probe, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n k"]:
+  """What the probe says of each class."""
+  return features @ probe.kernel + probe.bias[None]

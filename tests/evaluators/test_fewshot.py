@@ -15,7 +15,8 @@ import pytest
 
 from flexivit_jax import cli, data, experiment, sections, sharding, steps, train, weights
 from flexivit_jax.errors import UserError
-from flexivit_jax.evaluators.fewshot import decompose, fewshot, fit, hits, left_out, ridge
+from flexivit_jax.evaluators.fewshot import decompose, fewshot, fit, left_out, ridge, scores
+from flexivit_jax.evaluators.probing import hits
 from flexivit_jax.models import FlexiViT, flexivit
 
 PP = "resize(12)|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
@@ -131,7 +132,7 @@ def test_a_feature_that_does_not_vary_changes_nothing():
 def test_a_hit_is_any_of_the_labels():
   probe = ridge(decompose(np.eye(3)), 2 * np.eye(3) - 1, 1e-3)
   labels = np.array([[1, 1, 0], [0, 0, 1], [0, 0, 0]], bool)
-  assert hits(probe, np.eye(3), labels).tolist() == [True, False, False]
+  assert hits(scores(probe, np.eye(3)).argmax(-1), labels).tolist() == [True, False, False]
 
 
 # --- the evaluator ---
