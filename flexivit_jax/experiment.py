@@ -129,9 +129,9 @@ def build(
       are arguments of the model, a section is e.g. {"v": values, "p": weights}; all its keys: `patch_schedule.parse`.
     evals: `{name: section}`; a section is `type` (default "classification"), `data`, `pp`, `batch_size`, `seqhw`,
       and one of every_steps, every_epochs, ... (default: at the end only); `stride` and `depth` for flexible axes other
-      than the patch size; of a "distance" or "teacher" also `teacher`, of a "fewshot" also `train_data` and the
-      arguments of `data.few_shots` and `evaluators.fewshot`. The one named "test", else the first in the alphabet,
-      makes RUN/eval.json; another makes RUN/eval_NAME.json.
+      than the patch size; of a "distance" or "teacher" also `teacher`, of a "fewshot" or "knn" also `train_data` and
+      the arguments of `data.few_shots` (without `shots` a "knn" takes all images) and of the evaluator. The one named
+      "test", else the first in the alphabet, makes RUN/eval.json; another makes RUN/eval_NAME.json.
     checkpoint: `keep` (newest checkpoints to keep; None: all), and one of every_steps, ... (default: every epoch).
     total_steps: of the run; or give total_epochs, total_examples or total_flops.
     total_epochs: see `total_steps`.
@@ -401,7 +401,8 @@ def build_evaluation(
   training = None
   if "train_data" in section:
     training = _same_classes(opening.source(**section["train_data"]), source)
-    training = opening.shots(training, **_arguments(section, data.few_shots))
+    if "shots" in section or section.get("type") == "fewshot":  # others are fitted to all of it
+      training = opening.shots(training, **_arguments(section, data.few_shots))
 
   def load(source: data.Source) -> data.EvalBatches:
     return data.eval_batches(source, **_arguments(section, data.eval_batches), **process)
