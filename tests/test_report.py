@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flexivit_jax import intervals
 from flexivit_jax.errors import UserError
 from flexivit_jax.report import plots, report, runs as runs_lib, table, tables
 
@@ -105,7 +106,7 @@ def test_page_says_what_was_measured(demo, tmp_path):
   text = Page(report(demo, tmp_path / "out", command="make demo")).text
   for part in ("digits", "step 1,500", "1,203,978 parameters", "cpu", "jax 0.10.2", "make demo"):
     assert part in text
-  low, high = runs_lib.wilson(0.083, 360)
+  low, high = intervals.wilson(0.083, 360)
   assert f"{100 * low:.1f}–{100 * high:.1f}" in text
 
 
@@ -341,21 +342,6 @@ def test_nothing_is_written_when_a_run_is_refused(demo, tmp_path):
   with pytest.raises(UserError):
     report([*demo, tmp_path / "nowhere"], tmp_path / "out")
   assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-  ("k", "n", "low", "high"),
-  # R: prop.test(k, n, correct = FALSE)$conf.int
-  [(8, 10, 0.4901625, 0.9433178), (0, 20, 0.0, 0.1611252), (20, 20, 0.8388748, 1.0)],
-)
-def test_wilson(k, n, low, high):
-  assert runs_lib.wilson(k / n, n) == pytest.approx((low, high), abs=1e-6)
-
-
-def test_wilson_ends_solve_the_score_equation():
-  p, n, z = 0.3, 77, 1.959964
-  for end in runs_lib.wilson(p, n):
-    assert abs(p - end) == pytest.approx(z * (end * (1 - end) / n) ** 0.5, rel=1e-12)
 
 
 def test_spread_keeps_labels_apart_and_below_the_top():

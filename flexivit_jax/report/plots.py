@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from flexivit_jax.report.runs import Row, Run, is_trained, order, sides, wilson
+from flexivit_jax.intervals import wilson
+from flexivit_jax.report.runs import Row, Run, is_trained, order, sides
 from flexivit_jax.report.tables import shorten, side
 
 AXES = ("patch", "gflops")

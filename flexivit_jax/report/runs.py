@@ -138,13 +138,6 @@ def to_json(run: Run) -> dict[str, Any]:
   }
 
 
-def wilson(p: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-  """Returns the 95 % interval of a rate `p` of `n` tries. Source: Wilson 1927, JASA 22(158)."""
-  centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-  half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-  return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def _parse(file: Path) -> Mapping[str, Any]:
   def refuse(constant: str) -> None:
     raise UserError(f"{file}: holds {constant}; expected finite numbers. Did the run diverge?")

@@ -4,7 +4,8 @@ import html
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from flexivit_jax.report.runs import Row, Run, Size, is_trained, order, sides, wilson
+from flexivit_jax.intervals import wilson
+from flexivit_jax.report.runs import Row, Run, Size, is_trained, order, sides
 
 Key = tuple[Size, Size]  # (patch, seqhw): together they tell rows of other image sizes apart
 
