@@ -1,4 +1,4 @@
-"""Which of a model's logits are the classes of a data set, and which of ImageNet's classes ObjectNet's are.
+"""Which of a model's logits are the classes of a data set, and which of ImageNet's classes those of others are.
 
 The lists lie beside this file; README.md there says where they come from.
 """
@@ -72,8 +72,13 @@ LABEL_MAPS: dict[str, tuple[int, str]] = {
 @functools.cache
 def objectnet() -> dict[str, tuple[int, ...]]:
   """ObjectNet's folders that are classes of ImageNet-1k too, 113 of 313: folder -> the ImageNet classes it is."""
-  folders = json.loads(_text("objectnet.json"))
-  return {folder: tuple(classes) for folder, classes in folders.items()}
+  return _json("objectnet.json")
+
+
+@functools.cache
+def cue_conflict() -> dict[str, tuple[int, ...]]:
+  """The 16 categories of cue-conflict images, sorted -> the ImageNet-1k classes that each is; 207 in all."""
+  return _json("cue_conflict.json")
 
 
 def _classes(name: str) -> tuple[int, ...]:
@@ -85,6 +90,10 @@ def _classes(name: str) -> tuple[int, ...]:
 
 def _numbers(name: str) -> tuple[int, ...]:
   return tuple(int(line) for line in _text(f"{name}.txt").split())
+
+
+def _json(file: str) -> dict[str, tuple[int, ...]]:
+  return {name: tuple(classes) for name, classes in json.loads(_text(file)).items()}
 
 
 def _text(file: str) -> str:

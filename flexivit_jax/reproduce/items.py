@@ -203,7 +203,12 @@ ITEMS: dict[str, Item] = {
     differs="the values that the paper tried are not known",
   ),
   "fig19": Item("LiT of a fixed patch size keeps flexibility"),
-  "fig25": Item("shape or texture, by patch size"),
+  "fig25": Item(
+    "shape or texture, by patch size",
+    how=("python tools/shape_texture.py 'FlexiViT-B i1k' IMAGES --out RUN",),
+    weights=("FlexiViT-B i1k",),
+    differs="IMAGES are those of Geirhos et al., see the tool; how the paper prepares them is not known to us",
+  ),
   "fig30": Item(
     "patch sizes that were not trained",
     evaluation=Evaluation(
