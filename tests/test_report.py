@@ -10,7 +10,7 @@ import pytest
 
 from flexivit_jax import intervals
 from flexivit_jax.errors import UserError
-from flexivit_jax.report import plots, report, runs as runs_lib, table, tables
+from flexivit_jax.report import pareto, plots, report, runs as runs_lib, table, tables
 
 GRIDS = (2, 3, 4, 6, 8)
 FLEXI = (0.951, 0.967, 0.975, 0.978, 0.972)
@@ -23,10 +23,13 @@ def make_row(grid=8, rate=0.9, **over):
   return row | over
 
 
-def make_run(folder: Path, name="FlexiViT", top1=FLEXI, trained=GRIDS, rows=None, **over) -> Path:
+def make_run(
+  folder: Path, name="FlexiViT", top1=FLEXI, trained=GRIDS, rows=None, facts=(), **over
+) -> Path:
   rows = [make_row(g, t) for g, t in zip(GRIDS, top1, strict=True)] if rows is None else rows
   data = {"name": name, "rows": rows, "trained_seqhw": trained, "dataset": "digits"} | over
   data |= {"split": "test", "step": 1500, "params": 1203978, "device": "cpu", "jax": "0.10.2"}
+  data |= dict(facts)
   folder.mkdir(parents=True)
   (folder / "eval.json").write_text(json.dumps(data))
   return folder
@@ -81,7 +84,10 @@ def test_files_and_json(demo, tmp_path):
     assert (path.parent / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
   data = json.loads((path.parent / "report.json").read_text())
   assert [run["name"] for run in data] == ["FlexiViT", "vit fixed at patch 3"]
-  # Rows come out ordered by patch, otherwise exactly as they went in.
+  # Rows come out ordered by patch, with what is computed of them, otherwise exactly as they went in.
+  for row in data[0]["rows"]:
+    assert row.pop("interval") == list(intervals.bootstrap(row["top1"], 360))
+    assert row.pop("dominated").keys() == {"gflops", "ms"}
   assert data[0]["rows"] == [make_row(g, t) for g, t in zip(GRIDS[::-1], FLEXI[::-1], strict=True)]
 
 
@@ -106,7 +112,7 @@ def test_page_says_what_was_measured(demo, tmp_path):
   text = Page(report(demo, tmp_path / "out", command="make demo")).text
   for part in ("digits", "step 1,500", "1,203,978 parameters", "cpu", "jax 0.10.2", "make demo"):
     assert part in text
-  low, high = intervals.wilson(0.083, 360)
+  low, high = intervals.bootstrap(0.083, 360)
   assert f"{100 * low:.1f}–{100 * high:.1f}" in text
 
 
@@ -264,6 +270,101 @@ def test_strides_are_told_apart_by_their_grids(tmp_path):
   assert [(row.patch, row.seqhw, row.top1) for row in run.rows] == [
     (6, g, 0.1 * g) for g in (2, 4, 7)
   ]
+
+
+# --- the Pareto front ---
+
+
+def make_points(folder, name, points, **over):
+  """A run whose rows are (gflops, ms, top1); made up so that each has its own grid."""
+  rows = [
+    make_row(grid, top1, patch=60 // grid, gflops=gflops, ms=ms)
+    for grid, (gflops, ms, top1) in zip((2, 3, 4, 5, 6), points, strict=False)
+  ]
+  return make_run(folder / name.replace(" ", "_"), name, rows=rows, facts=over)
+
+
+@pytest.fixture
+def two(tmp_path):
+  """Fronts by hand: in compute a 1, b 2, a 4; in time b 0.5, a 1, a 4. b's last is a's with a worse time."""
+  first = [(1.0, 1.0, 0.70), (2.0, 2.0, 0.60), (4.0, 4.0, 0.90)]
+  second = [(1.5, None, 0.70), (2.0, 0.5, 0.65), (2.0, 9.0, 0.80), (4.0, 5.0, 0.90)]
+  return [make_points(tmp_path, "a", first), make_points(tmp_path, "b", second)]
+
+
+def marks(runs, cost):
+  found = pareto.dominated(runs, cost)
+  return [[found.get(pareto.Point(i, r)) for r in run.rows[::-1]] for i, run in enumerate(runs)]
+
+
+def test_points_that_others_dominate(two):
+  runs = runs_lib.load(two)
+  # Equal in both (the last of a and of b, in compute) does not dominate; equal in one, better in the other does.
+  assert marks(runs, "gflops") == [[False, True, False], [True, True, False, False]]
+  assert marks(runs, "ms") == [[False, True, False], [None, False, True, True]]
+
+
+def test_fronts_go_from_cheap_to_dear(two, tmp_path):
+  runs = runs_lib.load(two)
+  found = {
+    cost: [(p.run, getattr(p.row, cost), p.row.top1) for p in front]
+    for cost in ("gflops", "ms")
+    for front in pareto.fronts(runs, cost).values()
+  }
+  assert found["gflops"] == [(0, 1.0, 0.7), (1, 2.0, 0.8), (0, 4.0, 0.9), (1, 4.0, 0.9)]
+  assert found["ms"] == [(1, 0.5, 0.65), (0, 1.0, 0.7), (0, 4.0, 0.9)]
+  path = report(two, tmp_path / "out")
+  text = Page(path).text
+  assert "Which run and patch size to use" in text and "by time" in text
+  low, high = intervals.bootstrap(0.8, 360)
+  assert f"2.00b154×480.0{100 * low:.1f}–{100 * high:.1f}" in text
+  rows = json.loads((path.parent / "report.json").read_text())[1]["rows"][::-1]
+  assert [r["dominated"] for r in rows] == [
+    {"gflops": True, "ms": None}, {"gflops": True, "ms": False},
+    {"gflops": False, "ms": True}, {"gflops": False, "ms": True},
+  ]  # fmt: skip
+  assert tables.full(runs).count(tables.DOMINATED) == 3 + 3
+  assert "▼ dominated: another point" in text and "Only points of the same" not in text
+
+
+def test_other_data_and_devices_are_not_compared(two, tmp_path):
+  best = [(0.1, 0.1, 0.99)]
+  data = make_points(tmp_path, "other data", best, dataset="mnist")
+  split = make_points(tmp_path, "other split", best, split="train")
+  runs = runs_lib.load([*two, data, split])
+  assert marks(runs, "gflops")[:2] == [[False, True, False], [True, True, False, False]]
+  assert list(pareto.groups(runs, "gflops")) == [
+    ("digits", "test"), ("mnist", "test"), ("digits", "train")
+  ]  # fmt: skip
+  device = make_points(tmp_path, "other device", best, device="TPU v3")
+  runs = runs_lib.load([*two, device])
+  assert marks(runs, "ms")[:2] == [[False, True, False], [None, False, True, True]]
+  assert marks(runs, "gflops") == [[True] * 3, [True] * 4, [False]]
+  text = Page(report([*two, device], tmp_path / "out")).text
+  assert "digits · test · TPU v3" in text and "Only points of the same data set" in text
+
+
+def test_depths_and_strides_are_points_like_others(tmp_path):
+  rows = [make_row(8, 0.9, depth=k, gflops=0.1 * k) for k in (2, 3)]
+  rows += [make_row(4, 0.5, depth=2, gflops=0.05)]
+  strided = [make_row(g, 0.1 * g, patch=6, stride=18 // (g - 1), gflops=0.1) for g in (2, 7)]
+  paths = [make_run(tmp_path / "deep", rows=rows), make_run(tmp_path / "s", "S", rows=strided)]
+  runs = runs_lib.load(paths)
+  assert [run.name for run in runs] == ["FlexiViT depth=2", "FlexiViT depth=3", "S"]
+  (front,) = pareto.fronts(runs, "gflops").values()
+  assert [(p.run, p.row.seqhw, p.row.top1) for p in front] == [(0, 4, 0.5), (2, 7, 0.1 * 7), (0, 8, 0.9)]  # fmt: skip
+  report(paths, tmp_path / "out")
+
+
+def test_small_markers_are_explained_where_there_are_some(two, tmp_path):
+  for size in (plots.WIDE, plots.NARROW):
+    assert "dominated" in plots.draw(runs_lib.load(two), "gflops", size).page_svg
+    assert "dominated" not in plots.draw(runs_lib.load(two), "patch", size).page_svg
+  alone = make_points(tmp_path, "alone", [(1.0, None, 0.5), (2.0, None, 0.6)])
+  runs = runs_lib.load([alone])
+  assert "dominated" not in plots.draw(runs, "gflops", plots.WIDE).page_svg
+  text = Page(report([alone], tmp_path / "out")).text
+  assert "dominated" not in text and "by compute" in text and "by time" not in text
 
 
 def test_missing_runs_say_to_evaluate_first(tmp_path):

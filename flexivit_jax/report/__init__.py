@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexivit_jax.report import page, plots, runs as runs_lib, tables
+from flexivit_jax.report import page, pareto, plots, runs as runs_lib, tables
 
 
 def report(runs: Sequence[Path], out: Path, *, command: str | None = None) -> Path:
-  """Writes report.json, report.html and the two figures (PNG at 200 dpi, SVG) into a folder.
+  """Writes report.json, report.html and the two figures (PNG at 200 dpi, SVG) into a folder; see `pareto`.
 
   Args:
     runs: run folders holding an eval.json, or such files themselves; in the order of the curves.
@@ -31,7 +31,7 @@ def report(runs: Sequence[Path], out: Path, *, command: str | None = None) -> Pa
   for axis, drawing in wide.items():
     (out / f"accuracy_vs_{axis}.png").write_bytes(drawing.png)
     (out / f"accuracy_vs_{axis}.svg").write_text(drawing.svg, encoding="utf-8")
-  data = json.dumps([runs_lib.to_json(run) for run in loaded], indent=2, allow_nan=False)
+  data = json.dumps(pareto.to_json_all(loaded), indent=2, allow_nan=False)
   (out / "report.json").write_text(data + "\n", encoding="utf-8")
   html = page.render(loaded, wide=wide, narrow=narrow, command=command)
   (out / "report.html").write_text(html, encoding="utf-8")

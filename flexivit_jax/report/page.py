@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from string import Template
 
-from flexivit_jax.report import plots, tables
+from flexivit_jax.report import pareto, plots, tables
 from flexivit_jax.report.runs import Run, is_trained
 
 _VARIABLES = {
@@ -41,6 +41,9 @@ def render(
     matrix=tables.matrix(runs),
     marks=_marks(runs),
     full=tables.full(runs),
+    fronts=_fronts(runs),
+    compared=_compared(runs),
+    dominated=_dominated(runs),
     facts=_facts(runs, command),
   )
 
@@ -71,6 +74,32 @@ def _marks(runs: Sequence[Run]) -> str:
   if {is_trained(run, row) for run in runs for row in run.rows} == {None}:
     return ""
   return "● a size the run was trained at, ○ one it was not."
+
+
+def _fronts(runs: Sequence[Run]) -> str:
+  """Returns the tables of each cost that is known of some point."""
+  titles = {"gflops": "by compute", "ms": "by time"}
+  found = {cost: tables.front(runs, cost) for cost in pareto.COSTS}
+  return "".join(
+    f'<div class="scroll" tabindex="0" role="region" aria-label="Pareto front {titles[cost]}"><h3>{titles[cost]}</h3>'
+    f"{table}</div>"
+    for cost, table in found.items()
+    if table
+  )
+
+
+def _compared(runs: Sequence[Run]) -> str:
+  if all(len(pareto.groups(runs, cost)) <= 1 for cost in pareto.COSTS):
+    return ""
+  return " Only points of the same data set and split are compared, in time only those of the same device."
+
+
+def _dominated(runs: Sequence[Run]) -> str:
+  if not any(any(pareto.dominated(runs, cost).values()) for cost in pareto.COSTS):
+    return ""
+  return (
+    f" {tables.DOMINATED} dominated: another point is at least as accurate at no more of this cost."
+  )
 
 
 def _facts(runs: Sequence[Run], command: str) -> str:

@@ -3,10 +3,11 @@
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
-from flexivit_jax.intervals import wilson
+from flexivit_jax.intervals import bootstrap
+from flexivit_jax.report import pareto
 from flexivit_jax.report.runs import Row, Run, is_trained, order, sides
 from flexivit_jax.report.tables import shorten, side
 
@@ -17,6 +18,7 @@ INK, FAINT, GRID, PAPER = "#1b1f24", "#5d6670", "#e3e6ea", "#ffffff"
 # Okabe & Ito's colour-blind-safe hues, the light ones darkened until text in them reads on white.
 COLORS = ("#0072b2", "#d55e00", "#00805d", "#a23b8f", "#8a6d00", "#55565e")
 _MARKERS = "os^Dvp"  # a second sign beside the hue, for grey prints
+_LARGE, _SMALL = 6, 3.2  # points: of a point, and of one that others dominate
 _LABELS = {"patch": "patch size (pixels)", "gflops": "compute of one image (GFLOPs, log scale)"}
 _POINT = 72  # points an inch
 _LINE = 11  # points between lines of tick labels
@@ -56,10 +58,11 @@ def draw(runs: Sequence[Run], axis: str, size: tuple[float, float]) -> Drawing:
         bottom=frame.bottom + _LINE * lines, height=frame.height - _LINE * lines
       )
       ax.set_position(_rect(frame, size))
+    beaten = pareto.dominated(runs, axis) if axis in pareto.COSTS else {}
     for i, (run, place) in enumerate(zip(runs, places, strict=True)):
-      _curve(ax, i, run, place)
+      _curve(ax, i, run, place, {row for _, row in place if beaten.get(pareto.Point(i, row))})
     _name_curves(ax, places, frame)
-    _explain_markers(ax, runs)
+    _explain_markers(ax, runs, any(beaten.values()))
     return _save(figure)
 
 
@@ -205,11 +208,12 @@ def _write_ticks(ax: Any, ticks: dict[float, str], frame: _Frame) -> int:
   return deepest
 
 
-def _curve(ax: Any, i: int, run: Run, place: Sequence[tuple[float, Row]]) -> None:
+def _curve(ax: Any, i: int, run: Run, place: Sequence[tuple[float, Row]], beaten: Set[Row]) -> None:
+  """Draws a run with its intervals; points in `beaten`, which others dominate, are small."""
   color = COLORS[i % len(COLORS)]
   x = [x for x, _ in place]
   y = [row.top1 for _, row in place]
-  bounds = [wilson(row.top1, row.n) for _, row in place]
+  bounds = [bootstrap(row.top1, row.n) for _, row in place]
   low, high = zip(*bounds, strict=True)
   top = 10 + 2 * (9 - i % 9)  # the first run is the one to see
   ax.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0, zorder=top - 8)
@@ -222,10 +226,10 @@ def _curve(ax: Any, i: int, run: Run, place: Sequence[tuple[float, Row]]) -> Non
       [at],
       [row.top1],
       marker,
-      markersize=6,
+      markersize=_SMALL if row in beaten else _LARGE,
       markerfacecolor=face,
       markeredgecolor=color,
-      markeredgewidth=1.6,
+      markeredgewidth=1.1 if row in beaten else 1.6,
       zorder=top + 1,
       clip_on=False,
     )
@@ -289,22 +293,37 @@ def spread(levels: Sequence[float], heights: Sequence[float]) -> list[float]:
   return [placed[i] for i in range(len(levels))]
 
 
-def _explain_markers(ax: Any, runs: Sequence[Run]) -> None:
-  """Says what filled and hollow mean, where both are seen."""
+def _explain_markers(ax: Any, runs: Sequence[Run], dominated: bool) -> None:
+  """Says what filled and hollow mean, where both are seen, and what small does, where some points are dominated."""
   from matplotlib.lines import Line2D
 
-  if not {is_trained(run, row) for run in runs for row in run.rows} >= {True, False}:
+  shown = []
+  if {is_trained(run, row) for run in runs for row in run.rows} >= {True, False}:
+    trained = "trained" if dominated else "trained size"  # three signs leave a phone no more room
+    shown += [(FAINT, _LARGE, trained), (PAPER, _LARGE, "not trained")]
+  if dominated:
+    shown += [(FAINT, _SMALL, "dominated")]
+  if not shown:
     return
   handles = [
-    Line2D([], [], marker="o", linestyle="", color=FAINT, markerfacecolor=face, label=label)
-    for face, label in ((FAINT, "trained size"), (PAPER, "not trained"))
+    Line2D(
+      [],
+      [],
+      marker="o",
+      linestyle="",
+      color=FAINT,
+      markerfacecolor=face,
+      markersize=size,
+      label=label,
+    )
+    for face, size, label in shown
   ]
   ax.legend(
     handles=handles,
     loc="upper right",
     bbox_to_anchor=(1.0, 1.0),
     bbox_transform=ax.figure.transFigure,
-    ncols=2,
+    ncols=len(shown),
     frameon=False,
     fontsize=7.5,
     labelcolor=FAINT,

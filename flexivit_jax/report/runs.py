@@ -129,7 +129,7 @@ def read(path: Path) -> Run:
 
 
 def to_json(run: Run) -> dict[str, Any]:
-  """Returns `{"name", "rows"}` as report.json holds it; "top5" and "depth" only where they were given."""
+  """Returns `{"name", "rows"}`; "top5" and "depth" only where they were given."""
   rows = [row._asdict() for row in run.rows]
   optional = ("top5", "depth")
   return {

@@ -4,9 +4,11 @@ import html
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from flexivit_jax.intervals import wilson
+from flexivit_jax.intervals import bootstrap
+from flexivit_jax.report import pareto
 from flexivit_jax.report.runs import Row, Run, Size, is_trained, order, sides
 
+DOMINATED = "▼"
 Key = tuple[Size, Size]  # (patch, seqhw): together they tell rows of other image sizes apart
 
 
@@ -134,6 +136,7 @@ class _Column(NamedTuple):
   show: Callable[[Row], str]
   value: Callable[[Row], float | None]
   best: Callable[[list[float]], float] | None = None  # max, min or None: nothing to win
+  cost: str | None = None  # one of `pareto.COSTS`: cells of points that others dominate are marked
 
 
 def _digits(value: float | None) -> str:
@@ -148,7 +151,7 @@ def _percent(rate: float | None) -> str:
 
 
 def _interval(row: Row) -> str:
-  low, high = wilson(row.top1, row.n)
+  low, high = bootstrap(row.top1, row.n)
   return f"{100 * low:.1f}–{100 * high:.1f}"
 
 
@@ -160,23 +163,27 @@ _COLUMNS = (
   _Column("top-5", "%", lambda r: _percent(r.top5), lambda r: r.top5, max),
   _Column("loss", "nats", lambda r: f"{r.loss:.3f}", lambda r: r.loss, min),
   _Column("tokens", "", lambda r: f"{r.tokens}", lambda r: float(r.tokens), min),
-  _Column("cost", "GFLOPs", lambda r: _digits(r.gflops), lambda r: r.gflops, min),
-  _Column("time", "ms", lambda r: _digits(r.ms), lambda r: r.ms, min),
+  _Column("cost", "GFLOPs", lambda r: _digits(r.gflops), lambda r: r.gflops, min, "gflops"),
+  _Column("time", "ms", lambda r: _digits(r.ms), lambda r: r.ms, min, "ms"),
   _Column("n", "images", lambda r: f"{r.n:,}", lambda r: None),
 )
 
 
 def full(runs: Sequence[Run]) -> str:
-  """Returns the HTML table of all rows and columns, the best value of each column bold."""
+  """Returns the HTML table of all rows and columns: best of a column bold, costs of dominated points marked."""
   rows = [row for run in runs for row in run.rows]
   no_top5 = all(row.top5 is None for row in rows)
   columns = [c for c in _COLUMNS if not (no_top5 and c.head == "top-5")]
   best = [_best(column, rows) for column in columns]
+  beaten = {cost: pareto.dominated(runs, cost) for cost in pareto.COSTS}
   head = "".join(f'<th scope="col">{c.head}<small>{c.unit}</small></th>' for c in columns)
   groups = []
   for i, run in enumerate(runs):
     name = _name_cell(i, run, rows=len(run.rows))
-    lines = ["".join(map(_full_cell, columns, best, [row] * len(columns))) for row in run.rows]
+    lines = []
+    for row in run.rows:
+      marked = [c.cost and beaten[c.cost].get(pareto.Point(i, row)) for c in columns]
+      lines.append("".join(map(_full_cell, columns, best, [row] * len(columns), marked)))
     groups.append(f"<tbody><tr>{name}{'</tr><tr>'.join(lines)}</tr></tbody>")
   return (
     f'<table class="full"><thead><tr><th scope="col">run</th>{head}</tr></thead>'
@@ -190,9 +197,42 @@ def _best(column: _Column, rows: Sequence[Row]) -> float | None:
   return column.best(values) if column.best and len(set(values)) > 1 else None
 
 
-def _full_cell(column: _Column, best: float | None, row: Row) -> str:
+def _full_cell(column: _Column, best: float | None, row: Row, marked: bool | None) -> str:
   won = best is not None and column.value(row) == best
-  return f"<td>{_bold(column.show(row), won)}</td>"
+  mark = f'<i class="mark">{DOMINATED}</i>' if marked else ""
+  return f"<td>{mark}{_bold(column.show(row), won)}</td>"
+
+
+def front(runs: Sequence[Run], cost: str) -> str:
+  """Returns an HTML table for each group of `pareto.fronts`: from which cost on which run and patch size to use."""
+  found = pareto.fronts(runs, cost)
+  unit = {"gflops": "GFLOPs", "ms": "ms"}[cost]
+  head = "".join(
+    f'<th scope="col">{name}<small>{small}</small></th>'
+    for name, small in (
+      ("from", unit), ("run", ""), ("patch", "px"), ("grid", "tokens"), ("top-1", "%"),
+      ("95 % interval", "%"),
+    )
+  )  # fmt: skip
+  tables = []
+  for facts, points in found.items():
+    title = " · ".join(filter(None, facts)) if len(found) > 1 else ""
+    caption = f"<caption>{html.escape(title)}</caption>" if title else ""
+    lines = "".join(_front_line(runs, point, cost) for point in points)
+    tables.append(
+      f'<table class="front">{caption}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+    )
+  return "".join(tables)
+
+
+def _front_line(runs: Sequence[Run], point: pareto.Point, cost: str) -> str:
+  row = point.row
+  cells = (side(row.patch), grid(row.seqhw), f"{100 * row.top1:.1f}", _interval(row))
+  return (
+    f'<tr><th scope="row">{_digits(getattr(row, cost))}</th>'
+    f'<td class="name">{_name(point.run, runs[point.run])}</td>'
+    f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+  )
 
 
 def _bold(value: str, won: bool) -> str:
@@ -200,8 +240,10 @@ def _bold(value: str, won: bool) -> str:
 
 
 def _name_cell(i: int, run: Run, rows: int = 1) -> str:
-  name, scope = html.escape(run.name), f'"rowgroup" rowspan="{rows}"' if rows > 1 else '"row"'
-  return (
-    f'<th scope={scope} title="{name}"><span class="key" style="--c:var(--run{i % 6})"></span>'
-    f"{html.escape(shorten(run.name, 28))}</th>"
-  )
+  scope = f'"rowgroup" rowspan="{rows}"' if rows > 1 else '"row"'
+  return f'<th scope={scope} title="{html.escape(run.name)}">{_name(i, run)}</th>'
+
+
+def _name(i: int, run: Run) -> str:
+  key = f'<span class="key" style="--c:var(--run{i % 6})"></span>'
+  return f"{key}{html.escape(shorten(run.name, 28))}"
