@@ -27,8 +27,9 @@ demo: $(STAMP)
 	$(BIN)/flexivit train --config configs/digits.py:fixed=8 --workdir runs/demo/fixed8
 	$(BIN)/flexivit report runs/demo/flexivit runs/demo/fixed8 --out runs/demo
 
+# As many processes as cores; the tests of a file stay together, for they share what takes long to make.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-convert: $(CONVERT_STAMP)
 	$(CONVERT_VENV)/bin/python -m pytest -m convert

@@ -9,13 +9,18 @@ from flexivit_jax import config, evaluate, experiment, results, sharding, weight
 
 
 class Opened(NamedTuple):
-  """A model with its parameters, batches as often as wanted, the mesh, and the sizes to look at."""
+  """A model with its parameters, batches as often as wanted, the mesh, and the sizes to look at.
+
+  `section` is the config's section of the evaluation, `training` its section of training data; None: it has none.
+  """
 
   model: Any
   params: Any
   data: Iterable[dict[str, Any]]
   mesh: Any
   seqhw: Sequence[Any]
+  section: dict[str, Any]
+  training: dict[str, Any] | None
 
 
 def parser(doc: str | None, **seqhw: Any) -> argparse.ArgumentParser:
@@ -36,10 +41,12 @@ def open_checkpoint(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, 
   args, rest = made.parse_known_args()
   if unknown := [a for a in rest if not a.startswith("--config.")]:
     made.error(f"unknown argument {unknown[0]}")
-  evals = config.load(args.config, [a.removeprefix("--config.") for a in rest])["evals"]
-  section = evals[results.main_of(evals)]
+  given = config.load(args.config, [a.removeprefix("--config.") for a in rest])
+  evals = given["evals"]
+  section = dict(evals[results.main_of(evals)])
   seqhw = section["seqhw"] if args.seqhw == "all" else evaluate.parse_sizes(args.seqhw)
   model, params, _ = weights.load_with_record(args.checkpoint)
   mesh = sharding.make_mesh()
   data = experiment.build_evaluation(section, every=1).make(model, mesh).batches
-  return args, Opened(model, params, data, mesh, seqhw)
+  training = given.get("input", {}).get("data")
+  return args, Opened(model, params, data, mesh, seqhw, section, training)

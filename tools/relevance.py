@@ -136,7 +136,7 @@ def main() -> None:
   """Measures, writes, and prints how alike the maps of each pair of sizes are."""
   parser = analysis.parser(__doc__)
   parser.add_argument("--examples", type=int, default=512, help="at most so many")
-  args, (model, params, data, mesh, seqhw) = analysis.open_checkpoint(parser)
+  args, (model, params, data, mesh, seqhw, *_) = analysis.open_checkpoint(parser)
   first = next(iter(data))
   images = np.asarray(first["image"][first["_mask"] > 0][:IMAGES])
 

@@ -37,7 +37,7 @@ def features(
   own = which_grid(image.shape[1:3], model.patch_size, **size).grid_hw
   blocks = [out["encoder"][k] for k in sorted(out["encoder"]) if k.startswith("block")]
 
-  def placed(tokens: jax.Array) -> jax.Array:
+  def placed(tokens: Any) -> Any:
     cells = tokens[:, model.prefix_length :].reshape(len(image), *own, -1)
     return jax.vmap(lambda t: resize.resize_grid(t, grid))(cells).reshape(len(image), -1)
 
@@ -96,7 +96,7 @@ def main() -> None:
   """Measures, writes, and prints how alike each size is to the finest, by layer."""
   parser = analysis.parser(__doc__)
   parser.add_argument("--examples", type=int, default=1024, help="at most so many")
-  args, (model, params, data, mesh, seqhw) = analysis.open_checkpoint(parser)
+  args, (model, params, data, mesh, seqhw, *_) = analysis.open_checkpoint(parser)
   image_hw = next(iter(data))["image"].shape[1:3]
   sizes = sizes_of(seqhw)
   grids = [which_grid(image_hw, model.patch_size, **size).grid_hw for size in sizes]

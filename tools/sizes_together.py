@@ -105,11 +105,13 @@ def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
 
 def main() -> None:
   """Measures, writes, and prints."""
-  args, (model, params, data, mesh, seqhw) = analysis.open_checkpoint(analysis.parser(__doc__))
+  args, (model, params, data, mesh, seqhw, *_) = analysis.open_checkpoint(analysis.parser(__doc__))
   fn = functools.partial(logits, model=model)
   runner = PerSize(fn, model, data, mesh, sizes=sizes_of(seqhw), inputs=("image", "labels"))
   runner.compile(params)
   names = [label(runner.names(size)) for size in runner.sizes.values()]
+  if len(names) < 2:
+    raise errors.UserError(f"One size, {names[0]}; this compares two or more.")
   h, w, channels = next(iter(data))["image"].shape[1:]
   gflops = [2 * gmacs(model, (h, w), channels, **size) for size in runner.sizes.values()]
   parts = [

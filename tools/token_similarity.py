@@ -83,7 +83,7 @@ def main() -> None:
   parser = analysis.parser(__doc__, required=True, help="the grid whose tokens are looked for")
   parser.add_argument("--with", dest="others", required=True, help="the other grids, e.g. 2,3,6,8")
   parser.add_argument("--examples", type=int, default=512, help="at most so many")
-  args, (model, params, data, mesh, _) = analysis.open_checkpoint(parser)
+  args, (model, params, data, mesh, *_) = analysis.open_checkpoint(parser)
   first = next(iter(data))
   images = np.asarray(first["image"][:IMAGES])
   given = evaluate.parse_sizes(f"{args.seqhw},{args.others}")
