@@ -4,6 +4,7 @@
 # make faults  the tests that inject faults: kills, signals, damaged files, full disks (docs/reliability.md)
 # make lint   ruff, mypy, import-linter
 # make miniature  the paper's experiments on CIFAR-10, DATA_DIR=where TFDS prepared it; hours
+# make paper  docs/paper.md: each claim of the paper, our evidence, the full-scale commands; from what docs/ says
 # make clean  remove the virtual environment and everything that tools have cached; runs/ stays
 #
 # Another interpreter: make test PYTHON=python3.12
@@ -20,7 +21,7 @@ FAULTS := $(addprefix tests/,test_chaos.py test_manifest.py test_stopping.py tes
 	test_compilation.py test_patch_schedule.py test_distributed.py models/test_flexivit.py data weights/test_files.py weights/test_download.py \
 	weights/test_reading.py weights/test_transformers_folder.py)
 
-.PHONY: demo test test-convert faults lint miniature clean
+.PHONY: demo test test-convert faults lint miniature paper clean
 
 demo: $(STAMP)
 	$(BIN)/flexivit train --config configs/digits.py --workdir runs/demo/flexivit
@@ -37,6 +38,9 @@ test-convert: $(CONVERT_STAMP)
 # Two at a time; the same command goes on where it was stopped.
 miniature: $(STAMP)
 	$(BIN)/python tools/miniature.py --out runs/miniature --jobs 2 $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+
+paper: $(STAMP)
+	$(BIN)/python tools/paper.py
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not convert" $(FAULTS)
