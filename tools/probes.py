@@ -34,14 +34,14 @@ def measure(opened: analysis.Opened, title: str, **section: Any) -> list[dict[st
 
 def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
   """Top-1 against compute, a line for each probe."""
-  figure, axes = plt.subplots(figsize=(6.0, 4.0), layout="constrained")
+  figure, axes = plt.subplots(figsize=(6.0, 4.4), layout="constrained")
   for probe in dict.fromkeys(row["probe"] for row in rows):
     own = [row for row in rows if row["probe"] == probe]
     axes.plot([r["gflops"] for r in own], [100 * r["top1"] for r in own], "-o", label=probe)
   axes.set_xscale("log")
   axes.set_xlabel("GFLOPs of an image")
   axes.set_ylabel("top-1 (%)")
-  axes.legend(frameon=False)
+  figure.legend(loc="outside lower center", ncols=2, frameon=False)
   figure.savefig(path, dpi=150)
   plt.close(figure)
 
