@@ -18,7 +18,7 @@ INK, FAINT, GRID, PAPER = "#1b1f24", "#5d6670", "#e3e6ea", "#ffffff"
 # Okabe & Ito's colour-blind-safe hues, the light ones darkened until text in them reads on white.
 COLORS = ("#0072b2", "#d55e00", "#00805d", "#a23b8f", "#8a6d00", "#55565e")
 _MARKERS = "os^Dvp"  # a second sign beside the hue, for grey prints
-_LARGE, _SMALL = 6, 3.2  # points: of a point, and of one that others dominate
+_LARGE, _SMALL = 6.0, 3.2  # points: of a point, and of one that others dominate
 _LABELS = {"patch": "patch size (pixels)", "gflops": "compute of one image (GFLOPs, log scale)"}
 _POINT = 72  # points an inch
 _LINE = 11  # points between lines of tick labels

@@ -182,7 +182,8 @@ def full(runs: Sequence[Run]) -> str:
     name = _name_cell(i, run, rows=len(run.rows))
     lines = []
     for row in run.rows:
-      marked = [c.cost and beaten[c.cost].get(pareto.Point(i, row)) for c in columns]
+      point = pareto.Point(i, row)
+      marked = [bool(c.cost and beaten[c.cost].get(point)) for c in columns]
       lines.append("".join(map(_full_cell, columns, best, [row] * len(columns), marked)))
     groups.append(f"<tbody><tr>{name}{'</tr><tr>'.join(lines)}</tr></tbody>")
   return (
@@ -197,7 +198,7 @@ def _best(column: _Column, rows: Sequence[Row]) -> float | None:
   return column.best(values) if column.best and len(set(values)) > 1 else None
 
 
-def _full_cell(column: _Column, best: float | None, row: Row, marked: bool | None) -> str:
+def _full_cell(column: _Column, best: float | None, row: Row, marked: bool) -> str:
   won = best is not None and column.value(row) == best
   mark = f'<i class="mark">{DOMINATED}</i>' if marked else ""
   return f"<td>{mark}{_bold(column.show(row), won)}</td>"
