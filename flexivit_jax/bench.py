@@ -5,7 +5,6 @@ columns are those of timm's benchmark.py where it has them, and the patch size.
 """
 
 import argparse
-import csv
 import functools
 import os
 import pathlib
@@ -27,6 +26,7 @@ from flexivit_jax import (
   errors,
   experiment,
   optim,
+  results,
   sharding,
   step_programs,
   steps,
@@ -379,8 +379,4 @@ def _text(value: Any) -> str:
 def write(file: pathlib.Path, tables: Mapping[str, Sequence[Row]]) -> None:
   """One CSV of all tables, with a column "bench" that tells them apart."""
   rows = [{"bench": name, **row} for name, made in tables.items() for row in made]
-  columns = list(dict.fromkeys(key for row in rows for key in row))
-  with file.open("w", newline="") as out:
-    writer = csv.DictWriter(out, columns)
-    writer.writeheader()
-    writer.writerows(rows)
+  results.write_csv(file, rows)

@@ -1,8 +1,9 @@
-"""RUN/eval.json: a model's accuracy and cost at each patch size, as `flexivit report` reads it."""
+"""RUN/eval.json: a model's accuracy and cost at each patch size, as `flexivit report` reads it; and rows as CSV."""
 
+import csv
 import json
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +64,15 @@ def write(path: pathlib.Path, described: dict[str, Any], rows: list[dict[str, An
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({**known, "rows": rows}, indent=1, allow_nan=False) + "\n")
     temporary.replace(path)
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes rows with a line of their keys above; what a row lacks is empty."""
+  columns = list(dict.fromkeys(key for row in rows for key in row))
+  with path.open("w", newline="") as file:
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

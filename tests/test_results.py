@@ -28,3 +28,8 @@ def test_other_metrics_and_missing_times_have_a_place():
   head, line = results.table([row]).splitlines()
   assert head.split() == ["seqhw", "patch", "tokens", "GFLOPs", "agree1", "agree5", "kl", "n"]
   assert line.split() == ["8", "3", "64", "1.5", "90.00%", "100.00%", "0.5", "3"]
+
+
+def test_rows_as_csv_have_all_columns_and_empty_cells(tmp_path):
+  results.write_csv(tmp_path / "rows.csv", [{"a": 1, "b": None}, {"a": 2, "c": "x, y"}])
+  assert (tmp_path / "rows.csv").read_text() == 'a,b,c\n1,,\n2,,"x, y"\n'

@@ -8,7 +8,6 @@ on which it is tested: ridge regression on the pre-logits (the evaluator `fewsho
 nearest neighbours (`knn`). Into OUT: probes.json, probes.csv, probes.png.
 """
 
-import csv
 import json
 import pathlib
 from collections.abc import Sequence
@@ -63,10 +62,7 @@ def main() -> None:
   )
   args.out.mkdir(parents=True, exist_ok=True)
   (args.out / "probes.json").write_text(json.dumps(rows, indent=1) + "\n")
-  with (args.out / "probes.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+  results.write_csv(args.out / "probes.csv", rows)
   draw(args.out / "probes.png", rows)
   for row in rows:
     print(f"{row['probe']}, {row['seqhw']}: {row['top1']:.1%}")

@@ -10,7 +10,6 @@ image's map and that of the next image. Into OUT: relevance.json, relevance.csv,
 and over each the maps from the coarsest to the finest size.
 """
 
-import csv
 import functools
 import itertools
 import json
@@ -22,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colors
 
-from flexivit_jax import analysis, errors, relevance, resize
+from flexivit_jax import analysis, errors, relevance, resize, results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 
@@ -158,10 +157,7 @@ def main() -> None:
   ]
   args.out.mkdir(parents=True, exist_ok=True)
   (args.out / "relevance.json").write_text(json.dumps(rows, indent=1) + "\n")
-  with (args.out / "relevance.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+  results.write_csv(args.out / "relevance.csv", rows)
   draw(args.out / "relevance.png", images, dict(zip(patches, found, strict=True)))
   for row in rows:
     print(

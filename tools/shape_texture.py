@@ -11,7 +11,6 @@ decisions for shape or texture. Into OUT: shape_texture.json, shape_texture.csv,
 """
 
 import argparse
-import csv
 import functools
 import json
 import math
@@ -30,6 +29,7 @@ from flexivit_jax import (
   errors,
   evaluate,
   label_maps,
+  results,
   sharding,
   weights,
 )
@@ -137,10 +137,7 @@ def main() -> None:
   rows = measure(model, params, images, categories, seqhw=seqhw, size=args.size)
   args.out.mkdir(parents=True, exist_ok=True)
   (args.out / "shape_texture.json").write_text(json.dumps(rows, indent=1) + "\n")
-  with (args.out / "shape_texture.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+  results.write_csv(args.out / "shape_texture.csv", rows)
   draw(args.out / "shape_texture.png", rows)
   for row in (r for r in rows if r["category"] == cue_conflict.ALL):
     decided = f"{row['shape'] + row['texture']} of {row['n']} images decided for shape or texture"

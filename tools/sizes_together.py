@@ -21,7 +21,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import analysis, calibration, errors
+from flexivit_jax import analysis, calibration, errors, results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import gmacs
 
@@ -95,14 +95,6 @@ def draw(path: pathlib.Path, rows: Sequence[dict], mixed: Sequence[dict]) -> Non
   plt.close(figure)
 
 
-def write(path: pathlib.Path, rows: Sequence[dict]) -> None:
-  """A CSV of rows with the same keys."""
-  with path.open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-
-
 def main() -> None:
   """Measures, writes, and prints."""
   args, (model, params, data, mesh, seqhw, *_) = analysis.open_checkpoint(analysis.parser(__doc__))
@@ -131,8 +123,8 @@ def main() -> None:
   args.out.mkdir(parents=True, exist_ok=True)
   everything = {"sizes": rows, "agreement": agreement.tolist(), "ensembles": mixed}
   (args.out / "sizes.json").write_text(json.dumps(everything, indent=1) + "\n")
-  write(args.out / "sizes.csv", rows)
-  write(args.out / "ensembles.csv", mixed)
+  results.write_csv(args.out / "sizes.csv", rows)
+  results.write_csv(args.out / "ensembles.csv", mixed)
   with (args.out / "agreement.csv").open("w", newline="") as file:
     lines = ([n, *a] for n, a in zip(names, agreement, strict=True))
     csv.writer(file).writerows([["", *names], *lines])

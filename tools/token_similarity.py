@@ -9,7 +9,6 @@ chance is what a random token would score. Into OUT: tokens.json, tokens.csv, an
 central token with all tokens, for the first images.
 """
 
-import csv
 import functools
 import json
 import pathlib
@@ -20,7 +19,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import analysis, evaluate
+from flexivit_jax import analysis, evaluate, results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 
@@ -117,10 +116,7 @@ def main() -> None:
   ]  # fmt: skip
   args.out.mkdir(parents=True, exist_ok=True)
   (args.out / "tokens.json").write_text(json.dumps(rows, indent=1) + "\n")
-  with (args.out / "tokens.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+  results.write_csv(args.out / "tokens.csv", rows)
   draw(args.out / "tokens.png", images, maps, grids[0])
   for row in rows:
     print(

@@ -1,12 +1,11 @@
 """Ours beside the published numbers: as text, CSV, JSON and a figure."""
 
-import csv
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from flexivit_jax import imagenet_sets, published
+from flexivit_jax import imagenet_sets, published, results
 from flexivit_jax.reproduce.measuring import Measured
 
 # Published metrics and what they are called in a row; per cent there are fractions here.
@@ -87,10 +86,7 @@ def write(
   (out / f"{name}.json").write_text(
     json.dumps({**about, "rows": list(rows)}, indent=1, allow_nan=False) + "\n"
   )
-  with (out / f"{name}.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+  results.write_csv(out / f"{name}.csv", rows)
   draw(out / name, rows)
 
 
