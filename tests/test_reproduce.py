@@ -106,6 +106,8 @@ def test_costs_are_those_of_the_plan():
   lines = reproduce.listing(costs=True)
   (at,) = (i for i, line in enumerate(lines) if line.startswith("fig8:"))
   assert "h on a TPU v3-32 to train all 1" in lines[at + 3]
+  (at,) = (i for i, line in enumerate(lines) if line.startswith("fig1:"))
+  assert "FLOPs to evaluate all: " in lines[at + 3]
 
 
 # --- measured on checkpoints ---
@@ -251,6 +253,17 @@ def test_what_cannot_be_measured_is_said_at_once(arguments, words, tmp_path, mon
   assert cli.main(["reproduce", *arguments]) == 2
   assert re.search(words, capsys.readouterr().err)
   assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_costs_all_images_at_all_sizes():
+  """Figure 1: 50,000 images by an L at 10 and 24 tokens a side; a plain count of its matrix products."""
+  per_token, dense = 2 * 24 * 12 * 1024**2, 0.0
+  for n in (10, 24):
+    tokens, patch = n * n, 240 // n
+    dense += (tokens + 1) * per_token + 24 * 4 * (tokens + 1) ** 2 * 1024
+    dense += 2 * tokens * patch * patch * 3 * 1024 + 2 * 1024 * 1000
+  assert reproduce.evaluation_flops(items.find("fig1")) == pytest.approx(50_000 * dense, rel=1e-6)
+  assert reproduce.evaluation_flops(items.find("fig5")) == 0.0
 
 
 def test_real_labels_are_in_no_folder(tmp_path):

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexivit_jax import config, data, errors, evaluate, imagenet_sets, plan, published, weights
+from flexivit_jax.models.flexivit import FlexiViT, gmacs
 from flexivit_jax.reproduce import comparing, measuring
 from flexivit_jax.reproduce.items import ITEMS, Evaluation, Item, data_of, find, weights_of
+
+UTILISATION = 0.4  # that `plan.costs` takes
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,7 +84,7 @@ def listing(*, costs: bool = False, data_dir: pathlib.Path | None = None) -> lis
   """Some lines for each item: what it needs, and whether it can run here.
 
   Args:
-    costs: with the hours of training on a TPU v3-32 at 40 % of its peak.
+    costs: with the hours of training and of evaluating on a TPU v3-32 at 40 % of its peak.
     data_dir: where TFDS prepared the data; None: TFDS's own default.
   """
   lines, here = [], _Here(data_dir)
@@ -97,7 +100,23 @@ def listing(*, costs: bool = False, data_dir: pathlib.Path | None = None) -> lis
     if costs and item.configs:
       hours = [plan.costs(config.load(c, []))["hours"]["v3-32"]["training"] for c in item.configs]
       lines.append(f"    {sum(hours):.0f} h on a TPU v3-32 to train all {len(hours)}")
+    if costs and (flops := evaluation_flops(item)):
+      hour = plan.MACHINES["v3-32"].flops * UTILISATION * 3600
+      lines.append(f"    {flops:.2g} FLOPs to evaluate all: {flops / hour:.2g} h there")
   return lines
+
+
+def evaluation_flops(item: Item) -> float:
+  """Of all checkpoints that are published on all images at all sizes; 0 where an item measures none."""
+  if item.evaluation is None:
+    return 0.0
+  chosen = [imagenet_sets.SETS[name] for name in item.evaluation.sets]
+  sources = [{k: s.data[k] for k in ("name", "split")} for s in chosen]
+  images = sum(len(data.planned_source(**source)) for source in sources)
+  known = [weights.PUBLISHED[n] for n in item.evaluation.subjects if n in weights.PUBLISHED]
+  models = [FlexiViT(**{k: p.expected[k] for k in ("variant", "num_classes")}) for p in known]
+  one = [gmacs(model, (240, 240), seqhw=n) for model in models for n in item.evaluation.seqhw]
+  return 2e9 * sum(one) * images
 
 
 def _some(names: Sequence[str]) -> str:
