@@ -1,11 +1,11 @@
 """What each analysis of a checkpoint begins with: its command line, the model, the data of a config's evaluation."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flexivit_jax import config, evaluate, experiment, results, sharding, weights
+from flexivit_jax import config, errors, evaluate, experiment, results, sharding, weights
 
 
 class Opened(NamedTuple):
@@ -36,14 +36,28 @@ def parser(doc: str | None, **seqhw: Any) -> argparse.ArgumentParser:
   return made
 
 
+def main_section(given: Mapping[str, Any]) -> dict[str, Any]:
+  """The section of a config's main evaluation: "test", or the first that classifies.
+
+  Raises:
+    UserError: none does.
+  """
+  evals = given.get("evals", {})
+  classify = [n for n, e in evals.items() if e.get("type", "classification") == "classification"]
+  if not classify:
+    raise errors.UserError(
+      f"Analyses take the data of an evaluation that classifies; the config has {sorted(evals) or 'none'}."
+    )
+  return dict(evals[results.main_of(classify)])
+
+
 def open_checkpoint(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, Opened]:
   """Parses the command line, `--config.KEY=VALUE` too, and opens what it names."""
   args, rest = made.parse_known_args()
   if unknown := [a for a in rest if not a.startswith("--config.")]:
     made.error(f"unknown argument {unknown[0]}")
   given = config.load(args.config, [a.removeprefix("--config.") for a in rest])
-  evals = given["evals"]
-  section = dict(evals[results.main_of(evals)])
+  section = main_section(given)
   seqhw = section["seqhw"] if args.seqhw == "all" else evaluate.parse_sizes(args.seqhw)
   model, params, _ = weights.load_with_record(args.checkpoint)
   mesh = sharding.make_mesh()

@@ -1,14 +1,9 @@
 """The test sets of ImageNet classifiers, and the protocols under which numbers on them are published.
 
-Rules and sources of the sets: docs/evaluation_sets.md. A set is read from TFDS, or where DATA_DIR has a folder of the
-set's name from DATA_DIR/SET/CLASS/*.jpg.
+Rules and sources of the sets: docs/evaluation_sets.md.
 """
 
-import pathlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-from flexivit_jax import errors
 
 
 class TestSet(NamedTuple):
@@ -77,51 +72,3 @@ PROTOCOLS: dict[str, Protocol] = {
     _TIMM,
   ),
 }
-
-
-def section(
-  name: str,
-  protocol: Protocol,
-  *,
-  data_dir: pathlib.Path | None,
-  seqhw: Sequence[Any],
-  batch_size: int,
-) -> dict[str, Any]:
-  """Returns the section of `evals` that evaluates on a set.
-
-  Args:
-    name: of the set, in `SETS`.
-    protocol: one of `PROTOCOLS`.
-    data_dir: where TFDS prepared it, or of the folders of images; None: TFDS's own default.
-    seqhw: the grids.
-    batch_size: images at a time.
-
-  Raises:
-    UserError: another name; a folder of images of a set whose images have several labels.
-  """
-  if name not in SETS:
-    raise errors.unknown("test set", name, SETS)
-  chosen = SETS[name]
-  where = {} if data_dir is None else {"data_dir": str(data_dir)}
-  source, classes = chosen.data | where, chosen.num_classes
-  if data_dir is not None and (data_dir / name).is_dir() and not is_prepared(chosen, data_dir):
-    if chosen.several:
-      raise errors.UserError(
-        f"{data_dir / name}: images of {name!r} have several labels, which no folders tell; use TFDS."
-      )
-    source = {"name": "folder", "split": name, **where}
-    classes = sum(p.is_dir() for p in (data_dir / name).iterdir())  # of A and R 200, or all
-  labels = f"{'multihot' if chosen.several else 'onehot'}({classes})"
-  made: dict[str, Any] = {
-    "data": source,
-    "pp": f"decode|{protocol.pp}|value_range(-1, 1)|{labels}|keep('image', 'labels')",
-    "seqhw": tuple(seqhw),
-    "batch_size": batch_size,
-  }
-  made |= {"label_map": chosen.label_map} if chosen.label_map else {}
-  return made | ({"skip_unlabelled": True} if chosen.several else {})
-
-
-def is_prepared(chosen: TestSet, data_dir: pathlib.Path) -> bool:
-  """Whether `data_dir` has a folder of TFDS of this set."""
-  return (data_dir / chosen.data["name"].partition("/")[0]).is_dir()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from flexivit_jax import weights
+from flexivit_jax.errors import UserError
 from flexivit_jax.models.flexivit import FlexiViT
 
 FIELDS = dict(
@@ -44,6 +45,19 @@ def test_probes_of_each_kind_and_size(repository, checkpoint, tmp_path, monkeypa
   assert 0.1 < rows[0]["top1"] < rows[2]["top1"]
   assert len(list(csv.DictReader((out / "probes.csv").read_text().splitlines()))) == 6
   assert (out / "probes.png").stat().st_size > 1000
+
+
+def test_what_cannot_be_measured_is_said_before(repository, checkpoint, tmp_path, monkeypatch):
+  given = [checkpoint, "--config=configs/digits.py", f"--out={tmp_path}"]
+  for tool, more, words in (
+    ("probes", "--shots=1", "--k=20 neighbours of 1 images of each of 10 classes"),
+    ("relevance", "--seqhw=1,2", "At 1 there is one patch"),
+    ("analyses", "--only=relevanse", "analysis 'relevanse'.*relevance"),
+  ):
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, given), more])
+    with pytest.raises(UserError, match=words):
+      runpy.run_path(str(repository / "tools" / f"{tool}.py"), run_name="__main__")
+  assert not list(tmp_path.glob("*.json"))
 
 
 @pytest.mark.slow

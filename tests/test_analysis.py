@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from flexivit_jax import analysis
+from flexivit_jax.errors import UserError
 
 
 def test_an_argument_that_none_knows_is_an_error(monkeypatch, capsys):
@@ -21,3 +22,12 @@ def test_values_of_the_config_may_be_given(monkeypatch):
   monkeypatch.setattr(sys, "argv", given)
   with pytest.raises(analysis.config.errors.UserError, match=r"nothing\.here"):
     analysis.open_checkpoint(analysis.parser("Text."))
+
+
+def test_the_main_evaluation_is_one_that_classifies():
+  evals = {"val": {"seqhw": (5,)}, "knn": {"type": "knn"}, "a": {"type": "fewshot"}}
+  assert analysis.main_section({"evals": evals}) == {"seqhw": (5,)}
+  evals["test"] = {"seqhw": (8,)}
+  assert analysis.main_section({"evals": evals}) == {"seqhw": (8,)}
+  with pytest.raises(UserError, match=r"classifies; the config has \['knn'\]"):
+    analysis.main_section({"evals": {"knn": {"type": "knn"}}})

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from flexivit_jax import label_maps, sections
+from flexivit_jax import imagenet_sets, label_maps, sections
 from flexivit_jax.data.preprocess import parse
+from flexivit_jax.reproduce import measuring
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def pasted(repository):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   page = (repository / "docs" / "evaluation_sets.md").read_text()
-  first, second = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+  first, second = re.findall(r"```text\n((?:image|maps).*?)```", page, re.DOTALL)
   c = module.get_config()
   names = {"c": c, "GRIDS": module.GRIDS}
   exec(first, names)
@@ -35,3 +36,13 @@ def test_the_sections_are_right(pasted):
   for section in (of_i21k[name] for name in ("val", "v2", "a", "r", "sketch", "real")):
     assert label_maps.label_map(section["label_map"]).model_classes == 21843
   assert [k for k, section in of_i1k.items() if section.get("skip_unlabelled")] == ["real"]
+
+
+def test_the_sets_of_reproduce_are_the_same(pasted):
+  of_i1k, _ = pasted
+  pp = imagenet_sets.PROTOCOLS["paper_i21k"].pp  # what the page and the config have
+  for name in ("v2", "a", "r", "sketch", "real"):
+    source, classes = measuring.source_of(name, None)
+    made = measuring.section(name, pp, source, classes)
+    wanted = {k: of_i1k[name].get(k) for k in ("data", "pp", "label_map", "skip_unlabelled")}
+    assert {k: made.get(k) for k in wanted} == wanted

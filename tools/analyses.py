@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 
-from flexivit_jax import config, results
+from flexivit_jax import analysis, config, errors
+from flexivit_jax.evaluators.per_size import size_text
 
 TOOLS = ("representations", "relevance", "token_similarity", "sizes_together", "probes")
 
@@ -31,16 +32,20 @@ def main() -> None:
   args, rest = parser.parse_known_args()
   if unknown := [a for a in rest if not a.startswith("--config.")]:
     parser.error(f"unknown argument {unknown[0]}")
-  evals = config.load(args.config, [])["evals"]
-  given = args.seqhw or ",".join(map(str, evals[results.main_of(evals)]["seqhw"]))
-  sizes = given.split(",")
+  names = args.only.split(",")
+  if unknown := [name for name in names if name not in TOOLS]:
+    raise errors.unknown("analysis", unknown[0], TOOLS)
+  settings = config.load(args.config, [a.removeprefix("--config.") for a in rest])
+  sizes = [str(size_text(size)) for size in analysis.main_section(settings)["seqhw"]]
+  sizes = args.seqhw.split(",") if args.seqhw else sizes
+  given = ",".join(sizes)
   middle = sizes[len(sizes) // 2]
   options = {name: [f"--seqhw={given}"] for name in TOOLS}
   options["token_similarity"] = [
     f"--seqhw={middle}", f"--with={','.join(s for s in sizes if s != middle)}"
   ]  # fmt: skip
   failed, begun = [], time.perf_counter()
-  for name in args.only.split(","):
+  for name in names:
     print(f"--- {name}", flush=True)
     tool, start = pathlib.Path(__file__).with_name(f"{name}.py"), time.perf_counter()
     command = [

@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from flexivit_jax import analysis, errors, experiment, results, sections
+from flexivit_jax import analysis, data, errors, experiment, results, sections
 
 
 def measure(opened: analysis.Opened, title: str, **section: Any) -> list[dict[str, Any]]:
@@ -54,6 +54,11 @@ def main() -> None:
   if opened.training is None:
     raise errors.UserError(f"{args.config} has no input.data, which probes are fitted to.")
   shots = sorted(int(s) for s in args.shots.split(","))
+  classes = data.make_source(**opened.training).num_classes
+  if args.k > classes * shots[-1]:
+    raise errors.UserError(
+      f"--k={args.k} neighbours of {shots[-1]} images of each of {classes} classes; give more --shots or fewer --k."
+    )
   rows = []
   for few in shots:
     rows += measure(opened, f"{few}-shot ridge", type="fewshot", shots=few)

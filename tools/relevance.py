@@ -134,7 +134,7 @@ def draw(path: pathlib.Path, images: np.ndarray, found: dict[str, np.ndarray]) -
 def main() -> None:
   """Measures, writes, and prints how alike the maps of each pair of sizes are."""
   parser = analysis.parser(__doc__)
-  parser.add_argument("--examples", type=int, default=512, help="at most so many")
+  parser.add_argument("--examples", type=int, default=512, help="so many of the first")
   args, (model, params, data, mesh, seqhw, *_) = analysis.open_checkpoint(parser)
   first = next(iter(data))
   images = np.asarray(first["image"][first["_mask"] > 0][:IMAGES])
@@ -149,6 +149,14 @@ def main() -> None:
     raise SystemExit(f"--seqhw {args.seqhw}: it takes two sizes to compare.")
   runner.compile(params)
   names = [label(runner.names(size)) for size in runner.sizes.values()]
+  if one := [
+    n
+    for n, size in zip(names, runner.sizes.values(), strict=True)
+    if np.prod(grid(size).grid_hw) == 1
+  ]:
+    raise errors.UserError(
+      f"At {one[0]} there is one patch, and nothing to correlate; leave it out of --seqhw."
+    )
   patches = ["{} x {} px".format(*grid(size).patch_hw) for size in runner.sizes.values()]
   found = collect(runner, params, data, args.examples)
   rows = [
@@ -158,7 +166,7 @@ def main() -> None:
   args.out.mkdir(parents=True, exist_ok=True)
   (args.out / "relevance.json").write_text(json.dumps(rows, indent=1) + "\n")
   results.write_csv(args.out / "relevance.csv", rows)
-  draw(args.out / "relevance.png", images, dict(zip(patches, found, strict=True)))
+  draw(args.out / "relevance.png", images[: args.examples], dict(zip(patches, found, strict=True)))
   for row in rows:
     print(
       f"{row['seqhw']} and {row['other']}: correlation {row['correlation']:.2f} +- {row['error']:.2f} over"

@@ -93,9 +93,11 @@ def draw_map(path: pathlib.Path, points: np.ndarray, sizes: Sequence[str], per_s
 
 
 def main() -> None:
-  """Measures, writes, and prints how alike each size is to the finest, by layer."""
+  """Measures, writes, and prints how alike each size is to the last one, by layer."""
   parser = analysis.parser(__doc__)
-  parser.add_argument("--examples", type=int, default=1024, help="at most so many")
+  parser.add_argument(
+    "--examples", type=int, default=1024, help="stop after so many, at the end of a batch"
+  )
   args, (model, params, data, mesh, seqhw, *_) = analysis.open_checkpoint(parser)
   image_hw = next(iter(data))["image"].shape[1:3]
   sizes = sizes_of(seqhw)

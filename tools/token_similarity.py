@@ -81,7 +81,9 @@ def main() -> None:
   """Measures, writes, and prints the scores."""
   parser = analysis.parser(__doc__, required=True, help="the grid whose tokens are looked for")
   parser.add_argument("--with", dest="others", required=True, help="the other grids, e.g. 2,3,6,8")
-  parser.add_argument("--examples", type=int, default=512, help="at most so many")
+  parser.add_argument(
+    "--examples", type=int, default=512, help="stop after so many, at the end of a batch"
+  )
   args, (model, params, data, mesh, *_) = analysis.open_checkpoint(parser)
   first = next(iter(data))
   images = np.asarray(first["image"][:IMAGES])

@@ -4,7 +4,7 @@ The protocol of DINO (arXiv 2104.14294), after Wu et al. 2018 (arXiv 1805.01978)
 largest cosine similarity vote for their class, each with exp(similarity / temperature). Nothing is fitted.
 
 The search runs on the first device of each process: it holds one size's training features, 4 * n * width bytes (of
-ImageNet-1k and a ViT-B 3.9 GB), their labels, n * classes bytes (1.3 GB), and `BLOCK` similarities at a time.
+ImageNet-1k and a ViT-B 3.9 GB), their labels, n * classes bytes (1.3 GB), and `BLOCK` similarities or votes at a time.
 """
 
 import functools
@@ -21,7 +21,7 @@ from flexivit_jax import errors, stopping
 from flexivit_jax.evaluators.per_size import Size
 from flexivit_jax.evaluators.probing import Classify, Probing
 
-BLOCK = 2**26  # similarities, 256 MiB
+BLOCK = 2**26  # similarities, or votes, of one part of the test images: 256 MiB
 
 
 def knn(
@@ -55,9 +55,10 @@ def knn(
   def fit(features: np.ndarray, labels: np.ndarray) -> tuple[Classify, dict[str, Any]]:
     if len(features) < k:
       raise errors.UserError(f"k={k} of {len(features)} training images; expected as many as k.")
+    rows = max(1, BLOCK // max(len(features), k * labels.shape[1]))
     known = jnp.asarray(normalized(features)), jnp.asarray(labels)
     vote = functools.partial(votes, *known, k=k, temperature=float(temperature))
-    return functools.partial(classify, vote, rows=max(1, BLOCK // len(features))), {}
+    return functools.partial(classify, vote, rows=rows), {}
 
   return Probing(
     model,

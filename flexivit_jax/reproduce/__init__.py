@@ -132,7 +132,11 @@ class _Here:
 
   def says(self, item: Item) -> str:
     """One line."""
-    if lacks := [name for name in data_of(item) if self._lacks(name)]:
+    sets = item.evaluation.sets if item.evaluation else ()
+    here = {
+      imagenet_sets.SETS[s].data["name"] for s in sets if measuring.in_folders(s, self._data_dir)
+    }
+    if lacks := [name for name in data_of(item) if name not in here and self._lacks(name)]:
       return f"here: no, lacks {_some(lacks)}"
     absent = [name for name in weights_of(item) if not weights.is_here(name)]
     fetched = [name for name in absent if name in weights.PUBLISHED]
@@ -181,8 +185,13 @@ def compare(
   item = find(name)
   if not item.published:
     raise errors.UserError(f"No numbers of {name} are known; see `flexivit reproduce --list`.")
-  lines = []
-  for value in _known(item):
+  lines, differs = [], [item.differs] if item.differs else []
+  known, dataset = _known(item), results.get("dataset")
+  if of := [s.published for s in imagenet_sets.SETS.values() if s.data["name"] == dataset]:
+    known = [value for value in known if value.dataset in of]
+  else:
+    differs.append(f"ours are of {dataset}, which is none of the published numbers' data sets")
+  for value in known:
     if (model or "") not in value.model or (setting or "") not in value.setting:
       continue
     for row in results["rows"]:
@@ -192,13 +201,14 @@ def compare(
           f"{_named(value)}: published {_number(value)}, ours {got:.4g}, {got - value.value:+.3g} [{value.kind}]"
         )
   if not lines:
-    settings = sorted({f"{v.model} ({v.setting})" for v in _known(item)})
+    settings = sorted({f"{v.model} ({v.setting}) on {v.dataset}" for v in _known(item)})
     raise errors.UserError(
-      f"No published number of {name} is of a patch size and metric in these results; known are {'; '.join(settings)}."
+      f"No published number of {name} is of a data set, patch size and metric in these results; known are"
+      f" {'; '.join(settings)}."
     )
   what = {k: results.get(k) for k in ("name", "dataset", "split", "step", "device")}
   about = "ours: {name} on {dataset} {split}, step {step}, {device}".format_map(what)
-  return [about, *lines, *([f"differs: {item.differs}"] if item.differs else [])]
+  return [about, *lines, *(f"differs: {d}" for d in differs)]
 
 
 def _known(item: Item) -> list[published.Value]:

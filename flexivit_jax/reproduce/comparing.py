@@ -1,6 +1,7 @@
 """Ours beside the published numbers: as text, CSV, JSON and a figure."""
 
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -54,17 +55,19 @@ def _of_row(
   found: Measured, row: dict[str, Any], known: Sequence[published.Value]
 ) -> list[dict[str, Any]]:
   made = {"checkpoint": found.checkpoint.name, "set": found.set_name, "images": row["n"]}
-  made |= {"seqhw": row["seqhw"], "patch": row["patch"]}
+  made |= {"seqhw": row["seqhw"], "patch": row["patch"], "device": found.about["device"]}
   pairs = [(v, ours) for v in known if (ours := ours_of(v, row)) is not None]
   lines = []
   if not any(METRICS[v.metric] == "top1" for v, _ in pairs):
-    nothing = dict.fromkeys(("published", "error", "difference", "kind", "source", "note"))
+    nothing = dict.fromkeys(
+      ("published", "error", "difference", "setting", "kind", "source", "note")
+    )
     lines.append({**made, "metric": "top1", "unit": "%", "ours": 100 * row["top1"], **nothing})
   for value, ours in pairs:
     lines.append({
       **made, "metric": value.metric, "unit": value.unit, "ours": ours, "published": value.value,
-      "error": value.error, "difference": ours - value.value, "kind": value.kind, "source": value.source,
-      "note": value.note,
+      "error": value.error, "difference": ours - value.value, "setting": value.setting, "kind": value.kind,
+      "source": value.source, "note": value.note,
     })  # fmt: skip
   return lines
 
@@ -90,6 +93,11 @@ def write(
   draw(out / name, rows)
 
 
+def side(patch: int | str) -> float:
+  """The side of a patch, pixels; of one that is not square ("24x10") that of a square as large."""
+  return math.sqrt(math.prod(map(int, str(patch).split("x")))) if isinstance(patch, str) else patch
+
+
 def draw(stem: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
   """Top-1 against patch size, a panel for each set: ours filled, published hollow with its error."""
   import matplotlib.pyplot as plt
@@ -104,16 +112,16 @@ def draw(stem: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
   for axis, chosen in zip(axes[0], sets, strict=True):
     for i, name in enumerate(names):
       points = [r for r in rows if r["set"] == chosen and r["checkpoint"] == name]
-      ours = {r["patch"]: r["ours"] for r in sorted(points, key=lambda r: r["patch"])}
+      ours = {side(r["patch"]): r["ours"] for r in sorted(points, key=lambda r: side(r["patch"]))}
       axis.plot(list(ours), list(ours.values()), "-o", color=f"C{i % 10}", markersize=4, label=name)
       known = [r for r in points if r["published"] is not None]
       axis.errorbar(
-        [r["patch"] for r in known], [r["published"] for r in known], [r["error"] or 0 for r in known],
+        [side(r["patch"]) for r in known], [r["published"] for r in known], [r["error"] or 0 for r in known],
         fmt="s", color=f"C{i % 10}", markerfacecolor="none", markersize=7, linewidth=1,
       )  # fmt: skip
-    patches = sorted({r["patch"] for r in rows if r["set"] == chosen})
+    patches = {side(r["patch"]): r["patch"] for r in rows if r["set"] == chosen}
     axis.set_xscale("log")
-    axis.set_xticks(patches, [str(p) for p in patches], fontsize=8)
+    axis.set_xticks(list(patches), [str(p) for p in patches.values()], fontsize=8)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_title(chosen)
     axis.set_xlabel("patch size (pixels)")

@@ -2,11 +2,15 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
 
 from flexivit_jax import (
   compilation,
+  data,
   errors,
   experiment,
   imagenet_sets,
@@ -15,9 +19,14 @@ from flexivit_jax import (
   trees,
   weights,
 )
+from flexivit_jax.evaluators.per_size import size_text
 from flexivit_jax.reproduce.items import Evaluation, Subject
 
-MADE_OF = ("weights", "dataset", "split", "images", "protocol", "pp", "fields", "seqhw")
+# What a kept result must have been made of; the machine, whose milliseconds it has, is in it too, but may be another.
+MADE_OF = (
+  "weights", "dataset", "split", "images", "examples", "protocol", "pp", "label_map", "fields", "seqhw"
+)  # fmt: skip
+LOOKED_AT = 64  # examples of a set whose bytes say whether it is the same
 
 
 class Checkpoint(NamedTuple):
@@ -38,48 +47,72 @@ class Measured(NamedTuple):
 
 
 def checkpoints_of(evaluation: Evaluation, given: Sequence[str]) -> list[Checkpoint]:
-  """All of an item, or those that are given, each as NAME, NAME=FILE (what stands for NAME), or FILE."""
+  """All of an item, or those that are given: a published name, NAME=FILE (what stands for NAME), or any FILE.
+
+  Raises:
+    UserError: a NAME that the item does not have, a name twice, a checkpoint that cannot be fetched.
+  """
+  subjects = evaluation.subjects
   if not given:
-    if missing := [name for name in evaluation.subjects if name not in weights.PUBLISHED]:
+    if missing := [name for name in subjects if name not in weights.PUBLISHED]:
       raise errors.UserError(
         f"These are not published where they can be fetched; give some of them, as --checkpoint '{missing[0]}=FILE': "
         + ", ".join(missing)
       )
-    return [Checkpoint(name, name, s) for name, s in evaluation.subjects.items()]
-  found = []
-  for text in given:
-    name, equals, path = text.partition("=")
-    if equals and name not in evaluation.subjects:
-      raise errors.unknown("checkpoint of this item", name, evaluation.subjects)
-    if equals or name in evaluation.subjects:
-      found.append(Checkpoint(name, path or name, evaluation.subjects[name]))
-    else:
-      found.append(Checkpoint(pathlib.Path(text).stem, text, None))
+    return [Checkpoint(name, name, s) for name, s in subjects.items()]
+  found = [_checkpoint(subjects, text) for text in given]
   names = [c.name for c in found]
   if twice := sorted({n for n in names if names.count(n) > 1}):
     raise errors.UserError(
-      f"--checkpoint: {twice[0]!r} stands there twice; rename one of the files."
+      f"--checkpoint: {twice[0]!r} stands there twice; give a copy of one of the files another name."
     )
   return found
 
 
+def _checkpoint(subjects: Mapping[str, Subject], text: str) -> Checkpoint:
+  name, equals, path = text.partition("=")
+  if equals and name in subjects:
+    return Checkpoint(name, path, subjects[name])
+  if equals and not pathlib.Path(text).exists():
+    raise errors.unknown("checkpoint of this item", name, subjects)
+  published = weights.PUBLISHED.get(text)
+  name = published.name if published else text
+  if name in subjects:
+    return Checkpoint(name, text, subjects[name])
+  file = pathlib.Path(text)
+  is_file = file.suffix in (".npz", ".safetensors", ".pth", ".pt", ".bin")
+  return Checkpoint(file.stem if is_file else file.name, text, None)
+
+
 def open_sets(
-  names: Sequence[str], protocol: str, **given: Any
+  names: Sequence[str],
+  protocol: str,
+  *,
+  data_dir: pathlib.Path | None,
+  seqhw: Sequence[Any],
+  batch_size: int,
 ) -> dict[str, tuple[imagenet_sets.Protocol, Any]]:
   """Opens the data of all sets; a UserError says all that are missing, not the first.
 
   Args:
     names: of `imagenet_sets.SETS`.
     protocol: of `imagenet_sets.PROTOCOLS`.
-    **given: see `imagenet_sets.section`.
+    data_dir: where TFDS prepared them, or of the folders DATA_DIR/SET/CLASS/*.jpg; None: TFDS's own default.
+    seqhw: the grids.
+    batch_size: images at a time.
   """
   if protocol not in imagenet_sets.PROTOCOLS:
     raise errors.unknown("protocol", protocol, imagenet_sets.PROTOCOLS)
+  for name in names:
+    if name not in imagenet_sets.SETS:
+      raise errors.unknown("test set", name, imagenet_sets.SETS)
   chosen, opened, missing = imagenet_sets.PROTOCOLS[protocol], {}, {}
   for name in names:
-    section = imagenet_sets.section(name, chosen, **given)
     try:
-      opened[name] = (chosen, experiment.build_evaluation(section, every=1))
+      source, classes = source_of(name, data_dir)
+      made = section(name, chosen.pp, source, classes) | {"seqhw": tuple(seqhw)}
+      made |= {"batch_size": batch_size}
+      opened[name] = (chosen, experiment.build_evaluation(made, every=1))
     except errors.UserError as e:
       missing[name] = str(e)
   if missing:
@@ -87,6 +120,59 @@ def open_sets(
     only = f" `--sets {','.join(opened)}` measures those that are there." if opened else ""
     raise errors.UserError("These sets cannot be read:\n  " + "\n  ".join(lines) + f"\n{only}")
   return opened
+
+
+def in_folders(name: str, data_dir: pathlib.Path | None) -> bool:
+  """Whether a set is in DATA_DIR/SET/CLASS, and not prepared by TFDS there."""
+  if data_dir is None or not (data_dir / name).is_dir():
+    return False
+  return not (data_dir / imagenet_sets.SETS[name].data["name"].partition("/")[0]).is_dir()
+
+
+def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[dict[str, Any], int]:
+  """Returns the section of a set's data, and how many classes its labels are of.
+
+  Raises:
+    UserError: a folder of images of a set whose images have several labels, or whose class folders are not in the order
+      of the classes.
+  """
+  chosen = imagenet_sets.SETS[name]
+  where = {} if data_dir is None else {"data_dir": str(data_dir)}
+  if not in_folders(name, data_dir):
+    return chosen.data | where, chosen.num_classes
+  if chosen.several:
+    raise errors.UserError(
+      f"images of {name!r} have several labels, which no folders tell; use TFDS."
+    )
+  source: dict[str, Any] = {"name": "folder", "split": name, **where}
+  opened = data.make_source(**source)
+  folders = opened.class_names or ()
+  if all(n.isdigit() for n in folders) and list(folders) != sorted(folders, key=int):
+    raise errors.UserError(
+      f"the class folders {', '.join(folders[:3])}, ... are numbers, but sorted as text, as they are read, in another"
+      " order: name them with as many digits each (0001), or use TFDS."
+    )
+  return source, opened.num_classes
+
+
+def section(name: str, pp: str, source: dict[str, Any], classes: int) -> dict[str, Any]:
+  """The section of `evals` of a set, but for its sizes and batches."""
+  chosen = imagenet_sets.SETS[name]
+  labels = f"{'multihot' if chosen.several else 'onehot'}({classes})"
+  made = {
+    "data": source, "pp": f"decode|{pp}|value_range(-1, 1)|{labels}|keep('image', 'labels')"
+  }  # fmt: skip
+  made |= {"label_map": chosen.label_map} if chosen.label_map else {}
+  return made | ({"skip_unlabelled": True} if chosen.several else {})
+
+
+def fingerprint(source: data.Source) -> str:
+  """What tells a set of examples from another: ids, labels and bytes of some that lie evenly in it."""
+  found = xxhash.xxh3_64()
+  indices = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
+  for record in source.read(indices):
+    found.update(f"{record['id']!r} {record['label']!r} ".encode() + record["image"])
+  return found.hexdigest()
 
 
 def measure(
@@ -110,8 +196,9 @@ def measure(
       about = results.about(
         checkpoint.name, source.name, source.split, record.get("step"), params, None
       ) | {
-        "weights": digest, "images": len(source), "protocol": protocol.says, "pp": evaluation.pp,
-        "fields": dict(protocol.fields), "seqhw": list(evaluation.section["seqhw"]),
+        "weights": digest, "images": len(source), "examples": fingerprint(source), "protocol": protocol.says,
+        "pp": evaluation.pp, "label_map": evaluation.section.get("label_map"), "fields": dict(protocol.fields),
+        "seqhw": [size_text(size) for size in evaluation.section["seqhw"]],
       }  # fmt: skip
       if file.is_file():
         about, rows = _kept(file, about)
