@@ -116,6 +116,19 @@ def on_eight_devices():
 
 
 @pytest.fixture(scope="session")
+def random_params():
+  """Makes parameters of a model of which every array is random, so that each one matters; nothing is compiled."""
+
+  def make(model, hwc):
+    image = jax.ShapeDtypeStruct((1, *hwc), np.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) * 0.3, shapes)
+
+  return make
+
+
+@pytest.fixture(scope="session")
 def timm_state_dict():
   """Makes random arrays with timm's names and the shapes of a small ViT: 4 heads, 32x32 pixels."""
 

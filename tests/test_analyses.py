@@ -6,8 +6,6 @@ import runpy
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import pytest
 
 from flexivit_jax import weights
@@ -20,13 +18,9 @@ FIELDS = dict(
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
-  model = FlexiViT(**FIELDS, head_zeroinit=False)
-  image = jax.ShapeDtypeStruct((1, 24, 24, 3), np.float32)
-  shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)["params"]
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) * 0.3, shapes)
-  weights.save_npz(tmp_path / "vit.npz", model, params, {"model": FIELDS})
+def checkpoint(tmp_path, random_params):
+  params = random_params(FlexiViT(**FIELDS), (24, 24, 3))
+  weights.save_npz(tmp_path / "vit.npz", FlexiViT(**FIELDS), params, {"model": FIELDS})
   return tmp_path / "vit.npz"
 
 
@@ -60,20 +54,25 @@ def test_what_cannot_be_measured_is_said_before(repository, checkpoint, tmp_path
   assert not list(tmp_path.glob("*.json"))
 
 
-@pytest.mark.slow
-def test_those_that_are_asked_for_run_on_a_checkpoint(repository, checkpoint, tmp_path):
-  out = tmp_path / "analyses"
-  command = [
-    "tools/analyses.py",
+def run_analyses(repository, checkpoint, out, sizes, only):
+  """What `tools/analyses.py` gives back, on 64 images."""
+  given = [
     checkpoint,
     "--config=configs/digits.py",
     f"--out={out}",
-    "--seqhw=2,3,4",
+    f"--seqhw={sizes}",
+    f"--only={only}",
   ]
-  few = ["--only=token_similarity,sizes_together", "--config.evals.test.data.split=test[:64]"]
-  run = subprocess.run(
-    [sys.executable, *command, *few], check=False, cwd=repository, capture_output=True, text=True
+  command = ["tools/analyses.py", *given, "--config.evals.test.data.split=test[:64]"]
+  return subprocess.run(
+    [sys.executable, *command], check=False, cwd=repository, capture_output=True, text=True
   )
+
+
+@pytest.mark.slow
+def test_those_that_are_asked_for_run_on_a_checkpoint(repository, checkpoint, tmp_path):
+  out = tmp_path / "analyses"
+  run = run_analyses(repository, checkpoint, out, "2,3,4", "token_similarity,sizes_together")
   assert run.returncode == 0, run.stdout + run.stderr
   assert "failed" not in run.stdout.splitlines()[-1]
   assert {p.name for p in out.iterdir()} == {"token_similarity", "sizes_together"}
@@ -83,17 +82,9 @@ def test_those_that_are_asked_for_run_on_a_checkpoint(repository, checkpoint, tm
 
 @pytest.mark.slow
 def test_one_that_fails_is_named_and_the_others_run(repository, checkpoint, tmp_path):
+  """Relevance is compared between two sizes."""
   out = tmp_path / "analyses"
-  command = [
-    "tools/analyses.py",
-    checkpoint,
-    "--config=configs/digits.py",
-    f"--out={out}",
-    "--seqhw=2",
-  ]
-  few = ["--only=relevance,representations", "--config.evals.test.data.split=test[:64]"]
-  run = subprocess.run(
-    [sys.executable, *command, *few], check=False, cwd=repository, capture_output=True, text=True
-  )
+  run = run_analyses(repository, checkpoint, out, "2", "relevance,representations")
   assert run.returncode == 1
-  assert run.stdout.splitlines()[-1].endswith("failed: relevance")  # it takes two sizes
+  assert run.stdout.splitlines()[-1].endswith("failed: relevance")
+  assert (out / "representations" / "cka.json").is_file()

@@ -4,7 +4,6 @@ import json
 import runpy
 import sys
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -16,13 +15,11 @@ FIELDS = dict(
 )
 
 
-def test_each_way_is_a_run_that_can_be_reported(repository, tmp_path, monkeypatch):
-  model = FlexiViT(**FIELDS, head_zeroinit=False)
-  image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
-  shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)["params"]
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) * 0.3, shapes)
-  weights.save_npz(tmp_path / "vit.npz", model, params, {"model": FIELDS})
+def test_each_way_is_a_run_that_can_be_reported(repository, random_params, tmp_path, monkeypatch):
+  model, rng = FlexiViT(**FIELDS), np.random.default_rng(0)
+  weights.save_npz(
+    tmp_path / "vit.npz", model, random_params(model, (32, 32, 3)), {"model": FIELDS}
+  )
   for split, name in ((s, n) for s in ("train", "val") for n in ("cat", "dog")):
     folder = tmp_path / "photos" / split / name
     folder.mkdir(parents=True)
