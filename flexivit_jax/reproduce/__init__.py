@@ -12,19 +12,34 @@ from flexivit_jax.reproduce import comparing, measuring
 from flexivit_jax.reproduce.items import ITEMS, Evaluation, Item, data_of, find, weights_of
 
 UTILISATION = 0.4  # that `plan.costs` takes
+MEASURING = (
+  "checkpoint",
+  "data_dir",
+  "out",
+  "sets",
+  "seqhw",
+  "protocol",
+)  # arguments that ask for a measurement
 
 
 def run(args: argparse.Namespace) -> None:
   """Lists the items, or shows one, or measures it, or puts results beside what is published of it."""
+  measures = [name for name in MEASURING if getattr(args, name) is not None]
   if args.item is None:
     print("\n".join(listing(costs=args.costs, data_dir=args.data_dir)))
   elif args.results is not None:
+    if measures:
+      raise errors.UserError(
+        f"--results is of what was measured before; leave out --{measures[0]}."
+      )
     found = json.loads(_read(args.results))
     print("\n".join(compare(args.item, found, model=args.model, setting=args.setting)))
-  elif args.checkpoint or args.data_dir or args.out:
-    print("\n".join(reproduce(args)))
+  elif args.model or args.setting:
+    raise errors.UserError(
+      "--model and --setting choose what --results is compared with; give that too."
+    )
   else:
-    print("\n".join(about(args.item)))
+    print("\n".join(reproduce(args) if measures else about(args.item)))
 
 
 def reproduce(args: argparse.Namespace) -> list[str]:
