@@ -8,6 +8,7 @@ are an encoded file, which preprocessing decodes. Where an image can have severa
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import inspect
 import itertools
@@ -372,8 +373,7 @@ def is_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> bo
 
 
 def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
-  import tensorflow_datasets as tfds  # Lazy: half a second.
-
+  tfds = _tfds()
   where = None if data_dir is None else os.path.expanduser(data_dir)
   try:
     builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
@@ -402,9 +402,23 @@ def _how_to_prepare(name: str, data_dir: str | None) -> str:
 
 
 def _open(builder: Any, split: str, image_key: str) -> Any:
-  import tensorflow_datasets as tfds
+  return builder.as_data_source(split, decoders={image_key: _tfds().decode.SkipDecoding()})
 
-  return builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
+
+def _tfds() -> Any:
+  """TensorFlow Datasets, imported where it is first needed: half a second.
+
+  No garbage is collected meanwhile: for a part of its import `__import__` is that of etils, under which a finaliser
+  that imports, as that of a semaphore does, would fail.
+  """
+  collecting = gc.isenabled()
+  gc.disable()
+  try:
+    import tensorflow_datasets as tfds
+  finally:
+    if collecting:
+      gc.enable()
+  return tfds
 
 
 def _read_tfds(

@@ -356,6 +356,29 @@ def test_cifar10(shared, tmp_path):
     assert record["label"] == stored["y"][int(record["id"].removeprefix("test_"))]
 
 
+def test_garbage_that_imports_is_left_while_tfds_is_imported(tmp_path):
+  code = f"""
+import contextlib, gc, multiprocessing
+from etils import epy
+from flexivit_jax.data import is_prepared
+
+@contextlib.contextmanager
+def littered(lazy_imports=epy.lazy_imports, **options):
+  ring = [multiprocessing.get_context("spawn").Lock()]  # whose finaliser has a relative import
+  ring.append(ring)
+  with lazy_imports(**options):
+    del ring
+    yield
+
+epy.lazy_imports = littered
+gc.set_threshold(1)
+assert not is_prepared("none", "{tmp_path}")
+assert gc.isenabled()
+"""
+  run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+  assert run.stderr == ""
+
+
 def test_importing_data_is_light():
   heavy = ("jax", "tensorflow", "torch", "sklearn", "grain", "tensorflow_datasets")
   code = f"import sys, flexivit_jax.data; print([m for m in {heavy} if m in sys.modules])"

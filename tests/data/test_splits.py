@@ -3,6 +3,7 @@
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+from tensorflow_datasets.core.splits import ReadInstruction, SplitDict, SplitInfo
 
 from flexivit_jax.data.splits import Part, parse_split
 from flexivit_jax.errors import UserError
@@ -11,8 +12,6 @@ SIZES = {"train": 1797, "test": 360, "one": 1}
 
 
 def tfds_parts(split: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
-  from tensorflow_datasets.core.splits import ReadInstruction, SplitDict, SplitInfo
-
   infos = [SplitInfo(name=k, shard_lengths=[n], num_bytes=0) for k, n in sizes.items()]
   infos = {info.name: info for info in SplitDict(infos).values()}
   found = ReadInstruction.from_spec(split).to_absolute(infos)
