@@ -239,20 +239,21 @@ _MOVE = "move the folder away to start from the beginning"
 
 
 class _ManifestHandler(ocp.AsyncCheckpointHandler):
-  """Writes the checksums of arrays, reckoned while Orbax writes them, and of the files once they are written."""
+  """Writes the checksums of arrays, reckoned while Orbax writes them, and of the files once they are written.
 
-  def __init__(self) -> None:
-    self._pool = futures.ThreadPoolExecutor(1)
-    self._sums: futures.Future | None = None
+  Each process reckons those of the pieces that it saves; the first, when all have written, puts them together.
+  """
 
   async def async_save(self, directory: Any, args: "_SaveManifest") -> list[Any]:
-    del directory
+    folder, process = pathlib.Path(directory), jax.process_index()
     # Views on a CPU, whose memory a donation then leaves alone; copies from a device.
     host = {item: manifest.pieces(tree) for item, tree in args.items.items()}
-    self._sums = self._pool.submit(
-      lambda: {item: manifest.array_sums(arrays) for item, arrays in host.items()}
-    )
-    return [self._sums]
+
+    async def write() -> None:
+      sums = {item: manifest.array_sums(arrays) for item, arrays in host.items()}
+      manifest.write_part(folder, process, sums)
+
+    return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
 
   def save(self, directory: Any, args: "_SaveManifest") -> None:
     raise NotImplementedError("Saves are in the background.")
@@ -261,13 +262,8 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
     return manifest.read(pathlib.Path(directory))
 
   def finalize(self, directory: Any) -> None:
-    assert self._sums is not None
     folder = pathlib.Path(directory)
-    files = manifest.file_sums(folder.parent, skip=_UNSEALED)
-    manifest.write(folder, manifest.Manifest(files, self._sums.result()))
-
-  def close(self) -> None:
-    self._pool.shutdown()
+    manifest.seal(folder, manifest.file_sums(folder.parent, skip=_UNSEALED))
 
 
 @ocp.args.register_with_handler(_ManifestHandler, for_save=True, for_restore=True)

@@ -19,6 +19,7 @@ from flexivit_jax import errors, trees
 
 FOLDER = "manifest"
 NAME = "manifest.json"
+_PART = "part."
 
 
 class Damaged(errors.UserError):
@@ -65,8 +66,24 @@ def file_sums(folder: pathlib.Path, skip: Sequence[str] = ()) -> dict[str, tuple
 
 def write(folder: pathlib.Path, manifest: Manifest) -> None:
   """Writes a manifest into a folder."""
-  body = _body(manifest)
-  (folder / NAME).write_text(f"{_first_word(body)} {body}\n")
+  _write(folder / NAME, manifest)
+
+
+def write_part(folder: pathlib.Path, part: int, arrays: dict[str, dict[str, int]]) -> None:
+  """Writes the checksums of the arrays, or pieces, that one of several processes saves, for `seal`."""
+  _write(folder / f"{_PART}{part}", Manifest({}, arrays))
+
+
+def seal(folder: pathlib.Path, files: dict[str, tuple[int, int]]) -> None:
+  """Writes the manifest of these files and of what all parts in the folder say, in whose place it comes."""
+  arrays: dict[str, dict[str, int]] = {}
+  parts = list(folder.glob(f"{_PART}*"))
+  for part in parts:
+    for item, sums in _read(part).arrays.items():
+      arrays.setdefault(item, {}).update(sums)
+  write(folder, Manifest(files, arrays))
+  for part in parts:
+    part.unlink()
 
 
 def read(folder: pathlib.Path) -> Manifest:
@@ -75,7 +92,15 @@ def read(folder: pathlib.Path) -> Manifest:
   Raises:
     Damaged: there is none, or it is not what was written.
   """
-  file = folder / NAME
+  return _read(folder / NAME)
+
+
+def _write(file: pathlib.Path, manifest: Manifest) -> None:
+  body = json.dumps(manifest._asdict(), sort_keys=True, separators=(",", ":"))
+  file.write_text(f"{_first_word(body)} {body}\n")
+
+
+def _read(file: pathlib.Path) -> Manifest:
   try:
     text = file.read_text()
   except (OSError, UnicodeDecodeError) as e:
@@ -166,10 +191,6 @@ def _piece(leaf: Any, region: str | None) -> np.ndarray | None:
       inside = [slice(c - a, d - a) for (a, _), (c, d) in zip(own, bounds, strict=True)]
       return np.asarray(shard.data)[tuple(inside)]
   return None
-
-
-def _body(manifest: Manifest) -> str:
-  return json.dumps(manifest._asdict(), sort_keys=True, separators=(",", ":"))
 
 
 def _first_word(body: str) -> str:

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from flexivit_jax import distributed, metrics, peers, stopping
+from flexivit_jax import distributed, manifest, metrics, peers, stopping
 from flexivit_jax.errors import UserError
 
 RUN = pathlib.Path(__file__).parent / "several.py"
@@ -39,10 +39,10 @@ def launch(environment_of, jobs, *, processes=1, devices=1, faults=None, **given
   ]
 
 
-def launch_two(environment_of, workdir, faults, **config):
+def launch_two(environment_of, workdir, faults, batch_size=16, **config):
   """Two processes of one device that train, without evaluations, at one size if no other is given."""
   config = {"evals": {}, "flexi": {"seqhw": {"v": (2,)}}, **config}
-  jobs = [{"workdir": str(workdir), "config": config}]
+  jobs = [{"workdir": str(workdir), "config": config, "batch_size": batch_size}]
   return launch(environment_of, jobs, processes=2, faults=faults)
 
 
@@ -71,7 +71,11 @@ def ids(workdir):
 TOPOLOGIES = {
   (1, 1): {"one": {}},
   (8, 1): {"8x1": {}, "4x2": {"data": 4, "fsdp": 2}, "2x4": {"data": 2, "fsdp": 4}},
-  (4, 2): {"two processes": {}, "two processes, 4x2": {"data": 4, "fsdp": 2}},
+  (4, 2): {
+    "two processes": {},
+    "two processes, 4x2": {"data": 4, "fsdp": 2},
+    "two processes, 1x8": {"data": 1, "fsdp": 8},
+  },
 }
 NAMES = [name for meshes in TOPOLOGIES.values() for name in meshes]
 RESTORED = [name for name in NAMES if name not in ("8x1", "4x2")]
@@ -159,9 +163,29 @@ def test_what_one_topology_saves_each_other_restores_to_the_bit(restored):
 
 
 @pytest.mark.slow
+def test_all_that_several_processes_save_has_checksums(runs, restored):
+  """Of each array that is divided over the processes the pieces are there, which make the whole."""
+  name = "two processes, 1x8"
+  folder = runs / name / "checkpoints" / "3" / manifest.FOLDER
+  assert [path.name for path in folder.iterdir()] == [manifest.NAME]
+  sums = manifest.read(folder).arrays
+  shapes = {key: array.shape for key, array in restored[name, name].items()}
+  found = dict.fromkeys(shapes, 0)
+  for item, keys in sums.items():
+    for key in keys:
+      array, bracket, region = key.partition("[")
+      array = f"params/{array}" if item == "params" else array
+      bounds = [part.split(":") for part in region.rstrip("]").split(",") if part]
+      shape = [int(b) - int(a) for a, b in bounds] if bracket else shapes[array]
+      found[array] += int(np.prod(shape))
+  assert found == {key: np.prod(shape) for key, shape in shapes.items()}
+  assert sum("[" in key for key in sums["params"]) >= 8
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_topology(runs, environment_of, tmp_path):
   """From where two processes with divided weights were, on one device; and the other way round."""
-  ways = {"two processes, 4x2": (1, 1), "one": (4, 2)}
+  ways = {"two processes, 1x8": (1, 1), "one": (4, 2)}
   for name, (devices, processes) in ways.items():
     run = tmp_path / name
     shutil.copytree(runs / name, run)
@@ -179,11 +203,13 @@ def test_a_run_goes_on_on_another_topology(runs, environment_of, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
 def test_a_process_that_is_gone_ends_the_others_and_is_named(environment_of, tmp_path, kind):
-  """F49; and one that does not answer: within the heartbeat's ten seconds, and what it takes to say so."""
+  """F49; and one that does not answer: within the heartbeat's 15 seconds, and what it takes to say so."""
   faults = {1: {"kind": kind, "at": 4}}
   both = launch_two(environment_of, tmp_path / "run", faults, total_steps=200)
   try:
     _, said = both[0].communicate(timeout=240)
+    took = time.time() - (tmp_path / "run.ids.1").stat().st_mtime
+    assert took < 15 + 25, took  # 100 s is the heartbeat's default
   finally:
     both[1].kill()
     both[1].communicate()
