@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from flexivit_jax import errors
 
 _HEARTBEAT = [100.0]
+_TPU = "the TPU's"
 FLAGS = ("coordinator_address", "num_processes", "process_id")
 # Where a launcher has started several processes: name -> (what it sets, how many there are).
 _LAUNCHERS = {
@@ -79,6 +80,8 @@ def start(
       shutdown_timeout_seconds=heartbeat_timeout,
     )
   except (RuntimeError, ValueError) as e:
+    if launcher == _TPU and "coordinator_address should be defined" in str(e):
+      return  # a TPU of one host, of no pod that JAX knows
     raise errors.UserError(
       f"The processes of this run ({whose}) could not be joined: {str(e).splitlines()[0]}"
     ) from e
@@ -116,11 +119,20 @@ def _launcher(environment: Mapping[str, str]) -> str | None:
       + ", the last from OMPI_COMM_WORLD_RANK."
     )
   accelerators = [*pathlib.Path("/dev").glob("accel*"), *pathlib.Path("/dev").glob("vfio/[0-9]*")]
-  wanted = environment.get("JAX_PLATFORMS", "tpu").split(",")[0] == "tpu"
+  wanted = (environment.get("JAX_PLATFORMS") or "tpu").split(",")[0] == "tpu"
   if wanted and accelerators and importlib.util.find_spec("libtpu"):
-    return "the TPU's"
-  job = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
-  return "Kubernetes" if job and importlib.util.find_spec("kubernetes") else None
+    return _TPU
+  if not {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
+    return None
+  if importlib.util.find_spec("kubernetes"):
+    return "Kubernetes"
+  print(
+    "flexivit: this is a pod of an indexed Kubernetes job, and starts alone: to join the others install the package"
+    f" kubernetes, or give {', '.join(f'--{name}' for name in FLAGS)}.",
+    file=sys.stderr,
+    flush=True,
+  )
+  return None
 
 
 def is_on() -> bool:
@@ -188,6 +200,25 @@ def agree(step: int, facts: Mapping[str, Any]) -> None:
         f"After step {step} process {named} differs from process 0 in: {name}. On process {jax.process_index()} it is"
         f" {repr(facts[name])[:300]}. All were stopped; start them from the same files, with the same command."
       )
+
+
+def texts(own: str) -> list[str]:
+  """What each process says, in their order; all have to ask."""
+  if not is_on():
+    return [own]
+  said = np.frombuffer(own.encode(), np.uint8)
+  lengths = np.asarray(multihost_utils.process_allgather(np.int32(said.size))).reshape(-1)
+  padded = np.zeros(max(1, lengths.max()), np.uint8)
+  padded[: said.size] = said
+  found = np.asarray(multihost_utils.process_allgather(padded))
+  return [row[:n].tobytes().decode() for row, n in zip(found, lengths, strict=True)]
+
+
+def smallest(value: float) -> float:
+  """The smallest of the values that the processes have, as a float32; all have to ask."""
+  if not is_on():
+    return value
+  return float(np.min(multihost_utils.process_allgather(np.float32(value))))
 
 
 def gathered(ids: np.ndarray | None) -> np.ndarray | None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 import socket
 import sys
 import time
@@ -12,6 +13,34 @@ from typing import Any
 from flexivit_jax import stopping
 
 FOLDER = "processes"
+_MARK = "mark"
+_SEES_S = 30.0  # in which a file of another host is seen; NFS looks again after so long
+
+
+def mark(folder: pathlib.Path) -> int:
+  """Makes the folder, on the first process, and returns a number that is written there."""
+  number = secrets.randbelow(2**31)
+  folder.mkdir(parents=True)
+  (folder / _MARK).write_text(f"{number}\n")
+  return number
+
+
+def sees(folder: pathlib.Path, number: int) -> bool:
+  """Whether this process sees the folder that was marked with this number; waits for it as network folders need."""
+  end = time.monotonic() + _SEES_S
+  while True:
+    with contextlib.suppress(OSError):
+      if (folder / _MARK).read_text() == f"{number}\n":
+        return True
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.2)
+
+
+def leave_word(folder: pathlib.Path, index: int, said: str) -> None:
+  """Writes why a process ends, for the others to say."""
+  with contextlib.suppress(OSError):
+    (folder / f"{index}.ended").write_text(said)
 
 
 class Peers:
@@ -55,7 +84,9 @@ class Peers:
       return
     self._look(range(self._count) if self._index == 0 else (0,))
     lost = self._silent(self._limit)
-    who = ", ".join(self._who(i) for i in lost)
+    if self._index == 0 and now - self._begun > self._limit:
+      lost |= self._missing()
+    who = ", ".join(map(str, lost))
     if lost and who != self._said:
       print(
         f"flexivit: process {self._index}: {'; '.join(lost.values())}. If it is lost the run ends; the same command on"
@@ -66,12 +97,12 @@ class Peers:
     self._said = who
 
   def blame(self) -> str:
-    """Says which of the processes are silent, or else which one is behind or has done nothing for longest."""
+    """Says why one has ended, or which are silent, or else which one is behind or has done nothing for longest."""
+    if ended := self._ended():
+      return ended
     self._look(range(self._count))
-    silent = self._silent(3 * self._every)
-    missing = [f"process {i} has left no sign" for i in range(self._count) if i not in self._seen]
-    if silent or missing:
-      return "; ".join([*silent.values(), *missing])
+    if gone := self._silent(3 * self._every) | self._missing():
+      return "; ".join(gone.values())
     # All that wait have been idle since the same moment: the one that they wait for is a step behind.
     last = min(self._seen, key=lambda i: (self._seen[i][1]["step"], -self._seen[i][1]["idle"]))
     return f"{self._who(last)} has done nothing for {self._seen[last][1]['idle']:.0f} s"
@@ -83,7 +114,7 @@ class Peers:
     while time.monotonic() < end:
       time.sleep(0.25)
       said = self.blame()
-      if "silent" in said or "no sign" in said:
+      if "silent" in said or "no sign" in said or self._ended():
         return said
     return self.blame()
 
@@ -93,6 +124,16 @@ class Peers:
         about = json.loads((self._folder / f"{index}.json").read_text())
         if index not in self._seen or self._seen[index][1]["written"] != about["written"]:
           self._seen[index] = (time.monotonic(), about)
+
+  def _ended(self) -> str:
+    """What the first that left word has said; the others may have ended because it did."""
+    words = [(f.stat().st_mtime, int(f.stem), f.read_text()) for f in self._folder.glob("*.ended")]
+    own = [word for word in sorted(words) if word[1] != self._index]
+    return f"process {own[0][1]} has ended: {own[0][2]:.500}" if own else ""
+
+  def _missing(self) -> dict[int, str]:
+    unseen = (i for i in range(self._count) if i not in self._seen)
+    return {i: f"process {i} has left no sign" for i in unseen}
 
   def _silent(self, seconds: float) -> dict[int, str]:
     now = time.monotonic()

@@ -10,6 +10,7 @@ import numpy as np
 
 from flexivit_jax import (
   compilation,
+  distributed,
   errors,
   experiment,
   patch_schedule,
@@ -37,7 +38,9 @@ def parts(exp: experiment.Experiment, mesh: Any) -> tuple[list[int], float]:
     sharding.check_divides(exp.batch_size // int(exp.accumulate), mesh)
     return [int(exp.accumulate)], math.inf
   sharding.check_divides(exp.batch_size, mesh)
-  memory = compilation.device_memory() if exp.memory_gib is None else exp.memory_gib * 2**30
+  if exp.memory_gib is not None:
+    return sharding.possible_parts(exp.batch_size, mesh), exp.memory_gib * 2**30
+  memory = distributed.smallest(compilation.device_memory())  # other parts would be other programs
   return sharding.possible_parts(exp.batch_size, mesh), memory
 
 

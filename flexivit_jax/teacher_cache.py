@@ -31,7 +31,7 @@ class TeacherCache:
   Args:
     folder: made when the first step is written.
     identity: JSON-able; everything that targets depend on. A folder of another is refused.
-    process: (index, count) of this process.
+    process: (index, count) of this process. Each count has its own files: another one makes them again.
 
   Raises:
     UserError: the folder is of other draws or other teachers, or cannot be read.
@@ -43,7 +43,7 @@ class TeacherCache:
     self.folder = pathlib.Path(folder)
     self._about = self.folder / "cache.json"
     self._mine = self.folder / f"process_{process[0]}_of_{process[1]}"
-    self._identity = json.loads(json.dumps({**identity, "processes": process[1]}, default=str))
+    self._identity = json.loads(json.dumps(dict(identity), default=str))
     self._check()
     self._writer = concurrent.futures.ThreadPoolExecutor(1)
     self._writes: list[concurrent.futures.Future] = []

@@ -7,14 +7,10 @@ is measured is an evaluator. The same command continues a run that was stopped.
 import argparse
 import contextlib
 import functools
-import json
-import os
 import pathlib
-import shutil
 import sys
 import time
-import traceback
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,6 +28,7 @@ from flexivit_jax import (
   patch_schedule,
   peers as peers_of,
   preparation,
+  processes,
   results,
   run_folder,
   sharding,
@@ -89,7 +86,7 @@ def train(
       _train(settings, workdir, stack, begun, resume, allow_config_change)
     except Exception as error:
       if distributed.is_on():
-        _abandon(error, workdir)
+        processes.abandon(error, workdir)
       raise
   return workdir
 
@@ -105,11 +102,12 @@ def _train(
   several = distributed.is_on()
   stop = stack.enter_context(stopping.catch(distributed.preempted if several else None))
   with stop.interruptible():
+    processes.agree_on_config(settings)
     config.check("", settings, experiment.build, given=("opening",))
     exp = experiment.build(**{"name": workdir.name, **settings})
     _say_costs(exp)
-    distributed.on_first(lambda: _take(workdir, stack), f"the folder {workdir}")
-    peers = _peers(workdir) if several else None
+    processes.take(workdir, stack)
+    peers = processes.signs_of_life(workdir)
     watchdog = stack.enter_context(contextlib.closing(_watchdog(exp, peers)))
     exp, mesh = preparation.place(exp)
     parts, memory = preparation.parts(exp, mesh)
@@ -138,15 +136,14 @@ def _train(
     writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start, writing=first))
     run = Run(exp, mesh, checkpoints, batches, writer, ledger, stop, watchdog, [0], peers)
     if several:
-      distributed.agree(
-        start, {"config": json.dumps(settings, default=str), **_facts(run, start, schedule)}
-      )
+      distributed.agree(start, _facts(run, start, schedule))
     evaluators = {name: e.make(exp.model, mesh) for name, e in exp.evaluations.items()}
     if start < exp.total_steps:
       with ledger.of("compilation"):
         held = memory - sharding.bytes_each(state)
         targets = preparation.targets(exp, start, mesh, stack, parts=parts, memory=held)
         programs = preparation.programs(exp, state, targets, mesh, parts=parts, memory=memory)
+        distributed.agree(start, {"parts of the batch": sorted(programs.parts.items())})
         for evaluator in evaluators.values():
           evaluator.compile(state.params, preparation.report_of("eval", exp))
       _evaluate_again(run, state, evaluators, workdir)
@@ -156,18 +153,6 @@ def _train(
   with stop.interruptible(), ledger.of("evaluation"):
     _final_evaluation(exp, state, evaluators, writer, workdir)
   ledger.write(int(state.step))
-
-
-def _take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
-  """Takes the folder for this run, whose processes have left no sign of life yet."""
-  stack.enter_context(run_folder.locked(workdir))
-  shutil.rmtree(workdir / peers_of.FOLDER, ignore_errors=True)
-
-
-def _peers(workdir: pathlib.Path) -> peers_of.Peers:
-  """Says when another process is silent, before the runtime ends this one for it."""
-  folder, limit = workdir / peers_of.FOLDER, 0.3 * distributed.heartbeat()
-  return peers_of.Peers(folder, jax.process_index(), jax.process_count(), limit)
 
 
 def _watchdog(exp: experiment.Experiment, peers: peers_of.Peers | None) -> stopping.Watchdog:
@@ -198,20 +183,6 @@ def _facts(run: Run, step: int, schedule: patch_schedule.State) -> dict[str, Any
     for s in ahead
   ]
   return {"sizes of the next steps": drawn, "next batch": run.batches.next_ids()}
-
-
-def _abandon(error: Exception, workdir: pathlib.Path) -> NoReturn:
-  """Ends a process of several at once: the others would wait for it, and it for them."""
-  said, code = f"{type(error).__name__}: {error}", stopping.HUNG
-  if isinstance(error, errors.UserError):
-    said, code = str(error), 2
-  elif isinstance(error, jax.errors.JaxRuntimeError):
-    others = peers_of.Peers(workdir / peers_of.FOLDER, jax.process_index(), jax.process_count())
-    said = f"{others.blame_lost()}. {said.splitlines()[0]:.300}"
-  else:
-    traceback.print_exception(error)
-  print(f"flexivit: error: process {jax.process_index()}: {said}", file=sys.stderr, flush=True)
-  os._exit(code)
 
 
 def _say_costs(exp: experiment.Experiment) -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from flexivit_jax import distributed, errors, patch_schedule, stopping, train
+from flexivit_jax import compilation, distributed, errors, patch_schedule, stopping, train
 
 DATA = {"name": "synthetic", "image_size": 12, "num_classes": 3, "num_examples": 48}
 PP = "value_range(-1, 1)|onehot(3)|keep('image', 'labels')"
@@ -63,6 +63,7 @@ def restore(config, runs) -> None:
 def do(job, process, fault) -> None:
   """Trains, or restores."""
   config = {**CONFIG, **job.get("config", {})}
+  config["input"] = {**config["input"], "batch_size": job.get("batch_size", 16)}
   if "restore" in job:
     restore(config, job["restore"])
     return
@@ -75,16 +76,21 @@ def do(job, process, fault) -> None:
     if len(ids.read_text().splitlines()) == fault.get("at", -1):
       if fault["kind"] == "sleep":
         time.sleep(1000)
+      if fault["kind"] == "error":
+        raise errors.UserError("no such luck")
       os.kill(os.getpid(), getattr(signal, fault["kind"]))
     return batch
 
   def other(flexi, *, step, **rest):
     return {"seqhw": fault["size"]} if step == fault["at"] else draw(flexi, step=step, **rest)
 
+  if fault.get("kind") == "memory":
+    compilation.device_memory = lambda: fault["bytes"]
+  config |= fault.get("config", {})
   train.next_batch = noting
   if fault.get("kind") == "draw":
     patch_schedule.draw = other
-  train.train(config, pathlib.Path(job["workdir"]))
+  train.train(config, pathlib.Path(fault.get("workdir", job["workdir"])))
 
 
 def main() -> None:

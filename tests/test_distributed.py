@@ -167,7 +167,7 @@ def test_all_that_several_processes_save_has_checksums(runs, restored):
   """Of each array that is divided over the processes the pieces are there, which make the whole."""
   name = "two processes, 1x8"
   folder = runs / name / "checkpoints" / "3" / manifest.FOLDER
-  assert [path.name for path in folder.iterdir()] == [manifest.NAME]
+  assert not list(folder.glob("part.*")), "they were put together"
   sums = manifest.read(folder).arrays
   shapes = {key: array.shape for key, array in restored[name, name].items()}
   found = dict.fromkeys(shapes, 0)
@@ -227,6 +227,34 @@ def test_a_process_that_stands_still_is_named_by_the_other(environment_of, tmp_p
   assert any(
     re.search(r"hang_after=40; process 1 \(\d+ on .*, step 3\) has done nothing", s) for s in said
   ), said
+
+
+@pytest.mark.slow
+def test_processes_with_another_config_folder_or_memory_end_at_once_or_agree(
+  environment_of, tmp_path
+):
+  """Before anything waits for anything: which keys differ, and who sees another folder; parts by the least memory."""
+  two = {
+    "config": {1: {"kind": "config", "config": {"seed": 7}}},
+    "folder": {1: {"kind": "folder", "workdir": str(tmp_path / "elsewhere")}},
+    "memory": {i: {"kind": "memory", "bytes": n} for i, n in enumerate((1e12, 3.6e6))},
+  }
+  said = {}
+  for name, faults in two.items():
+    given = {"accumulate": "auto", "batch_size": 48} if name == "memory" else {}
+    codes, said[name] = ended(launch_two(environment_of, tmp_path / name, faults, **given))
+    assert codes == ([0, 0] if name == "memory" else [2, 2]), said[name]
+  assert all("process 1: seed: 'absent' -> 7. All" in s for s in said["config"]), said
+  assert all("do not see" in s and "process 1 on" in s for s in said["folder"]), said
+  assert re.search(r"temporary, in \d parts", said["memory"][0]), said
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_told_by_the_other(environment_of, tmp_path):
+  faults = {1: {"kind": "error", "at": 2}}
+  codes, said = ended(launch_two(environment_of, tmp_path / "run", faults, total_steps=200))
+  assert codes[1] == 2 and codes[0] not in (0, 75)
+  assert "process 1 has ended: no such luck" in said[0] and "Traceback" not in said[0], said
 
 
 @pytest.mark.slow
@@ -297,9 +325,27 @@ def test_open_mpi_that_does_not_say_where_the_first_process_is_is_an_error():
     distributed._launcher({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
 
 
+def test_a_pod_that_kubernetes_cannot_join_says_so(monkeypatch, capfd):
+  monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+  job = {"KUBERNETES_SERVICE_HOST": "a", "JOB_COMPLETION_INDEX": "1", "JAX_PLATFORMS": "cpu"}
+  assert distributed._launcher(job) is None
+  assert "install the package kubernetes, or give --coordinator_address" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("platforms", [{}, {"JAX_PLATFORMS": ""}, {"JAX_PLATFORMS": "tpu,cpu"}])
+def test_a_tpu_of_no_pod_that_is_known_starts_alone(monkeypatch, platforms):
+  monkeypatch.setattr(pathlib.Path, "glob", lambda folder, pattern: [folder / pattern])
+  monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "libtpu")
+  assert distributed._launcher(platforms) == "the TPU's"
+  monkeypatch.setattr(distributed.os, "environ", platforms)
+  distributed.start()  # JAX finds no cluster
+  assert not distributed.is_on()
+
+
 def test_one_process_needs_nobody():
   distributed.start()
   distributed.agree(0, {"config": 1})
+  assert distributed.texts("a") == ["a"] and distributed.smallest(0.1) == 0.1
   distributed.leave(0)
   assert not distributed.is_on() and distributed.on_first(lambda: 3, "") == 3
 
@@ -318,6 +364,26 @@ def test_signs_of_life_say_who_is_silent_and_who_is_slow(tmp_path, monkeypatch):
   assert re.fullmatch(r"process 1 \(\d+ on \S+, step 4\) is silent for 60 s", first.blame())
   (tmp_path / "1.json").unlink()
   assert peers.Peers(tmp_path, 0, 2).blame() == "process 1 has left no sign"
+  peers.leave_word(tmp_path, 1, "no disk")
+  assert peers.Peers(tmp_path, 0, 2).blame() == "process 1 has ended: no disk"
+
+
+def test_the_first_process_says_who_was_never_there(tmp_path, monkeypatch, capfd):
+  first = peers.Peers(tmp_path, 0, 2, limit=10.0)
+  first.tick()
+  assert not capfd.readouterr().err
+  later = time.monotonic() + 11
+  monkeypatch.setattr(time, "monotonic", lambda: later)
+  first.tick()
+  assert "process 0: process 1 has left no sign" in capfd.readouterr().err
+
+
+def test_a_folder_is_known_by_its_mark(tmp_path, monkeypatch):
+  monkeypatch.setattr(peers, "_SEES_S", 0.3)
+  number = peers.mark(tmp_path / "here")
+  assert peers.sees(tmp_path / "here", number)
+  assert not peers.sees(tmp_path / "here", number + 1)
+  assert not peers.sees(tmp_path / "elsewhere", number)
 
 
 @pytest.mark.slow

@@ -1,0 +1,93 @@
+"""What the processes of one run make sure of before they wait for each other, and how each ends when one fails."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import jax
+
+from flexivit_jax import distributed, errors, peers, run_folder, stopping
+
+# What JAX, Gloo, NCCL say of a connection that broke, whatever they raise.
+_CONNECTION = re.compile(
+  "gloo|nccl|connection|peer|socket|heartbeat|coordination|UNAVAILABLE", re.IGNORECASE
+)
+
+
+def agree_on_config(settings: dict[str, Any]) -> None:
+  """Compares the config of all processes; before anything else, for other configs would be other programs.
+
+  Raises:
+    UserError: the keys that differ, with their values. On all of them.
+  """
+  if not distributed.is_on():
+    return
+  found = [json.loads(text) for text in distributed.texts(json.dumps(settings, default=str))]
+  lines = {
+    f"process {i}: {', '.join(list(differing.values())[:5])}"
+    for i, other in enumerate(found)
+    if (differing := run_folder.diff(found[0], other))
+  }
+  if lines:
+    raise errors.UserError(
+      f"Not all processes have the config of process 0 (its value -> theirs): {'; '.join(sorted(lines)[:8])}. All were"
+      " stopped; start them from the same files, with the same command."
+    )
+
+
+def take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
+  """Takes the folder for this run until the stack closes, and makes sure that all processes see it.
+
+  Raises:
+    UserError: another run has it; or some processes see another folder, by name.
+  """
+  signs = workdir / peers.FOLDER
+
+  def first() -> int | None:
+    stack.enter_context(run_folder.locked(workdir))
+    shutil.rmtree(signs, ignore_errors=True)
+    return peers.mark(signs) if distributed.is_on() else None
+
+  number = distributed.on_first(first, f"the folder {workdir}")
+  if number is None:
+    return
+  blind = distributed.texts("" if peers.sees(signs, number) else socket.gethostname())
+  if named := [f"process {i} on {host}" for i, host in enumerate(blind) if host]:
+    raise errors.UserError(
+      f"{', '.join(named[:8])} ({len(named)} of {len(blind)}) do not see {workdir} as process 0 has it; the folder of a"
+      " run has to be on a file system that all its processes see."
+    )
+
+
+def signs_of_life(workdir: pathlib.Path) -> peers.Peers | None:
+  """Says when another process is silent, before the runtime ends this one for it; None where there is only one."""
+  if not distributed.is_on():
+    return None
+  limit = 0.3 * distributed.heartbeat()
+  return peers.Peers(workdir / peers.FOLDER, jax.process_index(), jax.process_count(), limit)
+
+
+def abandon(error: Exception, workdir: pathlib.Path) -> NoReturn:
+  """Ends a process of several at once: the others would wait for it, and it for them.
+
+  It leaves word of an error that is its own; of one that says no more than that another is gone, it says who that is.
+  """
+  folder, index = workdir / peers.FOLDER, jax.process_index()
+  said, code = f"{type(error).__name__}: {error}", stopping.HUNG
+  if isinstance(error, errors.UserError):
+    said, code = str(error), 2
+  elif isinstance(error, jax.errors.JaxRuntimeError) or _CONNECTION.search(str(error)):
+    lost = peers.Peers(folder, index, jax.process_count()).blame_lost()
+    said = f"{lost}. {said.splitlines()[0]:.300}"
+  else:
+    traceback.print_exception(error)
+  peers.leave_word(folder, index, said)
+  print(f"flexivit: error: process {index}: {said}", file=sys.stderr, flush=True)
+  os._exit(code)
