@@ -150,7 +150,7 @@ def _reproduce(p: argparse.ArgumentParser) -> None:
   p.add_argument("--sets", help="e.g. val,v2 (default: the item's)")
   p.add_argument("--seqhw", help="e.g. 5,15,30 (default: the item's)")
   p.add_argument("--protocol", help="paper, timm, ... (default: the item's)")
-  p.add_argument("--batch_size", type=int, default=256, help="images at a time (default 256)")
+  p.add_argument("--batch_size", type=int, help="images at a time (default 256)")
   p.add_argument(
     "--results", type=pathlib.Path, help="an eval.json, to put beside the published numbers"
   )

@@ -19,14 +19,27 @@ MEASURING = (
   "sets",
   "seqhw",
   "protocol",
+  "batch_size",
 )  # arguments that ask for a measurement
+COMPARING = ("results", "model", "setting")
 
 
 def run(args: argparse.Namespace) -> None:
-  """Lists the items, or shows one, or measures it, or puts results beside what is published of it."""
+  """Lists the items, or shows one, or measures it, or puts results beside what is published of it.
+
+  Raises:
+    UserError: an argument that would have no effect.
+  """
   measures = [name for name in MEASURING if getattr(args, name) is not None]
   if args.item is None:
+    compares = [name for name in COMPARING if getattr(args, name) is not None]
+    if of_one := [name for name in (*measures, *compares) if name != "data_dir"]:
+      raise errors.UserError(f"--{of_one[0]} is for one item; name it: {', '.join(ITEMS)}.")
     print("\n".join(listing(costs=args.costs, data_dir=args.data_dir)))
+  elif args.list or args.costs:
+    raise errors.UserError(
+      f"--{'list' if args.list else 'costs'} is of all items; leave out {args.item!r}, or that."
+    )
   elif args.results is not None:
     if measures:
       raise errors.UserError(
@@ -65,7 +78,7 @@ def reproduce(args: argparse.Namespace) -> list[str]:
     protocol,
     data_dir=args.data_dir,
     seqhw=item.evaluation.seqhw if args.seqhw is None else evaluate.parse_sizes(args.seqhw),
-    batch_size=args.batch_size,
+    **({} if args.batch_size is None else {"batch_size": args.batch_size}),
   )
   measured = measuring.measure(checkpoints, sets, args.out)
   rows = comparing.beside(measured, item.published)

@@ -90,7 +90,7 @@ def open_sets(
   *,
   data_dir: pathlib.Path | None,
   seqhw: Sequence[Any],
-  batch_size: int,
+  batch_size: int = 256,
 ) -> dict[str, tuple[imagenet_sets.Protocol, Any]]:
   """Opens the data of all sets; a UserError says all that are missing, not the first.
 
