@@ -22,9 +22,10 @@ from flexivit_jax import (
   reproduce,
   results,
   trees,
+  weights,
 )
 from flexivit_jax.errors import UserError
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.reproduce import comparing, items, measuring
 from flexivit_jax.weights.registry import PUBLISHED
 
@@ -160,20 +161,30 @@ def sets_dir(tmp_path_factory):
   return folder
 
 
+@pytest.fixture
+def small(monkeypatch):
+  """The published S and B have the shape of the smallest here."""
+  for variant in "SB":
+    monkeypatch.setitem(vit.VARIANTS, variant, vit.VARIANTS["mu"])
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
   """Two files in the published format: random, small, of 1000 classes."""
   folder = tmp_path_factory.mktemp("checkpoints")
-  model = FlexiViT(variant="mu", num_classes=1000, head_zeroinit=False)
   for seed, name in enumerate(("one", "other")):
-    params = model.init(jax.random.key(seed), np.zeros((1, 32, 32, 3), np.float32))["params"]
-    flat = {f"params/{k}": np.asarray(v) for k, v in trees.flatten(params).items()}
-    np.savez(folder / f"{name}.npz", **flat)
+    write_random(folder / f"{name}.npz", FlexiViT(variant="mu", num_classes=1000), seed)
   return folder
 
 
+def write_random(path, model, seed=0):
+  model = model.clone(head_zeroinit=False)
+  params = model.init(jax.random.key(seed), np.zeros((1, 32, 32, 3), np.float32))["params"]
+  np.savez(path, **{f"params/{k}": np.asarray(v) for k, v in trees.flatten(params).items()})
+
+
 def test_the_table_is_measured_compared_and_gone_on_with(
-  sets_dir, checkpoints, tmp_path, capsys, monkeypatch
+  sets_dir, checkpoints, small, tmp_path, capsys, monkeypatch
 ):
   command = [
     "reproduce", "table-i1k", f"--data_dir={sets_dir}", f"--out={tmp_path}", "--seqhw=5,15", "--batch_size=10",
@@ -200,7 +211,12 @@ def test_the_table_is_measured_compared_and_gone_on_with(
   assert {p.name for p in tmp_path.glob("table-i1k.*")} == {
     f"table-i1k.{s}" for s in ("json", "csv", "png", "svg")
   }
+  digest = trees.digest(weights.load(checkpoints / "one.npz")[1])
+  assert made["checkpoints"]["FlexiViT-S i1k"] == {
+    "checkpoint": str(checkpoints / "one.npz"), "weights": digest
+  }  # fmt: skip
   evaluated = json.loads((tmp_path / "other" / "a.json").read_text())
+  assert evaluated["checkpoint"] == str(checkpoints / "other.npz")
   assert evaluated["pp"].startswith("decode|resize(272)|central_crop(240)|value_range(-1, 1)")
 
   monkeypatch.setattr(results, "measure", None)  # nothing is measured again
@@ -211,7 +227,7 @@ def test_the_table_is_measured_compared_and_gone_on_with(
   assert "val.json is of weights" in capsys.readouterr().err
 
 
-def test_a_protocol_and_a_folder_of_images_are_said_to_differ(checkpoints, tmp_path, capsys):
+def test_a_protocol_and_a_folder_of_images_are_said_to_differ(checkpoints, small, tmp_path, capsys):
   photos, out = tmp_path / "photos", tmp_path / "out"
   for k in range(1000):
     (photos / "val" / f"{k:04}").mkdir(parents=True)
@@ -304,6 +320,38 @@ def test_other_examples_are_told_apart(tmp_path):
     for name in ("one", "two", "three", "one")
   ]
   assert found[0] == found[3] and len(set(found)) == 3
+
+
+@pytest.mark.parametrize(
+  ("item", "name", "lines"),
+  [
+    ("fig2", "FlexiViT-S i1k", ["width: expected 384, got 32", "depth: expected 12, got 1"]),
+    ("fig3", "ViT-B/16 i21k", ["num_heads: expected 12, got 2", "num_classes: expected 21843, got 1000"]),
+    ("bwconrad", "ViT-T/16", ["width: expected 192, got 32", "patch_size: expected (16, 16), got (32, 32)"]),
+    ("fig8", "fine-tuned", ["width: expected 768, got 32"]),
+  ],
+)  # fmt: skip
+def test_another_model_is_not_put_beside_published_numbers(
+  checkpoints, tmp_path, item, name, lines
+):
+  given = [f"{name}={checkpoints / 'one.npz'}"]
+  found = measuring.checkpoints_of(items.find(item).evaluation, given)
+  with pytest.raises(
+    UserError, match=f"(?s)one.npz is no '{name}'.*beside nothing published"
+  ) as said:
+    measuring.measure(found, {}, tmp_path)
+  assert set(lines) <= {line.strip() for line in str(said.value).splitlines()}
+  (free,) = measuring.checkpoints_of(items.find(item).evaluation, [str(checkpoints / "one.npz")])
+  assert measuring.load(free)[0].width == 32
+
+
+def test_only_the_grid_of_positions_tells_a_fixed_model_from_a_published_one(small, tmp_path):
+  fixed = FlexiViT(variant="mu", num_classes=1000, posemb_size=(14, 14))
+  write_random(tmp_path / "fixed.npz", fixed)
+  table = items.find("table-i1k").evaluation
+  (made,) = measuring.checkpoints_of(table, [f"FlexiViT-S i1k={tmp_path / 'fixed.npz'}"])
+  with pytest.raises(UserError, match=r"posemb_size: expected \(7, 7\), got \(14, 14\)"):
+    measuring.load(made)
 
 
 def test_checkpoints_go_by_all_their_names(tmp_path):

@@ -83,7 +83,11 @@ def reproduce(args: argparse.Namespace) -> list[str]:
   measured = measuring.measure(checkpoints, sets, args.out)
   rows = comparing.beside(measured, item.published)
   differs = _differs(item.evaluation, protocol, item.differs, measured)
+  files = {
+    m.checkpoint.name: {k: m.about.get(k) for k in ("checkpoint", "weights")} for m in measured
+  }
   described = {"item": args.item, "title": item.title, "protocol": protocol, "differs": differs}
+  described["checkpoints"] = files
   comparing.write(args.out, args.item, rows, described)
   return [*map(comparing.line, rows), *(f"differs: {d}" for d in differs)]
 

@@ -2,14 +2,18 @@
 
 from typing import Any, NamedTuple
 
-from flexivit_jax import errors, imagenet_sets
+from flexivit_jax import errors, imagenet_sets, weights
 
 
 class Subject(NamedTuple):
-  """Whose published numbers a checkpoint should have: `model` and `setting` of `published.Value`."""
+  """Whose published numbers a checkpoint should have: `model` and `setting` of `published.Value`.
+
+  `variant` is what a file must hold, with a head of 1000 classes, where no published checkpoint says that.
+  """
 
   model: str
   setting: str
+  variant: str = ""
 
 
 class Evaluation(NamedTuple):
@@ -50,6 +54,12 @@ class Item(NamedTuple):
   published: tuple[str, ...] = ()
   differs: str = ""
   evaluation: Evaluation | None = None
+
+
+def fields_of(name: str, subject: Subject) -> dict[str, Any]:
+  """The fields of the model that goes by this name."""
+  published = weights.PUBLISHED.get(name)
+  return published.expected if published else dict(variant=subject.variant, num_classes=1000)
 
 
 def find(name: str) -> Item:
@@ -152,7 +162,13 @@ ITEMS: dict[str, Item] = {
     published=("bwconrad",),
     differs="of the published patch sizes those that divide 224 pixels: 8, 14, 16, 28 and 32",
     evaluation=Evaluation(
-      {f"ViT-{v}/16": Subject(f"ViT-{v}/16", "AugReg, PI-resized, 224 px") for v in "TSB"},
+      {
+        f"ViT-{v}/16": Subject(
+          f"ViT-{v}/16", "AugReg, PI-resized, 224 px",
+          {"T": "Ti/16"}.get(v, f"{v}/16"),
+        )
+        for v in "TSB"
+      },
       seqhw=(7, 8, 14, 16, 28),
       protocol="bwconrad",
     ),
@@ -179,7 +195,12 @@ ITEMS: dict[str, Item] = {
     weights=("FlexiViT-B i21k 300ep",),
     published=("fig8",),
     evaluation=Evaluation(
-      {"fine-tuned": Subject("FlexiViT-B", "i21k, fine-tuned on an 8x8 grid")}, seqhw=(8, 24)
+      {
+        "fine-tuned": Subject(
+          "FlexiViT-B", "i21k, fine-tuned on an 8x8 grid", "B"
+        )
+      },
+      seqhw=(8, 24),
     ),
   ),
   "fig9-12": Item("flexible transfer, LiT, CLIP, OWL-ViT"),

@@ -20,7 +20,8 @@ from flexivit_jax import (
   weights,
 )
 from flexivit_jax.evaluators.per_size import size_text
-from flexivit_jax.reproduce.items import Evaluation, Subject
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.reproduce.items import Evaluation, Subject, fields_of
 
 # What a kept result must have been made of; the machine, whose milliseconds it has, is in it too, but may be another.
 MADE_OF = (
@@ -82,6 +83,24 @@ def _checkpoint(subjects: Mapping[str, Subject], text: str) -> Checkpoint:
   file = pathlib.Path(text)
   is_file = file.suffix in (".npz", ".safetensors", ".pth", ".pt", ".bin")
   return Checkpoint(file.stem if is_file else file.name, text, None)
+
+
+def load(checkpoint: Checkpoint) -> tuple[FlexiViT, dict, dict[str, Any]]:
+  """`weights.load_with_record` of what is measured.
+
+  Raises:
+    UserError: the model is not the one whose published numbers it would be put beside.
+  """
+  model, params, record = weights.load_with_record(checkpoint.path)
+  name, path, subject = checkpoint
+  expected = fields_of(name, subject) if subject else {}
+  if lines := weights.differences(model, expected):
+    raise errors.UserError(
+      f"{path} is no {name!r}, so that its published numbers are not of it:\n  "
+      + "\n  ".join(lines)
+      + "\nA file without 'NAME=' is measured too, beside nothing published."
+    )
+  return model, params, record
 
 
 def open_sets(
@@ -183,12 +202,15 @@ def measure(
   """Evaluates each checkpoint on each set, or reads what an earlier call wrote to OUT/CHECKPOINT/SET.json.
 
   Raises:
-    UserError: a file there is of something else.
+    UserError: a file there is of something else; a checkpoint is not what it is given for (see `load`).
   """
   compilation.keep_programs()
+  for checkpoint in checkpoints:  # a wrong file is found before the first is measured
+    if pathlib.Path(checkpoint.path).exists():
+      load(checkpoint)
   mesh, found = sharding.make_mesh(), []
   for checkpoint in checkpoints:
-    model, params, record = weights.load_with_record(checkpoint.path)
+    model, params, record = load(checkpoint)
     digest = trees.digest(params)
     for name, (protocol, evaluation) in sets.items():
       file = out / checkpoint.name.replace("/", "-") / f"{name}.json"
@@ -196,7 +218,8 @@ def measure(
       about = results.about(
         checkpoint.name, source.name, source.split, record.get("step"), params, None
       ) | {
-        "weights": digest, "images": len(source), "examples": fingerprint(source), "protocol": protocol.says,
+        "checkpoint": checkpoint.path, "weights": digest,
+        "images": len(source), "examples": fingerprint(source), "protocol": protocol.says,
         "pp": evaluation.pp, "label_map": evaluation.section.get("label_map"), "fields": dict(protocol.fields),
         "seqhw": [size_text(size) for size in evaluation.section["seqhw"]],
       }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from flexivit_jax.weights.baking import bake
 from flexivit_jax.weights.reading import load, load_into, load_with_record
-from flexivit_jax.weights.registry import PUBLISHED, is_here
+from flexivit_jax.weights.registry import PUBLISHED, differences, is_here
 from flexivit_jax.weights.timm_writer import save_timm
 from flexivit_jax.weights.transformers_writer import save_transformers
 from flexivit_jax.weights.writing import save_npz
@@ -10,6 +10,7 @@ from flexivit_jax.weights.writing import save_npz
 __all__ = [
   "PUBLISHED",
   "bake",
+  "differences",
   "is_here",
   "load",
   "load_into",

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import urllib.parse
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
@@ -132,17 +133,21 @@ def _at(url: str) -> Published:
   return {p.url: p for p in PUBLISHED.values()}.get(url, Published(file.stem, url, {}))
 
 
-def check(published: Published, model: FlexiViT, file: pathlib.Path) -> None:
-  """Raises a UserError that lists every field in which a file's model is not the one that was published."""
-  expected = dict(published.expected)
-  if "variant" in expected:
-    expected |= vit.decode_variant(expected.pop("variant"))
-  lines = [
+def differences(model: FlexiViT, expected: Mapping[str, Any]) -> list[str]:
+  """A line for each field in which a model is not as expected; a "variant" stands for its fields."""
+  wanted = dict(expected)
+  if "variant" in wanted:
+    wanted |= vit.decode_variant(wanted.pop("variant"))
+  return [
     f"{name}: expected {value}, got {getattr(model, name)}"
-    for name, value in expected.items()
+    for name, value in wanted.items()
     if getattr(model, name) != value
   ]
-  if lines:
+
+
+def check(published: Published, model: FlexiViT, file: pathlib.Path) -> None:
+  """Raises a UserError that lists every field in which a file's model is not the one that was published."""
+  if lines := differences(model, published.expected):
     raise errors.UserError(
       f"The file at {published.url} is not the {published.name} that was published. Where that is known and meant,"
       f" load {file} by its path:\n  " + "\n  ".join(lines)
