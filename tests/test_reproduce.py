@@ -78,7 +78,7 @@ def test_ours_stands_beside_the_published(tmp_path, capsys):
   said = capsys.readouterr().out.splitlines()
   assert said[0] == "ours: mine on imagenet2012 validation, step 10, cpu"
   start = "FlexiViT-L (i1k, 1200 epochs), imagenet2012/validation, top1 at patch"
-  assert f"{start} 48: published 77.75 +- 0.1 %, ours 70, -7.75 [digitised]" in said
+  assert f"{start} 48: published 77.75 +- 0.2 %, ours 70, -7.75 [digitised]" in said
   assert f"{start} 8: published 86.1 %, ours 85, -1.1 [third party]" in said
   assert said[-1].startswith("differs: milliseconds")
 

@@ -362,7 +362,10 @@ def known_of(item: Item) -> str:
     kinds = collections.Counter(value.kind for value in values)
     return f"{len(values)} numbers ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
   return "; ".join(
-    f"{v.model} ({v.setting}) at patch {v.patch}: {v.value:g} {v.unit} ({v.kind})" for v in values
+    f"{v.model} ({v.setting})"
+    + ("" if v.patch is None else f" at patch {v.patch}")
+    + f": {v.value:g}{'' if v.error is None else f' +- {v.error:g}'} {v.unit} ({v.kind})"
+    for v in values
   )
 
 

@@ -16,13 +16,17 @@ KINDS = ("printed", "digitised", "third party")
 
 
 class Value(NamedTuple):
-  """A number. `error` is what a digitised one may be off by, in its unit; `patch` in pixels of a square patch."""
+  """A number.
+
+  `patch` is in pixels of a square patch; None: of a model without patches, or of several sizes. `error`, in the unit,
+  is what a digitised number may be off by, or half the range that a third party gives.
+  """
 
   model: str
   setting: str
   dataset: str
   metric: str
-  patch: int
+  patch: int | None
   value: float
   unit: str
   error: float | None
@@ -44,7 +48,8 @@ def read(name: str) -> list[Value]:
   """Returns the numbers of one of `names()`.
 
   Raises:
-    UserError: another name; a row that lacks a value, a unit, a source or a kind, or is digitised without an error.
+    UserError: another name; a row that lacks a value, a unit, a source or a kind; that is digitised without an error,
+      or printed with one.
   """
   if name not in names():
     raise errors.unknown("published item", name, names())
@@ -56,16 +61,16 @@ def read(name: str) -> list[Value]:
 
 
 def _value(where: str, row: dict[str, str]) -> Value:
-  empty = [key for key in COLUMNS if key not in ("error", "note") and not row[key]]
+  empty = [key for key in COLUMNS if key not in ("patch", "error", "note") and not row[key]]
   if empty:
     raise errors.UserError(f"{where} lacks {', '.join(empty)}.")
   if row["kind"] not in KINDS:
     raise errors.unknown(f"{where}: kind", row["kind"], KINDS)
-  if (row["kind"] == "digitised") != bool(row["error"]):
-    raise errors.UserError(f"{where}: digitised numbers have an error, and only they.")
+  if row["kind"] == ("printed" if row["error"] else "digitised"):
+    raise errors.UserError(f"{where}: digitised numbers have an error, printed ones have none.")
   try:
     numbers = {
-      "patch": int(row["patch"]),
+      "patch": int(row["patch"]) if row["patch"] else None,
       "value": float(row["value"]),
       "error": float(row["error"]) if row["error"] else None,
     }

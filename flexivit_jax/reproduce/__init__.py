@@ -248,7 +248,8 @@ def _known(item: Item) -> list[published.Value]:
 
 
 def _named(value: published.Value) -> str:
-  return f"{value.model} ({value.setting}), {value.dataset}, {value.metric} at patch {value.patch}"
+  at = "" if value.patch is None else f" at patch {value.patch}"
+  return f"{value.model} ({value.setting}), {value.dataset}, {value.metric}{at}"
 
 
 def _number(value: published.Value) -> str:

@@ -188,6 +188,7 @@ ITEMS: dict[str, Item] = {
     **_train(*(f"configs/transfer.py:data={d}" for d in ("oxford_iiit_pet", "food101", "cifar100", "sun397"))),
     data=("oxford_iiit_pet", "food101", "cifar100", "sun397"),
     weights=("FlexiViT-B i21k 300ep", "ViT-B/16 i21k", "ViT-B/30 i21k"),
+    published=("fig7",),
   ),
   "fig8": Item(
     "cheap fine-tuning on an 8 x 8 grid, use at a finer one",
@@ -203,11 +204,12 @@ ITEMS: dict[str, Item] = {
       seqhw=(8, 24),
     ),
   ),
-  "fig9-12": Item("flexible transfer, LiT, CLIP, OWL-ViT"),
+  "fig9-12": Item("flexible transfer, LiT, CLIP, OWL-ViT", published=("fig9-12",)),
   "curriculum": Item(
     "faster pre-training by a curriculum of patch sizes",
     **_train("configs/i21k_sup.py:sizes=coarse_to_fine"),
     data=("imagenet21k",),
+    published=("curriculum",),
     differs="the paper's schedule is not published; ours goes from coarse to fine",
   ),
   "fig13": Item(
