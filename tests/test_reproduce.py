@@ -61,7 +61,7 @@ def test_all_that_items_name_exists(repository):
         arguments.parse(rest)
       if word == "python":
         assert (repository / rest[0]).is_file()
-  assert known == set(published.names()) - {"intro"}
+  assert known == set(published.names())
 
 
 RESULTS = {
@@ -288,6 +288,28 @@ def test_an_evaluation_costs_all_images_at_all_sizes():
     dense += 2 * tokens * patch * patch * 3 * 1024 + 2 * 1024 * 1000
   assert reproduce.evaluation_flops(items.find("fig1")) == pytest.approx(50_000 * dense, rel=1e-6)
   assert reproduce.evaluation_flops(items.find("fig5")) == 0.0
+
+
+def test_the_introductions_models_and_the_other_third_partys_are_told_apart():
+  """Of two ViT-B/32 each has its own number; FLOPs are compared where they are known."""
+  subjects = items.find("bwconrad").evaluation.subjects
+  row = {"seqhw": 7, "patch": 32, "top1": 0.8, "gflops": 8.8, "n": 1}
+  found = [
+    measuring.Measured(measuring.Checkpoint(name, "f", subjects[name]), "val", {"device": "cpu"}, [row])
+    for name in ("ViT-B/32", "ViT-B/32 (introduction)")
+  ]  # fmt: skip
+  rows = comparing.beside(found, items.find("bwconrad").published)
+  assert [(r["metric"], r["published"]) for r in rows] == [
+    ("top1", 83.30), ("top1", 79.1), ("flops", 8.6)
+  ]  # fmt: skip
+
+
+def test_kernel_and_image_resized_together_stand_beside_the_published():
+  rows = [{"seqhw": 14, "patch": 32, "top1": 0.84}]
+  lines = reproduce.compare(
+    "bwconrad", {"dataset": "folder", "rows": rows}, model="ViT-B/16", setting="448 px"
+  )
+  assert "at patch 32: published 84.29 %, ours 84" in lines[1] and len(lines) == 4
 
 
 def folders(root, names):
