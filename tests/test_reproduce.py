@@ -424,7 +424,35 @@ def test_results_of_other_data_are_not_compared(tmp_path):
 
 def test_the_list_says_what_can_run_here(sets_dir, monkeypatch, tmp_path):
   monkeypatch.setenv("FLEXIVIT_CACHE", str(tmp_path))
-  lines = "\n".join(reproduce.listing(data_dir=sets_dir)).split("\n    ")
-  assert "here: yes; to be fetched: FlexiViT-L i1k\nfig2" in "\n".join(lines)
-  assert any("here: no, lacks imagenet21k" in line for line in lines)
-  assert any("to be given as --checkpoint NAME=FILE: ViT-T/16" in line for line in lines)
+  here = {}
+  for line in reproduce.listing(data_dir=sets_dir):
+    if not line.startswith(" "):
+      name = line.partition(":")[0]
+    if line.startswith("    here: "):
+      here[name] = line.removeprefix("    here: ")
+  assert here["fig1"] == "yes; to be fetched: FlexiViT-L i1k"
+  assert here["fig2"].startswith("yes; to be fetched: FlexiViT-S i1k, ")
+  assert "to be given to its commands: DeiT-III S, B, L" in here["fig2"]
+  assert here["fig3"].startswith("no, lacks imagenet21k (not in TFDS: configs/i21k_sup.py); to be")
+  assert here["fig4"].startswith("to be given: a ViT-B/8 of ImageNet-1k: CHECKPOINT, ImageNet in f")
+  assert here["bwconrad"].startswith("to be given as --checkpoint NAME=FILE: ViT-T/16, ")
+  for name in ("fig5", "fig17"):
+    assert "to be given: the AugReg ViT-B/8 of ImageNet-21k" in here[name]
+  assert here["fig8"].endswith("to be given as --checkpoint NAME=FILE: fine-tuned")
+  assert "; to be given: the cue conflicts of Geirhos et al.: IMAGES" in here["fig25"]
+  yes = {name for name, said in here.items() if said.startswith("yes")}
+  assert yes == {"fig1", "fig2", "table-i1k", "timm", "fig6", "fig13", "ensembles", "fig30"}
+
+
+def test_what_a_command_takes_is_fetched_or_prepared_or_said():
+  """DIR is that of --data_dir in `flexivit reproduce` alone; RUN and OUT are made."""
+  for name, item in reproduce.ITEMS.items():
+    words = {w for command in item.how for w in command.split() if w.isupper() and w.isalpha()}
+    if item.weights:
+      words -= {"CHECKPOINT"}
+    if item.evaluation and any(s not in PUBLISHED for s in item.evaluation.subjects):
+      words -= {"CHECKPOINT"}
+    for word in words - {"RUN", "OUT"}:
+      assert any(word in what for what in item.given), (name, word)
+    if any("distill" in c for c in item.configs):
+      assert any("teacher=FILE" in what for what in item.given), name

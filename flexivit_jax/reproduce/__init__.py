@@ -9,7 +9,15 @@ from typing import Any
 from flexivit_jax import config, data, errors, evaluate, imagenet_sets, plan, published, weights
 from flexivit_jax.models.flexivit import FlexiViT, gmacs
 from flexivit_jax.reproduce import comparing, measuring
-from flexivit_jax.reproduce.items import ITEMS, Evaluation, Item, data_of, find, weights_of
+from flexivit_jax.reproduce.items import (
+  ITEMS,
+  OWN_DATA,
+  Evaluation,
+  Item,
+  data_of,
+  find,
+  weights_of,
+)
 
 UTILISATION = 0.4  # that `plan.costs` takes
 MEASURING = (
@@ -122,12 +130,14 @@ def listing(*, costs: bool = False, data_dir: pathlib.Path | None = None) -> lis
   lines, here = [], _Here(data_dir)
   for name, item in ITEMS.items():
     numbers = sum(len(published.read(p)) for p in item.published)
-    lines.append(f"{name}: {item.title}; {f'{numbers} numbers' if numbers else 'no numbers'} known")
+    said = {0: "no numbers", 1: "1 number"}.get(numbers, f"{numbers} numbers")
+    lines.append(f"{name}: {item.title}; {said} known")
     if not item.how and not item.evaluation:
       lines.append("    not in this project yet")
       continue
     needs = {"data": data_of(item), "checkpoints": weights_of(item), "training": item.configs}
-    lines.append("    " + "; ".join(f"{k}: {_some(v)}" for k, v in needs.items() if v))
+    if any(needs.values()):
+      lines.append("    " + "; ".join(f"{k}: {_some(v)}" for k, v in needs.items() if v))
     lines.append(f"    {here.says(item)}")
     if costs and item.configs:
       hours = [plan.costs(config.load(c, []))["hours"]["v3-32"]["training"] for c in item.configs]
@@ -163,21 +173,26 @@ class _Here:
     self._missing: dict[str, bool] = {}
 
   def says(self, item: Item) -> str:
-    """One line."""
+    """One line; "yes" only where nothing has to be given."""
     sets = item.evaluation.sets if item.evaluation else ()
     here = {
       imagenet_sets.SETS[s].data["name"] for s in sets if measuring.in_folders(s, self._data_dir)
     }
-    if lacks := [name for name in data_of(item) if name not in here and self._lacks(name)]:
-      return f"here: no, lacks {_some(lacks)}"
+    lacks = [name for name in data_of(item) if name not in here and self._lacks(name)]
     absent = [name for name in weights_of(item) if not weights.is_here(name)]
-    fetched = [name for name in absent if name in weights.PUBLISHED]
     brought = [name for name in absent if name not in weights.PUBLISHED]
-    return (
-      "here: yes"
-      + (f"; to be fetched: {_some(fetched)}" if fetched else "")
-      + (f"; to be given as --checkpoint NAME=FILE: {_some(brought)}" if brought else "")
-    )
+    own = [
+      f"{name} (not in TFDS: {OWN_DATA[name]})" if name in OWN_DATA else name for name in lacks
+    ]
+    parts = {
+      "no, lacks ": own,
+      "to be fetched: ": [name for name in absent if name in weights.PUBLISHED],
+      "to be given as --checkpoint NAME=FILE: ": brought,
+      f"to be given{' to its commands' if item.evaluation else ''}: ": item.given,
+    }
+    said = [f"{words}{_some(names)}" for words, names in parts.items() if names]
+    needs = lacks or brought or (item.given and not item.evaluation)
+    return "here: " + "; ".join(said if needs else ["yes", *said])
 
   def _lacks(self, name: str) -> bool:
     if name not in self._missing:
@@ -194,6 +209,7 @@ def about(name: str) -> list[str]:
   lines += [f"  {command}" for command in item.how]
   if len(lines) == 1:
     lines.append("  not in this project yet")
+  lines += [f"  to be given: {what}" for what in item.given]
   if item.differs:
     lines.append(f"  differs: {item.differs}")
   for value in _known(item):

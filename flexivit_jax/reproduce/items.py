@@ -41,6 +41,7 @@ class Item(NamedTuple):
     configs: those whose training it needs, for the cost.
     data: TFDS data sets of `how`.
     weights: published checkpoints that `how` takes in the place of training.
+    given: what else `how` takes, that is neither fetched nor prepared by TFDS.
     published: of which numbers are known, names for `published.read`.
     differs: how the protocol here differs from that of the published numbers.
     evaluation: what `flexivit reproduce ITEM --data_dir DIR --out OUT` measures; None: `how` is all.
@@ -51,6 +52,7 @@ class Item(NamedTuple):
   configs: tuple[str, ...] = ()
   data: tuple[str, ...] = ()
   weights: tuple[str, ...] = ()
+  given: tuple[str, ...] = ()
   published: tuple[str, ...] = ()
   differs: str = ""
   evaluation: Evaluation | None = None
@@ -107,6 +109,10 @@ def _released(*epochs: int) -> dict[str, Subject]:
 
 _LENGTHS = (1200, 600, 300, 90)
 _SETS = ("val", "v2", "a", "r", "sketch", "real")
+_B8 = "the AugReg ViT-B/8 of ImageNet-21k, the teacher: teacher=FILE (configs/i21k_distill.py)"
+_FOLDERS = "ImageNet in folders: DIR/val/CLASS/*.jpg"
+# Data sets that TFDS does not have, and where it is said how to prepare them for it.
+OWN_DATA = {"imagenet21k": "configs/i21k_sup.py"}
 _PI = "AugReg, PI-resized, 224 px"
 _MS = "milliseconds are those of the machine at hand, the paper's of a TPU v3"
 
@@ -123,6 +129,7 @@ ITEMS: dict[str, Item] = {
     "ImageNet-1k: accuracy against speed of S, B, L at four lengths and ten sizes",
     **_train(*(f"configs/i1k_distill.py:variant={v},epochs={e}" for v in "SBL" for e in _LENGTHS)),
     data=("imagenet2012",),
+    given=("DeiT-III S, B, L of 384 pixels, the teachers: teacher=FILE (configs/i1k_distill.py)",),
     published=("fig2",),
     differs=f"{_MS}; published accuracies are read off the figure",
     evaluation=Evaluation(_released(*_LENGTHS)),
@@ -156,7 +163,7 @@ ITEMS: dict[str, Item] = {
   "fig4": Item(
     "a trained kernel under PI-resize and its competitors",
     how=("python tools/patch_curve.py CHECKPOINT DIR --out RUN",),
-    data=("imagenet2012",),
+    given=("a ViT-B/8 of ImageNet-1k: CHECKPOINT", f"{_FOLDERS}, DIR/train/CLASS/*.jpg"),
   ),
   "bwconrad": Item(
     "third party: fixed ViTs at other patch sizes by PI-resize alone; and the introduction's ViT-B/8 and B/32",
@@ -164,6 +171,7 @@ ITEMS: dict[str, Item] = {
       "python tools/patch_curve.py CHECKPOINT DIR --out RUN --ways pi_timm --image_size 448 --seqhw 14",
       "flexivit reproduce bwconrad --results RUN/pi_timm/eval.json --model ViT-B/16 --setting '448 px'",
     ),
+    given=(_FOLDERS,),
     published=("bwconrad", "intro"),
     differs="of the published patch sizes those that divide 224 pixels: 8, 14, 16, 28 and 32; kernel and image resized"
     " together, to 56, 112, 448 and 896 pixels, as the commands do; the table's ViT-B/32 has 83.30 % at patch 32,"
@@ -181,6 +189,7 @@ ITEMS: dict[str, Item] = {
     "distillation from ViT-B/8, from the teacher's weights or from random ones",
     **_train("configs/i21k_distill.py", "configs/i21k_distill.py:init=random"),
     data=("imagenet21k",),
+    given=(_B8,),
   ),
   "fig6": Item(
     "representations at different patch sizes (CKA)",
@@ -227,6 +236,7 @@ ITEMS: dict[str, Item] = {
     "sizes of the stored kernel and of the grid of positions",
     **_train("configs/i21k_distill.py:kernel=48,grid=15"),
     data=("imagenet21k",),
+    given=(_B8,),
     differs="the values that the paper tried are not known",
   ),
   "fig19": Item("LiT of a fixed patch size keeps flexibility"),
@@ -234,6 +244,7 @@ ITEMS: dict[str, Item] = {
     "shape or texture, by patch size",
     how=("python tools/shape_texture.py 'FlexiViT-B i1k' IMAGES --out RUN",),
     weights=("FlexiViT-B i1k",),
+    given=("the cue conflicts of Geirhos et al.: IMAGES (tools/shape_texture.py)",),
     differs="IMAGES are those of Geirhos et al., see the tool; how the paper prepares them is not known to us",
   ),
   "fig30": Item(
