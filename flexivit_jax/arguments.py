@@ -133,7 +133,7 @@ def _replay(p: argparse.ArgumentParser) -> None:
 def _reproduce(p: argparse.ArgumentParser) -> None:
   p.add_argument("item", nargs="?", help="a figure or table, as `--list` names them")
   p.add_argument("--list", action="store_true", help="all items (the default without one)")
-  p.add_argument("--costs", action="store_true", help="with what training them takes; a minute")
+  p.add_argument("--costs", action="store_true", help="all items, and what each training takes")
   p.add_argument(
     "--data_dir",
     type=pathlib.Path,

@@ -50,6 +50,11 @@ class Protocol(NamedTuple):
   says: str
   fields: tuple[tuple[str, str], ...] = ()
 
+  @property
+  def size(self) -> int:
+    """Pixels of a side of that input."""
+    return int(self.pp.rpartition("central_crop(")[2].removesuffix(")"))
+
 
 _TIMM = (("kernel_operator", "cubic_antialias"), ("grid_operator", "cubic_antialias"))
 PROTOCOLS: dict[str, Protocol] = {

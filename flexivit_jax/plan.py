@@ -90,7 +90,7 @@ def costs(
   config.check("", settings, experiment.build, given=("opening",))
   exp = experiment.build(**on_accelerator(settings), opening=PLANNED)
   state = state_of(exp)
-  training = patch_schedule.mean_cost(exp.flexi, exp.step_flops) * exp.total_steps
+  training = _training_flops(exp)
   evaluation = sum(_evaluation_flops(exp, e) for e in exp.evaluations.values())
   sizes = _sizes(exp)
   seconds = {k: 1 / (m.flops * utilisation) for k, m in MACHINES.items()}
@@ -111,6 +111,17 @@ def costs(
     "memory": {str(n): _memory(exp, state, n) for n in meshes},
     "sent": {str(n): _sent(exp, state, n) for n in _several(meshes)},
   }
+
+
+def training_flops(settings: Mapping[str, Any]) -> float:
+  """Returns what `costs` says of training, sooner: teachers have no parameters here, blocks are a loop."""
+  teacher = functools.partial(_planned_teacher, shapes=False)
+  exp = _looped(settings, PLANNED._replace(teacher=teacher))
+  return _training_flops(exp)
+
+
+def _training_flops(exp: experiment.Experiment) -> float:
+  return patch_schedule.mean_cost(exp.flexi, exp.step_flops) * exp.total_steps
 
 
 def text(found: Mapping[str, Any]) -> list[str]:
@@ -148,13 +159,18 @@ def text(found: Mapping[str, Any]) -> list[str]:
 
 
 def _planned_teacher(
-  *, checkpoint: str | None = None, model: Mapping[str, Any] | None = None, **given: Any
+  *,
+  checkpoint: str | None = None,
+  model: Mapping[str, Any] | None = None,
+  shapes: bool = True,
+  **given: Any,
 ) -> Teacher:
-  """As `load_teacher`, of shapes only where the config names the model."""
+  """As `load_teacher`, of shapes only where the config names the model, or without those."""
   if model is None:
     return opening.load_teacher(checkpoint=checkpoint, **given)
   network, _ = opening.build_model(model, num_classes=0)
-  params = jax.eval_shape(lambda: steps.init_params(network, (8, 8, 3), seed=0))
+  init = functools.partial(steps.init_params, network, (8, 8, 3), seed=0)
+  params = jax.eval_shape(init) if shapes else {}
   size = {} if given.get("seqhw") is None else {"seqhw": given["seqhw"]}
   return Teacher(network, params, given.get("image", "image"), size)
 
@@ -343,7 +359,9 @@ def on_accelerator(settings: Mapping[str, Any]) -> dict[str, Any]:
   return {**settings, "model": {"dtype": "bfloat16", **settings["model"]}}
 
 
-def _looped(settings: Mapping[str, Any]) -> experiment.Experiment:
+def _looped(
+  settings: Mapping[str, Any], opening: opening.Opening = PLANNED
+) -> experiment.Experiment:
   """The experiment with its blocks as one loop: no shape of a step changes, and one block is traced, not a dozen; and
   with the attention of accelerators, which this machine would not choose for itself.
 
@@ -353,4 +371,4 @@ def _looped(settings: Mapping[str, Any]) -> experiment.Experiment:
   named = optim.get("lr_mults") or not isinstance(optim.get("schedule", {}), Mapping)
   settings = on_accelerator(settings)
   model = {"attention": "einsum", **settings["model"], **({} if named else {"scan": True})}
-  return experiment.build(**{**settings, "model": model, "evals": None}, opening=PLANNED)
+  return experiment.build(**{**settings, "model": model, "evals": None}, opening=opening)

@@ -50,6 +50,12 @@ def test_parameters_at_patch_16_are_timms(variant):
   assert plan.trees.count(params) / 1e6 == pytest.approx(PARAMETERS[variant], abs=0.01)
 
 
+@pytest.mark.parametrize("spec", ["i1k_distill:variant=S", "i21k_sup:sizes=coarse_to_fine"])
+def test_training_alone_costs_what_all_costs_say(spec):
+  settings = load(spec)
+  assert plan.training_flops(settings) == plan.costs(settings)["training_flops"]
+
+
 @pytest.mark.parametrize("name", ["miniature"])
 def test_a_config_is_planned_without_its_data(name):
   made = plan.plan(small(name), meshes=(1, 8))

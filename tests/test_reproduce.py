@@ -18,6 +18,7 @@ from flexivit_jax import (
   data,
   imagenet_sets,
   label_maps,
+  plan,
   published,
   reproduce,
   results,
@@ -26,6 +27,7 @@ from flexivit_jax import (
 )
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.models.flexivit import gmacs
 from flexivit_jax.reproduce import comparing, items, measuring
 from flexivit_jax.weights.registry import PUBLISHED
 
@@ -36,6 +38,7 @@ def test_the_list_names_every_item_and_what_it_needs(capsys):
   for name in reproduce.ITEMS:
     assert f"{name}: " in said
   assert "    data: imagenet2012; checkpoints: FlexiViT-L i1k\n    here: " in said
+  assert "    cost: 0.008 h to evaluate\nfig2: " in said
   undone = [i for i in reproduce.ITEMS.values() if not i.how and not i.evaluation]
   assert said.count("not in this project yet") == len(undone)
 
@@ -102,12 +105,38 @@ def test_what_cannot_be_compared_is_said(tmp_path):
 
 
 def test_costs_are_those_of_the_plan(monkeypatch):
-  monkeypatch.setattr(reproduce, "ITEMS", {name: items.ITEMS[name] for name in ("fig1", "fig8")})
+  monkeypatch.setattr(reproduce, "ITEMS", {"fig5": items.ITEMS["fig5"]})
   lines = reproduce.listing(costs=True)
-  (at,) = (i for i, line in enumerate(lines) if line.startswith("fig8:"))
-  assert "h on a TPU v3-32 to train all 1" in lines[at + 3]
-  (at,) = (i for i, line in enumerate(lines) if line.startswith("fig1:"))
-  assert "FLOPs to evaluate all: " in lines[at + 3]
+  each = [plan.costs(config.load(c, []))["hours"]["v3-32"] for c in items.ITEMS["fig5"].configs]
+  hours = [found["training"] for found in each]
+  assert lines[0] == "Costs are hours on a TPU v3-32 at 40% of its peak."
+  assert f"    cost: {sum(hours):.0f} h to train all 2" in lines
+  assert f"      configs/i21k_distill.py:init=random: {hours[1]:.0f} h" in lines
+
+
+def test_every_item_that_can_be_done_has_a_cost():
+  costs = {}
+  for line in reproduce.listing():
+    if not line.startswith(" "):
+      name = line.partition(":")[0]
+    if line.startswith("    cost: "):
+      costs[name] = line.removeprefix("    cost: ")
+  assert set(costs) == {n for n, i in reproduce.ITEMS.items() if i.how or i.evaluation}
+  for name, cost in costs.items():
+    assert re.fullmatch(r"(\S+ h to train( all \d+)?)?(, )?(\S+ h to evaluate)?", cost) and cost, (
+      name
+    )
+    assert not re.search(r"\b0 h|e-", cost), name
+  assert reproduce._hours(0.4 * 16 * 123e12 * 3600 * 0.0382) == "0.04 h"
+
+
+def test_a_commands_work_is_counted():
+  """Figure 4 resizes in five ways, each on as many images and sizes as the ensembles take."""
+  b = gmacs(FlexiViT(variant="B", num_classes=1000), (240, 240), seqhw=15)
+  one = items.Item("", work=(items.Work("B", 10, (15,), passes=3),))
+  assert reproduce.evaluation_flops(one) == pytest.approx(2e9 * b * 10 * 3)
+  fig4, ensembles = (reproduce.evaluation_flops(items.find(n)) for n in ("fig4", "ensembles"))
+  assert fig4 == pytest.approx(5 * ensembles)
 
 
 # --- measured on checkpoints ---
@@ -288,6 +317,8 @@ def test_an_evaluation_costs_all_images_at_all_sizes():
     dense += 2 * tokens * patch * patch * 3 * 1024 + 2 * 1024 * 1000
   assert reproduce.evaluation_flops(items.find("fig1")) == pytest.approx(50_000 * dense, rel=1e-6)
   assert reproduce.evaluation_flops(items.find("fig5")) == 0.0
+  sizes = {name: protocol.size for name, protocol in imagenet_sets.PROTOCOLS.items()}
+  assert sizes == {"paper": 240, "paper_i21k": 240, "timm": 240, "bwconrad": 224}
 
 
 def test_the_introductions_models_and_the_other_third_partys_are_told_apart():

@@ -1,6 +1,7 @@
 """`flexivit reproduce`: what the paper shows, how to do it here, at what cost, and ours beside what is published."""
 
 import argparse
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,14 @@ from flexivit_jax.reproduce.items import (
   OWN_DATA,
   Evaluation,
   Item,
+  Work,
   data_of,
+  fields_of,
   find,
   weights_of,
 )
 
-UTILISATION = 0.4  # that `plan.costs` takes
+MACHINE, UTILISATION = "v3-32", 0.4  # those of `flexivit plan`
 MEASURING = (
   "checkpoint",
   "data_dir",
@@ -121,13 +124,14 @@ def _differs(
 
 
 def listing(*, costs: bool = False, data_dir: pathlib.Path | None = None) -> list[str]:
-  """Some lines for each item: what it needs, and whether it can run here.
+  """Some lines for each item: what it needs, what it costs, and whether it can run here.
 
   Args:
-    costs: with the hours of training and of evaluating on a TPU v3-32 at 40 % of its peak.
+    costs: with the hours of each training.
     data_dir: where TFDS prepared the data; None: TFDS's own default.
   """
-  lines, here = [], _Here(data_dir)
+  lines = [f"Costs are hours on a TPU {MACHINE} at {UTILISATION:.0%} of its peak."]
+  here = _Here(data_dir)
   for name, item in ITEMS.items():
     numbers = sum(len(published.read(p)) for p in item.published)
     said = {0: "no numbers", 1: "1 number"}.get(numbers, f"{numbers} numbers")
@@ -139,26 +143,54 @@ def listing(*, costs: bool = False, data_dir: pathlib.Path | None = None) -> lis
     if any(needs.values()):
       lines.append("    " + "; ".join(f"{k}: {_some(v)}" for k, v in needs.items() if v))
     lines.append(f"    {here.says(item)}")
-    if costs and item.configs:
-      hours = [plan.costs(config.load(c, []))["hours"]["v3-32"]["training"] for c in item.configs]
-      lines.append(f"    {sum(hours):.0f} h on a TPU v3-32 to train all {len(hours)}")
-    if costs and (flops := evaluation_flops(item)):
-      hour = plan.MACHINES["v3-32"].flops * UTILISATION * 3600
-      lines.append(f"    {flops:.2g} FLOPs to evaluate all: {flops / hour:.2g} h there")
+    lines.append(f"    cost: {_cost(item)}")
+    if costs:
+      lines += [f"      {config}: {_hours(training_flops(config))}" for config in item.configs]
   return lines
 
 
+def _cost(item: Item) -> str:
+  training = [training_flops(config) for config in item.configs]
+  parts = []
+  if training:
+    parts.append(
+      f"{_hours(sum(training))} to train" + (f" all {len(training)}" if training[1:] else "")
+    )
+  if evaluating := evaluation_flops(item):
+    parts.append(f"{_hours(evaluating)} to evaluate")
+  return ", ".join(parts)
+
+
+def _hours(flops: float) -> str:
+  """One digit of what is less than an hour."""
+  hours = flops / (plan.MACHINES[MACHINE].flops * UTILISATION * 3600)
+  return f"{hours:,.0f} h" if hours >= 1 else f"{hours:.1g} h"
+
+
+@functools.cache
+def training_flops(name: str) -> float:
+  """Of a config, as `flexivit plan` has it."""
+  return plan.training_flops(config.load(name, []))
+
+
 def evaluation_flops(item: Item) -> float:
-  """Of all checkpoints that are published on all images at all sizes; 0 where an item measures none."""
-  if item.evaluation is None:
-    return 0.0
-  chosen = [imagenet_sets.SETS[name] for name in item.evaluation.sets]
-  sources = [{k: s.data[k] for k in ("name", "split")} for s in chosen]
-  images = sum(len(data.planned_source(**source)) for source in sources)
-  known = [weights.PUBLISHED[n] for n in item.evaluation.subjects if n in weights.PUBLISHED]
-  models = [FlexiViT(**{k: p.expected[k] for k in ("variant", "num_classes")}) for p in known]
-  one = [gmacs(model, (240, 240), seqhw=n) for model in models for n in item.evaluation.seqhw]
-  return 2e9 * sum(one) * images
+  """Of all checkpoints of an item on all images at all sizes, and of its commands but training; 0: there are none."""
+  works = [*item.work]
+  if evaluation := item.evaluation:
+    chosen = [imagenet_sets.SETS[name] for name in evaluation.sets]
+    sources = [{k: s.data[k] for k in ("name", "split")} for s in chosen]
+    images = sum(len(data.planned_source(**source)) for source in sources)
+    size = imagenet_sets.PROTOCOLS[evaluation.protocol].size
+    for name, subject in evaluation.subjects.items():
+      fields = {k: fields_of(name, subject)[k] for k in ("variant", "num_classes")}
+      works.append(Work(images=images, seqhw=evaluation.seqhw, size=size, **fields))
+  return sum(map(_flops, works))
+
+
+def _flops(work: Work) -> float:
+  model = FlexiViT(variant=work.variant, num_classes=work.num_classes)
+  one = sum(gmacs(model, (work.size, work.size), seqhw=n) for n in work.seqhw)
+  return 2e9 * one * work.images * work.passes
 
 
 def _some(names: Sequence[str]) -> str:

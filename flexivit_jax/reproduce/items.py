@@ -32,6 +32,17 @@ class Evaluation(NamedTuple):
   protocol: str = "paper"
 
 
+class Work(NamedTuple):
+  """What a command computes beside training: images through a variant at each grid, forward so many times."""
+
+  variant: str
+  images: int
+  seqhw: tuple[int, ...] = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
+  passes: int = 1
+  size: int = 240
+  num_classes: int = 1000
+
+
 class Item(NamedTuple):
   """A figure or table of the paper.
 
@@ -42,6 +53,7 @@ class Item(NamedTuple):
     data: TFDS data sets of `how`.
     weights: published checkpoints that `how` takes in the place of training.
     given: what else `how` takes, that is neither fetched nor prepared by TFDS.
+    work: what `how` computes beside the training of `configs`, for the cost.
     published: of which numbers are known, names for `published.read`.
     differs: how the protocol here differs from that of the published numbers.
     evaluation: what `flexivit reproduce ITEM --data_dir DIR --out OUT` measures; None: `how` is all.
@@ -53,6 +65,7 @@ class Item(NamedTuple):
   data: tuple[str, ...] = ()
   weights: tuple[str, ...] = ()
   given: tuple[str, ...] = ()
+  work: tuple[Work, ...] = ()
   published: tuple[str, ...] = ()
   differs: str = ""
   evaluation: Evaluation | None = None
@@ -164,6 +177,7 @@ ITEMS: dict[str, Item] = {
     "a trained kernel under PI-resize and its competitors",
     how=("python tools/patch_curve.py CHECKPOINT DIR --out RUN",),
     given=("a ViT-B/8 of ImageNet-1k: CHECKPOINT", f"{_FOLDERS}, DIR/train/CLASS/*.jpg"),
+    work=(Work("B", 50_000, passes=5),),  # five ways to resize
   ),
   "bwconrad": Item(
     "third party: fixed ViTs at other patch sizes by PI-resize alone; and the introduction's ViT-B/8 and B/32",
@@ -172,6 +186,7 @@ ITEMS: dict[str, Item] = {
       "flexivit reproduce bwconrad --results RUN/pi_timm/eval.json --model ViT-B/16 --setting '448 px'",
     ),
     given=(_FOLDERS,),
+    work=(Work("B", 50_000, (14,), size=448),),
     published=("bwconrad", "intro"),
     differs="of the published patch sizes those that divide 224 pixels: 8, 14, 16, 28 and 32; kernel and image resized"
     " together, to 56, 112, 448 and 896 pixels, as the commands do; the table's ViT-B/32 has 83.30 % at patch 32,"
@@ -194,6 +209,7 @@ ITEMS: dict[str, Item] = {
   "fig6": Item(
     "representations at different patch sizes (CKA)",
     **_tools(representations=""),
+    work=(Work("B", 1024),),
     differs="the paper embeds distances by t-SNE, we by classical scaling, which keeps them and has no random start",
   ),
   "fig7": Item(
@@ -228,9 +244,12 @@ ITEMS: dict[str, Item] = {
   "fig13": Item(
     "attention relevance (top) and token similarity (bottom) over patch sizes",
     **_tools(relevance=" --seqhw 5,10,15,30", token_similarity=" --seqhw 15 --with 5,10,30"),
+    work=(Work("B", 512, (5, 10, 15, 30), passes=3), Work("B", 512, (5, 10, 15, 30))),  # 3: with gradients
   ),
   "ensembles": Item(
-    "ensembles of one FlexiViT over patch sizes, at equal compute", **_tools(sizes_together="")
+    "ensembles of one FlexiViT over patch sizes, at equal compute",
+    **_tools(sizes_together=""),
+    work=(Work("B", 50_000),),
   ),
   "fig17": Item(
     "sizes of the stored kernel and of the grid of positions",
@@ -245,6 +264,7 @@ ITEMS: dict[str, Item] = {
     how=("python tools/shape_texture.py 'FlexiViT-B i1k' IMAGES --out RUN",),
     weights=("FlexiViT-B i1k",),
     given=("the cue conflicts of Geirhos et al.: IMAGES (tools/shape_texture.py)",),
+    work=(Work("B", 1280, (5, 8, 15, 30)),),
     differs="IMAGES are those of Geirhos et al., see the tool; how the paper prepares them is not known to us",
   ),
   "fig30": Item(
