@@ -4,7 +4,7 @@ import argparse
 import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flexivit_jax import config, data, errors, evaluate, imagenet_sets, plan, published, weights
@@ -94,6 +94,7 @@ def reproduce(args: argparse.Namespace) -> list[str]:
   measured = measuring.measure(checkpoints, sets, args.out)
   rows = comparing.beside(measured, item.published)
   differs = _differs(item.evaluation, protocol, item.differs, measured)
+  differs += _untimed(item, (row for found in measured for row in found.rows))
   files = {
     m.checkpoint.name: {k: m.about.get(k) for k in ("checkpoint", "weights")} for m in measured
   }
@@ -121,6 +122,12 @@ def _differs(
         f"{found.set_name}: {found.about['images']} images of a {got}, where published numbers are of {expected}"
       )
   return list(dict.fromkeys(lines))
+
+
+def _untimed(item: Item, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+  """That speeds are not compared, where they are published and ours lack them."""
+  timed = any(value.metric == "latency" for value in _known(item))
+  return ["ours have no milliseconds"] if timed and not any(row.get("ms") for row in rows) else []
 
 
 def listing(*, costs: bool = False, data_dir: pathlib.Path | None = None) -> list[str]:
@@ -266,6 +273,7 @@ def compare(
   if not item.published:
     raise errors.UserError(f"No numbers of {name} are known; see `flexivit reproduce --list`.")
   lines, differs = [], [item.differs] if item.differs else []
+  differs += _untimed(item, results["rows"])
   known, dataset = _known(item), results.get("dataset")
   if of := [s.published for s in imagenet_sets.SETS.values() if s.data["name"] == dataset]:
     known = [value for value in known if value.dataset in of]

@@ -18,7 +18,7 @@ METRICS = {
 def ours_of(value: published.Value, row: dict[str, Any]) -> float | None:
   """What a row says of a published number, in its unit; None: nothing."""
   name = METRICS.get(value.metric)
-  if value.patch != row["patch"] or name not in row:
+  if name is None or value.patch != row["patch"] or row.get(name) is None:
     return None
   return row[name] * (100 if value.unit == "%" else 1)
 
@@ -85,12 +85,14 @@ def line(row: dict[str, Any]) -> str:
 def write(
   out: pathlib.Path, name: str, rows: Sequence[dict[str, Any]], about: dict[str, Any]
 ) -> None:
-  """OUT/NAME.json (with `about`), NAME.csv, NAME.png and NAME.svg."""
+  """OUT/NAME.json (with `about`), NAME.csv, NAME.png and NAME.svg; NAME_ms.png and .svg where speeds are published."""
   (out / f"{name}.json").write_text(
     json.dumps({**about, "rows": list(rows)}, indent=1, allow_nan=False) + "\n"
   )
   results.write_csv(out / f"{name}.csv", rows)
   draw(out / name, rows)
+  if any(row["metric"] == "latency" for row in rows):
+    draw_speed(out / f"{name}_ms", rows)
 
 
 def side(patch: int | str) -> float:
@@ -113,11 +115,11 @@ def draw(stem: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
     for i, name in enumerate(names):
       points = [r for r in rows if r["set"] == chosen and r["checkpoint"] == name]
       ours = {side(r["patch"]): r["ours"] for r in sorted(points, key=lambda r: side(r["patch"]))}
-      axis.plot(list(ours), list(ours.values()), "-o", color=f"C{i % 10}", markersize=4, label=name)
+      axis.plot(list(ours), list(ours.values()), "-o", color=_color(i), markersize=4, label=name)
       known = [r for r in points if r["published"] is not None]
       axis.errorbar(
         [side(r["patch"]) for r in known], [r["published"] for r in known], [r["error"] or 0 for r in known],
-        fmt="s", color=f"C{i % 10}", markerfacecolor="none", markersize=7, linewidth=1,
+        fmt="s", color=_color(i), markerfacecolor="none", markersize=7, linewidth=1,
       )  # fmt: skip
     patches = {side(r["patch"]): r["patch"] for r in rows if r["set"] == chosen}
     axis.set_xscale("log")
@@ -128,7 +130,62 @@ def draw(stem: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
     axis.grid(alpha=0.25)
   axes[0, 0].set_ylabel("top-1 (%)")
   axes[0, 0].plot([], [], "ks", markerfacecolor="none", label="published")
-  figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+  _finish(figure, stem)
+
+
+def speeds(rows: Sequence[dict[str, Any]], which: str) -> dict[str, list[tuple[float, float]]]:
+  """Of each checkpoint its points (ms an image, top-1 in %), from fast to slow, on the set whose speeds are published.
+
+  Args:
+    rows: of `beside`.
+    which: "ours" or "published".
+  """
+  top1 = {
+    (r["checkpoint"], r["set"], r["patch"]): r[which]
+    for r in reversed(rows)
+    if r["metric"] == "top1"
+  }
+  found: dict[str, list[tuple[float, float]]] = {}
+  for row in rows:
+    accuracy = top1.get((row["checkpoint"], row["set"], row["patch"]))
+    if row["metric"] == "latency" and accuracy is not None:
+      found.setdefault(row["checkpoint"], []).append((row[which], accuracy))
+  return {name: sorted(points) for name, points in found.items()}
+
+
+def draw_speed(stem: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+  """Top-1 against milliseconds, as the paper's figure 2: ours on this machine filled, published hollow and dashed."""
+  import matplotlib.pyplot as plt
+
+  figure, axis = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+  ours, known = speeds(rows, "ours"), speeds(rows, "published")
+  for i, (name, points) in enumerate(ours.items()):
+    axis.plot(*zip(*points, strict=True), "-o", color=_color(i), markersize=4, label=name)
+    if name in known:
+      axis.plot(
+        *zip(*known[name], strict=True), "--s", color=_color(i), markerfacecolor="none", linewidth=1
+      )  # fmt: skip
+  devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
+  axis.set_xscale("log")
+  axis.set_xlabel(f"milliseconds an image: ours on {devices}, published on a TPU v3")
+  axis.set_ylabel("top-1 (%)")
+  axis.grid(alpha=0.25)
+  axis.plot([], [], "k--s", markerfacecolor="none", label="published")
+  _finish(figure, stem)
+
+
+def _color(i: int) -> Any:
+  """The default ten, then their light shades."""
+  import matplotlib.pyplot as plt
+
+  return plt.get_cmap("tab20")((2 * i + i // 10) % 20)
+
+
+def _finish(figure: Any, stem: pathlib.Path) -> None:
+  import matplotlib.pyplot as plt
+
+  columns = max(1, int(figure.get_figwidth() // 2))
+  figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
   for suffix in ("png", "svg"):
     figure.savefig(stem.with_name(f"{stem.name}.{suffix}"), dpi=150)
   plt.close(figure)

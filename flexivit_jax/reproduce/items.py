@@ -97,9 +97,9 @@ def weights_of(item: Item) -> list[str]:
   )
 
 
-def _train(*configs: str) -> dict[str, Any]:
+def _train(*configs: str, then: tuple[str, ...] = ()) -> dict[str, Any]:
   how = tuple(f"flexivit train --config {c} --workdir RUN" for c in configs)
-  return {"how": how, "configs": configs}
+  return {"how": how + then, "configs": configs}
 
 
 def _tools(**given: str) -> dict[str, Any]:
@@ -140,7 +140,10 @@ ITEMS: dict[str, Item] = {
   ),
   "fig2": Item(
     "ImageNet-1k: accuracy against speed of S, B, L at four lengths and ten sizes",
-    **_train(*(f"configs/i1k_distill.py:variant={v},epochs={e}" for v in "SBL" for e in _LENGTHS)),
+    **_train(
+      *(f"configs/i1k_distill.py:variant={v},epochs={e}" for v in "SBL" for e in _LENGTHS),
+      then=("flexivit report OUT/*/val.json --out OUT",),  # the Pareto fronts, by compute and by time
+    ),
     data=("imagenet2012",),
     given=("DeiT-III S, B, L of 384 pixels, the teachers: teacher=FILE (configs/i1k_distill.py)",),
     published=("fig2",),
