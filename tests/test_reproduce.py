@@ -421,6 +421,15 @@ def test_another_model_is_not_put_beside_published_numbers(
   assert measuring.load(free)[0].width == 32
 
 
+def test_what_the_configs_train_may_stand_for_the_published(small, tmp_path):
+  """configs/i21k_sup.py stores a kernel of 8x8 pixels, the published baselines have 32x32."""
+  trained = FlexiViT(variant="mu", num_classes=21_843, patch_size=(8, 8))
+  write_random(tmp_path / "trained.npz", trained)
+  fig3 = items.find("fig3").evaluation
+  (made,) = measuring.checkpoints_of(fig3, [f"ViT-B/16 i21k={tmp_path / 'trained.npz'}"])
+  assert measuring.load(made)[0].patch_size == (8, 8)
+
+
 def test_only_the_grid_of_positions_tells_a_fixed_model_from_a_published_one(small, tmp_path):
   fixed = FlexiViT(variant="mu", num_classes=1000, posemb_size=(14, 14))
   write_random(tmp_path / "fixed.npz", fixed)

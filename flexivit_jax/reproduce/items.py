@@ -72,9 +72,13 @@ class Item(NamedTuple):
 
 
 def fields_of(name: str, subject: Subject) -> dict[str, Any]:
-  """The fields of the model that goes by this name."""
-  published = weights.PUBLISHED.get(name)
-  return published.expected if published else dict(variant=subject.variant, num_classes=1000)
+  """The fields of the model that goes by this name.
+
+  Without the stored kernel's size of a published one, which is another in the configs that train it here.
+  """
+  if name not in weights.PUBLISHED:
+    return dict(variant=subject.variant, num_classes=1000)
+  return {k: v for k, v in weights.PUBLISHED[name].expected.items() if k != "patch_size"}
 
 
 def find(name: str) -> Item:
