@@ -437,6 +437,9 @@ def test_only_the_grid_of_positions_tells_a_fixed_model_from_a_published_one(sma
   (made,) = measuring.checkpoints_of(table, [f"FlexiViT-S i1k={tmp_path / 'fixed.npz'}"])
   with pytest.raises(UserError, match=r"posemb_size: expected \(7, 7\), got \(14, 14\)"):
     measuring.load(made)
+  timm = fixed.clone(posemb_size=(15, 15))  # of 240 pixels at patch 16, as timm's flexivit files
+  write_random(tmp_path / "fixed.npz", timm)
+  assert measuring.load(made)[0].posemb_size == (15, 15)
 
 
 def test_checkpoints_go_by_all_their_names(tmp_path):

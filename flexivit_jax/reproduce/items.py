@@ -71,14 +71,19 @@ class Item(NamedTuple):
   evaluation: Evaluation | None = None
 
 
-def fields_of(name: str, subject: Subject) -> dict[str, Any]:
+def fields_of(
+  name: str, subject: Subject, posemb_size: tuple[int, int] | None = None
+) -> dict[str, Any]:
   """The fields of the model that goes by this name.
+
+  Without the grid of positions where `posemb_size` is that of timm's files, which have the published ones resized.
 
   Without the stored kernel's size of a published one, which is another in the configs that train it here.
   """
   if name not in weights.PUBLISHED:
     return dict(variant=subject.variant, num_classes=1000)
-  return {k: v for k, v in weights.PUBLISHED[name].expected.items() if k != "patch_size"}
+  other = {"patch_size"} | ({"posemb_size"} if posemb_size == _TIMM_GRID else set())
+  return {k: v for k, v in weights.PUBLISHED[name].expected.items() if k not in other}
 
 
 def find(name: str) -> Item:
@@ -124,6 +129,7 @@ def _released(*epochs: int) -> dict[str, Subject]:
   }
 
 
+_TIMM_GRID = (15, 15)  # of 240 pixels at patch 16
 _LENGTHS = (1200, 600, 300, 90)
 _SETS = ("val", "v2", "a", "r", "sketch", "real")
 _B8 = "the AugReg ViT-B/8 of ImageNet-21k, the teacher: teacher=FILE (configs/i21k_distill.py)"

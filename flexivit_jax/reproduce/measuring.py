@@ -93,7 +93,7 @@ def load(checkpoint: Checkpoint) -> tuple[FlexiViT, dict, dict[str, Any]]:
   """
   model, params, record = weights.load_with_record(checkpoint.path)
   name, path, subject = checkpoint
-  expected = fields_of(name, subject) if subject else {}
+  expected = fields_of(name, subject, model.posemb_size) if subject else {}
   if lines := weights.differences(model, expected):
     raise errors.UserError(
       f"{path} is no {name!r}, so that its published numbers are not of it:\n  "
