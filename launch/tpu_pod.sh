@@ -3,12 +3,14 @@
 #
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh create v5litepod-32
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh train --config configs/i1k_sup.py --workdir /shared/runs/i1k
+#   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh log       # what the first host says; Ctrl-C ends only the looking
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh stop      # SIGTERM to one host: all save the same step
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh delete
 #
 # The hosts find each other by the TPU's own metadata. The run's folder and the data have to be on a file system that
-# all hosts see (Filestore: NFS=10.0.0.2:/share). The same `train` goes on from the last checkpoint.
-# Variables: NAME, ZONE, NFS; SOURCE, what pip installs (default: this folder); RUNTIME, the image of the hosts.
+# all hosts see (Filestore: NFS=10.0.0.2:/share). The same `train` goes on from the last checkpoint; it runs on without
+# this terminal, and each host writes flexivit.log in its home.
+# Variables: NAME, ZONE, NFS; RUNTIME, the image of the hosts; PYTHON, which uv installs there (3.12).
 set -euo pipefail
 
 : "${NAME:?is the name of the pod}" "${ZONE:?is its zone}"
@@ -22,12 +24,14 @@ case ${1:-} in
   create)
     gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" --accelerator-type="${2:?is the kind of the pod}" \
       --version="${RUNTIME:-v2-alpha-tpuv5-lite}"
-    if [[ -z ${SOURCE:-} ]]; then
-      tar -C "$root" --exclude=.git --exclude=.venv* --exclude=runs -czf /tmp/flexivit.tgz .
-      gcloud compute tpus tpu-vm scp /tmp/flexivit.tgz "$NAME:" --zone="$ZONE" --worker=all
-      everywhere "mkdir -p flexivit && tar -C flexivit -xzf flexivit.tgz"
-    fi
-    everywhere "python3 -m venv .venv && .venv/bin/pip install -q -U 'jax[tpu]' ${SOURCE:-./flexivit}"
+    packed=$(mktemp -d)
+    trap 'rm -rf "$packed"' EXIT
+    tar -C "$root" --exclude=.git --exclude=.venv* --exclude=.*_cache --exclude=runs -czf "$packed/flexivit.tgz" .
+    gcloud compute tpus tpu-vm scp "$packed/flexivit.tgz" "$NAME:" --zone="$ZONE" --worker=all
+    everywhere "mkdir -p flexivit && tar -C flexivit -xzf flexivit.tgz"
+    # The images have an older Python than this project needs.
+    everywhere "python3 -m pip install -q --user uv && uv=\$HOME/.local/bin/uv && \$uv venv -q --python ${PYTHON:-3.12} .venv &&
+      \$uv pip install -q --python .venv 'jax[tpu]' ./flexivit"
     if [[ -n ${NFS:-} ]]; then
       everywhere "sudo apt-get -qq install nfs-common && sudo mkdir -p /shared && sudo mount -o rw,hard '$NFS' /shared"
     fi
@@ -35,12 +39,14 @@ case ${1:-} in
   train)
     shift
     # LIBTPU_INIT_ARGS takes XLA's flags; the programs that were compiled are kept on each host.
-    everywhere "cd flexivit && TF_CPP_MIN_LOG_LEVEL=1 ../.venv/bin/flexivit train $(printf '%q ' "$@")"
+    everywhere "cd flexivit && TF_CPP_MIN_LOG_LEVEL=1 nohup setsid ../.venv/bin/flexivit train $(printf '%q ' "$@") \
+      >> ~/flexivit.log 2>&1 < /dev/null &"
     ;;
+  log) WORKER=0 everywhere "tail -n 50 -F flexivit.log" ;;
   stop) WORKER=0 everywhere "pkill -TERM -f 'bin/flexivit train'" ;;
   delete) gcloud compute tpus tpu-vm delete "$NAME" --zone="$ZONE" --quiet ;;
   *)
-    echo "usage: NAME=... ZONE=... $0 create KIND | train ARGUMENTS | stop | delete" >&2
+    echo "usage: NAME=... ZONE=... $0 create KIND | train ARGUMENTS | log | stop | delete" >&2
     exit 2
     ;;
 esac
