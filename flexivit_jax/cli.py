@@ -2,8 +2,9 @@
 
 import importlib
 import os
+import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flexivit_jax import allocator, arguments, errors, stopping
 
@@ -28,16 +29,25 @@ MODULES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; a user's mistake is one line on stderr and exit code 2, a signal that was obeyed 75."""
+  return exit_code(lambda: _run(sys.argv[1:] if argv is None else argv), "flexivit")
+
+
+def _run(argv: Sequence[str]) -> None:
+  args = arguments.parse(argv)
+  module = MODULES[args.command]
+  allocator.keep_memory()
+  importlib.import_module(f"flexivit_jax.{module}").run(args)
+
+
+def exit_code(run: Callable[[], None], name: str) -> int:
+  """Runs, and returns how the program `name` ends: 0, or another code after its line on stderr."""
   try:
-    args = arguments.parse(sys.argv[1:] if argv is None else argv)
-    module = MODULES[args.command]
-    allocator.keep_memory()
-    importlib.import_module(f"flexivit_jax.{module}").run(args)
+    run()
   except errors.UserError as e:
-    print(f"flexivit: error: {e}", file=sys.stderr)
+    print(f"{name}: error: {e}", file=sys.stderr)
     return USAGE_ERROR
   except stopping.Stopped as e:
-    print(f"flexivit: stopped by {e}; the same command goes on", file=sys.stderr)
+    print(f"{name}: stopped by {e}; the same command goes on", file=sys.stderr)
     return stopping.STOPPED
   except BrokenPipeError:  # the reader, `| head`, has seen enough
     os.dup2(
@@ -45,6 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # or Python would write the rest at exit
     return BROKEN_PIPE
   return 0
+
+
+def tool(run: Callable[[], None]) -> None:
+  """Runs the `main` of a script; what ends a command in one line ends it so too, and a file that is not there."""
+
+  def checked() -> None:
+    try:
+      run()
+    except (FileNotFoundError, NotADirectoryError) as e:
+      raise errors.UserError(f"{e.filename}: {e.strerror}") from e
+
+  if code := exit_code(checked, pathlib.Path(sys.argv[0]).name):
+    sys.exit(code)
 
 
 def entry(argv: Sequence[str] | None = None) -> None:

@@ -1,15 +1,17 @@
 """The tool that runs all analyses on a checkpoint; and the probes among them."""
 
 import csv
+import functools
 import json
+import re
 import runpy
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
-from flexivit_jax import weights
-from flexivit_jax.errors import UserError
+from flexivit_jax import cli, label_maps, weights
 from flexivit_jax.models.flexivit import FlexiViT
 
 FIELDS = dict(
@@ -41,17 +43,85 @@ def test_probes_of_each_kind_and_size(repository, checkpoint, tmp_path, monkeypa
   assert (out / "probes.png").stat().st_size > 1000
 
 
-def test_what_cannot_be_measured_is_said_before(repository, checkpoint, tmp_path, monkeypatch):
+def refusal(repository, monkeypatch, capfd, tool, *given):
+  """What a tool ends with: one line on stderr, and 2."""
+  monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, given)])
+  with pytest.raises(SystemExit) as ended:
+    runpy.run_path(str(repository / "tools" / f"{tool}.py"), run_name="__main__")
+  err = capfd.readouterr().err
+  assert ended.value.code == 2 and err.count("\n") == 1 and f"{tool}.py: error: " in err, err
+  return err
+
+
+def test_what_cannot_be_measured_is_said_before(
+  repository, checkpoint, tmp_path, monkeypatch, capfd
+):
   given = [checkpoint, "--config=configs/digits.py", f"--out={tmp_path}"]
   for tool, more, words in (
     ("probes", "--shots=1", "--k=20 neighbours of 1 images of each of 10 classes"),
     ("relevance", "--seqhw=1,2", "At 1 there is one patch"),
     ("analyses", "--only=relevanse", "analysis 'relevanse'.*relevance"),
   ):
-    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, given), more])
-    with pytest.raises(UserError, match=words):
-      runpy.run_path(str(repository / "tools" / f"{tool}.py"), run_name="__main__")
+    assert re.search(words, refusal(repository, monkeypatch, capfd, tool, *given, more))
   assert not list(tmp_path.glob("*.json"))
+
+
+OF_CONFIG = ("--config=configs/digits.py",)
+TAKE_A_CHECKPOINT = {
+  "representations": OF_CONFIG,
+  "relevance": OF_CONFIG,
+  "sizes_together": OF_CONFIG,
+  "probes": OF_CONFIG,
+  "token_similarity": (*OF_CONFIG, "--seqhw=4", "--with=2"),
+  "patch_curve": ("photos",),
+  "shape_texture": ("photos",),
+}
+
+
+@pytest.mark.parametrize("tool", TAKE_A_CHECKPOINT)
+def test_a_file_that_is_not_there_is_one_line(
+  repository, checkpoint, tmp_path, monkeypatch, capfd, tool
+):
+  """The checkpoint, where all else is there; then what is shown to it."""
+  monkeypatch.chdir(tmp_path)
+  for split in ("train", "val"):
+    (tmp_path / "photos" / split / "cat").mkdir(parents=True)
+    Image.new("RGB", (24, 24)).save(tmp_path / "photos" / split / "cat" / "0.png")
+  for category in label_maps.cue_conflict() if tool == "shape_texture" else ():
+    (tmp_path / "photos" / category).mkdir()
+    Image.new("RGB", (24, 24)).save(tmp_path / "photos" / category / f"{category}1-cat1.png")
+  more = TAKE_A_CHECKPOINT[tool]
+  call = functools.partial(refusal, repository, monkeypatch, capfd, tool)
+  assert "nothing.npz does not exist" in call("nothing.npz", *more, "--out=out")
+  nothing = [m.replace("digits", "nothing").replace("photos", "nothing") for m in more]
+  assert "nothing" in call(checkpoint, *nothing, "--out=out")
+
+
+@pytest.mark.slow
+def test_all_analyses_end_as_the_worst_of_them(repository, tmp_path, monkeypatch, capfd):
+  given = ("nothing.npz", *OF_CONFIG, f"--out={tmp_path}", "--only=relevance")
+  monkeypatch.setattr(sys, "argv", ["analyses.py", *given])
+  with pytest.raises(SystemExit) as ended:
+    runpy.run_path(str(repository / "tools" / "analyses.py"), run_name="__main__")
+  assert ended.value.code == 2
+  assert "relevance.py: error: nothing.npz does not exist" in capfd.readouterr().err
+
+
+def test_every_tool_ends_in_the_same_way(repository):
+  """A test of the text: most are measurements that take minutes."""
+  for file in (repository / "tools").glob("*.py"):
+    text = file.read_text()
+    assert ("def main(" in text) == text.endswith("\n  cli.tool(main)\n"), file
+
+
+def test_a_file_that_a_tool_cannot_open_is_one_line(monkeypatch, capsys, tmp_path):
+  monkeypatch.setattr(sys, "argv", ["tools/any.py"])
+  with pytest.raises(SystemExit, match="2"):
+    cli.tool((tmp_path / "nothing").read_text)
+  assert (
+    capsys.readouterr().err == f"any.py: error: {tmp_path}/nothing: No such file or directory\n"
+  )
+  cli.tool(lambda: None)
 
 
 def run_analyses(repository, checkpoint, out, sizes, only):
@@ -85,6 +155,6 @@ def test_one_that_fails_is_named_and_the_others_run(repository, checkpoint, tmp_
   """Relevance is compared between two sizes."""
   out = tmp_path / "analyses"
   run = run_analyses(repository, checkpoint, out, "2", "relevance,representations")
-  assert run.returncode == 1
+  assert run.returncode == 2
   assert run.stdout.splitlines()[-1].endswith("failed: relevance")
   assert (out / "representations" / "cka.json").is_file()

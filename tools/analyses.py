@@ -13,14 +13,14 @@ import subprocess
 import sys
 import time
 
-from flexivit_jax import analysis, config, errors
+from flexivit_jax import analysis, cli, config, errors
 from flexivit_jax.evaluators.per_size import size_text
 
 TOOLS = ("representations", "relevance", "token_similarity", "sizes_together", "probes")
 
 
 def main() -> None:
-  """Runs them; the exit status is 1 if one failed."""
+  """Runs them; the exit status is the largest of theirs."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -44,7 +44,7 @@ def main() -> None:
   options["token_similarity"] = [
     f"--seqhw={middle}", f"--with={','.join(s for s in sizes if s != middle)}"
   ]  # fmt: skip
-  failed, begun = [], time.perf_counter()
+  failed, begun = {}, time.perf_counter()
   for name in names:
     print(f"--- {name}", flush=True)
     tool, start = pathlib.Path(__file__).with_name(f"{name}.py"), time.perf_counter()
@@ -57,15 +57,15 @@ def main() -> None:
       "--out",
       args.out / name,
     ]
-    if subprocess.run([*command, *options[name], *rest], check=False).returncode:
-      failed.append(name)
+    if code := subprocess.run([*command, *options[name], *rest], check=False).returncode:
+      failed[name] = abs(code)
     print(f"--- {name}: {time.perf_counter() - start:.0f} s", flush=True)
   print(
     f"{time.perf_counter() - begun:.0f} s in all"
     + (f"; failed: {', '.join(failed)}" if failed else "")
   )
-  sys.exit(bool(failed))
+  sys.exit(max(failed.values(), default=0))
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from flexivit_jax import cli
+
 Once = Callable[[], Any]
 PEERS = ("ours", "yardstick", "timm", "timm_bf16", "onnx")
 SIDES = {
@@ -371,4 +373,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Any
 
-from flexivit_jax import metrics
+from flexivit_jax import cli, metrics
 from flexivit_jax.checkpoint import Checkpoints
 
 TIMES = ("step_s", "images_per_s", "data_wait")
@@ -125,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from flexivit_jax import bench, opening
+from flexivit_jax import bench, cli, opening
 from flexivit_jax.models import FlexiViT
 
 
@@ -74,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from sklearn.datasets import load_sample_images
 
+from flexivit_jax import cli
 from flexivit_jax.resize import KERNEL_RESIZES, pi_resize, plain_resize, resize_matrix
 
 BASE = 16  # the patch size that the kernels are stored at
@@ -187,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

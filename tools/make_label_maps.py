@@ -12,6 +12,7 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+from flexivit_jax import cli
 from flexivit_jax.errors import UserError
 
 OUT = pathlib.Path(__file__).resolve().parent.parent / "flexivit_jax" / "label_maps"
@@ -96,4 +97,4 @@ def write(path: pathlib.Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

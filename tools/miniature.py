@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 
+from flexivit_jax import cli
+
 SHORT = "epochs=2"
 EQUAL = "flops=5.18e12"  # what two epochs of uniformly drawn sizes take
 # name of the run: argument of configs/miniature.py; {out} is the folder of the runs of the same seed
@@ -141,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flexivit_jax import data, resize, weights
+from flexivit_jax import cli, data, resize, weights
 from flexivit_jax.flexify import recipe
 
 
@@ -81,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from flexivit_jax import errors, published
+from flexivit_jax import cli, errors, published
 from flexivit_jax.report.plots import COLORS, FAINT, GRID, INK
 from flexivit_jax.reproduce.items import ITEMS, Item
 from flexivit_jax.weights.registry import PUBLISHED
@@ -468,4 +468,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -12,7 +12,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from flexivit_jax import experiment, results, sharding, weights
+from flexivit_jax import cli, experiment, results, sharding, weights
 from flexivit_jax.flexify import recipe
 
 TIMM = dict(kernel_operator="cubic_antialias", grid_operator="cubic_antialias")
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

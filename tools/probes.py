@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from flexivit_jax import analysis, data, errors, experiment, results, sections
+from flexivit_jax import analysis, cli, data, errors, experiment, results, sections
 
 
 def measure(opened: analysis.Opened, title: str, **section: Any) -> list[dict[str, Any]]:
@@ -74,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colors
 
-from flexivit_jax import analysis, errors, relevance, resize, results
+from flexivit_jax import analysis, cli, errors, relevance, resize, results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 
@@ -146,7 +146,7 @@ def main() -> None:
   fn = functools.partial(maps, model=model)
   runner = PerSize(fn, model, data, mesh, sizes=sizes, inputs=("image", "labels"))
   if len(runner.sizes) < 2:
-    raise SystemExit(f"--seqhw {args.seqhw}: it takes two sizes to compare.")
+    raise errors.UserError(f"--seqhw {args.seqhw}: it takes two sizes to compare.")
   runner.compile(params)
   names = [label(runner.names(size)) for size in runner.sizes.values()]
   if one := [
@@ -175,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -21,7 +21,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import analysis, resize, similarity
+from flexivit_jax import analysis, cli, resize, similarity
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 
@@ -160,4 +160,4 @@ def write(
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -12,7 +12,7 @@ says, which a test compares with compiled programs of eight devices. Assumed:
 import argparse
 from typing import Any
 
-from flexivit_jax import communication, config, experiment, patch_schedule, plan, sharding
+from flexivit_jax import cli, communication, config, experiment, patch_schedule, plan, sharding
 
 PEAK, LINKS, REACHED = 197e12, 200e9, 0.4
 
@@ -51,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

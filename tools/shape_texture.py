@@ -24,6 +24,7 @@ import numpy as np
 
 from flexivit_jax import (
   calibration,
+  cli,
   cue_conflict,
   data,
   errors,
@@ -148,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -9,7 +9,7 @@ import functools
 import statistics
 from typing import Any
 
-from flexivit_jax import allocator
+from flexivit_jax import allocator, cli
 
 allocator.keep_memory()
 
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexivit_jax import manifest
+from flexivit_jax import cli, manifest
 from flexivit_jax.checkpoint import Checkpoints
 
 
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from sklearn import datasets
 
+from flexivit_jax import cli
 from flexivit_jax.data import preprocess
 
 PP = "|flip_lr|value_range(-1, 1)|keep('image')"
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -10,7 +10,7 @@ import statistics
 import time
 from typing import Any
 
-from flexivit_jax import allocator
+from flexivit_jax import allocator, cli
 
 
 def build(args: argparse.Namespace) -> tuple[Any, Any, dict]:
@@ -77,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

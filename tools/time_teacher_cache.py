@@ -11,7 +11,7 @@ import time
 
 import jax
 
-from flexivit_jax import config, errors, experiment, patch_schedule, preparation, sharding
+from flexivit_jax import cli, config, errors, experiment, patch_schedule, preparation, sharding
 
 
 def main() -> None:
@@ -53,4 +53,4 @@ def seconds(settings: dict) -> float:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

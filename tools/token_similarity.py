@@ -19,7 +19,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import analysis, evaluate, results
+from flexivit_jax import analysis, cli, errors, evaluate, results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 
@@ -89,7 +89,7 @@ def main() -> None:
   images = np.asarray(first["image"][:IMAGES])
   given = evaluate.parse_sizes(f"{args.seqhw},{args.others}")
   if len(set(given)) != len(given):
-    raise SystemExit(f"--seqhw {args.seqhw} --with {args.others}: a size stands there twice.")
+    raise errors.UserError(f"--seqhw {args.seqhw} --with {args.others}: a size stands there twice.")
   sizes = sizes_of(given)
   grids = [which_grid(images.shape[1:3], model.patch_size, **size).grid_hw for size in sizes]
   fn = functools.partial(tokens, model=model)
@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -14,6 +14,8 @@ import zipfile
 
 import numpy as np
 
+from flexivit_jax import cli
+
 
 def main() -> None:
   """Writes the folders."""
@@ -36,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)
