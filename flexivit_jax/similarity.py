@@ -36,9 +36,13 @@ class MinibatchCKA:
     self._sums += _hsic(grams)
 
   def result(self) -> Float[np.ndarray, "k k"]:
-    """CKA of each pair: 1 on the diagonal, near 0 where there is nothing in common (the estimate may be below)."""
-    own = np.sqrt(np.diag(self._sums))
-    return self._sums / np.outer(own, own)
+    """CKA of each pair: 1 on the diagonal, near 0 where there is nothing in common (the estimate may be below).
+
+    NaN, not defined, with a feature that is the same for all examples (its HSIC with itself is not above 0).
+    """
+    own = np.diag(self._sums)
+    root = np.sqrt(np.where(own > 0, own, np.nan))
+    return self._sums / np.outer(root, root)
 
 
 def cka(x: Float[np.ndarray, "n _"], y: Float[np.ndarray, "n _"]) -> float:
@@ -56,8 +60,17 @@ def arc_cosine(similarity: Float[np.ndarray, "k k"]) -> Float[np.ndarray, "k k"]
 def embed(distances: Float[np.ndarray, "k k"]) -> Float[np.ndarray, "k 2"]:
   """Points in the plane whose distances are nearest to these: classical multidimensional scaling.
 
-  The signs are so that the largest coordinate of each axis is positive.
+  The signs are so that the largest coordinate of each axis is positive. What has no distances (NaN) has no point.
   """
+  known = ~np.isnan(np.diag(distances))
+  points = np.full((len(distances), 2), np.nan)
+  if known.sum() >= 2:
+    points[known] = _scale(distances[np.ix_(known, known)])
+  return points
+
+
+def _scale(distances: Float[np.ndarray, "k k"]) -> Float[np.ndarray, "k 2"]:
+  """The points, where all distances are known."""
   k = len(distances)
   centre = np.eye(k) - 1.0 / k
   values, vectors = np.linalg.eigh(-0.5 * centre @ distances**2 @ centre)
@@ -71,6 +84,7 @@ def _gram(x: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "n n"]:
   if len(x) < 4:
     raise errors.UserError(f"CKA of {len(x)} examples; it takes at least 4 in a minibatch.")
   x = np.asarray(x, np.float64)
+  x = x - x[:1]  # a shift does not change HSIC, and what is constant becomes 0 to the last bit
   gram = x @ x.T
   np.fill_diagonal(gram, 0.0)
   return gram

@@ -1,14 +1,16 @@
 """CKA against its definition, and what it does not change with."""
 
 import json
+import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from flexivit_jax import similarity
+from flexivit_jax import similarity, weights
 from flexivit_jax.errors import UserError
+from flexivit_jax.models.flexivit import FlexiViT
 
 
 def unbiased_hsic(x, y):
@@ -83,6 +85,54 @@ def test_too_few_examples_and_other_features_are_errors():
     similarity.cka(np.ones((3, 2)), np.ones((3, 2)))
   with pytest.raises(UserError, match="Got 1 features, expected 2"):
     similarity.MinibatchCKA(2).update([np.ones((5, 2))])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+def test_a_constant_feature_has_no_cka_and_the_others_keep_theirs(value):
+  rng = np.random.default_rng(4)
+  x, y = rng.normal(size=(9, 4)), rng.normal(size=(9, 4))
+  parts = similarity.MinibatchCKA(3)
+  parts.update([x, np.full((9, 7), value), y])
+  found = parts.result()
+  assert np.isnan(found[1]).all() and np.isnan(found[:, 1]).all()
+  np.testing.assert_array_equal(np.diag(found)[::2], 1)
+  assert found[0, 2] == pytest.approx(similarity.cka(x, y), abs=1e-12)
+  points = similarity.embed(similarity.arc_cosine(found))
+  assert np.isnan(points[1]).all() and np.isfinite(points[::2]).all()
+  assert np.isnan(similarity.embed(np.full((1, 1), np.nan))).all()
+
+
+def test_the_tool_writes_null_for_a_layer_that_is_constant(
+  repository, random_params, tmp_path, monkeypatch, capsys
+):
+  fields = dict(
+    num_classes=10,
+    patch_size=(4, 4),
+    posemb_size=(3, 3),
+    width=16,
+    depth=1,
+    mlp_dim=24,
+    num_heads=4,
+  )
+  model = FlexiViT(**fields)
+  params = random_params(model, (24, 24, 3))
+  params["Transformer"]["encoderblock_0"]["MlpBlock_0"]["Dense_1"]["kernel"][:] = 0
+  weights.save_npz(tmp_path / "vit.npz", model, params, {"model": fields})
+  out = tmp_path / "cka"
+  given = [tmp_path / "vit.npz", "--config=configs/digits.py:debug", f"--out={out}", "--seqhw=2,4"]
+  monkeypatch.setattr(sys, "argv", ["representations.py", *map(str, given)])
+  runpy.run_path(str(repository / "tools" / "representations.py"), run_name="__main__")
+  found = json.loads((out / "cka.json").read_text(), parse_constant=pytest.fail)
+  sa, mlp, pooled = found["cka"][:3]
+  assert mlp == [None] * 6 and found["map"][1] == [None, None]
+  assert (
+    [value is None for value in sa]
+    == [value is None for value in pooled]
+    == [False, True, False] * 2
+  )
+  rows = (out / "cka.csv").read_text().splitlines()
+  assert rows[2] == "2 | block 0 mlp,,,,,,"
+  assert "block 0 mlp: 2 not defined, 4 not defined" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ For each size and block: what attention and what the MLP adds to the tokens of t
 the grids by a linear, antialiased resize (as of position embeddings), so that features of all sizes are of the same
 places; and the pooled representation, as it is. CKA over minibatches (see `similarity`), its arc-cosine as a distance,
 and a map of these. Into OUT: cka.json, cka.csv, cka.png (the matrix), map.png; and of a model with a class token the
-same of that token after each block: class_token_cka.json and so on.
+same of that token after each block: class_token_cka.json and so on. Where a layer is the same for all examples CKA is
+not defined: null in the JSON, empty in the CSV, blank in the pictures.
 """
 
 import csv
@@ -135,9 +136,17 @@ def lines(matrix: np.ndarray, sizes: Sequence[str], layers: Sequence[str]) -> li
   count, found = len(layers), []
   for j, layer in enumerate(layers):
     values = matrix[j::count, len(matrix) - count + j]
-    each = ", ".join(f"{n} {v:.2f}" for n, v in zip(sizes, values, strict=True))
+    each = ", ".join(
+      f"{n} " + ("not defined" if np.isnan(v) else f"{v:.2f}")
+      for n, v in zip(sizes, values, strict=True)
+    )
     found.append(f"{layer:>12}: {each}")
   return found
+
+
+def defined(matrix: np.ndarray) -> list[list[float | None]]:
+  """Its rows; None for what is not a number."""
+  return [[None if np.isnan(v) else float(v) for v in row] for row in matrix]
 
 
 def write(
@@ -151,10 +160,12 @@ def write(
   """The files of one kind of features; `kind` is what their names begin with."""
   points = similarity.embed(similarity.arc_cosine(matrix))
   rows = [f"{name} | {layer}" for name in sizes for layer in layers]
-  made = {**about, "rows": rows, "cka": matrix.tolist(), "map": points.tolist()}
-  (out / f"{kind}cka.json").write_text(json.dumps(made) + "\n")
+  made = {**about, "rows": rows, "cka": defined(matrix), "map": defined(points)}
+  (out / f"{kind}cka.json").write_text(json.dumps(made, allow_nan=False) + "\n")
   with (out / f"{kind}cka.csv").open("w", newline="") as file:
-    csv.writer(file).writerows([["", *rows], *([r, *v] for r, v in zip(rows, matrix, strict=True))])
+    csv.writer(file).writerows(
+      [["", *rows], *([r, *v] for r, v in zip(rows, defined(matrix), strict=True))]
+    )
   draw_matrix(out / f"{kind}cka.png", matrix, sizes, len(layers))
   draw_map(out / f"{kind}map.png", points, sizes, len(layers))
 
