@@ -22,8 +22,9 @@ GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
 
 
 def get_config(arg=""):
-  # S, B, L [ours]; B [BV]. sizes: uniform, coarse_to_fine (the paper's curriculum; its stages are not public), flops
-  arg = parse_arg(arg, variant="B", epochs=90, fixed=0, sizes="uniform", debug=False)
+  # S, B, L [ours]; B [BV]. sizes: uniform, coarse_to_fine (the paper's curriculum; its stages are not public), flops.
+  # finest: no grid of more tokens a side is trained at: 15 of a curriculum that ends at patch 16 [ours].
+  arg = parse_arg(arg, variant="B", epochs=90, fixed=0, finest=30, sizes="uniform", debug=False)
   c = ml_collections.ConfigDict()
   c.name = f"ViT-{arg.variant}, patch {240 // arg.fixed} only" if arg.fixed else f"FlexiViT-{arg.variant}"  # fmt: skip
   c.seed = 0  # [BV]
@@ -39,7 +40,7 @@ def get_config(arg=""):
     prefetch=8,  # the small patch counts are fast, and would wait for data [BV]
   )
   curricula = dict(uniform={}, flops=dict(share="flops"), coarse_to_fine=dict(stages=arg.sizes))
-  values = (arg.fixed,) if arg.fixed else GRIDS
+  values = (arg.fixed,) if arg.fixed else tuple(n for n in GRIDS if n <= arg.finest)
   c.flexi = dict(seqhw=dict(v=values, **curricula[arg.sizes]))  # uniform [BV]
   c.objective = dict(loss="sigmoid_xent", mixup_p=0.2)  # [BV]
   c.model = dict(

@@ -343,6 +343,7 @@ def test_imagenet21k_distillation_is_the_papers_with_its_preprocessing_mended():
     ("i21k_distill:resize=area", {"model.kernel_resize"}),
     ("i21k_distill:sizes=flops", {"flexi.seqhw.share"}),
     ("i21k_sup:sizes=coarse_to_fine", {"flexi.seqhw.stages"}),
+    ("i21k_sup:finest=15", {"flexi.seqhw.v"}),
     ("miniature:sizes=adaptive", {"flexi.seqhw.adapt"}),
   ],
 )
