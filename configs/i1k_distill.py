@@ -11,7 +11,7 @@ The teacher, also the start: DeiT-III trained on ImageNet-1k at 384 pixels, as t
 Data sets from TFDS, as array_record: imagenet2012, and to measure imagenet2012_real, imagenet_v2, imagenet_a,
 imagenet_r, imagenet_sketch. If they are not in TFDS's own folder, add --config.input.data.data_dir=DIR.
 Sources: [BV] google-research/big_vision configs/proj/flexivit/i1k_deit3_distill.py; [P] FlexiViT, arXiv 2212.08013;
-[timm] its default_cfg of deit3_*; [ours] chosen here. kernel, grid, resize, init, sizes: the paper's ablations [P].
+[timm] its default_cfg of deit3_*; [ours] chosen here. init, kernel, grid: figures 5, 17 [P]; resize, sizes [ours].
 """
 
 import ml_collections
@@ -52,7 +52,7 @@ def get_config(arg=""):
   c.model = dict(
     variant=arg.variant,
     pool_type="tok",  # [BV]
-    patch_size=(arg.kernel, arg.kernel),  # (16, 16) [BV]; (32, 32) in the paper's text [P]
+    patch_size=(arg.kernel, arg.kernel),  # (16, 16) [BV]; summaries of the paper: (32, 32)
     posemb_size=(arg.grid, arg.grid),  # (7, 7) [BV]
     kernel_resize=arg.resize,
     gelu="exact",  # DeiT's [timm]

@@ -1,4 +1,4 @@
-"""FlexiViT-B on ImageNet-21k, distilled from ViT-B/8: the paper's distillation (its section 3.5 and figure 5).
+"""FlexiViT-B on ImageNet-21k, distilled from ViT-B/8: the paper's distillation (its figure 5).
 
     flexivit train --config configs/i21k_distill.py --workdir runs/i21k_distill
     flexivit train --config configs/i21k_distill.py:init=random --workdir runs/i21k_distill_random
@@ -12,8 +12,9 @@ A defect of the source is corrected here: its training preprocessing resizes the
 which has been resized to 240 and mapped to [-1, 1] before, and maps it again, so that the teacher sees an almost
 constant picture. Here both are made of the same crop. Its distances too take ImageNet-21k's splits of ImageNet-1k.
 
-Sources: [BV] google-research/big_vision configs/proj/flexivit/i21k_distill.py; [P] FlexiViT, arXiv 2212.08013; [ours]
-chosen here. init, kernel, grid, resize, sizes: the paper's ablations [P].
+Sources: [BV] google-research/big_vision configs/proj/flexivit/i21k_distill.py; [P] FlexiViT, arXiv 2212.08013, by
+summaries and its authors' answers; [ours] chosen here. init: figure 5 [P]; kernel, grid: figure 17 [P]; resize, sizes
+[ours].
 """
 
 import ml_collections

@@ -48,7 +48,7 @@ def get_config(arg=""):
     pool_type="tok",  # [BV]
     posemb="learn",  # [BV]
     posemb_size=(7, 7),  # [BV]
-    patch_size=(8, 8),  # [BV]; the text of the paper has (32, 32), and finds no difference
+    patch_size=(8, 8),  # [BV]; the text of the paper has (32, 32), as summaries have it
     dtype="bfloat16",  # [ours]
   )
   c.optim = dict(

@@ -2,7 +2,8 @@
 
 The rule is that of Chefer et al. 2021 (arXiv 2103.15679), for self-attention: from R = I, with the softmaxed
 attention A of each block and the gradient G of the logit with respect to it, R = R + M @ R where M is the mean over
-heads of max(G * A, 0). FlexiViT's paper applies it at several patch sizes (arXiv 2212.08013, figure 13, top).
+heads of max(G * A, 0). FlexiViT's figure 13, top, shows attention relevance at several patch sizes (arXiv 2212.08013);
+whether by this rule, no source tells that we could read.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """Linear resize operators as small matrices, and PI-resize of patch-embedding kernels.
 
 Every resize here is linear and separable: one matrix `M` of shape `[new, old]` an axis. The paper's PI-resize
-(FlexiViT, arXiv 2212.08013, section "PI-resize") needs `pinv(B^T)` of the two-dimensional operator `B`; because
+(FlexiViT, arXiv 2212.08013) needs `pinv(B^T)` of the two-dimensional operator `B`; because
 `B = M_h (x) M_w` and `pinv(A (x) C) = pinv(A) (x) pinv(C)`, two small pseudo-inverses are all there is to it.
 Coordinates are half-pixel centred, as in `tf.image.resize`, `jax.image.resize` and torch's `align_corners=False`.
 """
