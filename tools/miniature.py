@@ -31,6 +31,7 @@ RUNS = {
   "short_kernel24": f"{SHORT},kernel=24",
   "short_kernel4": f"{SHORT},kernel=4",
   "short_grid12": f"{SHORT},grid=12",
+  "short_fixed6": f"{EQUAL},fixed=6",
   "coarse_to_fine": f"{EQUAL},sizes=coarse_to_fine",
   "fine_to_coarse": f"{EQUAL},sizes=fine_to_coarse",
   "equal_flops": f"{EQUAL},sizes=flops",
