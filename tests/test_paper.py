@@ -122,6 +122,28 @@ def test_tables_are_found_by_heading_first_cell_and_what_is_before(tool):
     find(TEXT.replace("| 2.0 | 5 |", "| 2.0 |"), heading="Results", first="top-1 in %")
 
 
+def test_ranges_that_do_not_overlap_are_computed(tool):
+  """Those that meet do; a column that one of the two has no range at is not compared."""
+
+  def line(name, *cells):
+    text = dict(zip(("a", "b", "c"), cells, strict=True))
+    return tool["Line"](name, "", {c: tool["parse"](t) for c, t in text.items()}, {}, text)
+
+  lines = [
+    line("base", "2.0 (1.0 to 3.0)", "2.0 (1.0 to 3.0)", "2.0 (1.0 to 3.0)"),
+    line("high", "4.0 (3.1 to 5.0)", "4.0 (3.0 to 5.0)", "9.0"),
+    line("low", "2.0 (1.0 to 3.0)", "0.5 (0.1 to 0.9)", "5.0 (5.0 to 5.0)"),
+    line("same", "2.0 (1.0 to 3.0)", "2.0 (1.0 to 3.0)", "2.0 (1.0 to 3.0)"),
+  ]
+  claim = tool["Claim"]("", "Title", "", "", [], against="base")
+  assert tool["apart"](claim, lines).endswith(
+    "of base: high above at a; low above at c, below at b."
+  )
+  assert tool["apart"](claim, lines[::3]).endswith("of base: nowhere.")
+  with pytest.raises(UserError, match=r"line of 'Title' 'bse'.*Did you mean 'base'"):
+    tool["apart"](claim._replace(against="bse"), lines)
+
+
 def test_sentences_and_places_are_found_or_missed(tool):
   assert tool["find_text"](TEXT, "*A claim*") == "*A claim* (figure 8): reproduced: it holds."
   assert tool["places_after"](TEXT, "the four sizes") == [6, 10]

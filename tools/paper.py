@@ -83,6 +83,7 @@ class Claim(NamedTuple):
   x: str = PATCH
   y: str = TOP1
   difference: str = ""
+  against: str = ""
   note: str = ""
 
 
@@ -313,6 +314,31 @@ def table_of(claim: Claim, lines: Sequence[Line]) -> str:
   return "\n".join([head, "|" + "---|" * (1 + len(columns)), *body])
 
 
+def apart(claim: Claim, lines: Sequence[Line]) -> str:
+  """At which columns the range over runs of each line is above or below that of the line `against`.
+
+  Raises:
+    UserError: no line of that name.
+  """
+  named = {line.name: line for line in lines}
+  if claim.against not in named:
+    raise errors.unknown(f"line of {claim.title!r}", claim.against, named)
+  base = named.pop(claim.against)
+  said = [f"{name} {where}" for name, line in named.items() if (where := sides(base, line))]
+  found = "; ".join(said) or "nowhere"
+  return f"Ranges over runs that do not overlap with that of {claim.against}: {found}."
+
+
+def sides(base: Line, line: Line) -> str:
+  """At which columns the range of a line is above and below that of another; of those that have ranges."""
+  both = [c for c in base.text if all(" to " in each.text.get(c, "") for each in (base, line))]
+  found = {
+    "above": [c for c in both if line.cells[c].low > base.cells[c].high],
+    "below": [c for c in both if line.cells[c].high < base.cells[c].low],
+  }
+  return ", ".join(f"{side} at {', '.join(at)}" for side, at in found.items() if at)
+
+
 def verdict_of(claim: Claim) -> tuple[str, str]:
   """The verdict, and what the bullet of docs/results.md says beyond it.
 
@@ -398,6 +424,8 @@ def evidence(claim: Claim, lines: Sequence[Line]) -> list[str]:
     )
   if lines:
     parts.append(table_of(claim, lines))
+  if claim.against:
+    parts.append(apart(claim, lines))
   parts += map(find_image, claim.images)
   parts += [f"> {find_text(read_page(quote['page']), quote['begins'])}" for quote in claim.quotes]
   return parts
