@@ -4,6 +4,7 @@ import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
 
 from flexivit_jax.errors import UserError
@@ -142,6 +143,13 @@ def test_ranges_that_do_not_overlap_are_computed(tool):
   assert tool["apart"](claim, lines[::3]).endswith("of base: nowhere.")
   with pytest.raises(UserError, match=r"line of 'Title' 'bse'.*Did you mean 'base'"):
     tool["apart"](claim._replace(against="bse"), lines)
+
+
+def test_names_keep_their_distance_and_stay_below_the_top(tool):
+  spread = tool["spread"]
+  assert spread([0.5, 0.1], gap=0.1) == [0.5, 0.1]
+  np.testing.assert_allclose(spread([0.5, 0.1, 0.12], gap=0.1), [0.5, 0.1, 0.2])
+  np.testing.assert_allclose(spread([1.0, 0.98, 0.97, 0.2], gap=0.1, top=1.0), [1.0, 0.9, 0.8, 0.2])
 
 
 def test_sentences_and_places_are_found_or_missed(tool):

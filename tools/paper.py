@@ -34,7 +34,8 @@ VERDICTS = (
 FEW = 4  # commands or published numbers of an item that are all shown
 TOP1 = "top-1 in %"
 PATCH = "patch size in pixels"
-MARKERS = "os^Dv"
+PALETTE = (*COLORS, INK)
+MARKERS = "os^DvpX"
 NUMBER = r"-?\d+(?:\.\d+)?"
 
 
@@ -230,7 +231,7 @@ def draw(path: pathlib.Path, claim: Claim, lines: Sequence[Line]) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.4))
     figure.subplots_adjust(left=0.08, right=0.62, top=0.9, bottom=0.15)
     for i, line in enumerate(lines):
-      draw_line(axes, line, COLORS[i], MARKERS[i])
+      draw_line(axes, line, PALETTE[i], MARKERS[i])
     style(axes, claim, sorted({x for line in lines if not line.published for x in line.x.values()}))
     name_lines(axes, lines)
     figure.savefig(path, dpi=150, metadata={"Software": None})
@@ -278,15 +279,26 @@ def style(axes: Axes, claim: Claim, ticks: Sequence[float]) -> None:
 def name_lines(axes: Axes, lines: Sequence[Line]) -> None:
   """Names beside the right ends, moved apart where they would touch."""
   low, high = axes.get_ylim()
-  gap, at = 0.075, -np.inf
   ends = [(float(x[-1]), float(y[-1, 0])) for x, y in map(points, lines)]
-  for i in sorted(range(len(lines)), key=lambda i: ends[i][1]):
-    at = max(at + gap, (ends[i][1] - low) / (high - low))
+  heights = spread([(y - low) / (high - low) for _, y in ends])
+  for i, at in enumerate(heights):
     axes.annotate(
-      lines[i].name, ends[i], (1.06, at), textcoords="axes fraction", color=COLORS[i], va="center", weight="bold",
+      lines[i].name, ends[i], (1.06, at), textcoords="axes fraction", color=PALETTE[i], va="center", weight="bold",
       fontsize=8, annotation_clip=False,
-      arrowprops={"arrowstyle": "-", "color": COLORS[i], "linewidth": 0.7, "linestyle": ":", "relpos": (0, 0.5)},
+      arrowprops={"arrowstyle": "-", "color": PALETTE[i], "linewidth": 0.7, "linestyle": ":", "relpos": (0, 0.5)},
     )  # fmt: skip
+
+
+def spread(heights: Sequence[float], gap: float = 0.075, top: float = 1.05) -> list[float]:
+  """The heights, moved up until they are `gap` apart, then down where they are above `top`."""
+  order = np.argsort(heights, kind="stable")
+  found, at = np.array(heights, float), -np.inf
+  for i in order:
+    at = found[i] = max(at + gap, found[i])
+  at = top + gap
+  for i in order[::-1]:
+    at = found[i] = min(at - gap, found[i])
+  return found.tolist()
 
 
 # --- the page ---
