@@ -38,12 +38,12 @@ def test_the_temperature_undoes_a_scale(scale):
 
 
 def test_numbers_by_hand():
-  logits = np.log(np.array([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7], [0.3, 0.7]]))
+  logits = np.log(np.array([[0.85, 0.15], [0.65, 0.35], [0.25, 0.75], [0.25, 0.75]]))
   labels = np.array([0, 1, 1, 0])
-  want = -(np.log(0.8) + np.log(0.4) + np.log(0.7) + np.log(0.3)) / 4
+  want = -(np.log(0.85) + np.log(0.35) + np.log(0.75) + np.log(0.25)) / 4
   assert calibration.nll(logits, labels) == pytest.approx(want)
-  # Bins of a tenth: 0.8 right; 0.6 wrong; 0.7 once right, once wrong.
-  assert calibration.ece(logits, labels, bins=10) == pytest.approx((0.2 + 0.6 + abs(1 - 1.4)) / 4)
+  # Bins of a tenth: 0.85 right; 0.65 wrong; 0.75 once right, once wrong. On an edge the last bit would decide.
+  assert calibration.ece(logits, labels, bins=10) == pytest.approx((0.15 + 0.65 + abs(1 - 1.5)) / 4)
 
 
 def test_large_logits_do_not_overflow_and_no_examples_are_an_error():
