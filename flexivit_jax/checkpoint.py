@@ -29,13 +29,15 @@ class Checkpoints:
   Args:
     folder: made when the first checkpoint is written.
     keep: how many of the newest to keep; None keeps all.
+    read_only: nothing is made or deleted, for a run may be at work there: what looks unfinished may be its save. Only
+      who holds the folder (`run_folder.locked`) writes, and deletes what an earlier process left unfinished.
   """
 
-  def __init__(self, folder: pathlib.Path, *, keep: int | None = 1):
+  def __init__(self, folder: pathlib.Path, *, keep: int | None = 1, read_only: bool = False):
     # Deleted where it is listed, a checkpoint would be damaged if that were cut short.
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, cleanup_tmp_directories=True, todelete_subdir=_OLD
-    )
+    writing = dict(max_to_keep=keep, cleanup_tmp_directories=True, todelete_subdir=_OLD)
+    reading = dict(create=False)  # Orbax's own read_only would warn each time
+    options = ocp.CheckpointManagerOptions(**(reading if read_only else writing))
     handlers = {
       "params": ocp.StandardCheckpointHandler(),
       "state": ocp.StandardCheckpointHandler(),
@@ -295,7 +297,7 @@ def find(path: pathlib.Path) -> tuple[pathlib.Path, int]:
 def load_params(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
   """Returns (params, record) of a run, a checkpoints folder (the newest step), or one step."""
   folder, step = find(path)
-  checkpoints = Checkpoints(folder, keep=None)
+  checkpoints = Checkpoints(folder, read_only=True)
   try:
     return checkpoints.restore_params(step)
   finally:

@@ -94,7 +94,7 @@ def _before(
 ) -> tuple[steps.TrainState, Any, Any]:
   """The state of the newest checkpoint from before a step, or the run's first; the schedule; the batches from there."""
   state = preparation.first_state(exp, mesh)
-  checkpoints = Checkpoints(folder / "checkpoints", keep=None)
+  checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
   try:
     latest = checkpoints.latest_step()
     if latest is not None and latest < step:

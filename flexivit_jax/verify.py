@@ -49,13 +49,15 @@ def _checkpoints(path: pathlib.Path) -> list[tuple[str, str | None]]:
     only = int(path.name) if folder == path.parent and path.name.isdigit() else None
     steps = sorted(int(p.name) for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit())
     if steps and (folder.name == "checkpoints" or only is not None):
-      checkpoints = Checkpoints(folder, keep=None)
+      checkpoints = Checkpoints(folder, read_only=True)
       try:
-        return [
-          (str(folder / str(step)), _problem(functools.partial(checkpoints.verify, step)))
+        found = [
+          (folder / str(step), _problem(functools.partial(checkpoints.verify, step)))
           for step in steps
           if only in (None, step)
         ]
+        # A run that is at work may have put a newer one in the place of one meanwhile.
+        return [(str(path), problem) for path, problem in found if path.is_dir()]
       finally:
         checkpoints.close()
   return []

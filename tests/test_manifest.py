@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flexivit_jax import checkpoint, manifest
+from flexivit_jax import checkpoint, cli, manifest
 from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.errors import UserError
 
@@ -203,6 +204,54 @@ def test_a_checkpoint_that_is_replaced_is_never_listed_in_part(tmp_path, monkeyp
   checkpoints.check()  # as a run does after each step
   checkpoints.close()
   assert not list((tmp_path / "checkpoints" / "old").iterdir())
+
+
+def test_only_who_writes_cleans_up(copy):
+  """A reader may look at a run that is at work: what is unfinished is that run's save, what is old it deletes."""
+  unfinished, old = copy / "4.orbax-checkpoint-tmp", copy / "old" / "0"
+  shutil.copytree(copy / "3", unfinished)
+  old.mkdir(parents=True)
+  listing = sorted(copy.rglob("*"))
+  checkpoint.load_params(copy)
+  assert cli.main(["verify", str(copy / "3")]) == 0
+  reader = Checkpoints(copy, read_only=True)
+  assert reader.choose() == 3
+  reader.restore(3, *state(0))
+  reader.close()
+  assert sorted(copy.rglob("*")) == listing
+  writer = Checkpoints(copy, keep=None)
+  writer.save(5, *state(5), {})
+  writer.check()
+  writer.close()
+  assert not unfinished.exists() and not old.exists()
+  assert (copy / "5").is_dir()
+
+
+def test_a_save_goes_on_while_others_read(tmp_path, monkeypatch):
+  write, read = manifest.write, threading.Event()
+  writer = Checkpoints(tmp_path / "checkpoints", keep=None)
+  writer.save(1, *state(1), {})
+  writer.wait()
+
+  def slowly(*args):
+    read.wait(50)
+    write(*args)
+
+  monkeypatch.setattr(manifest, "write", slowly)
+  writer.save(2, *state(2), {})
+  assert cli.main(["verify", str(tmp_path)]) == 0
+  checkpoint.load_params(tmp_path)
+  assert list((tmp_path / "checkpoints").glob("2.orbax-checkpoint-tmp*"))
+  read.set()
+  writer.close()
+  assert restored(tmp_path / "checkpoints")[0] == 2
+
+
+def test_a_reader_makes_no_folder(tmp_path):
+  reader = Checkpoints(tmp_path / "checkpoints", read_only=True)
+  assert reader.latest_step() is None
+  reader.close()
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_an_error_before_anything_is_compiled(

@@ -33,7 +33,7 @@ def command(config: str, workdir: pathlib.Path, overrides: list[str]) -> list[st
 
 def digest(workdir: pathlib.Path) -> str:
   """Of the last checkpoint's files of arrays as they restore, and of the rows."""
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
+  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   sums = checkpoints.verify(checkpoints.latest_step() or 0).arrays
   checkpoints.close()
   rows = metrics.read_rows(workdir / "metrics.jsonl")
@@ -47,7 +47,7 @@ def damaged(workdir: pathlib.Path) -> list[str]:
     return []
   found = []
   for step in sorted(p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()):
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
       checkpoints.verify(int(step.name))
     except Exception as error:
