@@ -64,9 +64,9 @@ def file_sums(folder: pathlib.Path, skip: Sequence[str] = ()) -> dict[str, tuple
   return found
 
 
-def write(folder: pathlib.Path, manifest: Manifest) -> None:
+def write(folder: pathlib.Path, manifest: Manifest, name: str = NAME) -> None:
   """Writes a manifest into a folder."""
-  _write(folder / NAME, manifest)
+  _write(folder / name, manifest)
 
 
 def write_part(folder: pathlib.Path, part: int, arrays: dict[str, dict[str, int]]) -> None:
@@ -86,13 +86,13 @@ def seal(folder: pathlib.Path, files: dict[str, tuple[int, int]]) -> None:
     part.unlink()
 
 
-def read(folder: pathlib.Path) -> Manifest:
+def read(folder: pathlib.Path, name: str = NAME) -> Manifest:
   """Reads the manifest of a folder.
 
   Raises:
     Damaged: there is none, or it is not what was written.
   """
-  return _read(folder / NAME)
+  return _read(folder / name)
 
 
 def _write(file: pathlib.Path, manifest: Manifest) -> None:
@@ -114,8 +114,16 @@ def _read(file: pathlib.Path) -> Manifest:
   return Manifest({k: (v[0], v[1]) for k, v in found["files"].items()}, found["arrays"])
 
 
-def check_files(folder: pathlib.Path, manifest: Manifest, skip: Sequence[str] = ()) -> None:
+def check_files(
+  folder: pathlib.Path, manifest: Manifest, skip: Sequence[str] = (), *, more: bool = False
+) -> None:
   """Compares the files below a folder with those of a manifest.
+
+  Args:
+    folder: where they lie.
+    manifest: what was written.
+    skip: beginnings of relative paths that are not looked at.
+    more: files that were not there are let pass.
 
   Raises:
     Damaged: files that differ, are missing, or were not there; all of them are named.
@@ -126,7 +134,7 @@ def check_files(folder: pathlib.Path, manifest: Manifest, skip: Sequence[str] = 
     name = path.relative_to(folder).as_posix()
     if name in wanted:
       found[name] = _file_sum(path)
-    elif not name.startswith(tuple(skip)):
+    elif not more and not name.startswith(tuple(skip)):
       found[name] = (-1, 0)
   wrong = []
   for name in sorted({*wanted, *found}):

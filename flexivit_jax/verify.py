@@ -2,14 +2,13 @@
 
 import argparse
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from flexivit_jax import artifact, errors, weights
 from flexivit_jax.checkpoint import Checkpoints
-from flexivit_jax.weights import folders, onnx_folder
+from flexivit_jax.weights import folders, sources
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,7 +19,9 @@ def run(args: argparse.Namespace) -> None:
     if problem:
       wrong.append(name)
   if wrong:
-    raise errors.UserError(f"Damaged: {', '.join(wrong)}.")
+    unknown = problem == folders.unknown(args.path)
+    what = "Nothing to compare with" if unknown else "Damaged"
+    raise errors.UserError(f"{what}: {', '.join(wrong)}.")
 
 
 def verify(path: pathlib.Path) -> list[tuple[str, str | None]]:
@@ -34,14 +35,16 @@ def verify(path: pathlib.Path) -> list[tuple[str, str | None]]:
   """
   if not path.exists():
     raise errors.UserError(f"{path} does not exist.")
+  export = (path / folders.EXPORT_RECORD).is_file()
+  record = folders.EXPORT_RECORD if export else folders.RECORD
+  if path.is_dir() and folders.is_ours(path, record):
+    return [(str(path), _problem(lambda: folders.check(path, record, more=False)))]
   steps = _checkpoints(path)
   if steps:
     return steps
-  if path.is_dir() and (path / onnx_folder.RECORD).is_file():
-    return [(str(path), _problem(lambda: _check_export(path)))]
   if path.suffix == ".zip":
     return [(str(path), _problem(lambda: artifact.load_artifact(path)))]
-  return [(str(path), _problem(lambda: weights.load(path)))]
+  return [(str(path), _problem(lambda: _check_weights(path)))]
 
 
 def _checkpoints(path: pathlib.Path) -> list[tuple[str, str | None]]:
@@ -63,13 +66,12 @@ def _checkpoints(path: pathlib.Path) -> list[tuple[str, str | None]]:
   return []
 
 
-def _check_export(folder: pathlib.Path) -> None:
-  """Compares the sha256 of each file that the record of an ONNX export or a SavedModel names."""
-  try:
-    digests = dict(json.loads((folder / onnx_folder.RECORD).read_text())["sha256"])
-  except (OSError, LookupError, TypeError, ValueError) as e:
-    raise errors.UserError(f"{folder / onnx_folder.RECORD} cannot be read: {e!r}") from e
-  folders.check(folder, digests, digests)
+def _check_weights(path: pathlib.Path) -> None:
+  """Of what others wrote only an .npz has checksums, those of a zip archive."""
+  *_, record = weights.load_with_record(path)
+  checked = path.suffix == ".npz" or record["format"] == sources.CHECKPOINT
+  if not checked and not folders.is_ours(path.parent):
+    raise errors.UserError(folders.unknown(path))
 
 
 def _problem(check: Callable[[], Any]) -> str | None:

@@ -1,11 +1,15 @@
 """`flexivit verify` looks at everything that a run or an export holds."""
 
+import functools
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
 from flexivit_jax import cli, train as train_lib, trees, verify, weights
 from flexivit_jax.errors import UserError
+from flexivit_jax.weights import folders, onnx_folder, saved_model
 
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=16)
 CONFIG = dict(
@@ -73,6 +77,86 @@ def test_an_export_and_weights_are_checked(run, tmp_path):
   assert verify.verify(file) == [(str(file), None)]
   flip(file)
   assert verify.verify(file)[0][1]
+
+
+def damages(path, rng, flips):
+  """Yields what is done to a file, with it in that state; it is as it was afterwards."""
+  content = path.read_bytes()
+  for bit in rng.integers(8 * len(content), size=flips):
+    flipped = bytearray(content)
+    flipped[bit // 8] ^= 1 << (bit % 8)
+    path.write_bytes(flipped)
+    yield f"bit {bit}"
+  path.write_bytes(content[: rng.integers(len(content))])
+  yield "truncated"
+  path.unlink()
+  yield "deleted"
+  path.write_bytes(content)
+
+
+def written(to, run, out):
+  command = ["convert", "--to", to, "--seqhw=2"] if to in ("timm", "transformers") else None
+  command = command or ["export", "--to", to, "--seqhw=2,3"]
+  given = [str(run), str(out), "--image_size=12", "--no-verify"]
+  assert cli.main([command[0], *given, *command[1:]]) == 0
+  return out
+
+
+LOADERS = dict(
+  timm=weights.load,
+  transformers=weights.load,
+  onnx=onnx_folder.read_record,
+  saved_model=functools.partial(folders.read_export, format_=saved_model.FORMAT),
+)
+
+
+@pytest.mark.parametrize(
+  "to",
+  [
+    "timm",
+    "transformers",
+    *(pytest.param(n, marks=pytest.mark.convert) for n in ("onnx", "saved_model")),
+  ],
+)
+def test_each_damage_to_each_file_of_a_written_folder_is_found(run, tmp_path, to, capsys):
+  """Those of 30 bits, a truncation and a deletion a file, by `verify`, which names the file, and by loading."""
+  out, rng = written(to, run, tmp_path / "out"), np.random.default_rng(0)
+  assert cli.main(["verify", str(out)]) == 0
+  assert capsys.readouterr().out.endswith(f"{out}: as it was written\n")
+  every = [p for p in out.rglob("*") if p.is_file()]
+  assert len(every) >= 4
+  for path in every:
+    if not path.stat().st_size:
+      continue
+    for what in damages(path, rng, flips=30):
+      ((_, problem),) = verify.verify(out)
+      assert problem is not None and path.name in problem, (path, what)
+      with pytest.raises(UserError, match=path.name):
+        LOADERS[to](out)
+  LOADERS[to](out)
+  (out / "README.md").write_text("of the Hub's")
+  assert cli.main(["verify", str(out)]) == 2
+  assert "README.md was not there when it was written" in capsys.readouterr().out
+  LOADERS[to](out)
+
+
+@pytest.mark.parametrize("to", ["timm", "transformers"])
+def test_a_folder_of_others_can_be_loaded_and_not_compared(run, tmp_path, to, capsys):
+  out = written(to, run, tmp_path / "out")
+  for name in (folders.MANIFEST, folders.RECORD):
+    (out / name).unlink()
+  *given, record = weights.load_with_record(out)
+  assert folders.unknown(out) in record["notes"]
+  weights.save_npz(tmp_path / "again.npz", *given, record)
+  assert verify.verify(tmp_path / "again.npz")[0][1] is None
+  shutil.copy(out / "model.safetensors", tmp_path)
+  for path in (out, tmp_path / "model.safetensors"):
+    if path == out or to == "timm":
+      capsys.readouterr()
+      assert cli.main(["verify", str(path)]) == 2
+      said = capsys.readouterr()
+      assert f"No checksums were written beside {path.name}" in said.out
+      assert said.err == f"flexivit: error: Nothing to compare with: {path}.\n"
 
 
 def test_what_is_not_there_is_said(tmp_path):

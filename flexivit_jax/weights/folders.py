@@ -1,17 +1,26 @@
-"""Folders that appear under their name only when they are complete, and the hashes of the files in them."""
+"""Folders that appear under their name only when they are complete, with the checksums of the files in them.
+
+Whatever is written for others to read, each file is named in MANIFEST, which starts with its own checksum. A record
+says what the files are of: RECORD beside weights that other projects read too, EXPORT_RECORD in an export.
+"""
 
 import contextlib
-import hashlib
+import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
-from flexivit_jax import errors
+from flexivit_jax import errors, manifest
+
+MANIFEST = "flexivit_manifest.txt"
+RECORD = "flexivit_record.json"
+EXPORT_RECORD = "record.json"
 
 
 @contextlib.contextmanager
 def new(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a hidden folder to write into, which takes the name `out` at the end; nothing is left after an error.
+  """A hidden folder to write into; at the end it gets a manifest and the name `out`. After an error nothing is left.
 
   Raises:
     UserError: there is something of that name already.
@@ -23,21 +32,61 @@ def new(out: pathlib.Path) -> Iterator[pathlib.Path]:
   part.mkdir(parents=True)
   try:
     yield part
+    manifest.write(part, manifest.Manifest(manifest.file_sums(part), {}), MANIFEST)
     part.rename(out)
   finally:
     shutil.rmtree(part, ignore_errors=True)
 
 
-def sha256(path: pathlib.Path) -> str:
-  """Of a file's content, in hex."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def unknown(path: pathlib.Path) -> str:
+  """What is said of others' files."""
+  return f"No checksums were written beside {path.name}: damage to it would not be noticed."
 
 
-def check(folder: pathlib.Path, names: Iterable[str], digests: Mapping[str, str]) -> None:
-  """Raises a UserError for the first file that is missing, or whose content is not what it was."""
-  for name in names:
-    if not (folder / name).is_file() or sha256(folder / name) != digests.get(name):
-      raise errors.UserError(
-        f"{folder / name} is missing or damaged (wrong sha256); copy or export it again."
+def is_ours(folder: pathlib.Path, record: str = RECORD) -> bool:
+  """Whether `new` wrote it: a manifest or a record is there."""
+  return any((folder / name).is_file() for name in (MANIFEST, record))
+
+
+def check(folder: pathlib.Path, record: str = RECORD, *, more: bool = True) -> bool:
+  """Compares the files of a folder with its manifest; False for a folder that is not ours.
+
+  Args:
+    folder: with or without a manifest.
+    record: the name of its record.
+    more: files that were not there are let pass, such as a README.md.
+
+  Raises:
+    Damaged: files that differ or are missing, all of them named; or the manifest is.
+  """
+  if not is_ours(folder, record):
+    return False
+  try:
+    manifest.check_files(folder, manifest.read(folder, MANIFEST), (MANIFEST,), more=more)
+  except manifest.Damaged as damage:
+    ways_out = ["Copy or write it again."]
+    if record == RECORD:
+      ways_out.append(
+        f"If it was changed on purpose, remove {MANIFEST} and {RECORD}: it is then another project's."
       )
+    raise manifest.Damaged(" ".join([str(damage), *ways_out])) from damage
+  return True
+
+
+def read_export(folder: pathlib.Path, format_: str) -> dict[str, Any]:
+  """Returns the record of an export, whose files are as they were written.
+
+  Raises:
+    UserError: no such export, one of another format.
+    Damaged: see `check`.
+  """
+  if not check(folder, EXPORT_RECORD):
+    raise errors.UserError(f"{folder} is no export of ours: it has no {EXPORT_RECORD}.")
+  try:
+    record = json.loads((folder / EXPORT_RECORD).read_bytes())
+    found, sizes = record["format"], [int(size) for size in record["sizes"]]
+  except (OSError, LookupError, TypeError, ValueError) as e:
+    raise errors.UserError(f"{folder / EXPORT_RECORD} cannot be read: {e!r}") from e
+  if found != format_:
+    raise errors.UserError(f"{folder}: its format is {found!r}; expected {format_!r}.")
+  return record | {"sizes": sizes}

@@ -2,7 +2,8 @@
 
 seqhw_05.onnx, seqhw_08.onnx, ...   a graph each; runs alone beside weights.bin
 weights.bin                         what no size changes once, then each size's kernel and position embeddings
-record.json                         what the model is, and the sha256 of each file above
+record.json                         what the model is
+flexivit_manifest.txt               the checksums of the files above
 """
 
 import json
@@ -19,7 +20,6 @@ from flexivit_jax.weights import baking, folders, foreign, onnx_graph, reading
 
 FORMAT = "flexivit onnx 1"
 WEIGHTS = "weights.bin"
-RECORD = "record.json"
 
 
 class Place(NamedTuple):
@@ -63,27 +63,17 @@ def write(
       "image_shape": list(shape),
       "outputs": graphs[0].outputs,
       "opset": onnx_graph.OPSET,
-      "sha256": {name: folders.sha256(part / name) for name in _parts(sizes)},
     }
-    (part / RECORD).write_text(json.dumps(described, allow_nan=False))
+    (part / folders.EXPORT_RECORD).write_text(json.dumps(described, allow_nan=False))
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  """Returns the record of an export and checks the sha256 of each of its files. Needs neither onnx nor onnxruntime.
+  """Returns the record of an export and checks each of its files. Needs neither onnx nor onnxruntime.
 
   Raises:
     UserError: no such export, one of another format, or a file that is missing or damaged.
   """
-  folder = pathlib.Path(folder)
-  try:
-    record = json.loads((folder / RECORD).read_text())
-    format_, parts, digests = record["format"], _parts(record["sizes"]), dict(record["sha256"])
-  except (OSError, LookupError, TypeError, ValueError) as e:
-    raise errors.UserError(f"{folder} cannot be read as an ONNX export: {e!r}") from e
-  if format_ != FORMAT:
-    raise errors.UserError(f"{folder}: its format is {format_!r}; expected {FORMAT!r}.")
-  folders.check(folder, parts, digests)
-  return record
+  return folders.read_export(pathlib.Path(folder), FORMAT)
 
 
 def load(folder: pathlib.Path) -> artifact.Artifact:
@@ -96,10 +86,6 @@ def load(folder: pathlib.Path) -> artifact.Artifact:
 def name_of(size: int) -> str:
   """The file of the graph for `size` tokens per side."""
   return f"seqhw_{size:02d}.onnx"
-
-
-def _parts(sizes: Sequence[int]) -> list[str]:
-  return [WEIGHTS, *map(name_of, sizes)]
 
 
 def _check(out: pathlib.Path) -> None:

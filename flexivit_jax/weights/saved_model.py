@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from flexivit_jax import artifact, errors, trees
+from flexivit_jax import artifact, trees
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights import baking, folders, foreign
 
 FORMAT = "flexivit saved model 1"
-RECORD = "record.json"
 
 
 def write(
@@ -49,15 +48,15 @@ def write(
     programs[name_of(size)] = (_forward(fixed), own)
   with folders.new(out) as part:
     foreign.save_tensorflow(part, shared, programs, shape)
-    files = sorted(p for p in part.rglob("*") if p.is_file())
     described = record | {
       "format": FORMAT,
       "sizes": list(sizes),
       "image_size": list(image_hw),
       "image_shape": list(shape),
-      "sha256": {p.relative_to(part).as_posix(): folders.sha256(p) for p in files},
     }
-    (part / RECORD).write_text(json.dumps(described, indent=1, allow_nan=False) + "\n")
+    (part / folders.EXPORT_RECORD).write_text(
+      json.dumps(described, indent=1, allow_nan=False) + "\n"
+    )
 
 
 def load(folder: pathlib.Path) -> artifact.Artifact:
@@ -66,12 +65,7 @@ def load(folder: pathlib.Path) -> artifact.Artifact:
   Raises:
     UserError: no SavedModel of ours, a file that is missing or damaged, TensorFlow that is not there.
   """
-  try:
-    record = json.loads((folder / RECORD).read_text())
-    digests = dict(record["sha256"])
-  except (OSError, LookupError, TypeError, ValueError) as e:
-    raise errors.UserError(f"{folder} cannot be read as a SavedModel of ours: {e!r}") from e
-  folders.check(folder, digests, digests)
+  record = folders.read_export(folder, FORMAT)
   names = {size: name_of(size) for size in record["sizes"]}
   programs = foreign.tensorflow_programs(folder, tuple(names.values()))
   return artifact.Artifact(record, {size: programs[name] for size, name in names.items()})

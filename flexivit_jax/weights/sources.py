@@ -11,6 +11,7 @@ from flexivit_jax.models.flexivit import UNNAMED
 from flexivit_jax.weights import (
   big_vision,
   files,
+  folders,
   foreign,
   registry,
   timm_folder,
@@ -21,6 +22,7 @@ from flexivit_jax.weights import (
 )
 
 POSITIONS = {"learn": "grid; the class token has none", "sincos2d": "sine-cosine"}
+CHECKPOINT = "checkpoint of a run"
 READERS = files.READERS | dict.fromkeys((".pth", ".pt", ".bin"), foreign.read_torch)
 
 
@@ -48,19 +50,21 @@ def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
 
   Raises:
     UserError: it is not there, or in no known format.
+    Damaged: it is, or lies in, a folder that we wrote, whose files are not what was written.
   """
   if not path.exists():
     raise errors.UserError(
       f"{path} does not exist; {_KNOWN}, or a name that `flexivit inspect --list` prints."
       + errors.nearest(str(path), registry.PUBLISHED)
     )
+  ours = folders.check(path if path.is_dir() else path.parent)
   if path.is_dir() and (config := timm_folder.find(path)):
-    return _read_timm_folder(path, config, fields)
+    return _read_timm_folder(path, config, fields, ours)
   if path.is_dir() and transformers_folder.is_folder(path):
-    return _transformers(path, fields)
+    return _transformers(path, fields, ours)
   if path.is_dir():
     params, record = checkpoint.load_params(path)
-    format_ = "checkpoint of a run"
+    format_ = CHECKPOINT
   elif path.suffix in READERS:
     arrays, record = READERS[path.suffix](path)
     if not record.keys() - {"notes"}:
@@ -101,7 +105,7 @@ def _recognise(
   return Source(params, found, record)
 
 
-def _transformers(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
+def _transformers(path: pathlib.Path, fields: Mapping[str, Any], ours: bool) -> Source:
   """A folder of Hugging Face's transformers."""
   config = transformers_folder.read_config(path)
   spec = transformers_config.spec(config)  # before the arrays: those of another model may be large
@@ -115,6 +119,7 @@ def _transformers(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
       " or --mean, --std), pixels are taken to be in [-1, 1]."
     )
   sides = zip(record["native_patch_size"], record["native_grid"], strict=True)
+  notes += [] if ours else [folders.unknown(path)]
   record |= {"notes": notes, "image_size": [patch * cells for patch, cells in sides]}
   if names := transformers_config.class_names(config, model.num_classes):
     record["class_names"] = names
@@ -122,7 +127,7 @@ def _transformers(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
 
 
 def _read_timm_folder(
-  folder: pathlib.Path, config: Mapping[str, Any], fields: Mapping[str, Any]
+  folder: pathlib.Path, config: Mapping[str, Any], fields: Mapping[str, Any], ours: bool
 ) -> Source:
   """The weights with what the config says, and the rest of the fields where `save_timm` wrote them down."""
   path = timm_folder.weights_file(folder)
@@ -131,11 +136,11 @@ def _read_timm_folder(
   source = _recognise(path, arrays, {**told.fields, **fields}, inside.get("notes", []))
   format_ = f"folder with {source.record['format']}"
   record = source.record | {"format": format_, "source": {"file": folder.name, "format": format_}}
-  own, notes = timm_folder.own_record(folder, path)
-  if own:
+  if ours:
+    own = timm_folder.read_json(folder / folders.RECORD)
     found = _known_fields(folder, own) | told.fields
     return Source(source.params, found, record | {"notes": []} | own | {"format": format_})
-  record["notes"] += notes
+  record["notes"] += [folders.unknown(folder)]
   return Source(source.params, source.fields | told.fields, record, told.normalised)
 
 

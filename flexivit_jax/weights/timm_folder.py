@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexivit_jax import errors
-from flexivit_jax.weights import folders, timm_shapes
+from flexivit_jax.weights import timm_shapes
 
-CONFIG, RECORD = "config.json", "flexivit_record.json"
+CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 ACTIVATIONS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 
@@ -90,16 +90,6 @@ def weights_file(folder: pathlib.Path) -> pathlib.Path:
   raise errors.UserError(
     f"{folder} has a {CONFIG} and no weights; expected {' or '.join(WEIGHTS)}."
   )
-
-
-def own_record(folder: pathlib.Path, weights: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
-  """Returns (record that `save_timm` wrote beside these weights, notes); empty if there is none about them."""
-  if not (folder / RECORD).is_file():
-    return {}, []
-  record = read_json(folder / RECORD)
-  if record.pop("sha256", None) == folders.sha256(weights):
-    return record, []
-  return {}, [f"{RECORD} is about other weights than {weights.name}, and is not used."]
 
 
 def told(where: pathlib.Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Told:

@@ -189,6 +189,5 @@ def _write(
 ) -> None:
   with folders.new(out) as part:
     safetensors.numpy.save_file(arrays, part / WEIGHTS, metadata={"format": "pt"})
-    record = record | {"sha256": folders.sha256(part / WEIGHTS)}
-    for name, content in ((timm_folder.CONFIG, config), (timm_folder.RECORD, record)):
+    for name, content in ((timm_folder.CONFIG, config), (folders.RECORD, record)):
       (part / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

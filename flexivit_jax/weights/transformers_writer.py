@@ -1,6 +1,5 @@
 """A FlexiViT at one patch size as a folder of Hugging Face's `transformers`, which loads it as its own ViT."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -17,7 +16,6 @@ from flexivit_jax.weights import folders, transformers_config, transformers_fold
 from flexivit_jax.weights.baking import bake
 from flexivit_jax.weights.transformers_families import FAMILIES
 
-RECORD = "flexivit_record.json"
 _VIT = FAMILIES["vit"]
 _BILINEAR = 2  # Pillow's number
 
@@ -34,7 +32,7 @@ def save_transformers(
   """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel` where there is no head.
 
   It holds config.json, model.safetensors, preprocessor_config.json (images squashed to `image_hw`, pixels in
-  [-1, 1]) and flexivit_record.json, with the sha256 of the weights. The folder appears under its name only when it is
+  [-1, 1]), flexivit_record.json and the manifest of these files. The folder appears under its name only when it is
   complete. `ViTModel` is to be loaded with `add_pooling_layer=False`; the output is then `last_hidden_state[:, 0]`.
 
   Args:
@@ -60,7 +58,7 @@ def save_transformers(
       transformers_folder.CONFIG: _json(config),
       transformers_folder.WEIGHTS: weights,
       transformers_folder.PREPROCESSOR: _json(_preprocessor(image_hw, channels)),
-      RECORD: _json(_record(record, fixed, image_hw, weights)),
+      folders.RECORD: _json(_record(record, fixed, image_hw)),
     },
   )
 
@@ -174,14 +172,13 @@ def _preprocessor(hw: Size, channels: int) -> dict[str, Any]:
   }
 
 
-def _record(record: dict[str, Any], model: FlexiViT, hw: Size, weights: bytes) -> dict[str, Any]:
+def _record(record: dict[str, Any], model: FlexiViT, hw: Size) -> dict[str, Any]:
   """The source's record, and what was made of it."""
   return record | {
     "format": "transformers folder, vit, written by flexivit",
     "image_size": list(hw),
     "patch_size": list(model.patch_size),
     "grid": list(model.posemb_size),
-    "sha256": {transformers_folder.WEIGHTS: hashlib.sha256(weights).hexdigest()},
   }
 
 

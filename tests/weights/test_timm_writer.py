@@ -26,6 +26,11 @@ def made(**fields):
   return model, params, {"model": {**FIELDS, **fields}, "class_names": ["a", "b"]}
 
 
+def make_foreign(folder):
+  for name in ("flexivit_manifest.txt", "flexivit_record.json"):
+    (folder / name).unlink()
+
+
 def logits(model, params, image, **size):
   forward = jax.jit(lambda p, x: model.apply({"params": p}, x, **size)[0])
   with jax.default_matmul_precision("highest"):
@@ -59,7 +64,7 @@ def test_model_parameters_and_record_come_back(tmp_path, fields):
   assert again["format"] == "folder with safetensors in timm's names" == again["source"]["format"]
   assert "folded_input" not in again
   jax.tree.map(np.testing.assert_array_equal, back, params)
-  names = {"config.json", "model.safetensors", "flexivit_record.json"}
+  names = {"config.json", "model.safetensors", "flexivit_record.json", "flexivit_manifest.txt"}
   assert {p.name for p in (tmp_path / "out").iterdir()} == names
   assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -70,7 +75,7 @@ def test_model_parameters_and_record_come_back(tmp_path, fields):
 def test_timms_config_alone_tells_all_but_how_to_resize(tmp_path, fields):
   model, params, record = made(**fields)
   weights.save_timm(tmp_path / "out", model, params, record, image_hw=(24, 24))
-  (tmp_path / "out" / "flexivit_record.json").unlink()
+  make_foreign(tmp_path / "out")
   resize = dict(kernel_operator=model.kernel_operator, grid_operator=model.grid_operator)
   got, _ = weights.load(tmp_path / "out", scan=model.scan, **resize)
   assert got == model
@@ -164,14 +169,18 @@ def test_nothing_is_overwritten_and_no_parameter_is_cast(tmp_path):
   assert not (tmp_path / "new").exists()
 
 
-def test_a_record_about_other_weights_is_not_used(tmp_path):
+def test_weights_that_were_changed_are_an_error_until_the_folder_is_timms(tmp_path):
   model, params, record = made()
   weights.save_timm(tmp_path / "out", model, params, record, image_hw=(24, 24))
   arrays = load_file(tmp_path / "out" / "model.safetensors")
   arrays["norm.bias"] += 1
   save_file(arrays, tmp_path / "out" / "model.safetensors")
+  for path in ("out", "out/model.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors has .* changed on purpose, remove"):
+      weights.load(tmp_path / path)
+  make_foreign(tmp_path / "out")
   got, back, again = weights.load_with_record(tmp_path / "out")
-  assert any("about other weights" in note for note in again["notes"])
+  assert any("No checksums" in note for note in again["notes"])
   assert "class_names" not in again and got.kernel_operator == "cubic_antialias"
   bias = trees.flatten(back)["Transformer/encoder_norm/bias"]
   np.testing.assert_array_equal(bias, params["Transformer"]["encoder_norm"]["bias"] + 1)
