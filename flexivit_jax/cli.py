@@ -75,10 +75,8 @@ def entry(argv: Sequence[str] | None = None) -> None:
   code = main(argv)
   if "flexivit_jax.distributed" in sys.modules:  # loaded only by what may be several processes
     importlib.import_module("flexivit_jax.distributed").leave(code)
-  if code == stopping.STOPPED:  # without waiting for a program that is still being compiled
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+  if code == stopping.STOPPED:
+    stopping.leave()
   sys.exit(code)
 
 

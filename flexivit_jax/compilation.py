@@ -1,5 +1,6 @@
 """Ahead-of-time compilation: one program for each patch size, all made before step one, and kept on disk."""
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -7,7 +8,7 @@ import os
 import pathlib
 import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def compile_each(
   Raises:
     UserError: if a program does not fit into the device's memory, naming the size.
   """
-  with futures.ThreadPoolExecutor(1) as compiler:  # works on one size while the next is traced
+  with _compiler() as compiler:  # works on one size while the next is traced
     waiting = []
     for size in sizes:
       given = args(size) if callable(args) else args
@@ -93,7 +94,25 @@ def compile_one(
   out_shardings: Any = None,
 ) -> Program:
   """Compiles `fn(*args)`; see `compile_each`. `name` is for the error."""
-  return _lower(fn, args, name, donate, out_shardings).compile()
+  lowered = _lower(fn, args, name, donate, out_shardings)
+  with _compiler() as compiler:
+    return compiler.submit(lowered.compile).result()
+
+
+@contextlib.contextmanager
+def _compiler() -> Iterator[futures.ThreadPoolExecutor]:
+  """A thread for XLA, which nothing can interrupt; who waits for it here can be.
+
+  After an error, a signal's among them, nothing that is queued is compiled, and what is in hand is left behind:
+  Python would wait for it at exit, so a command that was stopped ends with `stopping.leave`.
+  """
+  compiler = futures.ThreadPoolExecutor(1, thread_name_prefix="compiler")
+  try:
+    yield compiler
+  except BaseException:
+    compiler.shutdown(wait=False, cancel_futures=True)
+    raise
+  compiler.shutdown()
 
 
 class _Lowered(NamedTuple):

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 HUNG = 70  # EX_SOFTWARE
@@ -76,16 +76,22 @@ def catch(reached: Callable[[int], bool] | None = None) -> Iterator[Stop]:
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return
-  numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
-  handler: Any = stop._handle
+  handlers: dict[int, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT), stop._handle)
   if reached is not None:
-    numbers, handler = (signal.SIGINT,), lambda *_: os.kill(os.getpid(), signal.SIGTERM)
-  before = [signal.signal(number, handler) for number in numbers]
+    handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+  before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
   try:
     yield stop
   finally:
-    for number, old in zip(numbers, before, strict=True):
+    for number, old in before.items():
       signal.signal(number, old)
+
+
+def leave() -> NoReturn:
+  """Ends the process with `STOPPED`, without waiting for threads: one may compile a program for a long time yet."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(STOPPED)
 
 
 _LAST = [0.0]  # when something was done last

@@ -477,5 +477,5 @@ if __name__ == "__main__":
     sys.exit(f"flexivit: error: {e}")
   except stopping.Stopped:
     distributed.leave(stopping.STOPPED)
-    sys.exit(stopping.STOPPED)
+    stopping.leave()
   distributed.leave(0)

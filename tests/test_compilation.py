@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,29 @@ def test_a_donated_state_is_updated_in_place():
     assert all(x.is_deleted() for x in jax.tree.leaves(before))
   assert not any(x.is_deleted() for x in jax.tree.leaves((state, batch)))
   assert state["step"] == 4 and traced == [1, 2]
+
+
+def test_what_is_queued_is_not_compiled_after_an_error(monkeypatch):
+  """And what is in hand is not waited for."""
+  begun, release = [], threading.Event()
+
+  def compile(self):
+    begun.append(self.name)
+    release.wait(50)
+
+  def fail_at_three(x, *, n):
+    if n == 3:
+      raise KeyboardInterrupt
+    return x
+
+  monkeypatch.setattr(compilation._Lowered, "compile", compile)
+  with pytest.raises(KeyboardInterrupt):
+    compilation.compile_each(fail_at_three, (X,), [{"n": n} for n in (1, 2, 3)])
+  release.set()
+  for thread in threading.enumerate():
+    if thread.name.startswith("compiler"):
+      thread.join()
+  assert begun == ["n=1"]
 
 
 class _Full:

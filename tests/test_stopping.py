@@ -165,6 +165,26 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, w
   assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+COMPILING = """
+import os, signal, sys, threading, time
+from flexivit_jax import cli, compilation
+def compile(self):  # as XLA: nothing interrupts it
+  threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+  time.sleep(60)
+compilation._Lowered.compile = compile
+cli.entry(sys.argv[1:])
+"""
+
+
+def test_a_program_that_is_being_compiled_is_not_waited_for(tmp_path):
+  """Nor are those that wait for their turn; the process ends."""
+  command = [sys.executable, "-c", COMPILING, "train", "--config=configs/digits.py:debug"]
+  command.append(f"--workdir={tmp_path / 'run'}")
+  run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+  assert run.returncode == stopping.STOPPED, run.stderr
+  assert "stopped by SIGTERM; the same command goes on" in run.stderr
+
+
 def test_the_command_ends_with_75(monkeypatch, capsys, tmp_path):
   def ending(*_, **__):
     terminate()
