@@ -20,6 +20,9 @@ HUNG = 70  # EX_SOFTWARE
 DATA_NOTE_S = 10.0
 
 
+_AGAIN_S = 1.0
+
+
 class Stopped(BaseException):
   """A signal has asked the run to end; no error."""
 
@@ -60,8 +63,15 @@ class Stop:
       os.write(2, f"second signal, {name}: ended at once\n".encode())
       os._exit(128 + number)
     self.signal = name
+    self._obey()
+
+  def _obey(self, *_: Any) -> None:
+    """Raises `Stopped` where that is allowed, and again after a while: in a __del__ or a callback of the garbage
+    collector, where signals come too, Python only prints an error.
+    """
     if self._at_once:
-      raise Stopped(name)
+      signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+      raise Stopped(self.signal)
 
 
 @contextlib.contextmanager
@@ -77,12 +87,15 @@ def catch(reached: Callable[[int], bool] | None = None) -> Iterator[Stop]:
     yield stop
     return
   handlers: dict[int, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT), stop._handle)
+  handlers[signal.SIGALRM] = stop._obey
   if reached is not None:
     handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
   before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
   try:
     yield stop
   finally:
+    if signal.SIGALRM in handlers:
+      signal.setitimer(signal.ITIMER_REAL, 0)
     for number, old in before.items():
       signal.signal(number, old)
 

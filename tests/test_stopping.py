@@ -1,6 +1,7 @@
 """A signal, wherever it comes, costs nothing: what is done is saved, and the same command ends where it would have."""
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -163,6 +164,51 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, w
     monkeypatch.setattr(owner, name, ending if where == "build" else lambda self: terminate())
     train_lib.train(CONFIG, tmp_path / "run")
   assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+class Ends:
+  """What is garbage here gets a signal."""
+
+  def __del__(self):
+    terminate()
+
+
+def collecting():
+  """A signal comes in a callback of the garbage collector."""
+
+  def once(phase, info):
+    gc.callbacks.remove(once)
+    terminate()
+
+  gc.callbacks.append(once)
+  gc.collect()
+
+
+@pytest.mark.parametrize("where", [Ends, collecting])
+def test_a_signal_that_python_swallows_is_obeyed_all_the_same(monkeypatch, where):
+  swallowed = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda found: swallowed.append(found.exc_type))
+  begun = time.monotonic()
+  with (
+    stopping.catch() as stop,
+    pytest.raises(stopping.Stopped, match="SIGTERM"),
+    stop.interruptible(),
+  ):
+    where()
+    assert swallowed == [stopping.Stopped]
+    time.sleep(60)
+  assert time.monotonic() - begun < 5
+  assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_signal_is_not_obeyed_again_where_it_may_not_be(monkeypatch):
+  """Where it has been, the step in hand is being saved."""
+  monkeypatch.setattr(stopping, "_AGAIN_S", 0.05)
+  with stopping.catch() as stop:
+    with pytest.raises(stopping.Stopped), stop.interruptible():
+      terminate()
+      time.sleep(60)
+    time.sleep(0.3)
 
 
 COMPILING = """
