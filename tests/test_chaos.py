@@ -2,10 +2,13 @@
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import pytest
+
+from flexivit_jax.errors import UserError
 
 TOOL = pathlib.Path(__file__).parent.parent / "tools" / "chaos.py"
 CONFIG = """
@@ -28,6 +31,32 @@ def get_config(arg=""):
     checkpoint=dict(every_steps=20, keep=2),
   ))
 """
+
+
+@pytest.mark.parametrize("config", ["digits.py", "none.py"])
+def test_only_a_folder_of_its_own_is_deleted(tmp_path, config):
+  mine = tmp_path / "mine"
+  mine.mkdir()
+  (mine / "photo.jpg").write_text("the only one")
+  command = [sys.executable, TOOL, "1", f"--config=configs/{config}", f"--out={mine}"]
+  run = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert run.returncode == 2 and run.stderr.startswith("chaos.py: error: ")
+  assert ("no folder of this tool's" in run.stderr) == (config == "digits.py")
+  assert (mine / "photo.jpg").read_text() == "the only one"
+
+
+def test_a_folder_of_its_own_is_made_anew(tmp_path):
+  make_room = runpy.run_path(str(TOOL))["make_room"]
+  log = make_room(tmp_path / "out")
+  (log.parent / "run").mkdir()
+  assert make_room(tmp_path / "out") == log
+  assert list(log.parent.iterdir()) == [log]
+  log.unlink()
+  make_room(tmp_path / "out")
+  file = tmp_path / "file"
+  file.touch()
+  with pytest.raises(UserError, match="give another --out"):
+    make_room(file)
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ python tools/chaos.py 50 --config configs/digits.py:debug --out runs/chaos
 
 Each time the same command is started, and after a random time SIGKILL, or for some of them SIGTERM, is sent. Then it
 may end. Parameters, optimizer state and metrics rows (but for times) have to be those of the other run, to the bit, and
-each checkpoint that was listed at a kill has to be whole. The log is OUT/chaos.jsonl.
+each checkpoint that was listed at a kill has to be whole. The log is OUT/chaos.jsonl. A folder that has one is deleted
+at the start, any other has to be empty.
 """
 
 import argparse
@@ -19,9 +20,10 @@ import sys
 import time
 from typing import Any
 
-from flexivit_jax import cli, metrics
+from flexivit_jax import arguments, cli, config, errors, metrics
 from flexivit_jax.checkpoint import Checkpoints
 
+LOG = "chaos.jsonl"
 TIMES = ("step_s", "images_per_s", "data_wait")
 
 
@@ -57,6 +59,20 @@ def damaged(workdir: pathlib.Path) -> list[str]:
   return found
 
 
+def make_room(out: pathlib.Path) -> pathlib.Path:
+  """Deletes what this tool left there the last time; returns the log's path, which marks the folder as its own."""
+  log = out / LOG
+  if out.exists() and not log.is_file() and not (out.is_dir() and not any(out.iterdir())):
+    raise errors.UserError(
+      f"{out} is there and no folder of this tool's, which have a {LOG}; give another --out."
+    )
+  if out.exists():
+    shutil.rmtree(out)
+  out.mkdir(parents=True)
+  log.touch()
+  return log
+
+
 def main() -> None:
   """Prints a line for each kill, and the verdict; exit code 1 for any difference."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -72,14 +88,15 @@ def main() -> None:
   parser.add_argument("--seed", type=int, default=0)
   args, overrides = parser.parse_known_args()
   rng = random.Random(args.seed)
-  shutil.rmtree(args.out, ignore_errors=True)
-  args.out.mkdir(parents=True)
   whole, run = args.out / "whole", args.out / "run"
+  given = arguments.parse(command(args.config, whole, overrides)[3:])
+  config.load(given.config, given.overrides)
+  log_file = make_room(args.out)
   begun = time.monotonic()
   subprocess.run(command(args.config, whole, overrides), check=True, stderr=subprocess.DEVNULL)
   longest = args.longest or 0.8 * (time.monotonic() - begun)
   wrong = 0
-  with (args.out / "chaos.jsonl").open("w") as log:
+  with log_file.open("w") as log:
     kill = 0
     while kill < args.kills:
       after, gentle = rng.uniform(0, longest), rng.random() < args.terminate
