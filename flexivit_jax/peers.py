@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import socket
 import sys
@@ -14,13 +15,26 @@ from flexivit_jax import stopping
 
 FOLDER = "processes"
 _MARK = "mark"
+_SIGN = re.compile(r"\d+\.(json|tmp|ended)")
 _SEES_S = 30.0  # in which a file of another host is seen; NFS looks again after so long
+
+
+def clear(folder: pathlib.Path) -> None:
+  """Deletes what the processes of an earlier start wrote there; a folder without our mark is another's."""
+  if not (folder / _MARK).is_file():
+    return
+  for path in list(folder.iterdir()):
+    if _SIGN.fullmatch(path.name):
+      path.unlink(missing_ok=True)
+  (folder / _MARK).unlink()  # the last: until then this can be done again
+  with contextlib.suppress(OSError):  # it is not empty
+    folder.rmdir()
 
 
 def mark(folder: pathlib.Path) -> int:
   """Makes the folder, on the first process, and returns a number that is written there."""
   number = secrets.randbelow(2**31)
-  folder.mkdir(parents=True)
+  folder.mkdir(parents=True, exist_ok=True)
   (folder / _MARK).write_text(f"{number}\n")
   return number
 

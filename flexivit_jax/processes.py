@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import socket
 import sys
 import traceback
@@ -52,7 +51,7 @@ def take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
 
   def first() -> int | None:
     stack.enter_context(run_folder.locked(workdir))
-    shutil.rmtree(signs, ignore_errors=True)
+    peers.clear(signs)
     return peers.mark(signs) if distributed.is_on() else None
 
   number = distributed.on_first(first, f"the folder {workdir}")

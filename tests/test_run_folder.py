@@ -1,5 +1,6 @@
 """One process a folder; a config that would make another run of it is refused and shown."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from flexivit_jax import run_folder
+from flexivit_jax import peers, processes, run_folder
 from flexivit_jax.errors import UserError
 
 HOLD = """
@@ -35,6 +36,21 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_gone(tmp_path):
   with run_folder.locked(tmp_path):
     assert json.loads((tmp_path / "holder.json").read_text())["pid"] == os.getpid()
   assert not (tmp_path / "holder.json").exists()
+
+
+def test_a_folder_that_only_has_the_name_of_ours_is_left_alone(tmp_path):
+  """A run's own has a mark, and what else lies there stays."""
+  signs = tmp_path / peers.FOLDER
+  signs.mkdir()
+  for name in ("0.json", "notes.txt"):
+    (signs / name).write_text("mine")
+  for marked in (False, True):
+    if marked:
+      peers.mark(signs)
+    with contextlib.ExitStack() as stack:
+      processes.take(tmp_path, stack)
+    left = {"notes.txt"} if marked else {"notes.txt", "0.json"}
+    assert {p.name for p in signs.iterdir()} == left
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path):

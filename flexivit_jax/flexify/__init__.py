@@ -63,9 +63,16 @@ def flexify(
     What is in retention.json; see `retention.measure`.
 
   Raises:
-    UserError: a model without classes, a folder without images, a size that does not divide the image.
+    UserError: a model without classes, a folder without images, a size that does not divide the image; files in `out`
+      that this did not write and would replace.
   """
   loading = dict(loading or {})
+  if not (out / "retention.json").exists():  # which the same command writes before these
+    for name in ("model.npz", "README.md"):
+      if (out / name).exists():
+        raise errors.UserError(
+          f"{out / name} is there already, of something else; give another --out."
+        )
   teacher = opening.load_teacher(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
   if not teacher.model.num_classes:
     raise errors.UserError(
@@ -97,7 +104,7 @@ def flexify(
   out.mkdir(parents=True, exist_ok=True)
   (out / "retention.json").write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
   described = record | recipe.describe(plan, student, record, trained=epochs > 0)
-  (out / "model.npz").unlink(missing_ok=True)  # of an earlier start of the same command
+  (out / "model.npz").unlink(missing_ok=True)  # of an earlier start of the same command: see above
   weights.save_npz(out / "model.npz", student, params, described)
   facts = dict(
     init=init.name, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, moment=moment

@@ -32,6 +32,14 @@ def command(init, data, out, *more):
   return ["flexify", *given, "--image_size=32", "--seqhw=2,4", "--batch_size=4", *more]
 
 
+@pytest.mark.parametrize("name", ["model.npz", "README.md"])
+def test_what_something_else_wrote_is_not_replaced(init, tmp_path, name):
+  draw(tmp_path / "photos" / "holiday", 20)
+  (tmp_path / name).write_text("mine")
+  assert cli.main(command(init, tmp_path / "photos", tmp_path, "--epochs=0")) == 2
+  assert (tmp_path / name).read_text() == "mine"
+
+
 def test_unlabelled_images_bring_other_sizes_nearer_to_the_original(init, tmp_path, capsys):
   draw(tmp_path / "photos" / "holiday", 40)
   out = tmp_path / "out"
