@@ -63,6 +63,8 @@ def _checkpoints(path: pathlib.Path) -> list[tuple[str, str | None]]:
         return [(str(path), problem) for path, problem in found if path.is_dir()]
       finally:
         checkpoints.close()
+  if (path / "checkpoints").is_dir():
+    raise errors.UserError(f"{path} has no checkpoint that is complete; nothing can be compared.")
   return []
 
 

@@ -162,3 +162,9 @@ def test_a_folder_of_others_can_be_loaded_and_not_compared(run, tmp_path, to, ca
 def test_what_is_not_there_is_said(tmp_path):
   with pytest.raises(UserError, match="does not exist"):
     verify.verify(tmp_path / "none")
+
+
+def test_a_run_before_its_first_save_is_not_called_damaged(tmp_path):
+  (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+  with pytest.raises(UserError, match="has no checkpoint that is complete"):
+    verify.verify(tmp_path)
