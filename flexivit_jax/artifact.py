@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import json
+import pathlib
 import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,9 +41,10 @@ class Artifact(NamedTuple):
 
 
 def load_artifact(path: Any) -> Artifact:
-  """Reads an artifact and checks the sha256 of each part; ValueError for a file that is damaged or too new."""
+  """Reads an artifact and checks its sha256 and each part's; ValueError for a file that is damaged or too new."""
   errors = zipfile.BadZipFile, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError
   try:
+    whole = is_sealed(path)
     with zipfile.ZipFile(path) as file:  # its parts are not compressed, so reading does not expand
       parts = {i.filename: file.read(i) for i in file.infolist() if i.compress_type == 0}
     record = json.loads(parts["record.json"])
@@ -53,8 +55,16 @@ def load_artifact(path: Any) -> Artifact:
   for name, digest in record["sha256"].items():
     if hashlib.sha256(parts.get(name, b"")).hexdigest() != digest:
       raise ValueError(f"{path}: {name} is damaged (wrong sha256); copy or export it again.")
+  if not whole:  # but for what no part is made of, such as dates
+    raise ValueError(f"{path} is damaged (wrong sha256); copy or export it again.")
   weights = _arrays(parts["weights.npz"])
   return Artifact(record, {s: _program(parts, weights, record, s) for s in record["sizes"]})
+
+
+def is_sealed(path: Any) -> bool:
+  """Whether the last 64 bytes of a file, a zip's comment, are the sha256 of those before."""
+  content = memoryview(pathlib.Path(path).read_bytes())
+  return hashlib.sha256(content[:-64]).hexdigest().encode() == content[-64:]
 
 
 def _arrays(part: bytes) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from flexivit_jax import artifact
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate, stablehlo
+from flexivit_jax.weights import certificate, files, stablehlo
 
 FIELDS = dict(num_classes=5, patch_size=(6, 6), posemb_size=(3, 3))
 FIELDS |= dict(width=16, depth=1, mlp_dim=24, num_heads=4)
@@ -105,16 +105,11 @@ def test_a_flipped_bit_in_any_part_is_refused(path, tmp_path):
 
 @hypothesis.settings(max_examples=15)
 @hypothesis.given(st.data())
-def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(path, data):
+def test_a_flipped_bit_anywhere_is_refused(path, data):
   position = data.draw(st.integers(0, path.stat().st_size - 1))
   bad = _flipped(path, path.with_name("bad.zip"), position, data.draw(st.integers(0, 7)))
-  try:
-    got = artifact.load_artifact(bad)
-  except ValueError as e:
-    assert "copy or export it again" in str(e)
-  else:
-    with zipfile.ZipFile(path) as file:
-      assert got.record == json.loads(file.read("record.json"))
+  with pytest.raises(ValueError, match="copy or export it again"):
+    artifact.load_artifact(bad)
 
 
 def test_parts_that_were_exchanged_are_refused(path, tmp_path):
@@ -174,6 +169,7 @@ def test_a_program_that_this_jax_cannot_read_says_what_it_was_made_with(path, tm
     record["sha256"]["4/program.mlirbc"] = hashlib.sha256(parts["4/program.mlirbc"]).hexdigest()
     for name, data in (parts | {"record.json": json.dumps(record).encode()}).items():
       new.writestr(name, data)
+  files.seal(bad)
   with pytest.raises(ValueError, match=r"Made with jax 99\.0, not readable by"):
     artifact.load_artifact(bad)
 

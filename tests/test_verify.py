@@ -102,6 +102,29 @@ def written(to, run, out):
   return out
 
 
+@pytest.mark.parametrize("kind", ["npz", "zip"])
+def test_each_damage_to_a_written_file_is_found(run, tmp_path, kind):
+  """Also in what no part of an archive is made of: dates and the like, most of which lie at its end."""
+  out, rng = tmp_path / f"out.{kind}", np.random.default_rng(0)
+  command = ["convert"] if kind == "npz" else ["export", "--seqhw=2", "--image_size=12"]
+  assert cli.main([command[0], str(run), str(out), "--no-verify", *command[1:]]) == 0
+  content = out.read_bytes()
+  anywhere, at_the_end = (
+    rng.integers(len(content), size=40),
+    len(content) - rng.integers(2000, size=80),
+  )
+  for position in (*anywhere, *(at_the_end - 1)):
+    flipped = bytearray(content)
+    flipped[position] ^= 1 << rng.integers(8)
+    out.write_bytes(flipped)
+    assert verify.verify(out)[0][1], position
+  for length in rng.integers(len(content), size=10):
+    out.write_bytes(content[:length])
+    assert verify.verify(out)[0][1], length
+  out.write_bytes(content)
+  assert verify.verify(out) == [(str(out), None)]
+
+
 LOADERS = dict(
   timm=weights.load,
   transformers=weights.load,

@@ -18,7 +18,7 @@ from jax import export
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import baking
+from flexivit_jax.weights import baking, files
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FORMAT = "flexivit artifact 1"
@@ -106,4 +106,5 @@ def _write(out: pathlib.Path, parts: dict[str, bytes]) -> None:
   with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
     for name, data in parts.items():
       file.writestr(zipfile.ZipInfo(name), data)  # its date is fixed: equal content, equal bytes
+  files.seal(part)
   part.replace(out)

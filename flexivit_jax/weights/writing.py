@@ -33,5 +33,8 @@ def save_npz(
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".{path.name}.part")
   with part.open("wb") as file:
-    np.savez(file, allow_pickle=False, **arrays, **{files.RECORD: files.encode(record)})
+    np.savez(
+      file, allow_pickle=False, **arrays, **{files.RECORD: files.encode(record | {"sealed": True})}
+    )
+  files.seal(part)
   part.replace(path)
