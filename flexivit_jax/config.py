@@ -8,12 +8,12 @@ import ast
 import importlib.util
 import inspect
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from flexivit_jax import errors
+from flexivit_jax import annotations, errors
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -60,42 +60,50 @@ def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
 
 def check(
   where: str,
-  section: Mapping[str, Any],
+  section: Any,
   *functions: Callable[..., Any],
   given: Sequence[str] = (),
-  needed: Sequence[str] = (),
-  optional: Sequence[str] = (),
+  needed: Mapping[str, Any] = {},
+  optional: Mapping[str, Any] = {},
 ) -> None:
-  """Checks that a section's keys are arguments of the functions that it configures.
+  """Checks that a section's keys are arguments of the functions that it configures, and its values what they take.
 
   Args:
     where: the section's name, e.g. "optim".
     section: the keys and values of the user.
     *functions: what the section configures.
     given: arguments that the program itself provides; not the user's to set.
-    needed: keys that are no function's arguments, and have to be there.
-    optional: keys that are no function's arguments, and may be there.
+    needed: keys that are no function's arguments, and have to be there; and what their values are, as an annotation.
+    optional: keys that are no function's arguments, and may be there; likewise.
 
   Raises:
-    UserError: a key that is none of these, with the nearest that is, or one that is missing.
+    UserError: a key that is none of these, with the nearest that is; one that is missing; a value of another type.
   """
   check_known(where, section, *functions, given=given, optional=(*needed, *optional))
-  defaults = _defaults(functions, given)
-  wanted = [*needed, *(k for k, default in defaults.items() if default is inspect.Parameter.empty)]
-  missing = [k for k in wanted if k not in section]
+  parameters = _parameters(functions, given)
+  required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+  missing = [k for k in (*needed, *required) if k not in section]
   if missing:
-    raise errors.UserError(f"The config lacks {', '.join(_prefixed(where, missing))}.")
+    raise errors.UserError(
+      f"The config lacks {', '.join(_prefixed(where, dict.fromkeys(missing)))}."
+    )
+  kinds = [*needed.items(), *optional.items(), *((p.name, p.annotation) for p in parameters)]
+  for key, kind in kinds:
+    if key in section and not annotations.fits(section[key], kind):
+      raise _wrong(_prefixed(where, [key])[0], section[key], kind)
 
 
 def check_known(
   where: str,
-  section: Mapping[str, Any],
+  section: Any,
   *functions: Callable[..., Any],
   given: Sequence[str] = (),
   optional: Sequence[str] = (),
 ) -> None:
   """As `check`, of unknown keys only: nothing has to be there."""
-  known = [*_defaults(functions, given), *optional]
+  if not isinstance(section, Mapping):
+    raise _wrong(where, section, Mapping)
+  known = list(dict.fromkeys([*(p.name for p in _parameters(functions, given)), *optional]))
   for key in section:
     if key not in known:
       raise errors.unknown(
@@ -103,13 +111,21 @@ def check_known(
       )
 
 
-def _defaults(functions: Sequence[Callable[..., Any]], given: Sequence[str]) -> dict[str, Any]:
+def _wrong(key: str, value: Any, kind: Any) -> errors.UserError:
+  return errors.UserError(
+    f"The config's {key} is {value!r:.80}; expected {annotations.text(kind)}."
+  )
+
+
+def _parameters(
+  functions: Sequence[Callable[..., Any]], given: Sequence[str]
+) -> list[inspect.Parameter]:
   parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
   kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-  return {p.name: p.default for p in parameters if p.kind in kinds and p.name not in given}
+  return [p for p in parameters if p.kind in kinds and p.name not in given]
 
 
-def _prefixed(where: str, names: Any) -> list[str]:
+def _prefixed(where: str, names: Iterable[str]) -> list[str]:
   return [f"{where}.{name}" if where else name for name in names]
 
 

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 
 from flexivit_jax import (
-  config,
   data,
   errors,
   patch_schedule,
@@ -166,10 +165,12 @@ def build(
     model=model,
     objective=objective,
     optim=optim,
+    flexi=flexi,
     evals=evals,
     checkpoint=checkpoint,
     init=init,
     mesh=mesh,
+    token_budget=token_budget,
   )
   opening = sharing(opening or REAL)
   source = opening.source(**input["data"])
@@ -179,7 +180,6 @@ def build(
   shapes = example_shapes(source, input["pp"], _inputs(goal), network.num_classes)
   image_shape = shapes["image"]
   check_teachers(teachers, shapes, network.num_classes)
-  config.check("flexi", flexi, which_grid, given=("image_hw", "default"))
   batches_of, update_scale = _budget(token_budget, flexi, network, image_shape, bool(teachers))
   one = functools.partial(
     step_flops, network, shapes, teachers, goal.also, batch_size=input["batch_size"]
@@ -265,7 +265,6 @@ def _budget(
     return lambda size: 1, None
   if taught:
     raise errors.UserError("token_budget with teachers, whose batches are all alike; remove one.")
-  config.check("token_budget", section, token_budgets.make)
   budget = token_budgets.make(**section)
 
   def tokens(size: Mapping[str, Any]) -> int:

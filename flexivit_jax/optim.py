@@ -52,9 +52,9 @@ def make(
   eps: int | float | None = None,
   mu_dtype: str | None = None,
   nesterov: bool | None = None,
-  wd_mults: Sequence[Sequence[Any]] = ((".*/kernel", 1.0),),
-  lr_mults: Sequence[Sequence[Any]] = (),
-  schedule: Mapping[str, Any] | Sequence[Sequence[Any]] | None = None,
+  wd_mults: Sequence[tuple[str, int | float]] = ((".*/kernel", 1.0),),
+  lr_mults: Sequence[tuple[str, int | float]] = (),
+  schedule: Mapping[str, Any] | Sequence[tuple[str, Mapping[str, Any] | None]] | None = None,
   batch_size: int | float | None = None,
   dataset_size: int | None = None,
 ) -> Optimizer:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexivit_jax import config
 from flexivit_jax.errors import UserError, unknown
 
 Size = int | tuple[int, ...]
@@ -46,7 +47,7 @@ class Choice(NamedTuple):
 Flexi = dict[str, Choice]
 
 
-def parse(flexi: Mapping[str, Mapping[str, Any]], cost: Cost | None = None) -> Flexi:
+def parse(flexi: Mapping[str, Any], cost: Cost | None = None) -> Flexi:
   """Validates e.g. `{"seqhw": {"v": (5, 6, 8), "p": (1, 1, 2)}}`; several arguments are drawn independently.
 
   Args:
@@ -292,10 +293,8 @@ _ORDERS = ("coarse_to_fine", "fine_to_coarse")
 _IN_PIXELS = ("patch_hw", "stride")
 
 
-def _parse_choice(key: str, section: Mapping[str, Any]) -> Choice:
-  for option in section:
-    if option not in _KEYS:
-      raise unknown(f"key in {key}", option, _KEYS)
+def _parse_choice(key: str, section: Any) -> Choice:
+  config.check_known(key, section, optional=_KEYS)
   values = _sequence(f"{key}.v", section.get("v", ()))
   if not values:
     raise UserError(f"{key}.v is empty; give at least one value, e.g. v=(5, 6, 8).")
@@ -312,12 +311,10 @@ def _parse_choice(key: str, section: Mapping[str, Any]) -> Choice:
   return Choice(values, (Stage(1.0, _probs(f"{key}.p", weights, len(values))),), adapt)
 
 
-def _parse_adapt(key: str, options: Mapping[str, Any] | None) -> Adapt | None:
+def _parse_adapt(key: str, options: Any) -> Adapt | None:
   if options is None:
     return None
-  for option in options:
-    if option not in Adapt._fields:
-      raise unknown(f"key in {key}", option, Adapt._fields)
+  config.check(key, options, adaptive)
   return adaptive(**options)
 
 
@@ -334,6 +331,8 @@ def _parse_stages(key: str, stages: Any, values: tuple[Size, ...]) -> tuple[Stag
   for stage in _sequence(key, stages):
     if isinstance(stage, str) or not isinstance(stage, Sequence) or len(stage) != 2:
       raise UserError(f"{key} has {stage!r}; expected (until, weights), e.g. (0.5, (1, 1, 0)).")
+    if not _is_number(stage[0]):
+      raise UserError(f"{key} has {stage[0]!r}; expected a fraction of the training.")
     parsed.append(Stage(float(stage[0]), _probs(key, _sequence(key, stage[1]), n)))
   edges = [stage.until for stage in parsed]
   # Pairwise, since a NaN is as large as its neighbours to `sorted`.
@@ -367,10 +366,14 @@ def _int_size(key: str, value: Any) -> int:
   return int(value)
 
 
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
 def _probs(key: str, weights: tuple[Any, ...], n: int) -> tuple[float, ...]:
   if len(weights) != n:
     raise UserError(f"{key} has {len(weights)} weights for {n} values; give one each, or no p.")
-  if not all(math.isfinite(w) and w >= 0 for w in weights):
+  if not all(_is_number(w) and math.isfinite(w) and w >= 0 for w in weights):
     raise UserError(f"{key}={weights}; expected finite weights >= 0.")
   total = float(sum(weights))
   if total == 0:

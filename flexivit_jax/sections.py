@@ -1,13 +1,21 @@
-"""The sections of a config against the functions that they configure: the first wrong key is an error that names it."""
+"""The sections of a config against the functions that they configure: an error names the first wrong key or value."""
 
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flexivit_jax import config, data, errors, schedules, sharding
+from flexivit_jax import (
+  config,
+  data,
+  errors,
+  patch_schedule,
+  schedules,
+  sharding,
+  token_budget as token_budgets,
+)
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.models import MODELS
-from flexivit_jax.models.flexivit import UNNAMED
+from flexivit_jax.models.flexivit import UNNAMED, which_grid
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.opening import load_init, load_teacher
 from flexivit_jax.optim import make as _make_optimizer
@@ -16,7 +24,10 @@ from flexivit_jax.optim import make as _make_optimizer
 _GIVEN_DATA = ("source", "seed", "num_steps", "start_step", "process_index", "process_count")
 _GIVEN_EVALS = ("model", "batches", "train_batches", "num_classes", "mesh", "source")
 _GIVEN_OPTIM = ("params", "total_steps", "batch_size", "dataset_size")
+_GIVEN_SIZE = ("image_hw", "default")
 DURATIONS = ("steps", "epochs", "examples", "percent")
+_NAME = {"name": str}
+_EVERY = {f"every_{unit}": schedules.Duration for unit in DURATIONS}
 
 
 def check_sections(
@@ -25,45 +36,54 @@ def check_sections(
   model: Mapping[str, Any],
   objective: Mapping[str, Any],
   optim: Mapping[str, Any],
+  flexi: Mapping[str, Any],
   evals: Mapping[str, Any],
   checkpoint: Mapping[str, Any],
   init: Mapping[str, Any] | None = None,
   mesh: Mapping[str, Any] | None = None,
+  token_budget: Mapping[str, Any] | None = None,
 ) -> None:
-  """Raises a UserError for the first key that is misspelt, does not belong, or is missing."""
+  """Raises a UserError for the first key that is misspelt, does not belong, or is missing, or value of a wrong type."""
   network = _named("model", model, MODELS, "flexivit")
   config.check_known("objective", objective, *OBJECTIVES.values(), optional=("name",))
   goal = _named("objective", objective, OBJECTIVES, "supervised")
-  config.check("input", input, data.train_batches, given=_GIVEN_DATA, needed=("data",))
+  config.check("input", input, data.train_batches, given=_GIVEN_DATA, needed={"data": Mapping})
   config.check("input.data", input["data"], data.make_source)
-  config.check("model", model, network, given=UNNAMED, optional=("name",))
-  config.check("objective", objective, goal, optional=("name",))
+  config.check("model", model, network, given=UNNAMED, optional=_NAME)
+  config.check("objective", objective, goal, optional=_NAME)
   for name, section in objective.get("teachers", {}).items():
     check_teacher(f"objective.teachers.{name}", section)
+  if "size" in objective:
+    config.check("objective.size", objective["size"], which_grid, given=_GIVEN_SIZE)
   if init is not None:
     config.check("init", init, load_init, given=("model",))
-  config.check("mesh", mesh or {}, sharding.make_mesh, optional=("divide_teachers",))
+  config.check("mesh", mesh or {}, sharding.make_mesh, optional={"divide_teachers": bool})
   config.check("optim", optim, _make_optimizer, given=_GIVEN_OPTIM)
-  if isinstance(optim.get("schedule"), Mapping):
-    config.check("optim.schedule", optim["schedule"], schedules.make, given=_GIVEN_OPTIM)
-  every = [f"every_{unit}" for unit in DURATIONS]
-  config.check("checkpoint", checkpoint, optional=("keep", *every))
+  schedule = optim.get("schedule") or {}
+  for section in [schedule] if isinstance(schedule, Mapping) else [kw for _, kw in schedule if kw]:
+    config.check("optim.schedule", section, schedules.make, given=_GIVEN_OPTIM)
+  config.check("checkpoint", checkpoint, optional={"keep": int | None, **_EVERY})
+  config.check_known("flexi", flexi, which_grid, given=_GIVEN_SIZE)
+  patch_schedule.parse(flexi, cost=lambda size: 1.0)  # what a step costs is known later
+  if token_budget is not None:
+    config.check("token_budget", token_budget, token_budgets.make)
   for key, section in evals.items():
     check_evaluation(f"evals.{key}", section)
 
 
-def check_evaluation(where: str, section: Mapping[str, Any]) -> None:
-  """Raises a UserError for the first wrong key in a section of `evals`."""
-  optional = ("type", "train_data", *(f"every_{unit}" for unit in DURATIONS))
+def check_evaluation(where: str, section: Any) -> None:
+  """Raises a UserError for the first wrong key or type of a value in a section of `evals`."""
   given = (*_GIVEN_EVALS, "process_index", "process_count")
   every: list[Callable[..., Any]] = [data.eval_batches, data.few_shots, *EVALUATORS.values()]
+  optional = {"type": str, **_EVERY}
   # First what no evaluator has: a misspelt "type" is not the fault of the keys that belong to its value.
-  config.check_known(where, section, *every, given=given, optional=("data", *optional))
+  config.check_known(
+    where, section, *every, given=given, optional=("data", "train_data", *optional)
+  )
   evaluator = _named(where, section, EVALUATORS, "classification", "type")
-  functions, needed = [data.eval_batches, evaluator], ["data"]
+  functions, needed = [data.eval_batches, evaluator], {"data": Mapping}
   if "train_batches" in inspect.signature(evaluator).parameters:
-    functions, needed = [*functions, data.few_shots], [*needed, "train_data"]
-  optional = tuple(k for k in optional if k != "train_data" or k in needed)
+    functions, needed = [*functions, data.few_shots], needed | {"train_data": Mapping}
   config.check(where, section, *functions, given=given, needed=needed, optional=optional)
   for key in needed:
     config.check(f"{where}.{key}", section[key], data.make_source)
@@ -71,18 +91,18 @@ def check_evaluation(where: str, section: Mapping[str, Any]) -> None:
     check_teacher(f"{where}.teacher", section["teacher"])
 
 
-def check_teacher(where: str, section: Mapping[str, Any]) -> None:
-  """Raises a UserError for the first wrong key in the section of a teacher."""
+def check_teacher(where: str, section: Any) -> None:
+  """Raises a UserError for the first wrong key or type of a value in the section of a teacher."""
   config.check(where, section, load_teacher)
   if section.get("model") is not None:
     model = _named(f"{where}.model", section["model"], MODELS, "flexivit")
-    config.check(f"{where}.model", section["model"], model, given=UNNAMED, optional=("name",))
+    config.check(f"{where}.model", section["model"], model, given=UNNAMED, optional=_NAME)
 
 
 def _named(
   where: str, section: Mapping[str, Any], table: Mapping[str, Any], default: str, key: str = "name"
 ) -> Any:
   name = section.get(key, default)
-  if name not in table:
+  if not isinstance(name, str) or name not in table:
     raise errors.unknown(f"{where}.{key}", name, table)
   return table[name]

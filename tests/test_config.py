@@ -183,7 +183,7 @@ def resize(image, *, size: int, method: str = "linear"):
   return image, size, method
 
 
-CHECKED = dict(given=("image",), needed=("data",), optional=("every_steps",))
+CHECKED = dict(given=("image",), needed={"data": dict}, optional={"every_steps": int})
 
 
 @pytest.mark.parametrize("more", [{}, {"method": "area"}, {"every_steps": 3}])
@@ -199,6 +199,11 @@ def test_check_accepts(more):
     ({"data": {}}, r"The config lacks a.size"),
     ({"size": 1}, r"The config lacks a.data"),
     ({}, r"The config lacks a.data, a.size"),
+    ({"size": 1.5, "data": {}}, r"The config's a.size is 1.5; expected an integer"),
+    ({"size": True, "data": {}}, r"a.size is True; expected an integer"),
+    ({"size": 1, "data": 2}, r"a.data is 2; expected a section of keys and values"),
+    ({"size": 1, "data": {}, "every_steps": "x"}, r"a.every_steps is 'x'; expected an integer"),
+    (3, r"The config's a is 3; expected a section of keys and values"),
   ],
 )
 def test_check_refuses(section, message):

@@ -103,7 +103,10 @@ def test_a_budget_is_the_number_of_steps_whose_expected_flops_are_nearest(flexi,
       "flexi.seqhw and flexi.depth both have share='flops'; one can",
     ),
     (dict(flexi=dict(seqwh=dict(v=(2,)))), "'flexi.seqwh'.*Did you mean 'flexi.seqhw'"),
-    (dict(flexi=dict(seqhw=dict(v=(2, 3), adapt=dict(evry=2)))), "'evry'.*Did you mean 'every'"),
+    (
+      dict(flexi=dict(seqhw=dict(v=(2, 3), adapt=dict(evry=2)))),
+      "adapt.evry'.*Did you mean 'flexi.seqhw.adapt.every'",
+    ),
   ],
 )
 def test_mistakes_are_errors_before_anything_runs(changes, message):
