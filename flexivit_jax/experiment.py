@@ -1,9 +1,11 @@
 """From a config to the things it names: data, model, objective, optimizer, evaluators. Computes nothing on a device."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,9 +31,13 @@ from flexivit_jax.sections import DURATIONS
 
 
 class Evaluation(NamedTuple):
-  """One evaluator of a run. `every` is in steps; `make(model, mesh)` builds it; a teacher in `section` is loaded."""
+  """One evaluator of a run. `every` is in steps; a teacher in `section` is loaded.
+
+  `make(model, mesh)` builds it; `check(model)` tries all that with the first example, and computes nothing.
+  """
 
   make: Callable[[nn.Module, Any], Any]
+  check: Callable[[nn.Module], None]
   every: int
   source: data.Source
   pp: str
@@ -172,11 +178,30 @@ def build(
     mesh=mesh,
     token_budget=token_budget,
   )
+  keep = checkpoint.get("keep", 1)
+  for key, count in (
+    ("log_every", log_every),
+    ("skip_limit", skip_limit),
+    ("checkpoint.keep", keep),
+  ):
+    if count is not None and count < 1:
+      raise errors.UserError(f"{key}={count}; expected at least 1.")
+  for key, number in (("hang_after", hang_after), ("skip_above", skip_above)):
+    if number is not None and not number > 0:
+      raise errors.UserError(f"{key}={number}; expected more than 0, or None.")
+  if not math.isfinite(init_head_bias or 0.0):
+    raise errors.UserError(f"init_head_bias={init_head_bias}; expected a finite number.")
+  if not 0 <= seed < 2**32:
+    raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
   opening = sharing(opening or REAL)
   source = opening.source(**input["data"])
-  network, record = build_model({"dtype": default_dtype(), **model}, source.num_classes)
+  with _naming("input"):
+    _train_batches(source, input, seed, 1, 0)
+  with _naming("model"):
+    network, record = build_model({"dtype": default_dtype(), **model}, source.num_classes)
   teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
-  goal = build_objective(objective, teachers)
+  with _naming("objective"):
+    goal = build_objective(objective, teachers)
   shapes = example_shapes(source, input["pp"], _inputs(goal), network.num_classes)
   image_shape = shapes["image"]
   check_teachers(teachers, shapes, network.num_classes)
@@ -199,15 +224,9 @@ def build(
     examples=total_examples,
     **sizes,
   )
-  if (skip_above is not None and not skip_above > 0) or skip_limit < 1:
-    raise errors.UserError(
-      f"skip_above={skip_above}, skip_limit={skip_limit}; expected a norm > 0 and at least 1 step."
-    )
-  if total < 1 or log_every < 1:
-    raise errors.UserError(f"Got {total} steps, log_every={log_every}; expected at least 1.")
+  if total < 1:
+    raise errors.UserError(f"Got {total} steps; expected at least 1.")
   check_accumulate(accumulate, memory_gib, input["batch_size"], network)
-  if not 0 <= seed < 2**32:
-    raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
   largest = max(map(batches_of, patch_schedule.all_static(choices)))
   batches = functools.partial(_train_batches, source, input, seed, total * largest)
   digests = {name: opening.digest(teacher.params) for name, teacher in teachers.items()}
@@ -215,6 +234,13 @@ def build(
     raise errors.UserError("teacher_cache is set, but the objective has no teachers; remove it.")
   params = jax.eval_shape(lambda: steps.init_params(network, image_shape, seed, init_head_bias))
   every = functools.partial(_every, sizes=sizes, total=total)
+  evaluations = {}
+  for key, section in evals.items():
+    often = every(f"evals.{key}", section, default=total)
+    with _naming(f"evals.{key}"):
+      evaluations[key] = build_evaluation(section, often, opening)
+      _check_classes(evaluations[key], {network.num_classes, source.num_classes})
+      evaluations[key].check(network)
   return Experiment(
     name=name,
     seed=seed,
@@ -225,10 +251,7 @@ def build(
     optimizer=_make_optimizer(params, total_steps=total, **sizes, **optim),
     flexi=choices,
     step_flops=cost,
-    evaluations={
-      k: build_evaluation(v, every(f"evals.{k}", v, default=total), opening)
-      for k, v in evals.items()
-    },
+    evaluations=evaluations,
     batches=batches,
     batch_size=input["batch_size"],
     steps_per_epoch=len(source) / per_step,
@@ -244,13 +267,22 @@ def build(
     drawn=_drawn(source, input, seed, accumulate, objective, teachers, digests),
     teacher_cache=teacher_cache,
     save_every=every("checkpoint", checkpoint, default=max(1, round(len(source) / per_step))),
-    keep=checkpoint.get("keep", 1),
+    keep=keep,
     log_every=log_every,
     hang_after=hang_after,
     skip_above=skip_above,
     skip_limit=skip_limit,
     mesh=dict(mesh or {}),
   )
+
+
+@contextlib.contextmanager
+def _naming(section: str) -> Iterator[None]:
+  """Errors of what a section configures say which it is."""
+  try:
+    yield
+  except errors.UserError as e:
+    raise errors.UserError(f"{section}: {e}") from e
 
 
 def _budget(
@@ -402,17 +434,34 @@ def build_evaluation(
     training = _same_classes(opening.source(**section["train_data"]), source)
     if "shots" in section or section.get("type") == "fewshot":  # others are fitted to all of it
       training = opening.shots(training, **_arguments(section, data.few_shots))
+  loading = _arguments(section, data.eval_batches) | process
 
-  def load(source: data.Source) -> data.EvalBatches:
-    return data.eval_batches(source, **_arguments(section, data.eval_batches), **process)
-
-  def make(model: nn.Module, mesh: Any) -> Any:
+  def of(model: nn.Module, mesh: Any, loading: Mapping[str, Any]) -> Any:
     scoring = _arguments(section, evaluator)
     if training:
-      scoring |= {"train_batches": load(training), "num_classes": source.num_classes}
-    return evaluator(model, load(source), mesh, **scoring)
+      batches = data.eval_batches(training, **loading)
+      scoring |= {"train_batches": batches, "num_classes": source.num_classes}
+    return evaluator(model, data.eval_batches(source, **loading), mesh, **scoring)
 
-  return Evaluation(make, every, source, section["pp"], section)
+  def check(model: nn.Module) -> None:
+    data.eval_batches(source, **loading)
+    one = dict(batch_size=1, threads=0, workers=0, process_index=0, process_count=1)
+    of(model, None, {**loading, **one}).check()
+
+  return Evaluation(
+    lambda model, mesh: of(model, mesh, loading), check, every, source, section["pp"], section
+  )
+
+
+def _check_classes(evaluation: Evaluation, known: set[int]) -> None:
+  """Raises a UserError if the model's own logits are scored on data of other classes, and no label map says which."""
+  section, classes = evaluation.section, evaluation.source.num_classes
+  own = section.get("type", "classification") == "classification"
+  if own and section.get("label_map") is None and classes not in known:
+    raise errors.UserError(
+      f"data has {classes} classes, the model {' or '.join(map(str, known))}; give data of the same classes, or a"
+      " label_map."
+    )
 
 
 def _same_classes(train: data.Source, test: data.Source) -> data.Source:

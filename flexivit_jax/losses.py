@@ -1,5 +1,6 @@
 """Per-example losses, distances between logits, and mixup, all in float32 whatever the inputs are."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -81,6 +82,12 @@ def dense_logits(sparse: SparseLogits, k: int) -> Float32[Array, "n k"]:
 DISTANCES = {"kl": kl, "logsoftmax_euclidean": logsoftmax_euclidean}
 
 
+def check_mixup(p: int | float) -> None:
+  """Raises a UserError if `p` is no parameter of mixup: negative, or not finite."""
+  if not 0 <= p < math.inf:
+    raise UserError(f"mixup_p={p}; expected a finite number >= 0; 0 switches it off.")
+
+
 def mixup(
   key: Key[Array, ""] | UInt32[Array, "2"], *arrays: Float[Array, "n ..."], p: int | float
 ) -> tuple[Float32[Array, "n ..."], ...]:
@@ -93,8 +100,7 @@ def mixup(
   Raises:
     UserError: `p` is negative.
   """
-  if p < 0:
-    raise UserError(f"mixup: got p={p}, expected p >= 0; p=0 switches it off.")
+  check_mixup(p)
   arrays = tuple(x.astype(jnp.float32) for x in arrays)
   if p == 0:
     return arrays

@@ -7,6 +7,7 @@ Weight decay comes after the multiplication with lr: the schedule scales it, lr 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -85,6 +86,16 @@ def make(
   """
   if name not in OPTIMIZERS:
     raise unknown("optimizer", name, OPTIMIZERS)
+  for key, value, most in (
+    ("lr", lr, math.inf),
+    ("wd", wd, math.inf),
+    ("b1", b1, 1),
+    ("b2", b2, 1),
+  ):
+    if value is not None and not 0 <= value < most:
+      raise UserError(
+        f"optim.{key}={value}; expected {'0 to below 1' if most == 1 else 'a finite number >= 0'}."
+      )
   given = {"b1": b1, "b2": b2, "eps": eps, "mu_dtype": mu_dtype, "nesterov": nesterov}
   moments = OPTIMIZERS[name](**_options(name, given))
   run = {"total_steps": total_steps, "batch_size": batch_size, "dataset_size": dataset_size}

@@ -27,6 +27,8 @@ from flexivit_jax.teacher_cache import TeacherCache
 def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Any]:
   """Returns the experiment, its model knowing the mesh where that divides parameters, and the mesh that it names."""
   mesh = sharding.make_mesh(**{k: v for k, v in exp.mesh.items() if k != "divide_teachers"})
+  for name, evaluation in exp.evaluations.items():
+    sharding.check_divides(evaluation.section["batch_size"], mesh, f"evals.{name}.batch_size")
   if mesh.shape["fsdp"] > 1:
     exp = exp._replace(model=exp.model.clone(fsdp=mesh))
   return exp, mesh

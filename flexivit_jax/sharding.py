@@ -152,11 +152,11 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda v: jax.make_array_from_process_local_data(sharding, v), batch)
 
 
-def check_divides(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
+def check_divides(batch_size: int, mesh: Mesh | AbstractMesh, name: str = "batch_size") -> None:
   """Raises a UserError if a global batch does not divide over the devices of the mesh."""
   if batch_size % mesh.size:
     raise errors.UserError(
-      f"batch_size={batch_size} must be a multiple of the number of devices, {mesh.size}."
+      f"{name}={batch_size} must be a multiple of the number of devices, {mesh.size}."
     )
 
 

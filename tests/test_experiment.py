@@ -150,3 +150,71 @@ def test_a_teacher_that_several_sections_name_is_opened_once():
   settings["evals"]["other"] = {**settings["evals"]["test"], "teacher": other}
   experiment.build(**settings, opening=opening.REAL._replace(teacher=teacher))
   assert [section.get("seqhw") for section in opened] == [None, 14]
+
+
+@pytest.mark.parametrize(
+  ("override", "message"),
+  [
+    ("hang_after=0", "hang_after=0; expected more than 0, or None"),
+    ("skip_above=0.0", "skip_above=0.0; expected more than 0, or None"),
+    ("skip_limit=0", "skip_limit=0; expected at least 1"),
+    ("log_every=0", "log_every=0; expected at least 1"),
+    ("checkpoint.keep=0", "checkpoint.keep=0; expected at least 1"),
+    ("checkpoint.keep=-1", "checkpoint.keep=-1; expected at least 1"),
+    ("init_head_bias=1e999", "init_head_bias=inf; expected a finite number"),
+    ("input.batch_size=0", "input: batch_size=0; expected 1 or more"),
+    ("input.batch_size=-8", "input: batch_size=-8; expected 1 or more"),
+    ("input.batch_size=100", "input: .*has 16 examples, fewer than one batch of 100"),
+    ("input.on_error=skp", "input: on_error='skp'; expected 'raise' or 'skip'"),
+    ("input.max_errors=-1", "input: max_errors=-1; expected 0 or more"),
+    ("input.threads=-1", "input: threads=-1; expected 0 or more"),
+    ("input.pp=deocde", "input: .*'deocde'.*Did you mean 'decode'"),
+    ("model.width=0", "model: width=0: expected 1 or more"),
+    ("model.width=-64", "model: width=-64: expected 1 or more"),
+    ("model.depth=0", "model: depth=0: expected 1 or more"),
+    ("model.num_classes=-1", "model: num_classes=-1: expected 0 or more"),
+    ("model.dropout=2.0", "model: dropout=2.0: expected a probability"),
+    ("optim.lr=-1", "optim.lr=-1.0; expected a finite number >= 0"),
+    ("optim.lr=1e999", "optim.lr=inf; expected a finite number >= 0"),
+    ("optim.b2=1.5", "optim.b2=1.5; expected 0 to below 1"),
+    ("evals.test.seqhw=(7,)", r"evals.test: seqhw=7 does not divide .*that do: 1, 2, 3, 4, 6,"),
+    ("evals.test.depth=(5,)", "evals.test: depth=5: the model has 1 blocks"),
+    ("evals.test.stride=(5,)", "evals.test: Got seqhw=.* and stride=.*; give one of them"),
+    ("evals.test.pp=deocde", "evals.test: .*'deocde'.*Did you mean 'decode'"),
+    ("evals.test.pp=decode|resize(24)", "evals.test: .*lack .*'labels'"),
+    ("evals.test.batch_size=0", "evals.test: batch_size=0; expected 1 or more"),
+    ("evals.test.prefetch=-1", "evals.test: prefetch=-1; expected 0 or more"),
+    ("evals.test.loss=softmx", "evals.test: Unknown loss 'softmx'"),
+    ("evals.test.label_map=x", "evals.test: Unknown label map 'x'"),
+    ("evals.test.data.num_classes=7", "evals.test: data has 7 classes, the model 10"),
+    ("objective={'mixup_p': -1}", "objective: mixup_p=-1; expected a finite number >= 0"),
+  ],
+)
+def test_values_out_of_range_are_refused_with_their_keys(override, message):
+  settings = config.load(f"{CONFIGS / 'digits'}.py:debug", [override])
+  with pytest.raises(UserError, match=message):
+    experiment.build(**settings)
+
+
+@pytest.mark.parametrize("changes", [dict(l2=-1.0), dict(type="knn", k=0)])
+def test_so_are_those_of_probes(changes):
+  settings = digits()
+  test = settings["evals"]["test"]
+  settings["evals"]["test"] = (
+    test | dict(type="fewshot", train_data=test["data"], shots=1) | changes
+  )
+  with pytest.raises(UserError, match=r"evals.test: .*expected"):
+    experiment.build(**settings)
+
+
+def test_the_batches_of_an_evaluation_have_to_divide_over_the_devices(on_eight_devices):
+  on_eight_devices(refuse_uneven_batches, "evals.test.batch_size=12 must be a multiple of .* 8")
+
+
+def refuse_uneven_batches(message):
+  from flexivit_jax import preparation
+
+  settings = digits()
+  settings["evals"]["test"]["batch_size"] = 12
+  with pytest.raises(UserError, match=message):
+    preparation.place(experiment.build(**settings))

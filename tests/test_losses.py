@@ -152,5 +152,5 @@ def test_mixup_amount_is_a_folded_beta(p):
 def test_mixup_of_zero_changes_nothing_and_negative_is_an_error():
   labels = jnp.eye(4)
   np.testing.assert_array_equal(mixup(jax.random.key(0), labels, p=0.0)[0], labels)
-  with pytest.raises(UserError, match=r"p=-0.1, expected p >= 0"):
+  with pytest.raises(UserError, match=r"mixup_p=-0\.1; expected a finite number >= 0"):
     mixup(jax.random.key(0), labels, p=-0.1)

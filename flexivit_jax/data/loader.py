@@ -69,16 +69,17 @@ def train_batches(
   Raises:
     UserError: now for bad arguments, from the iterator for bad examples.
   """
+  if seed < 0:
+    raise UserError(f"Data seed is {seed}; expected 0 or more.")
+  options = _options(threads, workers, prefetch, keep_mb)
+  plan = _plan(source, pp, seed, batch_size, process_index, process_count, on_error, max_errors)
   if len(source) < batch_size:
     raise UserError(
       f"{source.name} {source.split!r} has {len(source)} examples, fewer than one batch of "
       f"{batch_size}; take a larger split or a smaller batch_size."
     )
-  if seed < 0:
-    raise UserError(f"Data seed is {seed}; expected 0 or more.")
-  plan = _plan(source, pp, seed, batch_size, process_index, process_count, on_error, max_errors)
   plan = plan._replace(kept=None if workers else room(source, plan.pp, keep_mb))
-  return TrainBatches(plan, Options(threads, workers, prefetch), num_steps, start_step)
+  return TrainBatches(plan, options, num_steps, start_step)
 
 
 def eval_batches(
@@ -100,9 +101,10 @@ def eval_batches(
   The arguments are those of `train_batches`. Batches have `_mask` too (float32 [n], 0 for padding
   and for what "skip" left out; such entries are zeros and their `_id` is -1).
   """
+  options = _options(threads, workers, prefetch, keep_mb)
   plan = _plan(source, pp, None, batch_size, process_index, process_count, on_error, max_errors)
   plan = plan._replace(kept=None if workers else room(source, plan.pp, keep_mb))
-  return EvalBatches(plan, Options(threads, workers, prefetch))
+  return EvalBatches(plan, options)
 
 
 @final
@@ -210,6 +212,17 @@ class EvalBatches:
       batches.close()
 
 
+def _options(threads: int, workers: int, prefetch: int, keep_mb: int) -> Options:
+  _at_least(0, threads=threads, workers=workers, prefetch=prefetch, keep_mb=keep_mb)
+  return Options(threads, workers, prefetch)
+
+
+def _at_least(least: int, **numbers: int) -> None:
+  for name, value in numbers.items():
+    if value < least:
+      raise UserError(f"{name}={value}; expected {least} or more.")
+
+
 def _plan(
   source: Source,
   pp: str,
@@ -220,7 +233,9 @@ def _plan(
   on_error: str,
   max_errors: int,
 ) -> Plan:
-  if batch_size < 1 or batch_size % process_count:
+  _at_least(1, batch_size=batch_size)
+  _at_least(0, max_errors=max_errors)
+  if batch_size % process_count:
     raise UserError(f"batch_size={batch_size} is not a multiple of {process_count} processes.")
   if not 0 <= process_index < process_count:
     raise UserError(f"process_index={process_index} is not in 0..{process_count - 1}.")

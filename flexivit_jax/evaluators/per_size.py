@@ -57,12 +57,8 @@ class PerSize:
     self.sizes = {compilation.size_key(size): dict(size) for size in sizes}
     self._programs: dict[tuple, compilation.Program] = {}
 
-  def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
-    """Compiles one program for each size; nothing is compiled later.
-
-    Raises:
-      UserError: if a size does not divide the image, or the labels are of another number of classes.
-    """
+  def check(self) -> None:
+    """Reads the first batch; raises as `compile`."""
     self._first = self._model_inputs(next(iter(self.batches)))
     if "labels" in self._first:
       labels = self._first["labels"].shape[-1]
@@ -70,6 +66,14 @@ class PerSize:
     for size in self.sizes.values():
       flexivit.which_grid(self._image_hw, self.model.patch_size, **size)
       flexivit.which_depth(self.model.depth, size.get("depth"))
+
+  def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
+    """Compiles one program for each size; nothing is compiled later.
+
+    Raises:
+      UserError: if a size does not divide the image, or the labels are of another number of classes.
+    """
+    self.check()
     self.frozen = jax.device_put(self.frozen, sharding.replicated(self.mesh))
     specs = sharding.specs(self._first, self.mesh)
     if self.once:

@@ -64,6 +64,10 @@ class Probing:
     )
     self.train_batches, self.fit = train_batches, fit
 
+  def check(self) -> None:
+    """See `PerSize.check`."""
+    self.features.check()
+
   def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
     """Compiles one program for each size; see `PerSize.compile`."""
     self.features.compile(params, report)

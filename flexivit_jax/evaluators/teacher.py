@@ -19,6 +19,10 @@ class Once:
     self._evaluator, self._params = evaluator, params
     self._rows: list[dict[str, Any]] | None = None
 
+  def check(self) -> None:
+    """As of `PerSize`."""
+    self._evaluator.check()
+
   def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
     """As of `PerSize`; nothing where the result is known already."""
     if self._rows is None:

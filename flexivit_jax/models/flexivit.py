@@ -259,6 +259,11 @@ def check_fields(model: FlexiViT) -> None:
   for name, known in CHOICES.items():
     if getattr(model, name) not in known:
       raise errors.unknown(name, getattr(model, name), known)
+  for name, least in (("width", 1), ("depth", 1), ("mlp_dim", 1), ("num_classes", 0)):
+    if getattr(model, name) < least:
+      raise errors.UserError(f"{name}={getattr(model, name)}: expected {least} or more.")
+  if not 0 <= model.dropout < 1:
+    raise errors.UserError(f"dropout={model.dropout}: expected a probability, from 0 to below 1.")
   if model.num_heads < 1 or model.width % model.num_heads:
     raise errors.UserError(
       f"width={model.width} must be a multiple of num_heads={model.num_heads}."

@@ -57,6 +57,7 @@ def distill(
   """
   if not teachers:
     raise errors.UserError("objective.teachers is empty; give at least one, with its checkpoint.")
+  losses.check_mixup(mixup_p)
   if distance not in losses.DISTANCES:
     raise errors.unknown("distance", distance, losses.DISTANCES)
   if label_loss not in losses.LOSSES:

@@ -38,6 +38,7 @@ def self_distill(
   Raises:
     UserError: no size; an unknown name; a temperature or weight that is not positive; a decay outside (0, 1).
   """
+  losses.check_mixup(mixup_p)
   if loss not in losses.LOSSES:
     raise errors.unknown("loss", loss, losses.LOSSES)
   if distance not in losses.DISTANCES:

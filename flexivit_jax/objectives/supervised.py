@@ -13,6 +13,7 @@ def supervised(*, loss: str = "softmax_xent", mixup_p: float = 0.0) -> Objective
     loss: a name in `losses.LOSSES`.
     mixup_p: parameter of mixup's Beta distribution; 0 switches it off.
   """
+  losses.check_mixup(mixup_p)
   if loss not in losses.LOSSES:
     raise errors.unknown("loss", loss, losses.LOSSES)
 
