@@ -283,8 +283,10 @@ def _loop(
           saved = step
         run.checkpoints.check()
         for name in due:
-          with run.stop.interruptible(), run.ledger.of("evaluation"):
-            _note_rows(name, step, evaluators[name].run(state.params), run.writer)
+          with run.ledger.of("evaluation"):
+            with run.stop.interruptible():
+              rows = evaluators[name].run(state.params)
+            _note_rows(name, step, rows, run.writer)
       run.stop.check_after(step)
   except stopping.Stopped as stopped:
     if done > saved:
@@ -389,9 +391,11 @@ def _flush(run: Run, pending: list[Pending], extra: dict[str, float]) -> list[Pe
 def _note_rows(
   name: str, step: int, rows: list[dict[str, Any]], writer: metrics.MetricsWriter
 ) -> None:
-  for row in rows:
-    values = {f"{name}/{k}/seqhw={label(row)}": row[k] for k in results.metrics_of(row)}
-    writer.write(step, values)
+  # All sizes at once: a stop between two would leave some, and the evaluation would count as made.
+  values = {
+    f"{name}/{k}/seqhw={label(row)}": row[k] for row in rows for k in results.metrics_of(row)
+  }
+  writer.write(step, values)
   first = results.metrics_of(rows[0])[0]
   preparation.note(
     f"step {step}: {name} {first} " + ", ".join(f"{label(r)}: {r[first]:.1%}" for r in rows)

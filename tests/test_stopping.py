@@ -124,6 +124,32 @@ def test_an_evaluation_is_left_at_once_and_made_again(whole, tmp_path, monkeypat
   check_resumed(whole, tmp_path)
 
 
+def test_the_rows_of_an_evaluation_are_written_all_or_none(whole, tmp_path, monkeypatch):
+  """A kill, and then a signal, right after the first write with results."""
+  write = metrics.MetricsWriter.write
+
+  def stopping_at(first, end):
+    def writing(self, step, values):
+      write(self, step, values)
+      if step == first and any(key.startswith("test/") for key in values):
+        end()
+
+    with monkeypatch.context() as patch:
+      patch.setattr(metrics.MetricsWriter, "write", writing)
+      train_lib.train(CONFIG, tmp_path)
+
+  def kill():
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    stopping_at(5, kill)
+  # From the checkpoint of step 3: the evaluation of 5 is made once more.
+  with pytest.raises(stopping.Stopped):
+    stopping_at(5, terminate)
+  assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == 5
+  check_resumed(whole, tmp_path)
+
+
 def test_what_a_kill_costs_is_counted(whole, tmp_path, train_until, capsys):
   """Steps were logged after the last save: their time is lost, and the run says so."""
   train_until(CONFIG, tmp_path, 5)  # saved at 3, logged at 4 and 5
