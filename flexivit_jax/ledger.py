@@ -2,11 +2,13 @@
 
 import contextlib
 import json
-import os
+import logging
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from flexivit_jax import errors, folders
 
 PARTS = ("start-up", "compilation", "data wait", "steps", "evaluation", "checkpoints", "lost work")
 
@@ -27,6 +29,7 @@ class Ledger:
     self._earlier = _read(file) if file else []
     self._own: dict[str, Any] = {"from_step": step, "saves": {}}
     self._counted = begun
+    self._warned = False
     if self._earlier:
       self.lost = self._lose(step)
     else:
@@ -58,9 +61,12 @@ class Ledger:
     if self._file is None:
       return
     self._own |= {"to_step": step, "wall": self._elapsed(), "seconds": self._seconds}
-    part = self._file.with_name(self._file.name + ".tmp")
-    part.write_text(json.dumps([*self._earlier, self._own]) + "\n")
-    os.replace(part, self._file)
+    try:
+      folders.write(self._file, json.dumps([*self._earlier, self._own]) + "\n")
+    except errors.UserError as e:  # times are no reason to stop a run
+      if not self._warned:
+        logging.getLogger(__name__).warning("%s Training goes on.", e)
+      self._warned = True
 
   def _elapsed(self) -> float:
     return time.perf_counter() - self._begun

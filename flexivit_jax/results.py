@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from flexivit_jax import trees
+from flexivit_jax import folders, trees
 
 # What a row holds besides its evaluator's metrics.
 COLUMNS = ("seqhw", "stride", "depth", "patch", "tokens", "gflops", "ms", "n")
@@ -61,9 +61,7 @@ def write(path: pathlib.Path, described: dict[str, Any], rows: list[dict[str, An
   """Writes the file at once or not at all; on the first process only."""
   if jax.process_index() == 0:
     known = {k: v for k, v in described.items() if v is not None}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**known, "rows": rows}, indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
+    folders.write(path, json.dumps({**known, "rows": rows}, indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -6,13 +6,13 @@ import json
 import os
 import pathlib
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import filelock
 import numpy as np
 
-from flexivit_jax import errors
+from flexivit_jax import errors, folders
 
 # What makes a run what it is: another value would be another run under the same name. Of these, some keys are free.
 IDENTITY = ("model", "input", "flexi", "objective", "optim", "seed", "init", "init_head_bias")
@@ -42,7 +42,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   try:
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     about = {"pid": os.getpid(), "host": socket.gethostname(), "since": began}
-    holder.write_text(json.dumps(about) + "\n")
+    folders.write(holder, json.dumps(about) + "\n")
     yield
   finally:
     with contextlib.suppress(OSError):
@@ -76,13 +76,24 @@ def keep_config(
     note: is told what has changed, a line each.
 
   Raises:
-    UserError: what makes the run what it is has changed.
+    UserError: what makes the run what it is has changed; no config can be read; nothing can be written.
   """
   file, text = workdir / "config.json", json.dumps(settings, indent=2, default=str) + "\n"
   kept = sorted(workdir.glob("config.[0-9][0-9][0-9].json"))
-  if file.exists():
-    lines = diff(json.loads(file.read_text()), json.loads(text))
-    if not lines and kept:
+  found, damaged = _last_config([p for p in (file, *reversed(kept)) if p.exists()])
+  if damaged and found is None and begun and not allow_change:
+    raise errors.UserError(
+      f"{', '.join(map(str, damaged))}: damaged, so whether this is the run's config cannot be told; put the file back,"
+      " or give --allow_config_change to go on with this config."
+    )
+  for path in damaged:
+    note(
+      f"{path} is damaged"
+      + ("" if found is None else f"; {found[0].name} is the last that is whole")
+    )
+  if found is not None:
+    lines = diff(found[1], json.loads(text))
+    if not lines and kept and not damaged:
       return
     for key, line in lines.items():
       note(f"config: {line}" if begun else f"config, before anything was saved: {line}")
@@ -92,8 +103,22 @@ def keep_config(
           " run: give another --workdir, or --allow_config_change to go on all the same."
         )
   number = 1 + max((int(p.suffixes[-2][1:]) for p in kept), default=0)
-  (workdir / f"config.{number:03d}.json").write_text(text)
-  file.write_text(text)
+  folders.write(workdir / f"config.{number:03d}.json", text)
+  folders.write(file, text)
+
+
+def _last_config(
+  files: Sequence[pathlib.Path],
+) -> tuple[tuple[pathlib.Path, dict[str, Any]] | None, list[pathlib.Path]]:
+  """The first of the files that holds a config, and those before it, which are damaged."""
+  damaged: list[pathlib.Path] = []
+  for file in files:
+    with contextlib.suppress(ValueError):
+      found = json.loads(file.read_bytes())
+      if isinstance(found, dict):
+        return (file, found), damaged
+    damaged.append(file)
+  return None, damaged
 
 
 def write_bad_step(
@@ -108,6 +133,9 @@ def write_bad_step(
   """Writes bad_step.json: what `flexivit replay` needs to look into a step that was not finite. Returns its path.
 
   With `writing` False, on all processes but one, it only returns the path.
+
+  Raises:
+    UserError: it cannot be written.
   """
   file = workdir / "bad_step.json"
   if not writing:
@@ -115,9 +143,8 @@ def write_bad_step(
   # Numbers that JSON has not are words there.
   numbers = {k: float(v) if np.isfinite(v) else str(v) for k, v in measured.items()}
   found = {"step": step, "size": dict(size), "measured": numbers}
-  file.write_text(
-    json.dumps(found | {"ids": None if ids is None else np.asarray(ids).tolist()}) + "\n"
-  )
+  known = None if ids is None else np.asarray(ids).tolist()
+  folders.write(file, json.dumps(found | {"ids": known}) + "\n")
   return file
 
 

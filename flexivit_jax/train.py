@@ -10,6 +10,7 @@ import functools
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from flexivit_jax import (
   distributed,
   errors,
   experiment,
+  folders,
   metrics,
   patch_schedule,
   peers as peers_of,
@@ -111,9 +113,7 @@ def _train(
     watchdog = stack.enter_context(contextlib.closing(_watchdog(exp, peers)))
     exp, mesh = preparation.place(exp)
     parts, memory = preparation.parts(exp, mesh)
-    checkpoints = stack.enter_context(
-      contextlib.closing(Checkpoints(workdir / "checkpoints", keep=exp.keep))
-    )
+    checkpoints = stack.enter_context(_closing(Checkpoints(workdir / "checkpoints", keep=exp.keep)))
 
     def choose() -> int | None:
       latest = checkpoints.choose(resume, preparation.note)
@@ -155,6 +155,20 @@ def _train(
   ledger.write(int(state.step))
 
 
+@contextlib.contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[Checkpoints]:
+  """Closes them at the end; that a save failed is no more than a line where something else has ended the run."""
+  try:
+    yield checkpoints
+  except BaseException:
+    try:
+      checkpoints.close()
+    except errors.UserError as e:
+      preparation.note(str(e))
+    raise
+  checkpoints.close()
+
+
 def _watchdog(exp: experiment.Experiment, peers: peers_of.Peers | None) -> stopping.Watchdog:
   if peers is None:
     return stopping.Watchdog(exp.hang_after, preparation.note)
@@ -166,7 +180,7 @@ def _write_overview(
 ) -> None:
   checkpoints.check_room(state)
   overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-  (workdir / "parameters.txt").write_text(overview + "\n")
+  folders.write(workdir / "parameters.txt", overview + "\n")
 
 
 def _facts(run: Run, step: int, schedule: patch_schedule.State) -> dict[str, Any]:
@@ -372,20 +386,26 @@ def _flush(run: Run, pending: list[Pending], extra: dict[str, float]) -> list[Pe
       )
     if bad:
       run.writer.flush()
-      run.checkpoints.wait()
-      dump = run_folder.write_bad_step(
-        run.checkpoints.folder.parent,
-        step=step,
-        size=size,
-        measured=measured,
-        ids=distributed.gathered(ids),
-        writing=jax.process_index() == 0,
-      )
-      raise errors.UserError(
-        f"At step {step} ({compilation.size_name(size)}) {', '.join(bad)}; stopped. The last"
-        f" checkpoint is from before. `flexivit replay {dump}` looks into the step. Lower optim.lr, or set optim.clip."
-      )
+      found = dict(step=step, size=size, measured=measured, ids=distributed.gathered(ids))
+      raise _bad_step(run, bad, found)
   return rows
+
+
+def _bad_step(run: Run, bad: list[str], found: dict[str, Any]) -> errors.UserError:
+  """Returns what to say of a step that was not finite; whatever else fails now does not hide it."""
+  folder, size = run.checkpoints.folder.parent, compilation.size_name(found["size"])
+  said = f"At step {found['step']} ({size}) {', '.join(bad)}; stopped."
+  try:
+    run.checkpoints.wait()
+    said += " The last checkpoint is from before."
+  except errors.UserError as e:
+    said += f" {e}"
+  try:
+    dump = run_folder.write_bad_step(folder, writing=jax.process_index() == 0, **found)
+    said += f" `flexivit replay {dump}` looks into the step."
+  except errors.UserError as e:
+    said += f" {e}"
+  return errors.UserError(f"{said} Lower optim.lr, or set optim.clip.")
 
 
 def _note_rows(

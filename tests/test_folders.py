@@ -1,6 +1,9 @@
-"""Where things are cached."""
+"""Where things are cached, and small files that are whole or not there."""
+
+import pytest
 
 from flexivit_jax import folders
+from flexivit_jax.errors import UserError
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
@@ -12,3 +15,17 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
   assert folders.cache_folder() == tmp_path / "xdg" / "flexivit_jax"
   monkeypatch.setenv("FLEXIVIT_CACHE", str(tmp_path / "mine"))
   assert folders.cache_folder() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, before):
+  file = tmp_path / "a.json"
+  if before:
+    folders.write(file, before)
+  (tmp_path / "a.json.tmp").symlink_to("/dev/full")
+  with pytest.raises(UserError, match=rf"^{file} cannot be written: No space left on device\.$"):
+    folders.write(file, "new")
+  assert (file.read_text() if file.exists() else None) == before
+  assert not (tmp_path / "a.json.tmp").is_symlink()
+  folders.write(file, "new")
+  assert file.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -94,3 +94,11 @@ def test_a_file_that_cannot_be_read_is_begun_anew(tmp_path, clock):
   start(file, clock, 0)
   assert len(json.loads(file.read_text())) == 1
   assert ledger.shares(tmp_path / "none.json") == {}
+
+
+def test_one_that_cannot_be_written_is_warned_of_once(tmp_path, clock, caplog):
+  file = tmp_path / "no" / "ledger.json"
+  start(file, clock, 0)
+  assert [r.getMessage() for r in caplog.records] == [
+    f"{file} cannot be written: No such file or directory. Training goes on."
+  ]

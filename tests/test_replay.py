@@ -55,6 +55,19 @@ def test_without_a_checkpoint_the_run_is_made_again_from_its_start(tmp_path, cap
   assert "from step 0 to step 2" in capsys.readouterr().out
 
 
+def test_a_dump_and_a_save_that_cannot_be_written_do_not_hide_the_step(tmp_path, monkeypatch):
+  def failing(self):
+    raise UserError("The checkpoint in X cannot be written.")
+
+  (tmp_path / "bad_step.json.tmp").symlink_to("/dev/full")
+  monkeypatch.setattr(train_lib.Checkpoints, "wait", failing)
+  said = r"At step 2 .*param_norm is .*stopped. The checkpoint in X .*{}.* Lower optim.lr"
+  with pytest.raises(
+    UserError, match=said.format("bad_step.json cannot be written: No space left")
+  ):
+    train_lib.train(CONFIG, tmp_path)
+
+
 def test_a_dump_that_is_none_is_an_error(tmp_path):
   (tmp_path / "bad_step.json").write_text("{}")
   with pytest.raises(UserError, match="cannot be replayed"):

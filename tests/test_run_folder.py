@@ -115,3 +115,40 @@ def test_before_anything_is_saved_a_config_may_become_another(tmp_path):
 def test_absent_and_none_are_the_same(tmp_path):
   kept(tmp_path, OLD)
   assert kept(tmp_path, {**OLD, "seed": None}) == []
+
+
+@pytest.mark.parametrize("left", ["", '{"model": {"wid', "[]", "\x80"])
+def test_of_a_config_that_is_damaged_the_copy_is_taken(tmp_path, left):
+  kept(tmp_path, OLD)
+  (tmp_path / "config.json").write_bytes(left.encode("latin1"))
+  with pytest.raises(UserError, match=r"model.width: 8 -> 9.*makes it another run"):
+    kept(tmp_path, {**OLD, "model": {"width": 9}})
+  said = kept(tmp_path, OLD)
+  assert said == [
+    f"{tmp_path / 'config.json'} is damaged; config.001.json is the last that is whole"
+  ]
+  assert json.loads((tmp_path / "config.json").read_text()) == OLD
+  assert kept(tmp_path, OLD) == []
+
+
+def test_without_any_config_that_is_whole_a_run_is_not_gone_on_with_unless_told(tmp_path):
+  kept(tmp_path, OLD)
+  for name in ("config.json", "config.001.json"):
+    (tmp_path / name).write_text("{")
+  with pytest.raises(
+    UserError, match=r"config.json, .*config.001.json: damaged.*--allow_config_ch"
+  ):
+    kept(tmp_path, OLD)
+  assert len(kept(tmp_path, OLD, allow=True)) == 2
+  assert kept(tmp_path, OLD) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.001.json", "holder.json"])
+def test_a_full_disk_is_one_line_with_the_file(tmp_path, name):
+  (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
+  with (
+    pytest.raises(UserError, match=rf"{name} cannot be written: No space left on device"),
+    run_folder.locked(tmp_path),
+  ):
+    kept(tmp_path, OLD)
+  assert kept(tmp_path, OLD) == []
