@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,27 +19,31 @@ class Ledger:
 
   Args:
     file: RUN/ledger.json, a list of starts; None: nothing is read or written.
-    begun: `time.perf_counter()` when this one began.
-    step: from which it goes on; what the start before did after it is lost.
+    begun: `time.perf_counter()` when this one began, see `process_begun`.
   """
 
-  def __init__(self, file: pathlib.Path | None, begun: float, step: int):
+  def __init__(self, file: pathlib.Path | None, begun: float):
     self._file, self._begun = file, begun
     self._seconds = dict.fromkeys(PARTS[:-1], 0.0)
     self._rest = "start-up"
     self._earlier = _read(file) if file else []
-    self._own: dict[str, Any] = {"from_step": step, "saves": {}}
+    self._own: dict[str, Any] = {}
     self._counted = begun
     self._warned = False
-    if self._earlier:
-      self.lost = self._lose(step)
-    else:
-      self.lost = 0.0
+    self.lost = 0.0
+
+  def go_on_from(self, step: int) -> None:
+    """Notes this start as one of the run, from `step` on; what those before did after it is lost."""
+    self._own = {"from_step": step, "saves": {}}
+    self.lost = sum(_lose(start, step) for start in self._earlier)
+    self.write(step)
 
   def steps_begin(self) -> None:
     """From now on time that belongs to no other part is that of steps."""
     self._count(self._rest)
     self._rest = "steps"
+    self.saved(self._own["from_step"])
+    self.write()
 
   @contextlib.contextmanager
   def of(self, part: str) -> Iterator[None]:
@@ -52,15 +57,19 @@ class Ledger:
       self._rest = outer
 
   def saved(self, step: int) -> None:
-    """Notes that work up to here is not lost."""
-    self._own["saves"] = {str(step): self._elapsed()}
-
-  def write(self, step: int) -> None:
-    """Brings the file up to date, after `step`."""
+    """Notes what the time went into until here: of work that a later start goes on from."""
     self._count(self._rest)
-    if self._file is None:
+    self._own["saves"][str(step)] = {k: round(v, 3) for k, v in self._seconds.items() if v}
+
+  def write(self, step: int | None = None) -> None:
+    """Brings the file up to date, after `step`; by default after that of the last time."""
+    self._count(self._rest)
+    if self._file is None or not self._own:
       return
-    self._own |= {"to_step": step, "wall": self._elapsed(), "seconds": self._seconds}
+    wall = time.perf_counter() - self._begun
+    self._own |= {"wall": wall, "seconds": self._seconds}
+    if step is not None:
+      self._own["to_step"] = step
     try:
       folders.write(self._file, json.dumps([*self._earlier, self._own]) + "\n")
     except errors.UserError as e:  # times are no reason to stop a run
@@ -68,26 +77,38 @@ class Ledger:
         logging.getLogger(__name__).warning("%s Training goes on.", e)
       self._warned = True
 
-  def _elapsed(self) -> float:
-    return time.perf_counter() - self._begun
-
   def _count(self, part: str) -> None:
     now = time.perf_counter()
     self._seconds[part] += now - self._counted
     self._counted = now
 
-  def _lose(self, step: int) -> float:
-    """Calls lost what the start before did after the step that this one goes on from."""
-    last = self._earlier[-1]
-    if last.get("to_step", 0) <= step:
-      return 0.0
-    lost = max(last["wall"] - last["saves"].get(str(step), 0.0), 0.0)
-    left = last["wall"] - lost
-    total = sum(last["seconds"].values()) or 1.0
-    last["seconds"] = {k: v * left / total for k, v in last["seconds"].items()} | {
-      "lost work": lost
-    }
-    return lost
+
+def _lose(start: dict[str, Any], step: int) -> float:
+  """Calls lost what an earlier start did after `step`, from which a later one goes on; returns what was not so before.
+
+  All that it did after its last save up to there: a save that was begun may have failed since.
+  """
+  saves = {int(k): seconds for k, seconds in start["saves"].items()}
+  if start["to_step"] <= step or not saves:
+    return 0.0
+  kept = saves[max((k for k in saves if k <= step), default=min(saves))]
+  lost = max(start["wall"] - sum(kept.values()), 0.0)
+  before = start["seconds"].get("lost work", 0.0)
+  if lost <= before:
+    return 0.0
+  start["seconds"] = kept | {"lost work": lost}
+  return lost - before
+
+
+def process_begun() -> float:
+  """`time.perf_counter()` when this process began, before Python imported anything; now, where that is not known."""
+  try:
+    fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds since the system started, proc(5)
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - began if began else 0.0
+  except (OSError, ValueError, IndexError, AttributeError):  # not Linux
+    age = 0.0
+  return time.perf_counter() - max(age, 0.0)
 
 
 def shares(file: pathlib.Path) -> dict[str, float]:
@@ -100,9 +121,9 @@ def shares(file: pathlib.Path) -> dict[str, float]:
 
 
 def text(found: Mapping[str, float]) -> str:
-  """What `shares` found, for a reader: "3 min 12 s: steps 80.1 %, compilation 12.0 %, ..."; they sum to 100."""
+  """What `shares` found, for a reader: "3 min 12 s: steps 80.1 %, compilation 12.0 %, ...", of the wall time."""
   minutes, seconds = divmod(round(found["wall"]), 60)
-  total = sum(found[part] for part in PARTS) or 1.0
+  total = found["wall"] or 1.0
   parts = sorted((p for p in PARTS if found[p] > 0), key=lambda p: -found[p])
   shown = ", ".join(f"{part} {found[part] / total:.1%}" for part in parts)
   return f"{minutes} min {seconds} s: {shown}"

@@ -41,7 +41,7 @@ from flexivit_jax import (
 )
 from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.evaluators.per_size import label, size_text
-from flexivit_jax.ledger import Ledger
+from flexivit_jax.ledger import Ledger, process_begun
 
 
 class Run(NamedTuple):
@@ -65,6 +65,7 @@ def train(
   *,
   resume: str = "latest",
   allow_config_change: bool = False,
+  begun: float | None = None,
 ) -> pathlib.Path:
   """Trains, evaluates and saves what a config says into a run folder; continues where the folder left off.
 
@@ -73,6 +74,7 @@ def train(
     workdir: the run folder.
     resume: see `Checkpoints.choose`.
     allow_config_change: see `run_folder.keep_config`.
+    begun: `time.perf_counter()` from when on its time is counted; default: now.
 
   Returns:
     The run folder: config.json, parameters.txt, metrics.jsonl, tb/, checkpoints/, ledger.json, eval.json.
@@ -82,7 +84,7 @@ def train(
       that cannot be written; a loss that is not finite.
     Stopped: a signal came; what was done is saved.
   """
-  begun = time.perf_counter()
+  begun = time.perf_counter() if begun is None else begun
   with contextlib.ExitStack() as stack:
     try:
       _train(settings, workdir, stack, begun, resume, allow_config_change)
@@ -109,11 +111,16 @@ def _train(
     exp = experiment.build(**{"name": workdir.name, **settings})
     _say_costs(exp)
     processes.take(workdir, stack)
+    first = jax.process_index() == 0
+    ledger = Ledger(workdir / "ledger.json" if first else None, begun)
+    stack.callback(ledger.write)
     peers = processes.signs_of_life(workdir)
     watchdog = stack.enter_context(contextlib.closing(_watchdog(exp, peers)))
     exp, mesh = preparation.place(exp)
     parts, memory = preparation.parts(exp, mesh)
-    checkpoints = stack.enter_context(_closing(Checkpoints(workdir / "checkpoints", keep=exp.keep)))
+    checkpoints = stack.enter_context(
+      _closing(Checkpoints(workdir / "checkpoints", keep=exp.keep), ledger)
+    )
 
     def choose() -> int | None:
       latest = checkpoints.choose(resume, preparation.note)
@@ -127,8 +134,7 @@ def _train(
       return latest
 
     latest = distributed.on_first(choose, "its checkpoints or its config")
-    first = jax.process_index() == 0
-    ledger = Ledger(workdir / "ledger.json" if first else None, begun, latest or 0)
+    ledger.go_on_from(latest or 0)
     state, schedule, batches = _start_or_resume(exp, checkpoints, latest, ledger, mesh)
     stack.enter_context(batches)
     start = int(state.step)
@@ -152,21 +158,22 @@ def _train(
     state = _loop(run, state, schedule, targets, programs, evaluators)
   with stop.interruptible(), ledger.of("evaluation"):
     _final_evaluation(exp, state, evaluators, writer, workdir)
-  ledger.write(int(state.step))
 
 
 @contextlib.contextmanager
-def _closing(checkpoints: Checkpoints) -> Iterator[Checkpoints]:
+def _closing(checkpoints: Checkpoints, ledger: Ledger) -> Iterator[Checkpoints]:
   """Closes them at the end; that a save failed is no more than a line where something else has ended the run."""
   try:
     yield checkpoints
   except BaseException:
     try:
-      checkpoints.close()
+      with ledger.of("checkpoints"):
+        checkpoints.close()
     except errors.UserError as e:
       preparation.note(str(e))
     raise
-  checkpoints.close()
+  with ledger.of("checkpoints"):
+    checkpoints.close()
 
 
 def _watchdog(exp: experiment.Experiment, peers: peers_of.Peers | None) -> stopping.Watchdog:
@@ -306,7 +313,8 @@ def _loop(
     if done > saved:
       schedule = _log(run, pending, schedule, progress)
       _save(run, done, state, schedule)
-    run.checkpoints.wait()
+    with run.ledger.of("checkpoints"):
+      run.checkpoints.wait()
     run.ledger.write(done)
     where = f"after step {done}, which is saved" if done else "before the first step"
     preparation.note(f"{stopped}: stopped {where}; the same command goes on")
@@ -396,7 +404,8 @@ def _bad_step(run: Run, bad: list[str], found: dict[str, Any]) -> errors.UserErr
   folder, size = run.checkpoints.folder.parent, compilation.size_name(found["size"])
   said = f"At step {found['step']} ({size}) {', '.join(bad)}; stopped."
   try:
-    run.checkpoints.wait()
+    with run.ledger.of("checkpoints"):
+      run.checkpoints.wait()
     said += " The last checkpoint is from before."
   except errors.UserError as e:
     said += f" {e}"
@@ -490,6 +499,7 @@ def run(args: argparse.Namespace) -> None:
     args.workdir,
     resume=args.resume,
     allow_config_change=args.allow_config_change,
+    begun=process_begun(),
   )
 
 

@@ -96,7 +96,8 @@ def run_loop(tmp_path, inside=contextlib.nullcontext):
   with metrics.MetricsWriter(tmp_path, restored_step=0) as writer, inside():
     begin = time.process_time()
     schedule = patch_schedule.init_state(exp.flexi)
-    ledger = Ledger(tmp_path / "ledger.json", time.perf_counter(), 0)
+    ledger = Ledger(tmp_path / "ledger.json", time.perf_counter())
+    ledger.go_on_from(0)
     watchdog = stopping.Watchdog(60.0, print)
     run = train.Run(exp, mesh, Unsaved(), Data(exp), writer, ledger, stopping.Stop(), watchdog, [0])
     train._loop(run, state, schedule, None, made, {})
