@@ -15,7 +15,9 @@ import numpy as np
 from flexivit_jax import errors, folders
 
 # What makes a run what it is: another value would be another run under the same name. Of these, some keys are free.
-IDENTITY = ("model", "input", "flexi", "objective", "optim", "seed", "init", "init_head_bias")
+IDENTITY = (
+  "model", "input", "flexi", "objective", "optim", "seed", "init", "init_head_bias", "token_budget", "skip_above",
+)  # fmt: skip
 FREE = ("input.threads", "input.workers", "input.prefetch", "input.keep_mb", "input.data.data_dir")
 
 
@@ -97,7 +99,7 @@ def keep_config(
       return
     for key, line in lines.items():
       note(f"config: {line}" if begun else f"config, before anything was saved: {line}")
-      if begun and not allow_change and is_identity(key):
+      if begun and not allow_change and is_identity(key, settings):
         raise errors.UserError(
           f"The config differs from that of the run in {workdir}: {'; '.join(lines.values())}. {key} makes it another"
           " run: give another --workdir, or --allow_config_change to go on all the same."
@@ -148,8 +150,10 @@ def write_bad_step(
   return file
 
 
-def is_identity(key: str) -> bool:
-  """Whether a run with another value under this key is another run."""
+def is_identity(key: str, settings: Mapping[str, Any]) -> bool:
+  """Whether a run of these settings with another value under this key is another run."""
+  if key == "accumulate":  # rounding, but the masks of dropout are drawn part by part
+    return bool(settings.get("model", {}).get("dropout"))
   teacher = key.startswith("objective.teachers.") and key.endswith(
     ".checkpoint"
   )  # told by its sha256
@@ -167,7 +171,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   out: dict[str, Any] = {}
   for key, value in section.items():
     name = f"{prefix}{key}"
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:  # an empty section is one: adapt={} adapts
       out |= _flat(value, f"{name}.")
     elif value is not None:  # as absent
       out[name] = value

@@ -231,7 +231,8 @@ def _start_or_resume(
   preparation.check_frozen(exp, record.get("frozen", {}), checkpoints.folder / str(latest))
   batches = exp.batches(0)
   batches.set_state(record["data"])
-  epoch, seen = latest / exp.steps_per_epoch, record["data"]["step"] * exp.batch_size
+  seen = record["data"]["step"] * record["data"]["batch_size"]
+  epoch = seen / record["data"]["examples"]
   preparation.note(
     f"resumed from {checkpoints.folder / str(latest)}: step {latest}/{exp.total_steps}, epoch {epoch:.2f},"
     f" {seen} images seen; {ledger.lost:.0f} s of work lost"

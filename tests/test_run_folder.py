@@ -95,6 +95,9 @@ def test_each_start_with_another_config_keeps_its_own(tmp_path):
     ("input", {"threads": 1, "batch_size": 8}, "input.batch_size: 4 -> 8"),
     ("flexi", {"seqhw": {"v": [2]}}, r"flexi.seqhw.v: 'absent' -> \[2\]"),
     ("seed", 3, "seed: 'absent' -> 3"),
+    ("token_budget", {"most": 4}, "token_budget.most: 'absent' -> 4"),
+    ("token_budget", {}, "token_budget: 'absent' -> {}"),
+    ("skip_above", 3.0, "skip_above: 'absent' -> 3.0"),
   ],
 )
 def test_what_makes_it_another_run_is_refused_unless_allowed(tmp_path, section, value, line):
@@ -104,6 +107,15 @@ def test_what_makes_it_another_run_is_refused_unless_allowed(tmp_path, section, 
   assert json.loads((tmp_path / "config.json").read_text()) == OLD
   assert len(kept(tmp_path, {**OLD, section: value}, allow=True)) == 1
   assert json.loads((tmp_path / "config.json").read_text()) != OLD
+
+
+def test_the_parts_of_a_batch_make_another_run_where_dropout_is_drawn_by_them(tmp_path):
+  kept(tmp_path, OLD)
+  assert kept(tmp_path, {**OLD, "accumulate": 2}) == ["config: accumulate: 'absent' -> 2"]
+  dropping = {**OLD, "model": {"width": 8, "dropout": 0.1}}
+  kept(tmp_path, dropping, allow=True)
+  with pytest.raises(UserError, match="accumulate makes it another run"):
+    kept(tmp_path, {**dropping, "accumulate": 4})
 
 
 def test_before_anything_is_saved_a_config_may_become_another(tmp_path):

@@ -191,7 +191,7 @@ def test_a_step_of_two_batches_is_that_of_one_of_twice_the_images(given):
   close(jax.device_get(found.params), jax.device_get(wanted))
 
 
-def test_a_run_with_a_budget_reads_as_many_images_and_resumes(tmp_path, train_until):
+def test_a_run_with_a_budget_reads_as_many_images_and_resumes(tmp_path, train_until, capsys):
   config = {
     **copy.deepcopy(CONFIG),
     "token_budget": dict(most=4),
@@ -206,8 +206,12 @@ def test_a_run_with_a_budget_reads_as_many_images_and_resumes(tmp_path, train_un
   _, _, record = saved(exp, run)
   assert record["data"]["step"] == sum(1 if row["seqhw"] == 8 else 4 for row in rows)
   train_until(config, tmp_path / "cut", 2)
+  images = sum(16 if row["seqhw"] == 8 else 64 for row in rows[:2])
+  capsys.readouterr()
   again = train.metrics.read_rows(train.train(config, tmp_path / "cut") / "metrics.jsonl")
   assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+  said = capsys.readouterr().err
+  assert re.search(rf"step 2/\d+, epoch {images / 32:.2f}, {images} images seen", said)
 
 
 def saved(exp, run):
