@@ -29,14 +29,17 @@ from flexivit_jax.opening import REAL, Opening, build_model, default_dtype, shar
 from flexivit_jax.optim import Optimizer, make as _make_optimizer
 from flexivit_jax.sections import DURATIONS
 
+Waiting = Callable[[], contextlib.AbstractContextManager[None]]
+
 
 class Evaluation(NamedTuple):
   """One evaluator of a run. `every` is in steps; a teacher in `section` is loaded.
 
-  `make(model, mesh)` builds it; `check(model)` tries all that with the first example, and computes nothing.
+  `make(model, mesh, waiting)` builds it; `waiting` is entered while a batch is awaited. `check(model)` tries all that
+  with the first example, and computes nothing.
   """
 
-  make: Callable[[nn.Module, Any], Any]
+  make: Callable[..., Any]
   check: Callable[[nn.Module], None]
   every: int
   source: data.Source
@@ -436,21 +439,25 @@ def build_evaluation(
       training = opening.shots(training, **_arguments(section, data.few_shots))
   loading = _arguments(section, data.eval_batches) | process
 
-  def of(model: nn.Module, mesh: Any, loading: Mapping[str, Any]) -> Any:
+  def of(model: nn.Module, mesh: Any, waiting: Waiting, loading: Mapping[str, Any]) -> Any:
     scoring = _arguments(section, evaluator)
     if training:
       batches = data.eval_batches(training, **loading)
+      batches.waiting = waiting
       scoring |= {"train_batches": batches, "num_classes": source.num_classes}
-    return evaluator(model, data.eval_batches(source, **loading), mesh, **scoring)
+    batches = data.eval_batches(source, **loading)
+    batches.waiting = waiting
+    return evaluator(model, batches, mesh, **scoring)
+
+  def make(model: nn.Module, mesh: Any, waiting: Waiting = contextlib.nullcontext) -> Any:
+    return of(model, mesh, waiting, loading)
 
   def check(model: nn.Module) -> None:
     data.eval_batches(source, **loading)
     one = dict(batch_size=1, threads=0, workers=0, process_index=0, process_count=1)
-    of(model, None, {**loading, **one}).check()
+    of(model, None, contextlib.nullcontext, {**loading, **one}).check()
 
-  return Evaluation(
-    lambda model, mesh: of(model, mesh, loading), check, every, source, section["pp"], section
-  )
+  return Evaluation(make, check, every, source, section["pp"], section)
 
 
 def _check_classes(evaluation: Evaluation, known: set[int]) -> None:

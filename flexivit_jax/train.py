@@ -143,7 +143,9 @@ def _train(
     run = Run(exp, mesh, checkpoints, batches, writer, ledger, stop, watchdog, [0], peers)
     if several:
       distributed.agree(start, _facts(run, start, schedule))
-    evaluators = {name: e.make(exp.model, mesh) for name, e in exp.evaluations.items()}
+    evaluators = {
+      name: e.make(exp.model, mesh, watchdog.data) for name, e in exp.evaluations.items()
+    }
     if start < exp.total_steps:
       with ledger.of("compilation"):
         held = memory - sharding.bytes_each(state)

@@ -14,6 +14,7 @@ import pytest
 
 from flexivit_jax import cli, compilation, experiment, ledger, metrics, stopping, train as train_lib
 from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.data import loader
 from flexivit_jax.data.loader import TrainBatches
 from flexivit_jax.evaluators.per_size import PerSize
 from flexivit_jax.step_programs import StepPrograms
@@ -314,3 +315,18 @@ def test_the_watchdog_is_quiet_while_something_goes_on():
     stopping.beat()
   dog.close()
   assert not said
+
+
+def test_a_wait_for_the_data_of_an_evaluation_is_said(tmp_path, monkeypatch, capsys):
+  run = loader._run
+
+  def slow(plan, options, start, stop):
+    if plan.seed is None and plan.batch_size == 20:
+      time.sleep(1)
+    yield from run(plan, options, start, stop)
+
+  monkeypatch.setattr(loader, "_run", slow)
+  monkeypatch.setattr(stopping, "DATA_NOTE_S", 0.3)
+  train_lib.train(CONFIG | dict(total_steps=3), tmp_path)
+  said = capsys.readouterr().err
+  assert said.count("waiting for data for") == 2, said  # of the first batch, and of the evaluation

@@ -1,12 +1,13 @@
 """Batches, made ahead in threads or processes by Grain; what is in them is `stream.py`'s."""
 
 import atexit
+import contextlib
 import functools
 import logging
 import math
 import os
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -189,10 +190,12 @@ class EvalBatches:
 
   Attributes:
     errors: example index -> what was wrong, for each bad example left out in the latest pass.
+    waiting: what is entered while a batch is awaited; of a run, the watchdog's.
   """
 
   def __init__(self, plan: Plan, options: Options):
     self.errors: Bad = {}
+    self.waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     self._plan = plan
     self._options = options
 
@@ -204,7 +207,12 @@ class EvalBatches:
     batches = _run(self._plan, self._options, 0, len(self))
     atexit.register(batches.close)  # For a pass that is never finished.
     try:
-      for batch, bad in batches:
+      while True:
+        with self.waiting():
+          found = next(batches, None)
+        if found is None:
+          break
+        batch, bad = found
         _count(self.errors, bad, self._plan)
         yield batch
     finally:
