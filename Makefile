@@ -17,7 +17,7 @@ CONVERT_VENV := .venv-convert
 CONVERT_STAMP := $(CONVERT_VENV)/.installed
 
 FAULTS := $(addprefix tests/,test_chaos.py test_manifest.py test_stopping.py test_run_folder.py test_replay.py test_verify.py \
-	test_ledger.py test_metrics.py test_config.py test_typos.py test_train.py test_steps.py test_cli.py test_experiment.py \
+	test_ledger.py test_folders.py test_metrics.py test_config.py test_typos.py test_train.py test_steps.py test_cli.py test_experiment.py \
 	test_compilation.py test_patch_schedule.py test_distributed.py models/test_flexivit.py data weights/test_files.py weights/test_download.py \
 	weights/test_reading.py weights/test_transformers_folder.py)
 

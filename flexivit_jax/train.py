@@ -7,6 +7,7 @@ is measured is an evaluator. The same command continues a run that was stopped.
 import argparse
 import contextlib
 import functools
+import inspect
 import pathlib
 import sys
 import time
@@ -108,6 +109,8 @@ def _train(
   with stop.interruptible():
     processes.agree_on_config(settings)
     config.check("", settings, experiment.build, given=("opening",))
+    signs: list[peers_of.Peers] = []
+    watchdog = stack.enter_context(contextlib.closing(_watchdog(settings, signs)))
     exp = experiment.build(**{"name": workdir.name, **settings})
     _say_costs(exp)
     processes.take(workdir, stack)
@@ -115,7 +118,8 @@ def _train(
     ledger = Ledger(workdir / "ledger.json" if first else None, begun)
     stack.callback(ledger.write)
     peers = processes.signs_of_life(workdir)
-    watchdog = stack.enter_context(contextlib.closing(_watchdog(exp, peers)))
+    if peers is not None:
+      signs.append(peers)
     exp, mesh = preparation.place(exp)
     parts, memory = preparation.parts(exp, mesh)
     checkpoints = stack.enter_context(
@@ -178,10 +182,16 @@ def _closing(checkpoints: Checkpoints, ledger: Ledger) -> Iterator[Checkpoints]:
     checkpoints.close()
 
 
-def _watchdog(exp: experiment.Experiment, peers: peers_of.Peers | None) -> stopping.Watchdog:
-  if peers is None:
-    return stopping.Watchdog(exp.hang_after, preparation.note)
-  return stopping.Watchdog(exp.hang_after, preparation.note, tick=peers.tick, blame=peers.blame)
+def _watchdog(settings: dict[str, Any], signs: list[peers_of.Peers]) -> stopping.Watchdog:
+  """One that watches from now on, data are not opened yet; `signs` gets the other processes' as soon as there are."""
+  default = inspect.signature(experiment.build).parameters["hang_after"].default
+  limit = settings.get("hang_after", default)
+  return stopping.Watchdog(
+    limit if limit is not None and limit > 0 else None,  # others are refused in a moment
+    preparation.note,
+    tick=lambda: signs[0].tick() if signs else None,
+    blame=lambda: signs[0].blame() if signs else "",
+  )
 
 
 def _write_overview(

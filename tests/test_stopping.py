@@ -287,6 +287,14 @@ with dog.data():
 """
 
 
+HANG_AT_THE_START = """
+import sys, time
+from flexivit_jax import cli, experiment
+experiment.REAL = experiment.REAL._replace(source=lambda **_: time.sleep(60))
+sys.exit(cli.main(["train", "--config=digits:debug", "--workdir=none", "--config.hang_after=1"]))
+"""
+
+
 def python(code, **options):
   return subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False, **options
@@ -305,6 +313,13 @@ def test_a_run_that_stands_still_says_where_and_ends():
   assert re.fullmatch(r"waiting for data for \d s\n", run.stdout)
   assert "nothing has gone on for 1 s (waiting for data), more than hang_after=1" in run.stderr
   assert 'File "<string>", line 7' in run.stderr  # where it stood
+
+
+def test_so_does_one_whose_data_cannot_be_opened(tmp_path):
+  run = python(HANG_AT_THE_START, cwd=tmp_path)
+  assert run.returncode == stopping.HUNG
+  assert "more than hang_after=1" in run.stderr and "experiment.py" in run.stderr
+  assert not (tmp_path / "none").exists()
 
 
 def test_the_watchdog_is_quiet_while_something_goes_on():
