@@ -197,7 +197,8 @@ def build(
   if not 0 <= seed < 2**32:
     raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
   opening = sharing(opening or REAL)
-  source = opening.source(**input["data"])
+  with _naming("input.data"):
+    source = opening.source(**input["data"])
   with _naming("input"):
     _train_batches(source, input, seed, 1, 0)
   with _naming("model"):
@@ -214,8 +215,11 @@ def build(
   )
   cost = lambda size: one(size) * batches_of(size)  # noqa: E731
   choices = patch_schedule.parse(flexi, cost)
-  for size in (*patch_schedule.all_static(choices), *goal.also):
+  for size in patch_schedule.all_static(choices):
     check_size(network, image_shape, size)
+  for fixed in goal.also:
+    with _naming("objective.size"):
+      check_size(network, image_shape, fixed)
   per_step = input["batch_size"]
   if update_scale is not None:
     per_step *= patch_schedule.mean_cost(choices, batches_of)
@@ -335,7 +339,7 @@ def check_accumulate(
 def build_objective(section: Mapping[str, Any], teachers: Mapping[str, Teacher]) -> Objective:
   """Returns the objective that a section names; one that distils takes the teachers, loaded."""
   given = {k: v for k, v in section.items() if k not in ("name", "teachers")}
-  given |= {"teachers": teachers} if teachers else {}
+  given |= {"teachers": teachers} if "teachers" in section else {}
   return OBJECTIVES[section.get("name", "supervised")](**given)
 
 
@@ -490,7 +494,8 @@ def example_shapes(
   source: data.Source, pp: str, inputs: Sequence[str], num_classes: int
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of what the preprocessing makes of the first example; labels have to fit the model."""
-  example = next(iter(data.eval_batches(source, pp, batch_size=1, threads=0)))
+  with _naming("input"):
+    example = next(iter(data.eval_batches(source, pp, batch_size=1, threads=0)))
   for name in inputs:
     if name == "labels":
       continue

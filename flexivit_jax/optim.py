@@ -86,16 +86,12 @@ def make(
   """
   if name not in OPTIMIZERS:
     raise unknown("optimizer", name, OPTIMIZERS)
-  for key, value, most in (
-    ("lr", lr, math.inf),
-    ("wd", wd, math.inf),
-    ("b1", b1, 1),
-    ("b2", b2, 1),
-  ):
-    if value is not None and not 0 <= value < most:
-      raise UserError(
-        f"optim.{key}={value}; expected {'0 to below 1' if most == 1 else 'a finite number >= 0'}."
-      )
+  for key, value in {"lr": lr, "wd": wd, "eps": eps}.items():
+    if value is not None and not 0 <= value < math.inf:
+      raise UserError(f"optim.{key}={value}; expected a finite number >= 0.")
+  for key, value in {"b1": b1, "b2": b2}.items():
+    if value is not None and not 0 <= value < 1:
+      raise UserError(f"optim.{key}={value}; expected 0 to below 1.")
   given = {"b1": b1, "b2": b2, "eps": eps, "mu_dtype": mu_dtype, "nesterov": nesterov}
   moments = OPTIMIZERS[name](**_options(name, given))
   run = {"total_steps": total_steps, "batch_size": batch_size, "dataset_size": dataset_size}

@@ -156,11 +156,16 @@ def synthetic_source(
     num_examples: in each split.
     seed: of the noise and the phases; the classes look the same for every seed.
   """
-  height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+  hw = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+  if len(hw) != 2 or min(*hw, num_classes, num_examples) < 1 or seed < 0:
+    raise UserError(
+      f"image_size={image_size}, num_classes={num_classes}, num_examples={num_examples}, seed={seed}; expected one side"
+      " or two, all 1 or more, and a seed of 0 or more."
+    )
   names = ("train", "validation", "test", "full")
   stored = {s: range(k * num_examples, (k + 1) * num_examples) for k, s in enumerate(names)}
   rows = _select(split, stored)
-  read = functools.partial(_read_synthetic, rows, (height, width), num_classes, num_examples, seed)
+  read = functools.partial(_read_synthetic, rows, (hw[0], hw[1]), num_classes, num_examples, seed)
   return Source("synthetic", split, num_classes, None, len(rows), read)
 
 
