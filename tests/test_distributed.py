@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -332,14 +333,23 @@ def test_a_pod_that_kubernetes_cannot_join_says_so(monkeypatch, capfd):
   assert "install the package kubernetes, or give --coordinator_address" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("platforms", [{}, {"JAX_PLATFORMS": ""}, {"JAX_PLATFORMS": "tpu,cpu"}])
-def test_a_tpu_of_no_pod_that_is_known_starts_alone(monkeypatch, platforms):
-  monkeypatch.setattr(pathlib.Path, "glob", lambda folder, pattern: [folder / pattern])
-  monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "libtpu")
-  assert distributed._launcher(platforms) == "the TPU's"
-  monkeypatch.setattr(distributed.os, "environ", platforms)
-  distributed.start()  # JAX finds no cluster
-  assert not distributed.is_on()
+# A machine with a TPU, without JAX's plugin for it.
+TPU = """
+import importlib.util, os, pathlib
+from flexivit_jax import distributed
+pathlib.Path.glob = lambda folder, pattern: [folder / pattern]
+importlib.util.find_spec = lambda name: name == "libtpu"
+assert distributed._launcher(os.environ) == "the TPU's"
+distributed.start()
+assert not distributed.is_on()
+"""
+
+
+@pytest.mark.parametrize("platforms", [None, "", "tpu,cpu"])
+def test_a_tpu_of_no_pod_that_is_known_starts_alone(platforms):
+  environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+  environment |= {} if platforms is None else {"JAX_PLATFORMS": platforms}
+  subprocess.run([sys.executable, "-c", TPU], env=environment, check=True)
 
 
 def test_one_process_needs_nobody():

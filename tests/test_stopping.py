@@ -222,7 +222,7 @@ def test_a_signal_that_python_swallows_is_obeyed_all_the_same(monkeypatch, where
     stop.interruptible(),
   ):
     where()
-    assert swallowed == [stopping.Stopped]
+    assert set(swallowed) == {stopping.Stopped}  # once, or again where collecting takes long
     time.sleep(60)
   assert time.monotonic() - begun < 5
   assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
