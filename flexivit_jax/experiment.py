@@ -182,20 +182,12 @@ def build(
     token_budget=token_budget,
   )
   keep = checkpoint.get("keep", 1)
-  for key, count in (
-    ("log_every", log_every),
-    ("skip_limit", skip_limit),
-    ("checkpoint.keep", keep),
-  ):
-    if count is not None and count < 1:
-      raise errors.UserError(f"{key}={count}; expected at least 1.")
-  for key, number in (("hang_after", hang_after), ("skip_above", skip_above)):
-    if number is not None and not number > 0:
-      raise errors.UserError(f"{key}={number}; expected more than 0, or None.")
-  if not math.isfinite(init_head_bias or 0.0):
-    raise errors.UserError(f"init_head_bias={init_head_bias}; expected a finite number.")
-  if not 0 <= seed < 2**32:
-    raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
+  _check_ranges(
+    seed,
+    init_head_bias,
+    counts={"log_every": log_every, "skip_limit": skip_limit, "checkpoint.keep": keep},
+    limits={"hang_after": hang_after, "skip_above": skip_above},
+  )
   opening = sharing(opening or REAL)
   with _naming("input.data"):
     source = opening.source(**input["data"])
@@ -246,8 +238,7 @@ def build(
     often = every(f"evals.{key}", section, default=total)
     with _naming(f"evals.{key}"):
       evaluations[key] = build_evaluation(section, often, opening)
-      _check_classes(evaluations[key], {network.num_classes, source.num_classes})
-      evaluations[key].check(network)
+      _check_evaluation(evaluations[key], network, source)
   return Experiment(
     name=name,
     seed=seed,
@@ -281,6 +272,25 @@ def build(
     skip_limit=skip_limit,
     mesh=dict(mesh or {}),
   )
+
+
+def _check_ranges(
+  seed: int,
+  init_head_bias: float | None,
+  counts: Mapping[str, int | None],
+  limits: Mapping[str, float | None],
+) -> None:
+  """Raises a UserError for a number that is out of its range; None is none."""
+  for key, count in counts.items():
+    if count is not None and count < 1:
+      raise errors.UserError(f"{key}={count}; expected at least 1.")
+  for key, limit in limits.items():
+    if limit is not None and not limit > 0:
+      raise errors.UserError(f"{key}={limit}; expected more than 0, or None.")
+  if not math.isfinite(init_head_bias or 0.0):
+    raise errors.UserError(f"init_head_bias={init_head_bias}; expected a finite number.")
+  if not 0 <= seed < 2**32:
+    raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
 
 
 @contextlib.contextmanager
@@ -464,15 +474,19 @@ def build_evaluation(
   return Evaluation(make, check, every, source, section["pp"], section)
 
 
-def _check_classes(evaluation: Evaluation, known: set[int]) -> None:
-  """Raises a UserError if the model's own logits are scored on data of other classes, and no label map says which."""
+def _check_evaluation(evaluation: Evaluation, model: nn.Module, training: data.Source) -> None:
+  """Raises a UserError if the model's own logits are scored on data of other classes, and no label map says which; or
+  as the evaluator does on its first example.
+  """
   section, classes = evaluation.section, evaluation.source.num_classes
+  known = {model.num_classes, training.num_classes}
   own = section.get("type", "classification") == "classification"
   if own and section.get("label_map") is None and classes not in known:
     raise errors.UserError(
       f"data has {classes} classes, the model {' or '.join(map(str, known))}; give data of the same classes, or a"
       " label_map."
     )
+  evaluation.check(model)
 
 
 def _same_classes(train: data.Source, test: data.Source) -> data.Source:
