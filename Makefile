@@ -43,7 +43,7 @@ paper: $(STAMP)
 	$(BIN)/python tools/paper.py
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not convert" $(FAULTS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not gpu and not convert" $(FAULTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
