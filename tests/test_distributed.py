@@ -210,7 +210,7 @@ def test_a_process_that_is_gone_ends_the_others_and_is_named(environment_of, tmp
   try:
     _, said = both[0].communicate(timeout=240)
     took = time.time() - (tmp_path / "run.ids.1").stat().st_mtime
-    assert took < 15 + 25, took  # 100 s is the heartbeat's default
+    assert took < 15 + 30, took  # with the default, 100 s, it takes 50 at least
   finally:
     both[1].kill()
     both[1].communicate()
