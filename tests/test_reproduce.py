@@ -38,7 +38,7 @@ def test_the_list_names_every_item_and_what_it_needs(capsys):
   for name in reproduce.ITEMS:
     assert f"{name}: " in said
   assert "    data: imagenet2012; checkpoints: FlexiViT-L i1k\n    here: " in said
-  assert "    cost: 0.008 h to evaluate\nfig2: " in said
+  assert "    cost: 28 s to evaluate\nfig2: " in said
   undone = [i for i in reproduce.ITEMS.values() if not i.how and not i.evaluation]
   assert said.count("not in this project yet") == len(undone)
 
@@ -109,13 +109,13 @@ def test_costs_are_those_of_the_plan(monkeypatch):
   lines = reproduce.listing(costs=True)
   each = [plan.costs(config.load(c, []))["hours"]["v3-32"] for c in items.ITEMS["fig5"].configs]
   hours = [found["training"] for found in each]
-  assert lines[0] == "Costs are hours on a TPU v3-32 at 40% of its peak."
+  assert lines[0] == "Costs are the time of a TPU v3-32 at 40% of its peak."
   assert f"    cost: {sum(hours):.0f} h to train all 2" in lines
   assert f"      configs/i21k_distill.py:init=random: {hours[1]:.0f} h" in lines
 
 
 def test_every_item_that_can_be_done_has_a_cost():
-  costs = {}
+  costs, time = {}, r"[\d,.]+ (h|min|s)"
   for line in reproduce.listing():
     if not line.startswith(" "):
       name = line.partition(":")[0]
@@ -123,11 +123,13 @@ def test_every_item_that_can_be_done_has_a_cost():
       costs[name] = line.removeprefix("    cost: ")
   assert set(costs) == {n for n, i in reproduce.ITEMS.items() if i.how or i.evaluation}
   for name, cost in costs.items():
-    assert re.fullmatch(r"(\S+ h to train( all \d+)?)?(, )?(\S+ h to evaluate)?", cost) and cost, (
-      name
-    )
-    assert not re.search(r"\b0 h|e-", cost), name
-  assert reproduce._hours(0.4 * 16 * 123e12 * 3600 * 0.0382) == "0.04 h"
+    assert (
+      re.fullmatch(rf"({time} to train( all \d+)?)?(, )?({time} to evaluate)?", cost) and cost
+    ), name
+    assert not re.search(r"\b0 |e-", cost), name
+  second = 0.4 * 16 * 123e12
+  times = {0.72: "0.72 s", 59.6: "60 s", 137: "2.3 min", 3600 * 1.4: "1.4 h", 7.2e6: "2,000 h"}
+  assert {s: reproduce._time(second * s) for s in times} == times
 
 
 def test_a_commands_work_is_counted():

@@ -137,7 +137,7 @@ def listing(*, costs: bool = False, data_dir: pathlib.Path | None = None) -> lis
     costs: with the hours of each training.
     data_dir: where TFDS prepared the data; None: TFDS's own default.
   """
-  lines = [f"Costs are hours on a TPU {MACHINE} at {UTILISATION:.0%} of its peak."]
+  lines = [f"Costs are the time of a TPU {MACHINE} at {UTILISATION:.0%} of its peak."]
   here = _Here(data_dir)
   for name, item in ITEMS.items():
     numbers = sum(len(published.read(p)) for p in item.published)
@@ -152,7 +152,7 @@ def listing(*, costs: bool = False, data_dir: pathlib.Path | None = None) -> lis
     lines.append(f"    {here.says(item)}")
     lines.append(f"    cost: {_cost(item)}")
     if costs:
-      lines += [f"      {config}: {_hours(training_flops(config))}" for config in item.configs]
+      lines += [f"      {config}: {_time(training_flops(config))}" for config in item.configs]
   return lines
 
 
@@ -161,17 +161,19 @@ def _cost(item: Item) -> str:
   parts = []
   if training:
     parts.append(
-      f"{_hours(sum(training))} to train" + (f" all {len(training)}" if training[1:] else "")
+      f"{_time(sum(training))} to train" + (f" all {len(training)}" if training[1:] else "")
     )
   if evaluating := evaluation_flops(item):
-    parts.append(f"{_hours(evaluating)} to evaluate")
+    parts.append(f"{_time(evaluating)} to evaluate")
   return ", ".join(parts)
 
 
-def _hours(flops: float) -> str:
-  """One digit of what is less than an hour."""
-  hours = flops / (plan.MACHINES[MACHINE].flops * UTILISATION * 3600)
-  return f"{hours:,.0f} h" if hours >= 1 else f"{hours:.1g} h"
+def _time(flops: float) -> str:
+  """Two digits of the largest unit of which it is more than one."""
+  seconds = flops / (plan.MACHINES[MACHINE].flops * UTILISATION)
+  unit, size = next(u for u in (("h", 3600), ("min", 60), ("s", 0)) if seconds >= u[1])
+  count = seconds / (size or 1)
+  return f"{count:,.0f} {unit}" if count >= 10 else f"{count:.2g} {unit}"
 
 
 @functools.cache
