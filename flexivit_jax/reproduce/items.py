@@ -76,9 +76,8 @@ def fields_of(
 ) -> dict[str, Any]:
   """The fields of the model that goes by this name.
 
-  Without the grid of positions where `posemb_size` is that of timm's files, which have the published ones resized.
-
-  Without the stored kernel's size of a published one, which is another in the configs that train it here.
+  Of a published one without the stored kernel's size, which is another in the configs that train it here; and without
+  the grid of positions where `posemb_size` is that of timm's files, which hold it resized.
   """
   if name not in weights.PUBLISHED:
     return dict(variant=subject.variant, num_classes=1000)
