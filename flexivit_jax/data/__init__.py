@@ -3,6 +3,7 @@
 from flexivit_jax.data.known import planned_source
 from flexivit_jax.data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
 from flexivit_jax.data.preprocess import OPS, Preprocess, parse
+from flexivit_jax.data.renumbering import renumber
 from flexivit_jax.data.shots import few_shots, subset
 from flexivit_jax.data.sources import SOURCES, Source, is_prepared, make_source
 
@@ -19,6 +20,7 @@ __all__ = [
   "make_source",
   "parse",
   "planned_source",
+  "renumber",
   "subset",
   "train_batches",
 ]

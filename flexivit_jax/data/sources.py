@@ -20,7 +20,7 @@ from typing import Any, final
 
 import numpy as np
 
-from flexivit_jax import label_maps
+from flexivit_jax import class_names, label_maps
 from flexivit_jax.data.splits import parse_split, split_names
 from flexivit_jax.errors import UserError, nearest, unknown
 
@@ -71,6 +71,7 @@ def make_source(
   num_classes: int | None = None,
   num_examples: int | None = None,
   seed: int | None = None,
+  by_number: bool = False,
 ) -> Source:
   """Opens a data set.
 
@@ -80,6 +81,7 @@ def make_source(
     data_dir: of TFDS (default: its own default), or the root of a folder of images.
     image_key, label_key, num_classes: TFDS only; see `tfds_source`.
     image_size, num_classes, num_examples, seed: synthetic only; see `synthetic_source`.
+    by_number: leave its class names out, so that its classes are those of a model by number, whatever they are called.
 
   Raises:
     UserError: an unknown data set or split, an argument that this data set does not take, no data.
@@ -102,7 +104,8 @@ def make_source(
   for key, parameter in takes.items():
     if key not in given and key != "split" and parameter.default is parameter.empty:
       raise UserError(f"Data set {name!r} needs {key}=.")
-  return build(split=split, **given)
+  source = build(split=split, **given)
+  return dataclasses.replace(source, class_names=None) if by_number else source
 
 
 # --- digits ---
@@ -203,17 +206,18 @@ def _wave(
 def folder_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
   """Images as files: `data_dir/SPLIT/CLASS/**/*.jpg` (also png, webp, bmp, ...).
 
-  The classes are the folders of `train`, sorted, or of the split itself where there is no `train`;
-  files are in a mixed order that depends on their paths alone, so that `train[:90%]` and `train[90%:]` both have all
+  The classes are the folders of `train`, or of the split itself where there is no `train`, in the order of
+  `class_names.in_order`: as numbers where all are numbers, else as text. A split may lack some of them.
+  Files are in a mixed order that depends on their paths alone, so that `train[:90%]` and `train[90%:]` both have all
   classes. Files of other kinds are left out, with a warning that counts them.
   """
   root = pathlib.Path(data_dir).expanduser()
   folders = _split_folders(root, split)
-  names = _subfolders(root / ("train" if "train" in folders else split_names(split)[0]))
+  names = _class_names(root / ("train" if "train" in folders else split_names(split)[0]))
   stored = {s: _list_images(root / s, names) for s in split_names(split)}
   files = _select(split, stored)
   read = functools.partial(_read_files, root, files)
-  return Source("folder", split, len(names), tuple(names), len(files), read)
+  return Source("folder", split, len(names), names, len(files), read)
 
 
 def _split_folders(root: pathlib.Path, split: str) -> list[str]:
@@ -235,12 +239,27 @@ def _subfolders(folder: pathlib.Path) -> list[str]:
     return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _list_images(folder: pathlib.Path, class_names: Sequence[str]) -> list[File]:
+def _class_names(split: pathlib.Path) -> tuple[str, ...]:
+  """The classes of the folders in a split, in the order of their labels."""
+  found = _subfolders(split)
+  class_names.check_distinct(found, f"the class folders in {split}")
+  return tuple(class_names.in_order(class_names.plain(name) for name in found))
+
+
+def _list_images(folder: pathlib.Path, names: Sequence[str]) -> list[File]:
   """Returns (path below the root, label) of every image, sorted by a hash of the path."""
-  for name in _subfolders(folder):
-    if name not in class_names:
-      raise unknown(f"class folder (not in the train split) in {folder}", name, class_names)
-  classes = (_images_below(folder / name, folder.parent, k) for k, name in enumerate(class_names))
+  found = _subfolders(folder)
+  class_names.check_distinct(found, f"the class folders in {folder}")
+  numbers = {name: k for k, name in enumerate(names)}
+  for name in found:
+    if class_names.plain(name) not in numbers:
+      raise UserError(
+        f"{folder} has a class folder {name!r} that the train split has not; that has {class_names.shown(names)}."
+        f"{nearest(name, names)}"
+      )
+  classes = (
+    _images_below(folder / name, folder.parent, numbers[class_names.plain(name)]) for name in found
+  )
   return _mixed(itertools.chain.from_iterable(classes))
 
 

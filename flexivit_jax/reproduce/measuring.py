@@ -152,8 +152,7 @@ def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[dict[str, Any],
   """Returns the section of a set's data, and how many classes its labels are of.
 
   Raises:
-    UserError: a folder of images of a set whose images have several labels, or whose class folders are not in the order
-      of the classes.
+    UserError: a folder of images of a set whose images have several labels.
   """
   chosen = imagenet_sets.SETS[name]
   where = {} if data_dir is None else {"data_dir": str(data_dir)}
@@ -164,14 +163,7 @@ def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[dict[str, Any],
       f"images of {name!r} have several labels, which no folders tell; use TFDS."
     )
   source: dict[str, Any] = {"name": "folder", "split": name, **where}
-  opened = data.make_source(**source)
-  folders = opened.class_names or ()
-  if all(n.isdigit() for n in folders) and list(folders) != sorted(folders, key=int):
-    raise errors.UserError(
-      f"the class folders {', '.join(folders[:3])}, ... are numbers, but sorted as text, as they are read, in another"
-      " order: name them with as many digits each (0001), or use TFDS."
-    )
-  return source, opened.num_classes
+  return source, data.make_source(**source).num_classes
 
 
 def section(name: str, pp: str, source: dict[str, Any], classes: int) -> dict[str, Any]:

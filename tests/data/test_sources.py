@@ -1,15 +1,18 @@
 """Sources give the right examples, and say what is wrong with a request."""
 
+import dataclasses
 import io
 import json
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from flexivit_jax import label_maps
+from flexivit_jax.data import renumber
 from flexivit_jax.data.loader import eval_batches
 from flexivit_jax.data.sources import make_source
 from flexivit_jax.errors import UserError
@@ -150,6 +153,48 @@ def test_folder_classes_are_those_of_train(photos):
   (photos / "test" / "aple").mkdir()
   with pytest.raises(UserError, match=r"class folder.*'aple'.*Did you mean 'apple'"):
     make_source(name="folder", split="test", data_dir=photos)
+
+
+def test_folders_that_are_numbers_are_labels_in_the_order_of_numbers(tmp_path):
+  for k in range(12):
+    (tmp_path / "val" / str(k)).mkdir(parents=True)
+    picture((k, 0, 0)).save(tmp_path / "val" / str(k) / "a.png")
+  source = make_source(name="folder", split="val", data_dir=tmp_path)
+  assert source.class_names == tuple(map(str, range(12)))
+  labels = {r["id"]: r["label"] for r in source.read(range(12))}
+  assert labels == {f"val/{k}/a.png": k for k in range(12)}
+
+
+def test_a_class_folder_is_the_same_in_both_forms_of_unicode(tmp_path):
+  for split, form in (("train", "NFD"), ("val", "NFC")):
+    for name in ("café", "tee"):
+      folder = tmp_path / split / unicodedata.normalize(form, name)
+      folder.mkdir(parents=True)
+      picture((0, 0, 0)).save(folder / "a.png")
+  for split in ("train", "val"):
+    source = make_source(name="folder", split=split, data_dir=tmp_path)
+    labels = {r["id"].split("/")[1]: r["label"] for r in source.read(range(2))}
+    assert source.class_names == ("café", "tee") and labels["tee"] == 1 and len(labels) == 2
+  (tmp_path / "train" / "café").mkdir()
+  with pytest.raises(UserError, match="'cafe\\\\u0301' and 'caf\\\\xe9' are the same class name"):
+    make_source(name="folder", split="train", data_dir=tmp_path)
+
+
+def test_a_source_by_number_has_no_names(photos):
+  source = make_source(name="folder", split="train", data_dir=photos, by_number=True)
+  assert (source.num_classes, source.class_names, len(source)) == (3, None, 9)
+
+
+def test_labels_are_renumbered_and_nothing_else(photos):
+  source = make_source(name="folder", split="train", data_dir=photos)
+  other = renumber(source, (3, 0, 1), 4, ("lime", "plum", "pear", "apple"))
+  assert (other.num_classes, other.class_names) == (4, ("lime", "plum", "pear", "apple"))
+  for a, b in zip(source.read(range(9)), other.read(range(9)), strict=True):
+    assert {**a, "label": (3, 0, 1)[a["label"]]} == b and source[2]["id"] == other[2]["id"]
+  several = dataclasses.replace(source, read=lambda indices: [{"label": (0, 2)}])
+  assert renumber(several, (3, 0, 1), 4, "abcd")[0] == {"label": (3, 1)}
+  with pytest.raises(UserError, match="label is 2; expected"):
+    renumber(several, (3, 0), 4, "abcd").read([0])
 
 
 def test_folder_leaves_out_other_files_and_says_so(photos, caplog):

@@ -1,0 +1,42 @@
+"""A source whose labels are the numbers of other classes: those of a model, which a label has to be of."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+from flexivit_jax.data.sources import Label, Record, Source
+from flexivit_jax.errors import UserError
+
+
+def renumber(
+  source: Source, labels: Sequence[int], num_classes: int, class_names: Sequence[str]
+) -> Source:
+  """The same examples in the same order, with other labels.
+
+  Args:
+    source: a source.
+    labels: for each class of the source its new label.
+    num_classes: of the new labels.
+    class_names: of the new labels.
+  """
+  read = functools.partial(_read, source.read, tuple(labels))
+  names = tuple(class_names)
+  return dataclasses.replace(source, num_classes=num_classes, class_names=names, read=read)
+
+
+def _read(
+  read: Callable[[Sequence[int]], list[Record]], labels: tuple[int, ...], indices: Sequence[int]
+) -> list[Record]:
+  return [{**record, "label": _new(record["label"], labels)} for record in read(indices)]
+
+
+def _new(label: Label, labels: tuple[int, ...]) -> Label:
+  if isinstance(label, tuple):
+    return tuple(_one(k, labels) for k in label)
+  return _one(label, labels)
+
+
+def _one(label: int, labels: tuple[int, ...]) -> int:
+  if not 0 <= label < len(labels):
+    raise UserError(f"label is {label}; expected 0..{len(labels) - 1}")
+  return labels[label]
