@@ -1,0 +1,86 @@
+"""Where examples come from: TFDS (array_record), image folders with and without labels, ObjectNet, scikit-learn digits,
+synthetic.
+
+A source is a list of records `{"image": bytes or uint8 [h, w, c], "label": int, "id": str}`; bytes
+are an encoded file, which preprocessing decodes. Where an image can have several labels, or none,
+"label" is a tuple of ints.
+"""
+
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Callable, Sequence
+
+from flexivit_jax.data.sources.base import Label, Record, Source
+from flexivit_jax.data.sources.digits import digits_source
+from flexivit_jax.data.sources.folder import folder_source, images_source
+from flexivit_jax.data.sources.objectnet import objectnet_source
+from flexivit_jax.data.sources.synthetic import synthetic_source
+from flexivit_jax.data.sources.tfds import is_prepared, tfds_source
+from flexivit_jax.errors import UserError
+
+SOURCES: dict[str, Callable[..., Source]] = {
+  "digits": digits_source,
+  "folder": folder_source,
+  "images": images_source,
+  "objectnet": objectnet_source,
+  "synthetic": synthetic_source,
+}
+
+__all__ = [
+  "SOURCES",
+  "Label",
+  "Record",
+  "Source",
+  "is_prepared",
+  "make_source",
+]
+
+
+def make_source(
+  *,
+  name: str,
+  split: str,
+  data_dir: str | os.PathLike[str] | None = None,
+  image_key: str | None = None,
+  label_key: str | None = None,
+  image_size: int | Sequence[int] | None = None,
+  num_classes: int | None = None,
+  num_examples: int | None = None,
+  seed: int | None = None,
+  by_number: bool = False,
+) -> Source:
+  """Opens a data set.
+
+  Args:
+    name: a key of `SOURCES`, or any TFDS name (`cifar10`, `imagenet_v2/matched-frequency:3.0.0`).
+    split: TFDS split syntax, e.g. `train[:99%]`; see `splits.parse_split`.
+    data_dir: of TFDS (default: its own default), or the root of a folder of images.
+    image_key, label_key, num_classes: TFDS only; see `tfds_source`.
+    image_size, num_classes, num_examples, seed: synthetic only; see `synthetic_source`.
+    by_number: leave its class names out, so that its classes are those of a model by number, whatever they are called.
+
+  Raises:
+    UserError: an unknown data set or split, an argument that this data set does not take, no data.
+  """
+  given = {
+    "data_dir": data_dir,
+    "image_key": image_key,
+    "label_key": label_key,
+    "image_size": image_size,
+    "num_classes": num_classes,
+    "num_examples": num_examples,
+    "seed": seed,
+  }
+  given = {key: value for key, value in given.items() if value is not None}
+  build = SOURCES.get(name) or functools.partial(tfds_source, name)
+  takes = inspect.signature(build).parameters
+  for key in given:
+    if key not in takes:
+      raise UserError(f"Data set {name!r} takes no {key!r}; it takes {list(takes)}.")
+  for key, parameter in takes.items():
+    if key not in given and key != "split" and parameter.default is parameter.empty:
+      raise UserError(f"Data set {name!r} needs {key}=.")
+  source = build(split=split, **given)
+  return dataclasses.replace(source, class_names=None) if by_number else source

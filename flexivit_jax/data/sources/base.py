@@ -1,0 +1,46 @@
+"""What every source is: a list of records that are read by their index."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+from flexivit_jax.data.splits import parse_split
+
+Record = dict[str, Any]
+Label = int | tuple[int, ...]
+File = tuple[str, Label]  # Path below the root, label.
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Random access to the examples of one split; indices are positions in the split as selected.
+
+  Attributes:
+    name, split: as given.
+    num_classes: labels are 0 <= label < num_classes.
+    class_names: in the order of the labels, where known.
+    size: number of examples.
+    read: indices -> records; may be called from several threads.
+  """
+
+  name: str
+  split: str
+  num_classes: int
+  class_names: tuple[str, ...] | None
+  size: int
+  read: Callable[[Sequence[int]], list[Record]]
+
+  def __len__(self) -> int:
+    return self.size
+
+  def __getitem__(self, index: int) -> Record:
+    if not 0 <= index < self.size:
+      raise IndexError(f"Example {index} of {self.name} {self.split!r} with {self.size} examples.")
+    return self.read([index])[0]
+
+
+def select(split: str, stored: Mapping[str, Sequence[Any]]) -> list[Any]:
+  """The rows of the stored splits that a split string selects, in its order."""
+  parts = parse_split(split, {name: len(rows) for name, rows in stored.items()})
+  return [row for part in parts for row in stored[part.name][part.start : part.stop]]
