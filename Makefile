@@ -8,6 +8,7 @@
 # make clean  remove the virtual environment and everything that tools have cached; runs/ stays
 #
 # Another interpreter: make test PYTHON=python3.12
+# An accelerator, when the environment is made: make demo JAX=cuda13 (or cuda12, tpu)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,17 +56,17 @@ $(STAMP): requirements.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d. Try: make PYTHON=python3.11" % sys.version_info[:2])'
 	@echo "Setting up $(VENV) (once, about a minute) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt $(if $(JAX),"jax[$(JAX)]")
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-# torch first: of the builds that fit, pip then keeps the one that it finds at hand.
+# All in one call, so that torch and torchvision are chosen together; the stamp is written once all four can be imported.
 $(CONVERT_STAMP): requirements.txt requirements-convert.txt setup.cfg pyproject.toml
 	@echo "Setting up $(CONVERT_VENV) (once, about two minutes) ..."
 	$(PYTHON) -m venv $(CONVERT_VENV)
-	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check $$(grep ^torch== requirements-convert.txt)
 	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-convert.txt
 	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(CONVERT_VENV)/bin/python tools/check_frameworks.py
 	@touch $@
 
 clean:

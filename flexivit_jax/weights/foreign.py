@@ -6,6 +6,7 @@ here in the framework that it was written for, for the certificate.
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import re
@@ -20,6 +21,8 @@ from jaxtyping import Float
 from flexivit_jax import errors
 from flexivit_jax.weights import files, onnx_graph
 
+# Packages that a package imports late, in the middle of a conversion: an image library of another build than torch.
+_COMPANIONS = {"timm": ("torch", "torchvision"), "transformers": ("torch", "torchvision")}
 COMPARING_ONNX = "Comparing an ONNX export with its source, which --no-verify leaves out,"
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
@@ -40,15 +43,37 @@ def version(package: str) -> str:
 
 
 def require(package: str, why: str) -> types.ModuleType:
-  """Imports a package that is no dependency of ours; a UserError that says why it is needed if it is not there."""
+  """Imports a package that is not a dependency of ours.
+
+  Args:
+    package: its name.
+    why: what needs it, e.g. "Reading model.pth".
+
+  Raises:
+    UserError: the package, or one that it imports, is not installed or cannot be imported.
+  """
   try:
+    for companion in _COMPANIONS.get(package, ()):
+      if importlib.util.find_spec(companion) is not None:
+        importlib.import_module(companion)
     return importlib.import_module(package)
-  except ModuleNotFoundError as e:
-    if e.name != package:
-      raise
-    raise errors.UserError(
-      f"{why} needs the package {package}, which is not installed; {_ADVICE}."
-    ) from e
+  except Exception as e:  # a library of another build raises RuntimeError, OSError, ...
+    if isinstance(e, ModuleNotFoundError) and e.name == package:
+      problem = f"is not installed; {_ADVICE}"
+    else:
+      problem = f"cannot be imported: {_import_cause(e)}. {_installed(package)} A new environment helps; {_ADVICE}"
+    raise errors.UserError(f"{why} needs the package {package}, which {problem}.") from e
+
+
+def _import_cause(error: Exception) -> str:
+  text = str(error).strip() or type(error).__name__
+  return f"{type(error).__name__}: {text.splitlines()[0].rstrip('.')}"
+
+
+def _installed(package: str) -> str:
+  """The versions that have to fit each other, in one sentence."""
+  names = filter(None, map(version, ("torch", *_COMPANIONS.get(package, ()), package)))
+  return f"Installed: {', '.join(dict.fromkeys(names)) or 'unknown versions'}."
 
 
 def transformers_logits(
