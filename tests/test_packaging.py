@@ -1,6 +1,8 @@
 import configparser
 import re
-from importlib.metadata import version
+import shutil
+import subprocess
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,49 @@ def test_every_dependency_is_pinned_at_a_version_it_admits(setup_cfg, repository
     found = [next(iter(pin.specifier)).version for pin in pins if canonical(pin.name) == name]
     assert found, f"{name} is not in requirements.txt"
     assert all(pin in requirement.specifier for pin in found), (requirement, found)
+
+
+ACCELERATORS = ("cuda12", "cuda13", "tpu")
+
+
+def test_every_documented_accelerator_is_an_extra_of_ours_and_of_jax(setup_cfg, repository):
+  readme = (repository / "README.md").read_text()
+  documented = set(re.findall(r"\bJAX=(\w+)|\.\[(\w+)\]", readme))
+  names = {name for pair in documented for name in pair if name}
+  assert names == set(ACCELERATORS)
+  extras = setup_cfg["options.extras_require"]
+  for name in names:
+    assert extras[name].strip() == f"jax[{name}]"
+    assert name in metadata("jax").get_all("Provides-Extra")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACCELERATORS)
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_pip_finds_each_accelerator_for_each_python(repository, python, name):
+  pip = [_interpreter(python), "-m", "pip", "--disable-pip-version-check"]
+  jax = [
+    line
+    for line in lines((repository / "requirements.txt").read_text())
+    if line.startswith("jax==")
+  ]
+  pins = [r for r in map(Requirement, jax) if r.marker.evaluate({"python_version": python})]
+  wanted = f"jax[{name}]{pins[0].specifier}"
+  plan = ["install", "--dry-run", "--quiet", "--ignore-installed", "--only-binary=:all:", wanted]
+  done = subprocess.run([*pip, *plan], capture_output=True, text=True, check=False)
+  if re.search("connection|retries|resolve host|name resolution", done.stderr, re.I):
+    pytest.skip("no package index can be reached")
+  assert done.returncode == 0, done.stderr
+  assert "does not provide the extra" not in done.stderr  # pip only warns
+
+
+def _interpreter(python: str) -> str:
+  """The path of an interpreter of this version that runs and has pip; skips where there is none."""
+  path = shutil.which(f"python{python}")
+  command = [path, "-m", "pip", "--version"]
+  if path is None or subprocess.run(command, capture_output=True, check=False).returncode:
+    pytest.skip(f"no python{python} with pip")
+  return path
 
 
 def canonical(name: str) -> str:
