@@ -5,6 +5,7 @@ and where in the data the run was, and a manifest with the checksums of all that
 makes of the save after it, _CHECKPOINT_METADATA and commit_success.txt, are not covered and not read by us.
 """
 
+import json
 import pathlib
 import shutil
 import time
@@ -292,6 +293,27 @@ def find(path: pathlib.Path) -> tuple[pathlib.Path, int]:
   raise errors.UserError(
     f"No checkpoint in {path}; expected a run folder, its checkpoints/ or a step in it, or an .npz."
   )
+
+
+def read_record(folder: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
+  """Returns the step and the record of the newest checkpoint whose record is whole; None: there is none.
+
+  Nothing else of a checkpoint is read: `choose` finds out whether it is whole.
+
+  Args:
+    folder: RUN/checkpoints.
+  """
+  steps = (p for p in folder.glob("*") if p.name.isdigit() and (p / "record").is_dir())
+  for step in sorted(steps, key=lambda p: int(p.name), reverse=True):
+    file = step / "record" / "metadata"
+    try:
+      text = file.read_bytes()
+      wanted = manifest.read(step / manifest.FOLDER).files.get("record/metadata")
+      if wanted == manifest.bytes_sum(text):
+        return int(step.name), json.loads(text)
+    except (OSError, ValueError):  # Damaged is a ValueError
+      continue
+  return None
 
 
 def load_params(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:

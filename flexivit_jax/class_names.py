@@ -45,11 +45,13 @@ class Trained(NamedTuple):
     model: the classes of its logits.
     data: the names of its training data's classes, by label; None: they had none, or this was not recorded.
     of: which checkpoint, for messages.
+    recorded: whether the checkpoint would say it.
   """
 
   model: Classes
   data: tuple[str, ...] | None
   of: str
+  recorded: bool = True
 
 
 class Match(NamedTuple):
@@ -120,6 +122,14 @@ def of_record(record: Mapping[str, Any], count: int, of: str) -> Classes:
       f"The record of {of} has {len(names)} class_names; the model has {count} classes."
     )
   return Classes(tuple(names), count, of)
+
+
+def trained(record: Mapping[str, Any], of: str) -> Trained:
+  """What the record of a run's checkpoint says of classes; arguments as of `of_record`."""
+  names = record.get("class_names") or ()
+  model = of_record(record, len(names), of)
+  data = record.get("data_classes")
+  return Trained(model, data and tuple(data), of, recorded="data_classes" in record)
 
 
 def match(data: Classes, model: Classes, *, advice: str = "") -> Match:
@@ -226,4 +236,5 @@ def _are_imagenet(ids: Sequence[str], words: Sequence[str]) -> bool:
 
 
 def _capital(text: str) -> str:
-  return text[:1].upper() + text[1:]
+  """For the beginning of a sentence; a key of a config stays as it is."""
+  return "The" + text[3:] if text.startswith("the ") else text

@@ -2,9 +2,11 @@
 
 import argparse
 import pathlib
+import sys
 from typing import Any
 
 from flexivit_jax import (
+  class_names,
   compilation,
   config,
   errors,
@@ -25,12 +27,16 @@ def run(args: argparse.Namespace) -> None:
       f"{args.config} has no evals; add evals=dict(test=dict(data=..., pp=..., seqhw=...))."
     )
   model, params, record = weights.load_with_record(args.checkpoint)
+  classes = class_names.of_record(record, model.num_classes, f"the checkpoint {args.checkpoint}")
   trained = record.get("trained", {}).get("seqhw")
   sizes = {} if args.seqhw == "all" else {"seqhw": parse_sizes(args.seqhw)}
   for name, given in evals.items():
     section = {**given, **sizes} if "seqhw" in given else {**given}
     sections.check_evaluation(f"evals.{name}", section)
-    evaluation = experiment.build_evaluation(section, every=1)
+    with experiment.naming(f"evals.{name}"):
+      evaluation = experiment.build_evaluation(section, every=1, classes=(classes,))
+    for note in evaluation.notes:
+      print(f"note: evals.{name}: {note}", file=sys.stderr)
     rows = results.measure(evaluation.make(model, sharding.make_mesh()), params)
     print(f"{name}: {evaluation.source.name} {evaluation.source.split}\n{results.table(rows)}")
     title = record.get("name") or args.checkpoint.stem

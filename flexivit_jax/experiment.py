@@ -12,8 +12,10 @@ import flax.linen as nn
 import jax
 
 from flexivit_jax import (
+  class_names,
   data,
   errors,
+  labelling,
   patch_schedule,
   schedules,
   sections,
@@ -25,10 +27,12 @@ from flexivit_jax.models.flexivit import UNNAMED, gmacs, which_depth, which_grid
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
-from flexivit_jax.opening import REAL, Opening, build_model, default_dtype, sharing
+from flexivit_jax.opening import REAL, Init, Opening, build_model, default_dtype, sharing
 from flexivit_jax.optim import Optimizer, make as _make_optimizer
 from flexivit_jax.sections import DURATIONS
 
+# Arguments of `build` that the program provides, so no keys of a config.
+GIVEN = ("opening", "trained")
 Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -36,7 +40,7 @@ class Evaluation(NamedTuple):
   """One evaluator of a run. `every` is in steps; a teacher in `section` is loaded.
 
   `make(model, mesh, waiting)` builds it; `waiting` is entered while a batch is awaited. `check(model)` tries all that
-  with the first example, and computes nothing.
+  with the first example, and computes nothing. `notes` are what the user should know of its classes.
   """
 
   make: Callable[..., Any]
@@ -45,6 +49,7 @@ class Evaluation(NamedTuple):
   source: data.Source
   pp: str
   section: Mapping[str, Any]
+  notes: tuple[str, ...] = ()
 
 
 class Experiment(NamedTuple):
@@ -54,7 +59,8 @@ class Experiment(NamedTuple):
   a step at a size; `init` are parameters to start from, or None for random ones; `frozen_digests` say which teachers
   those of the objective are, and `drawn` all that their targets depend on. `batches_of` says how many batches a step
   at a size takes, `images_per_step` are the mean of that in images, and `update_scale` says by what its update is
-  multiplied; None without a token budget.
+  multiplied; None without a token budget. `class_names` are those of the logits, `data_classes` those of the training
+  data by their own labels; `notes` are what the user should know of them.
   """
 
   name: str
@@ -88,6 +94,9 @@ class Experiment(NamedTuple):
   skip_above: float | None
   skip_limit: int
   mesh: dict[str, Any]
+  class_names: tuple[str, ...] | None
+  data_classes: tuple[str, ...] | None
+  notes: list[str]
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -122,8 +131,9 @@ def build(
   skip_limit: int = 10,
   mesh: Mapping[str, Any] | None = None,
   opening: Opening | None = None,
+  trained: class_names.Trained | None = None,
 ) -> Experiment:
-  """Builds an experiment; the arguments are the top-level keys of a config, but for `opening`.
+  """Builds an experiment; the arguments are the top-level keys of a config, but for `GIVEN`.
 
   Args:
     name: of the run, in reports; default: its folder's.
@@ -164,6 +174,7 @@ def build(
     mesh: `data` and `fsdp`, see `sharding.make_mesh`; default: copies of the parameters on all devices, the batch
       divided. `divide_teachers` (default True): theirs are divided along "fsdp", too. Changes no result.
     opening: how data and weights are opened; default: `REAL`.
+    trained: what the checkpoint that the run goes on from says of its classes; None: it begins.
 
   Raises:
     UserError: a key that does not exist, a value that cannot be, sizes that do not divide the image.
@@ -189,15 +200,20 @@ def build(
     limits={"hang_after": hang_after, "skip_above": skip_above},
   )
   opening = sharing(opening or REAL)
-  with _naming("input.data"):
+  with naming("input.data"):
     source = opening.source(**input["data"])
-  with _naming("input"):
+  with naming("input"):
     _train_batches(source, input, seed, 1, 0)
-  with _naming("model"):
+  with naming("model"):
     network, record = build_model({"dtype": default_dtype(), **model}, source.num_classes)
   teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
-  with _naming("objective"):
+  with naming("objective"):
     goal = build_objective(objective, teachers)
+  start, labelled = _classes(
+    source, network, init, teachers, "labels" in goal.inputs, opening, trained
+  )
+  source, teachers = labelled.source, labelled.teachers
+  goal = build_objective(objective, teachers)
   shapes = example_shapes(source, input["pp"], _inputs(goal), network.num_classes)
   image_shape = shapes["image"]
   check_teachers(teachers, shapes, network.num_classes)
@@ -210,7 +226,7 @@ def build(
   for size in patch_schedule.all_static(choices):
     check_size(network, image_shape, size)
   for fixed in goal.also:
-    with _naming("objective.size"):
+    with naming("objective.size"):
       check_size(network, image_shape, fixed)
   per_step = input["batch_size"]
   if update_scale is not None:
@@ -233,11 +249,11 @@ def build(
     raise errors.UserError("teacher_cache is set, but the objective has no teachers; remove it.")
   params = jax.eval_shape(lambda: steps.init_params(network, image_shape, seed, init_head_bias))
   every = functools.partial(_every, sizes=sizes, total=total)
-  evaluations = {}
+  evaluations, known = {}, (labelled.model, labelling.classes_of(source, "input.data"))
   for key, section in evals.items():
     often = every(f"evals.{key}", section, default=total)
-    with _naming(f"evals.{key}"):
-      evaluations[key] = build_evaluation(section, often, opening)
+    with naming(f"evals.{key}"):
+      evaluations[key] = build_evaluation(section, often, opening, known)
       _check_evaluation(evaluations[key], network, source)
   return Experiment(
     name=name,
@@ -260,7 +276,7 @@ def build(
     accumulate=accumulate,
     memory_gib=memory_gib,
     head_bias=init_head_bias,
-    init=None if init is None else opening.init(network, **init),
+    init=start.params,
     frozen_digests=digests,
     drawn=_drawn(source, input, seed, accumulate, objective, teachers, digests),
     teacher_cache=teacher_cache,
@@ -271,7 +287,31 @@ def build(
     skip_above=skip_above,
     skip_limit=skip_limit,
     mesh=dict(mesh or {}),
+    class_names=labelled.model.names,
+    data_classes=labelled.data_names,
+    notes=[*labelled.notes, *(f"evals.{k}: {n}" for k, e in evaluations.items() for n in e.notes)],
   )
+
+
+def _classes(
+  source: data.Source,
+  model: nn.Module,
+  init: Mapping[str, Any] | None,
+  teachers: Mapping[str, Teacher],
+  labels: bool,
+  opening: Opening,
+  trained: class_names.Trained | None,
+) -> tuple[Init, labelling.Labelled]:
+  """Loads the weights to start from, and decides which classes labels, logits and teachers are of."""
+  start = Init(None, None)
+  if init is not None:
+    # A run that goes on has its own head by now.
+    needed = labelling.classes_of(source, "input.data") if labels and trained is None else None
+    start = opening.init(model, labels=needed, **init)
+  labelled = labelling.of_run(
+    source, model.num_classes, init=start.classes, teachers=teachers, labels=labels, trained=trained
+  )
+  return start, labelled
 
 
 def _check_ranges(
@@ -294,7 +334,7 @@ def _check_ranges(
 
 
 @contextlib.contextmanager
-def _naming(section: str) -> Iterator[None]:
+def naming(section: str) -> Iterator[None]:
   """Errors of what a section configures say which it is."""
   try:
     yield
@@ -437,9 +477,23 @@ def check_teachers(
 
 
 def build_evaluation(
-  section: Mapping[str, Any], every: int, opening: Opening | None = None
+  section: Mapping[str, Any],
+  every: int,
+  opening: Opening | None = None,
+  classes: Sequence[class_names.Classes] = (),
 ) -> Evaluation:
-  """Opens an evaluator's data; its device programs are made later, by `make(model, mesh)`."""
+  """Opens an evaluator's data; its device programs are made later, by `make(model, mesh)`.
+
+  Args:
+    section: of a config's `evals`.
+    every: steps from one evaluation to the next.
+    opening: how data and weights are opened; default: `REAL`.
+    classes: those of the model, then those of its training data, to which labels are mapped by name; none: labels are
+      as they are.
+
+  Raises:
+    UserError: what cannot be opened; labels or a teacher of other classes than the model's.
+  """
   opening = opening or REAL
   source = opening.source(**section["data"])
   evaluator = EVALUATORS[section.get("type", "classification")]
@@ -448,9 +502,13 @@ def build_evaluation(
   process = dict(process_index=jax.process_index(), process_count=jax.process_count())
   training = None
   if "train_data" in section:
-    training = _same_classes(opening.source(**section["train_data"]), source)
-    if "shots" in section or section.get("type") == "fewshot":  # others are fitted to all of it
-      training = opening.shots(training, **_arguments(section, data.few_shots))
+    training, source, notes = labelling.alike(opening.source(**section["train_data"]), source)
+  else:
+    source, teacher, notes = labelling.of_evaluation(section, source, classes)
+    section = section if teacher is None else {**section, "teacher": teacher}
+  few = "shots" in section or section.get("type") == "fewshot"  # others are fitted to all of it
+  if training and few:
+    training = opening.shots(training, **_arguments(section, data.few_shots))
   loading = _arguments(section, data.eval_batches) | process
 
   def of(model: nn.Module, mesh: Any, waiting: Waiting, loading: Mapping[str, Any]) -> Any:
@@ -471,7 +529,7 @@ def build_evaluation(
     one = dict(batch_size=1, threads=0, workers=0, process_index=0, process_count=1)
     of(model, None, contextlib.nullcontext, {**loading, **one}).check()
 
-  return Evaluation(make, check, every, source, section["pp"], section)
+  return Evaluation(make, check, every, source, section["pp"], section, notes)
 
 
 def _check_evaluation(evaluation: Evaluation, model: nn.Module, training: data.Source) -> None:
@@ -489,17 +547,6 @@ def _check_evaluation(evaluation: Evaluation, model: nn.Module, training: data.S
   evaluation.check(model)
 
 
-def _same_classes(train: data.Source, test: data.Source) -> data.Source:
-  """Returns what an evaluator is fitted to; its classes have to be those of the data that it is tested on."""
-  named = train.class_names is not None and test.class_names is not None
-  if train.num_classes != test.num_classes or (named and train.class_names != test.class_names):
-    raise errors.UserError(
-      f"train_data is {train.name} {train.split!r} with {train.num_classes} classes, data {test.name} {test.split!r}"
-      f" with {test.num_classes}; expected the same classes under the same names."
-    )
-  return train
-
-
 def _arguments(section: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
   return {k: section[k] for k in inspect.signature(function).parameters if k in section}
 
@@ -508,7 +555,7 @@ def example_shapes(
   source: data.Source, pp: str, inputs: Sequence[str], num_classes: int
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of what the preprocessing makes of the first example; labels have to fit the model."""
-  with _naming("input"):
+  with naming("input"):
     example = next(iter(data.eval_batches(source, pp, batch_size=1, threads=0)))
   for name in inputs:
     if name == "labels":

@@ -211,6 +211,11 @@ def _sum(array: np.ndarray) -> int:
   return xxhash.xxh3_64_intdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
+def bytes_sum(content: bytes) -> tuple[int, int]:
+  """The size and the checksum of a file's bytes, as a manifest has them."""
+  return len(content), xxhash.xxh3_64_intdigest(content) if content else 0
+
+
 def _file_sum(path: pathlib.Path) -> tuple[int, int]:
   size = path.stat().st_size
   if not size:  # which cannot be mapped

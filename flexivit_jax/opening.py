@@ -8,9 +8,17 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from flexivit_jax import data, errors, steps, trees, weights
+from flexivit_jax import class_names, data, errors, steps, trees, weights
+from flexivit_jax.class_names import Classes
 from flexivit_jax.models import MODELS
 from flexivit_jax.objectives.distill import Teacher
+
+
+class Init(NamedTuple):
+  """Parameters to start from, and the classes of their head; None: they have no head that is used."""
+
+  params: Any
+  classes: Classes | None
 
 
 class Opening(NamedTuple):
@@ -26,7 +34,7 @@ class Opening(NamedTuple):
 
   source: Callable[..., data.Source]
   teacher: Callable[..., Teacher]
-  init: Callable[..., Any]
+  init: Callable[..., Init]
   digest: Callable[[Any], str]
   shots: Callable[..., data.Source]
 
@@ -64,6 +72,7 @@ def load_teacher(
   num_heads: int | None = None,
   mean: tuple[float, ...] | None = None,
   std: tuple[float, ...] | None = None,
+  by_number: bool = False,
 ) -> Teacher:
   """Loads a teacher.
 
@@ -74,12 +83,16 @@ def load_teacher(
     image: key of the batch under which it finds its image, of its own resolution.
     seqhw: tokens per side at which it runs; default: its own patch size.
     num_heads, mean, std: as in `weights.load`.
+    by_number: leave the names of its classes out, so that they are the model's by number.
 
   Raises:
     UserError: neither checkpoint nor model; a checkpoint of another model.
   """
+  names = None
   if checkpoint is not None:
-    network, params = weights.load(checkpoint, **_given(num_heads=num_heads, mean=mean, std=std))
+    given = _given(num_heads=num_heads, mean=mean, std=std)
+    network, params, record = weights.load_with_record(checkpoint, **given)
+    names = class_names.of_record(record, network.num_classes, str(checkpoint)).names
     _check_model(network, model or {}, checkpoint)
   elif model is not None:
     network, _ = build_model({"head_zeroinit": False, **model}, num_classes=0)
@@ -87,7 +100,8 @@ def load_teacher(
   else:
     raise errors.UserError("A teacher has neither checkpoint nor model; give one of them.")
   size = {} if seqhw is None else {"seqhw": seqhw}
-  return Teacher(network, jax.tree.map(np.asarray, params), image, size)
+  names = None if by_number else names
+  return Teacher(network, jax.tree.map(np.asarray, params), image, size, names)
 
 
 def _check_model(found: nn.Module, section: Mapping[str, Any], checkpoint: str) -> None:
@@ -114,7 +128,9 @@ def load_init(
   num_heads: int | None = None,
   mean: tuple[float, ...] | None = None,
   std: tuple[float, ...] | None = None,
-) -> Any:
+  by_number: bool = False,
+  labels: Classes | None = None,
+) -> Init:
   """Returns parameters to start from; kernel and position grid are resized to the model's buffers.
 
   Args:
@@ -122,10 +138,32 @@ def load_init(
     checkpoint: what `weights.load` takes.
     new_head: its head is not used, the model's own is drawn: for other classes.
     num_heads, mean, std: as in `weights.load`.
+    by_number: leave the names of its classes out, so that they are the data's by number.
+    labels: the classes of the labels that it is trained with, all of which its head has to have; None: there are none.
+
+  Raises:
+    UserError: see `weights.load_into`; labels of classes that the head has not.
   """
+  classes: list[Classes] = []
+
+  def accept(found: nn.Module, record: dict[str, Any]) -> None:
+    of = f"init ({checkpoint})"
+    if new_head or not found.num_classes:
+      return
+    known = class_names.of_record(record, found.num_classes, of)
+    classes.append(known._replace(names=None) if by_number else known)
+    if labels is not None:
+      class_names.match(labels, classes[0], advice=_NEW_HEAD)
+
   given = _given(num_heads=num_heads, mean=mean, std=std)
-  params = weights.load_into(checkpoint, model, new_head=new_head, **given)
-  return jax.tree.map(np.asarray, params)
+  params = weights.load_into(checkpoint, model, new_head=new_head, accept=accept, **given)
+  return Init(jax.tree.map(np.asarray, params), classes[0] if classes else None)
+
+
+_NEW_HEAD = (
+  "Give init.new_head=True, by which the head is a new one; or, if they are the same classes in the same order,"
+  " init.by_number=True."
+)
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def costs(
   Raises:
     UserError: what is wrong with the config; a data set that is neither here nor known.
   """
-  config.check("", settings, experiment.build, given=("opening",))
+  config.check("", settings, experiment.build, given=experiment.GIVEN)
   exp = experiment.build(**on_accelerator(settings), opening=PLANNED)
   state = state_of(exp)
   training = _training_flops(exp)
@@ -178,7 +178,7 @@ def _planned_teacher(
 PLANNED = opening.Opening(
   source=data.planned_source,
   teacher=_planned_teacher,
-  init=lambda model, **_: None,
+  init=lambda model, **_: opening.Init(None, None),
   digest=lambda params: "planned",
   shots=lambda source, **_: source,
 )

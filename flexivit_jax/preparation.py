@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import pathlib
 import sys
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 
 from flexivit_jax import (
+  checkpoint,
+  class_names,
   compilation,
   distributed,
   errors,
@@ -22,6 +25,12 @@ from flexivit_jax import (
 )
 from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.teacher_cache import TeacherCache
+
+
+def trained(workdir: pathlib.Path) -> class_names.Trained | None:
+  """What the newest checkpoint in a run folder says of its classes; None: there is none. Changes nothing there."""
+  newest = checkpoint.read_record(workdir / "checkpoints")
+  return newest and class_names.trained(newest[1], str(workdir))
 
 
 def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Any]:

@@ -46,7 +46,9 @@ def look(dump: pathlib.Path) -> list[str]:
     raise errors.UserError(
       f"{dump} cannot be replayed ({type(e).__name__}); give RUN/bad_step.json beside RUN/config.json."
     ) from e
-  exp, mesh = preparation.place(experiment.build(**{"name": "replay", **_tuples(config)}))
+  trained = preparation.trained(dump.parent)
+  settings = {"name": "replay", **_tuples(config)}
+  exp, mesh = preparation.place(experiment.build(**settings, trained=trained))
   with contextlib.ExitStack() as stack:
     state, schedule, batches = _before(exp, dump.parent, step, mesh)
     stack.enter_context(batches)

@@ -56,7 +56,7 @@ def check_sections(
   if "size" in objective:
     config.check("objective.size", objective["size"], which_grid, given=_GIVEN_SIZE)
   if init is not None:
-    config.check("init", init, load_init, given=("model",))
+    config.check("init", init, load_init, given=("model", "labels"))
   config.check("mesh", mesh or {}, sharding.make_mesh, optional={"divide_teachers": bool})
   config.check("optim", optim, _make_optimizer, given=_GIVEN_OPTIM)
   schedule = optim.get("schedule") or {}

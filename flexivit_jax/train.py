@@ -108,10 +108,11 @@ def _train(
   stop = stack.enter_context(stopping.catch(distributed.preempted if several else None))
   with stop.interruptible():
     processes.agree_on_config(settings)
-    config.check("", settings, experiment.build, given=("opening",))
+    config.check("", settings, experiment.build, given=experiment.GIVEN)
     signs: list[peers_of.Peers] = []
     watchdog = stack.enter_context(contextlib.closing(_watchdog(settings, signs)))
-    exp = experiment.build(**{"name": workdir.name, **settings})
+    trained = preparation.trained(workdir)
+    exp = experiment.build(**{"name": workdir.name, **settings}, trained=trained)
     _say_costs(exp)
     processes.take(workdir, stack)
     first = jax.process_index() == 0
@@ -222,7 +223,7 @@ def _say_costs(exp: experiment.Experiment) -> None:
   preparation.note(
     f"{exp.name}: {exp.total_steps} steps of {exp.batch_size} ({exp.total_steps / exp.steps_per_epoch:.1f} epochs)"
   )
-  for line in _costs(exp):
+  for line in [*_costs(exp), *(f"note: {note}" for note in exp.notes)]:
     preparation.note(line)
 
 
@@ -451,7 +452,7 @@ def _record(
   main = exp.evaluations.get(results.main_of(exp.evaluations))
   # An evaluator that fits its own classifier may be of other classes than the model.
   own = main is not None and main.source.num_classes == exp.model.num_classes
-  names = main.source.class_names if own else None
+  names = exp.class_names or (main.source.class_names if own else None)
   return {
     "name": exp.name,
     "step": step,
@@ -460,6 +461,7 @@ def _record(
     "image_shape": list(exp.image_shape),
     "pp": main.pp if main else None,
     "class_names": list(names) if names else None,
+    "data_classes": list(exp.data_classes) if exp.data_classes else None,
     "frozen": exp.frozen_digests,
     "schedule": schedule,
     "trained": {name: list(choice.values) for name, choice in exp.flexi.items()},

@@ -36,10 +36,10 @@ def test_a_class_is_mapped_to_the_one_of_its_name(names, random, form):
 def test_what_the_model_does_not_have_is_refused_and_named(names, others):
   missing = [n for n in names if class_names.plain(n) not in map(class_names.plain, others)]
   if not missing:
-    assert class_names.match(classes(names, "data"), classes(others, "model")).note is None
+    assert class_names.match(classes(names, "data"), classes(others, "the model")).note is None
     return
-  with pytest.raises(UserError, match=f"^Model does not have {len(missing)} of the") as said:
-    class_names.match(classes(names, "data"), classes(others, "model"), advice="Do this.")
+  with pytest.raises(UserError, match=f"^The model does not have {len(missing)} of the") as said:
+    class_names.match(classes(names, "data"), classes(others, "the model"), advice="Do this.")
   assert all(repr(name) in str(said.value) for name in names + others)
   assert str(said.value).endswith("Do this.") and "\n" not in str(said.value)
 

@@ -92,7 +92,7 @@ def flexify(
     length = max(student.patch_size)
     measured = recipe.moment_of(plan.sources["train"], image_size, length)
     student = student.clone(kernel_moment=measured)
-  params = opening.load_init(student, checkpoint=str(init), **loading)
+  params = opening.load_init(student, checkpoint=str(init), **loading).params
   mesh = sharding.make_mesh()
   kept: dict[str, Any] = {"original": retention.original(plan, teacher, mesh)}
   kept["before"] = retention.measure(plan, student, params, mesh)

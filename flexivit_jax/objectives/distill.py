@@ -4,12 +4,13 @@ Student and teachers see the same crop, flip and mixup of an image, each at its 
 arXiv 2106.05237; FlexiViT, arXiv 2212.08013, section on distillation).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flexivit_jax import errors, losses
 from flexivit_jax.objectives.base import Batch, Objective, Predict, Teaching
@@ -22,12 +23,14 @@ class Teacher(NamedTuple):
     model, params: as `weights.load` returns them.
     image: the key of the batch under which it finds its image.
     size: static arguments of the model, e.g. {"seqhw": 14}; empty for its own patch size.
+    class_names: in the order of its logits; None: they are known by number only.
   """
 
   model: nn.Module
   params: Any
   image: str
   size: dict[str, Any]
+  class_names: tuple[str, ...] | None = None
 
 
 def distill(
@@ -98,6 +101,19 @@ def distill(
 
   frozen = {name: t.params for name, t in teachers.items()}
   return Objective(inputs, prepare, per_example, Teaching(images, prepare_images, targets, frozen))
+
+
+def reordered(teacher: Teacher, order: Sequence[int], class_names: Sequence[str] | None) -> Teacher:
+  """The same teacher with its logits in another order.
+
+  Args:
+    teacher: a teacher.
+    order: which of its logits comes first, second, ...; all of them.
+    class_names: in the new order.
+  """
+  head = {name: a[..., np.asarray(order)] for name, a in teacher.params["head"].items()}
+  names = None if class_names is None else tuple(class_names)
+  return teacher._replace(params={**teacher.params, "head": head}, class_names=names)
 
 
 def teach(teacher: Teacher, params: Any, batch: Batch) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -83,7 +83,12 @@ def load_with_record(
 
 
 def load_into(
-  path: str | os.PathLike[str], model: FlexiViT, *, new_head: bool = False, **given: Any
+  path: str | os.PathLike[str],
+  model: FlexiViT,
+  *,
+  new_head: bool = False,
+  accept: Callable[[FlexiViT, dict[str, Any]], None] = lambda model, record: None,
+  **given: Any,
 ) -> dict:
   """Parameters of a file for a model of the same architecture, whose kernel and grid may be of another size.
 
@@ -93,11 +98,13 @@ def load_into(
     path, given: as in `load`.
     model: says which size the buffers are to have, and whether blocks are stacked.
     new_head: leave the file's head away, if it has one, and return all but the head.
+    accept: is given the file's own model and its record before arrays are compared; may raise a UserError.
 
   Raises:
     UserError: see `load`; or the file's model computes something else, e.g. another GELU.
   """
-  found, params = load(path, scan=model.scan, **given)
+  found, params, record = load_with_record(path, scan=model.scan, **given)
+  accept(found, record)
   sizes = model.patch_size, model.posemb_size
   if (found.patch_size, found.posemb_size) != sizes and model.posemb == "learn":
     found, params = load(path, scan=model.scan, flexify=sizes, **given)
