@@ -15,6 +15,11 @@ import ml_collections
 
 from flexivit_jax import annotations, errors
 
+# Sections that a config may leave out, and an override may begin.
+OPTIONAL = (
+  "checkpoint", "evals", "flexi", "init", "mesh", "objective", "token_budget",
+)  # fmt: skip
+
 
 def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
   """Returns the config of "path/to/file.py:arg" as plain dicts, with overrides like "optim.lr=1e-3".
@@ -146,6 +151,9 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
     raise errors.UserError(f"--config.{override}: expected --config.{override}=VALUE.")
   *sections, leaf = key.split(".")
   node = config
+  if sections and sections[0] in OPTIONAL and node.get(sections[0]) is None:
+    with node.unlocked(), node.ignore_type():
+      node[sections[0]] = ml_collections.ConfigDict()
   for section in sections:
     if not isinstance(node.get(section), ml_collections.ConfigDict):
       raise errors.unknown(
@@ -157,7 +165,10 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
     node.unlocked(),
     node.ignore_type(),
   ):  # a key that the file leaves to its default is checked later
-    node[leaf] = value
+    try:
+      node[leaf] = value
+    except (TypeError, ValueError) as e:  # a section's key with a dot, or that is no text
+      raise errors.UserError(f"--config.{key} cannot be {text}: {e}") from e
 
 
 def _literal(text: str) -> Any:

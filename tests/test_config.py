@@ -1,11 +1,12 @@
 """Loading a config, its arguments, overrides, and the check of sections against functions."""
 
+import inspect
 import pathlib
 
 import pytest
 from hypothesis import given, strategies as st
 
-from flexivit_jax import config, errors
+from flexivit_jax import config, errors, experiment
 
 FILE = """
 import ml_collections
@@ -150,6 +151,22 @@ def test_overrides(file, override, key, value):
   assert after[key] == value and type(after[key]) is type(value)
   others = {k: v for k, v in after.items() if k not in (key, "folder", "again")}
   assert others == {k: before[k] for k in others}
+
+
+@pytest.mark.parametrize("section", sorted(config.OPTIONAL))
+def test_an_override_begins_a_section_that_the_file_leaves_out(file, section):
+  assert config.load(str(file), [f"{section}.a=1", f"{section}.b=c"])[section] == {"a": 1, "b": "c"}
+
+
+def test_the_sections_that_may_be_left_out_are_those_of_an_experiment():
+  parameters = inspect.signature(experiment.build).parameters.values()
+  sections = {p.name for p in parameters if "Mapping" in str(p.annotation) and p.default is None}
+  assert sections == set(config.OPTIONAL)
+
+
+def test_a_section_with_a_name_that_no_section_can_have_is_an_error(file):
+  with pytest.raises(errors.UserError, match=r"--config.model.deep cannot be .*dots"):
+    config.load(str(file), ["model.deep={'a.b': 1}"])
 
 
 def test_the_last_override_wins(file):

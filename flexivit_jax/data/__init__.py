@@ -1,5 +1,6 @@
 """Data: sources, preprocessing strings, and batches. Imports no JAX and no TensorFlow."""
 
+from flexivit_jax.data.balanced import by_class
 from flexivit_jax.data.known import planned_source
 from flexivit_jax.data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
 from flexivit_jax.data.preprocess import OPS, Preprocess, parse
@@ -14,6 +15,7 @@ __all__ = [
   "Preprocess",
   "Source",
   "TrainBatches",
+  "by_class",
   "eval_batches",
   "few_shots",
   "is_prepared",

@@ -56,7 +56,7 @@ def planned_source(*, name: str, split: str, **options: Any) -> Source:
       raise UserError(f"{e} To plan, give {here}.") from e
   size = sum(part.stop - part.start for part in parse_split(split, known.splits))
   label = (0,) if options.get("label_key") == "real_label" else 0
-  return Source(name, split, known.num_classes, None, size, _grey(label))
+  return Source(name, split, known.num_classes, None, size, _grey(label), lambda: [label] * size)
 
 
 def _grey(label: Any) -> Callable[..., list[Record]]:

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 
+from flexivit_jax.data.balanced import by_class
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import Source
 from flexivit_jax.data.stream import Bad, Batch, Plan, check_limit, index_of, make_chunk, room
-from flexivit_jax.errors import UserError
+from flexivit_jax.errors import UserError, unknown
 
+SAMPLERS = ("shuffle", "balanced")
 _LOG = logging.getLogger(__name__)
 _CHUNK = 32  # Examples per task: large enough to hide Grain's overhead, small enough to share out.
 
@@ -45,6 +47,7 @@ def train_batches(
   on_error: str = "raise",
   max_errors: int = 100,
   keep_mb: int = 512,
+  sampler: str = "shuffle",
 ) -> "TrainBatches":
   """Shuffled batches of this process, for steps `start_step` to `num_steps`.
 
@@ -66,10 +69,14 @@ def train_batches(
     max_errors: how many different bad examples "skip" bears.
     keep_mb: MiB of memory for decoded examples, so that later epochs neither read nor decode them: all of a data set
       or, where it is larger, nothing. Not with `workers`, each of which would keep its own.
+    sampler: "shuffle", each example once an epoch; or "balanced", each class equally often, in epochs of the same
+      length, so that examples of rare classes come several times and not all of the common ones, see `balanced`.
 
   Raises:
     UserError: now for bad arguments, from the iterator for bad examples.
   """
+  if sampler not in SAMPLERS:
+    raise unknown("sampler", sampler, SAMPLERS)
   if seed < 0:
     raise UserError(f"Data seed is {seed}; expected 0 or more.")
   options = _options(threads, workers, prefetch, keep_mb)
@@ -79,7 +86,10 @@ def train_batches(
       f"{source.name} {source.split!r} has {len(source)} examples, fewer than one batch of "
       f"{batch_size}; take a larger split or a smaller batch_size."
     )
-  plan = plan._replace(kept=None if workers else room(source, plan.pp, keep_mb))
+  plan = plan._replace(
+    kept=None if workers else room(source, plan.pp, keep_mb),
+    order=by_class(source) if sampler == "balanced" else None,
+  )
   return TrainBatches(plan, options, num_steps, start_step)
 
 
@@ -149,19 +159,20 @@ class TrainBatches:
     first = self._step * self._plan.batch_size
     return [index_of(self._plan, first + i) for i in range(self._plan.batch_size)]
 
-  def get_state(self) -> dict[str, int]:
+  def get_state(self) -> dict[str, Any]:
     """The next step, and what the order depends on."""
     plan = self._plan
-    return {
+    state = {
       "step": self._step,
       "seed": plan.seed or 0,
       "batch_size": plan.batch_size,
       "examples": len(plan.source),
     }
+    return state if plan.order is None else {**state, "sampler": "balanced"}
 
-  def set_state(self, state: dict[str, int]) -> None:
+  def set_state(self, state: dict[str, Any]) -> None:
     """Goes to the step of `state`; errors when it is of another seed, batch size or data set."""
-    own = self.get_state()
+    own, state = ({"sampler": SAMPLERS[0], **s} for s in (self.get_state(), state))
     for key in own.keys() - {"step"}:
       if state[key] != own[key]:
         raise UserError(

@@ -20,8 +20,18 @@ def renumber(
     class_names: of the new labels.
   """
   read = functools.partial(_read, source.read, tuple(labels))
-  names = tuple(class_names)
-  return dataclasses.replace(source, num_classes=num_classes, class_names=names, read=read)
+  names, known = tuple(class_names), source.labels
+  return dataclasses.replace(
+    source,
+    num_classes=num_classes,
+    class_names=names,
+    read=read,
+    labels=known and functools.partial(_labels, known, tuple(labels)),
+  )
+
+
+def _labels(known: Callable[[], list[Label]], labels: tuple[int, ...]) -> list[Label]:
+  return [_new(label, labels) for label in known()]
 
 
 def _read(

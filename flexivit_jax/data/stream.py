@@ -3,15 +3,15 @@
 The stream of a run is one sequence: position g = step * batch_size + i belongs to epoch g // n
 and is example permutation(seed, epoch)[g % n]; its random draws are seeded by (seed, epoch,
 example). So threads, workers, processes and interruptions change nothing, and a step is all the
-state there is.
+state there is. A balanced stream is another such function of the position, see `balanced.py`.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexivit_jax.data.balanced import Balanced, Place, place, shuffled
 from flexivit_jax.data.preprocess import Preprocess
 from flexivit_jax.data.sources import Source
 from flexivit_jax.errors import UserError
@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     chunks: tasks that a batch is divided into.
     on_error, max_errors: see `train_batches`.
     kept: examples so far, where they are few enough to keep, see `room`.
+    order: of balanced sampling; None: each example once an epoch.
   """
 
   source: Source
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
   on_error: str
   max_errors: int
   kept: "Kept | None" = None
+  order: Balanced | None = None
 
 
 class Kept(NamedTuple):
@@ -64,14 +66,13 @@ def make_chunk(plan: Plan, chunk: int) -> tuple[Batch, Bad]:
   first = step * plan.batch_size + plan.offset
   low, high = (plan.local * k // plan.chunks for k in (part, part + 1))
   positions = range(first + low, first + high)
-  indices = [index_of(plan, position) for position in positions]
+  places = [place_of(plan, position) for position in positions]
   bad: Bad = {}
-  records = _read(
-    plan.source, [-1 if plan.kept and i in plan.kept.examples else i for i in indices]
-  )
+  kept = plan.kept.examples if plan.kept else {}
+  records = _read(plan.source, [-1 if i in kept else i for _, i in places])
   pairs = [
-    _prepare(plan, position, index, record, bad)
-    for position, index, record in zip(positions, indices, records, strict=True)
+    _prepare(plan, position, there, record, bad)
+    for position, there, record in zip(positions, places, records, strict=True)
   ]
   check_limit(bad, plan)
   return _stack(plan, pairs), bad
@@ -79,18 +80,18 @@ def make_chunk(plan: Plan, chunk: int) -> tuple[Batch, Bad]:
 
 def index_of(plan: Plan, position: int) -> int:
   """The example at a position of the stream; -1 past the end of an evaluation."""
+  return place_of(plan, position).example
+
+
+def place_of(plan: Plan, position: int, ahead: int = 0) -> Place:
+  """What is at a position of the stream, or so many places ahead of it in its epoch; see `index_of`."""
+  size = len(plan.source)
   if plan.seed is None:
-    return position if position < len(plan.source) else -1
-  from grain.experimental import index_shuffle
-
-  epoch, slot = divmod(position, len(plan.source))
-  seed = _epoch_seed(plan.seed, epoch)
-  return index_shuffle(slot, max_index=len(plan.source) - 1, seed=seed, rounds=4)
-
-
-@functools.lru_cache(maxsize=64)
-def _epoch_seed(seed: int, epoch: int) -> int:
-  return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    return Place(0, position if position < size else -1)
+  if plan.order is not None:
+    return place(plan.order, plan.seed, position, ahead)
+  epoch, slot = divmod(position, size)
+  return Place(epoch, shuffled((slot + ahead) % size, size, (plan.seed, epoch)))
 
 
 def _read(source: Source, indices: Sequence[int]) -> list[dict[str, Any] | None]:
@@ -104,16 +105,15 @@ def _read(source: Source, indices: Sequence[int]) -> list[dict[str, Any] | None]
 
 
 def _prepare(
-  plan: Plan, position: int, index: int, record: dict[str, Any] | None, bad: Bad
+  plan: Plan, position: int, there: Place, record: dict[str, Any] | None, bad: Bad
 ) -> tuple[int, dict[str, Any] | None]:
   """Returns (index, example) of a position, or its replacement; (-1, None) leaves a gap."""
-  size = len(plan.source)
-  epoch, slot = divmod(position, size)
-  for attempt in range(size):
+  for attempt in range(len(plan.source)):
+    epoch, index = there
     if index < 0:
       break
     try:
-      return index, _example(plan, 0 if plan.seed is None else epoch, index, record)
+      return index, _example(plan, epoch, index, record)
     except Exception as error:
       message = _describe(plan.source, index, record, error)
       if plan.on_error == "raise":
@@ -121,8 +121,7 @@ def _prepare(
       bad[index] = message
     if plan.seed is None or len(bad) > plan.max_errors:
       break  # Evaluation replaces nothing; over the limit `make_chunk` raises.
-    index = index_of(plan, epoch * size + (slot + attempt + 1) % size)
-    record = None
+    there, record = place_of(plan, position, attempt + 1), None
   return -1, None
 
 
@@ -190,7 +189,7 @@ def _stack(plan: Plan, pairs: Sequence[tuple[int, dict[str, Any] | None]]) -> Ba
 def _template(plan: Plan) -> dict[str, Any]:
   """Any good example, for the shapes of a chunk that has none."""
   for index in range(len(plan.source)):
-    example = _prepare(plan, index, index, None, {})[1]
+    example = _prepare(plan, index, Place(0, index), None, {})[1]
     if example is not None:
       return example
   raise UserError(f"No good example in {plan.source.name} {plan.source.split!r}.")

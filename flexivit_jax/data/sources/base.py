@@ -22,6 +22,7 @@ class Source:
     class_names: in the order of the labels, where known.
     size: number of examples.
     read: indices -> records; may be called from several threads.
+    labels: the label of every example, where it is known without reading images; None: it is not.
   """
 
   name: str
@@ -30,6 +31,7 @@ class Source:
   class_names: tuple[str, ...] | None
   size: int
   read: Callable[[Sequence[int]], list[Record]]
+  labels: Callable[[], list[Label]] | None = None
 
   def __len__(self) -> int:
     return self.size
@@ -38,6 +40,11 @@ class Source:
     if not 0 <= index < self.size:
       raise IndexError(f"Example {index} of {self.name} {self.split!r} with {self.size} examples.")
     return self.read([index])[0]
+
+
+def labels_of_files(files: Sequence[File]) -> Callable[[], list[Label]]:
+  """`Source.labels` of files."""
+  return lambda: [label for _, label in files]
 
 
 def select(split: str, stored: Mapping[str, Sequence[Any]]) -> list[Any]:

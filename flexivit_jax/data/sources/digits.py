@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flexivit_jax.data.sources.base import Record, Source, select
+from flexivit_jax.data.sources.base import Label, Record, Source, select
 
 
 def digits_source(*, split: str) -> Source:
@@ -18,7 +18,12 @@ def digits_source(*, split: str) -> Source:
   stored = {"train": order[:1437], "test": order[1437:]}
   rows = select(split, stored)
   names = tuple(str(digit) for digit in range(10))
-  return Source("digits", split, 10, names, len(rows), functools.partial(_read_digits, rows))
+  read, labels = (functools.partial(f, rows) for f in (_read_digits, _digits_labels))
+  return Source("digits", split, 10, names, len(rows), read, labels)
+
+
+def _digits_labels(rows: Sequence[int]) -> list[Label]:
+  return [int(_load_digits()[1][row]) for row in rows]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from flexivit_jax import class_names
-from flexivit_jax.data.sources.base import File, Label, Record, Source, select
+from flexivit_jax.data.sources.base import File, Label, Record, Source, labels_of_files, select
 from flexivit_jax.data.splits import split_names
 from flexivit_jax.errors import UserError, nearest, unknown
 
@@ -31,7 +31,7 @@ def folder_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
   stored = {s: _list_images(root / s, names) for s in split_names(split)}
   files = select(split, stored)
   read = functools.partial(read_files, root, files)
-  return Source("folder", split, len(names), names, len(files), read)
+  return Source("folder", split, len(names), names, len(files), read, labels_of_files(files))
 
 
 def split_folders(root: pathlib.Path, split: str) -> list[str]:
@@ -118,4 +118,4 @@ def images_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
     )
   files = select(split, {"all": found})
   read = functools.partial(read_files, root, files)
-  return Source("images", split, 1, None, len(files), read)
+  return Source("images", split, 1, None, len(files), read, labels_of_files(files))

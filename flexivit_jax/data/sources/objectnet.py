@@ -6,7 +6,7 @@ import os
 import pathlib
 
 from flexivit_jax import label_maps
-from flexivit_jax.data.sources.base import Source, select
+from flexivit_jax.data.sources.base import Source, labels_of_files, select
 from flexivit_jax.data.sources.folder import (
   images_below,
   mixed,
@@ -38,7 +38,9 @@ def objectnet_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
   }
   files = select(split, stored)
   read = functools.partial(read_files, root, files)
-  return Source("objectnet", split, label_maps.NUM_I1K, None, len(files), read)
+  return Source(
+    "objectnet", split, label_maps.NUM_I1K, None, len(files), read, labels_of_files(files)
+  )
 
 
 def _check_objectnet(folder: pathlib.Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flexivit_jax.data.sources.base import Record, Source, select
+from flexivit_jax.data.sources.base import Label, Record, Source, select
 from flexivit_jax.errors import UserError
 
 
@@ -36,7 +36,12 @@ def synthetic_source(
   stored = {s: range(k * num_examples, (k + 1) * num_examples) for k, s in enumerate(names)}
   rows = select(split, stored)
   read = functools.partial(_read_synthetic, rows, (hw[0], hw[1]), num_classes, num_examples, seed)
-  return Source("synthetic", split, num_classes, None, len(rows), read)
+  labels = functools.partial(_synthetic_labels, rows, num_classes, num_examples)
+  return Source("synthetic", split, num_classes, None, len(rows), read, labels)
+
+
+def _synthetic_labels(rows: Sequence[int], num_classes: int, num_examples: int) -> list[Label]:
+  return [row % num_examples % num_classes for row in rows]
 
 
 def _read_synthetic(
