@@ -13,6 +13,7 @@ import jax
 
 from flexivit_jax import (
   class_names,
+  class_weights,
   data,
   errors,
   labelling,
@@ -60,7 +61,8 @@ class Experiment(NamedTuple):
   those of the objective are, and `drawn` all that their targets depend on. `batches_of` says how many batches a step
   at a size takes, `images_per_step` are the mean of that in images, and `update_scale` says by what its update is
   multiplied; None without a token budget. `class_names` are those of the logits, `data_classes` those of the training
-  data by their own labels; `notes` are what the user should know of them.
+  data by their own labels; `notes` are what the user should know of them; `says` are lines on
+  what each class will weigh.
   """
 
   name: str
@@ -97,6 +99,7 @@ class Experiment(NamedTuple):
   class_names: tuple[str, ...] | None
   data_classes: tuple[str, ...] | None
   notes: list[str]
+  says: tuple[str, ...] = ()
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -208,12 +211,15 @@ def build(
     network, record = build_model({"dtype": default_dtype(), **model}, source.num_classes)
   teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
   with naming("objective"):
-    goal = build_objective(objective, teachers)
+    unweighted = {k: v for k, v in objective.items() if k != "class_weights"}
+    goal = build_objective(unweighted, teachers)
   start, labelled = _classes(
     source, network, init, teachers, "labels" in goal.inputs, opening, trained
   )
   source, teachers = labelled.source, labelled.teachers
-  goal = build_objective(objective, teachers)
+  with naming("objective"):
+    objective = _weighted(objective, source, network.num_classes)
+    goal = build_objective(objective, teachers)
   shapes = example_shapes(source, input["pp"], _inputs(goal), network.num_classes)
   image_shape = shapes["image"]
   check_teachers(teachers, shapes, network.num_classes)
@@ -290,7 +296,35 @@ def build(
     class_names=labelled.model.names,
     data_classes=labelled.data_names,
     notes=[*labelled.notes, *(f"evals.{k}: {n}" for k, e in evaluations.items() for n in e.notes)],
+    says=_rare(objective, input, source),
   )
+
+
+def _weighted(
+  objective: Mapping[str, Any], source: data.Source, num_classes: int
+) -> Mapping[str, Any]:
+  """The section with its class weights as numbers."""
+  if objective.get("class_weights") is None:
+    return objective
+  weights = class_weights.resolve(objective["class_weights"], source, num_classes)
+  return {**objective, "class_weights": weights}
+
+
+def _rare(
+  objective: Mapping[str, Any], section: Mapping[str, Any], source: data.Source
+) -> tuple[str, ...]:
+  """Lines about class weights and balanced sampling."""
+  lines = []
+  if objective.get("class_weights") is not None:
+    lines.append(class_weights.note(objective["class_weights"], source))
+  if section.get("sampler") == "balanced":
+    number = data.by_class(source).number
+    often = len(source) / len(number) / number
+    lines.append(
+      f"balanced sampling: {len(number)} classes of {min(number)} to {max(number)} images; an epoch sees an image of the"
+      f" smallest {often.max():.3g} times, one of the largest {often.min():.3g} times"
+    )
+  return tuple(lines)
 
 
 def _classes(
@@ -443,7 +477,9 @@ def _drawn(
 ) -> dict[str, Any]:
   """What the teachers' targets depend on: images, their draws and mixup, and the teachers."""
   options = {k: objective.get(k) for k in ("mixup_p", "top_k")}
+  sampler = {} if section.get("sampler") != "balanced" else {"sampler": "balanced"}
   return dict(
+    **sampler,
     data={**section["data"], "examples": len(source)},
     pp=section["pp"],
     batch_size=section["batch_size"],

@@ -1,10 +1,12 @@
 """Per-example losses, distances between logits, and mixup, all in float32 whatever the inputs are."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt32
 
 from flexivit_jax.errors import UserError
@@ -31,6 +33,34 @@ def sigmoid_xent(logits: Float[Array, "n k"], labels: Float[Array, "n k"]) -> Fl
 
 
 LOSSES = {"softmax_xent": softmax_xent, "sigmoid_xent": sigmoid_xent}
+
+
+def weighted(loss: str, class_weights: Sequence[float] | None) -> Callable[..., Array]:
+  """The loss of a name, each example's multiplied by the weight of its class.
+
+  An example of soft labels y, after mixup say, has the weight `sum_k w_k y_k / sum_k y_k`; one without any label has 1.
+  The mean over a batch divides by its size, not by the sum of its weights: each example's share does not depend on what
+  else is in its batch, so that parts of a batch and devices add up to the same. PyTorch's `CrossEntropyLoss(weight=w)`
+  has the same losses of one-hot labels, but its mean divides by the sum of the weights, a number that varies from batch
+  to batch; of soft labels it weights the terms of the sum over classes.
+
+  Args:
+    loss: a name in `LOSSES`.
+    class_weights: one for each class; None: all are alike.
+  """
+  fn = LOSSES[loss]
+  if class_weights is None:
+    return fn
+  weights = np.asarray(class_weights, np.float32)
+
+  def run(logits: Float[Array, "n k"], labels: Float[Array, "n k"]) -> Float32[Array, "n"]:
+    labels = labels.astype(jnp.float32)
+    total = labels.sum(axis=-1)
+    mean = jnp.matmul(labels, weights, precision=jax.lax.Precision.HIGHEST)
+    weight = jnp.where(total > 0, mean / jnp.where(total > 0, total, 1.0), 1.0)
+    return fn(logits, labels) * weight
+
+  return run
 
 
 def kl(logits: Float[Array, "n k"], teacher: Float[Array, "n k"]) -> Float32[Array, "n"]:

@@ -1,9 +1,11 @@
 """The interface between the trainer and an objective."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
+
+from flexivit_jax import errors, losses
 
 Batch = Mapping[str, Any]
 """Arrays [n, ...] by name; of an objective with teachers also "targets", their part of it."""
@@ -13,6 +15,22 @@ Predict = Callable[..., jax.Array]
 """The model in training, as an objective sees it: `predict(image, *, fixed=False, **size)` gives the logits [n, k] at
 the size drawn, or at `size`; with `fixed` as in inference and without gradient, by the running mean of the weights if
 the objective has one."""
+
+ClassWeights = Literal["balanced"] | Sequence[float] | Mapping[str, float] | None
+"""In a config: "balanced", a number for each class, or numbers by name; `class_weights.resolve` makes numbers of it."""
+
+
+def weighted(loss: str, class_weights: ClassWeights) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """See `losses.weighted`.
+
+  Raises:
+    UserError: an unknown loss; weights that are not resolved.
+  """
+  if loss not in losses.LOSSES:
+    raise errors.unknown("loss", loss, losses.LOSSES)
+  if isinstance(class_weights, str | Mapping):
+    raise errors.UserError(f"class_weights={class_weights!r}; expected a number for each class.")
+  return losses.weighted(loss, class_weights)
 
 
 class Teaching(NamedTuple):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexivit_jax import errors, losses
-from flexivit_jax.objectives.base import Batch, Objective, Predict, Teaching
+from flexivit_jax.objectives.base import Batch, ClassWeights, Objective, Predict, Teaching, weighted
 
 
 class Teacher(NamedTuple):
@@ -42,6 +42,7 @@ def distill(
   label_weight: float = 0.0,
   label_loss: str = "softmax_xent",
   top_k: int | None = None,
+  class_weights: ClassWeights = None,
 ) -> Objective:
   """Sum over the teachers of the distance between student and teacher, with KL(teacher || student) by default.
 
@@ -54,9 +55,11 @@ def distill(
     label_loss: a name in `losses.LOSSES`.
     top_k: of a teacher's logits only so many are kept, and one number for all others, see `losses.sparse_logits`:
       what a cache of them then takes. None: all.
+    class_weights: by what the labels' loss is multiplied, a number for each class, see `losses.weighted`.
 
   Raises:
-    UserError: no teacher, an unknown name, a temperature that is not positive, a negative weight, a top_k below 1.
+    UserError: no teacher, an unknown name, a temperature that is not positive, a negative weight, a top_k below 1;
+      class_weights without label_weight.
   """
   if not teachers:
     raise errors.UserError("objective.teachers is empty; give at least one, with its checkpoint.")
@@ -65,6 +68,11 @@ def distill(
     raise errors.unknown("distance", distance, losses.DISTANCES)
   if label_loss not in losses.LOSSES:
     raise errors.unknown("label_loss", label_loss, losses.LOSSES)
+  if class_weights is not None and not label_weight:
+    raise errors.UserError(
+      "class_weights without label_weight has no effect; remove one or set both."
+    )
+  labels_loss = weighted(label_loss, class_weights)
   if temperature <= 0 or label_weight < 0 or (top_k is not None and top_k < 1):
     raise errors.UserError(
       f"temperature={temperature}, label_weight={label_weight}, top_k={top_k};"
@@ -92,7 +100,7 @@ def distill(
     logits = predict(batch["image"])
     total = jnp.zeros(len(logits))
     if label_weight:
-      total += label_weight * losses.LOSSES[label_loss](logits, batch["labels"])
+      total += label_weight * labels_loss(logits, batch["labels"])
     for kept in batch["targets"].values():
       target = kept if top_k is None else losses.dense_logits(kept, logits.shape[-1])
       far = losses.DISTANCES[distance](logits / temperature, target / temperature)

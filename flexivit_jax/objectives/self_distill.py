@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from flexivit_jax import errors, losses
-from flexivit_jax.objectives.base import Batch, Objective, Predict
+from flexivit_jax.objectives.base import Batch, ClassWeights, Objective, Predict, weighted
 
 
 def self_distill(
@@ -22,6 +22,7 @@ def self_distill(
   ema: float | None = None,
   loss: str = "softmax_xent",
   mixup_p: float = 0.0,
+  class_weights: ClassWeights = None,
 ) -> Objective:
   """The labels' loss at the size drawn, plus the distance from there to the model's own logits at `size`.
 
@@ -34,13 +35,13 @@ def self_distill(
       `steps.running_mean`). None: the weights themselves.
     loss: a name in `losses.LOSSES`.
     mixup_p: parameter of mixup's Beta distribution; 0 switches it off.
+    class_weights: by what the labels' loss is multiplied, a number for each class, see `losses.weighted`.
 
   Raises:
     UserError: no size; an unknown name; a temperature or weight that is not positive; a decay outside (0, 1).
   """
   losses.check_mixup(mixup_p)
-  if loss not in losses.LOSSES:
-    raise errors.unknown("loss", loss, losses.LOSSES)
+  labels_loss = weighted(loss, class_weights)
   if distance not in losses.DISTANCES:
     raise errors.unknown("distance", distance, losses.DISTANCES)
   if temperature <= 0 or weight <= 0:
@@ -59,6 +60,6 @@ def self_distill(
     logits = predict(batch["image"])
     target = predict(batch["image"], fixed=True, **size)
     far = losses.DISTANCES[distance](logits / temperature, target / temperature)
-    return losses.LOSSES[loss](logits, batch["labels"]) + weight * temperature**2 * far
+    return labels_loss(logits, batch["labels"]) + weight * temperature**2 * far
 
   return Objective(("image", "labels"), prepare, per_example, ema=ema, also=(size,))
