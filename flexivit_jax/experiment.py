@@ -321,8 +321,8 @@ def _rare(
     number = data.by_class(source).number
     often = len(source) / len(number) / number
     lines.append(
-      f"balanced sampling: {len(number)} classes of {min(number)} to {max(number)} images; an epoch sees an image of the"
-      f" smallest {often.max():.3g} times, one of the largest {often.min():.3g} times"
+      f"balanced sampling: {len(number)} classes of {min(number)} to {max(number)} images; an epoch sees an image of"
+      f" the smallest {often.max():.3g} times, one of the largest {often.min():.3g} times"
     )
   return tuple(lines)
 

@@ -18,7 +18,7 @@ def digits_source(*, split: str) -> Source:
   stored = {"train": order[:1437], "test": order[1437:]}
   rows = select(split, stored)
   names = tuple(str(digit) for digit in range(10))
-  read, labels = (functools.partial(f, rows) for f in (_read_digits, _digits_labels))
+  read, labels = functools.partial(_read_digits, rows), functools.partial(_digits_labels, rows)
   return Source("digits", split, 10, names, len(rows), read, labels)
 
 
