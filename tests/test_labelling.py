@@ -13,6 +13,7 @@ from PIL import Image
 from flexivit_jax import class_names, cli, data, experiment, labelling, weights
 from flexivit_jax.class_names import Classes, Trained
 from flexivit_jax.errors import UserError
+from flexivit_jax.flexify import recipe, retention
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.distill import Teacher
 
@@ -314,3 +315,44 @@ def test_a_refused_continuation_changes_nothing_and_its_advice_works(tmp_path, c
     (root / split / "emmet").rename(root / split / "ant")
   assert cli.main([*given, "--config.total_steps=3"]) == 0
   assert weights.load_with_record(run)[2]["step"] == 3
+
+
+@kinds
+def test_flexify_measures_labels_that_are_the_models_classes(tmp_path, names, wrong):
+  sources = recipe.divide(draw(tmp_path, names), 3)
+  plan = recipe.Plan({}, sources, 3, (8, 8), (2,), 1, MODEL)
+  labelled, note = recipe.labels_of(plan)
+  assert labelled is plan.labelled is (wrong is None)
+  assert ("labels" in recipe.evaluation(plan)["pp"]) is labelled
+  if wrong:
+    assert note.startswith("Top-1 is left out. The model does not have")
+    assert "top-1" not in retention.table(kept_of(note)) and note in retention.table(kept_of(note))
+  else:
+    assert note is None
+
+
+def kept_of(note):
+  row = dict(patch=4, seqhw=2, agree1=1.0, n=3)
+  return {"original": dict(patch=4, image_size=8), "before": [row], "note": note}
+
+
+def test_flexify_of_classes_without_names_is_by_number_or_not_at_all(tmp_path):
+  plan = recipe.Plan({}, recipe.divide(draw(tmp_path, MODEL), 3), 3, (8, 8), (2,), 1)
+  labelled, note = recipe.labels_of(plan)
+  assert labelled and note.startswith("The model names no classes: its 3")
+  labelled, note = recipe.labels_of(plan._replace(num_classes=1000))
+  assert (labelled, note) == (
+    False,
+    "Top-1 is left out: the model has 1000 classes, the folders 3.",
+  )
+
+
+def test_flexify_writes_the_accuracy_of_the_class_that_the_model_names(checkpoint, tmp_path):
+  root = draw(tmp_path / "photos", ("ant",), n=3)  # what the model always answers
+  draw(root, ("zebra",))
+  given = ["flexify", f"--init={checkpoint}", f"--data={root}", f"--out={tmp_path / 'out'}"]
+  assert cli.main([*given, "--epochs=0", "--image_size=8", "--seqhw=2", "--batch_size=2"]) == 0
+  kept = json.loads((tmp_path / "out" / "retention.json").read_text())
+  assert kept["original"]["top1"] == kept["before"][0]["top1"] == 0.75
+  assert "top-1 75.0." in (tmp_path / "out" / "README.md").read_text()
+  assert weights.load_with_record(tmp_path / "out" / "model.npz")[2]["class_names"] == list(MODEL)

@@ -60,7 +60,7 @@ def flexify(
     loading: further arguments of `weights.load`.
 
   Returns:
-    What is in retention.json; see `retention.measure`.
+    What is in retention.json; see `retention.measure`. "note" says why top-1 is left out, or is by number.
 
   Raises:
     UserError: a model without classes, a folder without images, a size that does not divide the image; files in `out`
@@ -86,6 +86,7 @@ def flexify(
     sides=(image_size, recipe.native_side(record)),
     seqhw=tuple(seqhw),
     batch_size=batch_size,
+    class_names=teacher.class_names,
   )
   student = recipe.student_of(teacher.model, buffers)
   if moment:
@@ -95,6 +96,8 @@ def flexify(
   params = opening.load_init(student, checkpoint=str(init), **loading).params
   mesh = sharding.make_mesh()
   kept: dict[str, Any] = {"original": retention.original(plan, teacher, mesh)}
+  if note := recipe.labels_of(plan)[1]:
+    kept["note"] = note
   kept["before"] = retention.measure(plan, student, params, mesh)
   if epochs:
     settings = recipe.settings(plan, student, epochs=epochs, lr=lr, seed=seed)

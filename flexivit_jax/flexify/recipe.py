@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexivit_jax import data, errors, resize
+from flexivit_jax import class_names as naming, data, errors, resize
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import UNNAMED
 
@@ -24,6 +24,7 @@ class Plan(NamedTuple):
     sides: pixels a side of the student's and the teacher's images.
     seqhw: tokens per side.
     batch_size: of training and evaluation.
+    class_names: of teacher and student, in the order of their logits; None: they have none.
   """
 
   teacher: dict[str, Any]
@@ -32,13 +33,17 @@ class Plan(NamedTuple):
   sides: tuple[int, int]
   seqhw: tuple[int, ...]
   batch_size: int
+  class_names: tuple[str, ...] | None = None
+
+  @property
+  def classes(self) -> naming.Classes:
+    """Those of teacher and student."""
+    return naming.Classes(self.class_names, self.num_classes, "the model")
 
   @property
   def labelled(self) -> bool:
-    """Whether the labels of the test images are those of the model."""
-    if self.sources["test"]["name"] != "folder":
-      return False
-    return data.make_source(**self.sources["test"]).num_classes == self.num_classes
+    """Whether the labels of the test images are classes of the model."""
+    return labels_of(self)[0]
 
 
 def divide(images: pathlib.Path, num_classes: int) -> dict[str, dict[str, Any]]:
@@ -52,6 +57,21 @@ def divide(images: pathlib.Path, num_classes: int) -> dict[str, dict[str, Any]]:
     "train": source | {"split": f"{whole}[:90%]"},
     "test": source | {"split": f"{whole}[90%:]"},
   }
+
+
+def labels_of(plan: Plan) -> tuple[bool, str | None]:
+  """Returns whether the labels of the test images are classes of the model, and what to say of it; None: nothing."""
+  if plan.sources["test"]["name"] != "folder":
+    return False, None
+  source, ours = data.make_source(**plan.sources["test"]), plan.classes
+  theirs = naming.Classes(source.class_names, source.num_classes, "the folders")
+  if None in (ours.names, theirs.names) and ours.number != theirs.number:
+    left_out = f"the model has {ours.number} classes, the folders {theirs.number}"
+    return False, f"Top-1 is left out: {left_out}."
+  try:
+    return True, naming.match(theirs, ours).note
+  except errors.UserError as e:
+    return False, f"Top-1 is left out. {e}"
 
 
 def native_side(record: Mapping[str, Any]) -> int:

@@ -12,8 +12,7 @@ Rows = list[dict[str, Any]]
 
 def measure(plan: recipe.Plan, model: FlexiViT, params: Any, mesh: Any) -> Rows:
   """Returns a row for each size: seqhw, patch, agree1, agree5, kl, ..., n, and top1 where labels are known."""
-  evaluator = experiment.build_evaluation(recipe.evaluation(plan), every=1).make(model, mesh)
-  scores = evaluator.run(params)
+  scores = _evaluation(plan, recipe.evaluation(plan)).make(model, mesh).run(params)
   return [{"patch": plan.sides[0] // s, **row} for s, row in zip(plan.seqhw, scores, strict=True)]
 
 
@@ -29,10 +28,12 @@ def original(plan: recipe.Plan, teacher: Teacher, mesh: Any) -> dict[str, Any]:
     batch_size=plan.batch_size,
     seqhw=(native // patch,),
   )
-  (row,) = (
-    experiment.build_evaluation(section, every=1).make(teacher.model, mesh).run(teacher.params)
-  )
+  (row,) = _evaluation(plan, section).make(teacher.model, mesh).run(teacher.params)
   return found | {"top1": row["top1"], "top5": row["top5"], "n": row["n"]}
+
+
+def _evaluation(plan: recipe.Plan, section: dict[str, Any]) -> experiment.Evaluation:
+  return experiment.build_evaluation(section, every=1, classes=(plan.classes,))
 
 
 def table(kept: dict[str, Any]) -> str:
@@ -53,4 +54,5 @@ def summary(kept: dict[str, Any]) -> str:
   first, n = kept["original"], kept["before"][0]["n"]
   said = f"Percent of {n} images that were not trained on. The original"
   said += f" is of patch {first['patch']} at {first['image_size']} px"
-  return f"{said}, top-1 {100 * first['top1']:.1f}." if "top1" in first else f"{said}."
+  said += f", top-1 {100 * first['top1']:.1f}." if "top1" in first else "."
+  return f"{said} {kept['note']}" if "note" in kept else said
