@@ -62,7 +62,7 @@ class Experiment(NamedTuple):
   at a size takes, `images_per_step` are the mean of that in images, and `update_scale` says by what its update is
   multiplied; None without a token budget. `class_names` are those of the logits, `data_classes` those of the training
   data by their own labels; `notes` are what the user should know of them; `says` are lines on
-  what each class will weigh.
+  how many examples each class has, and what it will weigh.
   """
 
   name: str
@@ -296,7 +296,7 @@ def build(
     class_names=labelled.model.names,
     data_classes=labelled.data_names,
     notes=[*labelled.notes, *(f"evals.{k}: {n}" for k, e in evaluations.items() for n in e.notes)],
-    says=_rare(objective, input, source),
+    says=(*filter(None, [data.class_sizes(source)]), *_rare(objective, input, source)),
   )
 
 

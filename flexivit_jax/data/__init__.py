@@ -1,6 +1,7 @@
 """Data: sources, preprocessing strings, and batches. Imports no JAX and no TensorFlow."""
 
 from flexivit_jax.data.balanced import by_class
+from flexivit_jax.data.census import class_sizes
 from flexivit_jax.data.known import planned_source
 from flexivit_jax.data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
 from flexivit_jax.data.preprocess import OPS, Preprocess, parse
@@ -16,6 +17,7 @@ __all__ = [
   "Source",
   "TrainBatches",
   "by_class",
+  "class_sizes",
   "eval_batches",
   "few_shots",
   "is_prepared",

@@ -1,5 +1,7 @@
 """Images as arrays: decoding bytes and changing sizes, with Pillow and OpenCV."""
 
+import contextlib
+import functools
 import io
 from collections.abc import Callable
 
@@ -13,6 +15,41 @@ cv2.setNumThreads(0)  # The loader's threads are the parallelism; a pool inside 
 
 _INTERPOLATION = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
 _METHODS = (*_INTERPOLATION, "cubic")
+# What Pillow knows by a suffix and no folder of images means by it: documents, films, measurements, textures.
+_NO_IMAGES = frozenset(
+  ("BUFR", "EPS", "FITS", "FLI", "FTEX", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF")
+)
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+  """Suffixes of the files that are read as images, in lower case: what this Pillow reads, and HEIC with pillow-heif."""
+  with contextlib.suppress(ImportError):
+    import pillow_heif  # Not among our dependencies: its codecs are heavy.
+
+    pillow_heif.register_heif_opener()
+  known = Image.registered_extensions()
+  readable = {"MPO", *Image.OPEN} - _NO_IMAGES
+  return frozenset(s for s, name in known.items() if name in readable and s != ".pfm")  # floats
+
+
+def shown_suffixes() -> str:
+  """The usual ones of `suffixes`, for messages."""
+  usual = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".jp2",
+    ".heic",
+  )
+  return f"{' '.join(s for s in usual if s in suffixes())} and others"
 
 
 def decode_image(data: bytes, *, max_pixels: int) -> np.ndarray:

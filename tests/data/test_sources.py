@@ -201,7 +201,7 @@ def test_folder_leaves_out_other_files_and_says_so(photos, caplog):
   (photos / "train" / "apple" / "notes.txt").write_text("x")
   (photos / "train" / "apple" / ".DS_Store").write_text("x")
   assert len(make_source(name="folder", split="train", data_dir=photos)) == 9
-  assert "left out 1 files" in caplog.text
+  assert "left out 1 hidden or system file, 1 file that is no image (.txt 1)" in caplog.text
 
 
 def test_folder_finds_images_in_deeper_folders(photos):

@@ -23,6 +23,8 @@ class Source:
     size: number of examples.
     read: indices -> records; may be called from several threads.
     labels: the label of every example, where it is known without reading images; None: it is not.
+    upright: whether images are turned as their EXIF data say. Own photos are; published data sets are not, since the
+      numbers that are published on them are of the stored pixels.
   """
 
   name: str
@@ -32,6 +34,7 @@ class Source:
   size: int
   read: Callable[[Sequence[int]], list[Record]]
   labels: Callable[[], list[Label]] | None = None
+  upright: bool = False
 
   def __len__(self) -> int:
     return self.size
