@@ -112,7 +112,7 @@ def of_record(record: Mapping[str, Any], count: int, of: str) -> Classes:
     UserError: names that are not text, or not as many as the model has classes.
   """
   names = record.get("class_names")
-  if not names:
+  if not names or not count:
     unrecorded = "step" in record and "data_classes" not in record
     return Classes(None, count, of, by_text=unrecorded)
   if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
@@ -122,6 +122,12 @@ def of_record(record: Mapping[str, Any], count: int, of: str) -> Classes:
       f"The record of {of} has {len(names)} class_names; the model has {count} classes."
     )
   return Classes(tuple(names), count, of)
+
+
+def known_of(record: Mapping[str, Any], count: int, of: str) -> tuple[Classes, ...]:
+  """The classes of a model, and those of the data that it was trained on where the record names them."""
+  model, data = of_record(record, count, of), record.get("data_classes")
+  return (model, Classes(tuple(data), len(data), of)) if data else (model,)
 
 
 def trained(record: Mapping[str, Any], of: str) -> Trained:
@@ -141,10 +147,11 @@ def match(data: Classes, model: Classes, *, advice: str = "") -> Match:
     advice: what to do about classes that do not fit, in a sentence.
 
   Raises:
-    UserError: the data have a class that the model has not; a name stands there twice.
+    UserError: the data have a class that the model has not; a name stands there twice; one side has no names, and
+      another number of classes.
   """
   if data.names is None or model.names is None:
-    return Match(None, _by_number(data, model))
+    return Match(None, _by_number(data, model, advice))
   ours, theirs = ([plain(name) for name in names] for names in (data.names, model.names))
   if ours == theirs:
     return Match(None)
@@ -186,10 +193,15 @@ def shown(names: Sequence[str]) -> str:
   return f"{', '.join(map(repr, first))}, ... {', '.join(map(repr, last))} ({len(names)} names)"
 
 
-def _by_number(data: Classes, model: Classes) -> str | None:
-  if (data.names is None and model.names is None) or data.number != model.number:
-    return None  # that the numbers differ is said where labels meet logits
+def _by_number(data: Classes, model: Classes, advice: str) -> str | None:
+  if data.names is None and model.names is None:
+    return None
   unnamed, named = (data, model) if data.names is None else (model, data)
+  if data.number != model.number:
+    raise errors.UserError(
+      f"{_capital(unnamed.of)} names no classes, so they can only be taken by number: it has {unnamed.number}, and"
+      f" {named.of} {named.number} ({shown(named.names or ())}). {advice}".rstrip()
+    )
   return (
     f"{_capital(unnamed.of)} names no classes: its {data.number} are taken to be those of {named.of}, by number"
     f" ({shown(named.names or ())})."

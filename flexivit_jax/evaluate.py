@@ -27,14 +27,17 @@ def run(args: argparse.Namespace) -> None:
       f"{args.config} has no evals; add evals=dict(test=dict(data=..., pp=..., seqhw=...))."
     )
   model, params, record = weights.load_with_record(args.checkpoint)
-  classes = class_names.of_record(record, model.num_classes, f"the checkpoint {args.checkpoint}")
+  of = f"the checkpoint {args.checkpoint}"
+  classes = class_names.known_of(record, model.num_classes, of)
   trained = record.get("trained", {}).get("seqhw")
   sizes = {} if args.seqhw == "all" else {"seqhw": parse_sizes(args.seqhw)}
+  evaluations = {}
   for name, given in evals.items():
     section = {**given, **sizes} if "seqhw" in given else {**given}
     sections.check_evaluation(f"evals.{name}", section)
     with experiment.naming(f"evals.{name}"):
-      evaluation = experiment.build_evaluation(section, every=1, classes=(classes,))
+      evaluations[name] = experiment.build_evaluation(section, every=1, classes=classes)
+  for name, evaluation in evaluations.items():
     for note in evaluation.notes:
       print(f"note: evals.{name}: {note}", file=sys.stderr)
     rows = results.measure(evaluation.make(model, sharding.make_mesh()), params)

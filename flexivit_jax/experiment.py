@@ -216,6 +216,9 @@ def build(
   start, labelled = _classes(
     source, network, init, teachers, "labels" in goal.inputs, opening, trained
   )
+  if labelled.source is not source:
+    with naming("input"):
+      labelling.check_onehot(input["pp"], network.num_classes)
   source, teachers = labelled.source, labelled.teachers
   with naming("objective"):
     objective = _weighted(objective, source, network.num_classes)

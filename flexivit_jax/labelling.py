@@ -62,7 +62,7 @@ def of_run(
     source = _as_trained(source, num_classes, trained, labels)
   data_names = source.class_names
   model = _model(source, num_classes, init, teachers, labels, trained)
-  if labels:
+  if labels and model.names is not None:
     source, note = fit(source, model, "input.data")
     notes += [note] if note else []
   ordered = {}
@@ -141,9 +141,24 @@ def of_evaluation(
     teacher, note = teacher_in_order(teacher, target, "the evaluation")
     notes.append(note)
   if kind != "distance" or section.get("labels"):
-    source, note = fit(source, target, "data")
+    mapped, note = fit(source, target, "data")
+    if mapped is not source:
+      check_onehot(section["pp"], mapped.num_classes)
+    source = mapped
     notes.append(note)
   return source, teacher, tuple(note for note in notes if note)
+
+
+def check_onehot(pp: str, num_classes: int) -> None:
+  """Raises a UserError where preprocessing has no room for all classes that labels were mapped to."""
+  for op in data.parse(pp).ops:
+    made = op.text.partition("(")[0] in ("onehot", "multihot")
+    depth = op.kwargs.get("depth", op.args[0] if op.args else None)
+    if made and isinstance(depth, int) and depth < num_classes:
+      raise errors.UserError(
+        f"pp has {op.text}, but the labels are mapped to the {num_classes} classes of the model: give"
+        f" {op.text.partition('(')[0]}({num_classes})."
+      )
 
 
 def alike(
@@ -217,6 +232,10 @@ def _in_text_order(source: data.Source) -> data.Source:
 
 def _advice(ours: Classes, model: Classes) -> str:
   """What can be done about data that have classes that the model has not."""
+  if ours.names is None or (model.names is None and ours.number > model.number):
+    return f"Give data of {model.number} classes."
+  if model.names is None:
+    return "If they are its first classes in the same order, add by_number=True to the section of the data."
   maps = [
     f"label_map={name!r}"
     for name in label_maps.LABEL_MAPS

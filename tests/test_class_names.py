@@ -56,7 +56,10 @@ def test_without_names_classes_are_taken_by_number_which_is_said():
   for pair in ((named, unnamed), (unnamed, named)):
     labels, note = class_names.match(*pair)
     assert labels is None and note.startswith("The file x.npz names no classes") and "'a'" in note
-  assert class_names.match(classes("abc", "data"), unnamed) == (None, None)  # said elsewhere
+  assert class_names.match(unnamed, unnamed._replace(number=3)) == (None, None)  # said elsewhere
+  for pair in ((named, unnamed._replace(number=3)), (unnamed._replace(number=3), named)):
+    with pytest.raises(UserError, match=r"x.npz names no classes.*it has 3, and the data 2 .*'b'"):
+      class_names.match(*pair)
 
 
 def test_a_name_that_stands_there_twice_matters_where_it_is_asked_for():

@@ -189,6 +189,17 @@ def test_an_evaluation_is_of_the_models_classes_or_refused(tmp_path, names, wron
   assert evaluation.notes == ()
 
 
+def test_preprocessing_has_room_for_the_models_classes(checkpoint, tmp_path):
+  root = draw(tmp_path, ("ant",))
+  given, classes = section(root, "val", onehot=1), (Classes(MODEL, 3, "x"),)
+  with pytest.raises(UserError, match=r"pp has onehot\(1\).* the 3 classes .*give onehot\(3\)"):
+    experiment.build_evaluation(given, 1, classes=classes)
+  settings = config(root, init=dict(checkpoint=str(checkpoint)))
+  settings["input"]["pp"] = settings["input"]["pp"].replace("onehot(3)", "onehot(depth=1)")
+  with pytest.raises(UserError, match=r"^input: pp has onehot\(depth=1\).*give onehot\(3\)"):
+    experiment.build(**settings)
+
+
 def test_label_maps_take_labels_as_they_are_and_are_named_where_they_fit(tmp_path):
   given = section(draw(tmp_path, ("a", "b"), splits=("val",)), "val", onehot=1000)
   classes = Classes(tuple(f"class {k}" for k in range(1000)), 1000, "x")
@@ -250,10 +261,16 @@ def test_what_has_no_names_is_taken_by_number_and_that_is_said(unnamed, tmp_path
   assert exp.class_names == ("ant", "café", "zebra")  # "é" is one character
   (note,) = exp.notes
   assert note.startswith(f"init ({unnamed}) names no classes: its 3") and "'ant'" in note
-  evaluation = experiment.build_evaluation(
-    section(root, "val"), 1, classes=(Classes(None, 3, "the checkpoint x"),)
-  )
+  classes = (Classes(None, 3, "the checkpoint x"),)
+  evaluation = experiment.build_evaluation(section(root, "val"), 1, classes=classes)
   assert evaluation.notes[0].startswith("The checkpoint x names no classes")
+  few = draw(tmp_path / "few", MODEL[1:], splits=("val",))
+  with pytest.raises(
+    UserError, match=r"names no classes.* it has 3, and data.* 2 .*by_number=True"
+  ):
+    experiment.build_evaluation(section(few, "val"), 1, classes=classes)
+  given = section(few, "val", by_number=True)
+  assert experiment.build_evaluation(given, 1, classes=classes).source.num_classes == 2
 
 
 CONFIG = """
@@ -356,3 +373,26 @@ def test_flexify_writes_the_accuracy_of_the_class_that_the_model_names(checkpoin
   assert kept["original"]["top1"] == kept["before"][0]["top1"] == 0.75
   assert "top-1 75.0." in (tmp_path / "out" / "README.md").read_text()
   assert weights.load_with_record(tmp_path / "out" / "model.npz")[2]["class_names"] == list(MODEL)
+
+
+@pytest.mark.parametrize("to", ["npz", "timm", "transformers"])
+@pytest.mark.parametrize("names", [MODEL, MODEL[::-1], NFD, None])
+def test_names_travel_with_converted_weights_and_map_labels(tmp_path, to, names):
+  model, params, record = make(names=None if names is None else list(names))
+  out = tmp_path / "out.npz" if to == "npz" else tmp_path / "out"
+  if to == "npz":
+    weights.save_npz(out, model, params, record)
+  else:
+    save = {"timm": weights.save_timm, "transformers": weights.save_transformers}[to]
+    save(out, model, params, record, image_hw=(8, 8))
+  read, _, again = weights.load_with_record(out)
+  classes = class_names.of_record(again, read.num_classes, "x")
+  assert classes.names == names
+  photos = draw(tmp_path / "photos", ("ant", "zebra"), splits=("val",))
+  if names is None:
+    draw(photos, ("bee",), splits=("val",))
+  given = section(photos, "val", onehot=3)
+  evaluation = experiment.build_evaluation(given, 1, classes=(classes,))
+  found = labels_by_name(evaluation.source)
+  assert {"ant", "zebra"} <= {class_names.plain(n) for n in found.values()}
+  assert all(class_names.plain(found[name]) == name for name in found)

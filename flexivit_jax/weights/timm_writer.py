@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from flexivit_jax import errors, trees
+from flexivit_jax import class_names, errors, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
 from flexivit_jax.weights import baking, folders, reading, sources, timm_folder, timm_layers
@@ -45,16 +45,17 @@ def save_timm(
 
   Args:
     out: a name that is not there yet.
-    model, params, record: what `weights.load_with_record` returns.
+    model, params, record: what `weights.load_with_record` returns; `class_names` become `label_names`.
     image_hw: pixels of the images, with seqhw.
     seqhw: tokens per side, or None for all sizes.
 
   Raises:
     UserError: the name is there already; parameters that are not the model's; a model that timm cannot hold;
-      a size that does not divide the image.
+      a size that does not divide the image; class names that are not as many as classes.
   """
   out = pathlib.Path(out)
   _check(model)
+  names = class_names.of_record(record, model.num_classes, f"what is to be written to {out}").names
   reading.check(model, params, f"What is to be written to {out}")
   if seqhw is not None:
     model, params = baking.bake(model, params, image_hw=image_hw, seqhw=seqhw)
@@ -65,7 +66,7 @@ def save_timm(
     )
   arrays = to_timm(model, params)
   record = _record(model, record, None if seqhw is None else image_hw)
-  _write(out, arrays, config(model, arrays), record)
+  _write(out, arrays, config(model, arrays) | _labels(names), record)
 
 
 def to_timm(model: FlexiViT, params: dict) -> dict[str, np.ndarray]:
@@ -146,6 +147,11 @@ def config(model: FlexiViT, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
       "classifier": "head",
     },
   }
+
+
+def _labels(names: tuple[str, ...] | None) -> dict[str, Any]:
+  """The names of the classes where timm looks for them: beside `pretrained_cfg`, into which it puts them."""
+  return {} if names is None else {"label_names": list(names)}
 
 
 def _architecture(model: FlexiViT) -> str:

@@ -3,13 +3,13 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from safetensors import numpy as safetensors
 
-from flexivit_jax import errors, trees
+from flexivit_jax import class_names, errors, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
 from flexivit_jax.weights import folders, transformers_config, transformers_folder
@@ -51,7 +51,8 @@ def save_transformers(
   flat = {name: np.asarray(a) for name, a in trees.flatten(vit.unstack_blocks(baked)).items()}
   weights = safetensors.save(_arrays(fixed, flat), metadata={"format": "pt"})
   channels = flat["embedding/kernel"].shape[2]
-  config = _config(fixed, channels, image_hw, record.get("class_names"))
+  known = class_names.of_record(record, model.num_classes, f"what is to be written to {out}")
+  config = _config(fixed, channels, image_hw, known.names)
   _write(
     out,
     {
@@ -121,7 +122,9 @@ def _norm(flat: Mapping[str, np.ndarray], ours: str, theirs: str) -> dict[str, n
   return {f"{theirs}.weight": flat[f"{ours}/scale"], f"{theirs}.bias": flat[f"{ours}/bias"]}
 
 
-def _config(model: FlexiViT, channels: int, hw: Size, names: list[str] | None) -> dict[str, Any]:
+def _config(
+  model: FlexiViT, channels: int, hw: Size, names: Sequence[str] | None
+) -> dict[str, Any]:
   config = {
     "model_type": "vit",
     "architectures": ["ViTForImageClassification" if model.num_classes else "ViTModel"],
@@ -141,10 +144,6 @@ def _config(model: FlexiViT, channels: int, hw: Size, names: list[str] | None) -
   if not model.num_classes:
     return config
   labels = names or [f"LABEL_{i}" for i in range(model.num_classes)]
-  if len(labels) != model.num_classes:
-    raise errors.UserError(
-      f"The record has {len(labels)} class_names; the model has {model.num_classes} classes."
-    )
   ids = {label: i for i, label in enumerate(labels)}
   return config | {"id2label": {str(i): n for i, n in enumerate(labels)}, "label2id": ids}
 

@@ -65,6 +65,22 @@ def test_timm_gives_our_logits_at_one_patch_size(flexivit_s, tmp_path, p):
   assert_timm_agrees(flexivit_s, tmp_path / "out", p)
 
 
+def test_timm_knows_the_names_of_our_classes(tmp_path):
+  import timm
+
+  names = ["ant", "café", "0"]
+  fields = dict(
+    width=16, depth=1, mlp_dim=16, num_heads=2, num_classes=3, patch_size=(8, 8), posemb_size=(2, 2)
+  )
+  model = FlexiViT(**fields)
+  params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+  weights.save_timm(
+    tmp_path / "out", model, params, {"model": fields, "class_names": names}, image_hw=(16, 16)
+  )
+  theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+  assert list(theirs.pretrained_cfg["label_names"]) == names
+
+
 def test_timm_gives_our_logits_in_full_depth(flexivit_s, tmp_path):
   assert_timm_agrees(flexivit_s, tmp_path / "out", 30, depth=12)
 

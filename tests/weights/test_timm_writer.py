@@ -23,7 +23,7 @@ def made(**fields):
   shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) * 0.3, shapes)
-  return model, params, {"model": {**FIELDS, **fields}, "class_names": ["a", "b"]}
+  return model, params, {"model": {**FIELDS, **fields}, "class_names": [*"abcde"]}
 
 
 def make_foreign(folder):
@@ -60,7 +60,7 @@ def test_model_parameters_and_record_come_back(tmp_path, fields):
   weights.save_timm(tmp_path / "out", model, params, record, image_hw=(24, 24))
   got, back, again = weights.load_with_record(tmp_path / "out", scan=model.scan)
   assert got == model
-  assert again["class_names"] == ["a", "b"] and again["notes"] == []
+  assert again["class_names"] == [*"abcde"] and again["notes"] == []
   assert again["format"] == "folder with safetensors in timm's names" == again["source"]["format"]
   assert "folded_input" not in again
   jax.tree.map(np.testing.assert_array_equal, back, params)
@@ -118,6 +118,24 @@ def test_every_argument_is_written_out(tmp_path):
   assert config["model_args"] == want | dict(pool_include_prefix=False, act_layer="gelu_tanh")
   cfg = config["pretrained_cfg"]
   assert cfg["mean"] == cfg["std"] == [0.5] * 3 and cfg["input_size"] == [3, 24, 24]
+
+
+def test_names_of_classes_are_written_where_timm_looks_for_them(tmp_path):
+  model, params, record = made()
+
+  def written(names, **fields):
+    changed = record | {"class_names": names}
+    out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+    given = made(**fields)[:2] if fields else (model, params)
+    weights.save_timm(out, *given, changed, image_hw=(24, 24))
+    return json.loads((out / "config.json").read_text())
+
+  assert written(["b", "é", "a a", "b", "0"])["label_names"] == ["b", "é", "a a", "b", "0"]
+  assert "label_names" not in written(None)
+  assert "label_names" not in written([*"abcde"], num_classes=0)
+  with pytest.raises(UserError, match="out3 has 2 class_names; the model has 5 classes"):
+    written(["a", "b"])
+  assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize(
