@@ -58,7 +58,7 @@ def predict(
     raise errors.UserError(
       f"--image_size={image_size}: {checkpoint} says how to prepare its images; leave it out."
     )
-  prepare = data.parse(record.get("pp") or _PP.format(size=image_size or _side(record)))
+  prepare = data.parse(record.get("pp") or _PP.format(size=image_size or _side(record))).upright()
   forward = jax.jit(
     lambda p, image: jax.nn.softmax(model.apply({"params": p}, image, seqhw=seqhw)[0])
   )

@@ -1,24 +1,42 @@
 """Images as arrays: decoding bytes and changing sizes, with Pillow and OpenCV."""
 
 import contextlib
+import contextvars
 import functools
 import io
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
+from jaxtyping import Integer, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from flexivit_jax.errors import UserError, unknown
 
 cv2.setNumThreads(0)  # The loader's threads are the parallelism; a pool inside each would thrash.
 
+_LOG = logging.getLogger(__name__)
 _INTERPOLATION = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
 _METHODS = (*_INTERPOLATION, "cubic")
 # What Pillow knows by a suffix and no folder of images means by it: documents, films, measurements, textures.
 _NO_IMAGES = frozenset(
   ("BUFR", "EPS", "FITS", "FLI", "FTEX", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF")
 )
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+_ORIENTATION = 0x0112  # EXIF's tag
+# EXIF's orientation -> what makes the image upright.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+  1: lambda a: a,
+  2: lambda a: a[:, ::-1],
+  3: lambda a: a[::-1, ::-1],
+  4: lambda a: a[::-1],
+  5: lambda a: a.swapaxes(0, 1),
+  6: lambda a: a.swapaxes(0, 1)[:, ::-1],
+  7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+  8: lambda a: a.swapaxes(0, 1)[::-1],
+}
+_SIDEWAYS = (5, 6, 7, 8)
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 
 
@@ -52,24 +70,66 @@ def shown_suffixes() -> str:
   return f"{' '.join(s for s in usual if s in suffixes())} and others"
 
 
-def decode_image(data: bytes, *, max_pixels: int) -> np.ndarray:
-  """Decodes JPEG, PNG, WebP, BMP, GIF (first frame), ... into RGB uint8 [h, w, 3].
+_NOTICED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("noticed", default=None)
+_NOT_TURNED = (
+  "EXIF data say that the image is to be turned, and it is not, as in published evaluations; decode(exif=True) in pp"
+  " turns it"
+)
+_DARK_GREY = (
+  "an image of 16 bits uses only values below 4096 of 65536, and is nearly black so; if its values are of 12 bits,"
+  " decode(bits=12) in pp scales them"
+)
+_DARK_COLOUR = (
+  "a colour image of 16 bits uses only values below 4096 of 65536, and is nearly black so; write its files anew, scaled"
+  " to all 16 bits or to 8"
+)
+
+
+@contextlib.contextmanager
+def noticing() -> Iterator[list[str]]:
+  """Collects what is odd of the images that are decoded meanwhile; elsewhere it is a warning, once."""
+  texts: list[str] = []
+  token = _NOTICED.set(texts)
+  try:
+    yield texts
+  finally:
+    _NOTICED.reset(token)
+
+
+def _notice(text: str) -> None:
+  texts = _NOTICED.get()
+  if texts is None:
+    _warn(text)
+  else:
+    texts.append(text)
+
+
+@functools.cache
+def _warn(text: str) -> None:
+  _LOG.warning("%s", text)
+
+
+def decode_image(
+  data: bytes, *, max_pixels: int, exif: bool = False, bits: int = 16
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Decodes JPEG, PNG, WebP, BMP, GIF (first frame), ... into RGB.
 
   Grey, palette, CMYK become RGB. 16-bit grey is scaled to 8 (`round(v / 257)`), not clipped. An
   alpha channel is dropped (the stored colours stay, as `tf.io.decode_image(channels=3)` does).
-  EXIF orientation is not applied (as there). Truncated files are errors.
+  Truncated files are errors.
 
   Args:
     data: the file.
     max_pixels: of the header, above which nothing is decoded (it may be a decompression bomb).
+    exif: turn and mirror the image as its EXIF orientation says; `tf.io.decode_image` does not. TIFF is always turned.
+    bits: of the grey values in a file of 16 bits; 12 scales 4095 to white.
 
   Raises:
     UserError: more than `max_pixels`.
-    OSError, SyntaxError, ValueError: Pillow's, for what is not an image or is damaged.
+    OSError, SyntaxError, ValueError: what is not an image or is damaged.
   """
-  with _open(data) as image:
-    _check_pixels(image, max_pixels)
-    return _to_rgb(image)
+  with _open(data, max_pixels) as image:
+    return _turn(_to_rgb(image, bits), image, exif)
 
 
 def decode_crop(
@@ -78,7 +138,9 @@ def decode_crop(
   hw: tuple[int, int],
   *,
   max_pixels: int,
-) -> np.ndarray:
+  exif: bool = False,
+  bits: int = 16,
+) -> UInt8[np.ndarray, "h w 3"]:
   """Decodes a box of an image, a JPEG at the smallest scale that still has `hw` pixels in the box.
 
   JPEG's transform gives 1/2, 1/4 and 1/8 of the size for less work than the whole; the pixels are then means of those
@@ -86,62 +148,116 @@ def decode_crop(
 
   Args:
     data: the file.
-    draw: (height, width) of the image -> (top, left, height, width) of the box in it.
+    draw: (height, width) of the image -> (top, left, height, width) of the box in it; of the turned one with `exif`.
     hw: pixels that are wanted of the box.
-    max_pixels: see `decode_image`, also for the errors.
+    max_pixels, exif, bits: see `decode_image`, also for the errors.
 
   Returns:
-    RGB uint8 [h, w, 3] of the box, which has at least `hw` pixels where the file has them.
+    the box, which has at least `hw` pixels where the file has them.
   """
-  with _open(data) as image:
-    _check_pixels(image, max_pixels)
-    width, height = image.size
-    top, left, h, w = draw((height, width))
+  with _open(data, max_pixels) as image:
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
-      return crop(_to_rgb(image), top, left, (h, w))
+      whole = _turn(_to_rgb(image, bits), image, exif)
+      top, left, h, w = draw((whole.shape[0], whole.shape[1]))
+      return crop(whole, top, left, (h, w))
+    height, width = image.size[::-1]
+    if exif and _orientation(image) in _SIDEWAYS:
+      height, width = width, height
+    top, left, h, w = draw((height, width))
     scale = next((s for s in (8, 4, 2) if h >= s * hw[0] and w >= s * hw[1]), 1)
     if scale > 1:
-      image.draft(image.mode, (width // scale, height // scale))  # at least so large
-    whole = _to_rgb(image)
+      stored = image.size
+      image.draft(image.mode, (stored[0] // scale, stored[1] // scale))  # at least so large
+    whole = _turn(_to_rgb(image, bits), image, exif)
     rows, columns = whole.shape[0] / height, whole.shape[1] / width  # 1, or nearly 1 / scale
     top, h, left, w = round(top * rows), round(h * rows), round(left * columns), round(w * columns)
     return crop(whole, min(top, whole.shape[0] - h), min(left, whole.shape[1] - w), (h, w))
 
 
-def _check_pixels(image: Image.Image, max_pixels: int) -> None:
-  width, height = image.size
-  if width * height > max_pixels:
-    raise UserError(
-      f"Image header says {width}x{height} pixels, more than max_pixels={max_pixels}."
-    )
-
-
-def _open(data: bytes) -> Image.Image:
+@contextlib.contextmanager
+def _open(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+  """An image of no more than so many pixels. What Pillow raises for a damaged file becomes one of three types."""
   try:
-    return Image.open(io.BytesIO(data))
+    with Image.open(io.BytesIO(data)) as image:
+      width, height = image.size
+      if width * height > max_pixels:
+        raise UserError(
+          f"Image header says {width}x{height} pixels, more than max_pixels={max_pixels}."
+        )
+      yield image
   except UnidentifiedImageError:  # Pillow's message names an object in memory.
-    raise ValueError(f"no known image format: {len(data)} bytes, first {data[:8]!r}") from None
+    raise ValueError(_unknown(data)) from None
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    raise UserError(
+      f"The image's header says too much for max_pixels={max_pixels}: {error}"
+    ) from None
+  except (OSError, SyntaxError, ValueError, MemoryError):
+    raise
+  except Exception as error:  # Damaged files raise all kinds: IndexError, struct.error, ...
+    raise ValueError(f"damaged image: {type(error).__name__}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _unknown(data: bytes) -> str:
+  if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and ".heic" not in suffixes():
+    return "a HEIC image, which is read where pillow-heif is installed: pip install pillow-heif"
+  return f"no known image format: {len(data)} bytes, first {data[:8]!r}"
+
+
+def _orientation(image: Image.Image) -> int:
+  try:
+    found = image.getexif().get(_ORIENTATION, 1)
+  except Exception:  # Damaged EXIF data do not damage the image.
+    return 1
+  return found if found in _TURNS else 1
+
+
+def _turn(
+  pixels: UInt8[np.ndarray, "h w 3"], image: Image.Image, exif: bool
+) -> UInt8[np.ndarray, "_ _ 3"]:
+  """Turns the pixels of a loaded image as its EXIF data say; Pillow turns a TIFF itself when it loads it."""
+  orientation = _orientation(image)
+  if orientation == 1:
+    return pixels
+  if not exif:
+    _notice(_NOT_TURNED)
+    return pixels
+  return np.ascontiguousarray(_TURNS[orientation](pixels))
+
+
+def _to_rgb(image: Image.Image, bits: int) -> UInt8[np.ndarray, "h w 3"]:
+  deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))  # Loading empties the list.
+  if image.mode.startswith("I;16") or image.mode == "I":
+    return _grey_to_rgb(np.asarray(image), bits)
+  rgb = _eight_bits_to_rgb(image)
+  if deep and 0 < rgb.max() < 16:
+    _notice(_DARK_COLOUR)
+  return rgb
+
+
+def _eight_bits_to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
   if image.mode == "RGB":
     return np.asarray(image)
-  if image.mode.startswith("I;16") or image.mode == "I":
-    grey = np.asarray(image).astype(np.float64)
-    return _grey_to_rgb(np.rint(grey / 257))
   if image.mode == "F":
     raise ValueError("floating point images have no defined range; expected 8 or 16 bits a channel")
+  if image.mode == "LAB":
+    raise ValueError("images in CIE Lab are not read; write the file as RGB")
+  if image.mode == "La":
+    image = image.convert("LA")
   if image.mode in ("P", "PA") or "transparency" in image.info:
     image = image.convert("RGBA")  # Palettes with transparency convert cleanly only by this way.
-  if image.mode in ("RGBA", "LA", "La", "RGBa"):
+  if image.mode in ("RGBA", "LA", "RGBa"):
     return np.ascontiguousarray(np.asarray(image.convert("RGBA"))[..., :3])
   return np.asarray(image.convert("RGB"))
 
 
-def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
-  if grey.min() < 0 or grey.max() > 255:
-    raise ValueError(f"grey values {grey.min()}..{grey.max()} do not fit 16 bits")
-  return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+def _grey_to_rgb(grey: Integer[np.ndarray, "h w"], bits: int) -> UInt8[np.ndarray, "h w 3"]:
+  low, high = int(grey.min()), int(grey.max())
+  if low < 0 or high >= 2**bits:
+    raise ValueError(f"grey values {low}..{high} do not fit {bits} bits")
+  if bits == 16 and 0 < high < 4096:
+    _notice(_DARK_GREY)
+  scaled = np.rint(grey.astype(np.float64) / ((2**bits - 1) / 255)).astype(np.uint8)
+  return np.repeat(scaled[..., None], 3, axis=-1)
 
 
 def resize_image(image: np.ndarray, hw: tuple[int, int], method: str = "linear") -> np.ndarray:

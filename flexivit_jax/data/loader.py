@@ -15,7 +15,17 @@ import numpy as np
 from flexivit_jax.data.balanced import by_class
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import Source
-from flexivit_jax.data.stream import Bad, Batch, Plan, check_limit, index_of, make_chunk, room
+from flexivit_jax.data.stream import (
+  Bad,
+  Batch,
+  Chunk,
+  Odd,
+  Plan,
+  check_limit,
+  index_of,
+  make_chunk,
+  room,
+)
 from flexivit_jax.errors import UserError, unknown
 
 SAMPLERS = ("shuffle", "balanced")
@@ -128,11 +138,12 @@ class TrainBatches:
 
   def __init__(self, plan: Plan, options: Options, num_steps: int, start_step: int):
     self.errors: Bad = {}
+    self._noticed = _Noticed(plan.source)
     self._plan = plan
     self._options = options
     self._num_steps = num_steps
     self._step = start_step
-    self._batches: Generator[tuple[Batch, Bad], None, None] | None = None
+    self._batches: Generator[Chunk, None, None] | None = None
 
   def __iter__(self) -> "TrainBatches":
     return self
@@ -146,8 +157,9 @@ class TrainBatches:
       # At exit too, while Grain's modules still exist.
       self._stop = weakref.finalize(self, self._batches.close)
     try:
-      batch, bad = next(self._batches)
+      batch, bad, odd = next(self._batches)
       _count(self.errors, bad, self._plan)
+      self._noticed.add(odd)
     except Exception:
       self.close()  # Asked again, it fails again, at the same step; it must not seem to have ended.
       raise
@@ -186,6 +198,7 @@ class TrainBatches:
     """Stops threads and workers; the next batch would start them again."""
     if self._batches is not None:
       self._stop()
+      self._noticed.say_totals()
     self._batches = None
 
   def __enter__(self) -> "TrainBatches":
@@ -206,6 +219,7 @@ class EvalBatches:
 
   def __init__(self, plan: Plan, options: Options):
     self.errors: Bad = {}
+    self._noticed = _Noticed(plan.source)
     self.waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     self._plan = plan
     self._options = options
@@ -223,12 +237,14 @@ class EvalBatches:
           found = next(batches, None)
         if found is None:
           break
-        batch, bad = found
+        batch, bad, odd = found
         _count(self.errors, bad, self._plan)
+        self._noticed.add(odd)
         yield batch
     finally:
       atexit.unregister(batches.close)
       batches.close()
+      self._noticed.say_totals()
 
 
 def _options(threads: int, workers: int, prefetch: int, keep_mb: int) -> Options:
@@ -263,17 +279,15 @@ def _plan(
   local = batch_size // process_count
   chunks = math.ceil(local / _CHUNK)
   offset = local * process_index
-  ops = parse(pp)
+  ops = parse(pp).upright() if source.upright else parse(pp)
   return Plan(source, ops, seed, batch_size, local, offset, chunks, on_error, max_errors)
 
 
 # --- the parallel pipeline ---
 
 
-def _run(
-  plan: Plan, options: Options, start: int, stop: int
-) -> Generator[tuple[Batch, Bad], None, None]:
-  """Yields (batch, bad examples) of the steps `start` to `stop`; closing it stops the work."""
+def _run(plan: Plan, options: Options, start: int, stop: int) -> Generator[Chunk, None, None]:
+  """Yields what was made for the steps `start` to `stop`; closing it stops the work."""
   batches = iter(_pipeline(plan, options, start, stop))
   try:
     yield from batches
@@ -282,7 +296,7 @@ def _run(
 
 
 def _pipeline(plan: Plan, options: Options, start: int, stop: int) -> Any:
-  """Grain's data set of (batch, bad examples)."""
+  """Grain's data set of batches, as `Chunk`s."""
   import grain  # Lazy: a second.
   from absl import flags
 
@@ -308,13 +322,47 @@ def _pipeline(plan: Plan, options: Options, start: int, stop: int) -> Any:
   return batches
 
 
-def _join(chunks: Sequence[tuple[Batch, Bad]]) -> tuple[Batch, Bad]:
+def _join(chunks: Sequence[Chunk]) -> Chunk:
   """Joins the chunks of one batch."""
-  batches = [batch for batch, _ in chunks]
-  bad = {index: text for _, errors in chunks for index, text in errors.items()}
-  if len(batches) == 1:
-    return batches[0], bad
-  return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}, bad
+  if len(chunks) == 1:
+    return chunks[0]
+  batches = [chunk.batch for chunk in chunks]
+  bad = {index: text for chunk in chunks for index, text in chunk.bad.items()}
+  odd: Odd = {}
+  for chunk in chunks:
+    for text, indices in chunk.odd.items():
+      odd.setdefault(text, []).extend(indices)
+  return Chunk({key: np.concatenate([b[key] for b in batches]) for key in batches[0]}, bad, odd)
+
+
+@final
+class _Noticed:
+  """What was noticed of examples that are used all the same: said at the first, and in the end with their number."""
+
+  def __init__(self, source: Source):
+    self._source = source
+    self._examples: dict[str, set[int]] = {}
+
+  def add(self, odd: Odd) -> None:
+    for text, indices in odd.items():
+      if text not in self._examples:
+        first = self._source[min(indices)]["id"]
+        _warn(f"{self._name()}: {text}. The first: {first!r}.")
+      self._examples.setdefault(text, set()).update(indices)
+
+  def say_totals(self) -> None:
+    for text, indices in self._examples.items():
+      if len(indices) > 1:
+        _warn(f"{self._name()}: {len(indices):,} of {len(self._source):,} images: {text}.")
+
+  def _name(self) -> str:
+    return f"{self._source.name} {self._source.split!r}"
+
+
+@functools.cache
+def _warn(message: str) -> None:
+  """Warns once: evaluations pass over the same examples many times."""
+  _LOG.warning("%s", message)
 
 
 def _count(errors: Bad, bad: Bad, plan: Plan) -> None:

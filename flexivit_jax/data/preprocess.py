@@ -22,11 +22,24 @@ Resized = Shaped[np.ndarray, "_ _ c"]  # Of another size, with the same channels
 Size = int | tuple[int, int] | list[int]
 
 
-def decode(image: bytes | Image, max_pixels: int = 2**26) -> Image:
-  """Encoded file -> RGB uint8 [h, w, 3]; an array passes through. See `images.decode_image`."""
+def decode(
+  image: bytes | Image, max_pixels: int = 2**26, *, exif: bool | None = None, bits: int = 16
+) -> Image:
+  """Encoded file -> RGB uint8 [h, w, 3]; an array passes through. See `images.decode_image`.
+
+  Args:
+    exif: turn the image as its EXIF data say; None: where the source is of own photos, see `Source.upright`.
+    bits: of the grey values in files of 16 bits, 8 to 16.
+  """
   if isinstance(image, np.ndarray):
     return image
-  return images.decode_image(image, max_pixels=max_pixels)
+  return images.decode_image(image, max_pixels=max_pixels, exif=bool(exif), bits=_bits(bits))
+
+
+def _bits(bits: int) -> int:
+  if not 8 <= bits <= 16:
+    raise UserError(f"bits={bits}; expected 8 to 16, of the grey values in files of 16 bits.")
+  return bits
 
 
 def resize(image: Image, size: Size, method: str = "linear") -> Resized:
@@ -102,6 +115,8 @@ def decode_inception_crop(
   method: str = "linear",
   max_pixels: int = 2**26,
   *,
+  exif: bool | None = None,
+  bits: int = 16,
   rng: np.random.Generator,
 ) -> Resized:
   """`decode|inception_crop(size)` with the same boxes; a JPEG much larger than the result is not decoded in full.
@@ -118,6 +133,8 @@ def decode_inception_crop(
     lambda hw: _inception_box(hw, areas, ratios, rng),
     _hw(size),
     max_pixels=max_pixels,
+    exif=bool(exif),
+    bits=_bits(bits),
   )
   return images.resize_image(cut, _hw(size), method)
 
@@ -263,6 +280,15 @@ class Preprocess(NamedTuple):
     ends = (i for i, op in enumerate(self.ops) if op.random or op.function is value_range)
     end = next(ends, len(self.ops))
     return self._replace(ops=self.ops[:end], random=False), self._replace(ops=self.ops[end:])
+
+  def upright(self) -> "Preprocess":
+    """The same for own photos: images are turned as their EXIF data say, unless the text says `exif=False`."""
+
+    def turning(op: Op) -> Op:
+      decodes = op.function in (decode, decode_inception_crop)
+      return op._replace(kwargs={"exif": True, **op.kwargs}) if decodes else op
+
+    return self._replace(ops=tuple(map(turning, self.ops)))
 
   def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
     """Returns a new record; `rng` may be None where `random` is False.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexivit_jax.data import images
 from flexivit_jax.data.balanced import Balanced, Place, place, shuffled
 from flexivit_jax.data.preprocess import Preprocess
 from flexivit_jax.data.sources import Source
@@ -18,6 +19,7 @@ from flexivit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Bad = dict[int, str]  # Example index -> what was wrong with it.
+Odd = dict[str, list[int]]  # What was noticed -> example indices; they are used all the same.
 
 
 class Plan(NamedTuple):
@@ -60,7 +62,15 @@ class Kept(NamedTuple):
   examples: dict[int, dict[str, Any]]
 
 
-def make_chunk(plan: Plan, chunk: int) -> tuple[Batch, Bad]:
+class Chunk(NamedTuple):
+  """A batch or a part of it, and what is to be said of its examples."""
+
+  batch: Batch
+  bad: Bad
+  odd: Odd
+
+
+def make_chunk(plan: Plan, chunk: int) -> Chunk:
   """Makes one of the `plan.chunks` parts of a batch; a pure function of its arguments."""
   step, part = divmod(int(chunk), plan.chunks)
   first = step * plan.batch_size + plan.offset
@@ -68,14 +78,15 @@ def make_chunk(plan: Plan, chunk: int) -> tuple[Batch, Bad]:
   positions = range(first + low, first + high)
   places = [place_of(plan, position) for position in positions]
   bad: Bad = {}
+  odd: Odd = {}
   kept = plan.kept.examples if plan.kept else {}
   records = _read(plan.source, [-1 if i in kept else i for _, i in places])
   pairs = [
-    _prepare(plan, position, there, record, bad)
+    _prepare(plan, position, there, record, bad, odd)
     for position, there, record in zip(positions, places, records, strict=True)
   ]
   check_limit(bad, plan)
-  return _stack(plan, pairs), bad
+  return Chunk(_stack(plan, pairs), bad, odd)
 
 
 def index_of(plan: Plan, position: int) -> int:
@@ -105,7 +116,12 @@ def _read(source: Source, indices: Sequence[int]) -> list[dict[str, Any] | None]
 
 
 def _prepare(
-  plan: Plan, position: int, there: Place, record: dict[str, Any] | None, bad: Bad
+  plan: Plan,
+  position: int,
+  there: Place,
+  record: dict[str, Any] | None,
+  bad: Bad,
+  odd: Odd,
 ) -> tuple[int, dict[str, Any] | None]:
   """Returns (index, example) of a position, or its replacement; (-1, None) leaves a gap."""
   for attempt in range(len(plan.source)):
@@ -113,7 +129,11 @@ def _prepare(
     if index < 0:
       break
     try:
-      return index, _example(plan, epoch, index, record)
+      with images.noticing() as texts:
+        example = _example(plan, epoch, index, record)
+      for text in texts:
+        odd.setdefault(text, []).append(index)
+      return index, example
     except Exception as error:
       message = _describe(plan.source, index, record, error)
       if plan.on_error == "raise":
@@ -153,7 +173,8 @@ def room(source: Source, pp: Preprocess, mebibytes: int) -> Kept | None:
     return None
   fixed, rest = pp.divide()
   try:
-    first = fixed(_checked(source, 0, None), None)
+    with images.noticing():  # It is said where batches are made.
+      first = fixed(_checked(source, 0, None), None)
   except Exception:  # Bad examples are reported where batches are made.
     return None
   size = sum(map(_size, first.values()))
@@ -189,7 +210,7 @@ def _stack(plan: Plan, pairs: Sequence[tuple[int, dict[str, Any] | None]]) -> Ba
 def _template(plan: Plan) -> dict[str, Any]:
   """Any good example, for the shapes of a chunk that has none."""
   for index in range(len(plan.source)):
-    example = _prepare(plan, index, Place(0, index), None, {})[1]
+    example = _prepare(plan, index, Place(0, index), None, {}, {})[1]
     if example is not None:
       return example
   raise UserError(f"No good example in {plan.source.name} {plan.source.split!r}.")

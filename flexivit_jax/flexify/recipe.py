@@ -97,7 +97,7 @@ def student_of(teacher: FlexiViT, buffers: tuple[int, ...] | None) -> FlexiViT:
 def moment_of(source: Mapping[str, Any], side: int, length: int) -> resize.Moment:
   """Second moment of pixels in the first hundred images of a source, as an evaluation at this side sees them."""
   opened = data.make_source(**source)
-  prepare = data.parse(f"decode|{central(side)}|keep('image')")
+  prepare = data.parse(f"decode|{central(side)}|keep('image')").upright()
   records = opened.read(range(min(100, len(opened))))
   images = [prepare({"image": record["image"]}, None)["image"] for record in records]
   return resize.second_moment(np.stack(images), length)

@@ -131,7 +131,7 @@ def test_decode_inception_crop_cuts_the_same_boxes(hw, form):
 def test_a_jpeg_is_decoded_at_the_smallest_scale_that_has_the_pixels(monkeypatch, size, scale):
   decoded = []
   whole = images._to_rgb
-  monkeypatch.setattr(images, "_to_rgb", lambda image: decoded.append(image.size) or whole(image))
+  monkeypatch.setattr(images, "_to_rgb", lambda i, bits: decoded.append(i.size) or whole(i, bits))
   file = encoded(ramp(400, 400), "JPEG")
   out = run(f"decode_inception_crop({size}, area_min=100, ratio_min=1, ratio_max=1)", file)
   assert decoded == [(400 // scale, 400 // scale)]

@@ -50,6 +50,7 @@ def make_source(
   num_examples: int | None = None,
   seed: int | None = None,
   allow_empty: bool | None = None,
+  upright: bool | None = None,
   by_number: bool = False,
 ) -> Source:
   """Opens a data set.
@@ -60,7 +61,7 @@ def make_source(
     data_dir: of TFDS (default: its own default), or the root of a folder of images.
     image_key, label_key, num_classes: TFDS only; see `tfds_source`.
     image_size, num_classes, num_examples, seed: synthetic only; see `synthetic_source`.
-    allow_empty: folder only; see `folder_source`.
+    allow_empty, upright: folders of images only; see `folder_source`.
     by_number: leave its class names out, so that its classes are those of a model by number, whatever they are called.
 
   Raises:
@@ -75,6 +76,7 @@ def make_source(
     "num_examples": num_examples,
     "seed": seed,
     "allow_empty": allow_empty,
+    "upright": upright,
   }
   given = {key: value for key, value in given.items() if value is not None}
   build = SOURCES.get(name) or functools.partial(tfds_source, name)

@@ -22,7 +22,11 @@ ClassFile = tuple[str, int]
 
 
 def folder_source(
-  *, split: str, data_dir: str | os.PathLike[str], allow_empty: bool = False
+  *,
+  split: str,
+  data_dir: str | os.PathLike[str],
+  allow_empty: bool = False,
+  upright: bool = True,
 ) -> Source:
   """Images as files: `data_dir/SPLIT/CLASS/**/*.jpg` (also png, webp, bmp, ...).
 
@@ -35,6 +39,7 @@ def folder_source(
     split: of the folders in `data_dir`.
     data_dir: holds a folder for each split.
     allow_empty: `train` may have classes without images, which is an error otherwise; of other splits a warning.
+    upright: turn images as their EXIF data say. False for a published data set, whose numbers are of images as stored.
   """
   root = pathlib.Path(data_dir).expanduser()
   folders = split_folders(root, split)
@@ -43,7 +48,7 @@ def folder_source(
   files = select(split, stored)
   read = functools.partial(read_files, root, files)
   labels = labels_of_files(files)
-  return Source("folder", split, len(names), names, len(files), read, labels, upright=True)
+  return Source("folder", split, len(names), names, len(files), read, labels, upright)
 
 
 def split_folders(root: pathlib.Path, split: str) -> list[str]:
@@ -191,10 +196,11 @@ def read_files(root: pathlib.Path, files: Sequence[File], indices: Sequence[int]
   return [{"image": (root / p).read_bytes(), "label": k, "id": p} for p, k in found]
 
 
-def images_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
+def images_source(*, split: str, data_dir: str | os.PathLike[str], upright: bool = True) -> Source:
   """Every image below a folder, without labels: `all`, in an order that depends on the paths alone.
 
-  The label is 0 of one class. Slices divide it: `all[:90%]` and `all[90%:]`.
+  The label is 0 of one class. Slices divide it: `all[:90%]` and `all[90%:]`. `upright` as of
+  `folder_source`.
   """
   root = pathlib.Path(data_dir).expanduser()
   if not root.is_dir():
@@ -206,4 +212,4 @@ def images_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
     )
   files = select(split, {"all": found})
   read = functools.partial(read_files, root, files)
-  return Source("images", split, 1, None, len(files), read, labels_of_files(files), upright=True)
+  return Source("images", split, 1, None, len(files), read, labels_of_files(files), upright)
