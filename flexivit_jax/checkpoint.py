@@ -5,30 +5,35 @@ and where in the data the run was, and a manifest with the checksums of all that
 makes of the save after it, _CHECKPOINT_METADATA and commit_success.txt, are not covered and not read by us.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from flexivit_jax import errors, manifest, trees
+from flexivit_jax import errors, folders, manifest, trees
 
 _UNSEALED = (manifest.FOLDER, "_CHECKPOINT_METADATA", "commit_success.txt")
 RESUME = ("latest", "latest-valid")
 _OLD = "old"  # where checkpoints go at once when newer ones take their place, to be deleted there
 _LOOK_S = 2.0
+_ITEMS = ("params", "state")
+_MERGED = "manifest.ocdbt"  # what Orbax makes of the parts that each process wrote; without it nothing can be read
 
 
 class Checkpoints:
   """The folder RUN/checkpoints: one subfolder for each saved step.
 
   Args:
-    folder: made when the first checkpoint is written.
+    folder: of any name, see `folders.Alias`; made, unless `read_only`.
     keep: how many of the newest to keep; None keeps all.
     read_only: nothing is made or deleted, for a run may be at work there: what looks unfinished may be its save. Only
       who holds the folder (`run_folder.locked`) writes, and deletes what an earlier process left unfinished.
@@ -46,7 +51,10 @@ class Checkpoints:
       manifest.FOLDER: _ManifestHandler(),  # the last: it seals the others
     }
     self.folder = pathlib.Path(folder).absolute()
-    self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+    if not read_only:
+      self.folder.mkdir(parents=True, exist_ok=True)
+    self._alias = folders.Alias(self.folder)
+    self._manager = ocp.CheckpointManager(self._alias.path, options=options, item_handlers=handlers)
     self._sweeper = futures.ThreadPoolExecutor(1)
     self._swept: futures.Future | None = None
     self._saved, self._looked = False, -_LOOK_S
@@ -75,11 +83,14 @@ class Checkpoints:
         return step
       except manifest.Damaged as damage:
         if resume == "latest":
-          others = (
-            "--resume=latest-valid goes on from the newest that is whole" if steps[1:] else ""
+          whole = next((s for s in steps[1:] if self._is_whole(s)), None)
+          way = (
+            _MOVE
+            if whole is None
+            else f"--resume=latest-valid goes on from step {whole}, which is whole"
           )
           raise manifest.Damaged(
-            f"The newest checkpoint, step {step}, cannot be used: {damage} {others or _MOVE}."
+            f"The newest checkpoint, step {step}, cannot be used: {damage} {way[0].upper()}{way[1:]}."
           ) from damage
         note(f"step {step} is passed over: {damage}")
     if steps:
@@ -87,11 +98,51 @@ class Checkpoints:
     return None
 
   def verify(self, step: int) -> manifest.Manifest:
-    """Compares the files of a step with its manifest, which is returned; `Damaged` where they differ."""
+    """Compares the files of a step with its manifest, which is returned, and opens its arrays.
+
+    Raises:
+      Damaged: files differ, or their arrays cannot be opened.
+    """
     folder = self.folder / str(step)
     found = manifest.read(folder / manifest.FOLDER)
     manifest.check_files(folder, found, _UNSEALED)
+    for item in _ITEMS:
+      self._stored(step, item)
     return found
+
+  def _is_whole(self, step: int) -> bool:
+    try:
+      self.verify(step)
+    except manifest.Damaged:
+      return False
+    return True
+
+  def verify_arrays(self, step: int) -> None:
+    """As `verify`, and reads each array and compares it with its checksum, one item at a time in the host's memory."""
+    sums = self.verify(step)
+    for item in _ITEMS:
+      with self._opened(step, item):
+        arrays = _read(self._alias.path / str(step) / item)
+      manifest.check_arrays(self.folder / str(step), item, arrays, sums)
+
+  def _stored(self, step: int, item: str) -> Any:
+    """The tree of an item's shapes and dtypes on disk."""
+    with self._opened(step, item):
+      return listing(self._alias.path / str(step) / item)
+
+  @contextlib.contextmanager
+  def _opened(self, step: int, item: str) -> Iterator[None]:
+    """What Orbax and TensorStore raise inside is `Damaged`, one line."""
+    try:
+      yield
+    except errors.UserError:
+      raise
+    except Exception as e:
+      where = self.folder / str(step) / item
+      raise manifest.Damaged(
+        f"{where} cannot be opened: {self._alias.in_words(_reason(e))}; its files are all there, so it was not written"
+        " in full."
+      ) from e
 
   def save(self, step: int, params: Any, state: Any, record: dict[str, Any]) -> None:
     """Copies the arrays and returns; the files and checksums are written in the background.
@@ -137,7 +188,7 @@ class Checkpoints:
     except errors.UserError:
       raise
     except Exception as e:
-      reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+      reason = self._alias.in_words(_reason(e))
       raise errors.UserError(
         f"A checkpoint could not be written to {self.folder}: {reason}. What was saved before it is still there; make"
         " room or mend the folder, and run the same command again."
@@ -167,8 +218,9 @@ class Checkpoints:
       state=ocp.args.StandardRestore(state),
       record=ocp.args.JsonRestore(),
     )
-    restored = self._manager.restore(step, args=items)
-    for item in ("params", "state"):
+    with self._opened(step, "params"):
+      restored = self._manager.restore(step, args=items)
+    for item in _ITEMS:
       manifest.check_arrays(self.folder / str(step), item, restored[item], sums)
     return restored.params, restored.state, restored.record
 
@@ -180,25 +232,30 @@ class Checkpoints:
       Damaged: a file or an array is not what was written.
     """
     sums = self.verify(step)
-    record = self._manager.restore(
-      step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-    ).record
-    self._check_dtypes(step)
+    record = self.record(step)
+    stored = self._stored(step, "params")
+    self._check_dtypes(step, stored)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    stored = self._manager.item_metadata(step).params
-    like = jax.tree.map(
-      lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), dict(stored.items())
-    )
-    params = self._manager.restore(
-      step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like))
-    ).params
+    like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), stored)
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(like))
+    with self._opened(step, "params"):
+      params = self._manager.restore(step, args=items).params
     manifest.check_arrays(self.folder / str(step), "params", params, sums)
     return params, record
 
+  def record(self, step: int) -> dict[str, Any]:
+    """The record of a step."""
+    items = ocp.args.Composite(record=ocp.args.JsonRestore())
+    with self._opened(step, "record"):
+      return self._manager.restore(step, args=items).record
+
   def close(self) -> None:
     """Waits until everything is on disk; raises as `save` does."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+      self._manager.close()
+    finally:
+      self._alias.close()
     if self._saved:
       self._sweeper.shutdown()  # of what it is at
       self._sweeper = futures.ThreadPoolExecutor(1)
@@ -212,25 +269,44 @@ class Checkpoints:
       if old.is_dir() and (found := list(old.iterdir())):
         self._swept = self._sweeper.submit(_delete, found)
 
-  def _check_dtypes(self, step: int) -> None:
-    stored = dict(self._manager.item_metadata(step).params.items())
-    got = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
-    kept = jax.tree.map(
-      lambda m: jax.ShapeDtypeStruct(m.shape, jax.dtypes.canonicalize_dtype(m.dtype)), got
-    )
-    if lines := trees.diff(kept, got):
+  def _check_dtypes(self, step: int, stored: Any) -> None:
+    canonical = jax.dtypes.canonicalize_dtype
+    cast = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, canonical(m.dtype)), stored)
+    if lines := trees.diff(cast, stored):
       where = self.folder / str(step)
       raise errors.UserError(f"{where} holds what JAX would cast:\n  " + "\n  ".join(lines))
 
   def _check(self, step: int, item: str, like: Any) -> None:
-    stored = dict(getattr(self._manager.item_metadata(step), item).items())
-    got = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
-    lines = trees.diff(like, got)
+    lines = trees.diff(like, self._stored(step, item))
     if lines:
       where = self.folder / str(step)
       raise errors.UserError(
         f"{where} does not fit the model of this config:\n  " + "\n  ".join(lines)
       )
+
+
+def listing(folder: pathlib.Path) -> Any:
+  """Opens each array of an item's folder, as Orbax wrote it; returns the tree of their shapes and dtypes.
+
+  Raises:
+    FileNotFoundError: the parts that the processes wrote were not put together.
+  """
+  if not (folder / _MERGED).is_file():
+    raise FileNotFoundError(f"{_MERGED} is missing")
+  found = ocp.StandardCheckpointHandler().metadata(epath.Path(folder))
+  return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(found.items()))
+
+
+def _read(folder: pathlib.Path) -> Any:
+  """The arrays of an item's folder, on the host."""
+  numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), listing(folder))
+  args = ocp.args.PyTreeRestore(restore_args=numpy)
+  return ocp.PyTreeCheckpointHandler().restore(epath.Path(folder), args=args)
+
+
+def _reason(error: Exception) -> str:
+  first = str(error).splitlines()[0] if str(error) else ""
+  return f"{type(error).__name__}: {first.partition(' [tensorstore_spec=')[0]}"
 
 
 def _delete(folders: list[pathlib.Path]) -> None:
@@ -244,11 +320,15 @@ _MOVE = "move the folder away to start from the beginning"
 class _ManifestHandler(ocp.AsyncCheckpointHandler):
   """Writes the checksums of arrays, reckoned while Orbax writes them, and of the files once they are written.
 
-  Each process reckons those of the pieces that it saves; the first, when all have written, puts them together.
+  Each process reckons those of the pieces that it saves; the first, when all have written, opens what was written,
+  compares names, shapes and dtypes with what was saved, and puts the checksums together.
   """
+
+  _saved: dict[str, Any]
 
   async def async_save(self, directory: Any, args: "_SaveManifest") -> list[Any]:
     folder, process = pathlib.Path(directory), jax.process_index()
+    self._saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args.items)
     # Views on a CPU, whose memory a donation then leaves alone; copies from a device.
     host = {item: manifest.pieces(tree) for item, tree in args.items.items()}
 
@@ -266,6 +346,9 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
 
   def finalize(self, directory: Any) -> None:
     folder = pathlib.Path(directory)
+    for item, saved in self._saved.items():
+      if lines := trees.diff(saved, listing(folder.parent / item)):
+        raise OSError(f"{item} is not what was saved: {'; '.join(lines)}")
     manifest.seal(folder, manifest.file_sums(folder.parent, skip=_UNSEALED))
 
 

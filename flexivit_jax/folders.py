@@ -3,8 +3,13 @@
 import contextlib
 import os
 import pathlib
+import re
 
 from flexivit_jax import errors
+
+_ODD = re.compile(r"[\[\]*?\\\ud800-\udfff]")  # lone surrogates stand for bytes that are not UTF-8
+_REMOTE = ("gs", "s3", "az", "hf")  # first folders of a path that etils.epath reads as a bucket
+_DESCRIPTORS = pathlib.Path("/proc/self/fd")
 
 
 def cache_folder() -> pathlib.Path:
@@ -12,6 +17,76 @@ def cache_folder() -> pathlib.Path:
   if folder := os.environ.get("FLEXIVIT_CACHE"):
     return pathlib.Path(folder).expanduser()
   return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexivit_jax"
+
+
+def oddities(folder: pathlib.Path) -> str:
+  """What in an absolute path Orbax and TensorStore read as something else than a name; "" where there is nothing.
+
+  Orbax looks for the parts of a checkpoint by a glob pattern that starts with the path, TensorStore takes a backslash
+  for a slash and refuses what is not UTF-8, and etils.epath takes /gs, /s3, /az and /hf for buckets.
+  """
+  odd = sorted(set(_ODD.findall(str(folder))))
+  names = ["bytes that are not UTF-8" if c > "\ud7ff" and c < "\ue000" else c for c in odd]
+  remote = [f"/{folder.parts[1]}" for _ in (0,) if folder.parts[1:2] and folder.parts[1] in _REMOTE]
+  return " ".join(dict.fromkeys(names + remote))
+
+
+def plain(folder: pathlib.Path) -> pathlib.Path:
+  """An absolute path without ".." and without a double slash at the beginning; of others the same."""
+  direct = ".." not in folder.parts and not str(folder).startswith("//")
+  return folder if direct else pathlib.Path(os.path.realpath(folder))
+
+
+class Alias:
+  """Another path of a folder, without oddities: that of a descriptor which this process holds open until `close`.
+
+  Attributes:
+    path: the folder itself where it has no oddities (without ".." and a double slash at the beginning, which
+      TensorStore takes out by the text alone); of a folder that does not exist a path that does not exist either.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    """Opens the folder.
+
+    Raises:
+      UserError: this system names no descriptors, as only Linux does.
+    """
+    self._descriptor: int | None = None
+    self.folder, self.path = folder, plain(folder)
+    if not (odd := oddities(self.path)):
+      return
+    if not _DESCRIPTORS.is_dir():
+      raise no_alias(folder, odd)
+    if not folder.is_dir():
+      self.path = pathlib.Path(os.devnull, "missing")
+      return
+    self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    self.path = _DESCRIPTORS / str(self._descriptor)
+
+  def in_words(self, text: str) -> str:
+    """A text of others with the folder's own path."""
+    return text if self._descriptor is None else text.replace(str(self.path), str(self.folder))
+
+  def close(self) -> None:
+    """Closes the descriptor; the path is of no use any more."""
+    if self._descriptor is not None:
+      os.close(self._descriptor)
+      self._descriptor = None
+
+
+def no_alias(folder: pathlib.Path, odd: str) -> errors.UserError:
+  """Returns the error for a folder whose path has oddities, where these cannot be got around."""
+  plain = re.sub(r"-+", "-", _ODD.sub("-", folder.name)).strip("-") or "run"
+  return errors.UserError(
+    f"{printable(folder)} has {odd} in its path, which the checkpoints' library reads as something else than a name;"
+    f" give a path without, e.g. one that ends in {plain!r}."
+  )
+
+
+def printable(path: pathlib.Path) -> str:
+  """A path as one line of text."""
+  text = str(path)
+  return text if text.isprintable() else repr(text)
 
 
 def write(file: pathlib.Path, text: str) -> None:

@@ -55,7 +55,7 @@ def _checkpoints(path: pathlib.Path) -> list[tuple[str, str | None]]:
       checkpoints = Checkpoints(folder, read_only=True)
       try:
         found = [
-          (folder / str(step), _problem(functools.partial(checkpoints.verify, step)))
+          (folder / str(step), _problem(functools.partial(checkpoints.verify_arrays, step)))
           for step in steps
           if only in (None, step)
         ]

@@ -113,7 +113,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(copy):
   for step in (1, 2, 3):
     (copy / str(step) / "manifest" / manifest.NAME).unlink()
   for resume in checkpoint.RESUME:
-    with pytest.raises(UserError, match=r"move the folder away|--resume=latest-valid"):
+    with pytest.raises(UserError, match=r"[Mm]ove the folder away|--resume=latest-valid"):
       restored(copy, resume)
 
 
