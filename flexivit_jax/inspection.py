@@ -6,7 +6,9 @@ from typing import Any
 from flexivit_jax import arguments, errors, trees, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors
-from flexivit_jax.weights import registry
+from flexivit_jax.weights import registry, stated
+
+_SHOWN = 5  # names of classes
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,7 +46,11 @@ def describe(model: FlexiViT, params: dict, record: dict[str, Any]) -> list[str]
     "position": record["position"],
     "resized by": f"kernel {model.kernel_operator}, grid {model.grid_operator}",
     "image": _image(record.get("image_size") or record.get("image_shape")),
+    "input": _input(record),
+    "prepared": _prepared(record),
   }
+  if names := record.get("class_names"):
+    rows["classes"] = _names(names, model.num_classes)
   if "url" in record:
     rows["fetched from"] = record["url"]
   if "flexified_from" in record:
@@ -58,6 +64,42 @@ def _image(size: list[int] | None) -> str:
     return "any size; for FlexiViT usually 240x240"
   sizes = ", ".join(map(str, common_divisors((size[0], size[1]))))
   return f"{_by(size[:2])}; seqhw that divide it: {sizes}"
+
+
+def _input(record: dict[str, Any]) -> str:
+  """With which mean and std pixels enter, and what says so."""
+  said = record.get("input") or record.get("folded_input")
+  if not isinstance(said, dict):
+    return "pixels in [-1, 1]"
+  values = f"mean {_commas(said['mean'])}, std {_commas(said['std'])}"
+  ground = said.get("from", "folded in")
+  if record["format"] != record["source"]["format"]:  # written by us
+    return f"pixels in [-1, 1]; folded in: {values} ({ground})"
+  if ground == "assumed":
+    return f"assumed {values}; give --mean and --std if the model was trained with others"
+  return f"{values} ({ground})"
+
+
+def _prepared(record: dict[str, Any]) -> str:
+  """How an image becomes what the model gets, and which file says so."""
+  images = stated.of_record(record) if "images" in record else None
+  if images is not None:
+    return images.words()
+  pp = weights.preparation(record)
+  return f"{pp} ({'evaluation of the run' if record.get('pp') else 'assumed: no file says it'})"
+
+
+def _names(names: list[str], classes: int) -> str:
+  if len(names) != classes:
+    return f"{len(names)} names of other classes than the model's {classes}: not used"
+  more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
+  return ", ".join(names[:_SHOWN]) + more
+
+
+def _commas(values: list[float]) -> str:
+  """One number for all channels, or all of them."""
+  same = len(set(values)) == 1
+  return ",".join(f"{value:.5g}" for value in (values[:1] if same else values))
 
 
 def _by(size: Any) -> str:

@@ -18,7 +18,9 @@ cv2.setNumThreads(0)  # The loader's threads are the parallelism; a pool inside 
 
 _LOG = logging.getLogger(__name__)
 _INTERPOLATION = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
-_METHODS = (*_INTERPOLATION, "cubic")
+# Pillow's filters. timm and transformers name them by these words, and by these numbers.
+PILLOW = {f"pil_{f.name.lower()}": f for f in sorted(Image.Resampling)}
+_METHODS = (*_INTERPOLATION, "cubic", *PILLOW)
 # What Pillow knows by a suffix and no folder of images means by it: documents, films, measurements, textures.
 _NO_IMAGES = frozenset(
   ("BUFR", "EPS", "FITS", "FLI", "FTEX", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF")
@@ -261,11 +263,13 @@ def _grey_to_rgb(grey: Integer[np.ndarray, "h w"], bits: int) -> UInt8[np.ndarra
 
 
 def resize_image(image: np.ndarray, hw: tuple[int, int], method: str = "linear") -> np.ndarray:
-  """Resizes [h, w, c] to `hw` with half-pixel centres; keeps the dtype. No antialias but in "cubic".
+  """Resizes [h, w, c] to `hw` with half-pixel centres; keeps the dtype. "linear" does not antialias.
 
   "linear" samples 2 x 2 neighbours whatever the scale; "area" averages what an output pixel
   covers, and is "linear" where an axis grows; "cubic" is Keys' with a = -0.5, antialiased, as in
-  Pillow and timm (for their models; several times slower). Deviation from
+  Pillow and timm (for their models; several times slower). "pil_bilinear", "pil_bicubic",
+  "pil_nearest", "pil_lanczos", "pil_box" and "pil_hamming" are Pillow's own filters on uint8, bit
+  for bit; all but "pil_nearest" antialias. Deviation from
   `tf.image.resize`: that computes in float32 and big_vision truncates to uint8; here uint8 images
   are computed in fixed point and rounded, within 1 grey level of the exact value.
   """
@@ -276,9 +280,21 @@ def resize_image(image: np.ndarray, hw: tuple[int, int], method: str = "linear")
     raise unknown("resize method", method, _METHODS)
   if method == "cubic":
     return _cubic(image, hw)
+  if method in PILLOW:
+    return _pillow(image, hw, PILLOW[method])
   grows = h > image.shape[0] or w > image.shape[1]
   resized = cv2.resize(image, (w, h), interpolation=_INTERPOLATION["linear" if grows else method])
   return resized.reshape(h, w, image.shape[2])  # OpenCV drops a channel axis of length 1.
+
+
+def _pillow(image: np.ndarray, hw: tuple[int, int], method: Image.Resampling) -> np.ndarray:
+  """Resizes uint8 channels each by itself, as Pillow does in an image of several."""
+  if image.dtype != np.uint8:
+    raise UserError(f"Pillow's filters expect uint8, got {image.dtype}; resize before value_range.")
+  if image.shape[2] == 3:
+    return np.asarray(Image.fromarray(image).resize(hw[::-1], method))
+  channels = [Image.fromarray(image[..., i]) for i in range(image.shape[2])]
+  return np.stack([np.asarray(c.resize(hw[::-1], method)) for c in channels], axis=-1)
 
 
 def _cubic(image: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
@@ -298,6 +314,22 @@ def _cubic(image: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
 def crop(image: np.ndarray, top: int, left: int, hw: tuple[int, int]) -> np.ndarray:
   """Cuts the window at (top, left) of size `hw` out of [h, w, c]."""
   return image[top : top + hw[0], left : left + hw[1]]
+
+
+def pad_to(image: np.ndarray, hw: tuple[int, int], fill: int | list[int] = 0) -> np.ndarray:
+  """Adds pixels of `fill` (one number, or one for each channel) around [h, w, c] until it has `hw`.
+
+  A side that is long enough stays. Where the pixels are an odd number, the smaller half is above or left.
+  """
+  h, w, c = image.shape
+  size = max(h, hw[0]), max(w, hw[1])
+  if size == (h, w):
+    return image
+  out = np.empty((*size, c), image.dtype)
+  out[...] = np.asarray(fill)
+  top, left = (size[0] - h) // 2, (size[1] - w) // 2
+  out[top : top + h, left : left + w] = image
+  return out
 
 
 def pad_image(image: np.ndarray, padding: int, value: int = 0) -> np.ndarray:

@@ -47,17 +47,57 @@ def resize(image: Image, size: Size, method: str = "linear") -> Resized:
   return images.resize_image(image, _hw(size), method)
 
 
-def resize_small(image: Image, size: int, method: str = "area") -> Resized:
-  """Resizes the shorter side to `size` pixels and keeps the aspect ratio (sides are rounded)."""
+def resize_small(
+  image: Image, size: int, method: str = "area", rounding: str = "nearest"
+) -> Resized:
+  """Resizes the shorter side to `size` pixels and keeps the aspect ratio.
+
+  Args:
+    size: pixels.
+    method: see `images.resize_image`.
+    rounding: of the longer side: "nearest", or "down" as torchvision's `Resize` and transformers do.
+  """
   h, w = image.shape[:2]
+  if _known(rounding, "rounding", ("nearest", "down")) == "down":
+    long = int(size * max(h, w) / min(h, w))
+    return images.resize_image(image, (size, long) if h <= w else (long, size), method)
   factor = size / min(h, w)
   return images.resize_image(image, (round(h * factor), round(w * factor)), method)
 
 
-def central_crop(image: Image, size: Size) -> Resized:
-  """Cuts the central `size`; where a margin is odd the smaller half is above or left."""
-  hw = _fitting(image, size)
-  return images.crop(image, (image.shape[0] - hw[0]) // 2, (image.shape[1] - hw[1]) // 2, hw)
+def resize_keep(image: Image, size: Size, fit: str = "cover", method: str = "area") -> Resized:
+  """Resizes to `size` and keeps the aspect ratio (sides are rounded), as timm's `ResizeKeepRatio` does.
+
+  Args:
+    size: pixels.
+    fit: "cover": no side is shorter than wanted; "contain": none is longer.
+    method: see `images.resize_image`.
+  """
+  ratios = [n / m for n, m in zip(image.shape[:2], _hw(size), strict=True)]
+  ratio = min(ratios) if _known(fit, "fit", ("cover", "contain")) == "cover" else max(ratios)
+  h, w = (max(1, round(n / ratio)) for n in image.shape[:2])
+  return images.resize_image(image, (h, w), method)
+
+
+def central_crop(
+  image: Image, size: Size, half: str = "down", fill: int | list[int] | None = None
+) -> Resized:
+  """Cuts the central `size`.
+
+  Args:
+    size: pixels.
+    half: of an odd margin, "down": the smaller half is above or left; "even": it is rounded to even, as torchvision's
+      `CenterCrop` and timm do.
+    fill: the value, or one for each channel, that is put around an image that is too small; None: that is an error.
+  """
+  hw = _hw(size)
+  if fill is not None:
+    image = images.pad_to(image, hw, fill)
+  hw = _fitting(image, hw)
+  margins = [n - m for n, m in zip(image.shape[:2], hw, strict=True)]
+  even = _known(half, "half", ("down", "even")) == "even"
+  top, left = (round(n / 2) if even else n // 2 for n in margins)
+  return images.crop(image, top, left, hw)
 
 
 def crop_border(image: Image, pixels: int) -> Resized:
@@ -238,6 +278,7 @@ OPS: dict[str, Callable[..., Any]] = {
   "decode": decode,
   "resize": resize,
   "resize_small": resize_small,
+  "resize_keep": resize_keep,
   "central_crop": central_crop,
   "crop_border": crop_border,
   "random_crop": random_crop,
@@ -395,6 +436,12 @@ def _get(record: dict[str, Any], key: str) -> Any:
 
 def _hw(size: Size) -> tuple[int, int]:
   return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _known(value: str, what: str, known: tuple[str, ...]) -> str:
+  if value not in known:
+    raise unknown(what, value, known)
+  return value
 
 
 def _fitting(image: Image, size: Size) -> tuple[int, int]:

@@ -62,12 +62,15 @@ def load_with_record(
 
   Keys: "format" (of this file), "source" (file and format that the weights came from), "model" (all fields),
   "position", "image_size" (pixels, None where any will do), "native_patch_size", "native_grid",
-  "notes"; "folded_input" (mean and std) where these were folded in; of a file that was fetched "name" and "url".
+  "notes"; "folded_input" (mean and std) where these were folded in; "input" (mean, std and "from", what says them) of
+  timm's and transformers'; "pp" (how an image is prepared) and "class_names" where a file beside the weights, or a run,
+  says them; of a file that was fetched "name" and "url".
   """
   file, published = registry.find(path)
   source = sources.read(file, fields)
   if published is not None:
     source = _published(source, published, file)
+  source = _say_input(source, mean, std)
   if mean is None and std is None and source.normalised:
     mean, std = source.normalised
   if mean is not None or std is not None:
@@ -155,7 +158,7 @@ def _fields_of(model: FlexiViT) -> dict[str, Any]:
 def _fold_input(source: sources.Source, mean: Any, std: Any) -> sources.Source:
   if mean is None or std is None:
     raise errors.UserError("Give both mean and std of the input, or none.")
-  if not any(project in source.record["source"]["format"] for project in ("timm", "transformers")):
+  if not _may_be_normalised(source.record):
     raise errors.UserError(
       "mean and std are for files in timm's names and folders of transformers; others take [-1, 1]."
     )
@@ -166,6 +169,29 @@ def _fold_input(source: sources.Source, mean: Any, std: Any) -> sources.Source:
   flat = timm_names.fold_input(trees.flatten(source.params), mean, std)
   folded = {"folded_input": {"mean": list(mean), "std": list(std)}}
   return source._replace(params=trees.unflatten(flat), record=source.record | folded)
+
+
+def _say_input(source: sources.Source, mean: Any, std: Any) -> sources.Source:
+  """Puts the mean and std of the input into the record, and a note where they are only assumed."""
+  record = source.record
+  if mean is not None and std is not None:
+    said = {"mean": list(mean), "std": list(std), "from": "given"}
+    return source._replace(record=record | {"input": said})
+  if "input" in record or not _may_be_normalised(record) or "folded_input" in record:
+    return source
+  half = [0.5] * source.params["embedding"]["kernel"].shape[2]
+  file = record["source"]["file"]
+  note = (
+    f"Nothing beside {file} says the input's mean and std: 0.5 and 0.5 are assumed. If it was trained with others, read"
+    f" {file} with --mean and --std (in Python mean=, std=)."
+  )
+  said = {"mean": half, "std": half, "from": "assumed"}
+  return source._replace(record=record | {"input": said, "notes": [*record["notes"], note]})
+
+
+def _may_be_normalised(record: dict[str, Any]) -> bool:
+  """Whether weights of this project may want pixels with a mean and std of their own."""
+  return any(project in record["source"]["format"] for project in ("timm", "transformers"))
 
 
 def _flexify(source: sources.Source, patch_size: Size, posemb_size: Size) -> sources.Source:

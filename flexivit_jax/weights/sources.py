@@ -14,10 +14,13 @@ from flexivit_jax.weights import (
   folders,
   foreign,
   registry,
+  stated,
   timm_folder,
+  timm_images,
   timm_names,
   transformers_config,
   transformers_folder,
+  transformers_images,
   transformers_names,
 )
 
@@ -59,16 +62,16 @@ def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
     )
   ours = folders.check(path if path.is_dir() else path.parent)
   if path.is_dir() and (config := timm_folder.find(path)):
-    return _read_timm_folder(path, config, fields, ours)
+    return _timm_folder(path, config, fields, ours)
   if path.is_dir() and transformers_folder.is_folder(path):
-    return _transformers(path, fields, ours)
+    return _transformers_folder(path, fields, ours)
   if path.is_dir():
     params, record = checkpoint.load_params(path)
     format_ = CHECKPOINT
   elif path.suffix in READERS:
     arrays, record = READERS[path.suffix](path)
     if not record.keys() - {"notes"}:
-      return _recognise(path, arrays, fields, record.get("notes", []))
+      return _file(path, arrays, fields, record.get("notes", []), ours)
     params, format_ = _plain(arrays), "npz in big_vision's names, written by flexivit"
   else:
     raise errors.UserError(f"{path}: {_KNOWN}.")
@@ -90,11 +93,6 @@ def _recognise(
   elif big_vision.ORIGINAL_POSITION in arrays:
     params = trees.unflatten(big_vision.from_original(arrays, fields.get("posemb_size")))
     found, format_ = big_vision.infer_fields(params, fields), f"{kind} in the original ViT's names"
-  elif path.suffix == ".safetensors" and transformers_folder.is_folder(path.parent):
-    raise errors.UserError(
-      f"{path} is one file of a folder of transformers, whose config.json says what model it is;"
-      f" give the folder, {path.parent}."
-    )
   else:
     params, fixed = _plain(arrays), False
     found, format_ = big_vision.infer_fields(params, fields), f"{kind} in big_vision's names"
@@ -105,43 +103,132 @@ def _recognise(
   return Source(params, found, record)
 
 
-def _transformers(path: pathlib.Path, fields: Mapping[str, Any], ours: bool) -> Source:
-  """A folder of Hugging Face's transformers."""
+def _file(
+  path: pathlib.Path,
+  arrays: files.Arrays,
+  fields: Mapping[str, Any],
+  notes: Sequence[str],
+  ours: bool,
+) -> Source:
+  """A file alone, or with what the config.json beside it says, where that is of the same model."""
+  folder = path.parent
+  shard = transformers_folder.is_shard(path)
+  try:
+    config = timm_folder.find(folder)
+    if config and timm_names.is_timm(arrays):
+      own = ours and path.name == timm_folder.WEIGHTS[0]
+      return _timm_file(path, arrays, config, fields, notes, ours=own)
+    if not config and _in_words(arrays) and transformers_folder.is_folder(folder):
+      whole = transformers_folder.read_arrays(folder) if shard else arrays
+      source = _transformers(folder, whole, fields)
+      more = f"{path.name} is read with {folder.resolve().name}/config.json."
+      record = source.record | {"notes": [*source.record["notes"], more]}
+      return source._replace(record=record)
+    reason = ""
+  except errors.UserError as e:
+    # The file that the config is written for is not read as another model, unless its sizes say that it is one.
+    standard = shard or path.name in timm_folder.WEIGHTS
+    if standard and not isinstance(e, timm_folder.Misfit):
+      raise
+    reason = str(e)
+  source = _recognise(path, arrays, fields, notes)
+  if reason:
+    unused = f"The config.json beside {path.name} is not used: {reason}"
+    source.record["notes"].append(unused)
+  return source
+
+
+def _in_words(arrays: files.Arrays) -> bool:
+  """Whether the names have the dots of PyTorch; big_vision's and the original ViT's have slashes."""
+  return not any("/" in name for name in arrays)
+
+
+def _transformers(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, Any]) -> Source:
+  """Arrays with what a folder of Hugging Face's transformers says of them."""
   config = transformers_folder.read_config(path)
-  spec = transformers_config.spec(config)  # before the arrays: those of another model may be large
-  normalisation = transformers_folder.read_normalisation(path)
-  flat, found, notes = transformers_names.convert(spec, transformers_folder.read_arrays(path))
+  spec = transformers_config.spec(config)
+  flat, found, notes = transformers_names.convert(spec, arrays)
   model = FlexiViT(**{**found, **fields})
   record = _describe(path.resolve(), f"transformers folder, {config['model_type']}", model)
-  if normalisation is None:
-    notes.append(
-      "No preprocessor_config.json says the input's mean and std; unless they are given (mean, std"
-      " or --mean, --std), pixels are taken to be in [-1, 1]."
-    )
   sides = zip(record["native_patch_size"], record["native_grid"], strict=True)
-  notes += [] if ours else [folders.unknown(path)]
-  record |= {"notes": notes, "image_size": [patch * cells for patch, cells in sides]}
-  if names := transformers_config.class_names(config, model.num_classes):
-    record["class_names"] = names
-  return Source(trees.unflatten(flat), found, record, normalisation)
+  record["image_size"] = [patch * cells for patch, cells in sides]
+  names, more = transformers_config.class_names(config, model.num_classes)
+  record |= {} if names is None else {"class_names": names}
+  images = transformers_images.read(path, config["model_type"], spec.image_size, spec.channels)
+  record["notes"] = [*notes, *more, *images.notes]
+  record |= {} if images.stated is None else stated.keep(images.stated)
+  if images.normalisation is not None:
+    record["input"] = _input(*images.normalisation, images.where)
+  return Source(trees.unflatten(flat), found, record, images.normalisation)
 
 
-def _read_timm_folder(
-  folder: pathlib.Path, config: Mapping[str, Any], fields: Mapping[str, Any], ours: bool
+def _transformers_folder(path: pathlib.Path, fields: Mapping[str, Any], ours: bool) -> Source:
+  transformers_config.spec(transformers_folder.read_config(path))  # before what may be large
+  source = _transformers(path, transformers_folder.read_arrays(path), fields)
+  source.record["notes"] += [] if ours else [folders.unknown(path)]
+  return source
+
+
+def _timm_file(
+  path: pathlib.Path,
+  arrays: files.Arrays,
+  config: Mapping[str, Any],
+  fields: Mapping[str, Any],
+  notes: Sequence[str],
+  *,
+  ours: bool,
+  whole: bool = False,
 ) -> Source:
-  """The weights with what the config says, and the rest of the fields where `save_timm` wrote them down."""
-  path = timm_folder.weights_file(folder)
-  arrays, inside = READERS[path.suffix](path)
+  """Weights with what timm's config says, and the rest of the fields where `save_timm` wrote them down.
+
+  Args:
+    path: the file in the folder.
+    arrays, config, fields, notes: what is in it, and in the config.json; what the caller says.
+    ours: the folder has a record of ours.
+    whole: it was the folder that was named, not the file.
+  """
+  folder = path.parent
+  where = f"{folder.resolve().name}/{timm_folder.CONFIG}"
   told = timm_folder.told(folder, config, arrays)
-  source = _recognise(path, arrays, {**told.fields, **fields}, inside.get("notes", []))
-  format_ = f"folder with {source.record['format']}"
-  record = source.record | {"format": format_, "source": {"file": folder.name, "format": format_}}
+  source = _recognise(path, arrays, {**told, **fields}, notes)
+  timm_folder.check_fit(folder, told, source.fields)
+  found = source.fields | told
+  if whole:
+    format_ = f"folder with {source.record['format']}"
+    about = {"format": format_, "source": {"file": folder.name, "format": format_}}
+    source = source._replace(record=source.record | about)
   if ours:
     own = timm_folder.read_json(folder / folders.RECORD)
-    found = _known_fields(folder, own) | told.fields
-    return Source(source.params, found, record | {"notes": []} | own | {"format": format_})
-  record["notes"] += [folders.unknown(folder)]
-  return Source(source.params, source.fields | told.fields, record, told.normalised)
+    record = source.record | {"notes": []} | own | {"format": source.record["format"]}
+    half = [0.5] * source.params["embedding"]["kernel"].shape[2]
+    record["input"] = _input(half, half, where)  # as it was written
+    return Source(source.params, _known_fields(folder, own) | told, record)
+  pretrained = timm_folder.pretrained_cfg(folder, config)
+  h, w = source.record["image_size"]
+  channels = source.params["embedding"]["kernel"].shape[2]
+  images = timm_images.read(where, config, pretrained, (h, w), channels)
+  labels, more = timm_images.labels(where, config, pretrained, FlexiViT(**found).num_classes)
+  record = source.record | stated.keep(images.stated) | labels
+  record["input"] = _input(images.mean, images.std, where)
+  record["notes"] += [*images.notes, *more]
+  plain = {*images.mean, *images.std} == {0.5}
+  return Source(source.params, found, record, None if plain else (images.mean, images.std))
+
+
+def _timm_folder(
+  folder: pathlib.Path, config: Mapping[str, Any], fields: Mapping[str, Any], ours: bool
+) -> Source:
+  path = timm_folder.weights_file(folder)
+  arrays, inside = READERS[path.suffix](path)
+  notes = inside.get("notes", [])
+  source = _timm_file(path, arrays, config, fields, notes, ours=ours, whole=True)
+  source.record["notes"] += [] if ours else [folders.unknown(folder)]
+  return source
+
+
+def _input(mean: Sequence[float], std: Sequence[float], where: str) -> dict[str, Any]:
+  """What a record says of the input: with which mean and std, and which file says it."""
+  return {"mean": list(mean), "std": list(std), "from": where}
 
 
 def _plain(arrays: files.Arrays) -> dict:

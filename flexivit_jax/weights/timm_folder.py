@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -49,16 +49,6 @@ _NAMES = {
 _READ = {*_NAMES, "act_layer", "norm_layer", "global_pool", "pool_include_prefix"}
 
 
-Normalised = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-class Told(NamedTuple):
-  """What a config says: fields of the FlexiViT; the (mean, std) of the input where they are not all 0.5."""
-
-  fields: dict[str, Any]
-  normalised: Normalised | None
-
-
 def find(folder: pathlib.Path) -> dict[str, Any] | None:
   """Returns the config of a folder that timm wrote, None for another folder (a run's has checkpoints/).
 
@@ -75,7 +65,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Returns the JSON object in a file; a UserError if there is none."""
   try:
     content = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise errors.UserError(f"{path} cannot be read as JSON: {e}") from e
   if not isinstance(content, dict):
     raise errors.UserError(f"{path}: expected a JSON object, got {type(content).__name__}.")
@@ -92,14 +82,17 @@ def weights_file(folder: pathlib.Path) -> pathlib.Path:
   )
 
 
-def told(where: pathlib.Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Told:
-  """Returns what the config says of the model that the arrays are of.
+def told(
+  where: pathlib.Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """Returns the fields of the FlexiViT that the arrays are of, as the config says them.
 
   Raises:
+    Misfit: the arrays have another number of blocks.
     UserError: an architecture, a pooling, an activation or an argument that no FlexiViT has.
   """
   path, args = where / CONFIG, _mapping(where, config, "model_args")
-  pretrained = _mapping(where, config, "pretrained_cfg") or config  # timm's oldest have one level
+  pretrained = pretrained_cfg(where, config)
   args = {key: value for key, value in args.items() if value is not None}
   unknown = next((key for key in args if key not in _READ | _TOLD_BY_ARRAYS), None)
   if unknown:
@@ -111,7 +104,27 @@ def told(where: pathlib.Path, config: Mapping[str, Any], arrays: Mapping[str, np
   fields |= _activation(path, args) | _norm(path, args) | _pool(path, args, config, arrays)
   fields |= _grid(args.get("img_size") or pretrained.get("input_size"), arrays)
   _check_numbers(path, fields, arrays)
-  return Told(fields, _normalised(path, pretrained))
+  return fields
+
+
+def pretrained_cfg(where: pathlib.Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The part about images and classes; timm's oldest configs have one level, and it is then all."""
+  return _mapping(where, config, "pretrained_cfg") or config
+
+
+def check_fit(where: pathlib.Path, fields: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+  """Raises a Misfit if the config says other sizes than the arrays have."""
+  lines = [
+    f"{name} is {fields[name]}, and the weights have {found[name]}"
+    for name in ("width", "depth", "num_classes")
+    if fields.get(name, found[name]) != found[name]
+  ]
+  if lines:
+    raise Misfit(f"{where / CONFIG}: {'; '.join(lines)}.")
+
+
+class Misfit(errors.UserError):
+  """The config is of another model than the weights."""
 
 
 def _check_numbers(
@@ -123,9 +136,7 @@ def _check_numbers(
       raise errors.UserError(f"{path}: {name} is {fields[name]!r}; expected a whole number.")
   blocks = len({name.split(".")[1] for name in arrays if name.startswith("blocks.")})
   if fields.get("depth", blocks) != blocks:
-    raise errors.UserError(
-      f"{path}: depth is {fields['depth']}, and the weights have {blocks} blocks."
-    )
+    raise Misfit(f"{path}: depth is {fields['depth']}, and the weights have {blocks} blocks.")
 
 
 def _by_architecture(path: pathlib.Path, name: Any) -> dict[str, Any]:
@@ -189,12 +200,3 @@ def _grid(size: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
   grid = tuple(side // patch for side, patch in zip(hw, kernel.shape[2:], strict=True))
   fits = position.shape[1] - math.prod(grid) in (0, timm_shapes.prefix_length(arrays))
   return {"posemb_size": grid} if fits else {}
-
-
-def _normalised(path: pathlib.Path, pretrained: Mapping[str, Any]) -> Normalised | None:
-  mean, std = pretrained.get("mean"), pretrained.get("std")
-  for name, values in (("mean", mean), ("std", std)):
-    numbers = isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)
-    if not numbers or not all(map(math.isfinite, values)):
-      raise errors.UserError(f"{path}: {name} is {values!r}; expected a list of numbers.")
-  return None if {*mean, *std} == {0.5} else (tuple(mean), tuple(std))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
+from flexivit_jax.weights import class_labels
 from flexivit_jax.weights.transformers_families import FAMILIES, PROJECTION, Family, Head
 
 Config = Mapping[str, Any]
@@ -50,13 +51,14 @@ def spec(config: Config) -> Spec:
   )
 
 
-def class_names(config: Config, classes: int) -> list[str] | None:
-  """The names of the classes in order, or None where config.json has none but LABEL_0, LABEL_1, ..."""
-  given = config.get("id2label") or {}
-  names = [given.get(str(i)) for i in range(classes)]
-  if None in names or all(name == f"LABEL_{i}" for i, name in enumerate(names)):
-    return None
-  return [str(name) for name in names]
+def class_names(config: Config, classes: int) -> tuple[list[str] | None, list[str]]:
+  """Returns the names of the classes in order, and notes of names that cannot be used.
+
+  None where config.json has none but LABEL_0, LABEL_1, ..., which transformers makes itself.
+  """
+  names, notes = class_labels.in_order("id2label of config.json", config.get("id2label"), classes)
+  own = names == [f"LABEL_{i}" for i in range(classes)]
+  return (None if own else names), notes
 
 
 def _family(config: Config) -> Family:

@@ -1,27 +1,18 @@
-"""A folder of Hugging Face's `transformers`: its config.json, its arrays, the mean and std of its input.
+"""A folder of Hugging Face's `transformers`: its config.json and its arrays.
 
 Read with json and safetensors alone. Nothing is unpickled, and no name in a file leads out of the folder.
 """
 
-import json
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from flexivit_jax import errors
-from flexivit_jax.weights import files
+from flexivit_jax.weights import files, timm_folder
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-PREPROCESSOR = "preprocessor_config.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _SAVE = "load the model with transformers and save it with `save_pretrained`, which writes it"
-
-
-class Normalisation(NamedTuple):
-  """Of the input, a number for each channel: the model takes `(pixel - mean) / std`, pixels in [0, 1]."""
-
-  mean: list[float]
-  std: list[float]
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -33,9 +24,15 @@ def is_folder(path: pathlib.Path) -> bool:
   return beside or b'"model_type"' in config.read_bytes()
 
 
+def is_shard(path: pathlib.Path) -> bool:
+  """Whether the index beside a file names it."""
+  index = path.parent / INDEX
+  return index.is_file() and path.name in _weight_map(index).values()
+
+
 def read_config(path: pathlib.Path) -> dict[str, Any]:
   """What config.json says; a UserError if it cannot be read."""
-  return _json(path / CONFIG)
+  return timm_folder.read_json(path / CONFIG)
 
 
 def read_arrays(path: pathlib.Path) -> files.Arrays:
@@ -59,28 +56,6 @@ def read_arrays(path: pathlib.Path) -> files.Arrays:
   raise errors.UserError(f"{path} has no {WEIGHTS} and no {INDEX}: {_SAVE}.")
 
 
-def read_normalisation(path: pathlib.Path) -> Normalisation | None:
-  """What the image processor does to 8-bit pixels, as mean and std of pixels in [0, 1]; None if no file says it.
-
-  Raises:
-    UserError: a file that cannot be read, or a value that is no number.
-  """
-  processor = _processor(path)
-  if not processor.get("do_normalize", True):
-    mean, std = [0.0] * 3, [1.0] * 3
-  elif "image_mean" in processor and "image_std" in processor:
-    mean, std = (_numbers(processor, name) for name in ("image_mean", "image_std"))
-  else:
-    return None
-  factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
-  if not isinstance(factor, (int, float)) or not factor > 0:
-    raise errors.UserError(f"{PREPROCESSOR} has rescale_factor={factor!r}; expected a number > 0.")
-  white = 255 * factor
-  if abs(white - 1) < 1e-6:  # 0.00392156862745098 is meant to be 1 / 255
-    return Normalisation(mean, std)
-  return Normalisation([m / white for m in mean], [s / white for s in std])
-
-
 def _shards(index: pathlib.Path) -> files.Arrays:
   """The arrays of all files that the index names; each must stand in its own file, and in no other."""
   shard_of = _weight_map(index)
@@ -101,7 +76,7 @@ def _shards(index: pathlib.Path) -> files.Arrays:
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
-  shard_of = _json(index).get("weight_map")
+  shard_of = timm_folder.read_json(index).get("weight_map")
   if not isinstance(shard_of, dict) or not shard_of:
     raise errors.UserError(f"{index}: expected names of files by array in 'weight_map'.")
   for shard in shard_of.values():
@@ -109,29 +84,3 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     if not isinstance(shard, str) or not re.fullmatch(r"[^/\\]+\.safetensors", shard):
       raise errors.UserError(f"{index}: {shard!r} is no name of a file in the folder.")
   return shard_of
-
-
-def _processor(path: pathlib.Path) -> dict[str, Any]:
-  """The image processor's settings; a processor for text and images holds them as a part of its own."""
-  if (path / PREPROCESSOR).is_file():
-    return _json(path / PREPROCESSOR)
-  both = path / "processor_config.json"
-  part = _json(both).get("image_processor", {}) if both.is_file() else {}
-  return part if isinstance(part, dict) else {}
-
-
-def _numbers(processor: dict[str, Any], name: str) -> list[float]:
-  values = processor[name]
-  if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-    raise errors.UserError(f"{PREPROCESSOR} has {name}={values!r}; expected a list of numbers.")
-  return [float(value) for value in values]
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_bytes())
-  except (OSError, ValueError, RecursionError) as e:
-    raise errors.UserError(f"{path} cannot be read as JSON: {e}") from e
-  if not isinstance(content, dict):
-    raise errors.UserError(f"{path}: expected a JSON object, got {type(content).__name__}.")
-  return content

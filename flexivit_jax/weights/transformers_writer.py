@@ -12,7 +12,12 @@ from safetensors import numpy as safetensors
 from flexivit_jax import class_names, errors, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
-from flexivit_jax.weights import folders, transformers_config, transformers_folder
+from flexivit_jax.weights import (
+  folders,
+  transformers_config,
+  transformers_folder,
+  transformers_images,
+)
 from flexivit_jax.weights.baking import bake
 from flexivit_jax.weights.transformers_families import FAMILIES
 
@@ -58,7 +63,7 @@ def save_transformers(
     {
       transformers_folder.CONFIG: _json(config),
       transformers_folder.WEIGHTS: weights,
-      transformers_folder.PREPROCESSOR: _json(_preprocessor(image_hw, channels)),
+      transformers_images.PREPROCESSOR: _json(_preprocessor(image_hw, channels)),
       folders.RECORD: _json(_record(record, fixed, image_hw)),
     },
   )

@@ -2,8 +2,10 @@
 
 import io
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from PIL import Image
 
 from flexivit_jax.data import images
@@ -56,6 +58,55 @@ def test_central_crop():
 def test_crops_never_pad(pp):
   with pytest.raises(UserError, match=r"out of \(20, 30\) pixels"):
     run(pp)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])
+@pytest.mark.parametrize("hw", [(9, 40), (33, 8), (20, 30)])
+def test_pillows_filters_are_pillows(name, hw, channels):
+  image = np.random.default_rng(0).integers(0, 256, (20, 30, channels), np.uint8)
+  mode = {1: "L", 3: "RGB", 4: "CMYK"}[channels]
+  pixels = Image.frombytes(mode, (30, 20), image.tobytes())
+  want = np.asarray(pixels.resize(hw[::-1], Image.Resampling[name.upper()])).reshape(*hw, channels)
+  got = parse(f"resize({hw}, 'pil_{name}')")({"image": image}, None)["image"]
+  np.testing.assert_array_equal(got, want)
+
+
+def test_pillows_filters_refuse_floats():
+  with pytest.raises(UserError, match="Pillow's filters expect uint8, got float32; resize before"):
+    run("value_range|resize(5, 'pil_bicubic')")
+
+
+@settings(deadline=None, max_examples=50)
+@given(h=st.integers(1, 60), w=st.integers(1, 60), size=st.integers(1, 40))
+def test_the_longer_side_is_rounded_down_where_asked(h, w, size):
+  """As torchvision's `Resize(size)` and transformers have it: `int(size * long / short)`."""
+  image = np.zeros((h, w, 3), np.uint8)
+  got = parse(f"resize_small({size}, 'pil_bilinear', 'down')")({"image": image}, None)["image"]
+  assert got.shape[:2] == (int(size * h / min(h, w)), int(size * w / min(h, w)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(h=st.integers(1, 60), w=st.integers(1, 60), th=st.integers(1, 40), tw=st.integers(1, 40))
+def test_resize_keep_covers_a_size_or_fits_into_it(h, w, th, tw):
+  record = {"image": np.zeros((h, w, 3), np.uint8)}
+  cover = parse(f"resize_keep(({th}, {tw}), 'cover')")(record, None)["image"].shape
+  inside = parse(f"resize_keep(({th}, {tw}), 'contain')")(record, None)["image"].shape
+  assert cover[0] >= th and cover[1] >= tw and (cover[0] == th or cover[1] == tw)
+  assert inside[0] <= th and inside[1] <= tw and (inside[0] == th or inside[1] == tw)
+
+
+def test_central_crop_divides_an_odd_margin_as_asked_and_fills_where_asked():
+  image = np.arange(7, dtype=np.uint8)[None, :, None].repeat(3, 2)  # 7 pixels, a margin of 3
+  cut = lambda pp: parse(pp)({"image": image}, None)["image"][..., 0].tolist()  # noqa: E731
+  assert cut("central_crop((1, 4))") == [[1, 2, 3, 4]]
+  assert cut("central_crop((1, 4), 'even')") == [[2, 3, 4, 5]]  # round(1.5) is 2
+  assert cut("central_crop((1, 6), 'even')") == [[0, 1, 2, 3, 4, 5]]  # round(0.5) is 0
+  assert cut("central_crop((2, 8), fill=9)") == [[0, 1, 2, 3, 4, 5, 6, 9], [9] * 8]
+  assert cut("central_crop((2, 5), fill=[7, 8, 9])") == [[1, 2, 3, 4, 5], [7] * 5]
+  for wrong, message in (("half='up'", "half 'up'"), ("half='eve'", "Did you mean 'even'")):
+    with pytest.raises(UserError, match=message):
+      cut(f"central_crop(1, {wrong})")
 
 
 def test_random_crop_is_any_window():

@@ -1,6 +1,7 @@
 """A folder of timm's: config.json is read, and what it says that no FlexiViT has is an error."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -84,12 +85,11 @@ def test_mean_and_std_are_folded_unless_they_are_given(folder):
   path = folder(mean=MEAN, std=STD)
   _, params, record = weights.load_with_record(path)
   assert record["folded_input"] == {"mean": MEAN, "std": STD}
-  _, given, _ = weights.load_with_record(
-    path / "model.safetensors", num_heads=4, mean=MEAN, std=STD
-  )
+  alone = shutil.copy(path / "model.safetensors", path.parent)
+  _, given, _ = weights.load_with_record(alone, num_heads=4, mean=MEAN, std=STD)
   np.testing.assert_array_equal(params["embedding"]["kernel"], given["embedding"]["kernel"])
   _, half, _ = weights.load_with_record(path, mean=HALF, std=HALF)
-  _, plain, _ = weights.load_with_record(path / "model.safetensors", num_heads=4)
+  _, plain, _ = weights.load_with_record(alone, num_heads=4)
   np.testing.assert_array_equal(half["embedding"]["kernel"], plain["embedding"]["kernel"])
   assert "folded_input" not in weights.load_with_record(folder(mean=HALF, std=HALF))[2]
 
@@ -125,13 +125,12 @@ def test_the_oldest_configs_have_one_level(folder):
     (dict(args=dict(attn_layer="diff")), "model_args of .* 'attn_layer'; known"),
     (dict(args=dict(depth=3)), "depth is 3, and the weights have 2 blocks"),
     (dict(args=dict(depth=10**9)), "depth is 1000000000, and the weights have 2 blocks"),
-    (dict(args=dict(embed_dim=16)), r"embedding/bias: expected float32\[16\], got float32\[32\]"),
+    (dict(args=dict(embed_dim=16)), "width is 16, and the weights have 32"),
     (dict(args=dict(num_heads="4")), "num_heads is '4'; expected a whole number"),
-    (dict(num_classes=8), r"head/bias: expected float32\[8\], got float32\[7\]"),
+    (dict(num_classes=8), "num_classes is 8, and the weights have 7"),
     (dict(model_args=[1]), r"model_args is \[1\]; expected a JSON object"),
-    (dict(mean=None), "mean is None; expected a list of numbers"),
+    (dict(mean="0.5"), "mean is '0.5'; expected a list of numbers"),
     (dict(std=[0.5, float("nan"), 0.5]), "std is .*; expected a list of numbers"),
-    (dict(mean=[0.4], std=[0.3]), "expected 3 numbers each"),
   ],
 )
 def test_what_no_flexivit_has_is_an_error(folder, change, message):

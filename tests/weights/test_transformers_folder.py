@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from flexivit_jax import checkpoint, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import transformers_folder
+from flexivit_jax.weights import transformers_folder, transformers_images
 
 CONFIG = {"model_type": "vit", "architectures": ["ViTModel"]}
 INDEX = "model.safetensors.index.json"
@@ -131,7 +131,8 @@ def test_a_run_folder_is_not_taken_for_one(tmp_path):
 
 def normalisation(folder, **contents):
   write(folder, **contents)
-  return transformers_folder.read_normalisation(folder)
+  processor = transformers_images.find(folder, "vit")
+  return processor and transformers_images.normalisation(processor)
 
 
 def test_mean_and_std_are_those_of_the_preprocessor(tmp_path):
@@ -139,10 +140,22 @@ def test_mean_and_std_are_those_of_the_preprocessor(tmp_path):
   assert normalisation(tmp_path) is None
   # One processor for text and images has that for images inside.
   assert normalisation(tmp_path, processor_config__json={"image_processor": IMAGENET}) == want
-  assert normalisation(tmp_path, preprocessor_config__json={"do_resize": True}) is None
+  (tmp_path / "processor_config.json").unlink()
+  half = ([0.5] * 3, [0.5] * 3)  # the default of its class
+  assert normalisation(tmp_path, preprocessor_config__json={"do_resize": True}) == half
   assert normalisation(tmp_path, preprocessor_config__json=IMAGENET) == want
   rescaled = IMAGENET | {"do_rescale": True, "rescale_factor": 0.00392156862745098}
   assert normalisation(tmp_path, preprocessor_config__json=rescaled) == want
+
+
+def test_the_newest_form_of_the_settings_comes_first(tmp_path):
+  new = {"image_mean": [0.4] * 3, "image_std": [0.3] * 3}
+  write(
+    tmp_path, processor_config__json={"image_processor": new, "processor_class": "CLIPProcessor"}
+  )
+  assert normalisation(tmp_path, preprocessor_config__json=IMAGENET) == ([0.4] * 3, [0.3] * 3)
+  write(tmp_path, processor_config__json={"processor_class": "CLIPProcessor"})
+  assert normalisation(tmp_path)[0] == IMAGENET["image_mean"]
 
 
 def test_pixels_of_another_range_are_folded_too(tmp_path):

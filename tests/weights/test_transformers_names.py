@@ -526,7 +526,7 @@ def test_mean_and_std_of_the_preprocessor_are_folded_unless_others_are_given(tmp
   config, arrays = make("ViTModel")
   folder = save(tmp_path / "model", config, arrays)
   plain, before, record = weights.load_with_record(folder)
-  assert any("No preprocessor_config.json" in n for n in record["notes"])
+  assert any("Nothing beside model says the input's mean" in n for n in record["notes"])
   assert "folded_input" not in record
   mean, std = [0.48, 0.45, 0.4], [0.22, 0.23, 0.27]
   (folder / "preprocessor_config.json").write_text(
@@ -536,19 +536,23 @@ def test_mean_and_std_of_the_preprocessor_are_folded_unless_others_are_given(tmp
   want = forward("ViTModel", arrays, ((pixels() + 1) / 2 - mean) / std)
   np.testing.assert_allclose(logits(model, params, pixels()), want, rtol=0, atol=5e-6)
   assert record["folded_input"] == {"mean": mean, "std": std}
-  assert not any("preprocessor_config" in n for n in record["notes"])
+  assert not any("Nothing beside" in n for n in record["notes"])
   half = [0.5] * 3
   same, params, record = weights.load_with_record(folder, mean=half, std=half)
   assert same == plain and record["folded_input"]["mean"] == half
   jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
-def test_the_weights_alone_are_sent_back_to_the_folder(tmp_path):
+def test_the_weights_alone_are_read_as_the_folder_is(tmp_path):
   folder = save(tmp_path / "model", *make("ViTModel"))
-  with pytest.raises(
-    UserError, match=r"one file of a folder of transformers.*give the folder, .*mod"
-  ):
-    weights.load(folder / "model.safetensors")
+  (folder / "preprocessor_config.json").write_text(
+    json.dumps({"image_mean": [0.4] * 3, "image_std": [0.3] * 3})
+  )
+  model, params, record = weights.load_with_record(folder / "model.safetensors")
+  same, want, whole = weights.load_with_record(folder)
+  assert model == same and record["pp"] == whole["pp"] and record["input"] == whole["input"]
+  jax.tree.map(np.testing.assert_array_equal, params, want)
+  assert "model.safetensors is read with model/config.json." in record["notes"]
 
 
 def test_a_folder_converts_with_a_certificate_of_its_own_input(tmp_path):
