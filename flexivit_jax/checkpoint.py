@@ -6,6 +6,7 @@ makes of the save after it, _CHECKPOINT_METADATA and commit_success.txt, are not
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
@@ -23,6 +24,7 @@ from flexivit_jax import errors, folders, manifest, trees
 
 _UNSEALED = (manifest.FOLDER, "_CHECKPOINT_METADATA", "commit_success.txt")
 RESUME = ("latest", "latest-valid")
+BEST = "best"  # of a run, the folder of its best checkpoint, see `following`
 _OLD = "old"  # where checkpoints go at once when newer ones take their place, to be deleted there
 _LOOK_S = 2.0
 _ITEMS = ("params", "state")
@@ -35,13 +37,27 @@ class Checkpoints:
   Args:
     folder: of any name, see `folders.Alias`; made, unless `read_only`.
     keep: how many of the newest to keep; None keeps all.
+    name: tells the folders of one run apart, where several processes write; None: the main one.
     read_only: nothing is made or deleted, for a run may be at work there: what looks unfinished may be its save. Only
       who holds the folder (`run_folder.locked`) writes, and deletes what an earlier process left unfinished.
   """
 
-  def __init__(self, folder: pathlib.Path, *, keep: int | None = 1, read_only: bool = False):
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    *,
+    keep: int | None = 1,
+    name: str | None = None,
+    read_only: bool = False,
+  ):
     # Deleted where it is listed, a checkpoint would be damaged if that were cut short.
-    writing = dict(max_to_keep=keep, cleanup_tmp_directories=True, todelete_subdir=_OLD)
+    together = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+    writing = dict(
+      max_to_keep=keep,
+      cleanup_tmp_directories=True,
+      todelete_subdir=_OLD,
+      multiprocessing_options=together,
+    )
     reading = dict(create=False)  # Orbax's own read_only would warn each time
     options = ocp.CheckpointManagerOptions(**(reading if read_only else writing))
     handlers = {
@@ -248,6 +264,13 @@ class Checkpoints:
     items = ocp.args.Composite(record=ocp.args.JsonRestore())
     with self._opened(step, "record"):
       return self._manager.restore(step, args=items).record
+
+  def delete_from(self, step: int) -> None:
+    """Deletes the checkpoints of this step and later ones."""
+    self.wait()
+    for later in self._manager.all_steps():
+      if later >= step:
+        self._told(functools.partial(self._manager.delete, later))
 
   def close(self) -> None:
     """Waits until everything is on disk; raises as `save` does."""

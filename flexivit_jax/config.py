@@ -17,7 +17,7 @@ from flexivit_jax import annotations, errors
 
 # Sections that a config may leave out, and an override may begin.
 OPTIONAL = (
-  "checkpoint", "evals", "flexi", "init", "mesh", "objective", "token_budget",
+  "checkpoint", "early_stopping", "evals", "flexi", "init", "mesh", "objective", "token_budget",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from flexivit_jax import (
   data,
   errors,
   labelling,
+  monitor,
   patch_schedule,
   schedules,
   sections,
@@ -62,7 +63,8 @@ class Experiment(NamedTuple):
   at a size takes, `images_per_step` are the mean of that in images, and `update_scale` says by what its update is
   multiplied; None without a token budget. `class_names` are those of the logits, `data_classes` those of the training
   data by their own labels; `notes` are what the user should know of them; `says` are lines on
-  how many examples each class has, and what it will weigh.
+  how many examples each class has, and what it will weigh. `best` is the metric whose best checkpoint is kept, `early`
+  says when the run ends early.
   """
 
   name: str
@@ -100,6 +102,8 @@ class Experiment(NamedTuple):
   data_classes: tuple[str, ...] | None
   notes: list[str]
   says: tuple[str, ...] = ()
+  best: monitor.Metric | None = None
+  early: monitor.EarlyStopping | None = None
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -129,6 +133,7 @@ def build(
   teacher_cache: str | None = None,
   init_head_bias: float | None = None,
   log_every: int = 50,
+  early_stopping: int | Mapping[str, Any] | None = None,
   hang_after: float | None = 1800.0,
   skip_above: float | None = None,
   skip_limit: int = 10,
@@ -153,7 +158,9 @@ def build(
       than the patch size; of a "distance" or "teacher" also `teacher`, of a "fewshot" or "knn" also `train_data` and
       the arguments of `data.few_shots` (without `shots` a "knn" takes all images) and of the evaluator. The one named
       "test", else the first in the alphabet, makes RUN/eval.json; another makes RUN/eval_NAME.json.
-    checkpoint: `keep` (newest checkpoints to keep; None: all), and one of every_steps, ... (default: every epoch).
+    checkpoint: `keep` (newest checkpoints to keep; None: all), and one of every_steps, ... (default: every epoch);
+      `best`, a metric as "test/top1" (mean over the sizes) or "test/top1@8", whose best checkpoint is kept in RUN/best;
+      `best_mode`, "max" or "min" (default: what is better of such a metric).
     total_steps: of the run; or give total_epochs, total_examples or total_flops.
     total_epochs: see `total_steps`.
     total_examples: see `total_steps`.
@@ -169,6 +176,9 @@ def build(
       with objective.top_k, x top_k x 8 bytes.
     init_head_bias: fills the head's bias at the start.
     log_every: steps between reads of the losses from the device.
+    early_stopping: evaluations without improvement after which the run ends; or arguments of `monitor.early_stopping`.
+      Schedules stay those of the whole run. An evaluation that this or `checkpoint.best` goes by, and that does not say
+      how often it runs, runs as often as checkpoints are saved.
     hang_after: seconds in which nothing goes on, no step, program or evaluation, after which the run says where it
       stands still and ends; None: never.
     skip_above: norm of a gradient, before clipping, above which a step changes nothing; also where it or the loss is
@@ -183,6 +193,8 @@ def build(
     UserError: a key that does not exist, a value that cannot be, sizes that do not divide the image.
   """
   objective, flexi, evals, checkpoint = objective or {}, flexi or {}, evals or {}, checkpoint or {}
+  if isinstance(early_stopping, int):
+    early_stopping = {"patience": early_stopping}
   sections.check_sections(
     input=input,
     model=model,
@@ -194,7 +206,9 @@ def build(
     init=init,
     mesh=mesh,
     token_budget=token_budget,
+    early_stopping=early_stopping,
   )
+  best, early = _followed(evals, checkpoint, early_stopping)
   keep = checkpoint.get("keep", 1)
   _check_ranges(
     seed,
@@ -259,8 +273,10 @@ def build(
   params = jax.eval_shape(lambda: steps.init_params(network, image_shape, seed, init_head_bias))
   every = functools.partial(_every, sizes=sizes, total=total)
   evaluations, known = {}, (labelled.model, labelling.classes_of(source, "input.data"))
+  saving = every("checkpoint", checkpoint, default=max(1, round(len(source) / per_step)))
+  followed = {m.evaluator for m in (best, early and early.metric) if m}
   for key, section in evals.items():
-    often = every(f"evals.{key}", section, default=total)
+    often = every(f"evals.{key}", section, default=saving if key in followed else total)
     with naming(f"evals.{key}"):
       evaluations[key] = build_evaluation(section, often, opening, known)
       _check_evaluation(evaluations[key], network, source)
@@ -289,7 +305,7 @@ def build(
     frozen_digests=digests,
     drawn=_drawn(source, input, seed, accumulate, objective, teachers, digests),
     teacher_cache=teacher_cache,
-    save_every=every("checkpoint", checkpoint, default=max(1, round(len(source) / per_step))),
+    save_every=saving,
     keep=keep,
     log_every=log_every,
     hang_after=hang_after,
@@ -300,7 +316,31 @@ def build(
     data_classes=labelled.data_names,
     notes=[*labelled.notes, *(f"evals.{k}: {n}" for k, e in evaluations.items() for n in e.notes)],
     says=(*filter(None, [data.class_sizes(source)]), *_rare(objective, input, source)),
+    best=best,
+    early=early,
   )
+
+
+def _followed(
+  evals: Mapping[str, Any],
+  checkpoint: Mapping[str, Any],
+  early_stopping: Mapping[str, Any] | None,
+) -> tuple[monitor.Metric | None, monitor.EarlyStopping | None]:
+  """The metrics that a run goes by."""
+  best, mode = checkpoint.get("best"), checkpoint.get("best_mode")
+  if mode is not None and best is None:
+    raise errors.UserError("checkpoint.best_mode without checkpoint.best has no effect; add that.")
+  return (
+    None if best is None else monitor.parse("checkpoint.best", best, evals, mode),
+    None if early_stopping is None else monitor.early_stopping(evals=evals, **early_stopping),
+  )
+
+
+def without_evaluations(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """A config that only trains, with nothing that goes by an evaluation."""
+  kept = {k: v for k, v in settings.items() if k not in ("evals", "early_stopping")}
+  checkpoint = dict(settings.get("checkpoint") or {})
+  return kept | {"checkpoint": {k: v for k, v in checkpoint.items() if not k.startswith("best")}}
 
 
 def _weighted(

@@ -371,4 +371,6 @@ def _looped(
   named = optim.get("lr_mults") or not isinstance(optim.get("schedule", {}), Mapping)
   settings = on_accelerator(settings)
   model = {"attention": "einsum", **settings["model"], **({} if named else {"scan": True})}
-  return experiment.build(**{**settings, "model": model, "evals": None}, opening=opening)
+  return experiment.build(
+    **experiment.without_evaluations({**settings, "model": model}), opening=opening
+  )

@@ -8,6 +8,7 @@ from flexivit_jax import (
   config,
   data,
   errors,
+  monitor,
   patch_schedule,
   schedules,
   sharding,
@@ -42,6 +43,7 @@ def check_sections(
   init: Mapping[str, Any] | None = None,
   mesh: Mapping[str, Any] | None = None,
   token_budget: Mapping[str, Any] | None = None,
+  early_stopping: Mapping[str, Any] | None = None,
 ) -> None:
   """Raises a UserError for the first key that is misspelt, does not belong, or is missing, or value of a wrong type."""
   network = _named("model", model, MODELS, "flexivit")
@@ -62,11 +64,14 @@ def check_sections(
   schedule = optim.get("schedule") or {}
   for section in [schedule] if isinstance(schedule, Mapping) else [kw for _, kw in schedule if kw]:
     config.check("optim.schedule", section, schedules.make, given=_GIVEN_OPTIM)
-  config.check("checkpoint", checkpoint, optional={"keep": int | None, **_EVERY})
+  best = {"best": str | None, "best_mode": monitor.Mode | None}
+  config.check("checkpoint", checkpoint, optional={"keep": int | None, **best, **_EVERY})
   config.check_known("flexi", flexi, which_grid, given=_GIVEN_SIZE)
   patch_schedule.parse(flexi, cost=lambda size: 1.0)  # what a step costs is known later
   if token_budget is not None:
     config.check("token_budget", token_budget, token_budgets.make)
+  if early_stopping is not None:
+    config.check("early_stopping", early_stopping, monitor.early_stopping, given=("evals",))
   for key, section in evals.items():
     check_evaluation(f"evals.{key}", section)
 

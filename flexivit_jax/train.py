@@ -27,6 +27,7 @@ from flexivit_jax import (
   errors,
   experiment,
   folders,
+  following,
   metrics,
   patch_schedule,
   peers as peers_of,
@@ -58,6 +59,7 @@ class Run(NamedTuple):
   watchdog: stopping.Watchdog
   skips: list[int]  # how many of the last steps in a row were skipped
   peers: peers_of.Peers | None = None
+  follow: following.Following = following.NOTHING
 
 
 def train(
@@ -140,18 +142,22 @@ def _train(
 
     latest = distributed.on_first(choose, "its checkpoints or its config")
     ledger.go_on_from(latest or 0)
-    state, schedule, batches = _start_or_resume(exp, checkpoints, latest, ledger, mesh)
+    state, schedule, batches, early = _start_or_resume(exp, checkpoints, latest, ledger, mesh)
     stack.enter_context(batches)
     start = int(state.step)
     distributed.on_first(lambda: _write_overview(workdir, checkpoints, state), "its folder")
     writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start, writing=first))
-    run = Run(exp, mesh, checkpoints, batches, writer, ledger, stop, watchdog, [0], peers)
+    best = following.open_best(workdir, exp.best, begun=latest is not None)
+    if best is not None:
+      stack.enter_context(_closing(best, ledger))
+    follow = following.Following(best, exp.best, exp.early, early)
+    run = Run(exp, mesh, checkpoints, batches, writer, ledger, stop, watchdog, [0], peers, follow)
     if several:
       distributed.agree(start, _facts(run, start, schedule))
     evaluators = {
       name: e.make(exp.model, mesh, watchdog.data) for name, e in exp.evaluations.items()
     }
-    if start < exp.total_steps:
+    if start < exp.total_steps and not follow.ended:
       with ledger.of("compilation"):
         held = memory - sharding.bytes_each(state)
         targets = preparation.targets(exp, start, mesh, stack, parts=parts, memory=held)
@@ -159,12 +165,14 @@ def _train(
         distributed.agree(start, {"parts of the batch": sorted(programs.parts.items())})
         for evaluator in evaluators.values():
           evaluator.compile(state.params, preparation.report_of("eval", exp))
-      _evaluate_again(run, state, evaluators, workdir)
-  if start < exp.total_steps:
+      _evaluate_again(run, state, schedule, evaluators, workdir)
+  if start < exp.total_steps and not follow.ended:
     ledger.steps_begin()
-    state = _loop(run, state, schedule, targets, programs, evaluators)
+    state, schedule = _loop(run, state, schedule, targets, programs, evaluators)
   with stop.interruptible(), ledger.of("evaluation"):
-    _final_evaluation(exp, state, evaluators, writer, workdir)
+    if follow.ended:
+      preparation.note(follow.reason())
+    _final_evaluation(run, state, schedule, evaluators, workdir)
 
 
 @contextlib.contextmanager
@@ -233,11 +241,13 @@ def _start_or_resume(
   latest: int | None,
   ledger: Ledger,
   mesh: Any,
-) -> tuple[steps.TrainState, patch_schedule.State, Any]:
-  """Returns the initial state or that of a checkpoint, that of the schedule of sizes, and the batches from there."""
+) -> tuple[steps.TrainState, patch_schedule.State, Any, dict[str, Any]]:
+  """Returns the initial state or that of a checkpoint, that of the schedule of sizes, the batches from there, and the
+  state of early stopping.
+  """
   state = preparation.first_state(exp, mesh)
   if latest is None:
-    return state, patch_schedule.init_state(exp.flexi), exp.batches(0)
+    return state, patch_schedule.init_state(exp.flexi), exp.batches(0), {}
   params, rest, record = checkpoints.restore(
     latest, state.params, preparation.rest(state), verified=True
   )
@@ -250,11 +260,16 @@ def _start_or_resume(
     f"resumed from {checkpoints.folder / str(latest)}: step {latest}/{exp.total_steps}, epoch {epoch:.2f},"
     f" {seen} images seen; {ledger.lost:.0f} s of work lost"
   )
-  return steps.TrainState(params=params, **rest), record.get("schedule", {}), batches
+  state = steps.TrainState(params=params, **rest)
+  return state, record.get("schedule", {}), batches, record.get("early_stopping", {})
 
 
 def _evaluate_again(
-  run: Run, state: steps.TrainState, evaluators: dict[str, Any], workdir: pathlib.Path
+  run: Run,
+  state: steps.TrainState,
+  schedule: patch_schedule.State,
+  evaluators: dict[str, Any],
+  workdir: pathlib.Path,
 ) -> None:
   """Runs the evaluations that were due at the step that a run goes on from, and did not end."""
   step = int(state.step)
@@ -264,10 +279,36 @@ def _evaluate_again(
     return any(key.startswith(f"{name}/") for row in rows if row["step"] == step for key in row)
 
   for name, evaluation in run.exp.evaluations.items():
-    due = step and step % evaluation.every == 0
-    if due and not distributed.on_first(functools.partial(done, name), "metrics.jsonl"):
-      with run.ledger.of("evaluation"):
-        _note_rows(name, step, evaluators[name].run(state.params), run.writer)
+    if not step or step % evaluation.every:
+      continue
+    known = distributed.on_first(functools.partial(done, name), "metrics.jsonl")
+    if run.follow.lacks(name, step) or not known:
+      _evaluate(run, name, evaluators[name], state, schedule)
+
+
+def _evaluate(
+  run: Run, name: str, evaluator: Any, state: steps.TrainState, schedule: patch_schedule.State
+) -> None:
+  with run.ledger.of("evaluation"):
+    with run.stop.interruptible():
+      rows = evaluator.run(state.params)
+    _see(run, name, rows, state, schedule)
+    _note_rows(name, int(state.step), rows, run.writer)
+
+
+def _see(
+  run: Run,
+  name: str,
+  rows: list[dict[str, Any]],
+  state: steps.TrainState,
+  schedule: patch_schedule.State,
+  *,
+  final: bool = False,
+) -> None:
+  """Tells what the run goes by of an evaluation."""
+  step = int(state.step)
+  record = functools.partial(_record, run.exp, step, schedule, run.batches)
+  run.follow.see(name, rows, state, record, final=final)
 
 
 def _loop(
@@ -277,8 +318,11 @@ def _loop(
   targets: teaching.Targets | None,
   programs: step_programs.StepPrograms,
   evaluators: dict[str, Any],
-) -> steps.TrainState:
-  """Runs every step that is left. The device is asked for numbers only every `log_every` steps."""
+) -> tuple[steps.TrainState, patch_schedule.State]:
+  """Runs every step that is left, unless early stopping ends the run.
+
+  The device is asked for numbers only every `log_every` steps.
+  """
   exp, start = run.exp, int(state.step)
   progress = metrics.Progress(
     total_steps=exp.total_steps, batch_size=exp.images_per_step, start_step=start
@@ -313,15 +357,19 @@ def _loop(
       progress.update(step, data_wait=waited)
       stopping.beat()
       with progress.paused():
-        if save:
+        # What the run goes by comes first: the checkpoint has to know of it.
+        followed = [name for name in due if name in run.follow.evaluators]
+        for name in followed:
+          _evaluate(run, name, evaluators[name], state, schedule)
+        if save or run.follow.ended:
           _save(run, step, state, schedule)
           saved = step
         run.checkpoints.check()
         for name in due:
-          with run.ledger.of("evaluation"):
-            with run.stop.interruptible():
-              rows = evaluators[name].run(state.params)
-            _note_rows(name, step, rows, run.writer)
+          if name not in followed:
+            _evaluate(run, name, evaluators[name], state, schedule)
+      if run.follow.ended:
+        break
       run.stop.check_after(step)
   except stopping.Stopped as stopped:
     if done > saved:
@@ -333,7 +381,7 @@ def _loop(
     where = f"after step {done}, which is saved" if done else "before the first step"
     preparation.note(f"{stopped}: stopped {where}; the same command goes on")
     raise
-  return state
+  return state, schedule
 
 
 def next_batch(batches: Any, number: int, stop: stopping.Stop) -> dict[str, np.ndarray]:
@@ -374,7 +422,8 @@ def _log(
 
 def _save(run: Run, step: int, state: steps.TrainState, schedule: patch_schedule.State) -> None:
   with run.ledger.of("checkpoints"):
-    record = _record(run.exp, step, schedule, run.batches)
+    record = _record(run.exp, step, schedule, run.batches) | run.follow.record()
+    run.follow.wait()
     run.checkpoints.save(step, state.params, preparation.rest(state), record)
   run.ledger.saved(step)
   run.ledger.write(step)
@@ -469,16 +518,18 @@ def _record(
 
 
 def _final_evaluation(
-  exp: experiment.Experiment,
+  run: Run,
   state: steps.TrainState,
+  schedule: patch_schedule.State,
   evaluators: dict,
-  writer: metrics.MetricsWriter,
   workdir: pathlib.Path,
 ) -> None:
   """Scores and costs at every size, into metrics.jsonl and RUN/eval.json."""
+  exp, writer = run.exp, run.writer
   trained = list(exp.flexi["seqhw"].values) if "seqhw" in exp.flexi else None
   for name, evaluator in evaluators.items():
     source, rows = exp.evaluations[name].source, results.measure(evaluator, state.params)
+    _see(run, name, rows, state, schedule, final=True)
     _note_rows(name, int(state.step), rows, writer)
     about = results.about(
       exp.name, source.name, source.split, int(state.step), state.params, trained

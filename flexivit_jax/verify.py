@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flexivit_jax import artifact, errors, weights
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.checkpoint import BEST, Checkpoints
 from flexivit_jax.weights import folders, sources
 
 
@@ -48,10 +48,17 @@ def verify(path: pathlib.Path) -> list[tuple[str, str | None]]:
 
 
 def _checkpoints(path: pathlib.Path) -> list[tuple[str, str | None]]:
+  """Those of a run, the best one too; of its folder with checkpoints or with the best; or one."""
+  found = _steps(path)
+  return [*found, *_steps(path / BEST)] if (path / "checkpoints").is_dir() else found
+
+
+def _steps(path: pathlib.Path) -> list[tuple[str, str | None]]:
   for folder in (path / "checkpoints", path, path.parent):
     only = int(path.name) if folder == path.parent and path.name.isdigit() else None
     steps = sorted(int(p.name) for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit())
-    if steps and (folder.name == "checkpoints" or only is not None):
+    best = folder.name == BEST and (folder.parent / "checkpoints").is_dir()
+    if steps and (folder.name == "checkpoints" or best or only is not None):
       checkpoints = Checkpoints(folder, read_only=True)
       try:
         found = [

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from flexivit_jax import distributed, manifest, metrics, peers, stopping
+from flexivit_jax import distributed, manifest, metrics, peers, stopping, verify
 from flexivit_jax.errors import UserError
 
 RUN = pathlib.Path(__file__).parent / "several.py"
@@ -199,6 +200,34 @@ def test_a_run_goes_on_on_another_topology(runs, environment_of, tmp_path):
 
 
 # --- faults ---
+
+
+@pytest.mark.slow
+def test_two_processes_sample_keep_the_best_and_end_early_as_one_does(environment_of, tmp_path):
+  small = json.loads(json.dumps(runpy.run_path(str(RUN))["CONFIG"]))
+  config = {
+    "input": small["input"] | {"sampler": "balanced"},
+    "objective": {"class_weights": "balanced"},
+    "flexi": {"seqhw": {"v": (2,)}},
+    "total_steps": 12,
+    "evals": {"test": small["evals"]["test"] | {"every_steps": 2, "seqhw": (2,)}},
+    "checkpoint": {"every_steps": 3, "keep": 1, "best": "test/loss"},
+    "early_stopping": {"metric": "test/loss", "patience": 2, "min_delta": 100.0},
+  }
+  config["input"]["data"]["split"] = "train[:19]"
+  for name, processes in (("one", 1), ("two", 2)):
+    job = {"workdir": str(tmp_path / name), "config": config}
+    for _ in range(2):  # the second time there is nothing left to do
+      codes, said = ended(launch(environment_of, [job], processes=processes))
+      assert set(codes) == {0}, said
+    assert "early stopping after step 6" in said[0] and "compiled train" not in said[0]
+  assert ids(tmp_path / "two") == ids(tmp_path / "one") and len(ids(tmp_path / "two")) == 6
+  for run in ("one", "two"):
+    newest = [p.name for p in (tmp_path / run / "checkpoints").glob("[0-9]*")]
+    assert newest == ["6"]
+    assert {problem for _, problem in verify.verify(tmp_path / run)} == {None}
+  best = [next((tmp_path / run / "best").glob("[0-9]*")).name for run in ("one", "two")]
+  assert best[0] == best[1]
 
 
 @pytest.mark.slow

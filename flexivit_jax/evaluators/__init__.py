@@ -16,3 +16,20 @@ EVALUATORS: dict[str, Callable[..., Any]] = {
   "knn": knn,
   "teacher": teacher,
 }
+
+_CLASSIFIED = {"top1": "max", "top5": "max", "loss": "min"}
+# Of each the metrics that training changes, the headline first, and whether larger or smaller values are better. Some
+# are there only with an option: `monitor.known`.
+METRICS: dict[str, dict[str, str]] = {
+  "classification": {**_CLASSIFIED, "top1_macro": "max"},
+  "distance": {
+    "agree1": "max",
+    "agree5": "max",
+    "kl": "min",
+    "logsoftmax_euclidean": "min",
+    **_CLASSIFIED,
+  },
+  "fewshot": {"top1": "max"},
+  "knn": {"top1": "max"},
+  "teacher": {},
+}

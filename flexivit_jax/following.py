@@ -1,0 +1,156 @@
+"""What a run does about a metric: RUN/best keeps the checkpoint of its best value, and early stopping ends the run.
+
+RUN/best/STEP is a checkpoint without the optimizer's state. Its record says of which value it is, so that a run which
+goes on needs to know nothing else. It is on disk before a later checkpoint of the run is: whatever a run goes on from,
+no evaluation before that is lost. The state of early stopping is in the record of each checkpoint; a checkpoint of a
+step that is evaluated is written after the evaluation.
+"""
+
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flexivit_jax import distributed, manifest, preparation, steps
+from flexivit_jax.checkpoint import BEST, Checkpoints
+from flexivit_jax.monitor import EarlyStopping, Metric
+
+
+class Following:
+  """The metrics that a run goes by.
+
+  Args:
+    checkpoints: RUN/best, or None without `best`.
+    best: of which the checkpoint of the best value is kept.
+    early: when the run ends early.
+    state: of early stopping, from the record of the checkpoint that the run goes on from.
+  """
+
+  def __init__(
+    self,
+    checkpoints: Checkpoints | None,
+    best: Metric | None,
+    early: EarlyStopping | None,
+    state: dict[str, Any] | None,
+  ):
+    self._checkpoints, self._best, self._early = checkpoints, best, early
+    self._state = state or {}
+    self._value = None if checkpoints is None else _value(checkpoints, best)
+
+  @property
+  def evaluators(self) -> set[str]:
+    """The names of the evaluators whose metrics they are."""
+    metrics = (self._best, self._early and self._early.metric)
+    return {metric.evaluator for metric in metrics if metric is not None}
+
+  @property
+  def ended(self) -> bool:
+    """Whether early stopping has ended the run."""
+    return self._early is not None and self._early.ends(self._state)
+
+  def reason(self) -> str:
+    """Why it has."""
+    return self._early.reason(self._state)
+
+  def lacks(self, name: str, step: int) -> bool:
+    """Whether the state of early stopping does not know the evaluation at a step."""
+    if self._early is None or self._early.metric.evaluator != name:
+      return False
+    return not self._early.is_of(self._state) or self._state["step"] < step
+
+  def record(self) -> dict[str, Any]:
+    """What the record of a checkpoint holds of it."""
+    return {} if self._early is None else {"early_stopping": self._state}
+
+  def see(
+    self,
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    state: steps.TrainState,
+    record: Callable[[], dict[str, Any]],
+    *,
+    final: bool = False,
+  ) -> None:
+    """Takes note of an evaluation.
+
+    Args:
+      name: of the evaluator.
+      rows: its results.
+      state: what was evaluated.
+      record: makes the record of a checkpoint.
+      final: the run is over: early stopping has nothing to do.
+    """
+    step = int(state.step)
+    if self._early is not None and self._early.metric.evaluator == name and not final:
+      self._state = self._early.update(self._state, step, rows)
+    if self._best is not None and self._best.evaluator == name:
+      self._keep(self._best, rows, state, step, record)
+    if distributed.is_on() and name in self.evaluators:
+      distributed.agree(step, {"the best value so far": (self._value, self._state)})
+
+  def _keep(
+    self,
+    best: Metric,
+    rows: Sequence[dict[str, Any]],
+    state: steps.TrainState,
+    step: int,
+    record: Callable[[], dict[str, Any]],
+  ) -> None:
+    value = best.value(rows)
+    if not best.better(value, self._value):
+      return
+    self._value = value
+    # Later ones are of a way that the run did not go again: of another metric, or of a config that has changed.
+    self._checkpoints.delete_from(step)
+    kept = {k: v for k, v in preparation.rest(state).items() if k != "opt_state"}
+    of = {"metric": str(best), "mode": best.mode, "value": value}
+    self._checkpoints.save(step, state.params, kept, {**record(), "best": of})
+    preparation.note(f"step {step}: {best} {value:.4g} is the best so far, kept in {BEST}/{step}")
+
+  def wait(self) -> None:
+    """Waits until RUN/best is on disk; a checkpoint of the run must not be there before it."""
+    if self._checkpoints is not None:
+      self._checkpoints.wait()
+
+
+NOTHING = Following(None, None, None, None)
+
+
+def open_best(workdir: pathlib.Path, best: Metric | None, *, begun: bool) -> Checkpoints | None:
+  """Opens RUN/best, where a config asks for it; of a run that begins anew what is there is deleted."""
+  if best is None:
+    return None
+  folder = workdir / BEST
+
+  def forget() -> None:
+    if not begun and folder.is_dir():
+      preparation.note(f"{folder} is of an earlier run, and deleted")
+      shutil.rmtree(folder)
+
+  distributed.on_first(forget, f"its folder {BEST}")
+  return Checkpoints(folder, keep=1, name=BEST)
+
+
+def _value(checkpoints: Checkpoints, best: Metric | None) -> float | None:
+  """The value of the metric of which a checkpoint is kept; None where there is none."""
+  step = checkpoints.latest_step()
+  if step is None or best is None:
+    return None
+
+  def damaged() -> int:
+    try:
+      checkpoints.verify(step)
+      return 0
+    except manifest.Damaged as damage:
+      preparation.note(f"{damage} The next evaluation takes its place.")
+      return 1
+
+  if distributed.on_first(damaged, "its best checkpoint"):
+    return None
+  of = checkpoints.record(step).get("best", {})
+  if (of.get("metric"), of.get("mode")) == (str(best), best.mode):
+    return of["value"]
+  preparation.note(
+    f"{checkpoints.folder / str(step)} is the best by {of.get('metric')}; the next evaluation of {best} takes its place"
+  )
+  return None
