@@ -1,11 +1,21 @@
 """What each analysis of a checkpoint begins with: its command line, the model, the data of a config's evaluation."""
 
 import argparse
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flexivit_jax import config, errors, evaluate, experiment, results, sharding, weights
+from flexivit_jax import (
+  class_names,
+  config,
+  errors,
+  evaluate,
+  experiment,
+  results,
+  sharding,
+  weights,
+)
 
 
 class Opened(NamedTuple):
@@ -59,8 +69,12 @@ def open_checkpoint(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, 
   given = config.load(args.config, [a.removeprefix("--config.") for a in rest])
   section = main_section(given)
   seqhw = section["seqhw"] if args.seqhw == "all" else evaluate.parse_sizes(args.seqhw)
-  model, params, _ = weights.load_with_record(args.checkpoint)
+  model, params, record = weights.load_with_record(args.checkpoint)
+  classes = class_names.known_of(record, model.num_classes, f"the checkpoint {args.checkpoint}")
   mesh = sharding.make_mesh()
-  data = experiment.build_evaluation(section, every=1).make(model, mesh).batches
+  evaluation = experiment.build_evaluation(section, every=1, classes=classes)
+  for note in evaluation.notes:
+    print(f"note: {note}", file=sys.stderr)
+  data = evaluation.make(model, mesh).batches
   training = given.get("input", {}).get("data")
   return args, Opened(model, params, data, mesh, seqhw, section, training)

@@ -247,6 +247,7 @@ def _advice(ours: Classes, model: Classes) -> str:
   advice += "Give the data the names that the model has, without others"
   if ours.number == model.number:
     advice += (
-      "; or if they are the same classes in the same order already, by_number=True in their section"
+      "; or if they are the same classes in the same order already, add by_number=True to the config's section of the"
+      " data"
     )
   return f"{advice}."

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import class_names, cli, data, experiment, labelling, weights
+from flexivit_jax import analysis, class_names, cli, data, experiment, labelling, weights
 from flexivit_jax.class_names import Classes, Trained
 from flexivit_jax.errors import UserError
 from flexivit_jax.flexify import recipe, retention
@@ -396,3 +396,11 @@ def test_names_travel_with_converted_weights_and_map_labels(tmp_path, to, names)
   found = labels_by_name(evaluation.source)
   assert {"ant", "zebra"} <= {class_names.plain(n) for n in found.values()}
   assert all(class_names.plain(found[name]) == name for name in found)
+
+
+def test_analyses_map_labels_too(checkpoint, tmp_path, command, monkeypatch):
+  root = draw(tmp_path / "photos", MODEL[::-1], splits=("val",))
+  given = ["x", str(checkpoint), command(root), f"--out={tmp_path / 'out'}"]
+  monkeypatch.setattr("sys.argv", given)
+  _, opened = analysis.open_checkpoint(analysis.parser("x"))
+  expect_identity(opened.data._plan.source, MODEL)

@@ -20,7 +20,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from flexivit_jax import cli, errors, evaluate, experiment, results, sharding, weights
+from flexivit_jax import class_names, cli, errors, evaluate, experiment, results, sharding, weights
 from flexivit_jax.flexify import recipe
 
 TIMM = dict(kernel_operator="cubic_antialias", grid_operator="cubic_antialias")
@@ -80,15 +80,25 @@ def settings(args: argparse.Namespace, kernel: Sequence[int]) -> list[tuple[int,
 
 
 def measure(
-  model: Any, params: Any, source: dict[str, Any], side: int, resized: int, seqhw: Any
+  model: Any,
+  params: Any,
+  source: dict[str, Any],
+  side: int,
+  resized: int,
+  seqhw: Any,
+  classes: Sequence[class_names.Classes] = (),
 ) -> list[dict[str, Any]]:
-  """Rows of an evaluation at these grids, of images made at `side` pixels and then resized."""
+  """Rows of an evaluation at these grids, of images made at `side` pixels and then resized.
+
+  `classes` are those of the model.
+  """
   plan = recipe.Plan({}, {}, model.num_classes, (side, 0), seqhw, BATCH)
   pp = recipe.labelled(plan, side)
   if resized != side:
     pp = pp.replace("|onehot", f"|resize({resized})|onehot")
   section = dict(data=source, pp=pp, batch_size=BATCH, seqhw=seqhw)
-  evaluator = experiment.build_evaluation(section, every=1).make(model, sharding.make_mesh())
+  evaluation = experiment.build_evaluation(section, every=1, classes=classes)
+  evaluator = evaluation.make(model, sharding.make_mesh())
   scores, costs = evaluator.run(params), evaluator.costs(params, repeats=1)
   # Without the time, which one batch on a shared machine does not tell.
   return [a | {k: v for k, v in b.items() if k != "ms"} for a, b in zip(scores, costs, strict=True)]
@@ -110,12 +120,13 @@ def main() -> None:
   parser.add_argument("--ways", default=",".join(WAYS), help="default: all")
   args = parser.parse_args()
   source = dict(name="folder", split=args.split, data_dir=str(args.folder))
-  model, params = weights.load(args.checkpoint)
+  model, params, record = weights.load_with_record(args.checkpoint)
+  classes = class_names.known_of(record, model.num_classes, f"the checkpoint {args.checkpoint}")
   runs = settings(args, model.patch_size)
   made = models_of(model, args.ways.split(","), source, runs[0][0])
   for way, of_way in made.items():
     title = WAYS[way][0]
-    rows = [row for run in runs for row in measure(of_way, params, source, *run)]
+    rows = [row for run in runs for row in measure(of_way, params, source, *run, classes)]
     print(f"{title}\n{results.table(rows)}", flush=True)
     (args.out / way).mkdir(parents=True, exist_ok=True)
     described = results.about(title, "folder", args.split, None, params, None)
