@@ -1,6 +1,6 @@
 """The optimizer chain, with exactly big_vision's order of operations (its optax.py, `make`).
 
-    clip by global norm -> adam, ... -> x lr -> + wd * param -> x schedule(step) -> x -1
+    clip by global norm -> adam, ... -> x lr -> + wd * param [-> x layer] -> x schedule(step) -> x -1
 
 Weight decay comes after the multiplication with lr: the schedule scales it, lr does not (the
 `weight_decay` of AdamW is wd / lr).
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from flexivit_jax import schedules, trees
+from flexivit_jax import layerwise, schedules, trees
 from flexivit_jax.errors import UserError, unknown
 
 
@@ -55,6 +55,8 @@ def make(
   nesterov: bool | None = None,
   wd_mults: Sequence[tuple[str, int | float]] = ((".*/kernel", 1.0),),
   lr_mults: Sequence[tuple[str, int | float]] = (),
+  layer_decay: int | float | None = None,
+  freeze: int | str | Sequence[str] | None = None,
   schedule: Mapping[str, Any] | Sequence[tuple[str, Mapping[str, Any] | None]] | None = None,
   batch_size: int | float | None = None,
   dataset_size: int | None = None,
@@ -75,6 +77,10 @@ def make(
     nesterov: see the optimizer.
     wd_mults: (regex, factor) pairs, first full match of the "/"-joined name wins; others: no decay.
     lr_mults: likewise, factors > 0 on `lr` (not on `wd`); others: 1.
+    layer_decay: the update, decay included, is multiplied by this once for each layer below the head: block i of n by
+      its power n - i, the embedding by n + 1; see `layerwise`. None: by nothing.
+    freeze: what does not move: n, the embedding and the first n blocks (0: the embedding alone); "all_but_head"; or
+      regexes of whole names. As None in `schedule`, before whose patterns it comes. None: nothing.
     schedule: arguments of `schedules.make` for all parameters, or (regex, arguments) pairs. None in
       the place of arguments freezes: these parameters stay bitwise the same, have no optimizer
       state, and their gradients (even NaN) do not enter the clip norm.
@@ -95,7 +101,7 @@ def make(
   given = {"b1": b1, "b2": b2, "eps": eps, "mu_dtype": mu_dtype, "nesterov": nesterov}
   moments = OPTIMIZERS[name](**_options(name, given))
   run = {"total_steps": total_steps, "batch_size": batch_size, "dataset_size": dataset_size}
-  patterns = _schedule_patterns(schedule)
+  patterns = [*_frozen_patterns(params, freeze), *_schedule_patterns(schedule)]
   functions = [None if kw is None else _make_schedule(run, kw) for _, kw in patterns]
   which = _which_schedule(params, patterns)
   frozen = jax.tree.map(lambda i: functions[i] is None, which)
@@ -104,6 +110,7 @@ def make(
     optax.masked(_clip(clip), moving),
     optax.masked(moments, moving),
     _scale_and_decay(_lr_tree(params, lr, lr_mults), _wd_tree(params, wd, wd_mults)),
+    *_scale_layers(params, layer_decay),
     _descend_by_schedules(functions, which),
   )
   regexes = [regex for regex, _ in patterns]
@@ -182,6 +189,19 @@ def _scale_and_decay(lrs: Any, wds: Any) -> optax.GradientTransformation:
   return optax.stateless(update)
 
 
+def _scale_layers(params: Any, decay: float | None) -> list[optax.GradientTransformation]:
+  """Multiplies each layer's update by its power of the decay; with None nothing is part of the chain."""
+  if decay is None:
+    return []
+  by_name = layerwise.scales(_shapes(params), decay)
+  factors = trees.map_named(lambda name, _: by_name[name], params)
+
+  def update(updates: Any, params: Any) -> Any:
+    return jax.tree.map(lambda u, factor: jnp.asarray(factor, u.dtype) * u, updates, factors)
+
+  return [optax.stateless(update)]
+
+
 def _descend_by_schedules(
   functions: Sequence[schedules.Schedule | None], which: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -202,6 +222,20 @@ def _descend_by_schedules(
   return optax.GradientTransformationExtraArgs(
     lambda params: ScheduleState(jnp.zeros((), jnp.int32)), update
   )
+
+
+def _frozen_patterns(
+  params: Any, freeze: int | str | Sequence[str] | None
+) -> list[tuple[str, None]]:
+  if freeze is None:
+    return []
+  if not isinstance(freeze, int | str):
+    trees.mask(params, [(regex, 0) for regex in freeze], default=1, what="optim.freeze")
+  return [(regex, None) for regex in layerwise.frozen(freeze, _shapes(params))]
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+  return {name: leaf.shape for name, leaf in trees.flatten(params).items()}
 
 
 def _schedule_patterns(

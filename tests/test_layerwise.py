@@ -1,0 +1,142 @@
+"""Layer-wise learning rates and frozen layers, each by one argument: against numbers that are counted here by hand."""
+
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from flexivit_jax import errors, optim, steps, trees
+from flexivit_jax.models import FlexiViT, vit
+
+DEPTH = 3
+FIELDS = dict(num_classes=4, width=8, depth=DEPTH, mlp_dim=16, num_heads=2, patch_size=(4, 4))
+
+
+def params_of(**fields):
+  model, rng = FlexiViT(**{**FIELDS, **fields}), np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda: steps.init_params(model, (8, 8, 3), seed=0))
+  return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def powers(depth):
+  """What each group's power of the decay is, written out: the embedding, the blocks, the rest."""
+  names = {"embedding": depth + 1, "pos_embedding": depth + 1, "cls": depth + 1}
+  names |= {"registers": depth + 1, "pre_norm": depth + 1}
+  names |= {f"encoderblock_{i}": depth - i for i in range(depth)}
+  return names | {"encoder_norm": 0, "head": 0, "MAPHead_0": 0}
+
+
+def part_of(name):
+  return name.removeprefix("Transformer/").partition("/")[0]
+
+
+def moved(params, **kw):
+  """How far one step of plain descent goes, decay included, for gradients of ones."""
+  optimizer = optim.make(
+    params, total_steps=1, name="sgd", schedule={"decay_type": "constant"}, **kw
+  )
+  ones = jax.tree.map(np.ones_like, params)
+  updates, _ = jax.jit(optimizer.tx.update)(ones, optimizer.tx.init(params), params)
+  return updates
+
+
+@settings(deadline=None, max_examples=5)
+@given(
+  st.floats(0.3, 1.0),
+  st.sampled_from([{}, {"registers": 2, "pre_norm": True}, {"pool_type": "map"}, {"depth": 1}]),
+)
+def test_a_layers_step_is_that_power_of_the_decay_and_its_weight_decay_too(decay, fields):
+  params = params_of(**fields)
+  got = trees.flatten(moved(params, lr=0.5, wd=0.1, layer_decay=decay))
+  flat, power = trees.flatten(params), powers(fields.get("depth", DEPTH))
+  for name, value in flat.items():
+    step = 0.5 + (0.1 * value if name.endswith("/kernel") else 0.0)
+    want = -(decay ** power[part_of(name)]) * np.broadcast_to(step, value.shape)
+    np.testing.assert_allclose(got[name], want, rtol=2e-6, err_msg=name)
+
+
+def test_stacked_blocks_get_the_same_steps_as_those_one_by_one():
+  params, kw = params_of(), dict(lr=0.5, wd=0.1, layer_decay=0.7)
+  stacked = vit.unstack_blocks(moved(vit.stack_blocks(params), **kw))
+  jax.tree.map(np.testing.assert_array_equal, stacked, moved(params, **kw))
+
+
+def test_without_layer_decay_or_with_1_all_steps_are_the_same():
+  params = params_of()
+  plain = moved(params, lr=0.5, wd=0.1)
+  jax.tree.map(np.testing.assert_array_equal, plain, moved(params, lr=0.5, wd=0.1, layer_decay=1))
+
+
+def embedding_and(blocks):
+  names = ["embedding", "pos_embedding", "cls", *(f"encoderblock_{i}" for i in range(blocks))]
+  return {*names}
+
+
+@pytest.mark.parametrize(
+  ("freeze", "frozen"),
+  [
+    (0, embedding_and(0)),
+    (2, embedding_and(2)),
+    (DEPTH, embedding_and(DEPTH)),
+    ("all_but_head", embedding_and(DEPTH) | {"encoder_norm"}),
+    (["cls", "Transformer/encoder_norm/.*"], {"cls", "encoder_norm"}),
+  ],
+)
+def test_what_is_frozen_keeps_every_bit_and_has_no_state_and_the_rest_moves(freeze, frozen):
+  params = params_of()
+  optimizer = optim.make(params, total_steps=3, lr=0.1, wd=0.1, clip=1.0, freeze=freeze)
+  state, now = optimizer.tx.init(params), params
+  ones, update = jax.tree.map(np.ones_like, params), jax.jit(optimizer.tx.update)
+  for _ in range(3):
+    updates, state = update(ones, state, now)
+    now = optax.apply_updates(now, updates)
+  before, after = trees.flatten(params), trees.flatten(now)
+  still = {n for n in before if np.asarray(after[n]).tobytes() == before[n].tobytes()}
+  assert still == {n for n in before if part_of(n) in frozen}
+  moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+  assert moments == 2 * sum(x.size for n, x in before.items() if n not in still)
+
+
+def test_all_stacked_blocks_can_be_frozen_and_some_of_them_cannot():
+  stacked = vit.stack_blocks(params_of())
+  frozen = trees.flatten(optim.make(stacked, total_steps=1, lr=0.1, freeze=DEPTH).frozen)
+  assert {n for n, still in frozen.items() if not still} == {
+    n for n in frozen if part_of(n) in ("head", "encoder_norm")
+  }
+  with pytest.raises(errors.UserError, match=r"freeze=2 with model.scan=True.*model.scan=False"):
+    optim.make(stacked, total_steps=1, lr=0.1, freeze=2)
+
+
+def test_a_schedule_by_names_comes_after_what_is_frozen():
+  schedule = [("head/.*", {"decay_type": "constant"}), (".*", {})]
+  made = optim.make(params_of(), total_steps=3, lr=0.1, freeze=1, schedule=schedule)
+  assert set(made.schedules) == {"head/.*", ".*"}
+
+
+@pytest.mark.parametrize(
+  ("kw", "message"),
+  [
+    ({"layer_decay": 0}, "layer_decay=0; expected more than 0, at most 1"),
+    ({"layer_decay": 1.5}, "layer_decay=1.5; expected"),
+    ({"freeze": 4}, "freeze=4: the model has 3 blocks; expected 0 .* to 3"),
+    ({"freeze": -1}, "freeze=-1: the model has 3 blocks"),
+    ({"freeze": "head"}, "freeze='head'; expected 'all_but_head', how many blocks"),
+    ({"freeze": [".*"]}, "freezes all parameters"),
+    ({"freeze": ["blocks.0.*"]}, "optim.freeze: 'blocks.0.*' matches no whole name"),
+    ({"freeze": ["("]}, r"optim.freeze: '\(' is not a regular expression"),
+  ],
+)
+def test_what_cannot_be_is_one_line(kw, message):
+  with pytest.raises(errors.UserError, match=message) as caught:
+    optim.make(params_of(), total_steps=1, lr=0.1, **kw)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_blocks_has_no_layers():
+  params = {"head": {"kernel": np.zeros((2, 3), np.float32)}}
+  for kw in ({"layer_decay": 0.5}, {"freeze": 1}):
+    with pytest.raises(errors.UserError, match=re.escape("the model has no blocks")):
+      optim.make(params, total_steps=1, lr=0.1, **kw)
