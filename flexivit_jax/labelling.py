@@ -60,6 +60,8 @@ def of_run(
   notes: list[str] = []
   if trained is not None:
     source = _as_trained(source, num_classes, trained, labels)
+  elif init is not None and init.names is None and init.by_text and labels:
+    source = _in_text_order(source)
   data_names = source.class_names
   model = _model(source, num_classes, init, teachers, labels, trained)
   if labels and model.names is not None:

@@ -164,6 +164,9 @@ def test_a_run_from_before_names_were_recorded_goes_on_as_it_ordered_them(tmp_pa
     assert evaluation.source.class_names == by_text
   begun = experiment.build(**settings)
   assert begun.class_names == tuple(numbers)
+  file = write(tmp_path / "old.npz", names=None, classes=11, record={"step": 3})
+  started = experiment.build(**settings, init=dict(checkpoint=str(file)))
+  assert started.class_names == by_text
 
 
 def test_more_logits_than_classes_keep_the_order_of_the_data(tmp_path):
@@ -337,7 +340,7 @@ def test_a_refused_continuation_changes_nothing_and_its_advice_works(tmp_path, c
 @kinds
 def test_flexify_measures_labels_that_are_the_models_classes(tmp_path, names, wrong):
   sources = recipe.divide(draw(tmp_path, names), 3)
-  plan = recipe.Plan({}, sources, 3, (8, 8), (2,), 1, MODEL)
+  plan = recipe.Plan({}, sources, 3, (8, 8), (2,), 1, Classes(MODEL, 3, "the model"))
   labelled, note = recipe.labels_of(plan)
   assert labelled is plan.labelled is (wrong is None)
   assert ("labels" in recipe.evaluation(plan)["pp"]) is labelled

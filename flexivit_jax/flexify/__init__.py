@@ -11,7 +11,16 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexivit_jax import arguments, compilation, errors, opening, sharding, train, weights
+from flexivit_jax import (
+  arguments,
+  class_names,
+  compilation,
+  errors,
+  opening,
+  sharding,
+  train,
+  weights,
+)
 from flexivit_jax.flexify import card, recipe, retention
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
@@ -86,7 +95,7 @@ def flexify(
     sides=(image_size, recipe.native_side(record)),
     seqhw=tuple(seqhw),
     batch_size=batch_size,
-    class_names=teacher.class_names,
+    known=class_names.of_record(record, teacher.model.num_classes, "the model"),
   )
   student = recipe.student_of(teacher.model, buffers)
   if moment:

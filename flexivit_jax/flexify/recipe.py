@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexivit_jax import class_names as naming, data, errors, resize
+from flexivit_jax import class_names, data, errors, resize
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import UNNAMED
 
@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     sides: pixels a side of the student's and the teacher's images.
     seqhw: tokens per side.
     batch_size: of training and evaluation.
-    class_names: of teacher and student, in the order of their logits; None: they have none.
+    known: the classes of teacher and student; None: they are known by number.
   """
 
   teacher: dict[str, Any]
@@ -33,12 +33,12 @@ class Plan(NamedTuple):
   sides: tuple[int, int]
   seqhw: tuple[int, ...]
   batch_size: int
-  class_names: tuple[str, ...] | None = None
+  known: class_names.Classes | None = None
 
   @property
-  def classes(self) -> naming.Classes:
+  def classes(self) -> class_names.Classes:
     """Those of teacher and student."""
-    return naming.Classes(self.class_names, self.num_classes, "the model")
+    return self.known or class_names.Classes(None, self.num_classes, "the model")
 
   @property
   def labelled(self) -> bool:
@@ -64,12 +64,12 @@ def labels_of(plan: Plan) -> tuple[bool, str | None]:
   if plan.sources["test"]["name"] != "folder":
     return False, None
   source, ours = data.make_source(**plan.sources["test"]), plan.classes
-  theirs = naming.Classes(source.class_names, source.num_classes, "the folders")
+  theirs = class_names.Classes(source.class_names, source.num_classes, "the folders")
   if None in (ours.names, theirs.names) and ours.number != theirs.number:
     left_out = f"the model has {ours.number} classes, the folders {theirs.number}"
     return False, f"Top-1 is left out: {left_out}."
   try:
-    return True, naming.match(theirs, ours).note
+    return True, class_names.match(theirs, ours).note
   except errors.UserError as e:
     return False, f"Top-1 is left out. {e}"
 
