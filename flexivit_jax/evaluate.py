@@ -44,7 +44,13 @@ def run(args: argparse.Namespace) -> None:
     print(f"{name}: {evaluation.source.name} {evaluation.source.split}\n{results.table(rows)}")
     title = record.get("name") or args.checkpoint.stem
     about = results.about(
-      title, evaluation.source.name, evaluation.source.split, record.get("step"), params, trained
+      title,
+      evaluation.source.name,
+      evaluation.source.split,
+      record.get("step"),
+      params,
+      trained,
+      experiment.classes_of_tables(evaluation, rows),
     )
     if out := _out(args):
       results.write(results.file_of(out, name, evals), about, rows)

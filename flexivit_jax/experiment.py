@@ -25,6 +25,7 @@ from flexivit_jax import (
   token_budget as token_budgets,
 )
 from flexivit_jax.evaluators import EVALUATORS
+from flexivit_jax.evaluators.classification import table_classes
 from flexivit_jax.models.flexivit import UNNAMED, gmacs, which_depth, which_grid, which_patch
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
@@ -468,6 +469,17 @@ def build_objective(section: Mapping[str, Any], teachers: Mapping[str, Teacher])
   given = {k: v for k, v in section.items() if k not in ("name", "teachers")}
   given |= {"teachers": teachers} if "teachers" in section else {}
   return OBJECTIVES[section.get("name", "supervised")](**given)
+
+
+def classes_of_tables(
+  evaluation: Evaluation, rows: Sequence[Mapping[str, Any]]
+) -> list[str] | None:
+  """The names of the classes of the tables in an evaluation's rows; None: there are none."""
+  if not rows or "confusion" not in rows[0]:
+    return None
+  source, section = evaluation.source, evaluation.section
+  names = table_classes(source.class_names, source.num_classes, section.get("label_map"))
+  return [*names, *map(str, range(len(names), len(rows[0]["confusion"])))]
 
 
 def check_size(model: nn.Module, image_shape: Sequence[int], size: Mapping[str, Any]) -> None:

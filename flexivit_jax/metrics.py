@@ -21,10 +21,11 @@ from flexivit_jax.errors import UserError
 
 
 class Sums(NamedTuple):
-  """Sums over the real (unmasked) examples of each metric, and how many they were."""
+  """Sums over the real (unmasked) examples of each metric, and how many they were; `tables` are counts, integers."""
 
   total: dict[str, Any]
   count: Any
+  tables: dict[str, Any] | None = None
 
 
 def masked_sums(

@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,15 @@ from flexivit_jax import folders, trees
 COLUMNS = ("seqhw", "stride", "depth", "patch", "tokens", "gflops", "ms", "n")
 
 
+# And what is no number, but a table of counts, or belongs to one.
+TABLES = ("confusion", "unlabelled")
+
 _FIRST = ("top1", "top5", "agree1", "agree5", "loss")  # the one that tells most in front
 
 
 def metrics_of(row: dict[str, Any]) -> list[str]:
   """The names of the evaluator's metrics in a row, the headline first."""
-  found = [name for name in row if name not in COLUMNS]
+  found = [name for name in row if name not in (*COLUMNS, *TABLES)]
   return sorted(found, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
 
 
@@ -42,9 +46,15 @@ def measure(evaluator: Any, params: Any) -> list[dict[str, Any]]:
 
 
 def about(
-  name: str, dataset: str, split: str, step: int | None, params: Any, trained_seqhw: list | None
+  name: str,
+  dataset: str,
+  split: str,
+  step: int | None,
+  params: Any,
+  trained_seqhw: list | None,
+  classes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-  """Returns what was measured, on what."""
+  """Returns what was measured, on what; `classes` are the names of those of a table "confusion"."""
   return {
     "name": name,
     "dataset": dataset,
@@ -54,6 +64,7 @@ def about(
     "trained_seqhw": trained_seqhw,
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
+    "classes": None if classes is None else list(classes),
   }
 
 
@@ -61,7 +72,13 @@ def write(path: pathlib.Path, described: dict[str, Any], rows: list[dict[str, An
   """Writes the file at once or not at all; on the first process only."""
   if jax.process_index() == 0:
     known = {k: v for k, v in described.items() if v is not None}
-    folders.write(path, json.dumps({**known, "rows": rows}, indent=1, allow_nan=False) + "\n")
+    text = json.dumps({**known, "rows": rows}, indent=1, allow_nan=False)
+    if any("confusion" in row for row in rows):
+      text = _INTEGERS.sub(lambda found: f"[{', '.join(re.findall(r'[0-9]+', found[0]))}]", text)
+    folders.write(path, text + "\n")
+
+
+_INTEGERS = re.compile(r"\[\s*\d+(,\s*\d+)*\s*\]")  # a list of them: one line, not one each
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -85,7 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
   )
 
 
-_HEADINGS = {"gflops": "GFLOPs", "top1": "top-1", "top5": "top-5"}
+_HEADINGS = {"gflops": "GFLOPs", "top1": "top-1", "top5": "top-5", "top1_macro": "macro"}
 
 
 def _heading(name: str) -> str:

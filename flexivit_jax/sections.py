@@ -85,6 +85,10 @@ def check_evaluation(where: str, section: Any) -> None:
   config.check_known(
     where, section, *every, given=given, optional=("data", "train_data", *optional)
   )
+  if section.get("type") in ("confusion", "confusion_matrix", "per_class"):
+    raise errors.UserError(
+      f"{where}.type is {section['type']!r}; a confusion matrix is per_class=True of the type 'classification'."
+    )
   evaluator = _named(where, section, EVALUATORS, "classification", "type")
   functions, needed = [data.eval_batches, evaluator], {"data": Mapping}
   if "train_batches" in inspect.signature(evaluator).parameters:

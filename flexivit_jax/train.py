@@ -531,8 +531,9 @@ def _final_evaluation(
     source, rows = exp.evaluations[name].source, results.measure(evaluator, state.params)
     _see(run, name, rows, state, schedule, final=True)
     _note_rows(name, int(state.step), rows, writer)
+    classes = experiment.classes_of_tables(exp.evaluations[name], rows)
     about = results.about(
-      exp.name, source.name, source.split, int(state.step), state.params, trained
+      exp.name, source.name, source.split, int(state.step), state.params, trained, classes
     )
     results.write(results.file_of(workdir / "eval.json", name, evaluators), about, rows)
 

@@ -8,9 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from flexivit_jax import errors, label_maps, losses, metrics
 from flexivit_jax.evaluators.per_size import PerSize, Size, sizes_of
+
+MAX_CLASSES = 1000  # of `per_class`
 
 
 def eval_step(
@@ -21,16 +24,35 @@ def eval_step(
   loss: str,
   label_map: label_maps.LabelMap | None,
   skip_unlabelled: bool,
+  per_class: bool,
   **size: Any,
 ) -> metrics.Sums:
-  """Masked sums over one batch of top1, top5 and loss at one patch size."""
+  """Masked sums over one batch of top1, top5 and loss at one patch size, and the table "confusion"."""
   logits, _ = model.apply({"params": params}, batch["image"], **size)
   labels, mask = batch["labels"], batch["_mask"]
   if skip_unlabelled:  # Of the data set's labels: that the model lacks a class excuses nothing.
     mask = mask * (labels > 0).any(axis=-1)
   if label_map:
     logits, labels = restricted(label_map, logits, labels)
-  return metrics.masked_sums(scores(logits, labels, loss), mask)
+  sums = metrics.masked_sums(scores(logits, labels, loss), mask)
+  if not per_class:
+    return sums
+  return sums._replace(tables={"confusion": confusion(logits, labels, mask)})
+
+
+def confusion(
+  logits: Float[Array, "n k"], labels: Float[Array, "n k"], mask: Float[Array, "n"]
+) -> Int[Array, "k+1 k"]:
+  """Counts examples by their class and the predicted one; the last row is of those without a label.
+
+  Of several labels the class is the one that was predicted, if it is among them, else the first of the largest.
+  """
+  k = logits.shape[-1]
+  predicted = logits.astype(jnp.float32).argmax(axis=-1)
+  hit = jnp.take_along_axis(labels, predicted[:, None], axis=-1)[:, 0] > 0
+  true = jnp.where(hit, predicted, labels.argmax(axis=-1))
+  true = jnp.where((labels > 0).any(axis=-1), true, k)
+  return jnp.zeros((k + 1, k), jnp.int32).at[true, predicted].add((mask > 0).astype(jnp.int32))
 
 
 def restricted(
@@ -61,6 +83,7 @@ def classification(
   loss: str = "softmax_xent",
   label_map: str | None = None,
   skip_unlabelled: bool = False,
+  per_class: bool = False,
 ) -> PerSize:
   """Evaluates a model on labelled images.
 
@@ -75,12 +98,46 @@ def classification(
     label_map: a name in `label_maps.LABEL_MAPS`; logits and labels are restricted to its classes before anything is
       scored. An image none of whose labels stays is wrong; it adds nothing to a softmax loss.
     skip_unlabelled: leave images without any label out of the means and of "n"; otherwise they are wrong.
+    per_class: count images by their class and the predicted one, and give "top1_macro", the mean over the classes of
+      their top1. Takes 4 * k * k bytes a size for k classes, at most `MAX_CLASSES`.
+
+  Raises:
+    UserError: an unknown name; more classes than `per_class` bears.
   """
   if loss not in losses.LOSSES:
     raise errors.unknown("loss", loss, losses.LOSSES)
   chosen = None if label_map is None else label_maps.label_map(label_map)
+  classes = model.num_classes if chosen is None else len(chosen.columns)
+  if per_class and classes > MAX_CLASSES:
+    raise errors.UserError(
+      f"per_class=True of {classes} classes: a table of {classes} x {classes} numbers at each size; expected at most"
+      f" {MAX_CLASSES} classes. Leave it out, or restrict them with a label_map."
+    )
   fn = functools.partial(
-    eval_step, model=model, loss=loss, label_map=chosen, skip_unlabelled=skip_unlabelled
+    eval_step,
+    model=model,
+    loss=loss,
+    label_map=chosen,
+    skip_unlabelled=skip_unlabelled,
+    per_class=per_class,
   )
   sizes, inputs = sizes_of(seqhw, stride, depth), ("image", "labels")
   return PerSize(fn, model, batches, mesh, sizes=sizes, inputs=inputs, label_map=chosen)
+
+
+def table_classes(
+  names: Sequence[str] | None, num_classes: int, label_map: str | None
+) -> list[str]:
+  """The names of the classes of a table of `per_class`, in its order; numbers where there are no names.
+
+  Args:
+    names: of the data's classes.
+    num_classes: of the data.
+    label_map: as in `classification`.
+  """
+  if label_map is None:
+    return list(names) if names else [str(k) for k in range(num_classes)]
+  chosen = label_maps.label_map(label_map)
+  if names and num_classes in chosen.labels:
+    return [names[k] for k in chosen.labels[num_classes]]
+  return [str(column) for column in chosen.columns]

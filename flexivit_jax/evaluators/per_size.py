@@ -8,6 +8,7 @@ from typing import Any, final
 import flax.linen as nn
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from flexivit_jax import compilation, errors, label_maps, metrics, sharding, stopping
 from flexivit_jax.models import flexivit
@@ -85,12 +86,23 @@ class PerSize:
     )
 
   def run(self, params: Any) -> list[dict[str, Any]]:
-    """Returns for each size {"seqhw", the mean of each metric, "n"}; accuracies are fractions."""
+    """Returns for each size {"seqhw", the mean of each metric, "n"}; accuracies are fractions.
+
+    With tables also what `per_class` makes of "confusion".
+    """
     sums: dict[Key, list] = {key: [] for key in self.sizes}
+    tables: dict[Key, Any] = {}
     for outputs in self.outputs(params, self.batches):
       for key, output in outputs.items():
-        sums[key].append(output)
-    return self.rows(sums)
+        sums[key].append(output._replace(tables=None))
+        if output.tables is not None:  # added at once: each is large
+          both = [output.tables, *([tables[key]] if key in tables else [])]
+          tables[key] = jax.jit(_added, out_shardings=sharding.replicated(self.mesh))(both)
+    rows = self.rows(sums)
+    if not tables:
+      return rows
+    found = (jax.device_get(tables[key])["confusion"] for key in self.sizes)
+    return [row | per_class(counts) for row, counts in zip(rows, found, strict=True)]
 
   def rows(self, sums: Mapping[Key, Sequence[metrics.Sums]]) -> list[dict[str, Any]]:
     """Returns for each size what names it, the means of its metrics over all batches, and "n", how many examples."""
@@ -155,6 +167,24 @@ class PerSize:
       message = f"The evaluation's batches lack {sorted(missing)}, they have {sorted(batch)}"
       raise errors.UserError(f"{message}; mend its pp (onehot, keep).")
     return {k: batch[k] for k in self.inputs}
+
+
+def _added(tables: list[Any]) -> Any:
+  return jax.tree.map(lambda *counts: sum(counts), *tables)
+
+
+def per_class(counts: Int[np.ndarray, "rows k"]) -> dict[str, Any]:
+  """What a row says of a table of `classification.confusion`.
+
+  "confusion" are its counts; "top1_macro" is the mean of the accuracies of the classes that have examples, also called
+  balanced accuracy; "unlabelled" are the examples without a label, if there are any: they are of no class.
+  """
+  table, rest = counts[:-1], int(counts[-1].sum())
+  n = table.sum(axis=1)
+  accuracies = table.diagonal()[n > 0] / n[n > 0]
+  found = {"top1_macro": float(accuracies.mean()) if accuracies.size else 0.0}
+  found |= {"unlabelled": rest} if rest else {}
+  return {**found, "confusion": table.tolist()}
 
 
 def check_classes(labels: int, expected: int, label_map: label_maps.LabelMap | None) -> None:

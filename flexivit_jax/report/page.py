@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from string import Template
 
-from flexivit_jax.report import pareto, plots, tables
+from flexivit_jax.report import classes, pareto, plots, tables
 from flexivit_jax.report.runs import Run, is_trained
 
 _VARIABLES = {
@@ -45,6 +45,7 @@ def render(
     compared=_compared(runs),
     dominated=_dominated(runs),
     facts=_facts(runs, command),
+    classes=classes.section(runs),
   )
 
 

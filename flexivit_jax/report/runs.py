@@ -6,11 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 from flexivit_jax import ledger
 from flexivit_jax.errors import UserError
 
+Key = tuple[Any, Any, int | None]
 Size = int | str  # tokens or pixels of a side; "HxW" where the sides differ
 FACTS = ("dataset", "split", "step", "params", "device", "jax", "command")
 
@@ -31,15 +36,26 @@ class Row(NamedTuple):
   n: int
   top5: float | None
   depth: int | None
+  top1_macro: float | None = None
 
 
 class Run(NamedTuple):
-  """One curve; `trained` holds the grids `(h, w)` it was trained at, None where unknown."""
+  """One curve; `trained` holds the grids `(h, w)` it was trained at, None where unknown.
+
+  `confusions` are the counts of class and predicted class of rows that have them, by `key_of`; `classes` their names.
+  """
 
   name: str
   rows: tuple[Row, ...]
   trained: frozenset[tuple[int, int]] | None
   facts: dict[str, str]
+  classes: tuple[str, ...] = ()
+  confusions: Mapping[Key, Int[np.ndarray, "k k"]] = MappingProxyType({})
+
+
+def key_of(row: Row) -> Key:
+  """What tells a row from others of its run."""
+  return row.patch, row.seqhw, row.depth
 
 
 def sides(size: object) -> tuple[int, int]:
@@ -115,9 +131,7 @@ def read(path: Path) -> Run:
   if not items:
     raise _bad(file, "rows", items, "one row a patch size at least; run `flexivit eval` again")
   rows = sorted((_row(item, f"rows[{i}]", file) for i, item in enumerate(items)), key=_row_order)
-  again = [
-    k for k, count in Counter((r.patch, r.seqhw, r.depth) for r in rows).items() if count > 1
-  ]
+  again = [k for k, count in Counter(map(key_of, rows)).items() if count > 1]
   if again:
     patch, seqhw, depth = again[0]
     only = "" if depth is None else f" and depth {depth}"
@@ -125,13 +139,14 @@ def read(path: Path) -> Run:
   facts = {key: str(data[key]) for key in FACTS if data.get(key) is not None}
   if spent := ledger.shares(file.parent / "ledger.json"):
     facts["time"] = ledger.text(spent)
-  return Run(name, tuple(rows), _trained(data, file), facts)
+  classes, confusions = tables_of(data, file)
+  return Run(name, tuple(rows), _trained(data, file), facts, classes, confusions)
 
 
 def to_json(run: Run) -> dict[str, Any]:
-  """Returns `{"name", "rows"}`; "top5" and "depth" only where they were given."""
+  """Returns `{"name", "rows"}`; "top5", "depth" and "top1_macro" only where they were given."""
   rows = [row._asdict() for row in run.rows]
-  optional = ("top5", "depth")
+  optional = ("top5", "depth", "top1_macro")
   return {
     "name": run.name,
     "rows": [{k: v for k, v in row.items() if k not in optional or v is not None} for row in rows],
@@ -169,7 +184,43 @@ def _row(item: Any, where: str, file: Path) -> Row:
     n=_count(item, "n", file, at),
     top5=None if item.get("top5") is None else _number(item, "top5", file, at, high=1.0),
     depth=None if item.get("depth") is None else _count(item, "depth", file, at),
+    top1_macro=None
+    if item.get("top1_macro") is None
+    else _number(item, "top1_macro", file, at, high=1.0),
   )
+
+
+def tables_of(
+  data: Mapping[str, Any], file: Path
+) -> tuple[tuple[str, ...], dict[Key, Int[np.ndarray, "k k"]]]:
+  """Returns the names of the classes and the tables "confusion" of the rows that have one.
+
+  Raises:
+    UserError: a table that is no square of counts, whose counts are not those of the row, or of other classes.
+  """
+  found: dict[Key, np.ndarray] = {}
+  for i, item in enumerate(data["rows"]):
+    if item.get("confusion") is None:
+      continue
+    at, row = f"rows[{i}].", _row(item, f"rows[{i}]", file)
+    counts = np.array(_get(item, "confusion", list, file, at), object)
+    square = counts.ndim == 2 and counts.shape[0] == counts.shape[1]
+    if not square or not all(type(n) is int and n >= 0 for n in counts.flat):
+      raise _bad(file, f"{at}confusion", "no table", "k lists of k counts")
+    counts = counts.astype(np.int64)
+    rest = item.get("unlabelled", 0)
+    if counts.sum() + rest != row.n:
+      raise _bad(file, f"{at}confusion", f"a table of {counts.sum()}", f"counts of {row.n} images")
+    found[key_of(row)] = counts
+  sizes = {len(counts) for counts in found.values()}
+  if not sizes:
+    return (), {}
+  k = max(sizes)
+  classes = data.get("classes") or [str(number) for number in range(k)]
+  named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+  if sizes != {k} or not named or len(classes) != k:
+    raise _bad(file, "classes", f"of {sorted(sizes)} rows", "one name for each row of each table")
+  return tuple(classes), found
 
 
 def _row_order(row: Row) -> tuple[tuple[int, int], tuple[int, int]]:

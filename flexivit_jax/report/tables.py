@@ -161,6 +161,7 @@ _COLUMNS = (
   _Column("top-1", "%", lambda r: f"{100 * r.top1:.1f}", lambda r: r.top1, max),
   _Column("95 % interval", "%", _interval, lambda r: None),
   _Column("top-5", "%", lambda r: _percent(r.top5), lambda r: r.top5, max),
+  _Column("macro", "%", lambda r: _percent(r.top1_macro), lambda r: r.top1_macro, max),
   _Column("loss", "nats", lambda r: f"{r.loss:.3f}", lambda r: r.loss, min),
   _Column("tokens", "", lambda r: f"{r.tokens}", lambda r: float(r.tokens), min),
   _Column("cost", "GFLOPs", lambda r: _digits(r.gflops), lambda r: r.gflops, min, "gflops"),
@@ -172,8 +173,9 @@ _COLUMNS = (
 def full(runs: Sequence[Run]) -> str:
   """Returns the HTML table of all rows and columns: best of a column bold, costs of dominated points marked."""
   rows = [row for run in runs for row in run.rows]
-  no_top5 = all(row.top5 is None for row in rows)
-  columns = [c for c in _COLUMNS if not (no_top5 and c.head == "top-5")]
+  optional = {"top-5": [row.top5 for row in rows], "macro": [row.top1_macro for row in rows]}
+  absent = {head for head, values in optional.items() if all(v is None for v in values)}
+  columns = [c for c in _COLUMNS if c.head not in absent]
   best = [_best(column, rows) for column in columns]
   beaten = {cost: pareto.dominated(runs, cost) for cost in pareto.COSTS}
   head = "".join(f'<th scope="col">{c.head}<small>{c.unit}</small></th>' for c in columns)
