@@ -211,12 +211,37 @@ def _eval(p: argparse.ArgumentParser) -> None:
 
 
 def _predict(p: argparse.ArgumentParser) -> None:
-  p.add_argument("image", nargs="+", type=pathlib.Path, help="image files")
+  _images(p)
+  p.add_argument(
+    "--out", type=pathlib.Path, help="a .csv or .jsonl file to write the answers to, not to stdout"
+  )
+  p.add_argument("--json", action="store_true", help="print a line of JSON for each answer")
+  p.add_argument("--top_k", type=int, default=5, help="most likely classes (default 5)")
+  p.add_argument("--time", action="store_true", help="measure milliseconds an image")
+  _reading(p)
+
+
+def _images(p: argparse.ArgumentParser) -> None:
+  """Of a model over image files."""
+  p.add_argument(
+    "image", nargs="+", help="image files, folders, and patterns in quotes, e.g. 'photos/**/*.jpg'"
+  )
   _checkpoint(p)
   p.add_argument(
-    "--seqhw", required=True, type=int, help="tokens per side: more is finer and slower"
+    "--seqhw",
+    help="tokens per side, e.g. 8, or 5,8,4x6 for several; 'all': those that a run was trained at",
   )
-  p.add_argument("--image_size", type=int, help="pixels a side, for an .npz (default 240)")
+  p.add_argument(
+    "--image_size", type=int, help="pixels a side, for weights of no run (default 240)"
+  )
+  p.add_argument("--batch_size", type=int, help="images at a time (default: 4 on CPUs, else 32)")
+  p.add_argument(
+    "--on_error",
+    choices=("raise", "skip"),
+    default="raise",
+    help="files that cannot be read are named and the others answered; then exit code 2, or 0 with skip",
+  )
+  p.add_argument("--overwrite", action="store_true", help="replace the file of --out")
 
 
 def _report(p: argparse.ArgumentParser) -> None:
@@ -348,3 +373,19 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     raise errors.UserError("--flexify: expected PATCH,GRID, two whole numbers, e.g. 32,7.")
   patch, grid = (int(n) for n in args.flexify)
   return given | {"flexify": ((patch, patch), (grid, grid))}
+
+
+def parse_sizes(text: str) -> tuple[Any, ...]:
+  """Parses "5,8,4x6" as (5, 8, (4, 6)).
+
+  Raises:
+    UserError: if a part is neither a positive integer nor a pair of them.
+  """
+  return tuple(_size(part) for part in text.split(","))
+
+
+def _size(part: str) -> int | tuple[int, int]:
+  numbers = part.split("x")
+  if len(numbers) > 2 or not all(n.isascii() and n.isdigit() and int(n) for n in numbers):
+    raise errors.UserError(f"--seqhw: {part!r} is no size; expected 'all', or e.g. 5,8,15 or 4x6.")
+  return int(part) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))

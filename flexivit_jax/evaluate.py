@@ -3,9 +3,9 @@
 import argparse
 import pathlib
 import sys
-from typing import Any
 
 from flexivit_jax import (
+  arguments,
   class_names,
   compilation,
   config,
@@ -16,6 +16,8 @@ from flexivit_jax import (
   sharding,
   weights,
 )
+
+parse_sizes = arguments.parse_sizes
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,22 +56,6 @@ def run(args: argparse.Namespace) -> None:
     )
     if out := _out(args):
       results.write(results.file_of(out, name, evals), about, rows)
-
-
-def parse_sizes(text: str) -> tuple[Any, ...]:
-  """Parses "5,8,4x6" as (5, 8, (4, 6)).
-
-  Raises:
-    UserError: if a part is neither a positive integer nor a pair of them.
-  """
-  return tuple(_size(part) for part in text.split(","))
-
-
-def _size(part: str) -> int | tuple[int, int]:
-  numbers = part.split("x")
-  if len(numbers) > 2 or not all(n.isdigit() and int(n) for n in numbers):
-    raise errors.UserError(f"--seqhw: {part!r} is no size; expected 'all', or e.g. 5,8,15 or 4x6.")
-  return int(part) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
 
 
 def _out(args: argparse.Namespace) -> pathlib.Path | None:

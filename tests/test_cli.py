@@ -126,10 +126,10 @@ def test_eval_at_sizes_that_were_never_trained(run, tmp_path):
   assert [(r["seqhw"], r["patch"], r["tokens"]) for r in rows] == [(12, 2, 144), ("4x6", "6x4", 24)]
 
 
-def test_predict_prints_five_classes_and_the_time(run, tmp_path, capsys):
+def test_predict_prints_five_classes_and_the_time_when_asked(run, tmp_path, capsys):
   image = tmp_path / "digit.png"
   Image.fromarray(np.full((8, 8), 200, np.uint8)).save(image)
-  assert cli.main(["predict", str(image), f"--checkpoint={run}", "--seqhw=8"]) == 0
+  assert cli.main(["predict", str(image), f"--checkpoint={run}", "--seqhw=8", "--time"]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith(str(image)) and " ms)" in lines[0]
   assert len(lines) == 6 and all("%" in line for line in lines[1:])

@@ -1,0 +1,287 @@
+"""A model over many image files, in batches of one shape: what `predict` and `embed` share."""
+
+import collections
+import contextlib
+import functools
+import os
+import stat
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, UInt8
+from PIL import Image
+
+from flexivit_jax import arguments, data, errors, weights
+from flexivit_jax.data.inputs import Input
+from flexivit_jax.evaluators import per_size
+from flexivit_jax.models import FlexiViT, flexivit
+
+Size = int | tuple[int, int]
+Prepare = Callable[[str], np.ndarray]
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+class Loaded(NamedTuple):
+  """A model that is ready for image files.
+
+  Attributes:
+    model, params, record: see `weights.load_with_record`.
+    name: what the user called it.
+    prepare: path -> what the model takes of one image, [h, w, c].
+  """
+
+  model: FlexiViT
+  params: Any
+  record: dict[str, Any]
+  name: str
+  prepare: Prepare
+
+
+class Outcome(NamedTuple):
+  """What became of one file: the model's outputs at each size, or why there are none."""
+
+  file: str
+  outputs: tuple[np.ndarray, ...] = ()
+  error: str | None = None
+  ms: tuple[float, ...] = ()
+
+
+def load(
+  checkpoint: str | os.PathLike[str], image_size: int | None = None, **loading: Any
+) -> Loaded:
+  """Loads a model and finds out how its images are prepared.
+
+  Args:
+    checkpoint: what `weights.load` takes.
+    image_size: pixels a side for weights that do not say; default that of a fixed model, or 240 as in the paper.
+    **loading: see `weights.load`.
+
+  Raises:
+    UserError: it cannot be loaded; `image_size` where it is known already; a model of other than 1 or 3 channels.
+  """
+  model, params, record = weights.load_with_record(checkpoint, **loading)
+  channels = params["embedding"]["kernel"].shape[2]
+  if channels not in (1, 3):
+    raise errors.UserError(
+      f"{checkpoint} takes images of {channels} channels; image files have 3, or 1 where they are grey."
+      " Call the model in Python (weights.load) on arrays of your own."
+    )
+  prepare = preparer(weights.preparation(record, image_size), channels)
+  return Loaded(model, params, record, str(checkpoint), prepare)
+
+
+def sizes_of(text: str | None, loaded: Loaded) -> tuple[Size, ...]:
+  """Returns the sizes that --seqhw names; "all" are those that the model was trained at.
+
+  Raises:
+    UserError: it names none, or "all" of a model that does not say.
+  """
+  trained = loaded.record.get("trained", {}).get("seqhw") or ()
+  known = tuple(tuple(s) if isinstance(s, list) else s for s in trained)
+  shown = ",".join(str(per_size.size_text(size)) for size in known)
+  if text is None:
+    of = f"{loaded.name} was trained at {shown}" if known else "e.g. --seqhw=8"
+    raise errors.UserError(f"Give --seqhw, the tokens per side: more is finer and slower; {of}.")
+  if text != "all":
+    return tuple(dict.fromkeys(arguments.parse_sizes(text)))
+  if not known:
+    raise errors.UserError(
+      f"--seqhw=all: {loaded.name} does not say at which sizes it was trained; give them, e.g. --seqhw=5,8."
+    )
+  return known
+
+
+# --- one image ---
+
+
+def preparer(pp: str, channels: int) -> Prepare:
+  """Returns the function that reads and prepares one file.
+
+  Files are decoded upright, as their EXIF orientation says, unless the string says otherwise, and into grey for a model
+  of one channel (ITU-R 601 luma, as Pillow's "L").
+  """
+  parsed = data.parse(pp)
+  decoders = data.OPS["decode"], data.OPS["decode_inception_crop"]
+  if not any(op.function in decoders for op in parsed.ops):
+    parsed = data.parse(f"decode|{pp}")
+  parsed = parsed.upright()
+  if channels == 1:
+    ops = (
+      op._replace(function=_in_grey) if op.function is decoders[0] else op for op in parsed.ops
+    )
+    parsed = parsed._replace(ops=tuple(ops))
+  return functools.partial(_prepare, parsed, channels)
+
+
+def _in_grey(encoded: bytes, *args: Any, **kwargs: Any) -> UInt8[np.ndarray, "h w 1"]:
+  rgb = data.OPS["decode"](encoded, *args, **kwargs)
+  return np.asarray(Image.fromarray(rgb).convert("L"))[..., None]
+
+
+def _prepare(prepare: data.Preprocess, channels: int, path: str) -> Float32[np.ndarray, "h w c"]:
+  # An evaluation's preprocessing also makes labels; there are none, so it is given class 0.
+  example = prepare({"image": _read(path), "label": 0, "id": path}, np.random.default_rng(0))
+  image = example["image"]
+  if image.ndim != 3 or image.shape[-1] != channels:
+    raise ValueError(f"prepared as {image.shape}; expected {channels} channels")
+  return image
+
+
+def _read(path: str) -> bytes:
+  if not stat.S_ISREG(os.stat(path).st_mode):  # A pipe would be waited for, for ever.
+    raise ValueError("neither a file nor a folder")
+  with open(path, "rb") as file:
+    return file.read()
+
+
+def _try(prepare: Prepare, path: str) -> np.ndarray | str:
+  """Returns the image, or why there is none."""
+  try:
+    return prepare(path)
+  except OSError as e:
+    return e.strerror.lower() if e.strerror else f"not a whole image: {e}"
+  except Exception as e:  # Damaged files raise nearly everything.
+    return str(e) or type(e).__name__
+
+
+# --- many ---
+
+
+class _Batch(NamedTuple):
+  """Files in the order of the inputs; those without an error are the rows of `image`, which is padded with zeros."""
+
+  files: list[Input]
+  rows: list[np.ndarray]
+
+
+def outcomes(
+  loaded: Loaded,
+  fn: Callable[[tuple[Any, dict]], Array],
+  inputs: Iterable[Input],
+  sizes: Sequence[Size],
+  *,
+  batch_size: int | None = None,
+  timed: bool = False,
+) -> Generator[Outcome, None, None]:
+  """Yields what the model makes of each file, in the order of the inputs.
+
+  Every batch has the same shape, the last one padded, and one program runs for all of them, so that an answer does not
+  depend, to the bit, on what else is asked. Only a few batches are in memory.
+
+  Args:
+    loaded: the model.
+    fn: what is wanted of the model's result (logits, intermediates): an array [n, d]; pure.
+    inputs: files; those with an error are passed on.
+    sizes: at each of these.
+    batch_size: images at a time; default 4 on CPUs, 32 elsewhere.
+    timed: measure milliseconds an image at each size, once: the median of five passes, by the images of a batch.
+
+  Raises:
+    UserError: a size that does not divide the images.
+  """
+  n = default_batch_size() if batch_size is None else batch_size
+  if n < 1:
+    raise errors.UserError(f"--batch_size={n}; expected 1 or more.")
+  programs = [_program(loaded.model, fn, size) for size in sizes]
+  times: dict[tuple[int, ...], tuple[float, ...]] = {}  # by the shape of an image
+  with contextlib.closing(_batches(inputs, loaded.prepare, n)) as batches:
+    for batch in batches:
+      shape = batch.rows[0].shape if batch.rows else ()
+      if shape and shape not in times:
+        for size in sizes:
+          flexivit.which_grid(shape[:2], loaded.model.patch_size, **per_size.static(size))
+        images = np.zeros((n, *shape), np.float32)
+        times[shape] = tuple(_ms(p, loaded.params, images) for p in programs) if timed else ()
+      found = _run(loaded.params, programs, batch.rows, n) if shape else ()
+      yield from _by_file(batch.files, found, times.get(shape, ()))
+
+
+def default_batch_size() -> int:
+  """On a CPU four images at a time are as fast as more (docs/predict.md), and padding costs little."""
+  return 4 if jax.default_backend() == "cpu" else 32
+
+
+@functools.lru_cache(maxsize=32)
+def _program(model: FlexiViT, fn: Callable[[tuple[Any, dict]], Array], size: Size) -> Callable:
+  return jax.jit(
+    lambda params, image: fn(model.apply({"params": params}, image, **per_size.static(size)))
+  )
+
+
+def _run(
+  params: Any, programs: Sequence[Callable], rows: Sequence[np.ndarray], n: int
+) -> tuple[np.ndarray, ...]:
+  images = np.zeros((n, *rows[0].shape), np.float32)
+  images[: len(rows)] = rows
+  return tuple(np.asarray(program(params, images)) for program in programs)
+
+
+def _by_file(
+  files: Iterable[Input], found: Sequence[np.ndarray], ms: tuple[float, ...]
+) -> Iterator[Outcome]:
+  row = 0
+  for path, error in files:
+    if error is not None:
+      yield Outcome(path, error=error)
+      continue
+    outputs = tuple(output[row] for output in found)
+    row += 1
+    if all(np.isfinite(output).all() for output in outputs):
+      yield Outcome(path, outputs, ms=ms)
+    else:
+      yield Outcome(path, error="the model's output is not finite; are its weights whole?")
+
+
+def _ms(program: Callable, params: Any, images: np.ndarray) -> float:
+  """Milliseconds an image."""
+  jax.block_until_ready(program(params, images))  # compiles
+  times = []
+  for _ in range(5):
+    begin = time.perf_counter()
+    jax.block_until_ready(program(params, images))
+    times.append(time.perf_counter() - begin)
+  return float(np.median(times)) * 1e3 / len(images)
+
+
+def _batches(inputs: Iterable[Input], prepare: Prepare, n: int) -> Generator[_Batch, None, None]:
+  """Yields batches of up to `n` images of one shape, and what could not be read between them."""
+  batch = _Batch([], [])
+  with contextlib.closing(_prepared(inputs, prepare, 2 * n + _THREADS)) as stream:
+    for path, image in stream:
+      other = isinstance(image, np.ndarray) and batch.rows and image.shape != batch.rows[0].shape
+      if other or len(batch.rows) == n or len(batch.files) >= 4 * n:
+        yield batch
+        batch = _Batch([], [])
+      if isinstance(image, str):
+        batch.files.append(Input(path, image))
+      else:
+        batch.files.append(Input(path))
+        batch.rows.append(image)
+  if batch.files:
+    yield batch
+
+
+def _prepared(
+  inputs: Iterable[Input], prepare: Prepare, ahead: int
+) -> Generator[tuple[str, np.ndarray | str], None, None]:
+  """Yields (path, image or why there is none) in order; threads prepare so many ahead."""
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    waiting: collections.deque[tuple[str, futures.Future]] = collections.deque()
+    try:
+      for path, error in inputs:
+        work = pool.submit(_try, prepare, path) if error is None else pool.submit(str, error)
+        waiting.append((path, work))
+        if len(waiting) > ahead:
+          yield _result(*waiting.popleft())
+      while waiting:
+        yield _result(*waiting.popleft())
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _result(path: str, work: futures.Future) -> tuple[str, np.ndarray | str]:
+  return path, work.result()

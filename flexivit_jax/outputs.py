@@ -1,0 +1,120 @@
+"""What a command makes of many files: written whole or not at all, with those named that it could not read."""
+
+import contextlib
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Collection, Iterator
+from typing import final
+
+from flexivit_jax import errors
+
+
+def shown(name: str) -> str:
+  """A file's name on one line, in letters that every terminal prints."""
+  encoding = sys.stdout.encoding or "utf-8"
+  line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+  return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def note(text: str) -> None:
+  """Prints what a user should know to stderr."""
+  print(f"note: {shown(text)}", file=sys.stderr)
+
+
+def check_new(out: pathlib.Path, suffixes: Collection[str], overwrite: bool) -> None:
+  """Raises a UserError if results cannot go to a file: before anything is computed."""
+  if out.suffix.lower() not in suffixes:
+    raise errors.UserError(f"--out={out}: expected a file that ends in {' or '.join(suffixes)}.")
+  if out.is_dir():
+    raise errors.UserError(f"--out={out} is a folder; expected a file to write.")
+  if os.path.lexists(out) and not overwrite:
+    raise errors.UserError(f"--out={out} exists; give another name, or --overwrite to replace it.")
+  if not out.parent.is_dir():
+    raise errors.UserError(
+      f"--out={out}: there is no folder {out.parent}; make it, or mend the name."
+    )
+  if not os.access(out.parent, os.W_OK | os.X_OK):
+    raise errors.UserError(f"--out={out}: the folder {out.parent} may not be written to.")
+
+
+@contextlib.contextmanager
+def replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a temporary path beside a file, and puts what was written there in its place; nothing after an error."""
+  part = out.with_name(f".{out.name}.{os.getpid()}.part")
+  try:
+    yield part
+    with writing(out):
+      part.replace(out)
+  finally:
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(out: pathlib.Path) -> Iterator[None]:
+  """Turns the system's refusal to write, as on a full disk, into a UserError."""
+  try:
+    yield
+  except OSError as e:
+    raise errors.UserError(f"{out} cannot be written: {e.strerror or e}.") from e
+
+
+@final
+class Tally:
+  """Counts files as they are done, names the bad ones on stderr and shows how far it is.
+
+  Attributes:
+    done, bad: how many.
+  """
+
+  def __init__(self, total: int, progress: bool):
+    """Progress is shown for several files, and only on a terminal."""
+    self.done = self.bad = 0
+    self._last = ""
+    self._total, self._begin, self._drawn = total, time.monotonic(), 0.0
+    self._progress = progress and total > 1 and sys.stderr.isatty()
+
+  def add(self, name: str, error: str | None) -> None:
+    """Counts one file."""
+    self.done += 1
+    if error is not None:
+      self.bad += 1
+      self.clear()
+      self._last = f"{shown(name) or repr(name)}: {shown(error)}"
+      if self._total > 1:
+        print(self._last, file=sys.stderr, flush=True)
+    self._draw()
+
+  def _draw(self) -> None:
+    now = time.monotonic()
+    if self._progress and (now - self._drawn > 0.2 or self.done == self._total):
+      self._drawn = now
+      rate = self.done / max(now - self._begin, 1e-3)
+      print(
+        f"\r{self.done} of {self._total} images, {rate:.3g} a second\x1b[K",
+        end="",
+        file=sys.stderr,
+        flush=True,
+      )
+
+  def clear(self) -> None:
+    """Takes the line of progress away."""
+    if self._progress and self._drawn:
+      print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+  def check_any(self) -> None:
+    """Raises a UserError if no file was good."""
+    self.clear()
+    if self.bad == self.done:
+      all_bad = f"none of the {self.bad} images can be read; each is named above."
+      raise errors.UserError(all_bad if self._total > 1 else self._last)
+
+  def check_all(self, on_error: str) -> None:
+    """Raises a UserError if a file was bad, unless these are to be skipped."""
+    if self.bad and on_error == "raise":
+      raise errors.UserError(
+        f"{self.bad} of {self.done} images cannot be read; each is named above, the others are answered."
+        " With --on_error=skip this is no error."
+      )
