@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
   _train(commands.add_parser("train", help="train from a config file; the same command resumes"))
   _eval(commands.add_parser("eval", help="accuracy and cost of a checkpoint at every patch size"))
   _predict(commands.add_parser("predict", help="classify images at a chosen patch size"))
+  _embed(commands.add_parser("embed", help="features of images at a chosen patch size"))
   _report(
     commands.add_parser("report", help="accuracy against patch size and cost, as HTML and PNG")
   )
@@ -218,6 +219,15 @@ def _predict(p: argparse.ArgumentParser) -> None:
   p.add_argument("--json", action="store_true", help="print a line of JSON for each answer")
   p.add_argument("--top_k", type=int, default=5, help="most likely classes (default 5)")
   p.add_argument("--time", action="store_true", help="measure milliseconds an image")
+  _reading(p)
+
+
+def _embed(p: argparse.ArgumentParser) -> None:
+  _images(p)
+  p.add_argument(
+    "--out", required=True, type=pathlib.Path, help="a .npz or .csv file to write the features to"
+  )
+  p.add_argument("--normalize", action="store_true", help="divide each vector by its length")
   _reading(p)
 
 

@@ -16,6 +16,7 @@ MODULES = {
   "train": "train",
   "eval": "evaluate",
   "predict": "predict",
+  "embed": "embed",
   "report": "report",
   "inspect": "inspection",
   "convert": "convert",

@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  "command", ["", "train", "eval", "predict", "report", "inspect", "convert", "export"]
+  "command", ["", "train", "eval", "predict", "embed", "report", "inspect", "convert", "export"]
 )
 def test_help_answers_at_once(command, tmp_path):
   def call():
