@@ -135,7 +135,7 @@ def known_of(record: Mapping[str, Any], count: int, of: str) -> tuple[Classes, .
 def trained(record: Mapping[str, Any], of: str) -> Trained:
   """What the record of a run's checkpoint says of classes; arguments as of `of_record`."""
   names = record.get("class_names") or ()
-  model = of_record(record, len(names), of)
+  model = of_record(record, len(names), f"the checkpoint in {of}")
   data = record.get("data_classes")
   return Trained(model, data and tuple(data), of, recorded="data_classes" in record)
 
@@ -181,8 +181,8 @@ def check_unchanged(data: Classes, trained: Trained) -> None:
   gone = [f"{name!r} is gone" for name in trained.data if plain(name) not in now]
   added = [f"{name!r} is new" for name in data.names if plain(name) not in then]
   raise errors.UserError(
-    f"The classes of {data.of} are not those that {trained.of} was trained on: {'; '.join(gone + added)}. Give the"
-    " class folders their old names back; or start a new run with another --workdir and"
+    f"The classes of {data.of} are not those that {trained.of} was trained on: {'; '.join(gone + added)}. Make the"
+    " class folders what they were; or start a new run with another --workdir and"
     f" --config.init=\"{{'checkpoint': {trained.of!r}, 'new_head': True}}\"."
   )
 
