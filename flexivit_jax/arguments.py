@@ -209,6 +209,7 @@ def _eval(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--out", type=pathlib.Path, help="file for the results (default: eval.json in the run folder)"
   )
+  _reading(p)
 
 
 def _predict(p: argparse.ArgumentParser) -> None:

@@ -86,6 +86,7 @@ def convert_to(
   """
   save, execute, package = FRAMEWORKS[framework]
   model, params, record = weights.load_with_record(source, **{"dtype": "float32", **given})
+  weights.print_notes(record)
   hw = certificate.image_hw(record, image_size)
   if seqhw is None:
     (ph, pw), (gh, gw) = model.patch_size, model.posemb_size
@@ -141,6 +142,7 @@ def convert(
   """
   given = dict(mean=mean, std=std, flexify=flexify, **fields)
   model, params, record = weights.load_with_record(source, **given)
+  weights.print_notes(record)
   weights.save_npz(out, model, params, record)
   if not verify:
     return []

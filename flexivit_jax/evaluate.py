@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
     raise errors.UserError(
       f"{args.config} has no evals; add evals=dict(test=dict(data=..., pp=..., seqhw=...))."
     )
-  model, params, record = weights.load_with_record(args.checkpoint)
+  model, params, record = weights.load_with_record(args.checkpoint, **arguments.loading(args))
+  weights.print_notes(record)
   of = f"the checkpoint {args.checkpoint}"
   classes = class_names.known_of(record, model.num_classes, of)
   trained = record.get("trained", {}).get("seqhw")

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> None:
   model = model.clone(attention="einsum")  # what runs everywhere, and is not this machine's choice
   if args.to == "onnx" and model.dtype != "float32":
     model, record = _in_float32(model, record)
+  weights.print_notes(record)
   hw = certificate.image_hw(record, args.image_size)
+  record = weights.written_for(record, hw)
   WRITERS[args.to](args.out, model, params, record, image_hw=hw, sizes=args.seqhw, **given)
   if not args.verify:
     print(f"wrote {args.out}, not compared with its source (--no-verify)")

@@ -92,6 +92,7 @@ def load_teacher(
   if checkpoint is not None:
     given = _given(num_heads=num_heads, mean=mean, std=std)
     network, params, record = weights.load_with_record(checkpoint, **given)
+    _print_notes(record)
     names = class_names.of_record(record, network.num_classes, str(checkpoint)).names
     _check_model(network, model or {}, checkpoint)
   elif model is not None:
@@ -147,6 +148,7 @@ def load_init(
   classes: list[Classes] = []
 
   def accept(found: nn.Module, record: dict[str, Any]) -> None:
+    _print_notes(record)
     of = f"init ({checkpoint})"
     if new_head or not found.num_classes:
       return
@@ -164,6 +166,17 @@ _NEW_HEAD = (
   "Give init.new_head=True, by which the head is a new one; or, if they are the same classes in the same order,"
   " init.by_number=True."
 )
+
+
+_printed: set[str] = set()  # of this process: init and teacher may be one file
+
+
+def _print_notes(record: Mapping[str, Any]) -> None:
+  """Prints what a user should know of weights, each note once, from the first process."""
+  notes = [note for note in record.get("notes") or [] if note not in _printed]
+  _printed.update(notes)
+  if jax.process_index() == 0:
+    weights.print_notes({"notes": notes})
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from flexivit_jax.weights.baking import bake
 from flexivit_jax.weights.reading import load, load_into, load_with_record
 from flexivit_jax.weights.registry import PUBLISHED, differences, is_here
-from flexivit_jax.weights.stated import preparation, print_notes
+from flexivit_jax.weights.stated import preparation, print_notes, written_for
 from flexivit_jax.weights.timm_writer import save_timm
 from flexivit_jax.weights.transformers_writer import save_transformers
 from flexivit_jax.weights.writing import save_npz
@@ -21,4 +21,5 @@ __all__ = [
   "save_npz",
   "save_timm",
   "save_transformers",
+  "written_for",
 ]

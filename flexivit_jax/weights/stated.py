@@ -74,6 +74,11 @@ class Stated(NamedTuple):
     }[self.resize]
     return f"{kept} pixels, {_NEXT[self.method]}{crop} ({self.source})"
 
+  def one_crop_pct(self) -> float:
+    """The one number of which timm makes `to` again, by `floor(hw / crop_pct)`."""
+    hw, to, pct = self.hw[0], self.to[0], self.crop_pct[0]
+    return pct if math.floor(hw / pct) == to else hw / (to + 0.5)
+
   @property
   def filter(self) -> str:
     """Pillow's name of the filter, or of the one that is next to it."""

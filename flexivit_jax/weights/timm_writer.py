@@ -16,7 +16,15 @@ import safetensors.numpy
 from flexivit_jax import class_names, errors, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
-from flexivit_jax.weights import baking, folders, reading, sources, timm_folder, timm_layers
+from flexivit_jax.weights import (
+  baking,
+  folders,
+  reading,
+  sources,
+  stated,
+  timm_folder,
+  timm_layers,
+)
 
 WEIGHTS = timm_folder.WEIGHTS[0]
 _POOLS = {"tok": "token", "gap": "avg", "map": "map"}
@@ -65,8 +73,10 @@ def save_timm(
       " PI-resize only; give seqhw for one size."
     )
   arrays = to_timm(model, params)
+  record = stated.written_for(record, _hw(model))
   record = _record(model, record, None if seqhw is None else image_hw)
-  _write(out, arrays, config(model, arrays) | _labels(names), record)
+  described = config(model, arrays, stated.of_record(record)) | _labels(names)
+  _write(out, arrays, described, record)
 
 
 def to_timm(model: FlexiViT, params: dict) -> dict[str, np.ndarray]:
@@ -106,9 +116,17 @@ def _positions(model: FlexiViT, flat: Mapping[str, np.ndarray]) -> dict[str, np.
   return {"pos_embed": grid, "patch_embed.proj.bias": bias}
 
 
-def config(model: FlexiViT, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """The config.json for a model whose kernel and grid are of the size in use."""
-  hw = [patch * cells for patch, cells in zip(model.patch_size, model.posemb_size, strict=True)]
+def _hw(model: FlexiViT) -> Size:
+  """Pixels of the images for which kernel and grid are as they are."""
+  (ph, pw), (gh, gw) = model.patch_size, model.posemb_size
+  return ph * gh, pw * gw
+
+
+def config(
+  model: FlexiViT, arrays: Mapping[str, np.ndarray], images: stated.Stated | None = None
+) -> dict[str, Any]:
+  """The config.json for a model whose kernel and grid are of the size in use; `images`: how they are prepared."""
+  hw = list(_hw(model))
   channels = arrays["patch_embed.proj.weight"].shape[1]
   args = {
     "img_size": hw,
@@ -138,14 +156,25 @@ def config(model: FlexiViT, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     "pretrained_cfg": {
       "input_size": [channels, *hw],
       "fixed_input_size": True,
-      "interpolation": "bilinear",
-      "crop_pct": 0.95,
+      **_prepared(images),
       "mean": [0.5] * channels,
       "std": [0.5] * channels,
       "num_classes": model.num_classes,
       "first_conv": "patch_embed.proj",
       "classifier": "head",
     },
+  }
+
+
+def _prepared(images: stated.Stated | None) -> dict[str, Any]:
+  """What timm resizes and cuts; where nothing is known, what it does for its own FlexiViTs."""
+  if images is None:
+    return {"interpolation": "bilinear", "crop_pct": 0.95}
+  modes = {"squash": "squash", "contain": "border"}
+  return {
+    "interpolation": images.filter,
+    "crop_pct": images.one_crop_pct(),
+    "crop_mode": modes.get(images.resize, "center"),
   }
 
 

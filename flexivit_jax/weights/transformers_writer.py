@@ -14,6 +14,7 @@ from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
 from flexivit_jax.weights import (
   folders,
+  stated,
   transformers_config,
   transformers_folder,
   transformers_images,
@@ -36,9 +37,10 @@ def save_transformers(
 ) -> None:
   """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel` where there is no head.
 
-  It holds config.json, model.safetensors, preprocessor_config.json (images squashed to `image_hw`, pixels in
-  [-1, 1]), flexivit_record.json and the manifest of these files. The folder appears under its name only when it is
-  complete. `ViTModel` is to be loaded with `add_pooling_layer=False`; the output is then `last_hidden_state[:, 0]`.
+  It holds config.json, model.safetensors, preprocessor_config.json (images as the record says, else squashed to
+  `image_hw`; pixels in [-1, 1]), flexivit_record.json and the manifest of these files. The folder appears under its
+  name only when it is complete. `ViTModel` is to be loaded with `add_pooling_layer=False`; the output is then
+  `last_hidden_state[:, 0]`.
 
   Args:
     out: the folder; must not be there.
@@ -58,12 +60,15 @@ def save_transformers(
   channels = flat["embedding/kernel"].shape[2]
   known = class_names.of_record(record, model.num_classes, f"what is to be written to {out}")
   config = _config(fixed, channels, image_hw, known.names)
+  record = stated.written_for(record, image_hw)
   _write(
     out,
     {
       transformers_folder.CONFIG: _json(config),
       transformers_folder.WEIGHTS: weights,
-      transformers_images.PREPROCESSOR: _json(_preprocessor(image_hw, channels)),
+      transformers_images.PREPROCESSOR: _json(
+        _preprocessor(image_hw, channels) | _resize(stated.of_record(record))
+      ),
       folders.RECORD: _json(_record(record, fixed, image_hw)),
     },
   )
@@ -174,6 +179,27 @@ def _preprocessor(hw: Size, channels: int) -> dict[str, Any]:
     "image_mean": [0.5] * channels,
     "image_std": [0.5] * channels,
   }
+
+
+def _resize(images: stated.Stated | None) -> dict[str, Any]:
+  """What is to be resized and cut, by the class of transformers that can do it; nothing where nothing is known."""
+  if images is None:
+    return {}
+  if images.resize == "contain":
+    note = (
+      "transformers cannot put borders around an image, as the source does: images are squashed."
+    )
+    stated.print_notes({"notes": [note]})
+  known = {"resample": stated.FILTERS.index(images.filter)}
+  (h, w), (crop_h, crop_w) = images.to, images.hw
+  if images.resize == "contain" or (images.resize == "squash" and images.to == images.hw):
+    return known
+  crop = {"do_center_crop": True, "crop_size": {"height": crop_h, "width": crop_w}}
+  if images.resize == "squash":
+    kind, size = "DeiTImageProcessor", {"height": h, "width": w}
+  else:
+    kind, size = "CLIPImageProcessor", {"shortest_edge": h}
+  return known | crop | {"image_processor_type": kind, "size": size}
 
 
 def _record(record: dict[str, Any], model: FlexiViT, hw: Size) -> dict[str, Any]:

@@ -199,6 +199,6 @@ def test_weights_that_were_changed_are_an_error_until_the_folder_is_timms(tmp_pa
   make_foreign(tmp_path / "out")
   got, back, again = weights.load_with_record(tmp_path / "out")
   assert any("No checksums" in note for note in again["notes"])
-  assert "class_names" not in again and got.kernel_operator == "cubic_antialias"
+  assert again["class_names"] == [*"abcde"] and got.kernel_operator == "cubic_antialias"
   bias = trees.flatten(back)["Transformer/encoder_norm/bias"]
   np.testing.assert_array_equal(bias, params["Transformer"]["encoder_norm"]["bias"] + 1)
