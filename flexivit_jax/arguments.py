@@ -322,7 +322,7 @@ def _flexify(p: argparse.ArgumentParser) -> None:
     "--data",
     required=True,
     type=pathlib.Path,
-    help="folder of images, or one with train/CLASS/ and val/CLASS/",
+    help="folder of images, or one with train/ and val/, with folders of classes or without",
   )
   p.add_argument("--out", required=True, type=pathlib.Path, help="folder to write to, or go on in")
   p.add_argument("--epochs", type=float, help="passes over the images (default 10; 0: only resize)")
@@ -336,6 +336,11 @@ def _flexify(p: argparse.ArgumentParser) -> None:
     type=_whole_numbers,
     metavar="PATCH,GRID",
     help="sides of the stored kernel and grid (default: the model's own)",
+  )
+  p.add_argument(
+    "--on_error",
+    choices=("raise", "skip"),
+    help="what a damaged image does: raise (default) ends it, skip leaves the image out",
   )
   p.add_argument(
     "--moment", action="store_true", help="resize the kernel for patches like those of the images"

@@ -238,7 +238,8 @@ def build(
   with naming("objective"):
     objective = _weighted(objective, source, network.num_classes)
     goal = build_objective(objective, teachers)
-  shapes = example_shapes(source, input["pp"], _inputs(goal), network.num_classes)
+  skip = input.get("on_error", "raise")
+  shapes = example_shapes(source, input["pp"], _inputs(goal), network.num_classes, skip)
   image_shape = shapes["image"]
   check_teachers(teachers, shapes, network.num_classes)
   batches_of, update_scale = _budget(token_budget, flexi, network, image_shape, bool(teachers))
@@ -643,11 +644,12 @@ def _arguments(section: Mapping[str, Any], function: Callable[..., Any]) -> dict
 
 
 def example_shapes(
-  source: data.Source, pp: str, inputs: Sequence[str], num_classes: int
+  source: data.Source, pp: str, inputs: Sequence[str], num_classes: int, on_error: str = "raise"
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of what the preprocessing makes of the first example; labels have to fit the model."""
   with naming("input"):
-    example = next(iter(data.eval_batches(source, pp, batch_size=1, threads=0)))
+    first = data.eval_batches(source, pp, batch_size=1, threads=0, on_error=on_error)
+    example = next(iter(first))
   for name in inputs:
     if name == "labels":
       continue

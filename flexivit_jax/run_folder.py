@@ -18,7 +18,16 @@ from flexivit_jax import errors, folders
 IDENTITY = (
   "model", "input", "flexi", "objective", "optim", "seed", "init", "init_head_bias", "token_budget", "skip_above",
 )  # fmt: skip
-FREE = ("input.threads", "input.workers", "input.prefetch", "input.keep_mb", "input.data.data_dir")
+FREE = (
+  "input.threads",
+  "input.workers",
+  "input.prefetch",
+  "input.keep_mb",
+  "input.on_error",  # A run that goes on has met none of the images that it says what to do with.
+  "input.max_errors",
+  "input.data.data_dir",
+  "input.data.allow_empty",
+)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,13 @@ from flexivit_jax.data.preprocess import OPS, Preprocess, parse
 from flexivit_jax.data.renumbering import renumber
 from flexivit_jax.data.shots import few_shots, subset
 from flexivit_jax.data.sources import SOURCES, Source, is_prepared, make_source
+from flexivit_jax.data.sources.folder import has_classes
+from flexivit_jax.data.stream import BadExampleError
 
 __all__ = [
   "OPS",
   "SOURCES",
+  "BadExampleError",
   "EvalBatches",
   "Preprocess",
   "Source",
@@ -20,6 +23,7 @@ __all__ = [
   "class_sizes",
   "eval_batches",
   "few_shots",
+  "has_classes",
   "is_prepared",
   "make_source",
   "parse",

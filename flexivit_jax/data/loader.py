@@ -198,7 +198,7 @@ class TrainBatches:
     """Stops threads and workers; the next batch would start them again."""
     if self._batches is not None:
       self._stop()
-      self._noticed.say_totals()
+      self._noticed.say_totals(self.errors)
     self._batches = None
 
   def __enter__(self) -> "TrainBatches":
@@ -244,7 +244,7 @@ class EvalBatches:
     finally:
       atexit.unregister(batches.close)
       batches.close()
-      self._noticed.say_totals()
+      self._noticed.say_totals(self.errors)
 
 
 def _options(threads: int, workers: int, prefetch: int, keep_mb: int) -> Options:
@@ -350,13 +350,18 @@ class _Noticed:
         _warn(f"{self._name()}: {text}. The first: {first!r}.")
       self._examples.setdefault(text, set()).update(indices)
 
-  def say_totals(self) -> None:
+  def say_totals(self, errors: Bad) -> None:
+    if errors:
+      _warn(
+        f"{self._name()}: left out {len(errors):,} of {len(self._source):,} images, which cannot be read or prepared."
+      )
     for text, indices in self._examples.items():
       if len(indices) > 1:
         _warn(f"{self._name()}: {len(indices):,} of {len(self._source):,} images: {text}.")
 
   def _name(self) -> str:
-    return f"{self._source.name} {self._source.split!r}"
+    place = f" in {self._source.where}" if self._source.where else ""
+    return f"{self._source.name} {self._source.split!r}{place}"
 
 
 @functools.cache

@@ -22,6 +22,16 @@ Bad = dict[int, str]  # Example index -> what was wrong with it.
 Odd = dict[str, list[int]]  # What was noticed -> example indices; they are used all the same.
 
 
+class BadExampleError(UserError):
+  """An example that cannot be read or prepared.
+
+  Attributes:
+    fact: what is wrong, without what to do about it.
+  """
+
+  fact: str
+
+
 class Plan(NamedTuple):
   """What one process does for each batch; all that a worker needs to make any chunk of any batch.
 
@@ -137,7 +147,7 @@ def _prepare(
     except Exception as error:
       message = _describe(plan.source, index, record, error)
       if plan.on_error == "raise":
-        raise UserError(f"{message}. Repair it, or set on_error='skip'.") from error
+        raise _stop(message) from error
       bad[index] = message
     if plan.seed is None or len(bad) > plan.max_errors:
       break  # Evaluation replaces nothing; over the limit `make_chunk` raises.
@@ -187,12 +197,23 @@ def _size(value: Any) -> int:
 
 
 def _describe(source: Source, index: int, record: dict[str, Any] | None, error: Exception) -> str:
-  key = f" (id {record['id']!r})" if record else ""
+  place = f" in {source.where}" if source.where else ""
+  key = f" (id {record['id']!r}{place})" if record else ""
   notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
   return (
     f"Bad example {index}{key} of data set {source.name!r} split {source.split!r}: "
     f"{type(error).__name__}: {error}{notes}"
   )
+
+
+def _stop(fact: str) -> BadExampleError:
+  """What ends a run for a bad example."""
+  error = BadExampleError(
+    f"{fact}. Repair it, or leave out what is damaged: on_error='skip' in the section with its data"
+    " (--config.input.on_error=skip, --config.evals.NAME.on_error=skip)."
+  )
+  error.fact = fact
+  return error
 
 
 def _stack(plan: Plan, pairs: Sequence[tuple[int, dict[str, Any] | None]]) -> Batch:

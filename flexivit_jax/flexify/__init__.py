@@ -6,22 +6,25 @@ trained towards those of the original at its native size, on the same crops: the
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flexivit_jax import (
   arguments,
   class_names,
   compilation,
+  data,
   errors,
   opening,
+  preparation,
   sharding,
   train,
   weights,
 )
-from flexivit_jax.flexify import card, recipe, retention
+from flexivit_jax.flexify import card, layout, recipe, retention
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
 
@@ -29,13 +32,35 @@ SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
 def run(args: argparse.Namespace) -> None:
   """Flexifies args.init and prints what is left of it at each size."""
   compilation.keep_programs()
-  names = ("epochs", "image_size", "seqhw", "batch_size", "lr", "seed", "buffers", "moment")
+  names = (
+    "epochs",
+    "image_size",
+    "seqhw",
+    "batch_size",
+    "lr",
+    "seed",
+    "buffers",
+    "moment",
+    "on_error",
+  )
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   kept = flexify(args.init, args.data, args.out, loading=arguments.loading(args), **given)
   print(retention.table(kept))
   print(f"wrote {args.out / 'model.npz'}, retention.json and README.md, the model card")
 
 
+@contextlib.contextmanager
+def _advice() -> Iterator[None]:
+  """Says of a damaged image by which option of this command it is left out."""
+  try:
+    yield
+  except data.BadExampleError as e:
+    raise errors.UserError(
+      f"{e.fact}. Repair it, or give --on_error=skip to leave out what is damaged."
+    ) from e
+
+
+@_advice()
 def flexify(
   init: pathlib.Path,
   images: pathlib.Path,
@@ -49,14 +74,14 @@ def flexify(
   seed: int = 0,
   buffers: tuple[int, ...] | None = None,
   moment: bool = False,
+  on_error: str = "raise",
   loading: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Writes OUT/model.npz, OUT/retention.json, OUT/README.md (the model card) and OUT/run.
 
   Args:
     init: what `weights.load` takes; a classifier.
-    images: any folder of images, of which a tenth is held out; or one with train/CLASS/ and perhaps val/CLASS/. Labels
-      measure, they never train.
+    images: any folder of images; which are held out, `layout.divide` says. Labels measure, they never train.
     out: a folder; the same command continues a run that was stopped.
     epochs: passes over the training images; 0 resizes and measures, and trains nothing.
     image_size: pixels a side of the student's images; the teacher's have its own.
@@ -66,6 +91,7 @@ def flexify(
       stays what it was at its native size.
     moment: resize the kernel for patches like those of the training images, not for white noise; see
       `resize.second_moment`. Matters where it shrinks.
+    on_error: what a damaged image does: "raise", or "skip" to leave it out.
     loading: further arguments of `weights.load`.
 
   Returns:
@@ -88,19 +114,23 @@ def flexify(
       f"{init} has no classes: its logits are what is taught; give a classifier."
     )
   _, _, record = weights.load_with_record(init, **loading)
+  divided = layout.divide(images, batch_size if epochs else None)
+  for line in divided.notes:
+    preparation.note(line)
   plan = recipe.Plan(
     teacher=dict(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading),
-    sources=recipe.divide(images, teacher.model.num_classes),
+    sources=divided.sources,
     num_classes=teacher.model.num_classes,
     sides=(image_size, recipe.native_side(record)),
     seqhw=tuple(seqhw),
     batch_size=batch_size,
     known=class_names.of_record(record, teacher.model.num_classes, "the model"),
+    on_error=on_error,
   )
   student = recipe.student_of(teacher.model, buffers)
   if moment:
     length = max(student.patch_size)
-    measured = recipe.moment_of(plan.sources["train"], image_size, length)
+    measured = recipe.moment_of(plan.sources["train"], image_size, length, on_error)
     student = student.clone(kernel_moment=measured)
   params = opening.load_init(student, checkpoint=str(init), **loading).params
   mesh = sharding.make_mesh()

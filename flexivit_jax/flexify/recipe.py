@@ -1,6 +1,5 @@
 """What `flexivit flexify` trains and measures: data, sizes and their probabilities, the config of the run."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ class Plan(NamedTuple):
     seqhw: tokens per side.
     batch_size: of training and evaluation.
     known: the classes of teacher and student; None: they are known by number.
+    on_error: what a damaged image does, "raise" or "skip".
   """
 
   teacher: dict[str, Any]
@@ -34,6 +34,12 @@ class Plan(NamedTuple):
   seqhw: tuple[int, ...]
   batch_size: int
   known: class_names.Classes | None = None
+  on_error: str = "raise"
+
+  @property
+  def skipping(self) -> dict[str, str]:
+    """What a section says of damaged images; nothing where it is the default."""
+    return {} if self.on_error == "raise" else {"on_error": self.on_error}
 
   @property
   def classes(self) -> class_names.Classes:
@@ -44,19 +50,6 @@ class Plan(NamedTuple):
   def labelled(self) -> bool:
     """Whether the labels of the test images are classes of the model."""
     return labels_of(self)[0]
-
-
-def divide(images: pathlib.Path, num_classes: int) -> dict[str, dict[str, Any]]:
-  """Returns the sources of training and test: splits of labelled folders where there are, else a tenth held out."""
-  folder = dict(name="folder", data_dir=str(images))
-  if (images / "train").is_dir() and (images / "val").is_dir():
-    return {"train": folder | {"split": "train"}, "test": folder | {"split": "val"}}
-  name, whole = ("folder", "train") if (images / "train").is_dir() else ("images", "all")
-  source = dict(name=name, data_dir=str(images))
-  return {
-    "train": source | {"split": f"{whole}[:90%]"},
-    "test": source | {"split": f"{whole}[90%:]"},
-  }
 
 
 def labels_of(plan: Plan) -> tuple[bool, str | None]:
@@ -94,13 +87,16 @@ def student_of(teacher: FlexiViT, buffers: tuple[int, ...] | None) -> FlexiViT:
   return teacher.clone(patch_size=(patch, patch), posemb_size=(grid, grid))
 
 
-def moment_of(source: Mapping[str, Any], side: int, length: int) -> resize.Moment:
+def moment_of(
+  source: Mapping[str, Any], side: int, length: int, on_error: str = "raise"
+) -> resize.Moment:
   """Second moment of pixels in the first hundred images of a source, as an evaluation at this side sees them."""
   opened = data.make_source(**source)
-  prepare = data.parse(f"decode|{central(side)}|keep('image')").upright()
-  records = opened.read(range(min(100, len(opened))))
-  images = [prepare({"image": record["image"]}, None)["image"] for record in records]
-  return resize.second_moment(np.stack(images), length)
+  first = data.subset(opened, range(min(100, len(opened))))
+  pp = f"decode|{central(side)}|keep('image')"
+  batches = data.eval_batches(first, pp, batch_size=len(first), on_error=on_error)
+  images = np.concatenate([batch["image"][batch["_mask"] > 0] for batch in batches])
+  return resize.second_moment(images, length)
 
 
 def settings(
@@ -122,6 +118,7 @@ def settings(
       data=plan.sources["train"],
       pp=f"{crop}|{_both(plan.sides)}",
       batch_size=plan.batch_size,
+      **plan.skipping,
     ),
     # One compiled block, recomputed in the backward pass: a ViT-Ti at patch 16 then takes 198 MiB of temporary memory
     # for 16 images, and 1273 otherwise.
@@ -178,6 +175,7 @@ def evaluation(plan: Plan) -> dict[str, Any]:
     seqhw=plan.seqhw,
     teacher=plan.teacher,
     labels=plan.labelled,
+    **plan.skipping,
   )
 
 

@@ -27,6 +27,7 @@ def original(plan: recipe.Plan, teacher: Teacher, mesh: Any) -> dict[str, Any]:
     pp=recipe.labelled(plan, native),
     batch_size=plan.batch_size,
     seqhw=(native // patch,),
+    **plan.skipping,
   )
   (row,) = _evaluation(plan, section).make(teacher.model, mesh).run(teacher.params)
   return found | {"top1": row["top1"], "top5": row["top5"], "n": row["n"]}

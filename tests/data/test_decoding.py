@@ -182,8 +182,8 @@ def test_photos_of_a_published_set_are_not_turned_and_counted(photos, caplog, th
   )
   list(batches)
   first, count = caplog.messages
-  assert first.startswith("folder 'train': EXIF data say") and ".png'." in first
-  assert count.startswith("folder 'train': 3 of 5 images: EXIF data say")
+  assert first.startswith(f"folder 'train' in {photos}: EXIF data say") and ".png'." in first
+  assert count.startswith(f"folder 'train' in {photos}: 3 of 5 images: EXIF data say")
   assert "decode(exif=True)" in count
   list(batches)
   assert len(caplog.messages) == 2  # once, however often the examples are passed over

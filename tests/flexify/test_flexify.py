@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from flexivit_jax import cli, errors, experiment, patch_schedule, weights
-from flexivit_jax.flexify import flexify, recipe, retention
+from flexivit_jax.flexify import flexify, layout, recipe, retention
 from flexivit_jax.models import FlexiViT
 
 
@@ -103,7 +103,7 @@ def test_labels_of_held_out_images_measure_accuracy(init, tmp_path):
 
 def test_labels_of_other_classes_are_not_used(init, tmp_path):
   draw(tmp_path / "photos" / "train" / "cat", 10)
-  sources = recipe.divide(tmp_path / "photos", 7)
+  sources = layout.divide(tmp_path / "photos").sources
   assert sources["test"] | {"split": ""} == dict(
     name="folder", data_dir=str(tmp_path / "photos"), split=""
   )

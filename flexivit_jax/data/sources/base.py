@@ -25,6 +25,7 @@ class Source:
     labels: the label of every example, where it is known without reading images; None: it is not.
     upright: whether images are turned as their EXIF data say. Own photos are; published data sets are not, since the
       numbers that are published on them are of the stored pixels.
+    where: the folder below which the ids of examples are paths of files; None: they are not.
   """
 
   name: str
@@ -35,6 +36,7 @@ class Source:
   read: Callable[[Sequence[int]], list[Record]]
   labels: Callable[[], list[Label]] | None = None
   upright: bool = False
+  where: str | None = None
 
   def __len__(self) -> int:
     return self.size

@@ -48,7 +48,7 @@ def folder_source(
   files = select(split, stored)
   read = functools.partial(read_files, root, files)
   labels = labels_of_files(files)
-  return Source("folder", split, len(names), names, len(files), read, labels, upright)
+  return Source("folder", split, len(names), names, len(files), read, labels, upright, str(root))
 
 
 def split_folders(root: pathlib.Path, split: str) -> list[str]:
@@ -69,6 +69,12 @@ def subfolders(folder: pathlib.Path) -> list[str]:
     return []
   with os.scandir(folder) as entries:
     return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
+
+
+def has_classes(folder: pathlib.Path) -> bool | None:
+  """Whether the images below a folder lie in folders, as those of classes do; None where there are no images."""
+  found = Tree(folder).images if folder.is_dir() else []
+  return any(os.sep in path for path in found) if found else None
 
 
 def _class_names(split: pathlib.Path) -> tuple[str, ...]:
@@ -212,4 +218,6 @@ def images_source(*, split: str, data_dir: str | os.PathLike[str], upright: bool
     )
   files = select(split, {"all": found})
   read = functools.partial(read_files, root, files)
-  return Source("images", split, 1, None, len(files), read, labels_of_files(files), upright)
+  return Source(
+    "images", split, 1, None, len(files), read, labels_of_files(files), upright, str(root)
+  )
