@@ -17,8 +17,21 @@ from flexivit_jax import annotations, errors
 
 # Sections that a config may leave out, and an override may begin.
 OPTIONAL = (
-  "checkpoint", "early_stopping", "evals", "flexi", "init", "mesh", "objective", "token_budget",
+  "checkpoint", "early_stopping", "evals", "flexi", "init", "mesh", "objective", "token_budget", "wandb",
 )  # fmt: skip
+
+# What to do instead where a key is often looked for.
+_LOGGED = (
+  " Metrics are always in metrics.jsonl and TensorBoard's tb/; for Weights & Biases give"
+  " wandb=dict(project=...)."
+)
+_ADVICE = {
+  **dict.fromkeys(("logger", "loggers", "writers", "log_to", "report_to", "tensorboard"), _LOGGED),
+  "best": " Give checkpoint.best.",
+  "class_weights": " Give objective.class_weights.",
+  "patience": " Give early_stopping.patience.",
+  "sampler": " Give input.sampler.",
+}
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -111,6 +124,8 @@ def check_known(
   known = list(dict.fromkeys([*(p.name for p in _parameters(functions, given)), *optional]))
   for key in section:
     if key not in known:
+      if not where and key in _ADVICE:
+        raise errors.UserError(f"Unknown config key {key!r}.{_ADVICE[key]}")
       raise errors.unknown(
         "config key", f"{where}.{key}" if where else key, _prefixed(where, known)
       )

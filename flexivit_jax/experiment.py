@@ -105,6 +105,7 @@ class Experiment(NamedTuple):
   says: tuple[str, ...] = ()
   best: monitor.Metric | None = None
   early: monitor.EarlyStopping | None = None
+  wandb: Mapping[str, Any] | None = None
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -139,6 +140,7 @@ def build(
   skip_above: float | None = None,
   skip_limit: int = 10,
   mesh: Mapping[str, Any] | None = None,
+  wandb: Mapping[str, Any] | None = None,
   opening: Opening | None = None,
   trained: class_names.Trained | None = None,
 ) -> Experiment:
@@ -187,6 +189,7 @@ def build(
     skip_limit: skipped steps in a row after which the run ends.
     mesh: `data` and `fsdp`, see `sharding.make_mesh`; default: copies of the parameters on all devices, the batch
       divided. `divide_teachers` (default True): theirs are divided along "fsdp", too. Changes no result.
+    wandb: arguments of `wandb_run.open_run`: metrics go to Weights & Biases, too. {} takes its own defaults. None: no.
     opening: how data and weights are opened; default: `REAL`.
     trained: what the checkpoint that the run goes on from says of its classes; None: it begins.
 
@@ -208,6 +211,7 @@ def build(
     mesh=mesh,
     token_budget=token_budget,
     early_stopping=early_stopping,
+    wandb=wandb,
   )
   best, early = _followed(evals, checkpoint, early_stopping)
   keep = checkpoint.get("keep", 1)
@@ -320,6 +324,7 @@ def build(
     says=(*filter(None, [data.class_sizes(source)]), *_rare(objective, input, source)),
     best=best,
     early=early,
+    wandb=wandb,
   )
 
 

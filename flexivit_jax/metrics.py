@@ -73,6 +73,7 @@ class MetricsWriter:
     restored_step: int = -1,
     tensorboard: bool = True,
     writing: bool = True,
+    others: Mapping[str, Callable[[], Any]] = {},
   ):
     """Opens the files.
 
@@ -82,10 +83,12 @@ class MetricsWriter:
         is about to repeat, are dropped; -1, a fresh run, drops all.
       tensorboard: whether to write event files.
       writing: False on all processes but one, where nothing is opened or written.
+      others: name -> opens another place for numbers, of the methods `write(step, numbers)`, `flush` and `close`.
     """
     self._warned: set[str] = set()
     self._jsonl: _Jsonl | None = None
     self._tb: Any = None
+    self._others: dict[str, Any] = {}
     if not writing:
       return
     run_dir = pathlib.Path(run_dir)
@@ -94,22 +97,30 @@ class MetricsWriter:
       self._jsonl = _Jsonl(run_dir / "metrics.jsonl", restored_step)
     with self._guard("TensorBoard"):
       self._tb = _open_tensorboard(run_dir / "tb", restored_step) if tensorboard else None
+    for name, opening in others.items():
+      with self._guard(name):
+        self._others[name] = opening()
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes scalars (numbers, 0-d arrays; strings go to metrics.jsonl only) at a step."""
     if self._jsonl is not None:
       with self._guard("metrics.jsonl"):
         self._jsonl.write(int(step), {name: _scalar(v) for name, v in values.items()})
+    for name, other in self._others.items():
+      with self._guard(name):
+        other.write(int(step), _numbers(values))
     if self._tb is not None:
       with self._guard("TensorBoard"):
-        numbers = {k: float(v) for k, v in values.items() if not isinstance(v, str)}
-        self._tb.file_writer.add_summary(_summary(numbers), int(step))
+        self._tb.file_writer.add_summary(_summary(_numbers(values)), int(step))
 
   def flush(self) -> None:
     """Makes TensorBoard's files complete (metrics.jsonl always is)."""
     if self._tb is not None:
       with self._guard("TensorBoard"):
         self._tb.flush()
+    for name, other in self._others.items():
+      with self._guard(name):
+        other.flush()
 
   def close(self) -> None:
     """Closes the files; writing afterwards does nothing."""
@@ -120,6 +131,10 @@ class MetricsWriter:
     if tb is not None:
       with self._guard("TensorBoard"):
         tb.close()
+    others, self._others = self._others, {}
+    for name, other in others.items():
+      with self._guard(name):
+        other.close()
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -187,6 +202,10 @@ class _Jsonl:
 
   def close(self) -> None:
     self._file.close()
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+  return {k: float(v) for k, v in values.items() if not isinstance(v, str)}
 
 
 def _summary(values: Mapping[str, float]) -> Any:

@@ -13,6 +13,7 @@ from flexivit_jax import (
   schedules,
   sharding,
   token_budget as token_budgets,
+  wandb_run,
 )
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.models import MODELS
@@ -44,6 +45,7 @@ def check_sections(
   mesh: Mapping[str, Any] | None = None,
   token_budget: Mapping[str, Any] | None = None,
   early_stopping: Mapping[str, Any] | None = None,
+  wandb: Mapping[str, Any] | None = None,
 ) -> None:
   """Raises a UserError for the first key that is misspelt, does not belong, or is missing, or value of a wrong type."""
   network = _named("model", model, MODELS, "flexivit")
@@ -72,6 +74,8 @@ def check_sections(
     config.check("token_budget", token_budget, token_budgets.make)
   if early_stopping is not None:
     config.check("early_stopping", early_stopping, monitor.early_stopping, given=("evals",))
+  if wandb is not None:
+    config.check("wandb", wandb, wandb_run.open_run, given=("workdir", "settings", "begun"))
   for key, section in evals.items():
     check_evaluation(f"evals.{key}", section)
 

@@ -40,6 +40,7 @@ from flexivit_jax import (
   steps,
   stopping,
   teaching,
+  wandb_run,
 )
 from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.evaluators.per_size import label, size_text
@@ -111,6 +112,8 @@ def _train(
   with stop.interruptible():
     processes.agree_on_config(settings)
     config.check("", settings, experiment.build, given=experiment.GIVEN)
+    if settings.get("wandb") is not None:
+      distributed.on_first(wandb_run.check, "its package wandb")
     signs: list[peers_of.Peers] = []
     watchdog = stack.enter_context(contextlib.closing(_watchdog(settings, signs)))
     trained = preparation.trained(workdir)
@@ -146,7 +149,13 @@ def _train(
     stack.enter_context(batches)
     start = int(state.step)
     distributed.on_first(lambda: _write_overview(workdir, checkpoints, state), "its folder")
-    writer = stack.enter_context(metrics.MetricsWriter(workdir, restored_step=start, writing=first))
+    others = {}
+    if exp.wandb is not None:
+      opening = functools.partial(wandb_run.open_run, workdir, settings, latest is not None)
+      others["Weights & Biases"] = functools.partial(opening, **exp.wandb)
+    writer = stack.enter_context(
+      metrics.MetricsWriter(workdir, restored_step=start, writing=first, others=others)
+    )
     best = following.open_best(workdir, exp.best, begun=latest is not None)
     if best is not None:
       stack.enter_context(_closing(best, ledger))
