@@ -508,8 +508,9 @@ def _record(
 ) -> dict[str, Any]:
   """What a checkpoint says of itself: enough to go on training, and to predict without the config."""
   main = exp.evaluations.get(results.main_of(exp.evaluations))
-  # An evaluator that fits its own classifier may be of other classes than the model.
-  own = main is not None and main.source.num_classes == exp.model.num_classes
+  # An evaluator that fits its own classifier, or a label map, may be of other classes than the model.
+  scored = main is not None and not main.section.keys() & {"train_data", "label_map", "teacher"}
+  own = scored and main.source.num_classes == exp.model.num_classes
   names = exp.class_names or (main.source.class_names if own else None)
   return {
     "name": exp.name,

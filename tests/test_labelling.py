@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import analysis, class_names, cli, data, experiment, labelling, weights
+from flexivit_jax import analysis, class_names, cli, data, experiment, labelling, train, weights
 from flexivit_jax.class_names import Classes, Trained
 from flexivit_jax.errors import UserError
 from flexivit_jax.flexify import layout, recipe, retention
@@ -407,3 +407,17 @@ def test_analyses_map_labels_too(checkpoint, tmp_path, command, monkeypatch):
   monkeypatch.setattr("sys.argv", given)
   _, opened = analysis.open_checkpoint(analysis.parser("x"))
   expect_identity(opened.data._plan.source, MODEL)
+
+
+def test_a_probes_classes_are_not_the_models_though_as_many(tmp_path):
+  root = draw(tmp_path, MODEL)
+  wave = dict(name="synthetic", split="train", image_size=8, num_classes=3, num_examples=8)
+  unnamed_data = section(root, "train") | dict(data=wave, threads=0)
+  unnamed_data["pp"] = unnamed_data["pp"].removeprefix("decode|")
+  own = section(root, "val") | dict(seqhw=(2,))
+  probe = own | dict(type="knn", train_data=section(root, "train")["data"], k=1)
+  for evaluation, names in ((probe, None), (own, ["ant", "café", "zebra"])):
+    exp = experiment.build(**config(root, input=unnamed_data, evals=dict(test=evaluation)))
+    with exp.batches(0) as batches:
+      record = train._record(exp, 0, {}, batches)
+    assert record["class_names"] == names and record["data_classes"] is None

@@ -75,7 +75,7 @@ def save_timm(
   arrays = to_timm(model, params)
   record = stated.written_for(record, _hw(model))
   record = _record(model, record, None if seqhw is None else image_hw)
-  described = config(model, arrays, stated.of_record(record)) | _labels(names)
+  described = config(model, arrays, stated.of_record(record)) | _labels(names, record)
   _write(out, arrays, described, record)
 
 
@@ -178,9 +178,14 @@ def _prepared(images: stated.Stated | None) -> dict[str, Any]:
   }
 
 
-def _labels(names: tuple[str, ...] | None) -> dict[str, Any]:
+def _labels(names: tuple[str, ...] | None, record: Mapping[str, Any]) -> dict[str, Any]:
   """The names of the classes where timm looks for them: beside `pretrained_cfg`, into which it puts them."""
-  return {} if names is None else {"label_names": list(names)}
+  if names is None:
+    return {}
+  texts = record.get("class_descriptions")
+  described = isinstance(texts, list) and len(texts) == len(names)
+  more = {"label_descriptions": dict(zip(names, texts, strict=True))} if described else {}
+  return {"label_names": list(names), **more}
 
 
 def _architecture(model: FlexiViT) -> str:

@@ -131,11 +131,17 @@ def test_names_of_classes_are_written_where_timm_looks_for_them(tmp_path):
     return json.loads((out / "config.json").read_text())
 
   assert written(["b", "é", "a a", "b", "0"])["label_names"] == ["b", "é", "a a", "b", "0"]
+  record["class_descriptions"] = ["first", "second", "third", "fourth", "fifth"]
+  described = written([*"abcde"])
+  assert described["label_names"] == [*"abcde"]
+  assert (
+    described["label_descriptions"]["b"] == "second" and len(described["label_descriptions"]) == 5
+  )
   assert "label_names" not in written(None)
   assert "label_names" not in written([*"abcde"], num_classes=0)
-  with pytest.raises(UserError, match="out3 has 2 class_names; the model has 5 classes"):
+  with pytest.raises(UserError, match="out4 has 2 class_names; the model has 5 classes"):
     written(["a", "b"])
-  assert len(list(tmp_path.iterdir())) == 3
+  assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize(
