@@ -17,7 +17,8 @@ def class_sizes(source: Source) -> str | None:
   labels = np.hstack(source.labels())
   counts = np.bincount(labels.astype(int), minlength=source.num_classes).tolist()
   names = source.class_names or tuple(map(str, range(source.num_classes)))
-  named = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
+  shown = (name if name.isprintable() else repr(name) for name in names)
+  named = [f"{name} {count}" for name, count in zip(shown, counts, strict=True)]
   if len(named) <= _SHOWN:
     return f"{len(named)} classes: {', '.join(named)}"
   order = sorted(range(len(named)), key=lambda k: (counts[k], k))

@@ -30,13 +30,13 @@ _ORIENTATION = 0x0112  # EXIF's tag
 # EXIF's orientation -> what makes the image upright.
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
   1: lambda a: a,
-  2: lambda a: a[:, ::-1],
-  3: lambda a: a[::-1, ::-1],
-  4: lambda a: a[::-1],
-  5: lambda a: a.swapaxes(0, 1),
-  6: lambda a: a.swapaxes(0, 1)[:, ::-1],
-  7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
-  8: lambda a: a.swapaxes(0, 1)[::-1],
+  2: lambda a: cv2.flip(a, 1),
+  3: lambda a: cv2.rotate(a, cv2.ROTATE_180),
+  4: lambda a: cv2.flip(a, 0),
+  5: cv2.transpose,
+  6: lambda a: cv2.rotate(a, cv2.ROTATE_90_CLOCKWISE),
+  7: lambda a: cv2.rotate(cv2.transpose(a), cv2.ROTATE_180),
+  8: lambda a: cv2.rotate(a, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
 _SIDEWAYS = (5, 6, 7, 8)
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
@@ -223,7 +223,7 @@ def _turn(
   if not exif:
     _notice(_NOT_TURNED)
     return pixels
-  return np.ascontiguousarray(_TURNS[orientation](pixels))
+  return _TURNS[orientation](pixels)
 
 
 def _to_rgb(image: Image.Image, bits: int) -> UInt8[np.ndarray, "h w 3"]:

@@ -15,7 +15,8 @@ from flexivit_jax.data import images
 _SYSTEM = frozenset(
   (
     "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "__macosx", "__pycache__",
-    "desktop.ini", "ehthumbs.db", "lost+found", "system volume information", "thumbs.db",
+    "desktop.ini", "ehthumbs.db", "lost+found", "network trash folder", "system volume information", "temporary items",
+    "thumbs.db",
   )
 )  # fmt: skip
 _SHOWN = 3  # names and suffixes of a long list
@@ -191,7 +192,8 @@ def _count(number: int, one: str, several: str) -> str:
 def _table(counts: collections.Counter[str]) -> str:
   """The most frequent suffixes with their numbers."""
   found = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-  return _list([f"{suffix} {count}" for suffix, count in found])
+  shown = ((s if s.isprintable() else repr(s), count) for s, count in found)
+  return _list([f"{suffix} {count}" for suffix, count in shown])
 
 
 def _list(items: Iterable[str]) -> str:

@@ -332,6 +332,44 @@ def test_images_without_class_folders_are_one_clear_line(tmp_path):
   assert len(make_source(name="folder", split="train", data_dir=tmp_path)) == 1
 
 
+@pytest.mark.parametrize("files", ([], ["cat/1.txt"], ["__MACOSX/cat/1.jpg"], ["cat/@eaDir/1.jpg"]))
+def test_a_split_without_images_says_what_is_there(tmp_path, files):
+  (tmp_path / "train" / "cat").mkdir(parents=True)
+  for file in files:
+    put(tmp_path / "train" / file)
+  with pytest.raises(UserError, match="train is empty") as info:
+    make_source(name="folder", split="train", data_dir=tmp_path)
+  reason = {"": "", "t": ".txt 1", "g": "1 hidden or system folder"}[files[0][-1] if files else ""]
+  assert reason in str(info.value) and "\n" not in str(info.value)
+
+
+def test_class_folders_where_splits_are_expected_are_one_clear_line(tmp_path):
+  put(tmp_path / "cat" / "0.jpg")
+  with pytest.raises(UserError, match=r"'train'; known: cat\. Expected .*train/CLASS/"):
+    make_source(name="folder", split="train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+  "name", ("line\nbreak", "tab\t", "[a]*?", "ä ü", "\udcff", "%s", "{x}", "-", "~")
+)
+def test_odd_names_are_read_and_every_message_is_one_line(tmp_path, name, caplog, capfd):
+  for i in range(2):
+    put(tmp_path / "train" / name / f"{i}{name}.jpg", b"x")
+  put(tmp_path / "train" / name / f"a.{name}")
+  (tmp_path / "train" / name / f"{name}up").symlink_to("..")
+  (tmp_path / "train" / name / f"{name}gone").symlink_to("nothing")
+  (tmp_path / "train" / "copy").mkdir()
+  (tmp_path / "train" / "copy" / "0.jpg").symlink_to(f"../{name}/0{name}.jpg")
+  source = make_source(name="folder", split="train", data_dir=tmp_path)
+  assert len(source) == 3 and {r["image"] for r in source.read(range(3))} == {b"x"}
+  messages = [*caplog.messages, data.class_sizes(source)]
+  with pytest.raises(UserError) as info:
+    list(data.eval_batches(source, "decode", batch_size=1, threads=0))
+  for message in (*messages, str(info.value)):
+    assert "\n" not in message
+    print(message.encode(errors="backslashreplace"))
+
+
 def test_class_sizes_are_of_the_examples_that_are_selected(tmp_path):
   for k in range(12):
     for i in range(k + 1):

@@ -45,6 +45,8 @@ def folder_source(
   folders = split_folders(root, split)
   names = _class_names(root / ("train" if "train" in folders else split_names(split)[0]))
   stored = {s: _list_images(root, s, names, allow_empty) for s in split_names(split)}
+  if not any(stored.values()):
+    raise _nothing(root, list(stored))
   files = select(split, stored)
   read = functools.partial(read_files, root, files)
   labels = labels_of_files(files)
@@ -59,7 +61,8 @@ def split_folders(root: pathlib.Path, split: str) -> list[str]:
     raise UserError(f"No folders in {root}; expected {first}/CLASS/*.jpg and so on.")
   for name in split_names(split):
     if name not in folders:
-      raise unknown(f"split folder in {root}", name, folders)
+      error = unknown(f"split folder in {root}", name, folders)
+      raise UserError(f"{error} Expected {root / name}/CLASS/*.jpg and so on.")
   return folders
 
 
@@ -101,6 +104,19 @@ def _list_images(
   if empty and files:
     _name_empty(tree, empty, len(names), error=split == "train" and not allow_empty)
   return mixed(files)
+
+
+def _nothing(root: pathlib.Path, splits: Sequence[str]) -> UserError:
+  """Returns (does not raise) the error for splits without any image."""
+  shown = []
+  for split in splits:
+    reasons = Tree(root / split).left_out()
+    shown.append(
+      f"{root / split} is empty" + (f"; left out {', '.join(reasons)}" if reasons else "")
+    )
+  return UserError(
+    f"{'. '.join(shown)}. Expected {root / splits[0]}/CLASS/*.jpg; files that are read: {images.shown_suffixes()}."
+  )
 
 
 def _check_classes(folder: pathlib.Path, names: Sequence[str]) -> list[str]:

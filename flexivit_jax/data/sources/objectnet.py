@@ -39,7 +39,14 @@ def objectnet_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
   files = select(split, stored)
   read = functools.partial(read_files, root, files)
   return Source(
-    "objectnet", split, label_maps.NUM_I1K, None, len(files), read, labels_of_files(files)
+    "objectnet",
+    split,
+    label_maps.NUM_I1K,
+    None,
+    len(files),
+    read,
+    labels_of_files(files),
+    where=str(root),
   )
 
 
