@@ -354,6 +354,15 @@ def _reading(p: argparse.ArgumentParser) -> None:
     "--mean", type=_numbers, metavar="R,G,B", help="of the input, pixels in [0, 1]; with --std"
   )
   p.add_argument("--std", type=_numbers, metavar="R,G,B", help="see --mean; default 0.5,0.5,0.5")
+  p.add_argument(
+    "--ema", action="store_true", help="of a file with raw weights and their EMA, take the EMA"
+  )
+  p.add_argument(
+    "--posemb_size",
+    type=_whole_numbers,
+    metavar="H,W",
+    help="cells of the position grid, where it is not square",
+  )
 
 
 def _loading(p: argparse.ArgumentParser) -> None:
@@ -383,6 +392,11 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
   given = {
     k: getattr(args, k) for k in ("num_heads", "mean", "std") if getattr(args, k) is not None
   }
+  given |= {"ema": True} if args.ema else {}
+  if args.posemb_size is not None:
+    if len(args.posemb_size) != 2 or min(args.posemb_size) < 1:
+      raise errors.UserError("--posemb_size: expected H,W, two whole numbers, e.g. 16,9.")
+    given["posemb_size"] = args.posemb_size
   if getattr(args, "flexify", None) is None:
     return given
   if len(args.flexify) != 2 or any(n < 1 or n != int(n) for n in args.flexify):

@@ -365,10 +365,6 @@ def _rare(
 ) -> tuple[str, ...]:
   """Lines about class weights and balanced sampling."""
   lines = []
-  if objective.get("class_weights") is not None and section.get("sampler") == "balanced":
-    lines.append(
-      "class weights and balanced sampling: both raise the weight of rare classes, so they count twice"
-    )
   if objective.get("class_weights") is not None:
     lines.append(class_weights.note(objective["class_weights"], source))
   if section.get("sampler") == "balanced":

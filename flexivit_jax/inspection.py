@@ -18,8 +18,13 @@ def run(args: argparse.Namespace) -> None:
   if args.list:
     print("\n".join(listing()))
     return
-  model, params, record = weights.load_with_record(args.file, **arguments.loading(args))
+  loading = arguments.loading(args)
+  model, params, record = weights.load_with_record(args.file, finite=False, **loading)
   print("\n".join(describe(model, params, record)))
+
+
+def _few(names: list[str]) -> str:
+  return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def listing() -> list[str]:
@@ -51,6 +56,8 @@ def describe(model: FlexiViT, params: dict, record: dict[str, Any]) -> list[str]
   }
   if names := record.get("class_names"):
     rows["classes"] = _names(names, model.num_classes)
+  if names := weights.not_finite(params):
+    rows["not finite"] = f"{len(names)} arrays: {_few(names)}; every other command refuses them"
   if "url" in record:
     rows["fetched from"] = record["url"]
   if "flexified_from" in record:

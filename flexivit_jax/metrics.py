@@ -151,7 +151,7 @@ class MetricsWriter:
         self._warned.add(sink)
         logging.getLogger(__name__).warning(
           "%s: %s: %s. Training goes on; further errors of %s are not shown.",
-          *(sink, type(e).__name__, " ".join(str(e).split()), sink),
+          *(sink, type(e).__name__, e, sink),
         )
 
 

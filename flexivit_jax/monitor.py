@@ -67,13 +67,10 @@ class EarlyStopping(NamedTuple):
 
   def reason(self, state: Mapping[str, Any]) -> str:
     """Why a run of this state has ended."""
-    what = "was no finite number"
-    if state["best"] is not None:
-      what = f"has not become better than {state['best']:.4g} at step {state['best_step']}"
-    by = f", by more than {self.min_delta:g}" if self.min_delta else ""
+    best = f"{state['best']:.4g} at step {state['best_step']}" if state["best"] is not None else "-"
     return (
-      f"early stopping after step {state['step']}: in {state['bad']} evaluations {self.metric} {what}{by}; with a"
-      " larger patience the same command goes on"
+      f"early stopping after step {state['step']}: in {state['bad']} evaluations {self.metric} has not become better"
+      f" than {best}" + (f", by more than {self.min_delta:g}" if self.min_delta else "")
     )
 
 

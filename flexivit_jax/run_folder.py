@@ -109,30 +109,13 @@ def keep_config(
     for key, line in lines.items():
       note(f"config: {line}" if begun else f"config, before anything was saved: {line}")
       if begun and not allow_change and is_identity(key, settings):
-        raise _changed(
+        raise errors.UserError(
           f"The config differs from that of the run in {workdir}: {'; '.join(lines.values())}. {key} makes it another"
-          " run",
-          "give another --workdir, or --allow_config_change to go on all the same",
+          " run: give another --workdir, or --allow_config_change to go on all the same."
         )
   number = 1 + max((int(p.suffixes[-2][1:]) for p in kept), default=0)
   folders.write(workdir / f"config.{number:03d}.json", text)
   folders.write(file, text)
-
-
-class ChangedConfigError(errors.UserError):
-  """A run cannot go on with this config.
-
-  Attributes:
-    fact: what is wrong, without the options of `flexivit train` that change it.
-  """
-
-  fact: str
-
-
-def _changed(fact: str, advice: str) -> ChangedConfigError:
-  error = ChangedConfigError(f"{fact}: {advice}.")
-  error.fact = fact
-  return error
 
 
 def _last_config(

@@ -81,8 +81,7 @@ def train(
     begun: `time.perf_counter()` from when on its time is counted; default: now.
 
   Returns:
-    The run folder: config.json, parameters.txt, metrics.jsonl, tb/, checkpoints/, ledger.json, eval.json; best/ and
-    wandb_id.txt where the config asks for them.
+    The run folder: config.json, parameters.txt, metrics.jsonl, tb/, checkpoints/, ledger.json, eval.json.
 
   Raises:
     UserError: a mistake in the config; a folder in use; a checkpoint that is damaged or does not fit the config; one

@@ -210,9 +210,7 @@ def test_two_processes_sample_keep_the_best_and_end_early_as_one_does(environmen
     "objective": {"class_weights": "balanced"},
     "flexi": {"seqhw": {"v": (2,)}},
     "total_steps": 12,
-    "evals": {
-      "test": small["evals"]["test"] | {"every_steps": 2, "seqhw": (2,), "per_class": True}
-    },
+    "evals": {"test": small["evals"]["test"] | {"every_steps": 2, "seqhw": (2,)}},
     "checkpoint": {"every_steps": 3, "keep": 1, "best": "test/loss"},
     "early_stopping": {"metric": "test/loss", "patience": 2, "min_delta": 100.0},
   }
@@ -228,8 +226,6 @@ def test_two_processes_sample_keep_the_best_and_end_early_as_one_does(environmen
     newest = [p.name for p in (tmp_path / run / "checkpoints").glob("[0-9]*")]
     assert newest == ["6"]
     assert {problem for _, problem in verify.verify(tmp_path / run)} == {None}
-    (row,) = json.loads((tmp_path / run / "eval.json").read_text())["rows"]
-    assert sum(map(sum, row["confusion"])) == row["n"] == 13
   best = [next((tmp_path / run / "best").glob("[0-9]*")).name for run in ("one", "two")]
   assert best[0] == best[1]
 

@@ -202,10 +202,6 @@ def _open(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
 def _unknown(data: bytes) -> str:
   if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and ".heic" not in suffixes():
     return "a HEIC image, which is read where pillow-heif is installed: pip install pillow-heif"
-  if data.startswith(b"version https://git-lfs"):
-    return "a pointer of Git LFS in place of the image: git lfs pull"
-  if data[:4] in (b"II*\0", b"MM\0*"):
-    return "a TIFF of a kind that is not read, as with more than four channels or 64-bit values"
   return f"no known image format: {len(data)} bytes, first {data[:8]!r}"
 
 

@@ -20,7 +20,6 @@ from flexivit_jax import (
   errors,
   opening,
   preparation,
-  run_folder,
   sharding,
   train,
   weights,
@@ -52,16 +51,12 @@ def run(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _advice() -> Iterator[None]:
-  """Says what to do by the options of this command, not by those of `flexivit train`."""
+  """Says of a damaged image by which option of this command it is left out."""
   try:
     yield
   except data.BadExampleError as e:
     raise errors.UserError(
       f"{e.fact}. Repair it, or give --on_error=skip to leave out what is damaged."
-    ) from e
-  except run_folder.ChangedConfigError as e:
-    raise errors.UserError(
-      f"{e.fact}: give the images and options as before, or another --out."
     ) from e
 
 

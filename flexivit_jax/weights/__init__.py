@@ -1,7 +1,7 @@
 """Weights in and out: one function for the files that hold them, one that writes them, one that fixes the size."""
 
 from flexivit_jax.weights.baking import bake
-from flexivit_jax.weights.reading import load, load_into, load_with_record
+from flexivit_jax.weights.reading import load, load_into, load_with_record, not_finite
 from flexivit_jax.weights.registry import PUBLISHED, differences, is_here
 from flexivit_jax.weights.stated import preparation, print_notes, written_for
 from flexivit_jax.weights.timm_writer import save_timm
@@ -16,6 +16,7 @@ __all__ = [
   "load",
   "load_into",
   "load_with_record",
+  "not_finite",
   "preparation",
   "print_notes",
   "save_npz",

@@ -81,9 +81,45 @@ def infer_fields(params: dict, fields: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+def assumed_square(grid: tuple[int, int]) -> list[str]:
+  """A note for a grid that was taken to be square, where an image of usual proportions has as many patches."""
+  cells = math.prod(grid)
+  others = [
+    f"{h},{cells // h}"
+    for h in range(1, grid[0])
+    if cells % h == 0 and cells <= 2 * h * h  # sides of up to 1 : 2
+  ]
+  if not others:
+    return []
+  return [
+    f"The {cells} positions are taken to be a grid of {grid[0]}x{grid[1]}; if the images were not square, give"
+    f" --posemb_size={others[-1]} (in Python posemb_size=({others[-1]})) or what it was."
+  ]
+
+
+PRE_LOGITS = "pre_logits/"
+
+
+def without_pre_logits(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+  """Leaves out the dense layer and tanh before the head of the ImageNet-21k files, and the head that needs them."""
+  if not any(name.startswith(PRE_LOGITS) for name in arrays):
+    return dict(arrays), []
+  others = (PRE_LOGITS, "head/")
+  return {name: a for name, a in arrays.items() if not name.startswith(others)}, [
+    "pre_logits (a dense layer and tanh before the head) and the head behind it are left out: a FlexiViT has no such"
+    " layer. The model gives features; to fine-tune it, give it a new head (init.new_head=True)."
+  ]
+
+
 def require(flat: Mapping[str, np.ndarray], names: Mapping[str, int], what: str) -> None:
   """Raises a UserError unless the names are there with so many axes: the arrays that tell the architecture."""
   missing = [name for name in names if name not in flat]
+  if len(missing) == len(names):  # nothing is alike: the nearest names would mislead
+    first = ", ".join(list(flat)[:3])
+    raise errors.UserError(
+      f"These are not the parameters of {what} names: none of {', '.join(missing)} is there; the first names are"
+      f" {first}."
+    )
   if missing:
     hints = "".join(f"{name}.{errors.nearest(name, flat)} " for name in missing)
     raise errors.UserError(f"These are not the parameters of {what} names; missing {hints}")

@@ -12,7 +12,7 @@ import pathlib
 import re
 import types
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from flexivit_jax.weights import files, onnx_graph
 _COMPANIONS = {"timm": ("torch", "torchvision"), "transformers": ("torch", "torchvision")}
 COMPARING_ONNX = "Comparing an ONNX export with its source, which --no-verify leaves out,"
 
-_WRAPPERS = ("model", "state_dict", "model_state_dict")
 _DTYPES = (
   *("float64", "float32", "float16", "bfloat16", "bool"),
   *("int64", "int32", "int16", "int8", "uint8"),
@@ -174,24 +173,74 @@ def onnx_program(path: pathlib.Path) -> Callable[[Any], np.ndarray]:
 
 
 def read_torch(path: pathlib.Path) -> tuple[files.Arrays, dict[str, Any]]:
-  """Returns (arrays by name, notes) of a file that torch.save wrote; half precision is widened.
+  """Returns (arrays by name, {}) of a file that torch.save wrote; half precision is widened.
 
-  torch reads it with weights_only: no name in it is looked up that is not one of torch's own tensors, and nothing in
-  it is run. The tensors may lie under "model", "state_dict" or "model_state_dict", their names begin with "module.".
+  torch reads it with weights_only: no name in it is looked up that is not one of torch's own tensors or of `_HARMLESS`,
+  and nothing in it is run. The levels of nested dicts are joined by dots: "state_dict.module.head.weight". What is no
+  tensor is left out, and so is the state of an optimizer.
 
   Raises:
     UserError: PyTorch is not installed; the file is none of torch.save's, or asks for anything else to be loaded, or
-      would expand; what stands among the weights is no tensor.
+      would expand; it holds no tensors.
   """
   _check_archive(path)
   torch = require("torch", f"Reading {path.name}")
   try:
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with torch.serialization.safe_globals(_harmless()):
+      content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
   except Exception as e:  # what a broken or evil file makes a reader raise cannot be foreseen
     raise errors.UserError(f"{path} cannot be read as PyTorch's weights: {_cause(e)}.") from e
-  tensors, notes = _unwrapped(path, content)
+  tensors = dict(_tensors(path, torch, content))
+  if not tensors:
+    raise errors.UserError(f"{path} holds no tensors by name; expected the weights of a model.")
   _check_tensors(path, torch, tensors)
-  return {n: _array(torch, tensor) for n, tensor in tensors.items()}, {"notes": notes}
+  return {n: _array(torch, tensor) for n, tensor in tensors.items()}, {}
+
+
+# Classes beside tensors that training tools save, and that do nothing when they are made.
+_HARMLESS = (
+  *("argparse.Namespace", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+  *(
+    "pathlib.PureWindowsPath",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "numpy.dtype",
+    "numpy.ndarray",
+  ),
+)
+_NOT_WEIGHTS = re.compile(
+  r"(optim|opt_|lr_sched|sched|scaler|amp|rng|loops|callbacks|hyper_param|hparams)", re.IGNORECASE
+)
+_LEVELS = 5  # of nested dicts; deeper ones are no weights
+
+
+def _harmless() -> list[Any]:
+  """Classes that torch may make: `_HARMLESS`, and NumPy's numbers, as which many tools save a metric."""
+  named = [getattr(importlib.import_module(m), n) for m, n in (x.rsplit(".", 1) for x in _HARMLESS)]
+  kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "u4", "u8", "?")]
+  plain = [int, float, bool, str, list, dict, set, tuple]
+  return [
+    *named,
+    *plain,
+    *kinds,
+    np.asarray(0.0)[()].__reduce__()[0],
+    np.ndarray(0).__reduce__()[0],
+  ]
+
+
+def _tensors(
+  path: pathlib.Path, torch: Any, content: Any, prefix: str = "", level: int = 0
+) -> Iterator[tuple[str, Any]]:
+  """The tensors of nested dicts with their joined names; those of an optimizer are left out."""
+  if not isinstance(content, Mapping):
+    kind = type(content).__name__
+    raise errors.UserError(f"{path} holds one {kind}; expected weights by name.")
+  for key, value in content.items():
+    name = f"{prefix}{key}"
+    if isinstance(value, torch.Tensor):
+      yield name, value
+    elif isinstance(value, Mapping) and level < _LEVELS and not _NOT_WEIGHTS.match(str(key)):
+      yield from _tensors(path, torch, value, f"{name}.", level + 1)
 
 
 def timm_logits(model: Any, image: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n k"]:
@@ -230,37 +279,15 @@ def _cause(error: Exception) -> str:
       f"it wants {refused[1]}, which is no tensor, and was not run. If you trust the file, open it with PyTorch and"
       " save its weights alone"
     )
+  if reason := re.search(r"WeightsUnpickler error:\s*(\S[^\n]*)", str(error)):
+    return reason[1].strip()
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return [*lines, type(error).__name__][0]
 
 
-def _unwrapped(path: pathlib.Path, content: Any) -> tuple[dict[Any, Any], list[str]]:
-  """What should be tensors by name, and notes about what else the file holds."""
-  if not isinstance(content, dict):
-    raise errors.UserError(f"{path} holds one {type(content).__name__}; expected weights by name.")
-  wrappers = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
-  if len(wrappers) > 1:
-    raise errors.UserError(
-      f"{path} holds weights under {' and under '.join(wrappers)}; save those that you mean in a file of their own."
-    )
-  notes = []
-  if wrappers:
-    left = ", ".join(str(name) for name in content if name != wrappers[0])
-    notes = [f"Read from {wrappers[0]!r}; left out: {left}."] if left else []
-    content = content[wrappers[0]]
-  if all(str(name).startswith("module.") for name in content):
-    content = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
-  return content, notes
-
-
-def _check_tensors(path: pathlib.Path, torch: Any, tensors: dict[Any, Any]) -> None:
-  """Raises a UserError for what is no plain tensor, and for tensors larger than what is stored of them."""
+def _check_tensors(path: pathlib.Path, torch: Any, tensors: dict[str, Any]) -> None:
+  """Raises a UserError for tensors that are no plain numbers, or larger than what is stored of them."""
   for name, tensor in tensors.items():
-    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-      raise errors.UserError(
-        f"{path}: {name!r} is a {type(tensor).__name__}; expected tensors by name,"
-        f" alone or under {', '.join(_WRAPPERS)}."
-      )
     dtype = str(tensor.dtype).removeprefix("torch.")
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or dtype not in _DTYPES:

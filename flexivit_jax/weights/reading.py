@@ -22,6 +22,7 @@ def load(
   mean: Sequence[float] | None = None,
   std: Sequence[float] | None = None,
   flexify: tuple[Size, Size] | None = None,
+  ema: bool = False,
   **fields: Any,
 ) -> tuple[FlexiViT, dict]:
   """Returns (model, params) of a file with weights, a run folder, one of its checkpoints, or a published name.
@@ -39,6 +40,7 @@ def load(
     flexify: (patch_size, posemb_size) of the buffers that a fixed model becomes a FlexiViT with, e.g.
       ((32, 32), (7, 7)): kernel PI-resized, position grid zoomed with its corners in place, as the reference does
       when it starts from an older checkpoint.
+    ema: of a file that has the raw weights and their exponential moving average, take the average.
     **fields: those of `FlexiViT` that arrays cannot tell (`num_heads`, `gelu`, `dtype`, `scan`, a rectangular
       `posemb_size`), or that are to differ.
 
@@ -46,7 +48,8 @@ def load(
     UserError: if the file is not one of these, cannot be fetched, or its arrays are not those of the model, all
       differences listed.
   """
-  model, params, _ = load_with_record(path, mean=mean, std=std, flexify=flexify, **fields)
+  given: dict[str, Any] = dict(mean=mean, std=std, flexify=flexify, ema=ema)
+  model, params, _ = load_with_record(path, **given, **fields)
   return model, params
 
 
@@ -56,6 +59,8 @@ def load_with_record(
   mean: Sequence[float] | None = None,
   std: Sequence[float] | None = None,
   flexify: tuple[Size, Size] | None = None,
+  ema: bool = False,
+  finite: bool = True,
   **fields: Any,
 ) -> tuple[FlexiViT, dict, dict[str, Any]]:
   """As `load`, and a JSON-able record of what the arrays do not say; a run's also says what it was trained on.
@@ -67,7 +72,9 @@ def load_with_record(
   says them; of a file that was fetched "name" and "url".
   """
   file, published = registry.find(path)
-  source = sources.read(file, fields)
+  source = sources.read(file, fields, ema=ema)
+  if finite:
+    check_finite(source.params, str(path))
   if published is not None:
     source = _published(source, published, file)
   source = _say_input(source, mean, std)
@@ -122,6 +129,26 @@ def load_into(
     params, model = {k: v for k, v in params.items() if k != "head"}, model.clone(num_classes=0)
   check(model, params, str(path))
   return params
+
+
+def not_finite(params: dict) -> list[str]:
+  """Names of arrays that hold a number that is not finite."""
+  flat = trees.flatten(params)
+  return [
+    name
+    for name, a in flat.items()
+    if a.dtype.kind in "fV" and not np.isfinite(np.asarray(a)).all()
+  ]
+
+
+def check_finite(params: dict, what: str) -> None:
+  """Raises a UserError that names the arrays which hold NaN or infinity: nothing computed with them means anything."""
+  if names := not_finite(params):
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise errors.UserError(
+      f"{what} has numbers that are not finite in {len(names)} arrays: {shown}. Take an earlier checkpoint, or save the"
+      " weights again."
+    )
 
 
 # What the shapes of the arrays do not tell apart.

@@ -9,10 +9,12 @@ from flexivit_jax import checkpoint, errors, trees
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import UNNAMED
 from flexivit_jax.weights import (
+  bare,
   big_vision,
   files,
   folders,
-  foreign,
+  open_clip_names,
+  other_models,
   registry,
   stated,
   timm_folder,
@@ -22,11 +24,11 @@ from flexivit_jax.weights import (
   transformers_folder,
   transformers_images,
   transformers_names,
+  wrappers,
 )
 
 POSITIONS = {"learn": "grid; the class token has none", "sincos2d": "sine-cosine"}
 CHECKPOINT = "checkpoint of a run"
-READERS = files.READERS | dict.fromkeys((".pth", ".pt", ".bin"), foreign.read_torch)
 
 
 class Source(NamedTuple):
@@ -48,8 +50,13 @@ _KNOWN = (
 )
 
 
-def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
+def read(path: pathlib.Path, fields: Mapping[str, Any], *, ema: bool = False) -> Source:
   """Reads a file or folder in any format; nothing is checked against a model yet.
+
+  Args:
+    path: the file or folder.
+    fields: of the model, as the caller gives them.
+    ema: of a file that has raw weights and their EMA, take the EMA.
 
   Raises:
     UserError: it is not there, or in no known format.
@@ -60,6 +67,8 @@ def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
       f"{path} does not exist; {_KNOWN}, or a name that `flexivit inspect --list` prints."
       + errors.nearest(str(path), registry.PUBLISHED)
     )
+  if ema and path.is_dir():
+    raise errors.UserError(f"{path} is a folder, which has one set of weights; leave --ema out.")
   ours = folders.check(path if path.is_dir() else path.parent)
   if path.is_dir() and (config := timm_folder.find(path)):
     return _timm_folder(path, config, fields, ours)
@@ -68,8 +77,8 @@ def read(path: pathlib.Path, fields: Mapping[str, Any]) -> Source:
   if path.is_dir():
     params, record = checkpoint.load_params(path)
     format_ = CHECKPOINT
-  elif path.suffix in READERS:
-    arrays, record = READERS[path.suffix](path)
+  elif path.suffix.lower() in bare.READERS:
+    arrays, record = bare.read(path, ema=ema)
     if not record.keys() - {"notes"}:
       return _file(path, arrays, fields, record.get("notes", []), ours)
     params, format_ = _plain(arrays), "npz in big_vision's names, written by flexivit"
@@ -86,11 +95,15 @@ def _recognise(
 ) -> Source:
   """Tells by their names whose arrays these are."""
   kind, fixed, notes = path.suffix[1:], True, list(notes)
+  if reason := other_models.feature(arrays):
+    raise errors.UserError(other_models.refusal(f"The model in {path}", reason))
   if timm_names.is_timm(arrays):
-    flat, found, more = timm_names.convert(arrays, fields)
+    flat, found, more = _from_timm(path, arrays, fields, notes)
     notes += more
     params, format_ = trees.unflatten(flat), f"{kind} in timm's names"
   elif big_vision.ORIGINAL_POSITION in arrays:
+    arrays, more = big_vision.without_pre_logits(arrays)
+    notes += more
     params = trees.unflatten(big_vision.from_original(arrays, fields.get("posemb_size")))
     found, format_ = big_vision.infer_fields(params, fields), f"{kind} in the original ViT's names"
   else:
@@ -101,6 +114,20 @@ def _recognise(
     sides = zip(record["native_patch_size"], record["native_grid"], strict=True)
     record["image_size"] = [patch * cells for patch, cells in sides]
   return Source(params, found, record)
+
+
+def _from_timm(
+  path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, Any], notes: Sequence[str]
+) -> timm_names.Converted:
+  try:
+    return timm_names.convert(arrays, fields)
+  except errors.UserError as e:
+    if open_clip_names.NOTE not in notes:
+      raise
+    raise errors.UserError(
+      f"The image tower of CLIP in {path} cannot be read (its names in timm's form): {e}\nIf it is no plain ViT, or"
+      " incomplete, give timm's folder of the model (vit_*_clip_*) or that of transformers (clip)."
+    ) from e
 
 
 def _file(
@@ -164,7 +191,9 @@ def _transformers(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str,
 
 def _transformers_folder(path: pathlib.Path, fields: Mapping[str, Any], ours: bool) -> Source:
   transformers_config.spec(transformers_folder.read_config(path))  # before what may be large
-  source = _transformers(path, transformers_folder.read_arrays(path), fields)
+  arrays, notes = wrappers.strip_common(transformers_folder.read_arrays(path))
+  source = _transformers(path, arrays, fields)
+  source.record["notes"][:0] = notes
   source.record["notes"] += [] if ours else [folders.unknown(path)]
   return source
 
@@ -219,7 +248,7 @@ def _timm_folder(
   folder: pathlib.Path, config: Mapping[str, Any], fields: Mapping[str, Any], ours: bool
 ) -> Source:
   path = timm_folder.weights_file(folder)
-  arrays, inside = READERS[path.suffix](path)
+  arrays, inside = bare.read(path)
   notes = inside.get("notes", [])
   source = _timm_file(path, arrays, config, fields, notes, ours=ours, whole=True)
   source.record["notes"] += [] if ours else [folders.unknown(folder)]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flexivit_jax import errors
-from flexivit_jax.weights import timm_shapes
+from flexivit_jax.weights import other_models, timm_shapes
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -141,6 +141,8 @@ def _check_numbers(
 
 def _by_architecture(path: pathlib.Path, name: Any) -> dict[str, Any]:
   if not isinstance(name, str) or not _KNOWN.fullmatch(name):
+    if reason := other_models.kind(name):
+      raise errors.UserError(other_models.refusal(f"{path}: architecture {name!r}", reason))
     raise errors.UserError(
       f"{path}: architecture {name!r} is no plain ViT; expected vit_*, deit_*, deit3_* or flexivit_*, without rope."
     )

@@ -41,7 +41,7 @@ def convert(arrays: Arrays, fields: Mapping[str, Any]) -> Converted:
   Raises:
     UserError: a model that is no FlexiViT, names or shapes that do not fit (all listed), an unknown number of heads.
   """
-  arrays, notes = _renamed(arrays)
+  arrays, notes = _with_biases(_renamed(arrays))
   axes = {timm_shapes.KERNEL: 4, timm_shapes.FC1: 2} | {
     n: 3 for n in (*timm_shapes.TOKENS, "pos_embed") if n in arrays
   }
@@ -79,7 +79,7 @@ def fold_input(
   }
 
 
-def _renamed(arrays: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
+def _renamed(arrays: Arrays) -> dict[str, np.ndarray]:
   """The names of the original DINOv2 and DeiT-III files as timm's."""
   names = {name: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name) for name in arrays}
   names["register_tokens"] = "reg_token"
@@ -87,9 +87,20 @@ def _renamed(arrays: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
   for old, new in names.items():
     if old in flat and new not in flat:
       flat[new] = flat.pop(old)
-  if flat.pop("mask_token", None) is None:
-    return flat, []
-  return flat, ["mask_token is left out: only DINOv2's training uses it."]
+  return flat
+
+
+def _with_biases(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+  """The biases of queries, keys and values that a model does not have, as zeros."""
+  kernels = [name for name in arrays if re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name)]
+  if not kernels or any(name.endswith("attn.qkv.bias") for name in arrays):
+    return arrays, []
+  flat = dict(arrays)
+  for name in kernels:
+    flat[f"{name.removesuffix('weight')}bias"] = np.zeros(arrays[name].shape[0], np.float32)
+  return flat, [
+    "The model has no biases of queries, keys and values (qkv_bias=False): they are zeros."
+  ]
 
 
 def _refuse_other_poolings(a: Arrays, fields: Mapping[str, Any]) -> None:
@@ -130,9 +141,10 @@ def _infer(a: Arrays, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
   notes += [note for told, note in _assumed(a) if told not in fields]
   if "pos_embed" not in a:
     return found, notes
-  grid = fields.get("posemb_size") or timm_shapes.square_grid(
-    a["pos_embed"].shape[1], timm_shapes.prefix_length(a)
-  )
+  grid = fields.get("posemb_size")
+  if grid is None:
+    grid = timm_shapes.square_grid(a["pos_embed"].shape[1], timm_shapes.prefix_length(a))
+    notes += big_vision.assumed_square(grid)
   if _was_flexible(patch_size, grid, timm_shapes.with_position(a, grid) == 0, found):
     found |= {"kernel_operator": "linear", "grid_operator": "linear_antialias"}
     notes.append(_ALREADY_RESIZED)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
-from flexivit_jax.weights import class_labels
+from flexivit_jax.weights import class_labels, other_models
 from flexivit_jax.weights.transformers_families import FAMILIES, PROJECTION, Family, Head
 
 Config = Mapping[str, Any]
@@ -73,6 +73,8 @@ def _family(config: Config) -> Family:
       f"model_type={name!r} in config.json (NaFlex: a dense layer on flattened patches) is not"
       " supported; SigLIP 2 of a fixed size, with model_type='siglip', is."
     )
+  if isinstance(name, str) and name not in FAMILIES and (reason := other_models.kind(name)):
+    raise errors.UserError(other_models.refusal(f"model_type {name!r} in config.json", reason))
   return FAMILIES[_known("model_type", name, FAMILIES)]
 
 

@@ -352,27 +352,6 @@ def test_damaged_files_raise_nothing_but_what_is_documented(file, changes, end):
   assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
 
 
-def test_what_stands_in_place_of_an_image_is_named():
-  pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-  with pytest.raises(ValueError, match="git lfs pull"):
-    images.decode_image(pointer, max_pixels=LIMIT)
-  tags = (
-    (256, 3, 2),
-    (257, 3, 2),
-    (258, 3, 64),
-    (262, 3, 1),
-    (277, 3, 1),
-    (278, 3, 2),
-    (339, 3, 3),
-  )
-  entries = b"".join(struct.pack("<HHIHH", tag, kind, 1, value, 0) for tag, kind, value in tags)
-  doubles = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(40)
-  with pytest.raises(ValueError, match="a TIFF of a kind that is not read"):
-    images.decode_image(doubles, max_pixels=LIMIT)
-  with pytest.raises(ValueError, match=r"no known image format: 9 bytes, first b'<!DOCTYP'"):
-    images.decode_image(b"<!DOCTYPE", max_pixels=LIMIT)
-
-
 def test_heic_says_what_reads_it():
   if ".heic" in images.suffixes():
     pytest.skip("pillow-heif is installed")

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate, foreign, timm_folder, timm_names
+from flexivit_jax.weights import bare, certificate, foreign, timm_folder, timm_names
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -286,7 +286,7 @@ def test_pytorchs_own_files_load_as_the_same_arrays(tmp_path, state, wrap, suffi
   want, arrays = weights.load(tmp_path / "w.safetensors", num_heads=4)
   assert model == want and record["format"] == f"{suffix} in timm's names"
   jax.tree.map(np.testing.assert_array_equal, params, arrays)
-  assert (f"Read from {wrap!r}; left out: epoch." in record["notes"]) == (wrap is not None)
+  assert any(f"{wrap}.module." in note for note in record["notes"]) == (wrap is not None)
 
 
 def test_half_precision_views_and_averaged_weights(tmp_path, state):
@@ -298,9 +298,11 @@ def test_half_precision_views_and_averaged_weights(tmp_path, state):
   for name, tensor in half.items():
     np.testing.assert_array_equal(arrays[name], tensor.float().numpy())
   both = {"model": state, "model_ema": {n: t + 1 for n, t in state.items()}}
-  arrays, record = foreign.read_torch(saved(tmp_path / "ema.pth", both))
-  np.testing.assert_array_equal(arrays["norm.bias"], state["norm.bias"].numpy())
-  assert record["notes"] == ["Read from 'model'; left out: model_ema."]
+  path = saved(tmp_path / "ema.pth", both)
+  for ema, more in ((False, 0), (True, 1)):
+    arrays, record = bare.read(path, ema=ema)
+    np.testing.assert_array_equal(arrays["norm.bias"], state["norm.bias"].numpy() + more)
+    assert any("--ema" in note for note in record["notes"])
 
 
 def test_a_hub_folder_with_pytorchs_file_only(timm_model, tmp_path):
@@ -331,7 +333,7 @@ def _evil(folder, tensors, marker):
   bomb = Bomb(marker)
   saved(folder / "value.pth", tensors | {"evil": bomb})
   saved(folder / "beside.pth", {"model": tensors, "args": bomb})
-  saved(folder / "name.pth", {"model": tensors, "args": argparse.Namespace(lr=1)})
+  saved(folder / "name.pth", {"model": tensors, "args": argparse.Namespace(lr=bomb)})
   saved(folder / "old.pth", tensors | {"evil": bomb}, _use_new_zipfile_serialization=False)
   (folder / "bare.pth").write_bytes(__import__("pickle").dumps(bomb))
   return sorted(folder.glob("*.pth"))
@@ -389,10 +391,11 @@ def _many(torch, state):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda torch, s: s | {"step": 3}, "'step' is a int; expected tensors by name"),
-    (lambda torch, s: {"model": {1: s["norm.bias"]}}, "1 is a Tensor; expected tensors by name"),
+    (lambda torch, s: {"step": 3, "model": {"epoch": 4}}, "holds no tensors by name"),
+    (lambda torch, s: {"optimizer": {"state": s}}, "holds no tensors by name"),
+    (lambda torch, s: {"model": {1: s["norm.bias"]}}, "the first names are 1"),
     (lambda torch, s: s["norm.bias"], "holds one Tensor; expected weights by name"),
-    (lambda torch, s: {"model": s, "state_dict": s}, "under model and under state_dict; save"),
+    (lambda torch, s: {"model": s, "state_dict": s}, r"below 'model\.' and below 'state_dict\.'"),
     (lambda torch, s: s | {"x": torch.zeros(1).expand(10**9)}, r"would expand to \d+"),
     (_many, r"would expand to \d+"),
     (lambda torch, s: s | {"x": torch.zeros(9, device="meta")}, "on meta; expected plain numbers"),
@@ -438,3 +441,72 @@ def test_the_arrays_outlive_the_file(tmp_path, state):
   file.write_bytes(bytes(file.stat().st_size))
   for name, tensor in state.items():
     np.testing.assert_array_equal(arrays[name], tensor.numpy())
+
+
+def test_what_training_tools_save_beside_weights_is_no_hindrance(tmp_path, state):
+  import argparse
+  import collections
+  import datetime
+  import pathlib
+
+  content = {
+    "state_dict": {f"module._orig_mod.{n}": t for n, t in state.items()},
+    "state_dict_ema": {n: t + 1 for n, t in state.items()},
+    "args": argparse.Namespace(lr=1e-3, out=pathlib.Path("x")),
+    "metric": np.float64(0.5),
+    "best": np.float32(1),
+    "history": np.zeros(3),
+    "when": datetime.datetime(2026, 1, 1),
+    "counts": collections.OrderedDict(a=1),
+    "optimizer": {"state": {0: {"exp_avg": state["norm.bias"]}}},
+    "epoch": 3,
+  }
+  want, params = weights.load(saved(tmp_path / "bare.pth", state), num_heads=4)
+  for name in ("model_best.pth.tar", "last.ckpt", "model_best.pth"):
+    model, arrays = weights.load(saved(tmp_path / name, content), num_heads=4)
+    assert model == want
+    jax.tree.map(np.testing.assert_array_equal, arrays, params)
+
+
+def test_the_names_of_openai_and_openclip_give_the_logits_of_transformers_clip(tmp_path):
+  import torch
+  import transformers
+
+  config = transformers.CLIPVisionConfig(
+    hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+    patch_size=8, projection_dim=24, hidden_act="quick_gelu",
+  )  # fmt: skip
+  torch.manual_seed(0)
+  model = transformers.CLIPVisionModelWithProjection(config).eval()
+  for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.1)
+  a = {n: t.detach() for n, t in model.state_dict().items()}
+  v, e = "vision_model.", "vision_model.embeddings."
+  names = {
+    "class_embedding": a[f"{e}class_embedding"],
+    "positional_embedding": a[f"{e}position_embedding.weight"],
+    "conv1.weight": a[f"{e}patch_embedding.weight"],
+    "proj": a["visual_projection.weight"].T.contiguous(),
+  }
+  for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
+    names |= {f"{ours}.{leaf}": a[f"{v}{theirs}.{leaf}"] for leaf in ("weight", "bias")}
+  for i in range(2):
+    to, of = f"transformer.resblocks.{i}.", f"{v}encoder.layers.{i}."
+    for leaf in ("weight", "bias"):
+      parts = [a[f"{of}self_attn.{part}_proj.{leaf}"] for part in "qkv"]
+      names[f"{to}attn.in_proj_{leaf}"] = torch.cat(parts)
+      for ours, theirs in (
+        ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
+        ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
+      ):  # fmt: skip
+        names[f"{to}{ours}.{leaf}"] = a[f"{of}{theirs}.{leaf}"]
+  content = {f"visual.{n}": t for n, t in names.items()} | {"logit_scale": torch.ones(())}
+  file = saved(tmp_path / "open_clip_pytorch_model.bin", content | {"text.x": torch.zeros(2)})
+  ours, params, record = weights.load_with_record(
+    file, gelu="quick", mean=(0.5,) * 3, std=(0.5,) * 3, num_heads=2
+  )
+  assert any("OpenCLIP" in note for note in record["notes"])
+  image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+  with torch.inference_mode():
+    want = model(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).image_embeds.numpy()
+  np.testing.assert_allclose(native(ours, params, image), want, rtol=0, atol=2e-5)

@@ -88,7 +88,7 @@ MODELS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet(torchvision):
+def quiet():
   """Loading bars and warnings about arrays that are meant to be left out."""
   import transformers
 

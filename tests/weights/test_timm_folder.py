@@ -114,7 +114,7 @@ def test_the_oldest_configs_have_one_level(folder):
   ("change", "message"),
   [
     (dict(architecture="vit_base_patch16_rope_ape_224"), "is no plain ViT; .* without rope"),
-    (dict(architecture="resnet50"), "architecture 'resnet50' is no plain ViT"),
+    (dict(architecture="resnet50"), "architecture 'resnet50' has convolutions"),
     (dict(architecture=3), "architecture 3 is no plain ViT"),
     (dict(args=dict(act_layer="relu")), "act_layer .*'relu'; known: gelu, gelu_tanh, quick_gelu"),
     (dict(args=dict(act_layer=["relu"])), "act_layer"),

@@ -229,9 +229,8 @@ def images_source(*, split: str, data_dir: str | os.PathLike[str], upright: bool
     raise UserError(f"{root} is no folder; give one with images below it.")
   found = images_below(root, root, 0)
   if not found:
-    reasons = "".join(f"; left out {reason}" for reason in Tree(root).left_out())
     raise UserError(
-      f"No images below {root}{reasons}; expected files that end in {images.shown_suffixes()}."
+      f"No images below {root}; expected files that end in {images.shown_suffixes()}."
     )
   files = select(split, {"all": found})
   read = functools.partial(read_files, root, files)

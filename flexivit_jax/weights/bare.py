@@ -1,0 +1,44 @@
+"""The arrays of a file without what training tools put around them."""
+
+import functools
+import pathlib
+from typing import Any
+
+from flexivit_jax.weights import files, foreign, open_clip_names, wrappers
+
+# .pth.tar is timm's, .ckpt Lightning's; both are torch.save's.
+READERS = files.READERS | dict.fromkeys(
+  (".pth", ".pt", ".bin", ".tar", ".ckpt"), foreign.read_torch
+)
+
+
+def read(path: pathlib.Path, *, ema: bool = False) -> tuple[files.Arrays, dict[str, Any]]:
+  """Returns (arrays by their bare names, record) of a file; in a file of others the record has "notes" only.
+
+  Args:
+    path: with a suffix in `READERS`.
+    ema: take the EMA of the weights where both are there.
+
+  Raises:
+    UserError: it cannot be read; see `wrappers.unwrap`.
+  """
+  arrays, record = READERS[path.suffix.lower()](path)
+  if record and not ema:  # ours
+    return arrays, record
+  return unwrapped(arrays, ema=ema)
+
+
+def unwrapped(
+  arrays: files.Arrays, *, ema: bool = False
+) -> tuple[files.Arrays, dict[str, list[str]]]:
+  """Returns the arrays without wrappers, by names that have a reader, and {"notes": ...}."""
+  bare, notes = wrappers.unwrap(arrays, ema=ema)
+  if open_clip_names.is_open_clip(bare):
+    bare, notes = open_clip_names.to_timm(bare), [*notes, open_clip_names.NOTE]
+  return bare, {"notes": notes}
+
+
+@functools.cache
+def suffixes() -> str:
+  """The suffixes of files with weights, for messages."""
+  return ", ".join(sorted(READERS))
