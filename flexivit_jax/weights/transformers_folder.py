@@ -52,6 +52,7 @@ def read_arrays(path: pathlib.Path) -> files.Arrays:
   if pickled:
     raise errors.UserError(
       f"{path} has its weights in {pickled[0]}, which is pickled; expected {WEIGHTS}: {_SAVE}."
+      + (f" Or give {path / pickled[0]} itself, which takes PyTorch." if len(pickled) == 1 else "")
     )
   raise errors.UserError(f"{path} has no {WEIGHTS} and no {INDEX}: {_SAVE}.")
 
