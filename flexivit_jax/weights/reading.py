@@ -84,6 +84,8 @@ def load_with_record(
     source = _fold_input(source, mean, std)
   if flexify is not None:
     source = _flexify(source, *flexify)
+    # What the caller says of sizes is of the file.
+    fields = {k: v for k, v in fields.items() if k not in ("patch_size", "posemb_size")}
   model = FlexiViT(**{**source.fields, **fields})
   layout = vit.stack_blocks if model.scan else vit.unstack_blocks
   params = layout(source.params) if "Transformer" in source.params else source.params
