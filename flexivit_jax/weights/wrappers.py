@@ -13,6 +13,10 @@ from flexivit_jax import errors
 
 # The array by which each layout is recognised: timm's, big_vision's and the original ViT's, OpenCLIP's.
 ANCHORS = ("patch_embed.proj.weight", "embedding/kernel", "class_embedding")
+# Words that tools put around a module inside a network, e.g. around each block.
+_INNER = re.compile(
+  r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 _OPEN_CLIP = ("class_embedding", "conv1.weight")
 
 _EMA = re.compile(r"(^|[._/])(\w*_)?(ema|shadow|swa|averaged?)(_\w*)?([._/]|$)", re.IGNORECASE)
@@ -25,6 +29,7 @@ _ROLES = (
 # Arrays that only pre-training uses, by the beginning of their names in the network.
 _TRAINING_ONLY = {
   "mask_token": "the token in the place of masked patches",
+  "masked_embed": "the token in the place of masked patches",
   "decoder": "a decoder",
   "dino_head.": "DINO's head",
   "ibot_head.": "iBOT's head",
@@ -41,6 +46,11 @@ _TRAINING_ONLY = {
   "contrastive_head.": "a contrastive head",
   "rel_pos_bias.relative_position_index": "an index",
 }
+
+
+_ANCHOR_INSIDE = re.compile(
+  rf"patch_embed\.(?:{_INNER.pattern})*proj\.(?:{_INNER.pattern})*weight$"
+)
 
 
 class Unwrapped(NamedTuple):
@@ -67,16 +77,19 @@ def unwrap(arrays: Mapping[str, Any], *, ema: bool = False) -> Unwrapped:
   if not prefixes and not ema:
     return strip_common(arrays)
   prefix, notes = _choose(prefixes, ema)
-  bare = {
-    name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)
-  }
-  outside = [name for name in arrays if not name.startswith(prefix)]
+  # Another network may stand inside the chosen one, such as an EMA that is a module of the model.
+  inside = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
+  outside = [name for name in arrays if not name.startswith(prefix) or name.startswith(inside)]
+  own = arrays.keys() - outside
+  bare = {name.removeprefix(prefix): array for name, array in arrays.items() if name in own}
   if prefix not in ("", "params/"):
     notes = [f"{prefix!r} is taken off the names of the arrays.", *notes]
   if outside:
     notes.append(f"Left out: {groups(outside, prefix)}.")
+  bare, inner = _without_inner(bare)
   kept, more = _without_training_only(bare)
-  return Unwrapped(_renumbered(kept), notes + more)
+  flat, renumbered = _renumbered(kept)
+  return Unwrapped(flat, notes + inner + more + renumbered)
 
 
 _COMMON = ("module", "_orig_mod", "state_dict", "model_state_dict", "model", "net")
@@ -112,7 +125,8 @@ def _first_beside(name: str, prefix: str) -> str:
 def _prefixes(arrays: Mapping[str, Any]) -> list[str]:
   """What stands before each Vision Transformer's names, e.g. "state_dict.module."."""
   found = {}
-  for name in arrays:
+  for full in arrays:
+    name = _ANCHOR_INSIDE.sub(ANCHORS[0], full)
     for anchor in ANCHORS:
       prefix = name[: len(name) - len(anchor)]
       if not name.endswith(anchor) or (prefix and prefix[-1] not in "./"):
@@ -121,6 +135,16 @@ def _prefixes(arrays: Mapping[str, Any]) -> list[str]:
         continue
       found[prefix] = True
   return list(found)
+
+
+def _without_inner(arrays: Mapping[str, Any]) -> Unwrapped:
+  """Takes off what tools put around modules inside the network; names that would become the same stay."""
+  new = {name: _INNER.sub("", name) for name in arrays}
+  words = sorted({word for name in arrays for word in _INNER.findall(name)})
+  if not words or len({*new.values()}) < len(new):
+    return Unwrapped(dict(arrays), [])
+  note = f"{', '.join(map(repr, words))} is taken out of the names of the arrays."
+  return Unwrapped({new[name]: array for name, array in arrays.items()}, [note])
 
 
 def _choose(prefixes: Sequence[str], ema: bool) -> tuple[str, list[str]]:
@@ -165,13 +189,14 @@ def _without_training_only(arrays: Mapping[str, Any]) -> Unwrapped:
   kept, left = {}, collections.defaultdict(list)
   for name, array in arrays.items():
     part = next((p for p in _TRAINING_ONLY if name.startswith(p)), None)
-    if part is None:
-      kept[name] = array
+    if part is not None:
+      left[f"for only pre-training uses it: {_TRAINING_ONLY[part]}"].append(name)
+    elif re.match(r"head\.\d", name):
+      left["for a FlexiViT has one layer there: a head of several layers"].append(name)
     else:
-      left[_TRAINING_ONLY[part]].append(name)
+      kept[name] = array
   notes = [
-    f"Left out, for only pre-training uses it: {what} ({names[0]}{', ...' * (len(names) > 1)})."
-    for what, names in left.items()
+    f"Left out, {what} ({names[0]}{', ...' * (len(names) > 1)})." for what, names in left.items()
   ]
   return Unwrapped(kept, notes)
 
@@ -179,13 +204,16 @@ def _without_training_only(arrays: Mapping[str, Any]) -> Unwrapped:
 _CHUNKED = re.compile(r"blocks\.(\d+)\.(\d+)\.(.*)")
 
 
-def _renumbered(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def _renumbered(arrays: Mapping[str, Any]) -> Unwrapped:
   """DINOv2's training keeps blocks in chunks, blocks.0.5.* is the sixth; others' names stay."""
   blocks = [name for name in arrays if name.startswith("blocks.")]
   chunked = {name: match for name in blocks if (match := _CHUNKED.fullmatch(name))}
   if not blocks or len(chunked) != len(blocks):
-    return dict(arrays)
+    return Unwrapped(dict(arrays), [])
   new = {name: f"blocks.{match[2]}.{match[3]}" for name, match in chunked.items()}
   if len({*new.values()}) != len(new):  # each chunk counts from 0: not DINOv2's
-    return dict(arrays)
-  return {new.get(name, name): array for name, array in arrays.items()}
+    return Unwrapped(dict(arrays), [])
+  flat = {new.get(name, name): array for name, array in arrays.items()}
+  return Unwrapped(
+    flat, ["Blocks in chunks (blocks.CHUNK.BLOCK, as DINOv2 trains) are numbered on."]
+  )

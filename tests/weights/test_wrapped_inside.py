@@ -1,0 +1,72 @@
+"""Wrappers inside a network, networks inside a network, and heads of pre-training that have a head's name."""
+
+import re
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from flexivit_jax.weights import wrappers
+
+BARE = {
+  "patch_embed.proj.weight": 1,
+  "pos_embed": 2,
+  "blocks.0.attn.qkv.weight": 3,
+  "blocks.1.attn.qkv.weight": 4,
+  "blocks.1.mlp.fc1.weight": 5,
+  "norm.weight": 6,
+}
+INNER = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+  st.sampled_from(["", "model.", "state_dict.net."]),
+  st.dictionaries(
+    st.sampled_from(["patch_embed.", "blocks.0.", "blocks.1.", "blocks.1.mlp.", "norm."]),
+    st.lists(st.sampled_from(INNER), min_size=1, max_size=2),
+    min_size=1,
+  ),
+)
+def test_wrappers_around_a_module_inside_the_network_come_off_and_are_named(prefix, modules):
+  arrays = {}
+  for bare, array in BARE.items():
+    full = bare
+    for module, words in modules.items():
+      inside = module + "".join(f"{word}." for word in words)
+      full = inside + full.removeprefix(module) if full.startswith(module) else full
+    arrays[prefix + full] = array
+  got, notes = wrappers.unwrap(arrays)
+  assert got == BARE
+  words = {word for words in modules.values() for word in words}
+  text = " ".join(notes)
+  assert all(word in text for word in words if any(f".{word}." in f".{n}" for n in arrays))
+
+
+def test_names_that_would_become_the_same_keep_their_wrappers():
+  arrays = BARE | {"blocks.0._orig_mod.attn.qkv.weight": 9}
+  assert wrappers.unwrap(arrays) == (arrays, [])
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_an_ema_that_is_a_module_of_the_model_is_another_network(ema):
+  arrays = {f"model.{name}": array for name, array in BARE.items()}
+  arrays |= {f"model.ema.{name}": -array for name, array in BARE.items()}
+  got, notes = wrappers.unwrap(arrays, ema=ema)
+  assert got == {name: -array if ema else array for name, array in BARE.items()}
+  assert "--ema" in " ".join(notes)
+
+
+@pytest.mark.parametrize("names", [["head.0.weight", "head.1.running_mean", "head.3.weight"],
+                                   ["masked_embed"], ["head.mlp.0.weight", "head.last_layer.weight_g"]])  # fmt: skip
+def test_heads_and_tokens_of_pretraining_are_left_out_and_named(names):
+  got, notes = wrappers.unwrap(BARE | dict.fromkeys(names, 0))
+  assert got == BARE
+  assert names[0] in " ".join(notes)
+
+
+def test_blocks_in_chunks_are_noted():
+  chunked = {re.sub(r"blocks\.(\d)", r"blocks.0.\1", name): a for name, a in BARE.items()}
+  got, notes = wrappers.unwrap(chunked)
+  assert got == BARE
+  assert "chunks" in " ".join(notes)
