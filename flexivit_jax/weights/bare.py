@@ -4,7 +4,7 @@ import functools
 import pathlib
 from typing import Any
 
-from flexivit_jax.weights import files, foreign, open_clip_names, wrappers
+from flexivit_jax.weights import contents, files, foreign, open_clip_names, wrappers
 
 # .pth.tar is timm's, .ckpt Lightning's; both are torch.save's.
 READERS = files.READERS | dict.fromkeys(
@@ -22,7 +22,9 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[files.Arrays, dict[s
   Raises:
     UserError: it cannot be read; see `wrappers.unwrap`.
   """
-  arrays, record = READERS[path.suffix.lower()](path)
+  suffix = path.suffix.lower()
+  contents.check(path, suffix if suffix in files.READERS else contents.TORCH)
+  arrays, record = READERS[suffix](path)
   if record and not ema:  # ours
     return arrays, record
   return unwrapped(arrays, ema=ema)
