@@ -35,6 +35,34 @@ KINDS = {
 }
 
 
+# Names of plain ViTs that this package does not read from arrays alone, and what to do.
+_LAYOUTS = {
+  r"\.lora_(A|B|embedding)|\.base_layer\.": (
+    "are those of PEFT's adapters; merge these into the model (merge_and_unload) and save its weights"
+  ),
+  r"(^|\.)embeddings\.(cls_token|class_embedding|patch_embeddings?\.|position_embedding)": (
+    "are those of transformers, which are read together with their config.json; give the folder that save_pretrained"
+    " wrote"
+  ),
+  r"(^|\.)layers\.\d+\.ffn\.layers\.|patch_embed\.projection\.": (
+    "are those of MMPretrain, which are not read; give the model in the names of timm or transformers"
+  ),
+}
+_FIRST = ("rotary positions", "relative positions")  # of these transformers has models, too
+
+
+def layout(names: Iterable[str]) -> str | None:
+  """What names are that are not read, and what to do; None for others."""
+  names = list(names)
+  if (what := feature(names)) and what.startswith(_FIRST):
+    return None
+  for pattern, advice in _LAYOUTS.items():
+    name = next((n for n in names if re.search(pattern, n)), None)
+    if name is not None:
+      return f"The names of the arrays ({name}, ...) {advice}."
+  return None
+
+
 def feature(names: Iterable[str]) -> str | None:
   """What arrays of these names belong to that no plain ViT has, with the name of one; None for nothing."""
   names = list(names)

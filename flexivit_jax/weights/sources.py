@@ -95,6 +95,8 @@ def _recognise(
 ) -> Source:
   """Tells by their names whose arrays these are."""
   kind, fixed, notes = path.suffix[1:], True, list(notes)
+  if reason := other_models.layout(arrays):
+    raise errors.UserError(f"{path}: {reason}")
   if reason := other_models.feature(arrays):
     raise errors.UserError(other_models.refusal(f"The model in {path}", reason))
   if timm_names.is_timm(arrays):
