@@ -4,7 +4,14 @@ import functools
 import pathlib
 from typing import Any
 
-from flexivit_jax.weights import contents, files, foreign, open_clip_names, wrappers
+from flexivit_jax.weights import (
+  contents,
+  files,
+  foreign,
+  open_clip_names,
+  torchvision_names,
+  wrappers,
+)
 
 # .pth.tar is timm's, .ckpt Lightning's; both are torch.save's.
 READERS = files.READERS | dict.fromkeys(
@@ -37,6 +44,8 @@ def unwrapped(
   bare, notes = wrappers.unwrap(arrays, ema=ema)
   if open_clip_names.is_open_clip(bare):
     bare, notes = open_clip_names.to_timm(bare), [*notes, open_clip_names.NOTE]
+  elif torchvision_names.is_torchvision(bare):
+    bare, notes = torchvision_names.to_timm(bare), [*notes, torchvision_names.NOTE]
   return bare, {"notes": notes}
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from flexivit_jax import errors
 
-# The array by which each layout is recognised: timm's, big_vision's and the original ViT's, OpenCLIP's.
-ANCHORS = ("patch_embed.proj.weight", "embedding/kernel", "class_embedding")
+# The array by which each layout is recognised: timm's, big_vision's and the original ViT's, OpenCLIP's, torchvision's.
+ANCHORS = ("patch_embed.proj.weight", "embedding/kernel", "class_embedding", "conv_proj.weight")
 # Words that tools put around a module inside a network, e.g. around each block.
 _INNER = re.compile(
   r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
