@@ -351,6 +351,11 @@ def _flexify(p: argparse.ArgumentParser) -> None:
 def _reading(p: argparse.ArgumentParser) -> None:
   p.add_argument("--num_heads", type=int, help="where the arrays do not say (timm's names)")
   p.add_argument(
+    "--gelu",
+    choices=("exact", "quick", "tanh"),
+    help="where the arrays do not say; OpenAI's CLIP has quick",
+  )
+  p.add_argument(
     "--mean", type=_numbers, metavar="R,G,B", help="of the input, pixels in [0, 1]; with --std"
   )
   p.add_argument("--std", type=_numbers, metavar="R,G,B", help="see --mean; default 0.5,0.5,0.5")
@@ -389,9 +394,8 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
   Raises:
     UserError: --flexify is not two whole numbers.
   """
-  given = {
-    k: getattr(args, k) for k in ("num_heads", "mean", "std") if getattr(args, k) is not None
-  }
+  names = ("num_heads", "gelu", "mean", "std")
+  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   given |= {"ema": True} if args.ema else {}
   if args.posemb_size is not None:
     if len(args.posemb_size) != 2 or min(args.posemb_size) < 1:

@@ -70,8 +70,11 @@ def load_teacher(
   image: str = "image",
   seqhw: int | None = None,
   num_heads: int | None = None,
+  gelu: str | None = None,
+  posemb_size: tuple[int, int] | None = None,
   mean: tuple[float, ...] | None = None,
   std: tuple[float, ...] | None = None,
+  ema: bool = False,
   by_number: bool = False,
 ) -> Teacher:
   """Loads a teacher.
@@ -82,7 +85,7 @@ def load_teacher(
       checkpoint: of a model with random weights, to try a config.
     image: key of the batch under which it finds its image, of its own resolution.
     seqhw: tokens per side at which it runs; default: its own patch size.
-    num_heads, mean, std: as in `weights.load`.
+    num_heads, gelu, posemb_size, mean, std, ema: as in `weights.load`.
     by_number: leave the names of its classes out, so that they are the model's by number.
 
   Raises:
@@ -90,7 +93,7 @@ def load_teacher(
   """
   names = None
   if checkpoint is not None:
-    given = _given(num_heads=num_heads, mean=mean, std=std)
+    given = _given(num_heads, gelu, posemb_size, mean, std, ema)
     network, params, record = weights.load_with_record(checkpoint, **given)
     _print_notes(record)
     names = class_names.of_record(record, network.num_classes, str(checkpoint)).names
@@ -127,8 +130,11 @@ def load_init(
   checkpoint: str,
   new_head: bool = False,
   num_heads: int | None = None,
+  gelu: str | None = None,
+  posemb_size: tuple[int, int] | None = None,
   mean: tuple[float, ...] | None = None,
   std: tuple[float, ...] | None = None,
+  ema: bool = False,
   by_number: bool = False,
   labels: Classes | None = None,
 ) -> Init:
@@ -138,7 +144,7 @@ def load_init(
     model: the model that they are for.
     checkpoint: what `weights.load` takes.
     new_head: its head is not used, the model's own is drawn: for other classes.
-    num_heads, mean, std: as in `weights.load`.
+    num_heads, gelu, posemb_size, mean, std, ema: as in `weights.load`.
     by_number: leave the names of its classes out, so that they are the data's by number.
     labels: the classes of the labels that it is trained with, all of which its head has to have; None: there are none.
 
@@ -157,7 +163,7 @@ def load_init(
     if labels is not None:
       class_names.match(labels, classes[0], advice=_NEW_HEAD)
 
-  given = _given(num_heads=num_heads, mean=mean, std=std)
+  given = _given(num_heads, gelu, posemb_size, mean, std, ema)
   params = weights.load_into(checkpoint, model, new_head=new_head, accept=accept, **given)
   return Init(jax.tree.map(np.asarray, params), classes[0] if classes else None)
 
@@ -179,8 +185,18 @@ def _print_notes(record: Mapping[str, Any]) -> None:
     weights.print_notes({"notes": notes})
 
 
-def _given(**values: Any) -> dict[str, Any]:
-  return {name: value for name, value in values.items() if value is not None}
+def _given(
+  num_heads: int | None,
+  gelu: str | None,
+  posemb_size: tuple[int, int] | None,
+  mean: tuple[float, ...] | None,
+  std: tuple[float, ...] | None,
+  ema: bool,
+) -> dict[str, Any]:
+  """What a section says of reading weights, as keyword arguments of `weights.load`."""
+  values = dict(num_heads=num_heads, gelu=gelu, posemb_size=posemb_size, mean=mean, std=std)
+  options = {name: value for name, value in values.items() if value is not None}
+  return options | ({"ema": True} if ema else {})
 
 
 REAL = Opening(data.make_source, load_teacher, load_init, trees.digest, data.few_shots)
