@@ -84,17 +84,29 @@ def infer_fields(params: dict, fields: Mapping[str, Any]) -> dict[str, Any]:
 def assumed_square(grid: tuple[int, int]) -> list[str]:
   """A note for a grid that was taken to be square, where an image of usual proportions has as many patches."""
   cells = math.prod(grid)
-  others = [
-    f"{h},{cells // h}"
-    for h in range(1, grid[0])
-    if cells % h == 0 and cells <= 2 * h * h  # sides of up to 1 : 2
-  ]
-  if not others:
+  if not (others := _rectangles(cells)):
     return []
   return [
     f"The {cells} positions are taken to be a grid of {grid[0]}x{grid[1]}; if the images were not square, give"
     f" --posemb_size={others[-1]} (in Python posemb_size=({others[-1]})) or what it was."
   ]
+
+
+def assumed_bare(grid: tuple[int, int]) -> list[str]:
+  """The note for a square grid and a class token without a position, where one may be that of the class token."""
+  cells = math.prod(grid)
+  if not (others := _rectangles(cells - 1)):
+    return []
+  return [
+    f"The {cells} positions are taken to be a grid of {grid[0]}x{grid[1]}, and the class token to have none; if one is"
+    f" the class token's, give --posemb_size={others[-1]} (in Python posemb_size=({others[-1]})) or what it was."
+  ]
+
+
+def _rectangles(cells: int) -> list[str]:
+  """Grids "h,w" of so many cells that are not square, with sides of up to 1 : 2."""
+  heights = (h for h in range(1, math.isqrt(max(cells, 0)) + 1) if cells % h == 0)
+  return [f"{h},{cells // h}" for h in heights if h * h < cells <= 2 * h * h]
 
 
 PRE_LOGITS = "pre_logits/"

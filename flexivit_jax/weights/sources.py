@@ -111,6 +111,8 @@ def _recognise(
   else:
     params, fixed = _plain(arrays), False
     found, format_ = big_vision.infer_fields(params, fields), f"{kind} in big_vision's names"
+  if "posemb_size" in found and "posemb_size" not in fields and not timm_names.is_timm(arrays):
+    notes += big_vision.assumed_square(found["posemb_size"])
   record = _describe(path, format_, FlexiViT(**{**found, **fields})) | {"notes": notes}
   if fixed:
     sides = zip(record["native_patch_size"], record["native_grid"], strict=True)

@@ -145,6 +145,8 @@ def _infer(a: Arrays, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
   if grid is None:
     grid = timm_shapes.square_grid(a["pos_embed"].shape[1], timm_shapes.prefix_length(a))
     notes += big_vision.assumed_square(grid)
+    if timm_shapes.prefix_length(a) and not timm_shapes.with_position(a, grid):
+      notes += big_vision.assumed_bare(grid)
   if _was_flexible(patch_size, grid, timm_shapes.with_position(a, grid) == 0, found):
     found |= {"kernel_operator": "linear", "grid_operator": "linear_antialias"}
     notes.append(_ALREADY_RESIZED)
