@@ -22,7 +22,7 @@ _NAMES = {
 _PATTERN = re.compile("|".join(re.escape(name) for name in _NAMES))
 NOTE = (
   "An image tower of OpenAI's CLIP or OpenCLIP; its projection to the space of texts is the head. OpenAI's weights want"
-  " gelu='quick', which the arrays do not say."
+  " --gelu=quick (in Python gelu='quick'), which the arrays do not say."
 )
 
 

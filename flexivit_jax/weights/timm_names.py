@@ -109,7 +109,7 @@ def _refuse_other_poolings(a: Arrays, fields: Mapping[str, Any]) -> None:
     raise errors.UserError(
       "The file has fc_norm.weight: timm averages the tokens and then normalises (fc_norm), a FlexiViT does it the"
       " other way round; such models are not supported. If this one takes the class token, where the order makes no"
-      " difference, give pool_type='tok'."
+      " difference, give pool_type='tok' (in Python, weights.load(FILE, pool_type='tok'))."
     )
   others = [name for name in timm_shapes.TOKENS if name in a]
   if timm_shapes.LATENT in a and others and fields.get("pool_type") != "map":

@@ -37,10 +37,10 @@ def advice(record):
 def test_a_grid_that_may_be_another_is_noted_and_the_advice_reads_it(read, positions):
   model, _, record = read(positions)
   assert model.posemb_size[0] == model.posemb_size[1]
-  given = tuple(map(int, advice(record)[-1]))
-  other, params, record = read(positions, posemb_size=given)
-  assert other.posemb_size == given != model.posemb_size
-  assert params["pos_embedding"].shape[1] == given[0] * given[1]
+  grid = tuple(map(int, advice(record)[-1]))
+  other, params, record = read(positions, posemb_size=grid)
+  assert other.posemb_size == grid != model.posemb_size
+  assert params["pos_embedding"].shape[1] == grid[0] * grid[1]
   assert not advice(record)
 
 
