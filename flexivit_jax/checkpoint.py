@@ -227,8 +227,7 @@ class Checkpoints:
     sums = (
       manifest.read(self.folder / str(step) / manifest.FOLDER) if verified else self.verify(step)
     )
-    self._check(step, "params", params)
-    self._check(step, "state", state)
+    self.check_fit(step, params, state)
     items = ocp.args.Composite(
       params=ocp.args.StandardRestore(params),
       state=ocp.args.StandardRestore(state),
@@ -239,6 +238,19 @@ class Checkpoints:
     for item in _ITEMS:
       manifest.check_arrays(self.folder / str(step), item, restored[item], sums)
     return restored.params, restored.state, restored.record
+
+  def check_fit(self, step: int, params: Any, state: Any) -> None:
+    """Compares the names, shapes and dtypes of a step's arrays with these.
+
+    Raises:
+      UserError: they differ.
+    """
+    for item, like in zip(_ITEMS, (params, state), strict=True):
+      if lines := trees.diff(like, self._stored(step, item)):
+        where = self.folder / str(step)
+        raise errors.UserError(
+          f"{where} does not fit the model of this config: {'; '.join(lines)}. Give another --workdir."
+        )
 
   def restore_params(self, step: int) -> tuple[Any, dict[str, Any]]:
     """Returns (params, record) of a step, on the default device.
@@ -275,7 +287,8 @@ class Checkpoints:
   def close(self) -> None:
     """Waits until everything is on disk; raises as `save` does."""
     try:
-      self.wait()
+      if self._saved:
+        self.wait()
       self._manager.close()
     finally:
       self._alias.close()
@@ -298,14 +311,6 @@ class Checkpoints:
     if lines := trees.diff(cast, stored):
       where = self.folder / str(step)
       raise errors.UserError(f"{where} holds what JAX would cast:\n  " + "\n  ".join(lines))
-
-  def _check(self, step: int, item: str, like: Any) -> None:
-    lines = trees.diff(like, self._stored(step, item))
-    if lines:
-      where = self.folder / str(step)
-      raise errors.UserError(
-        f"{where} does not fit the model of this config:\n  " + "\n  ".join(lines)
-      )
 
 
 def listing(folder: pathlib.Path) -> Any:

@@ -55,7 +55,7 @@ class Alias:
     self.folder, self.path = folder, plain(folder)
     if not (odd := oddities(self.path)):
       return
-    if not _DESCRIPTORS.is_dir():
+    if not has_aliases():
       raise no_alias(folder, odd)
     if not folder.is_dir():
       self.path = pathlib.Path(os.devnull, "missing")
@@ -72,6 +72,11 @@ class Alias:
     if self._descriptor is not None:
       os.close(self._descriptor)
       self._descriptor = None
+
+
+def has_aliases() -> bool:
+  """Whether this system names the descriptors of a process."""
+  return _DESCRIPTORS.is_dir()
 
 
 def no_alias(folder: pathlib.Path, odd: str) -> errors.UserError:

@@ -33,10 +33,12 @@ class Ledger:
     self.lost = 0.0
 
   def go_on_from(self, step: int) -> None:
-    """Notes this start as one of the run, from `step` on; what those before did after it is lost."""
-    self._own = {"from_step": step, "saves": {}}
+    """Notes this start as one of the run, from `step` on; what those before did after it is lost.
+
+    Nothing is written before the next `write`.
+    """
+    self._own = {"from_step": step, "to_step": step, "saves": {}}
     self.lost = sum(_lose(start, step) for start in self._earlier)
-    self.write(step)
 
   def steps_begin(self) -> None:
     """From now on time that belongs to no other part is that of steps."""

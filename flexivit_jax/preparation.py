@@ -1,9 +1,13 @@
 """What a run's steps need before the first: the mesh, the state, the teachers, the programs."""
 
 import contextlib
+import functools
+import json
 import math
 import pathlib
+import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -55,15 +59,14 @@ def parts(exp: experiment.Experiment, mesh: Any) -> tuple[list[int], float]:
   return sharding.possible_parts(exp.batch_size, mesh), memory
 
 
+def abstract_state(exp: experiment.Experiment) -> steps.TrainState:
+  """The shapes and dtypes of the training state; nothing is computed."""
+  return jax.eval_shape(functools.partial(_init, exp), exp.init, np.uint32(exp.seed))
+
+
 def first_state(exp: experiment.Experiment, mesh: Any) -> steps.TrainState:
   """The state before the first step, made where it lives: what is divided is never whole on a device."""
-
-  @jax.jit
-  def init(given: Any, seed: jax.Array) -> steps.TrainState:
-    params = steps.init_params(exp.model, exp.image_shape, seed, exp.head_bias)
-    params = {**params, **(given or {})}  # what is given may lack the head
-    return steps.init_state(params, exp.optimizer.tx, exp.objective)
-
+  init = jax.jit(functools.partial(_init, exp))
   given = None if exp.init is None else jax.device_put(exp.init, sharding.divided(exp.init, mesh))
   seed = np.uint32(exp.seed)
   where = sharding.divided(jax.eval_shape(init, given, seed), mesh)
@@ -73,6 +76,12 @@ def first_state(exp: experiment.Experiment, mesh: Any) -> steps.TrainState:
     + (f", divided by {mesh.shape['fsdp']}" if mesh.shape["fsdp"] > 1 else "")
   )
   return state
+
+
+def _init(exp: experiment.Experiment, given: Any, seed: jax.Array) -> steps.TrainState:
+  params = steps.init_params(exp.model, exp.image_shape, seed, exp.head_bias)
+  params = {**params, **(given or {})}  # what is given may lack the head
+  return steps.init_state(params, exp.optimizer.tx, exp.objective)
 
 
 def rest(state: steps.TrainState) -> dict[str, Any]:
@@ -174,6 +183,35 @@ def check_frozen(exp: experiment.Experiment, stored: dict[str, str], where: Any)
     raise errors.UserError(
       f"{where} was trained with other teachers: {stored} there, {exp.frozen_digests} here (sha256);"
       " give the same ones, or another --workdir."
+    )
+
+
+def check_data(
+  own: Mapping[str, Any], stored: Mapping[str, Any], data: Mapping[str, Any], where: pathlib.Path
+) -> None:
+  """Compares where in the data a checkpoint was with what this config's data are.
+
+  Args:
+    own: state of this run's batches.
+    stored: state of those of the checkpoint.
+    data: the config's `input.data`, for the message.
+    where: the checkpoint.
+
+  Raises:
+    UserError: another number of examples, batch size, seed or sampler: the next batches would be other ones.
+  """
+  named = pathlib.Path(str(data.get("data_dir") or data.get("name")), str(data.get("split")))
+  lines = {
+    "examples": f"{named} has {own['examples']} examples, and had {stored['examples']}",
+    "batch_size": f"it was trained in batches of {stored['batch_size']}, not of {own['batch_size']}",
+  }
+  keys = [k for k in {**own, **stored} if k != "step" and own.get(k) != stored.get(k)]
+  if keys:
+    differs = "; ".join(lines.get(k, f"{k} was {stored.get(k)}, and is {own.get(k)}") for k in keys)
+    weights = shlex.quote(json.dumps({"checkpoint": str(where)}, ensure_ascii=False))
+    raise errors.UserError(
+      f"{where} cannot be gone on from: {differs}. The order of the examples depends on that. Put it back, or"
+      f" give another --workdir, where --config.init={weights} starts from these weights."
     )
 
 

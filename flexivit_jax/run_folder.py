@@ -5,9 +5,10 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
@@ -30,23 +31,65 @@ FREE = (
 )
 
 
+# A path like s3://bucket is a folder of this name to `pathlib`.
+_ADDRESS = re.compile(r"(gs|s3|az|hf|abfss?|hdfs|wasbs?|https?|file|ftp):/")
+
+
+def check_path(workdir: pathlib.Path, *, several: bool = False) -> None:
+  """Checks that a folder can be made at a path, or is there; changes nothing.
+
+  Args:
+    workdir: of the run.
+    several: whether several processes share it.
+
+  Raises:
+    UserError: it is a file or lies in one, a link that leads nowhere, an address, too long, or has characters that
+      cannot be got around on this system or by several processes.
+  """
+  shown, way = folders.printable(workdir), "give another --workdir"
+  if _ADDRESS.match(str(workdir)):
+    raise errors.UserError(
+      f"--workdir {shown} is an address; expected a folder of this machine, as one on a disk or a mounted bucket."
+    )
+  try:
+    for path in (workdir, *workdir.parents):
+      if path.is_symlink() and not path.exists():
+        raise errors.UserError(
+          f"{shown}: {folders.printable(path)} is a link to {path.readlink()}, which does not exist; mend it, or {way}."
+        )
+      if path.exists() and not path.is_dir():
+        raise errors.UserError(
+          f"{shown}: {folders.printable(path)} is a file, where a folder is needed; {way}."
+        )
+  except OSError as e:  # a name that is too long
+    raise errors.UserError(f"{shown:.300} cannot be a folder: {e.strerror}; {way}.") from e
+  absolute = folders.plain(workdir.absolute())
+  if (odd := folders.oddities(absolute)) and (several or not folders.has_aliases()):
+    raise folders.no_alias(absolute, odd)
+
+
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
   """Holds the folder for this process; it is free again when the process ends, however it does.
 
+  A folder, and those above it, that were made for this and in which nothing was written are gone again at the end.
+
   Raises:
     UserError: another process has it, which is named; or nothing can be written there.
   """
-  holder = workdir / "holder.json"
+  holder, file = workdir / "holder.json", workdir / ".lock"
+  made = [p for p in (workdir, *workdir.parents) if not p.exists()]
+  had = file.exists()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(workdir / ".lock", timeout=0)
+    lock = filelock.FileLock(file, timeout=0)
     lock.acquire()
   except filelock.Timeout as e:
     raise errors.UserError(
       f"{workdir} is in use by {_holder(holder)}; wait for it, stop it, or give another --workdir."
     ) from e
   except OSError as e:
+    _remove(made)
     raise errors.UserError(
       f"{workdir} cannot be written to: {e.strerror}; give another --workdir."
     ) from e
@@ -58,7 +101,18 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   finally:
     with contextlib.suppress(OSError):
       holder.unlink()
+    if not had and os.listdir(workdir) == [file.name]:
+      file.unlink()
+      _remove(made)
     lock.release()
+
+
+def _remove(made: Sequence[pathlib.Path]) -> None:
+  """Removes the folders, the innermost first, until one is not empty."""
+  with contextlib.suppress(OSError):
+    for folder in made:
+      if folder.is_dir():
+        folder.rmdir()
 
 
 def _holder(file: pathlib.Path) -> str:
@@ -69,53 +123,93 @@ def _holder(file: pathlib.Path) -> str:
     return "another process"
 
 
-def keep_config(
-  workdir: pathlib.Path,
-  settings: Mapping[str, Any],
-  *,
-  begun: bool,
-  allow_change: bool,
-  note: Callable[[str], None],
-) -> None:
-  """Writes config.json, and for each start that differs from the one before config.NNN.json.
+class Start(NamedTuple):
+  """How the config of a start differs from that of the run: keys -> lines, and what is to be said; see `compare`."""
+
+  lines: dict[str, str]
+  notes: list[str]
+  unknown: str | None  # why what the run's config is cannot be told
+  same: bool  # nothing has to be written
+
+
+def compare(workdir: pathlib.Path, settings: Mapping[str, Any], *, begun: bool) -> Start:
+  """Compares the config of a start with that of the run; changes nothing.
 
   Args:
     workdir: of the run.
     settings: the config of this start.
     begun: whether there is a checkpoint: until then a config may become another.
+  """
+  files = [workdir / "config.json", *reversed(_kept(workdir))]
+  found, damaged = _last_config([p for p in files if p.exists()])
+  last = "" if found is None else f"; {found[0].name} is the last that is whole"
+  notes = [f"{path} is damaged{last}" for path in damaged]
+  if found is None:
+    named = ", ".join(map(str, damaged))
+    unknown = f"{named}: damaged, so whether this is the run's config cannot be told"
+    return Start({}, notes, unknown if damaged and begun else None, same=False)
+  lines = diff(found[1], json.loads(_text(settings)))
+  when = "config" if begun else "config, before anything was saved"
+  notes += [f"{when}: {line}" for line in lines.values()]
+  return Start(lines, notes, None, same=not lines and bool(files[1:]) and not damaged)
+
+
+def check_config(
+  workdir: pathlib.Path,
+  settings: Mapping[str, Any],
+  start: Start,
+  *,
+  allow_change: bool,
+  misfit: str | None = None,
+) -> None:
+  """Decides whether a run that has a checkpoint goes on with a config; changes nothing.
+
+  Args:
+    workdir: of the run.
+    settings: the config of this start.
+    start: of `compare`.
     allow_change: of what makes a run what it is, too.
-    note: is told what has changed, a line each.
+    misfit: why the checkpoint cannot be gone on from with this config, whatever is allowed.
 
   Raises:
-    UserError: what makes the run what it is has changed; no config can be read; nothing can be written.
+    UserError: what makes the run what it is has changed; no config can be read; there is a misfit.
   """
-  file, text = workdir / "config.json", json.dumps(settings, indent=2, default=str) + "\n"
-  kept = sorted(workdir.glob("config.[0-9][0-9][0-9].json"))
-  found, damaged = _last_config([p for p in (file, *reversed(kept)) if p.exists()])
-  if damaged and found is None and begun and not allow_change:
+  differs = (
+    f"The config differs from that of the run in {workdir}: {'; '.join(start.lines.values())}."
+  )
+  if misfit is not None:
+    raise errors.UserError(f"{differs} {misfit}" if start.lines else misfit)
+  if allow_change:
+    return
+  if start.unknown:
     raise errors.UserError(
-      f"{', '.join(map(str, damaged))}: damaged, so whether this is the run's config cannot be told; put the file back,"
-      " or give --allow_config_change to go on with this config."
+      f"{start.unknown}; put the file back, or give --allow_config_change to go on with this config."
     )
-  for path in damaged:
-    note(
-      f"{path} is damaged"
-      + ("" if found is None else f"; {found[0].name} is the last that is whole")
+  if key := next((key for key in start.lines if is_identity(key, settings)), None):
+    raise errors.UserError(
+      f"{differs} {key} makes it another run: give another --workdir, or --allow_config_change to go on all the same."
     )
-  if found is not None:
-    lines = diff(found[1], json.loads(text))
-    if not lines and kept and not damaged:
-      return
-    for key, line in lines.items():
-      note(f"config: {line}" if begun else f"config, before anything was saved: {line}")
-      if begun and not allow_change and is_identity(key, settings):
-        raise errors.UserError(
-          f"The config differs from that of the run in {workdir}: {'; '.join(lines.values())}. {key} makes it another"
-          " run: give another --workdir, or --allow_config_change to go on all the same."
-        )
-  number = 1 + max((int(p.suffixes[-2][1:]) for p in kept), default=0)
-  folders.write(workdir / f"config.{number:03d}.json", text)
-  folders.write(file, text)
+
+
+def write_config(workdir: pathlib.Path, settings: Mapping[str, Any], start: Start) -> None:
+  """Writes config.json, and for each start that differs from the one before config.NNN.json.
+
+  Raises:
+    UserError: nothing can be written.
+  """
+  if start.same:
+    return
+  number = 1 + max((int(p.suffixes[-2][1:]) for p in _kept(workdir)), default=0)
+  folders.write(workdir / f"config.{number:03d}.json", _text(settings))
+  folders.write(workdir / "config.json", _text(settings))
+
+
+def _kept(workdir: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(workdir.glob("config.[0-9][0-9][0-9].json"))
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+  return json.dumps(settings, indent=2, default=str) + "\n"
 
 
 def _last_config(

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import functools
 import inspect
+import os
 import pathlib
 import sys
 import time
@@ -77,7 +78,7 @@ def train(
     settings: the config.
     workdir: the run folder.
     resume: see `Checkpoints.choose`.
-    allow_config_change: see `run_folder.keep_config`.
+    allow_config_change: see `run_folder.check_config`.
     begun: `time.perf_counter()` from when on its time is counted; default: now.
 
   Returns:
@@ -116,39 +117,44 @@ def _train(
       distributed.on_first(wandb_run.check, "its package wandb")
     signs: list[peers_of.Peers] = []
     watchdog = stack.enter_context(contextlib.closing(_watchdog(settings, signs)))
+    run_folder.check_path(workdir, several=several)
     trained = preparation.trained(workdir)
-    exp = experiment.build(**{"name": workdir.name, **settings}, trained=trained)
+    exp = experiment.build(**{"name": _name(workdir), **settings}, trained=trained)
     _say_costs(exp)
+    exp, mesh = preparation.place(exp)
+    parts, memory = preparation.parts(exp, mesh)
     processes.take(workdir, stack)
     first = jax.process_index() == 0
     ledger = Ledger(workdir / "ledger.json" if first else None, begun)
-    stack.callback(ledger.write)
+    refusing = stack.enter_context(_writing_unless_refused(ledger))
     peers = processes.signs_of_life(workdir)
     if peers is not None:
       signs.append(peers)
-    exp, mesh = preparation.place(exp)
-    parts, memory = preparation.parts(exp, mesh)
+    batches = stack.enter_context(exp.batches(0))
+    accepted, latest, (state, schedule, early) = _accept(
+      exp, mesh, batches, workdir, settings, ledger, resume=resume, allow_change=allow_config_change
+    )
+    start = int(state.step)
+    if several:
+      distributed.agree(start, _facts(exp, batches, start, schedule))
+    evaluators = {
+      name: e.make(exp.model, mesh, watchdog.data) for name, e in exp.evaluations.items()
+    }
+    ended = following.Following(None, None, exp.early, early).ended
+    if go_on := start < exp.total_steps and not ended:
+      with ledger.of("compilation"):
+        held = memory - sharding.bytes_each(state)
+        targets = preparation.targets(exp, start, mesh, stack, parts=parts, memory=held)
+        programs = preparation.programs(exp, state, targets, mesh, parts=parts, memory=memory)
+        distributed.agree(start, {"parts of the batch": sorted(programs.parts.items())})
+        for evaluator in evaluators.values():
+          evaluator.compile(state.params, preparation.report_of("eval", exp))
+    # Whatever can refuse the start has passed. Until here nothing in the folder has changed.
+    distributed.on_first(lambda: _write(workdir, settings, accepted, state), "its folder")
+    refusing.clear()
     checkpoints = stack.enter_context(
       _closing(Checkpoints(workdir / "checkpoints", keep=exp.keep), ledger)
     )
-
-    def choose() -> int | None:
-      latest = checkpoints.choose(resume, preparation.note)
-      run_folder.keep_config(
-        workdir,
-        settings,
-        begun=latest is not None,
-        allow_change=allow_config_change,
-        note=preparation.note,
-      )
-      return latest
-
-    latest = distributed.on_first(choose, "its checkpoints or its config")
-    ledger.go_on_from(latest or 0)
-    state, schedule, batches, early = _start_or_resume(exp, checkpoints, latest, ledger, mesh)
-    stack.enter_context(batches)
-    start = int(state.step)
-    distributed.on_first(lambda: _write_overview(workdir, checkpoints, state), "its folder")
     others = {}
     if exp.wandb is not None:
       opening = functools.partial(wandb_run.open_run, workdir, settings, latest is not None)
@@ -161,27 +167,98 @@ def _train(
       stack.enter_context(_closing(best, ledger))
     follow = following.Following(best, exp.best, exp.early, early)
     run = Run(exp, mesh, checkpoints, batches, writer, ledger, stop, watchdog, [0], peers, follow)
-    if several:
-      distributed.agree(start, _facts(run, start, schedule))
-    evaluators = {
-      name: e.make(exp.model, mesh, watchdog.data) for name, e in exp.evaluations.items()
-    }
-    if start < exp.total_steps and not follow.ended:
-      with ledger.of("compilation"):
-        held = memory - sharding.bytes_each(state)
-        targets = preparation.targets(exp, start, mesh, stack, parts=parts, memory=held)
-        programs = preparation.programs(exp, state, targets, mesh, parts=parts, memory=memory)
-        distributed.agree(start, {"parts of the batch": sorted(programs.parts.items())})
-        for evaluator in evaluators.values():
-          evaluator.compile(state.params, preparation.report_of("eval", exp))
+    if go_on:
       _evaluate_again(run, state, schedule, evaluators, workdir)
-  if start < exp.total_steps and not follow.ended:
+  if go_on and not follow.ended:
     ledger.steps_begin()
     state, schedule = _loop(run, state, schedule, targets, programs, evaluators)
   with stop.interruptible(), ledger.of("evaluation"):
     if follow.ended:
       preparation.note(follow.reason())
     _final_evaluation(run, state, schedule, evaluators, workdir)
+
+
+@contextlib.contextmanager
+def _writing_unless_refused(ledger: Ledger) -> Iterator[list[bool]]:
+  """Writes the ledger at the end, but not of a start that was refused; one goes on that has emptied the list."""
+  refusing = [True]
+  try:
+    yield refusing
+  except errors.UserError:
+    if not refusing:
+      ledger.write()
+    raise
+  except BaseException:
+    ledger.write()
+    raise
+  ledger.write()
+
+
+def _name(workdir: pathlib.Path) -> str:
+  """That of the folder, also of "." and of a path that ends with ".."."""
+  return pathlib.Path(os.path.abspath(workdir)).name
+
+
+Started = tuple[steps.TrainState, patch_schedule.State, dict[str, Any]]
+
+
+def _accept(
+  exp: experiment.Experiment,
+  mesh: Any,
+  batches: Any,
+  workdir: pathlib.Path,
+  settings: dict[str, Any],
+  ledger: Ledger,
+  *,
+  resume: str,
+  allow_change: bool,
+) -> tuple[run_folder.Start | None, int | None, Started]:
+  """Refuses what cannot be gone on with, or returns how the config differs, the checkpoint's step, and the state.
+
+  Nothing in the folder changes. How the config differs is known on the first process only.
+  """
+  accepted: list[run_folder.Start] = []
+  with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
+
+    def choose() -> int | None:
+      latest = checkpoints.choose(resume, preparation.note)
+      accepted.append(run_folder.compare(workdir, settings, begun=latest is not None))
+      for line in accepted[0].notes:
+        preparation.note(line)
+      state = preparation.abstract_state(exp)
+      if latest is not None:
+        misfit = _misfit(exp, checkpoints, latest, state, batches, settings)
+        run_folder.check_config(
+          workdir, settings, accepted[0], allow_change=allow_change, misfit=misfit
+        )
+      checkpoints.check_room(state)
+      return latest
+
+    latest = distributed.on_first(choose, "its checkpoints or its config")
+    ledger.go_on_from(latest or 0)
+    started = _start_or_resume(exp, checkpoints, latest, ledger, mesh, batches)
+  return (accepted[0] if accepted else None), latest, started
+
+
+def _misfit(
+  exp: experiment.Experiment,
+  checkpoints: Checkpoints,
+  latest: int,
+  state: steps.TrainState,
+  batches: Any,
+  settings: dict[str, Any],
+) -> str | None:
+  """Why a checkpoint cannot be gone on from with this config, whatever the user allows; None: it can."""
+  record, where = checkpoints.record(latest), checkpoints.folder / str(latest)
+  try:
+    checkpoints.check_fit(latest, state.params, preparation.rest(state))
+    preparation.check_frozen(exp, record.get("frozen", {}), where)
+    preparation.check_data(
+      batches.get_state(), record["data"], settings["input"]["data"], where.parent.parent
+    )
+  except errors.UserError as e:
+    return str(e)
+  return None
 
 
 @contextlib.contextmanager
@@ -212,20 +289,26 @@ def _watchdog(settings: dict[str, Any], signs: list[peers_of.Peers]) -> stopping
   )
 
 
-def _write_overview(
-  workdir: pathlib.Path, checkpoints: Checkpoints, state: steps.TrainState
+def _write(
+  workdir: pathlib.Path,
+  settings: dict[str, Any],
+  accepted: run_folder.Start | None,
+  state: steps.TrainState,
 ) -> None:
-  checkpoints.check_room(state)
+  """Writes what a start leaves in its folder: its config, where it is another one, and the list of parameters."""
+  if accepted is not None:
+    run_folder.write_config(workdir, settings, accepted)
   overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
   folders.write(workdir / "parameters.txt", overview + "\n")
 
 
-def _facts(run: Run, step: int, schedule: patch_schedule.State) -> dict[str, Any]:
+def _facts(
+  exp: experiment.Experiment, batches: Any, step: int, schedule: patch_schedule.State
+) -> dict[str, Any]:
   """What all processes must have alike before the next steps: other sizes would be other programs, which wait for ever.
 
   The sizes are those until the next log at the latest.
   """
-  exp = run.exp
   ahead = range(step, min(step + exp.log_every, exp.total_steps))
   drawn = [
     patch_schedule.draw(
@@ -233,7 +316,7 @@ def _facts(run: Run, step: int, schedule: patch_schedule.State) -> dict[str, Any
     )
     for s in ahead
   ]
-  return {"sizes of the next steps": drawn, "next batch": run.batches.next_ids()}
+  return {"sizes of the next steps": drawn, "next batch": batches.next_ids()}
 
 
 def _say_costs(exp: experiment.Experiment) -> None:
@@ -250,18 +333,17 @@ def _start_or_resume(
   latest: int | None,
   ledger: Ledger,
   mesh: Any,
-) -> tuple[steps.TrainState, patch_schedule.State, Any, dict[str, Any]]:
-  """Returns the initial state or that of a checkpoint, that of the schedule of sizes, the batches from there, and the
-  state of early stopping.
+  batches: Any,
+) -> Started:
+  """Returns the initial state or that of a checkpoint, that of the schedule of sizes, and that of early stopping;
+  `batches` go on from there.
   """
   state = preparation.first_state(exp, mesh)
   if latest is None:
-    return state, patch_schedule.init_state(exp.flexi), exp.batches(0), {}
+    return state, patch_schedule.init_state(exp.flexi), {}
   params, rest, record = checkpoints.restore(
     latest, state.params, preparation.rest(state), verified=True
   )
-  preparation.check_frozen(exp, record.get("frozen", {}), checkpoints.folder / str(latest))
-  batches = exp.batches(0)
   batches.set_state(record["data"])
   seen = record["data"]["step"] * record["data"]["batch_size"]
   epoch = seen / record["data"]["examples"]
@@ -270,7 +352,7 @@ def _start_or_resume(
     f" {seen} images seen; {ledger.lost:.0f} s of work lost"
   )
   state = steps.TrainState(params=params, **rest)
-  return state, record.get("schedule", {}), batches, record.get("early_stopping", {})
+  return state, record.get("schedule", {}), record.get("early_stopping", {})
 
 
 def _evaluate_again(
@@ -425,7 +507,8 @@ def _log(
   if rows:
     run.ledger.write(rows[-1].step)
     if distributed.is_on():
-      distributed.agree(rows[-1].step, _facts(run, rows[-1].step, schedule))
+      facts = _facts(run.exp, run.batches, rows[-1].step, schedule)
+      distributed.agree(rows[-1].step, facts)
   return schedule
 
 

@@ -27,6 +27,7 @@ def clock(monkeypatch):
 def begin(file, step):
   book = Ledger(file, ledger.time.perf_counter())
   book.go_on_from(step)
+  book.write()
   return book
 
 
@@ -184,7 +185,8 @@ def test_a_run_takes_as_long_as_a_clock_beside_it_says(tmp_path, stop):
   found = ledger.shares(folder / "ledger.json")
   print(f"{real:.2f} s, of which {found['wall']:.2f} are known")
   assert -0.1 < real - found["wall"] < 0.2 * real + 0.5
-  assert found["start-up"] > 1 and found["checkpoints"] > 1
+  assert found["start-up"] > 1
+  assert stop or found["checkpoints"] > 1
   assert sum(found[part] for part in ledger.PARTS) == pytest.approx(found["wall"], rel=0.01)
 
 

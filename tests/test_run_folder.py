@@ -68,9 +68,11 @@ OLD = {"model": {"width": 8}, "input": {"threads": 1, "batch_size": 4}, "log_eve
 
 
 def kept(tmp_path, settings, begun=True, allow=False):
-  said: list[str] = []
-  run_folder.keep_config(tmp_path, settings, begun=begun, allow_change=allow, note=said.append)
-  return said
+  start = run_folder.compare(tmp_path, settings, begun=begun)
+  if begun:
+    run_folder.check_config(tmp_path, settings, start, allow_change=allow)
+  run_folder.write_config(tmp_path, settings, start)
+  return start.notes
 
 
 def names(tmp_path):
