@@ -13,6 +13,7 @@ from flexivit_jax.weights import (
   big_vision,
   files,
   folders,
+  open_clip_images,
   open_clip_names,
   other_models,
   registry,
@@ -149,20 +150,21 @@ def _file(
     if config and timm_names.is_timm(arrays):
       own = ours and path.name == timm_folder.WEIGHTS[0]
       return _timm_file(path, arrays, config, fields, notes, ours=own)
-    if not config and _in_words(arrays) and transformers_folder.is_folder(folder):
+    others = transformers_folder.is_folder(folder) if not config else False
+    if others and _in_words(arrays):
       whole = transformers_folder.read_arrays(folder) if shard else arrays
       source = _transformers(folder, whole, fields)
       more = f"{path.name} is read with {folder.resolve().name}/config.json."
       record = source.record | {"notes": [*source.record["notes"], more]}
       return source._replace(record=record)
-    reason = ""
+    reason = "the arrays of the file have other names." if config or others else ""
   except errors.UserError as e:
     # The file that the config is written for is not read as another model, unless its sizes say that it is one.
     standard = shard or path.name in timm_folder.WEIGHTS
     if standard and not isinstance(e, timm_folder.Misfit):
       raise
     reason = str(e)
-  source = _recognise(path, arrays, fields, notes)
+  source = _with_open_clip(_recognise(path, arrays, fields, notes), folder)
   if reason:
     unused = f"The config.json beside {path.name} is not used: {reason}"
     source.record["notes"].append(unused)
@@ -170,8 +172,20 @@ def _file(
 
 
 def _in_words(arrays: files.Arrays) -> bool:
-  """Whether the names have the dots of PyTorch; big_vision's and the original ViT's have slashes."""
-  return not any("/" in name for name in arrays)
+  """Whether the names may be those of transformers: big_vision's and the original ViT's have slashes."""
+  return not timm_names.is_timm(arrays) and not any("/" in name for name in arrays)
+
+
+def _with_open_clip(source: Source, folder: pathlib.Path) -> Source:
+  """Adds what an open_clip_config.json beside a file in timm's names (an OpenCLIP tower gets them) says."""
+  record = source.record
+  if "timm" not in record["format"] or not (folder / open_clip_images.CONFIG).is_file():
+    return source
+  h, w = record["image_size"]
+  images = open_clip_images.read(folder, (h, w), source.params["embedding"]["kernel"].shape[2])
+  record = record | stated.keep(images.stated) | {"notes": [*record["notes"], *images.notes]}
+  record["input"] = _input(images.mean, images.std, images.stated.source)
+  return Source(source.params, source.fields | images.fields, record, (images.mean, images.std))
 
 
 def _transformers(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, Any]) -> Source:

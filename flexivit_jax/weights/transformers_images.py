@@ -14,7 +14,7 @@ from flexivit_jax.weights.stated import FILTERS, Size, Stated
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-_CLIP = {
+CLIP = {
   "image_mean": [0.48145466, 0.4578275, 0.40821073],
   "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
@@ -23,8 +23,8 @@ _SHORTER = {"size": {"shortest_edge": 224}, "do_center_crop": True, "resample": 
 _DEFAULTS: dict[str, dict[str, Any]] = {
   "ViT": {"size": 224, "resample": 2} | _HALF,
   "DeiT": {"size": 256, "resample": 3, "do_center_crop": True} | _HALF,
-  "CLIP": _SHORTER | _CLIP,
-  "Bit": _SHORTER | _CLIP,
+  "CLIP": _SHORTER | CLIP,
+  "Bit": _SHORTER | CLIP,
   "Siglip": {"size": 224, "resample": 3} | _HALF,
 }
 # The class that transformers takes by the model type where the file names none.

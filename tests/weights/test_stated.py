@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from safetensors.numpy import save_file
 
-from flexivit_jax import data, errors, inspection, weights
+from flexivit_jax import data, errors, inspection, trees, weights
 from flexivit_jax.weights import stated, timm_images, transformers_images
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -215,6 +215,45 @@ def test_inspect_prints_input_preparation_and_classes_with_the_file_that_says_th
   want = "prepared      shorter side to 36 pixels, bicubic, centre 32x32 (hub/config.json)"
   assert want in lines
   assert "classes       ant, bee, cat, dog, eel, ... (7 in all)" in lines
+
+
+@pytest.mark.parametrize("model_type", ["vit", None])
+def test_a_config_of_a_file_with_other_names_is_said_not_to_be_used(hub, model_type):
+  path = hub()
+  content = {"model_type": model_type, "architectures": ["ViTModel"]} if model_type else {}
+  if content:
+    (path / "config.json").write_text(json.dumps(content))
+    file = path / "model.safetensors"
+  else:
+    _, params, _ = weights.load_with_record(path)
+    arrays = {f"params/{k}": np.asarray(v) for k, v in trees.flatten(params).items()}
+    file = path / "big_vision.npz"
+    np.savez(file, **arrays)
+  *_, record = weights.load_with_record(file, num_heads=4)
+  assert any(
+    n.endswith("is not used: the arrays of the file have other names.") for n in notes(record)
+  )
+
+
+@pytest.mark.parametrize(
+  ("images", "want"),
+  [
+    ({}, "resize_small(32, method='pil_bicubic', rounding='down')|central_crop(32, 'even', fill=0)"),
+    ({"resize_mode": "squash", "interpolation": "bilinear"}, "resize(32, method='pil_bilinear')"),
+    ({"resize_mode": "longest"}, "resize_keep(32, 'contain', method='pil_bicubic')|"),
+  ],
+)  # fmt: skip
+def test_open_clips_config_beside_a_file_is_used(hub, tmp_path, images, want):
+  file = shutil.copy(hub() / "model.safetensors", tmp_path / "open_clip_model.safetensors")
+  config = {"model_cfg": {"quick_gelu": True}, "preprocess_cfg": images}
+  (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+  model, _, record = weights.load_with_record(file, num_heads=4)
+  assert model.gelu == "quick" and record["pp"].startswith(f"decode|{want}")
+  assert record["folded_input"]["mean"] == pytest.approx([0.481, 0.458, 0.408], abs=1e-3)
+  assert record["input"]["from"].endswith("open_clip_config.json") and notes(record) == []
+  (tmp_path / "open_clip_config.json").write_text("{")
+  with pytest.raises(errors.UserError, match=r"open_clip_config\.json cannot be read as JSON"):
+    weights.load(file, num_heads=4)
 
 
 def test_one_channel_takes_the_mean_of_three_as_timm_does():
