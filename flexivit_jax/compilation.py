@@ -208,12 +208,12 @@ def keep_programs() -> pathlib.Path | None:
   settings = jax.config.values
   if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
     return None
-  folder = folders.cache_folder() / "programs" / _processor()
   try:
+    folder = folders.cache_folder() / "programs" / _processor()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(folder)
     _check_private(folder.parent)
-  except OSError as e:
+  except (OSError, errors.UserError) as e:
     _LOG.warning("Compiled programs are not kept: %s", e)
     return None
   wanted = {

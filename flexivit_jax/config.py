@@ -8,7 +8,9 @@ import ast
 import importlib.util
 import inspect
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -38,16 +40,15 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
   """Returns the config of "path/to/file.py:arg" as plain dicts, with overrides like "optim.lr=1e-3".
 
   "digits", "digits.py" and "configs/digits.py" are also the configs that ship with the package, unless there is such
-  a file.
+  a file. A path may hold colons: the file is the shortest beginning that is one, up to a colon or the end.
 
   Raises:
     UserError: no such file, a bad argument, or an override that is not `key=value`.
   """
-  path, _, arg = spec.partition(":")
-  file = _find(path)
+  file, arg = _divide(spec)
   module_spec = importlib.util.spec_from_file_location(file.stem, file)
   if module_spec is None or module_spec.loader is None:
-    raise errors.UserError(f"{file} is not a Python file.")
+    raise errors.UserError(f"{file} is not a Python file: its name does not end in .py.")
   module = importlib.util.module_from_spec(module_spec)
   module_spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
@@ -58,22 +59,49 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
   return config.to_dict()
 
 
+# NAME or NAME=VALUE and a comma or the end; a value in quotes may hold commas.
+_PART = re.compile(r"""([^=,]*)(?:=('[^']*'|"[^"]*"|[^,]*))?(,|$)""")
+
+
 def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
   """Parses "fixed=8,debug" against defaults, whose types the values have; a lone name means True.
+
+  A value that holds a comma is written in quotes, "data_dir='a,b'"; nothing in the quotes is read in another way.
 
   Raises:
     UserError: an unknown name or a value of another type.
   """
-  values = dict(defaults)
-  for part in filter(None, arg.split(",")):
-    name, equals, text = part.partition("=")
+  values, before = dict(defaults), None
+  for name, text in _parts(arg):
     if name not in defaults:
-      raise errors.unknown("config argument", name, defaults)
-    what = f"config argument {name}"
-    if not equals and not isinstance(defaults[name], bool):
-      raise errors.UserError(f"{what} needs a value: {name}={defaults[name]!r}.")
-    values[name] = _typed(what, text if equals else "True", defaults[name])
+      raise errors.UserError(
+        f"{errors.unknown('config argument', name, defaults)}{_quotes(before)}"
+      )
+    what, like = f"config argument {name}", defaults[name]
+    if text is None and not isinstance(like, bool):
+      raise errors.UserError(f"{what} needs a value: {name}={like!r}.")
+    before = (name, text) if isinstance(like, str) else None
+    quoted = isinstance(like, str) and len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    values[name] = text[1:-1] if quoted else _typed(what, "True" if text is None else text, like)
   return ml_collections.ConfigDict(values)
+
+
+def _parts(arg: str) -> Iterator[tuple[str, str | None]]:
+  """The names in an argument with their values; None for a name that stands alone."""
+  at = 0
+  while at < len(arg):
+    found = _PART.match(arg, at)
+    at = found.end()
+    if found[1] or found[2] is not None:
+      yield found[1], found[2]
+
+
+def _quotes(before: tuple[str, str] | None) -> str:
+  """What to do about an unknown name that may be the rest of the value before it."""
+  if before is None:
+    return ""
+  name, text = before
+  return f" A value that holds a comma is written in quotes: \"FILE:{name}='{text},...'\"."
 
 
 def check(
@@ -149,6 +177,16 @@ def _prefixed(where: str, names: Iterable[str]) -> list[str]:
   return [f"{where}.{name}" if where else name for name in names]
 
 
+def _divide(spec: str) -> tuple[pathlib.Path, str]:
+  """The file and the argument of "path/to/file.py:arg"; either may hold colons."""
+  ends = [i for i, character in enumerate(spec) if character == ":"]
+  for end in (*ends, len(spec)):
+    if pathlib.Path(spec[:end]).is_file():
+      return pathlib.Path(spec[:end]), spec[end + 1 :]
+  path, _, arg = spec.partition(":")
+  return _find(path), arg
+
+
 def _find(path: str) -> pathlib.Path:
   file, here = pathlib.Path(path), pathlib.Path(__file__).parent
   shipped = [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
@@ -188,8 +226,10 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
 
 def _literal(text: str) -> Any:
   try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # of a backslash in quotes
+      return ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
     return text
 
 

@@ -13,10 +13,21 @@ _DESCRIPTORS = pathlib.Path("/proc/self/fd")
 
 
 def cache_folder() -> pathlib.Path:
-  """$FLEXIVIT_CACHE, else flexivit_jax in $XDG_CACHE_HOME, else in ~/.cache."""
-  if folder := os.environ.get("FLEXIVIT_CACHE"):
-    return pathlib.Path(folder).expanduser()
-  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexivit_jax"
+  """$FLEXIVIT_CACHE, else flexivit_jax in $XDG_CACHE_HOME where that is an absolute path, else in ~/.cache.
+
+  Raises:
+    UserError: it begins with ~ and no home folder is known.
+  """
+  own, shared = os.environ.get("FLEXIVIT_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+  named = pathlib.Path(own or shared)
+  if not own and named.parts[:1] != ("~",) and not named.is_absolute():  # empty, too
+    named = pathlib.Path("~/.cache")
+  try:
+    return named.expanduser() if own else named.expanduser() / "flexivit_jax"
+  except RuntimeError as e:
+    raise errors.UserError(
+      f"No home folder is known, so {named} is none; set FLEXIVIT_CACHE to a folder for files that can be made again."
+    ) from e
 
 
 def oddities(folder: pathlib.Path) -> str:

@@ -231,3 +231,77 @@ def test_check_refuses(section, message):
 def test_check_at_the_top_level_names_bare_keys():
   with pytest.raises(errors.UserError, match=r"'sze'.*Did you mean 'size'"):
     config.check("", {"sze": 1}, resize, given=("image",))
+
+
+PATHED = """
+import ml_collections
+from flexivit_jax.config import parse_arg
+def get_config(arg=""):
+  arg = parse_arg(arg, data_dir="photos", epochs=8, debug=False)
+  return ml_collections.ConfigDict(dict(input=dict(data_dir=arg.data_dir), epochs=arg.epochs, debug=arg.debug))
+"""
+FILES = [
+  "my:file.py",
+  "a:b:c.py",
+  "my:folder/c.py",
+  "C:\\x.py",
+  "a b.py",
+  "c=1,2.py",
+  "ünï.py",
+  "[g].py",
+  "%s.py",
+]
+
+
+@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_path_may_hold_what_divides_it_from_the_argument(tmp_path, monkeypatch, path, absolute):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / path).parent.mkdir(exist_ok=True)
+  (tmp_path / path).write_text(PATHED)
+  spec = str(tmp_path / path) if absolute else path
+  assert config.load(spec)["epochs"] == 8
+  assert config.load(f"{spec}:")["epochs"] == 8
+  loaded = config.load(f"{spec}:data_dir=/data:x=y/a b,epochs=2,debug")
+  assert loaded == {"input": {"data_dir": "/data:x=y/a b"}, "epochs": 2, "debug": True}
+
+
+VALUES = [
+  "a,b",
+  "x=y,z=1",
+  "/data/a,b",
+  "2024",
+  "1,2",
+  "None",
+  "{'a': 1}",
+  "[x]",
+  "~",
+  "back\\slash",
+  "C:\\new",
+  "%s",
+  " a ",
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_any_path_can_be_written_as_an_argument_and_as_an_override(tmp_path, value):
+  (tmp_path / "c.py").write_text(PATHED)
+  spec = f"{tmp_path / 'c.py'}:"
+  quote = '"' if "'" in value else "'"
+  loaded = config.load(f"{spec}epochs=3,data_dir={quote}{value}{quote},debug")
+  assert loaded == {"input": {"data_dir": value}, "epochs": 3, "debug": True}
+  if value != "None":
+    assert config.load(spec, [f"input.data_dir={value}"])["input"]["data_dir"] == value
+  if "," not in value:
+    assert config.load(f"{spec}data_dir={value}")["input"]["data_dir"] == (
+      value if value != "None" else None
+    )
+
+
+def test_a_comma_without_quotes_is_an_error_that_says_how_to_write_it(tmp_path):
+  (tmp_path / "c.py").write_text(PATHED)
+  with pytest.raises(errors.UserError, match=r"'b'; known: .*\"FILE:data_dir='/data/a,...'\""):
+    config.load(f"{tmp_path / 'c.py'}:data_dir=/data/a,b")
+  with pytest.raises(errors.UserError) as wrong:
+    config.load(f"{tmp_path / 'c.py'}:epochs=3,b")
+  assert "quotes" not in str(wrong.value)

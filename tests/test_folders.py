@@ -1,8 +1,11 @@
 """Where things are cached, and small files that are whole or not there."""
 
+import pathlib
+
+import jax
 import pytest
 
-from flexivit_jax import folders
+from flexivit_jax import compilation, folders
 from flexivit_jax.errors import UserError
 
 
@@ -29,3 +32,23 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, before):
   assert not (tmp_path / "a.json.tmp").is_symlink()
   folders.write(file, "new")
   assert file.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_without_a_home_folder_the_cache_is_an_error_that_says_what_to_set(monkeypatch, tmp_path):
+  def unknown(_):
+    raise RuntimeError("Could not determine home directory.")
+
+  for name in ("FLEXIVIT_CACHE", "XDG_CACHE_HOME", "HOME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(pathlib.Path, "expanduser", unknown)
+  with pytest.raises(UserError, match=r"~/.cache is none; set FLEXIVIT_CACHE"):
+    folders.cache_folder()
+  assert compilation.keep_programs() is None or jax.config.values["jax_compilation_cache_dir"]
+  monkeypatch.undo()
+  monkeypatch.delenv("FLEXIVIT_CACHE", raising=False)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the standard says to ignore
+  assert folders.cache_folder() == tmp_path / ".cache" / "flexivit_jax"
+  monkeypatch.setenv("FLEXIVIT_CACHE", "~nobody-of-this-name/x")
+  with pytest.raises(UserError, match="set FLEXIVIT_CACHE"):
+    folders.cache_folder()
