@@ -16,7 +16,7 @@ Sources: [BV] google-research/big_vision configs/proj/flexivit/i1k_deit3_distill
 
 import ml_collections
 
-from flexivit_jax.config import parse_arg
+from flexivit_jax.config import choose, parse_arg
 
 GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # of 240 pixels: patch sizes 48 ... 8 [BV]
 FILES = dict(S="deit3_small_patch16_384", B="deit3_base_patch16_384", L="deit3_large_patch16_384")
@@ -39,15 +39,15 @@ def get_config(arg=""):
     + two.format("resize(384, key='teacher_image')") + f"|{both}",  # [BV]
     batch_size=1024,  # [BV]
   )  # fmt: skip
-  flexible = dict(share="flops") if arg.sizes == "flops" else {}
+  flexible = choose("sizes", arg.sizes, dict(uniform={}, flops=dict(share="flops")))
   c.flexi = dict(seqhw=dict(v=(arg.fixed,) if arg.fixed else GRIDS, **flexible))  # uniform [BV]
-  file = arg.teacher or f"{FILES[arg.variant]}.fb_in1k.safetensors"
-  deit3 = dict(checkpoint=file, num_heads=HEADS[arg.variant])
+  file = arg.teacher or choose("variant", arg.variant, FILES) + ".fb_in1k.safetensors"
+  deit3 = dict(checkpoint=file, num_heads=choose("variant", arg.variant, HEADS))
   deit3 |= dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # [timm]
   shape = dict(variant=f"{arg.variant}/16", posemb_size=(24, 24), num_classes=1000, gelu="exact")
   teacher = deit3 | dict(image="teacher_image", model=shape)
   c.objective = dict(name="distill", teachers=dict(deit3=teacher), mixup_p=1.0)  # KL, t=1 [BV]
-  if arg.init == "teacher":
+  if choose("init", arg.init, ("teacher", "random")) == "teacher":
     c.init = deit3  # [BV]
   c.model = dict(
     variant=arg.variant,

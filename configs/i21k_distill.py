@@ -19,7 +19,7 @@ summaries and its authors' answers; [ours] chosen here. init: figure 5 [P]; kern
 
 import ml_collections
 
-from flexivit_jax.config import parse_arg
+from flexivit_jax.config import choose, parse_arg
 
 GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # of 240 pixels: patch sizes 48 ... 8 [BV]
 FILE = "B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0.npz"  # [BV]
@@ -45,12 +45,12 @@ def get_config(arg=""):
     batch_size=4096,  # [BV]
     prefetch=8,  # [BV] of i21k_sup
   )
-  flexible = dict(share="flops") if arg.sizes == "flops" else {}
+  flexible = choose("sizes", arg.sizes, dict(uniform={}, flops=dict(share="flops")))
   c.flexi = dict(seqhw=dict(v=(arg.fixed,) if arg.fixed else GRIDS, **flexible))  # uniform [BV]
   shape = dict(variant="B/8", posemb_size=(28, 28), num_classes=21843)
   teacher = dict(checkpoint=arg.teacher, image="teacher_image", model=shape)
   c.objective = dict(name="distill", teachers=dict(b8=teacher), mixup_p=1.0)  # KL, t=1 [BV]
-  if arg.init == "teacher":
+  if choose("init", arg.init, ("teacher", "random")) == "teacher":
     c.init = dict(checkpoint=arg.teacher)  # [BV]
   c.model = dict(
     variant="B",  # [BV]

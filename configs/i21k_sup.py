@@ -15,7 +15,7 @@ Sources: [BV] google-research/big_vision configs/proj/flexivit/i21k_sup.py; [our
 
 import ml_collections
 
-from flexivit_jax.config import parse_arg
+from flexivit_jax.config import choose, parse_arg
 
 # Of 240 pixels: patch sizes 48, 40, 30, 24, 20, 16, 15, 12, 10, 8. [BV]
 GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
@@ -41,7 +41,7 @@ def get_config(arg=""):
   )
   curricula = dict(uniform={}, flops=dict(share="flops"), coarse_to_fine=dict(stages=arg.sizes))
   values = (arg.fixed,) if arg.fixed else tuple(n for n in GRIDS if n <= arg.finest)
-  c.flexi = dict(seqhw=dict(v=values, **curricula[arg.sizes]))  # uniform [BV]
+  c.flexi = dict(seqhw=dict(v=values, **choose("sizes", arg.sizes, curricula)))  # uniform [BV]
   c.objective = dict(loss="sigmoid_xent", mixup_p=0.2)  # [BV]
   c.model = dict(
     variant=arg.variant,

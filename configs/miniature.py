@@ -14,14 +14,10 @@ All of it is ours: the experiments are FlexiViT's (arXiv 2212.08013), their scal
 
 import ml_collections
 
-from flexivit_jax.config import parse_arg
+from flexivit_jax.config import choose, parse_arg
 
-GRIDS = (
-  2,
-  3,
-  4,
-  6,
-)  # of 48 pixels: patch sizes 24, 16, 12, 8 (of the original 32: 16, 10.7, 8, 5.3)
+# Of 48 pixels: patch sizes 24, 16, 12, 8 (of the original 32: 16, 10.7, 8, 5.3).
+GRIDS = (2, 3, 4, 6)
 STRIDES = (30, 15, 10, 6)  # with patches of 18 pixels: the same grids
 DEPTHS = (1, 2, 3, 4)
 SIZES = {
@@ -62,8 +58,10 @@ def get_config(arg=""):
     batch_size=128,
     threads=1,
   )
-  values = (arg.fixed,) if arg.fixed else dict(seqhw=GRIDS, stride=STRIDES, depth=DEPTHS)[arg.axis]
-  c.flexi = {arg.axis: dict(v=values, **SIZES[arg.sizes])}
+  axes = dict(seqhw=GRIDS, stride=STRIDES, depth=DEPTHS)
+  values = choose("axis", arg.axis, axes)
+  values = (arg.fixed,) if arg.fixed else values
+  c.flexi = {arg.axis: dict(v=values, **choose("sizes", arg.sizes, SIZES))}
   if arg.axis == "depth":
     c.flexi.seqhw = dict(v=(6,))
   if arg.teacher:

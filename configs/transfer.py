@@ -8,8 +8,8 @@
 Not run in full by us. The third trains cheaply, on an 8x8 grid, and is evaluated at all: the paper reports 81.8 % top-1
 at 8x8 and 85.3 % of the same weights at 24x24 (secondary sources; its resolution and hyper-parameters are not known to
 us). data: oxford_iiit_pet, oxford_flowers102, food101, cifar10, cifar100, sun397 or imagenet2012, from TFDS as
-array_record; if it is not in TFDS's own folder, add --config.input.data.data_dir=DIR. init: a published name (fetched
-once), a file, a run.
+array_record; if it is not in TFDS's own folder, add data_dir=DIR. init: a published name (fetched once), a file, a run;
+of another model than the default's, add --config.model="{'like': 'FILE'}". Images in folders: configs/folder.py.
 
 Sources: [BV] google-research/big_vision configs/transfer.py, the nearest public recipe, not the paper's; [FX] its
 configs/proj/flexivit/README.md; [TFDS] the data sets' pages; [ours] chosen here. lr: [BV] tries 0.003 to 0.03.
@@ -17,7 +17,8 @@ configs/proj/flexivit/README.md; [TFDS] the data sets' pages; [ours] chosen here
 
 import ml_collections
 
-from flexivit_jax.config import parse_arg
+from flexivit_jax import errors
+from flexivit_jax.config import choose, grids, parse_arg
 
 # classes, splits for training and test [TFDS], steps [BV] where given, [ours] of food101 and sun397
 DATA = {
@@ -31,21 +32,19 @@ DATA = {
 }
 
 
-def grids(res):
-  """Tokens a side whose patches of 8 to 48 pixels divide an image of `res` pixels."""
-  return tuple(n for n in range(-(-res // 48), res // 8 + 1) if res % n == 0)
-
-
 def get_config(arg=""):
   arg = parse_arg(
     arg, data="oxford_iiit_pet", init="flexivit_b_i21k_300ep", variant="B", kernel=32, grid=7, res=384,
-    fixed=0, lr=0.01, seed=0, debug=False,
+    fixed=0, lr=0.01, seed=0, data_dir="", debug=False,
   )  # fmt: skip
-  classes, train, test, steps = DATA[arg.data]
+  if arg.data == "folder":
+    raise errors.UserError(
+      "transfer.py takes data sets of TFDS; for your own images in folders, give"
+      f" configs/folder.py:init={arg.init},data_dir={arg.data_dir or 'DIR'}."
+    )
+  classes, train, test, steps = choose("data", arg.data, DATA)
   c = ml_collections.ConfigDict()
-  c.name = (
-    f"{arg.data}, patch {arg.res // arg.fixed} only" if arg.fixed else f"{arg.data}, flexible"
-  )
+  c.name = f"{arg.data}, " + (f"patch {arg.res // arg.fixed} only" if arg.fixed else "flexible")
   c.seed = arg.seed
   c.total_steps = steps
 
@@ -53,7 +52,9 @@ def get_config(arg=""):
   crop = f"inception_crop({arg.res})"  # [ours]
   if arg.data != "imagenet2012":
     crop = f"resize({arg.res * 7 // 6})|random_crop({arg.res})"  # 448 and 384 [BV]
-  data = dict(name=arg.data, data_dir=ml_collections.config_dict.placeholder(str))
+  where = ml_collections.config_dict.placeholder(str)  # TFDS's own folder
+  where.set(arg.data_dir or None)
+  data = dict(name=arg.data, data_dir=where)
   c.input = dict(
     data=data | dict(split=train),
     pp=f"decode|{crop}|flip_lr|{pp}",

@@ -5,10 +5,12 @@ are, which of them are needed, and what the rest default to.
 """
 
 import ast
+import contextlib
 import importlib.util
 import inspect
 import pathlib
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -50,10 +52,17 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
   if module_spec is None or module_spec.loader is None:
     raise errors.UserError(f"{file} is not a Python file: its name does not end in .py.")
   module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
+  with _one_line(file):
+    module_spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise errors.UserError(f"{file} has no get_config; a config is `def get_config(arg=''): ...`.")
-  config = module.get_config(arg).lock()
+  with _one_line(file):
+    config = module.get_config(arg)
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise errors.UserError(
+      f"{file}: get_config returns a {type(config).__name__}; expected an ml_collections.ConfigDict."
+    )
+  config.lock()
   for override in overrides:
     _override(config, override)
   return config.to_dict()
@@ -61,6 +70,22 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 # NAME or NAME=VALUE and a comma or the end; a value in quotes may hold commas.
 _PART = re.compile(r"""([^=,]*)(?:=('[^']*'|"[^"]*"|[^,]*))?(,|$)""")
+
+
+@contextlib.contextmanager
+def _one_line(file: pathlib.Path) -> Iterator[None]:
+  """An error of a config's own code as one line, with the line of the file in which it is."""
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except Exception as e:
+    frames = traceback.extract_tb(e.__traceback__)
+    lines = [f.lineno for f in frames if f.filename == str(file)]
+    line = e.lineno if isinstance(e, SyntaxError) else lines[-1] if lines else None
+    where = file if line is None else f"{file}:{line}"
+    text = " ".join(str(e).split())
+    raise errors.UserError(f"{where}: {type(e).__name__}: {text}.") from e
 
 
 def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
@@ -102,6 +127,32 @@ def _quotes(before: tuple[str, str] | None) -> str:
     return ""
   name, text = before
   return f" A value that holds a comma is written in quotes: \"FILE:{name}='{text},...'\"."
+
+
+def choose(what: str, name: str, table: Any) -> Any:
+  """Returns what an argument of a config chooses: `table[name]`, or the name itself of a sequence of names.
+
+  Raises:
+    UserError: it is not among them.
+  """
+  if name not in table:
+    raise errors.unknown(f"config argument {what}", name, table)
+  return table[name] if isinstance(table, Mapping) else name
+
+
+def grids(side: int, least: int = 8, most: int = 48) -> tuple[int, ...]:
+  """Tokens a side whose patches of `least` to `most` pixels divide an image of `side` pixels.
+
+  Raises:
+    UserError: there are none.
+  """
+  found = tuple(n for n in range(-(-side // most), side // least + 1) if n > 0 and side % n == 0)
+  if not found:
+    raise errors.UserError(
+      f"res={side}: no patch of {least} to {most} pixels divides an image of {side} pixels; take a multiple of"
+      f" {least}, like 224 or 240."
+    )
+  return found
 
 
 def check(

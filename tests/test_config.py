@@ -71,6 +71,35 @@ def test_misspelt_name_names_the_nearest():
     config.load("digit")
 
 
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("def get_config(arg=''):\n  return 1 / 0", r"own.py:2: ZeroDivisionError: division by zero"),
+    ("import flexivit_nothing", r"own.py:1: ModuleNotFoundError: No module"),
+    ("def get_config(arg=''):\n  return {", r"own.py:2: SyntaxError: '\{' was never closed"),
+    ("def get_config(arg=''):\n  return {}", r"get_config returns a dict; expected an ml_coll"),
+    ("def get_config():\n  pass", r"own.py: TypeError: .*positional argument"),
+  ],
+)
+def test_a_mistake_in_a_config_is_one_line_with_its_place(tmp_path, text, message):
+  file = tmp_path / "own.py"
+  file.write_text(text)
+  with pytest.raises(errors.UserError, match=message) as error:
+    config.load(str(file))
+  assert "\n" not in str(error.value)
+
+
+def test_choose_and_grids():
+  assert config.choose("axis", "a", {"a": 1}) == 1
+  assert config.choose("init", "random", ("teacher", "random")) == "random"
+  with pytest.raises(errors.UserError, match=r"Unknown config argument axis 'aa'; known: ab, c"):
+    config.choose("axis", "aa", {"ab": 1, "c": 2})
+  assert config.grids(240) == (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
+  for side in (0, -5, 7, 251):
+    with pytest.raises(errors.UserError, match=f"res={side}: no patch of 8 to 48 pixels"):
+      config.grids(side)
+
+
 def test_files_that_are_no_configs(tmp_path):
   (tmp_path / "text.txt").write_text("x")
   with pytest.raises(errors.UserError, match="is not a Python file"):
