@@ -30,7 +30,15 @@ from flexivit_jax.models.flexivit import UNNAMED, gmacs, which_depth, which_grid
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
-from flexivit_jax.opening import REAL, Init, Opening, build_model, default_dtype, sharing
+from flexivit_jax.opening import (
+  REAL,
+  Init,
+  Opening,
+  build_model,
+  default_dtype,
+  model_like,
+  sharing,
+)
 from flexivit_jax.optim import Optimizer, make as _make_optimizer
 from flexivit_jax.sections import DURATIONS
 
@@ -151,7 +159,8 @@ def build(
     seed: of everything random.
     input: training data: `data` (arguments of `data.make_source`), and those of `data.train_batches`.
     model: `name` (default "flexivit") and the fields of that model; num_classes defaults to the data's, dtype to
-      "bfloat16" on accelerators and "float32" on a CPU.
+      "bfloat16" on accelerators and "float32" on a CPU. `like`: a file (or what else `weights.load` takes) whose model
+      has all fields that are not given here, but for num_classes, dtype and the like, which a run chooses for itself.
     optim: arguments of `optim.make`.
     objective: `name` (default "supervised") and its arguments; `teachers` is `{name: arguments of load_teacher}`.
     flexi: `{argument: section}`: what is drawn for each step; `seqhw` (or `grid_hw`, `patch_hw`, `stride`) and `depth`
@@ -224,6 +233,9 @@ def build(
   opening = sharing(opening or REAL)
   with naming("input.data"):
     source = opening.source(**input["data"])
+  with naming("model"):
+    model = model_like(model, init, opening.fields)
+  input = {**input, "pp": data.counted(input["pp"], model.get("num_classes", source.num_classes))}
   with naming("input"):
     _train_batches(source, input, seed, 1, 0)
   with naming("model"):
@@ -235,7 +247,7 @@ def build(
   start, labelled = _classes(
     source, network, init, teachers, "labels" in goal.inputs, opening, trained
   )
-  if labelled.source is not source:
+  if labelled.source is not source or "labels" in goal.inputs:
     with naming("input"):
       labelling.check_onehot(input["pp"], network.num_classes)
   source, teachers = labelled.source, labelled.teachers
@@ -320,7 +332,10 @@ def build(
     mesh=dict(mesh or {}),
     class_names=labelled.model.names,
     data_classes=labelled.data_names,
-    notes=[*labelled.notes, *(f"evals.{k}: {n}" for k, e in evaluations.items() for n in e.notes)],
+    notes=[
+      *labelled.notes,
+      *(f"evals.{k}: {n}" for k, e in evaluations.items() for n in e.notes),
+    ],
     says=(*filter(None, [data.class_sizes(source)]), *_rare(objective, input, source)),
     best=best,
     early=early,
@@ -518,6 +533,8 @@ def _total_steps(by_flops: float | None, **given: Any) -> int:
   units = {k: given[k] for k in ("steps", "epochs", "examples") if given[k] is not None}
   if units:
     raise errors.UserError(f"Got total_flops and total_{next(iter(units))}; give one of them.")
+  if not math.isfinite(by_flops):
+    raise errors.UserError("total_flops is not finite; give a number, like 1e18.")
   return round(by_flops)
 
 
@@ -603,6 +620,7 @@ def build_evaluation(
   else:
     source, teacher, notes = labelling.of_evaluation(section, source, classes)
     section = section if teacher is None else {**section, "teacher": teacher}
+  section = {**section, "pp": data.counted(section["pp"], source.num_classes)}
   few = "shots" in section or section.get("type") == "fewshot"  # others are fitted to all of it
   if training and few:
     training = opening.shots(training, **_arguments(section, data.few_shots))
@@ -666,7 +684,8 @@ def example_shapes(
   labels = example.get("labels")
   if "labels" in inputs and (labels is None or labels.shape[1:] != (num_classes,)):
     got = "no 'labels'" if labels is None else f"labels of shape {labels.shape[1:]}"
-    fix = f"use onehot({num_classes}) and keep 'labels'"
+    fix = f"use onehot({num_classes}), or onehot(), which counts them, and keep 'labels'"
+    fix += " (configs/folder.py: leave num_classes out)"
     raise errors.UserError(f"input.pp gives {got}; the model has {num_classes} classes: {fix}.")
   return {name: example[name].shape[1:] for name in inputs}
 

@@ -153,13 +153,17 @@ def of_evaluation(
 
 def check_onehot(pp: str, num_classes: int) -> None:
   """Raises a UserError where preprocessing has no room for all classes that labels were mapped to."""
-  for op in data.parse(pp).ops:
-    made = op.text.partition("(")[0] in ("onehot", "multihot")
-    depth = op.kwargs.get("depth", op.args[0] if op.args else None)
-    if made and isinstance(depth, int) and depth < num_classes:
+  for op in data.parse(data.counted(pp, num_classes)).ops:
+    name, depth = op.text.partition("(")[0], op.kwargs.get("depth", op.args[0] if op.args else None)
+    if name in ("onehot", "multihot") and isinstance(depth, int) and depth < num_classes:
+      counts = (
+        ", or onehot(), which counts them (configs/folder.py: leave num_classes out)"
+        if name == "onehot"
+        else ""
+      )
       raise errors.UserError(
-        f"pp has {op.text}, but the labels are mapped to the {num_classes} classes of the model: give"
-        f" {op.text.partition('(')[0]}({num_classes})."
+        f"pp has {op.text}, but the labels are of the {num_classes} classes of the model: give"
+        f" {name}({num_classes}){counts}."
       )
 
 

@@ -1,6 +1,8 @@
 """What a config names that lies in files: data, teachers, weights to start from. Opened really, or only in shape."""
 
+import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import numpy as np
 from flexivit_jax import class_names, data, errors, steps, trees, weights
 from flexivit_jax.class_names import Classes
 from flexivit_jax.models import MODELS
+from flexivit_jax.models.flexivit import UNNAMED
 from flexivit_jax.objectives.distill import Teacher
 
 
@@ -28,6 +31,7 @@ class Opening(NamedTuple):
     source: as `data.make_source`.
     teacher: as `load_teacher`.
     init: as `load_init`.
+    fields: as `fields_of`.
     digest: of a teacher's parameters.
     shots: `(source, section) -> source` of the few images that an evaluator is fitted to.
   """
@@ -35,6 +39,7 @@ class Opening(NamedTuple):
   source: Callable[..., data.Source]
   teacher: Callable[..., Teacher]
   init: Callable[..., Init]
+  fields: Callable[..., dict[str, Any]]
   digest: Callable[[Any], str]
   shots: Callable[..., data.Source]
 
@@ -56,6 +61,57 @@ def build_model(section: Mapping[str, Any], num_classes: int) -> tuple[nn.Module
   """Returns the model, and the JSON-able record from which it can be built again."""
   record = {"name": "flexivit", "num_classes": num_classes, **section}
   return MODELS[record["name"]](**{k: v for k, v in record.items() if k != "name"}), record
+
+
+# What a run chooses for itself, whatever file its model is like.
+_OWN = (
+  "num_classes", "variant", "dtype", "scan", "remat", "attention", "dropout", "head_zeroinit",
+)  # fmt: skip
+
+
+def fields_of(checkpoint: str, **given: Any) -> dict[str, Any]:
+  """Returns the fields of the model in a file, without those that a run chooses for itself.
+
+  Args:
+    checkpoint: what `weights.load` takes.
+    **given: arguments of `weights.load`.
+  """
+  model, _ = weights.load(checkpoint, **given)
+  names = (f.name for f in dataclasses.fields(model) if f.init)
+  return {name: getattr(model, name) for name in names if name not in (*_OWN, *UNNAMED)}
+
+
+def model_like(
+  section: Mapping[str, Any],
+  init: Mapping[str, Any] | None,
+  fields: Callable[..., dict[str, Any]] = fields_of,
+) -> dict[str, Any]:
+  """Returns a config's section of a model, in which the fields of the file under `like` stand in its place.
+
+  Args:
+    section: fields of a model; where there is `like`, those that are to differ from the file's.
+    init: the section of weights to start from; of the same file, it says how that is read.
+    fields: as `fields_of`.
+
+  Raises:
+    UserError: see `weights.load`; a variant beside `like`.
+  """
+  own = {k: v for k, v in section.items() if k != "like"}
+  like = section.get("like")
+  if like is None:
+    return own
+  if "variant" in own:
+    raise errors.UserError(
+      f"Got variant={own['variant']!r} and like={like!r}, which both say what model it is; give one of them."
+    )
+  same = init is not None and init.get("checkpoint") == like
+  reading = {k: v for k, v in (init or {}).items() if same and k not in _NOT_READING}
+  if "num_heads" in own:
+    reading["num_heads"] = own["num_heads"]
+  return fields(like, **{k: v for k, v in reading.items() if v is not None}) | own
+
+
+_NOT_READING = ("checkpoint", "new_head", "by_number")
 
 
 def default_dtype() -> str:
@@ -164,8 +220,21 @@ def load_init(
       class_names.match(labels, classes[0], advice=_NEW_HEAD)
 
   given = _given(num_heads, gelu, posemb_size, mean, std, ema)
-  params = weights.load_into(checkpoint, model, new_head=new_head, accept=accept, **given)
+  try:
+    params = weights.load_into(checkpoint, model, new_head=new_head, accept=accept, **given)
+  except weights.OtherModel as e:
+    raise errors.UserError(f"{e}\n{_how_to_fit(checkpoint)}") from e
   return Init(jax.tree.map(np.asarray, params), classes[0] if classes else None)
+
+
+def _how_to_fit(checkpoint: str) -> str:
+  """What to do where the model of a config is not that of the weights that it starts from."""
+  like = f"--config.model={ {'like': checkpoint} }"
+  like = f'"{like}"' if not set('"$`\\!') & set(checkpoint) else shlex.quote(like)
+  return (
+    "To take the model from the file, with a new head for the classes of the data, add"
+    f" {like} --config.init.new_head=True"
+  )
 
 
 _NEW_HEAD = (
@@ -199,4 +268,4 @@ def _given(
   return options | ({"ema": True} if ema else {})
 
 
-REAL = Opening(data.make_source, load_teacher, load_init, trees.digest, data.few_shots)
+REAL = Opening(data.make_source, load_teacher, load_init, fields_of, trees.digest, data.few_shots)

@@ -26,6 +26,7 @@ from flexivit_jax import (
   sharding,
   steps,
   trees,
+  weights,
 )
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid
@@ -175,10 +176,18 @@ def _planned_teacher(
   return Teacher(network, params, given.get("image", "image"), size)
 
 
+def _planned_fields(checkpoint: str, **given: Any) -> dict[str, Any]:
+  """As `opening.fields_of`; of a published file that is not here, what is known of it."""
+  if checkpoint in weights.PUBLISHED and not weights.is_here(checkpoint):
+    return {k: v for k, v in weights.PUBLISHED[checkpoint].expected.items() if k != "num_classes"}
+  return opening.fields_of(checkpoint, **given)
+
+
 PLANNED = opening.Opening(
   source=data.planned_source,
   teacher=_planned_teacher,
   init=lambda model, **_: opening.Init(None, None),
+  fields=_planned_fields,
   digest=lambda params: "planned",
   shots=lambda source, **_: source,
 )

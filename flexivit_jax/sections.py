@@ -53,7 +53,8 @@ def check_sections(
   goal = _named("objective", objective, OBJECTIVES, "supervised")
   config.check("input", input, data.train_batches, given=_GIVEN_DATA, needed={"data": Mapping})
   config.check("input.data", input["data"], data.make_source)
-  config.check("model", model, network, given=UNNAMED, optional=_NAME)
+  like = {"like": str | None}
+  config.check("model", model, network, given=UNNAMED, optional=_NAME | like)
   config.check("objective", objective, goal, optional=_NAME)
   for name, section in objective.get("teachers", {}).items():
     check_teacher(f"objective.teachers.{name}", section)

@@ -1,6 +1,7 @@
 """Every config of the repository is complete, says what it claims, and runs end to end."""
 
 import copy
+import functools
 import json
 import pathlib
 import re
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from flexivit_jax import (
@@ -16,6 +18,7 @@ from flexivit_jax import (
   errors,
   experiment,
   metrics,
+  plan,
   schedules,
   sections,
   train,
@@ -62,24 +65,29 @@ def test_every_key_is_known(name):
   sections.check_sections(**required, **optional, init=full.get("init"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_debug_form_is_the_same_experiment_on_synthetic_data(name):
-  full, debug = flat(load(name)), flat(load(f"{name}:debug"))
+FORMS = [*NAMES, "folder:init=vit.npz", "folder:init=vit.npz,freeze=6,layer_decay=0.75"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_debug_form_is_the_same_experiment_on_synthetic_data(form):
+  name, _, arg = form.partition(":")
+  full, debug = flat(load(form)), flat(load(f"{name}:{arg},debug"))
   changed = {k for k in full.keys() | debug.keys() if full.get(k) != debug.get(k)}
   smaller = r"(input|evals\.\w+)\.(data\.\w+|batch_size)|(\w+\.)*(total|every|warmup)_\w+"
   fewer = r"evals\.(?!test)\w+\..*"
-  tiny = r"model\.(depth|variant)"
+  tiny = r"model\.(depth|variant|like)|optim\.freeze"
   without_files = r"init(\.\w+)?|(objective\.teachers\.\w+|evals\.\w+\.teacher)\..*"
   allowed = f"{smaller}|{fewer}|{tiny}|{without_files}"
   assert not [k for k in changed if not re.fullmatch(allowed, k)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_debug_form_has_two_evaluations_and_two_checkpoints(name):
-  exp = experiment.build(**load(f"{name}:debug"))
+@pytest.mark.parametrize("form", FORMS)
+def test_debug_form_has_two_evaluations_and_two_checkpoints(form):
+  name, _, arg = form.partition(":")
+  exp = experiment.build(**load(f"{name}:{arg},debug"))
   assert (exp.total_steps, exp.save_every) == (4, 2)
   assert {e.every for e in exp.evaluations.values()} == {2}
-  assert exp.flexi["seqhw"].values == load(name)["evals"]["test"]["seqhw"]
+  assert exp.flexi["seqhw"].values == load(form)["evals"]["test"]["seqhw"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,6 +131,59 @@ def test_fixed_trains_one_size_and_evaluates_all(name):
   assert fixed["name"] != flexible["name"] and re.search(r"patch \d+ only", fixed["name"])
   for key in ("evals", "optim", "model", "input"):
     assert fixed[key] == flexible[key]
+
+
+# --- arguments ---
+
+FREE = ("data_dir", "teacher", "init", "train", "val")  # any text may be a file or a split
+WRONG = {
+  int: ("x", "1.5", "-3", "True", ""),
+  float: ("x", "-1", "1e400", "True"),
+  bool: ("maybe", "1"),
+  str: ("nonsense", "2024", "a=b"),
+}
+
+
+def arguments_of(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+  """The arguments of a config, and their defaults."""
+  seen: dict[str, Any] = {}
+  parse = config.parse_arg
+
+  def spy(arg: str, **defaults: Any) -> Any:
+    seen.update(defaults)
+    return parse(arg, **defaults)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(config, "parse_arg", spy)
+    load(name)
+  return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_wrong_value_of_every_argument_is_one_line(name, monkeypatch, photos):
+  teacher = functools.partial(plan._planned_teacher, shapes=False)
+  planned, own = plan.PLANNED._replace(teacher=teacher), f"data_dir={photos}"
+  for argument, default in arguments_of(name, monkeypatch).items():
+    wrong = () if argument in FREE else WRONG[type(default)]
+    for text in (*(f"{argument}={value}" for value in wrong), f"{argument}{argument[-1]}=1"):
+      with pytest.raises(errors.UserError) as refused:
+        spec = f"{own},{text}" if name == "folder" else text
+        experiment.build(**load(f"{name}:{spec}"), opening=planned)
+      assert "\n" not in str(refused.value) and len(str(refused.value)) < 500, text
+
+
+@given(st.text("adefinotux=,.-:[%]()'1 ", max_size=20), st.sampled_from(NAMES))
+@settings(deadline=None, max_examples=40)
+def test_no_text_after_the_colon_is_more_than_one_line(text, name):
+  try:
+    load(f"{name}:{text}")
+  except errors.UserError as e:
+    assert "\n" not in str(e)
+
+
+def test_images_in_folders_are_sent_to_their_config():
+  with pytest.raises(errors.UserError, match=r"configs/folder\.py:init=vit,data_dir=mine"):
+    load("transfer:data=folder,init=vit,data_dir=mine")
 
 
 # --- end to end ---
@@ -403,8 +464,9 @@ def photos(tmp_path) -> pathlib.Path:
   return tmp_path
 
 
-def test_folder_reads_own_images(photos):
-  exp = experiment.build(**load(f"folder:data_dir={photos},num_classes=3", "input.batch_size=12"))
+@pytest.mark.parametrize("classes", ["", ",num_classes=3"])
+def test_folder_reads_own_images_and_counts_their_classes(photos, classes):
+  exp = experiment.build(**load(f"folder:data_dir={photos}{classes}", "input.batch_size=12"))
   assert (exp.total_steps, exp.save_every, exp.model.num_classes) == (200, 20, 3)
   test = exp.evaluations["test"].source
   assert (len(test), test.class_names) == (24, ("cat", "dog", "fox"))
@@ -414,12 +476,13 @@ def test_folder_reads_own_images(photos):
 
 
 def test_folder_divides_one_folder(photos):
-  parts = ["input.data.split=train[:75%]", "evals.test.data.split=train[75%:]"]
-  spec = f"folder:data_dir={photos},num_classes=3"
-  exp = experiment.build(**load(spec, "input.batch_size=6", *parts))
+  spec = f"folder:data_dir={photos},train=train[:75%],val=train[75%:]"
+  exp = experiment.build(**load(spec, "input.batch_size=6"))
   assert len(exp.evaluations["test"].source) == 6 and exp.steps_per_epoch == 3
 
 
-def test_folder_with_another_number_of_classes_is_an_error(photos):
-  with pytest.raises(errors.UserError, match=r"labels of shape \(10,\).*use onehot\(3\)"):
-    experiment.build(**load(f"folder:data_dir={photos}", "input.batch_size=6"))
+@pytest.mark.parametrize("number", [2, 10])
+def test_folder_with_another_number_of_classes_is_an_error(photos, number):
+  spec = f"folder:data_dir={photos},num_classes={number}"
+  with pytest.raises(errors.UserError, match=rf"\b{number}\b.*onehot\(3\).*num_classes out"):
+    experiment.build(**load(spec, "input.batch_size=6"))

@@ -36,7 +36,7 @@ NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?")
 MAKE_PHOTOS = REPOSITORY / "tests" / "make_photos.py"
 
 # Shown command: the command that is run instead of it.
-FOLDER = "configs/folder.py:data_dir=photos,num_classes=2"
+FOLDER = "configs/folder.py:data_dir=photos"
 SHORT = "--config.model.depth=1 --config.total_epochs=1 --config.input.batch_size=4"
 INSTEAD: dict[str, str] = {
   "make demo": "make --dry-run demo && flexivit train --config configs/digits.py:debug --workdir runs/demo/flexivit"
@@ -51,6 +51,12 @@ INSTEAD["flexivit flexify --init vit.npz --data photos --out runs/flexible"] = (
   f"python {MAKE_PHOTOS} && flexivit train --config configs/digits.py:fixed=8,debug --workdir runs/tiny"
   " && flexivit flexify --init runs/tiny --data photos --out runs/flexible --epochs 1 --image_size 24"
   " --seqhw 2,8 --batch_size 4"
+)
+# The model that the page has just trained stands in for a pretrained file.
+tuned = "flexivit train --config configs/folder.py:init={},data_dir=photos --workdir runs/tuned"
+INSTEAD[tuned.format("vit.npz")] = (
+  f"{tuned.format('runs/photos')} --config.total_epochs=1 --config.input.batch_size=4"
+  " --config.flexi.seqhw.v='(5,)' --config.evals.test.seqhw='(5,)'"
 )
 for form, debug, folder in (
   ("", ":debug", "flexivit"),

@@ -7,6 +7,7 @@ example, so a draw depends on nothing else. Images stay uint8 until `value_range
 
 import ast
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -236,7 +237,10 @@ def onehot(
   on: float = 1.0,
   off: float = 0.0,
 ) -> dict[str, Any]:
-  """Class index under `key` -> float32 [depth] under `key_result`; errors when out of range."""
+  """Class index under `key` -> float32 [depth] under `key_result`; errors when out of range.
+
+  In a config `onehot()` counts the classes, see `counted`.
+  """
   label = _get(record, key)
   if np.ndim(label):
     raise UserError(f"onehot({depth}) of {label}: not one label; use multihot({depth}).")
@@ -357,6 +361,11 @@ def parse(pp: str) -> Preprocess:
   """
   ops = tuple(_parse_op(node) for node in _split(pp))
   return Preprocess(pp, ops, any(op.random for op in ops))
+
+
+def counted(pp: str, num_classes: int) -> str:
+  """Returns a string in which `onehot()` has a number: there are as many classes as the data has."""
+  return re.sub(r"\bonehot\(\s*\)", f"onehot({num_classes})", pp)
 
 
 def _apply(op: Op, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:

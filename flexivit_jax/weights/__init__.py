@@ -1,7 +1,14 @@
 """Weights in and out: one function for the files that hold them, one that writes them, one that fixes the size."""
 
 from flexivit_jax.weights.baking import bake
-from flexivit_jax.weights.reading import load, load_into, load_with_record, not_finite
+from flexivit_jax.weights.reading import (
+  OtherModel,
+  load,
+  load_into,
+  load_with_record,
+  native_side,
+  not_finite,
+)
 from flexivit_jax.weights.registry import PUBLISHED, differences, is_here
 from flexivit_jax.weights.stated import preparation, print_notes, written_for
 from flexivit_jax.weights.timm_writer import save_timm
@@ -10,12 +17,14 @@ from flexivit_jax.weights.writing import save_npz
 
 __all__ = [
   "PUBLISHED",
+  "OtherModel",
   "bake",
   "differences",
   "is_here",
   "load",
   "load_into",
   "load_with_record",
+  "native_side",
   "not_finite",
   "preparation",
   "print_notes",

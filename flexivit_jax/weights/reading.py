@@ -110,23 +110,20 @@ def load_into(
     path, given: as in `load`.
     model: says which size the buffers are to have, and whether blocks are stacked.
     new_head: leave the file's head away, if it has one, and return all but the head.
-    accept: is given the file's own model and its record before arrays are compared; may raise a UserError.
+    accept: is given the file's own model, if it is of this architecture, and its record; may raise a UserError.
 
   Raises:
-    UserError: see `load`; or the file's model computes something else, e.g. another GELU.
+    OtherModel: the file's model is of another shape, or computes something else, e.g. another GELU.
+    UserError: see `load`.
   """
   found, params, record = load_with_record(path, scan=model.scan, **given)
+  _check_same(path, found, model, _SAME)
   accept(found, record)
+  if not new_head:
+    _check_same(path, found, model, ("num_classes",))
   sizes = model.patch_size, model.posemb_size
   if (found.patch_size, found.posemb_size) != sizes and model.posemb == "learn":
     found, params = load(path, scan=model.scan, flexify=sizes, **given)
-  lines = [
-    f"{name}: {getattr(found, name)!r} in the file, {getattr(model, name)!r} in the model"
-    for name in _SAME_FUNCTION
-    if getattr(found, name) != getattr(model, name)
-  ]
-  if lines:
-    raise errors.UserError(f"{path} is of another model:\n  " + "\n  ".join(lines))
   if new_head:
     params, model = {k: v for k, v in params.items() if k != "head"}, model.clone(num_classes=0)
   check(model, params, str(path))
@@ -153,8 +150,41 @@ def check_finite(params: dict, what: str) -> None:
     )
 
 
-# What the shapes of the arrays do not tell apart.
-_SAME_FUNCTION = ("gelu", "layer_norm_eps", "num_heads", "pool_type", "posemb", "registers")
+def native_side(path: str | os.PathLike[str]) -> int:
+  """Pixels a side of the images that a model was made for; 240, as in the paper, where any will do.
+
+  Raises:
+    UserError: see `load`; images that are not square.
+  """
+  _, _, record = load_with_record(path)
+  h, w, *_ = record.get("image_size") or record.get("image_shape") or (240, 240)
+  if h != w:
+    raise errors.UserError(
+      f"{path} is for images of {h}x{w} pixels, which are not square; give res=, pixels a side."
+    )
+  return h
+
+
+def _check_same(
+  path: str | os.PathLike[str], found: FlexiViT, model: FlexiViT, names: Sequence[str]
+) -> None:
+  """Raises an OtherModel that lists the fields in which a file's model differs from the one that is to be filled."""
+  lines = [
+    f"{name}: {getattr(found, name)!r} in the file, {getattr(model, name)!r} in the model"
+    for name in names
+    if getattr(found, name) != getattr(model, name)
+  ]
+  if lines:
+    raise OtherModel(f"{path} is of another model:\n  " + "\n  ".join(lines))
+
+
+class OtherModel(errors.UserError):
+  """A file holds another model than the one that is to be filled."""
+
+
+_SAME = (
+  "width", "depth", "mlp_dim", "num_heads", "pool_type", "posemb", "registers", "pre_norm", "gelu", "layer_norm_eps",
+)  # fmt: skip
 
 
 def check(model: FlexiViT, params: dict, what: str) -> None:
