@@ -1,6 +1,7 @@
 """The command line's arguments. Imports nothing heavy: `--help` answers at once."""
 
 import argparse
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   return args
 
 
+def _path(text: str) -> pathlib.Path:
+  """A path as it is typed; "~/runs", which a shell leaves alone behind "=", is in the home folder.
+
+  A folder that is really called "~" is there already, or is written "./~".
+  """
+  if not text:
+    raise argparse.ArgumentTypeError("the path is empty; give one, . is the current folder")
+  path = pathlib.Path(text)
+  if text.startswith("~") and not os.path.lexists(path.parts[0]):
+    try:
+      return path.expanduser()
+    except RuntimeError as e:
+      raise argparse.ArgumentTypeError(
+        f"no home folder is known for {path.parts[0]!r}; ./{text} is a folder of that name"
+      ) from e
+  return path
+
+
 def _config(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--config",
@@ -82,13 +101,13 @@ def _config(p: argparse.ArgumentParser) -> None:
 
 def _checkpoint(p: argparse.ArgumentParser) -> None:
   what = "a run folder, a checkpoint in it, an .npz, or a published name"
-  p.add_argument("--checkpoint", required=True, type=pathlib.Path, help=what)
+  p.add_argument("--checkpoint", required=True, type=_path, help=what)
 
 
 def _train(p: argparse.ArgumentParser) -> None:
   _config(p)
   p.add_argument(
-    "--workdir", required=True, type=pathlib.Path, help="the run's folder; made, or resumed from"
+    "--workdir", required=True, type=_path, help="the run's folder; made, or resumed from"
   )
   p.add_argument(
     "--resume",
@@ -124,11 +143,11 @@ def _several(p: argparse.ArgumentParser) -> None:
 
 
 def _verify(p: argparse.ArgumentParser) -> None:
-  p.add_argument("path", type=pathlib.Path, help="a run, a checkpoint, an export, or weights")
+  p.add_argument("path", type=_path, help="a run, a checkpoint, an export, or weights")
 
 
 def _replay(p: argparse.ArgumentParser) -> None:
-  p.add_argument("dump", type=pathlib.Path, help="RUN/bad_step.json")
+  p.add_argument("dump", type=_path, help="RUN/bad_step.json")
 
 
 def _reproduce(p: argparse.ArgumentParser) -> None:
@@ -137,12 +156,10 @@ def _reproduce(p: argparse.ArgumentParser) -> None:
   p.add_argument("--costs", action="store_true", help="all items, and what each training takes")
   p.add_argument(
     "--data_dir",
-    type=pathlib.Path,
+    type=_path,
     help="where TFDS prepared the data, or of folders such as DIR/val/CLASS/*.jpg",
   )
-  p.add_argument(
-    "--out", type=pathlib.Path, help="folder for results; what is there already is kept"
-  )
+  p.add_argument("--out", type=_path, help="folder for results; what is there already is kept")
   p.add_argument(
     "--checkpoint",
     action="append",
@@ -152,9 +169,7 @@ def _reproduce(p: argparse.ArgumentParser) -> None:
   p.add_argument("--seqhw", help="e.g. 5,15,30 (default: the item's)")
   p.add_argument("--protocol", help="paper, timm, ... (default: the item's)")
   p.add_argument("--batch_size", type=int, help="images at a time (default 256)")
-  p.add_argument(
-    "--results", type=pathlib.Path, help="an eval.json, to put beside the published numbers"
-  )
+  p.add_argument("--results", type=_path, help="an eval.json, to put beside the published numbers")
   p.add_argument("--model", help="with --results: only published numbers of this model")
   p.add_argument("--setting", help='with --results: only those of this setting, e.g. "90 epochs"')
 
@@ -196,7 +211,7 @@ def _bench(p: argparse.ArgumentParser) -> None:
     help="of --train and --compile: batches in as few parts as fit into so much (default: in one)",
   )
   p.add_argument("--rounds", type=int, default=7, help="of which the median is taken (default 7)")
-  p.add_argument("--out", type=pathlib.Path, help="a CSV file to write")
+  p.add_argument("--out", type=_path, help="a CSV file to write")
   p.set_defaults(overrides=[])
 
 
@@ -207,7 +222,7 @@ def _eval(p: argparse.ArgumentParser) -> None:
     "--seqhw", default="all", help="'all' (those of the config) or e.g. 5,8,15: tokens per side"
   )
   p.add_argument(
-    "--out", type=pathlib.Path, help="file for the results (default: eval.json in the run folder)"
+    "--out", type=_path, help="file for the results (default: eval.json in the run folder)"
   )
   _reading(p)
 
@@ -215,7 +230,7 @@ def _eval(p: argparse.ArgumentParser) -> None:
 def _predict(p: argparse.ArgumentParser) -> None:
   _images(p)
   p.add_argument(
-    "--out", type=pathlib.Path, help="a .csv or .jsonl file to write the answers to, not to stdout"
+    "--out", type=_path, help="a .csv or .jsonl file to write the answers to, not to stdout"
   )
   p.add_argument("--json", action="store_true", help="print a line of JSON for each answer")
   p.add_argument("--top_k", type=int, default=5, help="most likely classes (default 5)")
@@ -226,7 +241,7 @@ def _predict(p: argparse.ArgumentParser) -> None:
 def _embed(p: argparse.ArgumentParser) -> None:
   _images(p)
   p.add_argument(
-    "--out", required=True, type=pathlib.Path, help="a .npz or .csv file to write the features to"
+    "--out", required=True, type=_path, help="a .npz or .csv file to write the features to"
   )
   p.add_argument("--normalize", action="store_true", help="divide each vector by its length")
   _reading(p)
@@ -257,20 +272,20 @@ def _images(p: argparse.ArgumentParser) -> None:
 
 def _report(p: argparse.ArgumentParser) -> None:
   p.add_argument(
-    "runs", nargs="+", type=pathlib.Path, metavar="RUN", help="run folders, or their eval.json"
+    "runs", nargs="+", type=_path, metavar="RUN", help="run folders, or their eval.json"
   )
-  p.add_argument("--out", type=pathlib.Path, help="folder to write to (default: the first run's)")
+  p.add_argument("--out", type=_path, help="folder to write to (default: the first run's)")
 
 
 def _inspect(p: argparse.ArgumentParser) -> None:
-  p.add_argument("file", nargs="?", type=pathlib.Path, help=_WEIGHTS)
+  p.add_argument("file", nargs="?", type=_path, help=_WEIGHTS)
   p.add_argument("--list", action="store_true", help="the published checkpoints by name")
   _loading(p)
 
 
 def _convert(p: argparse.ArgumentParser) -> None:
-  p.add_argument("file", type=pathlib.Path, help=_WEIGHTS)
-  p.add_argument("out", type=pathlib.Path, help="an .npz to write; a folder with --to")
+  p.add_argument("file", type=_path, help=_WEIGHTS)
+  p.add_argument("out", type=_path, help="an .npz to write; a folder with --to")
   p.add_argument(
     "--to", default="big_vision", help="big_vision (the default), timm or transformers"
   )
@@ -283,10 +298,8 @@ def _convert(p: argparse.ArgumentParser) -> None:
 
 
 def _export(p: argparse.ArgumentParser) -> None:
-  p.add_argument("checkpoint", type=pathlib.Path, help=_WEIGHTS)
-  p.add_argument(
-    "out", type=pathlib.Path, metavar="OUT", help="file to write, a .zip; with --to a folder"
-  )
+  p.add_argument("checkpoint", type=_path, help=_WEIGHTS)
+  p.add_argument("out", type=_path, metavar="OUT", help="file to write, a .zip; with --to a folder")
   p.add_argument(
     "--to", default="stablehlo", help="stablehlo (the default; runs in jax), onnx or saved_model"
   )
@@ -317,14 +330,14 @@ def _no_verify(p: argparse.ArgumentParser) -> None:
 
 
 def _flexify(p: argparse.ArgumentParser) -> None:
-  p.add_argument("--init", required=True, type=pathlib.Path, help="the model: what --checkpoint is")
+  p.add_argument("--init", required=True, type=_path, help="the model: what --checkpoint is")
   p.add_argument(
     "--data",
     required=True,
-    type=pathlib.Path,
+    type=_path,
     help="folder of images, or one with train/ and val/, with folders of classes or without",
   )
-  p.add_argument("--out", required=True, type=pathlib.Path, help="folder to write to, or go on in")
+  p.add_argument("--out", required=True, type=_path, help="folder to write to, or go on in")
   p.add_argument("--epochs", type=float, help="passes over the images (default 10; 0: only resize)")
   p.add_argument("--image_size", type=int, help="pixels a side (default 240)")
   p.add_argument("--seqhw", type=_whole_numbers, metavar="N,N", help="tokens per side, e.g. 5,8,15")

@@ -1,6 +1,7 @@
 """The command `flexivit`, as a user calls it."""
 
 import json
+import pathlib
 import resource
 import subprocess
 import sys
@@ -190,3 +191,22 @@ def test_a_reader_that_has_seen_enough_is_no_error():
   )
   done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
   assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_a_path_behind_an_equals_sign_may_begin_with_the_home_folder(tmp_path, monkeypatch, capsys):
+  from flexivit_jax import arguments
+
+  def workdir(text):
+    return str(arguments.parse(["train", "--config=digits", f"--workdir={text}"]).workdir)
+
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.chdir(tmp_path)
+  assert workdir("~/runs/a") == str(tmp_path / "home" / "runs" / "a")
+  for literal in ("./~/a", "a~", "a/~", ".", "-a", "$HOME", "a=b", "x:y"):
+    assert workdir(literal) == str(pathlib.Path(literal))  # "./" is no part of a path
+  (tmp_path / "~").mkdir()
+  assert workdir("~/a") == "~/a"
+  for wrong, message in (("", "the path is empty"), ("~no-such-user/a", "no home folder is known")):
+    with pytest.raises(SystemExit):
+      workdir(wrong)
+    assert message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -166,3 +167,47 @@ def test_a_full_disk_is_one_line_with_the_file(tmp_path, name):
   ):
     kept(tmp_path, OLD)
   assert kept(tmp_path, OLD) == []
+
+
+@pytest.mark.parametrize(
+  ("path", "message"),
+  [
+    ("file", r"file is a file, where a folder is needed; give another --workdir"),
+    ("file/run", r"file is a file, where a folder is needed"),
+    ("broken", r"broken is a link to .*nowhere, which does not exist; mend it, or give another"),
+    ("broken/run", r"is a link to .*nowhere, which does not exist"),
+    ("n" * 256, r"cannot be a folder: File name too long; give another --workdir"),
+    ("a/" * 2100 + "b", r"cannot be a folder: File name too long"),
+    ("gs://bucket/run", r"gs:/bucket/run is an address; expected a folder of this machine"),
+    ("file:///tmp/run", r"is an address"),
+    ("new/run", None),
+    ("link/run", None),
+    ("link/../new", None),
+    ("a:/b", None),
+    ("~", None),
+    (".", None),
+    ("[x]", None),
+  ],
+)
+def test_a_path_that_cannot_be_a_folder_is_refused_in_one_line_and_nothing_is_made(
+  tmp_path, monkeypatch, path, message
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "file").write_text("")
+  (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+  (tmp_path / "real").mkdir()
+  (tmp_path / "link").symlink_to(tmp_path / "real")
+  before = sorted(tmp_path.rglob("*"))
+  if message is None:
+    run_folder.check_path(pathlib.Path(path))
+  else:
+    with pytest.raises(UserError, match=message) as error:
+      run_folder.check_path(pathlib.Path(path))
+    assert "\n" not in str(error.value)
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_several_processes_refuse_a_path_that_each_would_have_another_name_for(tmp_path):
+  run_folder.check_path(tmp_path / "plain", several=True)
+  with pytest.raises(UserError, match=r"has \[ \] in its path.*ends in 'vit -lr=1'"):
+    run_folder.check_path(tmp_path / "vit [lr=1]", several=True)
