@@ -109,14 +109,14 @@ def _rectangles(cells: int) -> list[str]:
   return [f"{h},{cells // h}" for h in heights if h * h < cells <= 2 * h * h]
 
 
-PRE_LOGITS = "pre_logits/"
+PRE_LOGITS = ("pre_logits/", "pre_logits.")  # the original ViT's; timm's before 0.6
 
 
 def without_pre_logits(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   """Leaves out the dense layer and tanh before the head of the ImageNet-21k files, and the head that needs them."""
   if not any(name.startswith(PRE_LOGITS) for name in arrays):
     return dict(arrays), []
-  others = (PRE_LOGITS, "head/")
+  others = (*PRE_LOGITS, "head/", "head.")
   return {name: a for name, a in arrays.items() if not name.startswith(others)}, [
     "pre_logits (a dense layer and tanh before the head) and the head behind it are left out: a FlexiViT has no such"
     " layer. The model gives features; to fine-tune it, give it a new head (init.new_head=True)."

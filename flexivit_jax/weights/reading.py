@@ -119,6 +119,11 @@ def load_into(
   found, params, record = load_with_record(path, scan=model.scan, **given)
   _check_same(path, found, model, _SAME)
   accept(found, record)
+  if model.num_classes and not found.num_classes and not new_head:
+    raise errors.UserError(
+      f"{path} has no head, and the model has {model.num_classes} classes; give new_head=True (in a config"
+      " init.new_head=True), by which the model's own head is a new one."
+    )
   if not new_head:
     _check_same(path, found, model, ("num_classes",))
   sizes = model.patch_size, model.posemb_size

@@ -46,9 +46,7 @@ class Source(NamedTuple):
   )
 
 
-_KNOWN = (
-  "expected a run folder, an .npz, .safetensors or .pth file, or a folder of timm or transformers"
-)
+_KNOWN = f"expected a run folder, a file ({bare.suffixes()}), or a folder of timm or transformers"
 
 
 def read(path: pathlib.Path, fields: Mapping[str, Any], *, ema: bool = False) -> Source:
@@ -68,13 +66,13 @@ def read(path: pathlib.Path, fields: Mapping[str, Any], *, ema: bool = False) ->
       f"{path} does not exist; {_KNOWN}, or a name that `flexivit inspect --list` prints."
       + errors.nearest(str(path), registry.PUBLISHED)
     )
-  if ema and path.is_dir():
-    raise errors.UserError(f"{path} is a folder, which has one set of weights; leave --ema out.")
   ours = folders.check(path if path.is_dir() else path.parent)
   if path.is_dir() and (config := timm_folder.find(path)):
-    return _timm_folder(path, config, fields, ours)
+    return _timm_folder(path, config, fields, ours, ema=ema)
   if path.is_dir() and transformers_folder.is_folder(path):
-    return _transformers_folder(path, fields, ours)
+    return _transformers_folder(path, fields, ours, ema=ema)
+  if path.is_dir() and ema:
+    raise errors.UserError(f"{path} is a run, which has one set of weights; leave --ema out.")
   if path.is_dir():
     params, record = checkpoint.load_params(path)
     format_ = CHECKPOINT
@@ -152,10 +150,12 @@ def _file(
       return _timm_file(path, arrays, config, fields, notes, ours=own)
     others = transformers_folder.is_folder(folder) if not config else False
     if others and _in_words(arrays):
-      whole = transformers_folder.read_arrays(folder) if shard else arrays
+      whole, unwrapping = arrays, list(notes)
+      if shard:
+        whole, unwrapping = wrappers.unwrap(transformers_folder.read_arrays(folder))
       source = _transformers(folder, whole, fields)
       more = f"{path.name} is read with {folder.resolve().name}/config.json."
-      record = source.record | {"notes": [*source.record["notes"], more]}
+      record = source.record | {"notes": [*unwrapping, *source.record["notes"], more]}
       return source._replace(record=record)
     reason = "the arrays of the file have other names." if config or others else ""
   except errors.UserError as e:
@@ -192,7 +192,9 @@ def _transformers(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str,
   """Arrays with what a folder of Hugging Face's transformers says of them."""
   config = transformers_folder.read_config(path)
   spec = transformers_config.spec(config)
-  flat, found, notes = transformers_names.convert(spec, arrays)
+  arrays, notes = wrappers.without_other_base(arrays, spec.family.base)
+  flat, found, more = transformers_names.convert(spec, arrays)
+  notes += more
   model = FlexiViT(**{**found, **fields})
   record = _describe(path.resolve(), f"transformers folder, {config['model_type']}", model)
   sides = zip(record["native_patch_size"], record["native_grid"], strict=True)
@@ -207,9 +209,11 @@ def _transformers(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str,
   return Source(trees.unflatten(flat), found, record, images.normalisation)
 
 
-def _transformers_folder(path: pathlib.Path, fields: Mapping[str, Any], ours: bool) -> Source:
+def _transformers_folder(
+  path: pathlib.Path, fields: Mapping[str, Any], ours: bool, *, ema: bool
+) -> Source:
   transformers_config.spec(transformers_folder.read_config(path))  # before what may be large
-  arrays, notes = wrappers.strip_common(transformers_folder.read_arrays(path))
+  arrays, notes = wrappers.unwrap(transformers_folder.read_arrays(path), ema=ema)
   source = _transformers(path, arrays, fields)
   source.record["notes"][:0] = notes
   source.record["notes"] += [] if ours else [folders.unknown(path)]
@@ -263,10 +267,15 @@ def _timm_file(
 
 
 def _timm_folder(
-  folder: pathlib.Path, config: Mapping[str, Any], fields: Mapping[str, Any], ours: bool
+  folder: pathlib.Path,
+  config: Mapping[str, Any],
+  fields: Mapping[str, Any],
+  ours: bool,
+  *,
+  ema: bool,
 ) -> Source:
   path = timm_folder.weights_file(folder)
-  arrays, inside = bare.read(path)
+  arrays, inside = bare.read(path, ema=ema)
   notes = inside.get("notes", [])
   source = _timm_file(path, arrays, config, fields, notes, ours=ours, whole=True)
   source.record["notes"] += [] if ours else [folders.unknown(folder)]

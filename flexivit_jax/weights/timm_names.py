@@ -41,7 +41,9 @@ def convert(arrays: Arrays, fields: Mapping[str, Any]) -> Converted:
   Raises:
     UserError: a model that is no FlexiViT, names or shapes that do not fit (all listed), an unknown number of heads.
   """
-  arrays, notes = _with_biases(_renamed(arrays))
+  arrays, notes = big_vision.without_pre_logits(_renamed(arrays))
+  arrays, more = _with_biases(arrays)
+  notes += more
   axes = {timm_shapes.KERNEL: 4, timm_shapes.FC1: 2} | {
     n: 3 for n in (*timm_shapes.TOKENS, "pos_embed") if n in arrays
   }

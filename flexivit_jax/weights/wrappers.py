@@ -11,8 +11,18 @@ from typing import Any, NamedTuple
 
 from flexivit_jax import errors
 
-# The array by which each layout is recognised: timm's, big_vision's and the original ViT's, OpenCLIP's, torchvision's.
-ANCHORS = ("patch_embed.proj.weight", "embedding/kernel", "class_embedding", "conv_proj.weight")
+# The array by which each layout is recognised: timm's, big_vision's and the original ViT's, OpenCLIP's, torchvision's,
+# and those of transformers.
+ANCHORS = (
+  "patch_embed.proj.weight",
+  "embedding/kernel",
+  "class_embedding",
+  "conv_proj.weight",
+  "embeddings.patch_embeddings.projection.weight",
+  "embeddings.patch_embedding.weight",
+)
+# How names of transformers begin in a model with a head, whose own names do not begin so.
+_BASE = re.compile(r"(?<![^.])(vit|deit|dinov2|dinov2_with_registers|vision_model)\.$")
 # Words that tools put around a module inside a network, e.g. around each block.
 _INNER = re.compile(
   r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -35,7 +45,6 @@ _TRAINING_ONLY = {
   "ibot_head.": "iBOT's head",
   "dino_loss.": "DINO's loss",
   "ibot_patch_loss.": "iBOT's loss",
-  "head.mlp.": "DINO's head",
   "head.last_layer.": "DINO's head",
   "projector.": "a projector",
   "projection_head.": "a projector",
@@ -108,6 +117,15 @@ def strip_common(arrays: Mapping[str, Any]) -> Unwrapped:
   return Unwrapped(stripped, [f"{prefix!r} is taken off the names of the arrays."] if taken else [])
 
 
+def without_other_base(arrays: Mapping[str, Any], base: str) -> Unwrapped:
+  """Takes off a word that all names share and that is the base of another model of transformers, not of this one."""
+  firsts = {name.partition(".")[0] + "." for name in arrays}
+  if len(firsts) == 1 and (first := firsts.pop()) != base and _BASE.fullmatch(first):
+    bare = {name.removeprefix(first): array for name, array in arrays.items()}
+    return Unwrapped(bare, [f"{first!r} is taken off the names of the arrays."])
+  return Unwrapped(dict(arrays), [])
+
+
 def groups(names: Sequence[str], prefix: str = "") -> str:
   """Names by their first part that is not in a prefix, each with the number of arrays below it."""
   counts = collections.Counter(_first_beside(name, prefix) for name in names)
@@ -133,7 +151,7 @@ def _prefixes(arrays: Mapping[str, Any]) -> list[str]:
         continue
       if anchor in _OPEN_CLIP and any(f"{prefix}{other}" not in arrays for other in _OPEN_CLIP):
         continue
-      found[prefix] = True
+      found[_BASE.sub("", prefix) if anchor.startswith("embeddings.") else prefix] = True
   return list(found)
 
 
@@ -168,7 +186,8 @@ def _choose(prefixes: Sequence[str], ema: bool) -> tuple[str, list[str]]:
       others = [p for p in candidates if p not in chosen]
       if others:
         notes.append(
-          f"Of {', '.join(map(repr, candidates))} the first that is used after training is taken."
+          f"The file has {' and '.join(map(repr, candidates))}; {chosen[0]!r} is taken, which is the one that is used"
+          " after training."
         )
       candidates = chosen
       break
@@ -189,7 +208,9 @@ def _without_training_only(arrays: Mapping[str, Any]) -> Unwrapped:
   kept, left = {}, collections.defaultdict(list)
   for name, array in arrays.items():
     part = next((p for p in _TRAINING_ONLY if name.startswith(p)), None)
-    if part is not None:
+    if re.match(r"head\.mlp\.(\d|weight|bias)", name):  # SigLIP's pooling has head.mlp.fc1
+      left["for only pre-training uses it: DINO's head"].append(name)
+    elif part is not None:
       left[f"for only pre-training uses it: {_TRAINING_ONLY[part]}"].append(name)
     elif re.match(r"head\.\d", name):
       left["for a FlexiViT has one layer there: a head of several layers"].append(name)

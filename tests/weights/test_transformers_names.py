@@ -587,3 +587,29 @@ def test_flexified_it_keeps_what_it_was(tmp_path):
   assert model.patch_size == (16, 16) and params["pos_embedding"].shape == (1, 49, D)
   assert record["flexified_from"] == {"patch_size": [4, 4], "grid": [4, 4]}
   assert trees.count(params) > 0
+
+
+WRAPPERS = ("module.", "_orig_mod.", "model.", "encoder.", "vit.", "module._orig_mod.student.")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bare", [True, False])
+def test_wrapped_folders_are_the_same_model(tmp_path, kind, bare):
+  config, arrays = make(kind, **({"prefix": ""} if bare else {}))
+  _, want = weights.load(save(tmp_path / "plain", config, arrays))
+  block = VIT["block"] if "vit.encoder.layer" in " ".join(arrays) else None
+  wrapper = WRAPPERS[(len(kind) + bare) % len(WRAPPERS)]
+  wrapped = {}
+  for name, array in arrays.items():
+    inside = name if block is None else name.replace("layer.1.", "layer.1._orig_mod.")
+    wrapped[wrapper + inside] = array
+    wrapped[f"ema.{inside}"] = np.asarray(array + np.float32(1))
+  folder = save(tmp_path / "wrapped", config, wrapped)
+  for path in (folder, folder / "model.safetensors"):
+    _, got, record = weights.load_with_record(path)
+    assert wrapper in " ".join(record["notes"])
+    assert any("--ema" in note for note in record["notes"])
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    _, averaged = weights.load(path, ema=True)
+    scale = averaged["Transformer"]["encoder_norm"]["scale"]
+    np.testing.assert_array_equal(scale, want["Transformer"]["encoder_norm"]["scale"] + 1)

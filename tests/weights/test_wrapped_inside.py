@@ -1,11 +1,16 @@
 """Wrappers inside a network, networks inside a network, and heads of pre-training that have a head's name."""
 
+import json
 import re
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given, settings
+from safetensors.numpy import save_file
 
+from flexivit_jax import weights
+from flexivit_jax.errors import UserError
 from flexivit_jax.weights import wrappers
 
 BARE = {
@@ -70,3 +75,37 @@ def test_blocks_in_chunks_are_noted():
   got, notes = wrappers.unwrap(chunked)
   assert got == BARE
   assert "chunks" in " ".join(notes)
+
+
+def test_a_timm_folder_with_both_takes_the_ema_if_asked(tmp_path, timm_state_dict):
+  arrays = timm_state_dict()
+  both = {f"state_dict.module.{name}": array for name, array in arrays.items()}
+  both |= {f"state_dict_ema.{name}": array + np.float32(1) for name, array in arrays.items()}
+  save_file(both, tmp_path / "model.safetensors")
+  half = [0.5, 0.5, 0.5]
+  config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": half, "std": half}}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  heads = {"num_heads": 4, "num_classes": 7}
+  _, raw, record = weights.load_with_record(tmp_path, **heads)
+  assert any("--ema" in note for note in record["notes"])
+  _, averaged = weights.load(tmp_path, ema=True, **heads)
+  np.testing.assert_array_equal(averaged["head"]["bias"], raw["head"]["bias"] + 1)
+
+
+def test_timms_pre_logits_are_left_out_with_the_head_behind_them(tmp_path, timm_state_dict):
+  more = {"pre_logits.fc.weight": np.eye(32, dtype=np.float32)}
+  more |= {"pre_logits.fc.bias": np.zeros(32, np.float32)}
+  save_file(timm_state_dict() | more, tmp_path / "w.safetensors")
+  model, params, record = weights.load_with_record(tmp_path / "w.safetensors", num_heads=4)
+  assert not model.num_classes and "head" not in params
+  assert any("pre_logits" in note for note in record["notes"])
+
+
+def test_a_start_without_a_head_says_that_a_new_one_is_wanted(tmp_path, timm_state_dict):
+  path = tmp_path / "w.safetensors"
+  save_file(timm_state_dict(classes=0), path)
+  model, _ = weights.load(path, num_heads=4)
+  with pytest.raises(UserError, match=r"has no head, and the model has 3 classes; .*new_head=True"):
+    weights.load_into(path, model.clone(num_classes=3), num_heads=4)
+  params = weights.load_into(path, model.clone(num_classes=3), num_heads=4, new_head=True)
+  assert "head" not in params
