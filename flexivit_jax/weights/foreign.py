@@ -209,7 +209,7 @@ _HARMLESS = (
   ),
 )
 _NOT_WEIGHTS = re.compile(
-  r"(optim|opt_|lr_sched|sched|scaler|amp|rng|loops|callbacks|hyper_param|hparams)", re.IGNORECASE
+  r"(optim|opt_|lr_sched|sched|scaler|amp|rng|loops|hyper_param|hparams)", re.IGNORECASE
 )
 _LEVELS = 5  # of nested dicts; deeper ones are no weights
 

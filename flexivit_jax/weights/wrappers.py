@@ -6,7 +6,7 @@ what is before is a wrapper. Where there are several of them, a rule chooses one
 
 import collections
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
@@ -29,7 +29,9 @@ _INNER = re.compile(
 )
 _OPEN_CLIP = ("class_embedding", "conv1.weight")
 
-_EMA = re.compile(r"(^|[._/])(\w*_)?(ema|shadow|swa|averaged?)(_\w*)?([._/]|$)", re.IGNORECASE)
+_EMA = re.compile(
+  r"(^|[._/])(\w*_)?(ema|shadow|swa|averag(e|ed|ing))(_\w*)?([._/]|$)", re.IGNORECASE
+)
 # Of two networks that learn from each other, the one that is used afterwards comes first.
 _ROLES = (
   r"teacher|target_encoder|base_encoder|encoder_q|online",
@@ -85,11 +87,9 @@ def unwrap(arrays: Mapping[str, Any], *, ema: bool = False) -> Unwrapped:
   prefixes = _prefixes(arrays)
   if not prefixes and not ema:
     return strip_common(arrays)
-  prefix, notes = _choose(prefixes, ema)
-  # Another network may stand inside the chosen one, such as an EMA that is a module of the model.
-  inside = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
-  outside = [name for name in arrays if not name.startswith(prefix) or name.startswith(inside)]
-  own = arrays.keys() - outside
+  prefix, notes = _choose(arrays, prefixes, ema)
+  own = _own(arrays, prefix, prefixes)
+  outside = [name for name in arrays if name not in own]
   bare = {name.removeprefix(prefix): array for name, array in arrays.items() if name in own}
   if prefix not in ("", "params/"):
     notes = [f"{prefix!r} is taken off the names of the arrays.", *notes]
@@ -165,7 +165,7 @@ def _without_inner(arrays: Mapping[str, Any]) -> Unwrapped:
   return Unwrapped({new[name]: array for name, array in arrays.items()}, [note])
 
 
-def _choose(prefixes: Sequence[str], ema: bool) -> tuple[str, list[str]]:
+def _choose(arrays: Mapping[str, Any], prefixes: Sequence[str], ema: bool) -> tuple[str, list[str]]:
   averaged = [p for p in prefixes if _EMA.search(p)]
   if ema and not averaged:
     shown = ", ".join(repr(p) for p in prefixes) or "none"
@@ -184,6 +184,9 @@ def _choose(prefixes: Sequence[str], ema: bool) -> tuple[str, list[str]]:
     chosen = [p for p in candidates if (re.search(role, p) if role else _role(p) is None)]
     if chosen:
       others = [p for p in candidates if p not in chosen]
+      sizes = {_size(arrays, _own(arrays, p, prefixes), p) for p in (chosen[0], *others)}
+      if len(sizes) > 1:
+        break  # no two copies of a network that learn from each other, but a distillation
       if others:
         notes.append(
           f"The file has {' and '.join(map(repr, candidates))}; {chosen[0]!r} is taken, which is the one that is used"
@@ -197,6 +200,20 @@ def _choose(prefixes: Sequence[str], ema: bool) -> tuple[str, list[str]]:
       " that you mean in a file of its own."
     )
   return candidates[0], notes
+
+
+def _own(arrays: Mapping[str, Any], prefix: str, prefixes: Sequence[str]) -> set[str]:
+  """The names of one network. Another may stand inside it, such as an EMA that is a module of the model."""
+  inside = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
+  return {name for name in arrays if name.startswith(prefix) and not name.startswith(inside)}
+
+
+def _size(arrays: Mapping[str, Any], own: Iterable[str], prefix: str) -> tuple[Any, int]:
+  """The shape of a network's patch embedding, and the number of its blocks."""
+  anchor = next(n for n in sorted(own) if _ANCHOR_INSIDE.sub(ANCHORS[0], n).endswith(ANCHORS))
+  shape = getattr(arrays[anchor], "shape", None)
+  blocks = {m[0] for name in own if (m := _BLOCK.search(name.removeprefix(prefix)))}
+  return shape, len(blocks)
 
 
 def _role(prefix: str) -> str | None:
@@ -222,6 +239,7 @@ def _without_training_only(arrays: Mapping[str, Any]) -> Unwrapped:
   return Unwrapped(kept, notes)
 
 
+_BLOCK = re.compile(r"^.*?(blocks|layers?|encoder_layer_|encoderblock_)[._]?\d+(\.\d+)?(?=[./])")
 _CHUNKED = re.compile(r"blocks\.(\d+)\.(\d+)\.(.*)")
 
 

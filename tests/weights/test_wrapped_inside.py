@@ -109,3 +109,19 @@ def test_a_start_without_a_head_says_that_a_new_one_is_wanted(tmp_path, timm_sta
     weights.load_into(path, model.clone(num_classes=3), num_heads=4)
   params = weights.load_into(path, model.clone(num_classes=3), num_heads=4, new_head=True)
   assert "head" not in params
+
+
+@pytest.mark.parametrize("other", [{"patch_embed.proj.weight": np.zeros((8, 3, 2, 2))},
+                                   {"blocks.2.attn.qkv.weight": 0}])  # fmt: skip
+def test_a_teacher_of_another_size_is_no_copy_and_is_not_taken_silently(other):
+  arrays = {f"student.{name}": array for name, array in BARE.items()}
+  arrays |= {f"teacher.{name}": array for name, array in (BARE | other).items()}
+  with pytest.raises(UserError, match=r"several Vision Transformers.*student.*teacher"):
+    wrappers.unwrap(arrays)
+
+
+@pytest.mark.parametrize("chunk", ["", "0."])
+def test_a_teacher_beside_the_network_itself_may_have_its_blocks_in_chunks(chunk):
+  arrays = {f"teacher.{n.replace('blocks.', 'blocks.' + chunk)}": a for n, a in BARE.items()}
+  got, _ = wrappers.unwrap(arrays | {f"student.{name}": -array for name, array in BARE.items()})
+  assert got == BARE
