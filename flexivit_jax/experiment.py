@@ -289,6 +289,7 @@ def build(
   if teacher_cache is not None and not teachers:
     raise errors.UserError("teacher_cache is set, but the objective has no teachers; remove it.")
   params = jax.eval_shape(lambda: steps.init_params(network, image_shape, seed, init_head_bias))
+  _check_channels(start.params, image_shape)
   every = functools.partial(_every, sizes=sizes, total=total)
   evaluations, known = {}, (labelled.model, labelling.classes_of(source, "input.data"))
   saving = every("checkpoint", checkpoint, default=max(1, round(len(source) / per_step)))
@@ -411,6 +412,16 @@ def _classes(
     source, model.num_classes, init=start.classes, teachers=teachers, labels=labels, trained=trained
   )
   return start, labelled
+
+
+def _check_channels(params: Any, image_shape: Sequence[int]) -> None:
+  """Raises a UserError where weights to start from take images of another number of channels than there are."""
+  kernel = None if params is None else params.get("embedding", {}).get("kernel")
+  if kernel is not None and kernel.shape[2] != image_shape[-1]:
+    raise errors.UserError(
+      f"init: the weights take images of {kernel.shape[2]} channels, the data's have {image_shape[-1]}; start from"
+      f" weights for {image_shape[-1]}."
+    )
 
 
 def _check_ranges(

@@ -172,6 +172,16 @@ def test_a_published_name_is_planned_before_it_is_fetched(photos, monkeypatch, t
   assert not (tmp_path / "nothing").exists()
 
 
+def test_weights_for_other_channels_are_refused(tmp_path, photos):
+  _, _, params = write(tmp_path, "npz")
+  flat = trees.flatten(params)
+  flat["embedding/kernel"] = flat["embedding/kernel"][:, :, :1]
+  bare = tmp_path / "grey.npz"
+  np.savez(bare, **flat)
+  with pytest.raises(errors.UserError, match="init: the weights take images of 1 channels, the d"):
+    experiment.build(**load(f"init={bare},data_dir={photos},res=80"))
+
+
 def test_a_variant_beside_like_is_refused():
   with pytest.raises(errors.UserError, match=r"variant='S' and like='x'.*give one of them"):
     opening.model_like({"variant": "S", "like": "x"}, None)

@@ -247,7 +247,7 @@ def _say_input(source: sources.Source, mean: Any, std: Any) -> sources.Source:
   file = record["source"]["file"]
   note = (
     f"Nothing beside {file} says the input's mean and std: 0.5 and 0.5 are assumed. If it was trained with others, read"
-    f" {file} with --mean and --std (in Python mean=, std=)."
+    f" {file} with --mean and --std (in Python mean=, std=; to train from it --config.init.mean=, --config.init.std=)."
   )
   said = {"mean": half, "std": half, "from": "assumed"}
   return source._replace(record=record | {"input": said, "notes": [*record["notes"], note]})
