@@ -53,6 +53,9 @@ class Setting(NamedTuple):
 
 def run(args: argparse.Namespace) -> None:
   """Prints a table for each thing asked for, and writes them all to args.out."""
+  for name in ("batch_size", "image_size", "rounds"):
+    if getattr(args, name) < 1:
+      raise errors.UserError(f"--{name}={getattr(args, name)}; expected at least 1.")
   tables: dict[str, list[Row]] = {}
   if args.forward or args.train or args.compile:
     model = FlexiViT(

@@ -1,5 +1,6 @@
 """The command `flexivit`; each subcommand imports what it needs only when it runs."""
 
+import errno
 import importlib
 import os
 import pathlib
@@ -9,6 +10,11 @@ from collections.abc import Callable, Sequence
 from flexivit_jax import allocator, arguments, errors, stopping
 
 USAGE_ERROR = 2
+# What is wrong with a path that the user gave, whichever call it is that meets it first.
+_OF_PATHS = {
+  *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+  *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
+}
 BROKEN_PIPE = 128 + 13  # as a shell counts SIGPIPE
 MODULES = {
   "plan": "plan",
@@ -55,6 +61,11 @@ def exit_code(run: Callable[[], None], name: str) -> int:
       os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
     )  # or Python would write the rest at exit
     return BROKEN_PIPE
+  except OSError as e:
+    if e.filename is None or e.errno not in _OF_PATHS:
+      raise
+    print(f"{name}: error: {str(e.filename)[:200]}: {e.strerror}", file=sys.stderr)
+    return USAGE_ERROR
   return 0
 
 

@@ -110,7 +110,7 @@ class Experiment(NamedTuple):
   class_names: tuple[str, ...] | None
   data_classes: tuple[str, ...] | None
   notes: list[str]
-  says: tuple[str, ...] = ()
+  says: Callable[[], Sequence[str]] = tuple
   best: monitor.Metric | None = None
   early: monitor.EarlyStopping | None = None
   wandb: Mapping[str, Any] | None = None
@@ -337,7 +337,7 @@ def build(
       *labelled.notes,
       *(f"evals.{k}: {n}" for k, e in evaluations.items() for n in e.notes),
     ],
-    says=(*filter(None, [data.class_sizes(source)]), *_rare(objective, input, source)),
+    says=lambda: [*filter(None, [data.class_sizes(source)]), *_rare(objective, input, source)],
     best=best,
     early=early,
     wandb=wandb,

@@ -323,7 +323,7 @@ def _say_costs(exp: experiment.Experiment) -> None:
   preparation.note(
     f"{exp.name}: {exp.total_steps} steps of {exp.batch_size} ({exp.total_steps / exp.steps_per_epoch:.1f} epochs)"
   )
-  for line in [*_costs(exp), *exp.says, *(f"note: {note}" for note in exp.notes)]:
+  for line in [*_costs(exp), *exp.says(), *(f"note: {note}" for note in exp.notes)]:
     preparation.note(line)
 
 

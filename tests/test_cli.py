@@ -210,3 +210,27 @@ def test_a_path_behind_an_equals_sign_may_begin_with_the_home_folder(tmp_path, m
     with pytest.raises(SystemExit):
       workdir(wrong)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "argv",
+  [
+    ("verify", "a" * 300),
+    ("inspect", "a" * 300),
+    ("predict", "x.jpg", "--checkpoint", "b" * 5000, "--seqhw", "2"),
+    ("train", "--config", "c" * 300, "--workdir", "x"),
+    ("train", "--config", "configs/digits.py:debug", "--workdir", "d" * 300),
+    ("report", "e" * 300),
+  ],
+)
+def test_a_path_that_no_file_system_takes_is_one_line(argv, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert cli.main(argv) == 2
+  last = capsys.readouterr().err.strip().splitlines()[-1]
+  assert last.startswith("flexivit: error: ") and len(last) < 1000
+
+
+@pytest.mark.parametrize("option", ["batch_size", "image_size", "rounds"])
+def test_bench_of_nothing_is_refused(option, capsys):
+  assert cli.main(["bench", "--forward", f"--{option}=0"]) == 2
+  assert f"--{option}=0; expected at least 1" in capsys.readouterr().err

@@ -6,7 +6,6 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from flexivit_jax import cli, folders, manifest, verify
 from flexivit_jax.checkpoint import Checkpoints
@@ -166,37 +165,3 @@ def test_a_save_that_cannot_be_read_back_is_an_error_at_the_next_check(
     checkpoints.wait()
   monkeypatch.undo()
   read(tmp_path / "checkpoints")
-
-
-CONFIG = """
-import ml_collections
-def get_config(arg=""):
-  data = dict(name="synthetic", image_size=12, num_classes=3, num_examples=16)
-  pp = "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')"
-  test = dict(data=dict(data, split="test"), pp=pp, batch_size=8, seqhw=(3,), threads=0)
-  return ml_collections.ConfigDict(dict(
-    total_steps=int(arg), input=dict(data=dict(data, split="train"), pp=pp, batch_size=8, threads=0),
-    model=dict(variant="mu", depth=1, patch_size=(4, 4), posemb_size=(3, 3)), flexi=dict(seqhw=dict(v=(3,))),
-    optim=dict(lr=1e-2), evals=dict(test=test), checkpoint=dict(every_steps=1)))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit [lr=1e-3]", "a\\b 'c'", "*é%s{step}\n"])
-def test_each_command_takes_a_run_of_an_odd_name(tmp_path, monkeypatch, name):
-  monkeypatch.chdir(tmp_path)
-  (tmp_path / "c:1.py").write_text(CONFIG)
-  Image.new("RGB", (12, 12)).save("image.png")
-  for command in (
-    ["train", "--config=c:1.py:1", f"--workdir={name}"],
-    ["train", "--config=c:1.py:2", f"--workdir={name}"],
-    ["verify", name],
-    ["eval", "--config=c:1.py:2", f"--checkpoint={name}"],
-    ["report", name],
-    ["inspect", name],
-    ["predict", "image.png", f"--checkpoint={name}", "--seqhw=3"],
-    ["convert", name, f"{name}.npz"],
-    ["export", name, f"{name}.zip", "--seqhw=3", "--no-verify"],
-  ):
-    assert cli.main(command) == 0, command
-  assert sorted(os.listdir(f"{name}/checkpoints")) == ["2", "old"]

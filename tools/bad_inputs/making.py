@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import random
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,7 @@ COMMANDS = {
   "inspect": ["inspect {weights}"],
   "predict": ["predict {image} {image} --checkpoint {weights} --seqhw 2",
     "predict {photos} --checkpoint {weights} --seqhw 2"],
+  "embed": ["embed {image} {image} --checkpoint {weights} --seqhw 2 --out {new}.npz"],
   "convert": [
     "convert {weights} {new}.npz --no-verify",
     "convert {weights} {new} --to timm --seqhw 2 --image_size 16 --no-verify",
@@ -264,6 +266,16 @@ def _huge_png() -> bytes:
   return bytes(data)
 
 
+@functools.cache
+def _flags(command: str) -> list[str]:
+  """The options of a command that take a value, by its own help."""
+  said = io.StringIO()
+  with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    cli.main([command, "--help"])
+  options = re.findall(r"^  (--\w+) [A-Z{]", said.getvalue(), re.MULTILINE)
+  return [option for option in options if option not in ("--config", "--checkpoint")]
+
+
 def odd_argument(rng: random.Random, argv: list[str], command: str) -> str:
   """Changes a command line; says how."""
   way = rng.choice(("value", "value", "value", "drop", "add", "twice", "override", "override"))
@@ -277,7 +289,8 @@ def odd_argument(rng: random.Random, argv: list[str], command: str) -> str:
   elif way == "override" and command in ("train", "eval", "plan"):
     argv.append(f"--config.{rng.choice(SECTIONS)}{rng.choice(KEYS)}={rng.choice(ODD)}")
   else:
-    argv += [rng.choice(FLAGS), rng.choice(ODD)]
+    known = _flags(command)
+    argv += [rng.choice(known if known and rng.random() < 0.8 else FLAGS), rng.choice(ODD)]
   return f"{way} {argv[at] if at < len(argv) else ''}"
 
 
