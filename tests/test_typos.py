@@ -56,7 +56,7 @@ def refuse(*_, **__):
 
 def check(name, settings):
   """As a run does until it opens data; returns the seconds."""
-  opening = experiment.Opening(refuse, refuse, refuse, refuse, refuse)
+  opening = experiment.Opening(*(refuse for _ in experiment.Opening._fields))
   begun = time.process_time()
   with pytest.raises(UserError) as caught:
     config.check("", settings, experiment.build, given=("opening",))
