@@ -27,9 +27,10 @@ def load(
 ) -> tuple[FlexiViT, dict]:
   """Returns (model, params) of a file with weights, a run folder, one of its checkpoints, or a published name.
 
-  Files: `.npz` in big_vision's, the original ViT's or timm's names, `.safetensors` and PyTorch's `.pth`, `.pt` and
-  `.bin` in timm's: the architecture is read from the arrays. Folders: of timm, and of Hugging Face's `transformers`
-  (ViT, DeiT, DINOv2, CLIP, SigLIP): it is read from config.json.
+  Files: `.npz`, `.safetensors`, and PyTorch's `.pth`, `.pt`, `.bin`, `.pth.tar` and `.ckpt`, in the names of
+  big_vision, the original ViT, timm, OpenCLIP or torchvision: the architecture is read from the arrays. Folders: of
+  timm, and of Hugging Face's `transformers` (ViT, DeiT, DINOv2, CLIP, SigLIP): it is read from config.json. What
+  training tools put around weights is taken off, with a note (`wrappers.unwrap`).
 
   Args:
     path: the file or folder; or a name of `registry.PUBLISHED`, e.g. "FlexiViT-B i1k", or the https:// address of a

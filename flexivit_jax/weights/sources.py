@@ -112,6 +112,9 @@ def _recognise(
     found, format_ = big_vision.infer_fields(params, fields), f"{kind} in big_vision's names"
   if "posemb_size" in found and "posemb_size" not in fields and not timm_names.is_timm(arrays):
     notes += big_vision.assumed_square(found["posemb_size"])
+    position = arrays.get(big_vision.ORIGINAL_POSITION)
+    if position is not None and "cls" in arrays and position.shape == params["pos_embedding"].shape:
+      notes += big_vision.assumed_bare(found["posemb_size"])
   record = _describe(path, format_, FlexiViT(**{**found, **fields})) | {"notes": notes}
   if fixed:
     sides = zip(record["native_patch_size"], record["native_grid"], strict=True)

@@ -51,3 +51,15 @@ def test_a_grid_of_usual_images_that_can_only_be_square_has_no_note(read, positi
 
 def test_arrays_in_big_visions_names_get_the_note_too(read):
   assert advice(read(145, names="big_vision")[2]) == [("9", "16")]
+
+
+def test_the_original_vits_class_token_may_have_one_of_the_positions(tmp_path, read):
+  _, params, _ = read(145, posemb_size=(9, 16))
+  flat = {name: np.asarray(array) for name, array in trees.flatten(params).items()}
+  flat["Transformer/posembed_input/pos_embedding"] = flat.pop("pos_embedding")[:, :36]
+  np.savez(tmp_path / "original.npz", **flat)
+  model, _, record = weights.load_with_record(tmp_path / "original.npz")
+  assert model.posemb_size == (6, 6)
+  assert advice(record) == [("5", "7")]
+  other, _, record = weights.load_with_record(tmp_path / "original.npz", posemb_size=(5, 7))
+  assert other.posemb_size == (5, 7) and not advice(record)

@@ -4,9 +4,10 @@ import json
 import re
 
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from safetensors.numpy import save_file
 
 from flexivit_jax import weights
@@ -125,3 +126,27 @@ def test_a_teacher_beside_the_network_itself_may_have_its_blocks_in_chunks(chunk
   arrays = {f"teacher.{n.replace('blocks.', 'blocks.' + chunk)}": a for n, a in BARE.items()}
   got, _ = wrappers.unwrap(arrays | {f"student.{name}": -array for name, array in BARE.items()})
   assert got == BARE
+
+
+@settings(
+  deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+  words=st.lists(st.sampled_from(["module", "_orig_mod", "model", "encoder", "state_dict"]), max_size=4),
+  kind=st.sampled_from([".npz", ".safetensors", ".NPZ"]),
+  separator=st.sampled_from([".", "/"]),
+)  # fmt: skip
+def test_any_nest_in_a_file_is_the_bare_model(tmp_path, timm_state_dict, words, kind, separator):
+  arrays = timm_state_dict()
+  save_file(arrays, tmp_path / "bare.safetensors")
+  wrapped = {separator.join([*words, name]): array for name, array in arrays.items()}
+  path = tmp_path / f"weights{kind}"
+  if kind == ".safetensors":
+    save_file(wrapped, path)
+  else:
+    with path.open("wb") as file:
+      np.savez(file, **wrapped)
+  _, want = weights.load(tmp_path / "bare.safetensors", num_heads=4)
+  _, got, record = weights.load_with_record(path, num_heads=4)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert all(word in " ".join(record["notes"]) for word in words)
