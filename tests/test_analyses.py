@@ -49,7 +49,8 @@ def refusal(repository, monkeypatch, capfd, tool, *given):
   with pytest.raises(SystemExit) as ended:
     runpy.run_path(str(repository / "tools" / f"{tool}.py"), run_name="__main__")
   err = capfd.readouterr().err
-  assert ended.value.code == 2 and err.count("\n") == 1 and f"{tool}.py: error: " in err, err
+  errors = [line for line in err.splitlines() if not line.startswith("note: ")]
+  assert ended.value.code == 2 and len(errors) == 1 and f"{tool}.py: error: " in errors[0], err
   return err
 
 

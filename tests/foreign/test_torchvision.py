@@ -4,7 +4,6 @@ import importlib
 
 import numpy as np
 import pytest
-import torch
 
 from flexivit_jax import weights
 from flexivit_jax.errors import UserError
@@ -12,6 +11,8 @@ from flexivit_jax.errors import UserError
 
 @pytest.fixture
 def vit():
+  import torch
+
   vision_transformer = importlib.import_module("torchvision.models.vision_transformer")
   torch.manual_seed(0)
   sizes = dict(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=64, mlp_dim=96)
@@ -23,6 +24,8 @@ def vit():
 
 @pytest.mark.parametrize("old_names", [False, True])
 def test_a_wrapped_file_of_torchvision_gives_its_logits(tmp_path, vit, old_names):
+  import torch
+
   image = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
   with torch.no_grad():
     want = vit(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).numpy()
@@ -39,6 +42,8 @@ def test_a_wrapped_file_of_torchvision_gives_its_logits(tmp_path, vit, old_names
 
 @pytest.mark.filterwarnings("ignore")  # torch warns of tracing
 def test_a_program_in_torchscript_names_a_way_that_works(tmp_path, vit):
+  import torch
+
   image = torch.zeros(1, 3, 32, 32)
   torch.jit.trace(vit, image, check_trace=False).save(str(tmp_path / "script.pt"))
   with pytest.raises(UserError, match=r"torch\.jit\.load\(FILE, map_location='cpu'\)"):

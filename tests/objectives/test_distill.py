@@ -367,7 +367,7 @@ def test_init_starts_from_weights_whose_buffers_are_resized(teacher):
   [
     (dict(width=32, gelu="exact"), "gelu: 'tanh' in the file, 'exact' in the model"),
     (dict(width=32, num_heads=4), "num_heads: 2 in the file, 4 in the model"),
-    (dict(width=16), r"expected float32\[4,4,3,16\], got float32\[4,4,3,32\]"),
+    (dict(width=16), "width: 32 in the file, 16 in the model"),
   ],
 )
 def test_weights_of_another_model_are_refused(teacher, fields, message):
