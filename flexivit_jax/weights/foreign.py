@@ -199,13 +199,15 @@ def read_torch(path: pathlib.Path) -> tuple[files.Arrays, dict[str, Any]]:
 
 # Classes beside tensors that training tools save, and that do nothing when they are made.
 _HARMLESS = (
-  *("argparse.Namespace", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+  *("argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray"),
+  *("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath"),
+  *("datetime.date", "datetime.datetime", "datetime.timedelta", "datetime.timezone"),
   *(
-    "pathlib.PureWindowsPath",
-    "datetime.datetime",
-    "datetime.timedelta",
-    "numpy.dtype",
-    "numpy.ndarray",
+    "builtins.slice",
+    "builtins.range",
+    "builtins.frozenset",
+    "decimal.Decimal",
+    "fractions.Fraction",
   ),
 )
 _NOT_WEIGHTS = re.compile(

@@ -1,7 +1,12 @@
 """Any nest of dicts and prefixes in any of torch's kinds of files gives the arrays of the bare one."""
 
 import argparse
+import collections
+import datetime
+import decimal
+import fractions
 import pathlib
+import types
 
 import hypothesis.strategies as st
 import jax
@@ -48,6 +53,26 @@ def test_any_nest_is_the_bare_model(tmp_path, timm_state_dict, levels, prefixes,
   jax.tree.map(np.testing.assert_array_equal, got, want)
   for word in (*levels, *prefixes):
     assert word in " ".join(record["notes"])
+
+
+@pytest.mark.parametrize(
+  "value",
+  [
+    types.SimpleNamespace(lr=1e-3, sizes=[1, 2]),
+    datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    datetime.date(2026, 1, 2),
+    (slice(1, 2), range(3), frozenset([1]), decimal.Decimal("0.1"), fractions.Fraction(1, 3)),
+    [np.float32(1), np.int64(2), np.bool_(True), np.zeros(3)],
+    collections.Counter("ab"),
+    torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(2)], lr=1.0), 1).state_dict(),
+  ],
+)
+def test_harmless_values_beside_weights_do_not_stand_in_the_way(tmp_path, timm_state_dict, value):
+  tensors = {name: torch.from_numpy(array) for name, array in timm_state_dict().items()}
+  content = {"state_dict": tensors, "more": value, "args": argparse.Namespace(x=value)}
+  torch.save(content, tmp_path / "w.pth")
+  model, _ = weights.load(tmp_path / "w.pth", num_heads=4)
+  assert model.num_classes == 7
 
 
 class Config:
