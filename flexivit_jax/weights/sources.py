@@ -130,9 +130,10 @@ def _from_timm(
   except errors.UserError as e:
     if open_clip_names.NOTE not in notes:
       raise
+    problem = str(e).partition(" Did you mean")[0].rstrip(".")  # the nearest name would be timm's
     raise errors.UserError(
-      f"The image tower of CLIP in {path} cannot be read (its names in timm's form): {e}\nIf it is no plain ViT, or"
-      " incomplete, give timm's folder of the model (vit_*_clip_*) or that of transformers (clip)."
+      f"{path}: OpenCLIP's image tower is incomplete, or no plain ViT, by its names in timm's form: {problem}. Give timm's"
+      " folder of the model (vit_*_clip_*) or that of transformers (clip)."
     ) from e
 
 

@@ -259,3 +259,12 @@ def test_a_grid_that_may_not_be_square_is_said(cells, named):
 
 def test_suffixes_are_read_in_capitals_too():
   assert ".ckpt" in bare.READERS and ".tar" in bare.READERS
+
+
+def test_an_incomplete_image_tower_names_the_project_and_the_form_to_get(tmp_path):
+  names = ("class_embedding", "conv1.weight", "transformer.resblocks.0.ln_1.weight")
+  arrays = {f"visual.{name}": np.zeros((8, 3, 4, 4), np.float32) for name in names}
+  save_file(arrays, tmp_path / "open_clip_model.safetensors")
+  with pytest.raises(UserError, match=r"OpenCLIP.*vit_\*_clip_\*") as error:
+    weights.load(tmp_path / "open_clip_model.safetensors")
+  assert "Did you mean" not in str(error.value) and "\n" not in str(error.value)
