@@ -132,8 +132,8 @@ def _from_timm(
       raise
     problem = str(e).partition(" Did you mean")[0].rstrip(".")  # the nearest name would be timm's
     raise errors.UserError(
-      f"{path}: OpenCLIP's image tower is incomplete, or no plain ViT, by its names in timm's form: {problem}. Give timm's"
-      " folder of the model (vit_*_clip_*) or that of transformers (clip)."
+      f"{path}: OpenCLIP's image tower is incomplete, or no plain ViT, by its names in timm's form: {problem}. Give"
+      " timm's folder of the model (vit_*_clip_*) or that of transformers (clip)."
     ) from e
 
 

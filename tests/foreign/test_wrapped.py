@@ -12,11 +12,12 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 
 from flexivit_jax import weights
 from flexivit_jax.errors import UserError
+
+torch = pytest.importorskip("torch", reason="needs torch: make test-convert")
 
 LEVELS = ("state_dict", "model", "model_state_dict", "module", "teacher", "ema", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "visual.trunk.", "student.")
