@@ -17,7 +17,7 @@ def test_no_bad_input_ends_in_a_traceback(tmp_path):
   command = [sys.executable, TOOL, "140", "--seed=1", "--processes=1", f"--out={out}"]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-  ends = next(csv.reader(out.open()))[1:]
+  ends = next(csv.reader(out.read_text().splitlines()))[1:]
   assert set(ends) <= {"exit 0", "exit 1", "exit 2"}
   assert "140 inputs of seed 1" in done.stdout
 
