@@ -12,7 +12,7 @@ from flexivit_jax import allocator, arguments, errors, stopping
 USAGE_ERROR = 2
 # What is wrong with a path that the user gave, whichever call it is that meets it first.
 _OF_PATHS = {
-  *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+  *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
   *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
 }
 BROKEN_PIPE = 128 + 13  # as a shell counts SIGPIPE

@@ -42,7 +42,7 @@ def look(dump: pathlib.Path) -> list[str]:
   try:
     found = json.loads(dump.read_text())
     step, config = found["step"], json.loads((dump.parent / "config.json").read_text())
-  except (OSError, ValueError, KeyError) as e:
+  except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.UserError(
       f"{dump} cannot be replayed ({type(e).__name__}); give RUN/bad_step.json beside RUN/config.json."
     ) from e

@@ -56,7 +56,10 @@ def run(args: argparse.Namespace) -> None:
       raise errors.UserError(
         f"--results is of what was measured before; leave out --{measures[0]}."
       )
-    found = json.loads(_read(args.results))
+    try:
+      found = json.loads(_read(args.results))
+    except ValueError as e:
+      raise errors.UserError(f"{args.results} is no JSON: {e}; give an eval.json of a run.") from e
     print("\n".join(compare(args.item, found, model=args.model, setting=args.setting)))
   elif args.model or args.setting:
     raise errors.UserError(
