@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flexivit_jax import errors, folders
@@ -133,10 +133,23 @@ def text(found: Mapping[str, float]) -> str:
 
 def _read(file: pathlib.Path) -> list[dict[str, Any]]:
   try:
-    found: Sequence[Mapping[str, Any]] = json.loads(file.read_text())
-  except (
-    OSError,
-    ValueError,
-  ):  # none yet; or cut short by a full disk: times are no reason to stop a run
-    return []
-  return [dict(start) for start in found]
+    starts = json.loads(file.read_text())
+  except (OSError, ValueError):
+    return []  # none yet; or cut short by a full disk: times are no reason to stop a run
+  return [dict(start) for start in starts] if _are_starts(starts) else []
+
+
+def _are_starts(content: Any) -> bool:
+  """Whether this is what `Ledger.write` writes: a list of starts, with seconds as numbers."""
+  return isinstance(content, list) and all(
+    isinstance(start, dict)
+    and isinstance(start.get("wall"), int | float)
+    and _are_seconds(start.get("seconds"))
+    and isinstance(start.get("saves"), dict)
+    and all(map(_are_seconds, start["saves"].values()))
+    for start in content
+  )
+
+
+def _are_seconds(section: Any) -> bool:
+  return isinstance(section, dict) and all(isinstance(s, int | float) for s in section.values())

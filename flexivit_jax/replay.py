@@ -26,6 +26,7 @@ from flexivit_jax import (
   trees,
 )
 from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.config import check as check_config
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,7 +48,12 @@ def look(dump: pathlib.Path) -> list[str]:
       f"{dump} cannot be replayed ({type(e).__name__}); give RUN/bad_step.json beside RUN/config.json."
     ) from e
   trained = preparation.trained(dump.parent)
+  if not isinstance(config, dict):
+    raise errors.UserError(
+      f"{dump.parent / 'config.json'} holds no config; expected a JSON object."
+    )
   settings = {"name": "replay", **_tuples(config)}
+  check_config("", settings, experiment.build, given=experiment.GIVEN)
   exp, mesh = preparation.place(experiment.build(**settings, trained=trained))
   with contextlib.ExitStack() as stack:
     state, schedule, batches = _before(exp, dump.parent, step, mesh)

@@ -198,6 +198,19 @@ def test_a_file_that_cannot_be_read_is_begun_anew(tmp_path, clock):
   assert ledger.shares(tmp_path / "none.json") == {}
 
 
+@pytest.mark.parametrize("key", ["wall", "seconds", "saves"])
+@pytest.mark.parametrize("value", [None, [], "x", {"0": []}])
+def test_a_damaged_ledger_counts_as_none_wherever_the_damage_is(tmp_path, clock, key, value):
+  file = tmp_path / "ledger.json"
+  start(file, clock, 0)
+  starts = json.loads(file.read_text())
+  assert ledger.shares(file)
+  file.write_text(json.dumps([starts[0] | {key: value}]))
+  assert ledger.shares(file) == {}
+  start(file, clock, 0)  # a run goes on all the same
+  assert ledger.shares(file)
+
+
 def test_one_that_cannot_be_written_is_warned_of_once(tmp_path, clock, caplog):
   file = tmp_path / "no" / "ledger.json"
   start(file, clock, 0)

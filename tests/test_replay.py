@@ -81,3 +81,11 @@ def test_steps_that_explode_are_skipped_and_counted(tmp_path):
   assert len({row["param_norm"] for row in rows}) == 1  # nothing has changed
   with pytest.raises(UserError, match=r"At step 3 .*3 steps in a row are skipped"):
     train_lib.train(changed(optim=dict(lr=0.1), skip_above=1e-6, skip_limit=3), tmp_path / "limit")
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "3", "hello", '{"step": 1}'])
+def test_a_damaged_dump_is_one_line(tmp_path, text):
+  (tmp_path / "bad_step.json").write_text(text)
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(UserError):
+    replay.look(tmp_path / "bad_step.json")

@@ -527,3 +527,10 @@ def test_what_a_command_takes_is_fetched_or_prepared_or_said():
       assert any(word in what for what in item.given), (name, word)
     if any("distill" in c for c in item.configs):
       assert any("teacher=FILE" in what for what in item.given), name
+
+
+@pytest.mark.parametrize("text", ["{", "hello", "", "[1,"])
+def test_results_that_are_no_json_are_one_line(tmp_path, capsys, text):
+  (tmp_path / "eval.json").write_text(text)
+  assert cli.main(["reproduce", "fig7", "--results", str(tmp_path / "eval.json")]) == 2
+  assert "eval.json is no JSON" in capsys.readouterr().err
