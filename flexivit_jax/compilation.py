@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flexivit_jax import errors, folders, stopping
+from flexivit_jax import errors, folders, heartbeat
 
 _LOG = logging.getLogger(__name__)
 _CACHE_BYTES = 4 * 2**30
@@ -131,7 +131,7 @@ class _Lowered(NamedTuple):
         raise
       message = f"Out of device memory while compiling {self.name}: smaller batch, accumulate='auto' or remat. {e}"
       raise OutOfMemory(message) from e
-    stopping.beat()
+    heartbeat.beat()
     memory, seconds = compiled.memory_analysis(), self.seconds + time.perf_counter() - begin
     if not memory:
       return Program(compiled, seconds, 0, 0, self.seconds)

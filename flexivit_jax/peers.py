@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from flexivit_jax import stopping
+from flexivit_jax import heartbeat
 
 FOLDER = "processes"
 _MARK = "mark"
@@ -88,7 +88,7 @@ class Peers:
       return
     self._written = now
     about = {"pid": os.getpid(), "host": socket.gethostname(), "step": self.step}
-    about |= {"written": time.time(), "idle": stopping.idle()}
+    about |= {"written": time.time(), "idle": heartbeat.idle()}
     file = self._folder / f"{self._index}.json"
     part = file.with_suffix(".tmp")
     with contextlib.suppress(OSError):  # a sign of life is no reason to end a run

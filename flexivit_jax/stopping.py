@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from flexivit_jax import heartbeat
+
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 HUNG = 70  # EX_SOFTWARE
 DATA_NOTE_S = 10.0
@@ -107,25 +109,12 @@ def leave() -> NoReturn:
   os._exit(STOPPED)
 
 
-_LAST = [0.0]  # when something was done last
-
-
-def beat() -> None:
-  """Says that something was done: a step, a program, a batch of an evaluation."""
-  _LAST[0] = time.monotonic()
-
-
-def idle() -> float:
-  """Seconds since the last `beat`."""
-  return time.monotonic() - _LAST[0]
-
-
 class Watchdog:
   """A thread that notices when nothing goes on.
 
   Args:
-    limit: seconds without `beat` after which the stacks of all threads go to standard error and the process ends with
-      `HUNG`; None: never.
+    limit: seconds without a heartbeat after which the stacks of all threads go to standard error and the process
+      ends with `HUNG`; None: never.
     note: is told that data is awaited, once each time.
     tick: called a few times a second.
     blame: says, for the message at the end, which process of several stands still.
@@ -141,7 +130,7 @@ class Watchdog:
   ):
     self._limit, self._note, self._waiting = limit, note, False
     self._tick, self._blame = tick, blame
-    beat()
+    heartbeat.beat()
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
     self._thread.start()
@@ -149,13 +138,13 @@ class Watchdog:
   @contextlib.contextmanager
   def data(self) -> Iterator[None]:
     """Data is awaited inside."""
-    beat()
+    heartbeat.beat()
     self._waiting = True
     try:
       yield
     finally:
       self._waiting = False
-      beat()
+      heartbeat.beat()
 
   def close(self) -> None:
     """Ends the thread."""
@@ -166,7 +155,7 @@ class Watchdog:
     told = -1.0
     while not self._ended.wait(0.25):
       self._tick()
-      began = _LAST[0]
+      began = heartbeat.last()
       silence = time.monotonic() - began
       if self._waiting and silence > DATA_NOTE_S and told != began:
         told = began

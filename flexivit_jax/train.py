@@ -29,6 +29,7 @@ from flexivit_jax import (
   experiment,
   folders,
   following,
+  heartbeat,
   metrics,
   patch_schedule,
   peers as peers_of,
@@ -446,7 +447,7 @@ def _loop(
       if step % exp.log_every == 0 or due or save or patch_schedule.is_due(exp.flexi, step):
         schedule = _log(run, pending, schedule, progress)
       progress.update(step, data_wait=waited)
-      stopping.beat()
+      heartbeat.beat()
       with progress.paused():
         # What the run goes by comes first: the checkpoint has to know of it.
         followed = [name for name in due if name in run.follow.evaluators]

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from flexivit_jax import distributed, manifest, metrics, peers, stopping, verify
+from flexivit_jax import distributed, heartbeat, manifest, metrics, peers, verify
 from flexivit_jax.errors import UserError
 
 RUN = pathlib.Path(__file__).parent / "several.py"
@@ -393,7 +393,7 @@ def test_one_process_needs_nobody():
 
 def test_signs_of_life_say_who_is_silent_and_who_is_slow(tmp_path, monkeypatch):
   first, second = (peers.Peers(tmp_path, i, 2) for i in range(2))
-  stopping.beat()
+  heartbeat.beat()
   first.step, second.step = 5, 4
   for one in (first, second):
     one._written = -10.0

@@ -12,7 +12,16 @@ import time
 import jax
 import pytest
 
-from flexivit_jax import cli, compilation, experiment, ledger, metrics, stopping, train as train_lib
+from flexivit_jax import (
+  cli,
+  compilation,
+  experiment,
+  heartbeat,
+  ledger,
+  metrics,
+  stopping,
+  train as train_lib,
+)
 from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.data import loader
 from flexivit_jax.data.loader import TrainBatches
@@ -327,7 +336,7 @@ def test_the_watchdog_is_quiet_while_something_goes_on():
   dog = stopping.Watchdog(1.0, said.append)
   for _ in range(8):
     time.sleep(0.25)
-    stopping.beat()
+    heartbeat.beat()
   dog.close()
   assert not said
 

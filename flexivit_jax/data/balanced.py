@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from flexivit_jax import stopping
+from flexivit_jax import heartbeat
 from flexivit_jax.data.sources import Label, Source
 from flexivit_jax.errors import UserError
 
@@ -72,7 +72,7 @@ def labels_of(source: Source) -> Sequence[Label]:
     for start in range(0, len(source), _CHUNK):
       records = source.read(range(start, min(start + _CHUNK, len(source))))
       labels.extend(record["label"] for record in records)
-      stopping.beat()
+      heartbeat.beat()
   for index, label in enumerate(labels):
     for number in label if isinstance(label, tuple) else (label,):
       if not 0 <= number < source.num_classes:

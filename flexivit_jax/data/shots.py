@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flexivit_jax import stopping
+from flexivit_jax import heartbeat
 from flexivit_jax.data.sources import Record, Source
 from flexivit_jax.errors import UserError
 
@@ -71,7 +71,7 @@ def _first_of_each(source: Source, shots: int, order: np.ndarray) -> list[list[i
       if len(found[label]) < shots:
         found[label].append(index)
         lacking -= 1
-    stopping.beat()
+    heartbeat.beat()
     if not lacking:
       break
   return found

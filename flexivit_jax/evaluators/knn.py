@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from flexivit_jax import errors, stopping
+from flexivit_jax import errors, heartbeat
 from flexivit_jax.evaluators.per_size import Size
 from flexivit_jax.evaluators.probing import Classify, Probing
 
@@ -105,7 +105,7 @@ def classify(vote: Callable[[np.ndarray], Array], features: np.ndarray, *, rows:
   found = []
   for block in blocks(normalized(features), min(rows, len(features))):
     found.append(np.asarray(vote(block)).argmax(axis=-1))
-    stopping.beat()
+    heartbeat.beat()
   return np.concatenate(found)[: len(features)]
 
 

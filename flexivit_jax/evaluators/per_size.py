@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from flexivit_jax import compilation, errors, label_maps, metrics, sharding, stopping
+from flexivit_jax import compilation, errors, heartbeat, label_maps, metrics, sharding
 from flexivit_jax.models import flexivit
 
 Size = int | tuple[int, int]
@@ -124,7 +124,7 @@ class PerSize:
     for batch in batches:
       on_device = self._on_device(self._model_inputs(batch))
       yield {key: self._programs[key].run(params, on_device) for key in self.sizes}
-      stopping.beat()
+      heartbeat.beat()
 
   def costs(self, params: Any, repeats: int = 5) -> list[dict[str, Any]]:
     """Returns for each size {"patch", "tokens", "gflops", "ms"}; call after `compile` or `run`.

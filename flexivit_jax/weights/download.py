@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from flexivit_jax import errors, folders, stopping
+from flexivit_jax import errors, folders, heartbeat
 
 _CHUNK = 2**18
 _TIMEOUT = 30.0  # seconds without a byte
@@ -273,7 +273,7 @@ def _append(
       digest.update(chunk)
       done += len(chunk)
       show(done)
-      stopping.beat()
+      heartbeat.beat()
   return digest.hexdigest()
 
 
