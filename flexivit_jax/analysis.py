@@ -6,16 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flexivit_jax import (
-  class_names,
-  config,
-  errors,
-  evaluate,
-  experiment,
-  results,
-  sharding,
-  weights,
-)
+from flexivit_jax import class_names, config, errors, evaluate, experiment, results, weights
+from flexivit_jax.devices import sharding
 
 
 class Opened(NamedTuple):

@@ -21,18 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexivit_jax import (
-  compilation,
   config,
   errors,
   experiment,
   optim,
   results,
-  sharding,
   step_programs,
   steps,
   trees,
   weights,
 )
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors, gmacs
 from flexivit_jax.objectives.supervised import supervised

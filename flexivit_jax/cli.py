@@ -7,7 +7,8 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from flexivit_jax import allocator, arguments, errors, stopping
+from flexivit_jax import arguments, errors, stopping
+from flexivit_jax.devices import allocator
 
 USAGE_ERROR = 2
 # What is wrong with a path that the user gave, whichever call it is that meets it first.

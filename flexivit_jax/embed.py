@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from flexivit_jax import arguments, compilation, inference, outputs, trees, weights
+from flexivit_jax import arguments, inference, outputs, trees, weights
 from flexivit_jax.data.inputs import find_images
+from flexivit_jax.devices import compilation
 from flexivit_jax.evaluators import per_size
 from flexivit_jax.inference import Size
 

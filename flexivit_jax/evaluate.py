@@ -7,15 +7,14 @@ import sys
 from flexivit_jax import (
   arguments,
   class_names,
-  compilation,
   config,
   errors,
   experiment,
   results,
   sections,
-  sharding,
   weights,
 )
+from flexivit_jax.devices import compilation, sharding
 
 parse_sizes = arguments.parse_sizes
 

@@ -15,19 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from flexivit_jax import (
-  communication,
-  compilation,
   config,
   data,
   errors,
   experiment,
   opening,
   patch_schedule,
-  sharding,
   steps,
   trees,
   weights,
 )
+from flexivit_jax.devices import collectives, compilation, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid
 from flexivit_jax.objectives.distill import Teacher
@@ -249,10 +247,10 @@ def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -
   teachers = exp.objective.teaching.frozen if exp.objective.teaching else ()
   costliest = max(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
   return {
-    "parameters": communication.state_bytes(state.params, mesh),
-    "gradients": communication.state_bytes(state.params, mesh),
-    "optimizer": communication.state_bytes((state.opt_state, state.ema), mesh),
-    "teachers": communication.state_bytes(teachers, mesh)
+    "parameters": collectives.state_bytes(state.params, mesh),
+    "gradients": collectives.state_bytes(state.params, mesh),
+    "optimizer": collectives.state_bytes((state.opt_state, state.ema), mesh),
+    "teachers": collectives.state_bytes(teachers, mesh)
     if exp.mesh.get("divide_teachers", True)
     else trees.size_in_bytes(teachers),
     "batch": batch,
@@ -263,7 +261,7 @@ def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -
 def _sent(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> float:
   """Bytes that each device sends to others in a step, see `communication`."""
   mesh = _mesh(exp, devices) or sharding.abstract_mesh(devices)
-  return communication.expected(state.params, mesh).on_the_wire(*mesh.axis_sizes)
+  return collectives.expected(state.params, mesh).on_the_wire(*mesh.axis_sizes)
 
 
 def activation_bytes(exp: experiment.Experiment, size: Mapping[str, Any]) -> float:

@@ -16,17 +16,16 @@ import numpy as np
 from flexivit_jax import (
   checkpoint,
   class_names,
-  compilation,
   distributed,
   errors,
   experiment,
   patch_schedule,
-  sharding,
   step_programs,
   steps,
   teaching,
   trees,
 )
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.teacher_cache import TeacherCache
 

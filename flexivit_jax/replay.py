@@ -14,12 +14,10 @@ import jax
 import numpy as np
 
 from flexivit_jax import (
-  compilation,
   errors,
   experiment,
   patch_schedule,
   preparation,
-  sharding,
   steps,
   stopping,
   train,
@@ -27,6 +25,7 @@ from flexivit_jax import (
 )
 from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.config import check as check_config
+from flexivit_jax.devices import compilation, sharding
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,10 +11,10 @@ from flexivit_jax import (
   monitor,
   patch_schedule,
   schedules,
-  sharding,
   token_budget as token_budgets,
   wandb_run,
 )
+from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.models import MODELS
 from flexivit_jax.models.flexivit import UNNAMED, which_grid

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flexivit_jax import compilation, sharding, steps
+from flexivit_jax import steps
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.objectives.base import Objective
 
 Report = Callable[[dict, compilation.Program, int], None]

@@ -20,9 +20,7 @@ import numpy as np
 from clu import parameter_overview
 
 from flexivit_jax import (
-  allocator,
   arguments,
-  compilation,
   config,
   distributed,
   errors,
@@ -37,7 +35,6 @@ from flexivit_jax import (
   processes,
   results,
   run_folder,
-  sharding,
   step_programs,
   steps,
   stopping,
@@ -45,6 +42,7 @@ from flexivit_jax import (
   wandb_run,
 )
 from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.devices import allocator, compilation, sharding
 from flexivit_jax.evaluators.per_size import label, size_text
 from flexivit_jax.ledger import Ledger, process_begun
 

@@ -12,7 +12,8 @@ import signal
 import sys
 import time
 
-from flexivit_jax import compilation, distributed, errors, patch_schedule, stopping, train
+from flexivit_jax import distributed, errors, patch_schedule, stopping, train
+from flexivit_jax.devices import compilation
 
 DATA = {"name": "synthetic", "image_size": 12, "num_classes": 3, "num_examples": 48}
 PP = "value_range(-1, 1)|onehot(3)|keep('image', 'labels')"

@@ -5,7 +5,8 @@ import pathlib
 import jax
 import pytest
 
-from flexivit_jax import compilation, folders
+from flexivit_jax import folders
+from flexivit_jax.devices import compilation
 from flexivit_jax.errors import UserError
 
 

@@ -10,18 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexivit_jax import (
-  compilation,
-  experiment,
-  metrics,
-  patch_schedule,
-  sharding,
-  step_programs,
-  steps,
-  stopping,
-  train,
-)
+from flexivit_jax import experiment, metrics, patch_schedule, step_programs, steps, stopping, train
 from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.ledger import Ledger
 
 CONFIG = dict(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from flexivit_jax import errors, metrics, report, sharding, train as train_lib
+from flexivit_jax import errors, metrics, report, train as train_lib
+from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.classification import (
   classification,
   confusion,

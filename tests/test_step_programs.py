@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 
 from flexivit_jax import (
-  compilation,
   experiment,
   optim,
   preparation,
-  sharding,
   step_programs,
   steps,
   token_budget,
   train,
   trees,
 )
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import supervised

@@ -12,19 +12,11 @@ import time
 import jax
 import pytest
 
-from flexivit_jax import (
-  cli,
-  compilation,
-  experiment,
-  heartbeat,
-  ledger,
-  metrics,
-  stopping,
-  train as train_lib,
-)
+from flexivit_jax import cli, experiment, heartbeat, ledger, metrics, stopping, train as train_lib
 from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.data import loader
 from flexivit_jax.data.loader import TrainBatches
+from flexivit_jax.devices import compilation
 from flexivit_jax.evaluators.per_size import PerSize
 from flexivit_jax.step_programs import StepPrograms
 
@@ -249,7 +241,8 @@ def test_a_signal_is_not_obeyed_again_where_it_may_not_be(monkeypatch):
 
 COMPILING = """
 import os, signal, sys, threading, time
-from flexivit_jax import cli, compilation
+from flexivit_jax import cli
+from flexivit_jax.devices import compilation
 def compile(self):  # as XLA: nothing interrupts it
   threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
   time.sleep(60)

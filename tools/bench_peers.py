@@ -50,7 +50,7 @@ VARIANTS = {
 
 def ours(kind: str, variant: str, seqhw: int, batch: int) -> Once:
   """This package: as `flexivit bench` does it."""
-  from flexivit_jax import allocator
+  from flexivit_jax.devices import allocator
 
   allocator.keep_memory()
   import jax

@@ -12,7 +12,8 @@ says, which a test compares with compiled programs of eight devices. Assumed:
 import argparse
 from typing import Any
 
-from flexivit_jax import cli, communication, config, experiment, patch_schedule, plan, sharding
+from flexivit_jax import cli, config, experiment, patch_schedule, plan
+from flexivit_jax.devices import collectives, sharding
 
 PEAK, LINKS, REACHED = 197e12, 200e9, 0.4
 
@@ -20,8 +21,8 @@ PEAK, LINKS, REACHED = 197e12, 200e9, 0.4
 def row(exp: experiment.Experiment, state: Any, devices: int, fsdp: int) -> str:
   """A line of the table."""
   mesh = sharding.abstract_mesh(devices, fsdp=fsdp)
-  held = communication.state_bytes(state, mesh)
-  sent = communication.expected(state.params, mesh).on_the_wire(*mesh.axis_sizes)
+  held = collectives.state_bytes(state, mesh)
+  sent = collectives.expected(state.params, mesh).on_the_wire(*mesh.axis_sizes)
   step = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
   computing, sending = step / (devices * PEAK * REACHED), sent / LINKS
   none, hidden = computing / (computing + sending), computing / max(computing, sending)

@@ -31,9 +31,9 @@ from flexivit_jax import (
   evaluate,
   label_maps,
   results,
-  sharding,
   weights,
 )
+from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 

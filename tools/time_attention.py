@@ -9,7 +9,8 @@ import functools
 import statistics
 from typing import Any
 
-from flexivit_jax import allocator, cli
+from flexivit_jax import cli
+from flexivit_jax.devices import allocator
 
 allocator.keep_memory()
 

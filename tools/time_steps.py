@@ -10,7 +10,8 @@ import statistics
 import time
 from typing import Any
 
-from flexivit_jax import allocator, cli
+from flexivit_jax import cli
+from flexivit_jax.devices import allocator
 
 
 def build(args: argparse.Namespace) -> tuple[Any, Any, dict]:
@@ -19,7 +20,8 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, dict]:
   import jax.numpy as jnp
   import numpy as np
 
-  from flexivit_jax import compilation, optim, steps
+  from flexivit_jax import optim, steps
+  from flexivit_jax.devices import compilation
   from flexivit_jax.models import FlexiViT
   from flexivit_jax.objectives import OBJECTIVES
 

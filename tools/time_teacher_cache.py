@@ -11,7 +11,8 @@ import time
 
 import jax
 
-from flexivit_jax import cli, config, errors, experiment, patch_schedule, preparation, sharding
+from flexivit_jax import cli, config, errors, experiment, patch_schedule, preparation
+from flexivit_jax.devices import sharding
 
 
 def main() -> None:

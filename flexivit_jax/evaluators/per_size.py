@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from flexivit_jax import compilation, errors, heartbeat, label_maps, metrics, sharding
+from flexivit_jax import errors, heartbeat, label_maps, metrics
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.models import flexivit
 
 Size = int | tuple[int, int]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from flexivit_jax import compilation, errors, metrics, sharding
+from flexivit_jax import errors, metrics
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators.per_size import Key, PerSize, Size, sizes_of
 
 Classify = Callable[[np.ndarray], np.ndarray]  # features [n, d] -> the class of each, [n]

@@ -12,18 +12,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from flexivit_jax import (
-  arguments,
-  class_names,
-  compilation,
-  data,
-  errors,
-  opening,
-  preparation,
-  sharding,
-  train,
-  weights,
-)
+from flexivit_jax import arguments, class_names, data, errors, opening, preparation, train, weights
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.flexify import card, layout, recipe, retention
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels

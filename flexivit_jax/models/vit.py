@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
-from flexivit_jax import errors, sharding
+from flexivit_jax import errors
+from flexivit_jax.devices import sharding
 from flexivit_jax.models import attention
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from flexivit_jax import label_maps, sharding, steps
+from flexivit_jax import label_maps, steps
 from flexivit_jax.data.loader import eval_batches
 from flexivit_jax.data.sources import Source
+from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import per_size
 from flexivit_jax.evaluators.classification import classification

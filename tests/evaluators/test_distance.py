@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from flexivit_jax import errors, sharding, steps
+from flexivit_jax import errors, steps
+from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.distance import distance
 from flexivit_jax.models import FlexiViT

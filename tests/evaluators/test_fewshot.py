@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, data, experiment, sections, sharding, steps, train, weights
+from flexivit_jax import cli, data, experiment, sections, steps, train, weights
+from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators.fewshot import decompose, fewshot, fit, left_out, ridge, scores
 from flexivit_jax.evaluators.probing import hits

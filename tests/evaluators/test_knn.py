@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from flexivit_jax import data, experiment, sections, sharding, steps
+from flexivit_jax import data, experiment, sections, steps
+from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators.knn import blocks, classify, knn, normalized, votes
 from flexivit_jax.models import FlexiViT

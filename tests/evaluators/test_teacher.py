@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import errors, experiment, metrics, sections, sharding, steps, train as train_lib
+from flexivit_jax import errors, experiment, metrics, sections, steps, train as train_lib
+from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.teacher import teacher
 from flexivit_jax.models import FlexiViT

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import communication, sharding
+from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.errors import UserError
 
 SHAPE = dict(
@@ -28,7 +28,8 @@ def compile_programs(path):
 
   import optax
 
-  from flexivit_jax import compilation, steps
+  from flexivit_jax import steps
+  from flexivit_jax.devices import compilation
   from flexivit_jax.models import FlexiViT
   from flexivit_jax.objectives import supervised
 
@@ -69,13 +70,13 @@ def compile_programs(path):
     ]
     text, memory = made.as_text(), first.memory_analysis()
     found[name] = {
-      "gradients": communication.collectives(text, mesh.size),
-      "update": communication.collectives(after.run.as_text(), mesh.size),
+      "gradients": collectives.collectives(text, mesh.size),
+      "update": collectives.collectives(after.run.as_text(), mesh.size),
       "whole": [shape for shape in divided if shape in text + first.as_text()],
       "divided": len(divided),
       "held": sharding.bytes_each(state),
       "init": memory.temp_size_in_bytes + memory.output_size_in_bytes,
-      "expected": communication.expected(state.params, mesh),
+      "expected": collectives.expected(state.params, mesh),
       "params": sharding.bytes_each(shapes.params),
       "state": sharding.bytes_each(shapes),
     }
@@ -95,9 +96,9 @@ def programs(tmp_path_factory, environment_of):
   subprocess.run([sys.executable, "-c", code, __file__, str(file)], env=environment, check=True)
   found = json.loads(file.read_text())
   for one in found.values():
-    one["expected"] = communication.Sent(*one["expected"])
+    one["expected"] = collectives.Sent(*one["expected"])
     for program in ("gradients", "update"):
-      one[program] = [communication.Collective(*c) for c in one[program]]
+      one[program] = [collectives.Collective(*c) for c in one[program]]
   return found
 
 
@@ -116,7 +117,7 @@ def test_data_parallelism_is_one_sum_of_the_gradients(programs):
 def test_divided_parameters_are_gathered_twice_and_their_gradients_scattered(programs, name):
   """Of the arrays outside of the blocks XLA's CPU compiler sums the whole gradient and takes a piece of it."""
   one, (data, fsdp, _) = programs[name], PROGRAMS[name]
-  expected, sent = one["expected"], communication.totals(one["gradients"])
+  expected, sent = one["expected"], collectives.totals(one["gradients"])
   assert sent["all-gather"] == expected.all_gather
   outside = expected.all_gather - 2 * (one["params"] - _outside() - expected.all_reduce)
   blocks = one["params"] - expected.all_reduce - outside
@@ -147,7 +148,7 @@ def test_no_divided_parameter_is_ever_whole_on_a_device(programs, name):
 
 
 def test_what_is_on_the_wire():
-  sent = communication.Sent(all_reduce=800, all_reduce_data=100, all_gather=80, reduce_scatter=40)
+  sent = collectives.Sent(all_reduce=800, all_reduce_data=100, all_gather=80, reduce_scatter=40)
   assert sent.on_the_wire(8, 1) == pytest.approx(2 * 7 / 8 * 800 + 2 * 7 / 8 * 100)
   assert sent.on_the_wire(2, 4) == pytest.approx(2 * 7 / 8 * 800 + 100 + 3 / 4 * 120)
   assert sent.on_the_wire(1, 1) == 0
@@ -172,10 +173,10 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_read_from_a_program():
-  gather, reduce = communication.collectives(HLO, 8)
-  assert gather == communication.Collective("all-gather", 128, 4, 3, ("bf16[16,4]",))
-  assert reduce == communication.Collective("all-reduce", 12, 8, 1, ("f32[2]", "f32[]"))
-  assert communication.totals([gather, reduce]) == {"all-gather": 384, "all-reduce": 12}
+  gather, reduce = collectives.collectives(HLO, 8)
+  assert gather == collectives.Collective("all-gather", 128, 4, 3, ("bf16[16,4]",))
+  assert reduce == collectives.Collective("all-reduce", 12, 8, 1, ("f32[2]", "f32[]"))
+  assert collectives.totals([gather, reduce]) == {"all-gather": 384, "all-reduce": 12}
 
 
 def test_rules_of_division():

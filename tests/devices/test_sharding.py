@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import sharding
+from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 
 
@@ -17,7 +17,8 @@ def train_and_evaluate(path: str) -> None:
 
   import optax
 
-  from flexivit_jax import compilation, steps
+  from flexivit_jax import steps
+  from flexivit_jax.devices import compilation
   from flexivit_jax.evaluators.classification import classification
   from flexivit_jax.models import FlexiViT
   from flexivit_jax.objectives import supervised

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import compilation
+from flexivit_jax.devices import compilation
 from flexivit_jax.errors import UserError
 
 X = jnp.arange(6.0)
