@@ -7,8 +7,9 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from flexivit_jax import arguments, errors, stopping
+from flexivit_jax import arguments, errors
 from flexivit_jax.devices import allocator
+from flexivit_jax.running import signals
 
 USAGE_ERROR = 2
 # What is wrong with a path that the user gave, whichever call it is that meets it first.
@@ -54,9 +55,9 @@ def exit_code(run: Callable[[], None], name: str) -> int:
   except errors.UserError as e:
     print(f"{name}: error: {e}", file=sys.stderr)
     return USAGE_ERROR
-  except stopping.Stopped as e:
+  except signals.Stopped as e:
     print(f"{name}: stopped by {e}; the same command goes on", file=sys.stderr)
-    return stopping.STOPPED
+    return signals.STOPPED
   except BrokenPipeError:  # the reader, `| head`, has seen enough
     os.dup2(
       os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
@@ -86,10 +87,12 @@ def tool(run: Callable[[], None]) -> None:
 def entry(argv: Sequence[str] | None = None) -> None:
   """The command: `main`, and then the end of the process."""
   code = main(argv)
-  if "flexivit_jax.distributed" in sys.modules:  # loaded only by what may be several processes
-    importlib.import_module("flexivit_jax.distributed").leave(code)
-  if code == stopping.STOPPED:
-    stopping.leave()
+  if (
+    "flexivit_jax.running.distributed" in sys.modules
+  ):  # loaded only by what may be several processes
+    importlib.import_module("flexivit_jax.running.distributed").leave(code)
+  if code == signals.STOPPED:
+    signals.leave()
   sys.exit(code)
 
 

@@ -14,9 +14,7 @@ import jax
 import numpy as np
 
 from flexivit_jax import (
-  checkpoint,
   class_names,
-  distributed,
   errors,
   experiment,
   patch_schedule,
@@ -27,6 +25,7 @@ from flexivit_jax import (
 )
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.models.flexivit import which_grid
+from flexivit_jax.running import checkpoint, distributed
 from flexivit_jax.teacher_cache import TeacherCache
 
 

@@ -13,19 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexivit_jax import (
-  errors,
-  experiment,
-  patch_schedule,
-  preparation,
-  steps,
-  stopping,
-  train,
-  trees,
-)
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax import errors, experiment, patch_schedule, preparation, steps, train, trees
 from flexivit_jax.config import check as check_config
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.running import signals
+from flexivit_jax.running.checkpoint import Checkpoints
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,7 +60,7 @@ def look(dump: pathlib.Path) -> list[str]:
       size = patch_schedule.draw(
         exp.flexi, seed=exp.seed, step=at - 1, total_steps=exp.total_steps, state=schedule
       )
-      batch = train.next_batch(batches, exp.batches_of(size), stopping.Stop())
+      batch = train.next_batch(batches, exp.batches_of(size), signals.Stop())
       on_device: dict[str, Any] = sharding.put_batch(
         {k: batch[k] for k in exp.objective.inputs}, mesh
       )

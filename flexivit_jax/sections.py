@@ -12,7 +12,6 @@ from flexivit_jax import (
   patch_schedule,
   schedules,
   token_budget as token_budgets,
-  wandb_run,
 )
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import EVALUATORS
@@ -21,6 +20,7 @@ from flexivit_jax.models.flexivit import UNNAMED, which_grid
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.opening import load_init, load_teacher
 from flexivit_jax.optim import make as _make_optimizer
+from flexivit_jax.running import wandb_run
 
 # Arguments that the program provides, so no keys of a config.
 _GIVEN_DATA = ("source", "seed", "num_steps", "start_step", "process_index", "process_count")

@@ -22,29 +22,31 @@ from clu import parameter_overview
 from flexivit_jax import (
   arguments,
   config,
-  distributed,
   errors,
   experiment,
   folders,
   following,
   heartbeat,
-  metrics,
   patch_schedule,
-  peers as peers_of,
   preparation,
-  processes,
   results,
-  run_folder,
   step_programs,
   steps,
-  stopping,
   teaching,
-  wandb_run,
 )
-from flexivit_jax.checkpoint import Checkpoints
 from flexivit_jax.devices import allocator, compilation, sharding
 from flexivit_jax.evaluators.per_size import label, size_text
-from flexivit_jax.ledger import Ledger, process_begun
+from flexivit_jax.running import (
+  distributed,
+  metrics,
+  peers as peers_of,
+  processes,
+  run_folder,
+  signals,
+  wandb_run,
+)
+from flexivit_jax.running.checkpoint import Checkpoints
+from flexivit_jax.running.ledger import Ledger, process_begun
 
 
 class Run(NamedTuple):
@@ -56,8 +58,8 @@ class Run(NamedTuple):
   batches: Any
   writer: metrics.MetricsWriter
   ledger: Ledger
-  stop: stopping.Stop
-  watchdog: stopping.Watchdog
+  stop: signals.Stop
+  watchdog: signals.Watchdog
   skips: list[int]  # how many of the last steps in a row were skipped
   peers: peers_of.Peers | None = None
   follow: following.Following = following.NOTHING
@@ -108,7 +110,7 @@ def _train(
   allow_config_change: bool,
 ) -> None:
   several = distributed.is_on()
-  stop = stack.enter_context(stopping.catch(distributed.preempted if several else None))
+  stop = stack.enter_context(signals.catch(distributed.preempted if several else None))
   with stop.interruptible():
     processes.agree_on_config(settings)
     config.check("", settings, experiment.build, given=experiment.GIVEN)
@@ -276,11 +278,11 @@ def _closing(checkpoints: Checkpoints, ledger: Ledger) -> Iterator[Checkpoints]:
     checkpoints.close()
 
 
-def _watchdog(settings: dict[str, Any], signs: list[peers_of.Peers]) -> stopping.Watchdog:
+def _watchdog(settings: dict[str, Any], signs: list[peers_of.Peers]) -> signals.Watchdog:
   """One that watches from now on, data are not opened yet; `signs` gets the other processes' as soon as there are."""
   default = inspect.signature(experiment.build).parameters["hang_after"].default
   limit = settings.get("hang_after", default)
-  return stopping.Watchdog(
+  return signals.Watchdog(
     limit if limit is not None and limit > 0 else None,  # others are refused in a moment
     preparation.note,
     tick=lambda: signs[0].tick() if signs else None,
@@ -461,7 +463,7 @@ def _loop(
       if run.follow.ended:
         break
       run.stop.check_after(step)
-  except stopping.Stopped as stopped:
+  except signals.Stopped as stopped:
     if done > saved:
       schedule = _log(run, pending, schedule, progress)
       _save(run, done, state, schedule)
@@ -474,7 +476,7 @@ def _loop(
   return state, schedule
 
 
-def next_batch(batches: Any, number: int, stop: stopping.Stop) -> dict[str, np.ndarray]:
+def next_batch(batches: Any, number: int, stop: signals.Stop) -> dict[str, np.ndarray]:
   """The next batches as one; a signal may only come before the first, lest those after it were lost."""
   with stop.interruptible():
     first = next(batches)
@@ -668,7 +670,7 @@ if __name__ == "__main__":
     run(arguments.parse(["train", *sys.argv[1:]]))
   except errors.UserError as e:
     sys.exit(f"flexivit: error: {e}")
-  except stopping.Stopped:
-    distributed.leave(stopping.STOPPED)
-    stopping.leave()
+  except signals.Stopped:
+    distributed.leave(signals.STOPPED)
+    signals.leave()
   distributed.leave(0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flexivit_jax import artifact, errors, weights
-from flexivit_jax.checkpoint import BEST, Checkpoints
+from flexivit_jax.running.checkpoint import BEST, Checkpoints
 from flexivit_jax.weights import folders, sources
 
 

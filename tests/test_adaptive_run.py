@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import experiment, metrics, train as train_lib
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax import experiment, train as train_lib
+from flexivit_jax.running import metrics
+from flexivit_jax.running.checkpoint import Checkpoints
 
 STEPS = 12
 # Strongly: so that draws after step 3 tell one history of losses from another.

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import errors, metrics, monitor, train as train_lib, verify, weights
-from flexivit_jax.checkpoint import Checkpoints, load_params
+from flexivit_jax import errors, monitor, train as train_lib, verify, weights
 from flexivit_jax.evaluators import EVALUATORS, METRICS
+from flexivit_jax.running import metrics
+from flexivit_jax.running.checkpoint import Checkpoints, load_params
 
 DATA = dict(name="synthetic", image_size=8, num_classes=3, num_examples=24)
 PP = "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')"

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexivit_jax import experiment, metrics, patch_schedule, step_programs, steps, stopping, train
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax import experiment, patch_schedule, step_programs, steps, train
 from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.ledger import Ledger
+from flexivit_jax.running import metrics, signals
+from flexivit_jax.running.checkpoint import Checkpoints
+from flexivit_jax.running.ledger import Ledger
 
 CONFIG = dict(
   name="loop",
@@ -89,8 +90,8 @@ def run_loop(tmp_path, inside=contextlib.nullcontext):
     schedule = patch_schedule.init_state(exp.flexi)
     ledger = Ledger(tmp_path / "ledger.json", time.perf_counter())
     ledger.go_on_from(0)
-    watchdog = stopping.Watchdog(60.0, print)
-    run = train.Run(exp, mesh, Unsaved(), Data(exp), writer, ledger, stopping.Stop(), watchdog, [0])
+    watchdog = signals.Watchdog(60.0, print)
+    run = train.Run(exp, mesh, Unsaved(), Data(exp), writer, ledger, signals.Stop(), watchdog, [0])
     train._loop(run, state, schedule, None, made, {})
     watchdog.close()
     return time.process_time() - begin, seen

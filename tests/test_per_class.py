@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from flexivit_jax import errors, metrics, report, train as train_lib
+from flexivit_jax import errors, report, train as train_lib
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.classification import (
   classification,
@@ -21,6 +21,7 @@ from flexivit_jax.evaluators.classification import (
 from flexivit_jax.evaluators.per_size import per_class
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.report import classes, runs
+from flexivit_jax.running import metrics
 
 DATA = dict(name="synthetic", image_size=8, num_classes=3, num_examples=20)
 PP = "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')"

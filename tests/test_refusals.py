@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, manifest, run_folder
+from flexivit_jax import cli
+from flexivit_jax.running import manifest, run_folder
 
 CONFIG = """
 import ml_collections

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from flexivit_jax import cli, metrics, replay, train as train_lib
+from flexivit_jax import cli, replay, train as train_lib
 from flexivit_jax.errors import UserError
+from flexivit_jax.running import metrics
 
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=32)
 CONFIG = dict(

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import errors, experiment, metrics, train as train_lib, weights
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax import errors, experiment, train as train_lib, weights
 from flexivit_jax.devices import compilation
+from flexivit_jax.running import metrics
+from flexivit_jax.running.checkpoint import Checkpoints
 
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=32)
 PP = "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')"

@@ -20,8 +20,9 @@ import sys
 import time
 from typing import Any
 
-from flexivit_jax import arguments, cli, config, errors, metrics
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax import arguments, cli, config, errors
+from flexivit_jax.running import metrics
+from flexivit_jax.running.checkpoint import Checkpoints
 
 LOG = "chaos.jsonl"
 TIMES = ("step_s", "images_per_s", "data_wait")

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexivit_jax import cli, manifest
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax import cli
+from flexivit_jax.running import manifest
+from flexivit_jax.running.checkpoint import Checkpoints
 
 
 def main() -> None:

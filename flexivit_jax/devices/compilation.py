@@ -104,7 +104,7 @@ def _compiler() -> Iterator[futures.ThreadPoolExecutor]:
   """A thread for XLA, which nothing can interrupt; who waits for it here can be.
 
   After an error, a signal's among them, nothing that is queued is compiled, and what is in hand is left behind:
-  Python would wait for it at exit, so a command that was stopped ends with `stopping.leave`.
+  Python would wait for it at exit, so a command that was stopped ends with `signals.leave`.
   """
   compiler = futures.ThreadPoolExecutor(1, thread_name_prefix="compiler")
   try:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from flexivit_jax import errors, metrics
+from flexivit_jax import errors
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators.per_size import Key, PerSize, Size, sizes_of
+from flexivit_jax.running import metrics
 
 Classify = Callable[[np.ndarray], np.ndarray]  # features [n, d] -> the class of each, [n]
 

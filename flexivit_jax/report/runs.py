@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from flexivit_jax import ledger
 from flexivit_jax.errors import UserError
+from flexivit_jax.running import ledger
 
 Key = tuple[Any, Any, int | None]
 Size = int | str  # tokens or pixels of a side; "HxW" where the sides differ

@@ -11,7 +11,8 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from flexivit_jax import errors, manifest
+from flexivit_jax import errors
+from flexivit_jax.running import manifest
 
 MANIFEST = "flexivit_manifest.txt"
 RECORD = "flexivit_record.json"

@@ -5,9 +5,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flexivit_jax import checkpoint, errors, trees
+from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import UNNAMED
+from flexivit_jax.running import checkpoint
 from flexivit_jax.weights import (
   bare,
   big_vision,

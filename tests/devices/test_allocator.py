@@ -11,7 +11,10 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gl
 
 
 def kept_in_a_process(**environment):
-  code = "from flexivit_jax.devices import allocator; print(allocator.keep_memory(), 'jax' in __import__('sys').modules)"
+  code = (
+    "from flexivit_jax.devices import allocator\n"
+    "print(allocator.keep_memory(), 'jax' in __import__('sys').modules)"
+  )
   run = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
   )

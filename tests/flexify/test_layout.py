@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from flexivit_jax import cli, data, experiment, run_folder
+from flexivit_jax import cli, data, experiment
 from flexivit_jax.errors import UserError
 from flexivit_jax.flexify import layout
+from flexivit_jax.running import run_folder
 
 
 def fill(root, layout_, number=6):

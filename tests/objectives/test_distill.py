@@ -10,11 +10,9 @@ import pytest
 import scipy.special
 
 from flexivit_jax import (
-  checkpoint,
   errors,
   experiment,
   losses,
-  metrics,
   opening,
   steps,
   train as train_lib,
@@ -24,6 +22,7 @@ from flexivit_jax import (
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import distill
 from flexivit_jax.objectives.distill import Teacher
+from flexivit_jax.running import checkpoint, metrics
 
 FIELDS = dict(
   num_classes=3, patch_size=(4, 4), posemb_size=(3, 3), width=16, depth=1, mlp_dim=16, num_heads=2

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexivit_jax import checkpoint, weights
+from flexivit_jax import weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.running import checkpoint
 from flexivit_jax.weights import files, foreign
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexivit_jax import checkpoint, trees, weights
+from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.running import checkpoint
 from flexivit_jax.weights import big_vision, files, timm_writer
 
 FIELDS = dict(

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 
 # One host: what is copied there comes to its home, what is run there runs there.
 GCLOUD = """

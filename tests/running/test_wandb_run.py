@@ -6,7 +6,8 @@ import types
 
 import pytest
 
-from flexivit_jax import config, errors, experiment, metrics, train as train_lib, wandb_run
+from flexivit_jax import config, errors, experiment, train as train_lib
+from flexivit_jax.running import metrics, wandb_run
 
 DATA = dict(name="synthetic", image_size=8, num_classes=3, num_examples=16)
 PP = "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')"

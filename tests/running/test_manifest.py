@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flexivit_jax import checkpoint, cli, manifest
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax import cli
 from flexivit_jax.errors import UserError
+from flexivit_jax.running import checkpoint, manifest
+from flexivit_jax.running.checkpoint import Checkpoints
 
 
 def state(seed):
@@ -309,7 +310,7 @@ def test_a_disk_that_is_full_ends_the_run_at_the_next_step_with_the_reason(tmp_p
     "--config.total_steps=200", "--config.checkpoint.every_steps=2", "--config.flexi.seqhw.v=(2,)",
     "--config.evals.test.seqhw=(2,)", "--config.evals.test.every_steps=None",
   ]  # fmt: skip
-  root = pathlib.Path(__file__).parent.parent
+  root = pathlib.Path(__file__).parents[2]
   environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
   run = subprocess.run(
     [sys.executable, "-c", FULL, *arguments],

@@ -12,12 +12,13 @@ import time
 import jax
 import pytest
 
-from flexivit_jax import cli, experiment, heartbeat, ledger, metrics, stopping, train as train_lib
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax import cli, experiment, heartbeat, train as train_lib
 from flexivit_jax.data import loader
 from flexivit_jax.data.loader import TrainBatches
 from flexivit_jax.devices import compilation
 from flexivit_jax.evaluators.per_size import PerSize
+from flexivit_jax.running import ledger, metrics, signals
+from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.step_programs import StepPrograms
 
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=40)
@@ -94,7 +95,7 @@ def check_resumed(whole, workdir):
 def test_a_run_that_is_stopped_after_each_of_its_steps_is_the_run(whole, tmp_path, monkeypatch):
   """In the middle of an epoch, at an evaluation, at a save, at a log."""
   for step in range(1, 12):
-    with stopped_after(monkeypatch, step), pytest.raises(stopping.Stopped):
+    with stopped_after(monkeypatch, step), pytest.raises(signals.Stopped):
       train_lib.train(CONFIG, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == step
   check_resumed(whole, tmp_path)
@@ -102,7 +103,7 @@ def test_a_run_that_is_stopped_after_each_of_its_steps_is_the_run(whole, tmp_pat
 
 def test_a_step_in_hand_is_finished_and_saved(whole, tmp_path, monkeypatch, capsys):
   step = 5
-  with stopped_after(monkeypatch, step), pytest.raises(stopping.Stopped, match="SIGTERM"):
+  with stopped_after(monkeypatch, step), pytest.raises(signals.Stopped, match="SIGTERM"):
     train_lib.train(CONFIG, tmp_path)
   assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == step
   assert f"stopped after step {step}, which is saved" in capsys.readouterr().err
@@ -116,7 +117,7 @@ def test_an_evaluation_is_left_at_once_and_made_again(whole, tmp_path, monkeypat
     terminate()
     time.sleep(60)
 
-  with monkeypatch.context() as patch, pytest.raises(stopping.Stopped):
+  with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
     patch.setattr(PerSize, "run", evaluating)
     begun = time.monotonic()
     train_lib.train(CONFIG, tmp_path)
@@ -146,7 +147,7 @@ def test_the_rows_of_an_evaluation_are_written_all_or_none(whole, tmp_path, monk
   with pytest.raises(KeyboardInterrupt):
     stopping_at(5, kill)
   # From the checkpoint of step 3: the evaluation of 5 is made once more.
-  with pytest.raises(stopping.Stopped):
+  with pytest.raises(signals.Stopped):
     stopping_at(5, terminate)
   assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == 5
   check_resumed(whole, tmp_path)
@@ -171,7 +172,7 @@ def test_a_wait_for_data_is_left_at_once(whole, tmp_path, monkeypatch):
       time.sleep(60)
     return following(self)
 
-  with monkeypatch.context() as patch, pytest.raises(stopping.Stopped):
+  with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
     patch.setattr(TrainBatches, "__next__", waiting)
     train_lib.train(CONFIG, tmp_path)
   assert Checkpoints(tmp_path / "checkpoints", keep=None).latest_step() == 7
@@ -188,7 +189,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, w
     "build": (train_lib, "_say_costs"),
     "compile": (compilation._Lowered, "compile"),
   }[where]
-  with pytest.raises(stopping.Stopped):
+  with pytest.raises(signals.Stopped):
     monkeypatch.setattr(owner, name, ending if where == "build" else lambda self: terminate())
     train_lib.train(CONFIG, tmp_path / "run")
   assert not list((tmp_path / "run").glob("checkpoints/*"))
@@ -218,12 +219,12 @@ def test_a_signal_that_python_swallows_is_obeyed_all_the_same(monkeypatch, where
   monkeypatch.setattr(sys, "unraisablehook", lambda found: swallowed.append(found.exc_type))
   begun = time.monotonic()
   with (
-    stopping.catch() as stop,
-    pytest.raises(stopping.Stopped, match="SIGTERM"),
+    signals.catch() as stop,
+    pytest.raises(signals.Stopped, match="SIGTERM"),
     stop.interruptible(),
   ):
     where()
-    assert set(swallowed) == {stopping.Stopped}  # once, or again where collecting takes long
+    assert set(swallowed) == {signals.Stopped}  # once, or again where collecting takes long
     time.sleep(60)
   assert time.monotonic() - begun < 5
   assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
@@ -231,9 +232,9 @@ def test_a_signal_that_python_swallows_is_obeyed_all_the_same(monkeypatch, where
 
 def test_a_signal_is_not_obeyed_again_where_it_may_not_be(monkeypatch):
   """Where it has been, the step in hand is being saved."""
-  monkeypatch.setattr(stopping, "_AGAIN_S", 0.05)
-  with stopping.catch() as stop:
-    with pytest.raises(stopping.Stopped), stop.interruptible():
+  monkeypatch.setattr(signals, "_AGAIN_S", 0.05)
+  with signals.catch() as stop:
+    with pytest.raises(signals.Stopped), stop.interruptible():
       terminate()
       time.sleep(60)
     time.sleep(0.3)
@@ -256,7 +257,7 @@ def test_a_program_that_is_being_compiled_is_not_waited_for(tmp_path):
   command = [sys.executable, "-c", COMPILING, "train", "--config=configs/digits.py:debug"]
   command.append(f"--workdir={tmp_path / 'run'}")
   run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-  assert run.returncode == stopping.STOPPED, run.stderr
+  assert run.returncode == signals.STOPPED, run.stderr
   assert "stopped by SIGTERM; the same command goes on" in run.stderr
 
 
@@ -266,14 +267,14 @@ def test_the_command_ends_with_75(monkeypatch, capsys, tmp_path):
 
   monkeypatch.setattr(train_lib, "_say_costs", ending)
   code = cli.main(["train", "--config=configs/digits.py:debug", f"--workdir={tmp_path / 'run'}"])
-  assert code == stopping.STOPPED == 75
+  assert code == signals.STOPPED == 75
   assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
 
 
 SECOND = """
 import os, signal, time
-from flexivit_jax import stopping
-with stopping.catch():
+from flexivit_jax.running import signals
+with signals.catch():
   for _ in range(2):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2)
@@ -281,9 +282,9 @@ with stopping.catch():
 """
 HANG = """
 import time
-from flexivit_jax import stopping
-stopping.DATA_NOTE_S = 0.3
-dog = stopping.Watchdog(1.0, lambda line: print(line, flush=True))
+from flexivit_jax.running import signals
+signals.DATA_NOTE_S = 0.3
+dog = signals.Watchdog(1.0, lambda line: print(line, flush=True))
 with dog.data():
   time.sleep(60)
 """
@@ -311,7 +312,7 @@ def test_a_second_signal_ends_it_at_once():
 
 def test_a_run_that_stands_still_says_where_and_ends():
   run = python(HANG)
-  assert run.returncode == stopping.HUNG
+  assert run.returncode == signals.HUNG
   assert re.fullmatch(r"waiting for data for \d s\n", run.stdout)
   assert "nothing has gone on for 1 s (waiting for data), more than hang_after=1" in run.stderr
   assert 'File "<string>", line 7' in run.stderr  # where it stood
@@ -319,14 +320,14 @@ def test_a_run_that_stands_still_says_where_and_ends():
 
 def test_so_does_one_whose_data_cannot_be_opened(tmp_path):
   run = python(HANG_AT_THE_START, cwd=tmp_path)
-  assert run.returncode == stopping.HUNG
+  assert run.returncode == signals.HUNG
   assert "more than hang_after=1" in run.stderr and "experiment.py" in run.stderr
   assert not (tmp_path / "none").exists()
 
 
 def test_the_watchdog_is_quiet_while_something_goes_on():
   said: list[str] = []
-  dog = stopping.Watchdog(1.0, said.append)
+  dog = signals.Watchdog(1.0, said.append)
   for _ in range(8):
     time.sleep(0.25)
     heartbeat.beat()
@@ -343,7 +344,7 @@ def test_a_wait_for_the_data_of_an_evaluation_is_said(tmp_path, monkeypatch, cap
     yield from run(plan, options, start, stop)
 
   monkeypatch.setattr(loader, "_run", slow)
-  monkeypatch.setattr(stopping, "DATA_NOTE_S", 0.3)
+  monkeypatch.setattr(signals, "DATA_NOTE_S", 0.3)
   train_lib.train(CONFIG | dict(total_steps=3), tmp_path)
   said = capsys.readouterr().err
   assert said.count("waiting for data for") == 2, said  # of the first batch, and of the evaluation

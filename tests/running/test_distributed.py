@@ -15,8 +15,9 @@ import time
 import numpy as np
 import pytest
 
-from flexivit_jax import distributed, heartbeat, manifest, metrics, peers, verify
+from flexivit_jax import heartbeat, verify
 from flexivit_jax.errors import UserError
+from flexivit_jax.running import distributed, manifest, metrics, peers
 
 RUN = pathlib.Path(__file__).parent / "several.py"
 
@@ -367,7 +368,7 @@ def test_a_pod_that_kubernetes_cannot_join_says_so(monkeypatch, capfd):
 # A machine with a TPU, without JAX's plugin for it.
 TPU = """
 import importlib.util, os, pathlib
-from flexivit_jax import distributed
+from flexivit_jax.running import distributed
 pathlib.Path.glob = lambda folder, pattern: [folder / pattern]
 importlib.util.find_spec = lambda name: name == "libtpu"
 assert distributed._launcher(os.environ) == "the TPU's"

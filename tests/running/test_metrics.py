@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import metrics
 from flexivit_jax.errors import UserError
-from flexivit_jax.metrics import MetricsWriter, Progress, read_rows
+from flexivit_jax.running import metrics
+from flexivit_jax.running.metrics import MetricsWriter, Progress, read_rows
 
 
 def _strict(path):

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from flexivit_jax import distributed, errors, peers, run_folder, stopping
+from flexivit_jax import errors
+from flexivit_jax.running import distributed, peers, run_folder, signals
 
 # What JAX, Gloo, NCCL say of a connection that broke, whatever they raise.
 _CONNECTION = re.compile(
@@ -79,7 +80,7 @@ def abandon(error: Exception, workdir: pathlib.Path) -> NoReturn:
   It leaves word of an error that is its own; of one that says no more than that another is gone, it says who that is.
   """
   folder, index = workdir / peers.FOLDER, jax.process_index()
-  said, code = f"{type(error).__name__}: {error}", stopping.HUNG
+  said, code = f"{type(error).__name__}: {error}", signals.HUNG
   if isinstance(error, errors.UserError):
     said, code = str(error), 2
   elif isinstance(error, jax.errors.JaxRuntimeError) or _CONNECTION.search(str(error)):

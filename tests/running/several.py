@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 
-from flexivit_jax import distributed, errors, patch_schedule, stopping, train
+from flexivit_jax import errors, patch_schedule, train
 from flexivit_jax.devices import compilation
+from flexivit_jax.running import distributed, signals
 
 DATA = {"name": "synthetic", "image_size": 12, "num_classes": 3, "num_examples": 48}
 PP = "value_range(-1, 1)|onehot(3)|keep('image', 'labels')"
@@ -42,7 +43,7 @@ def restore(config, runs) -> None:
   from jax.experimental import multihost_utils
 
   from flexivit_jax import experiment, preparation, trees
-  from flexivit_jax.checkpoint import Checkpoints
+  from flexivit_jax.running.checkpoint import Checkpoints
 
   exp, mesh = preparation.place(experiment.build(**config))
   state = preparation.first_state(exp, mesh)
@@ -110,9 +111,9 @@ def main() -> None:
     print(f"flexivit: error: {e}", file=sys.stderr, flush=True)
     distributed.leave(2)
     sys.exit(2)
-  except stopping.Stopped:
-    distributed.leave(stopping.STOPPED)
-    sys.exit(stopping.STOPPED)
+  except signals.Stopped:
+    distributed.leave(signals.STOPPED)
+    sys.exit(signals.STOPPED)
   distributed.leave(0)
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from flexivit_jax import errors, folders, manifest, trees
+from flexivit_jax import errors, folders, trees
+from flexivit_jax.running import manifest
 
 _UNSEALED = (manifest.FOLDER, "_CHECKPOINT_METADATA", "commit_success.txt")
 RESUME = ("latest", "latest-valid")

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, folders, manifest, verify
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax import cli, folders, verify
 from flexivit_jax.errors import UserError
+from flexivit_jax.running import manifest
+from flexivit_jax.running.checkpoint import Checkpoints
 
 PARAMS = {"a": jnp.arange(12.0).reshape(3, 4), "b": {"c": jnp.ones(5, jnp.bfloat16)}}
 STATE = {"step": jnp.int32(3)}
@@ -148,7 +149,7 @@ def test_a_save_that_cannot_be_read_back_is_an_error_at_the_next_check(
   tmp_path, monkeypatch, fault
 ):
   """Of an array that is lost or not what was saved, and at once, not when a run goes on from it."""
-  from flexivit_jax import checkpoint
+  from flexivit_jax.running import checkpoint
 
   listing = checkpoint.listing
 

@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-from flexivit_jax import peers, processes, run_folder
 from flexivit_jax.errors import UserError
+from flexivit_jax.running import peers, processes, run_folder
 
 HOLD = """
 import pathlib, sys, time
-from flexivit_jax import run_folder
+from flexivit_jax.running import run_folder
 with run_folder.locked(pathlib.Path(sys.argv[1])):
   print("held", flush=True)
   time.sleep(60)

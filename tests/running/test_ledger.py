@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from flexivit_jax import ledger
-from flexivit_jax.ledger import Ledger
+from flexivit_jax.running import ledger
+from flexivit_jax.running.ledger import Ledger
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ TIMED = """
 import sys, time
 time.sleep(1.0)  # as imports take
 from flexivit_jax import cli
-from flexivit_jax.checkpoint import Checkpoints
+from flexivit_jax.running.checkpoint import Checkpoints
 close = Checkpoints.close
 Checkpoints.close = lambda self: (time.sleep(1.0), close(self))  # as a save of gigabytes takes
 sys.exit(cli.main(sys.argv[1:]))
