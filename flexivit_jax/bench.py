@@ -20,22 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexivit_jax import (
-  config,
-  errors,
-  experiment,
-  optim,
-  results,
-  step_programs,
-  steps,
-  trees,
-  weights,
-)
+from flexivit_jax import config, errors, experiment, results, trees, weights
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors, gmacs
 from flexivit_jax.objectives.supervised import supervised
 from flexivit_jax.opening import default_dtype
+from flexivit_jax.training import optim, step_programs, steps
 
 Row = dict[str, Any]
 PASSES = {"infer": 1, "train": 3}  # FLOPs in forward passes; a backward pass is two

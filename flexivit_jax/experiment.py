@@ -11,19 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from flexivit_jax import (
-  class_names,
-  class_weights,
-  data,
-  errors,
-  labelling,
-  monitor,
-  patch_schedule,
-  schedules,
-  sections,
-  steps,
-  token_budget as token_budgets,
-)
+from flexivit_jax import class_names, class_weights, data, errors, labelling, monitor, sections
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.evaluators.classification import table_classes
 from flexivit_jax.models.flexivit import UNNAMED, gmacs, which_depth, which_grid, which_patch
@@ -39,8 +27,9 @@ from flexivit_jax.opening import (
   model_like,
   sharing,
 )
-from flexivit_jax.optim import Optimizer, make as _make_optimizer
 from flexivit_jax.sections import DURATIONS
+from flexivit_jax.training import patch_schedule, schedules, steps, token_budget as token_budgets
+from flexivit_jax.training.optim import Optimizer, make as _make_optimizer
 
 # Arguments of `build` that the program provides, so no keys of a config.
 GIVEN = ("opening", "trained")

@@ -10,11 +10,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from flexivit_jax import class_names, data, errors, steps, trees, weights
+from flexivit_jax import class_names, data, errors, trees, weights
 from flexivit_jax.class_names import Classes
 from flexivit_jax.models import MODELS
 from flexivit_jax.models.flexivit import UNNAMED
 from flexivit_jax.objectives.distill import Teacher
+from flexivit_jax.training import steps
 
 
 class Init(NamedTuple):

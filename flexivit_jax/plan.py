@@ -14,21 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flexivit_jax import (
-  config,
-  data,
-  errors,
-  experiment,
-  opening,
-  patch_schedule,
-  steps,
-  trees,
-  weights,
-)
+from flexivit_jax import config, data, errors, experiment, opening, trees, weights
 from flexivit_jax.devices import collectives, compilation, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid
 from flexivit_jax.objectives.distill import Teacher
+from flexivit_jax.training import patch_schedule, steps
 
 
 class Machine(NamedTuple):

@@ -13,20 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexivit_jax import (
-  class_names,
-  errors,
-  experiment,
-  patch_schedule,
-  step_programs,
-  steps,
-  teaching,
-  trees,
-)
+from flexivit_jax import class_names, errors, experiment, trees
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.running import checkpoint, distributed
-from flexivit_jax.teacher_cache import TeacherCache
+from flexivit_jax.training import patch_schedule, step_programs, steps, teaching
+from flexivit_jax.training.teacher_cache import TeacherCache
 
 
 def trained(workdir: pathlib.Path) -> class_names.Trained | None:

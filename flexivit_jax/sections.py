@@ -4,23 +4,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flexivit_jax import (
-  config,
-  data,
-  errors,
-  monitor,
-  patch_schedule,
-  schedules,
-  token_budget as token_budgets,
-)
+from flexivit_jax import config, data, errors, monitor
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.models import MODELS
 from flexivit_jax.models.flexivit import UNNAMED, which_grid
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.opening import load_init, load_teacher
-from flexivit_jax.optim import make as _make_optimizer
 from flexivit_jax.running import wandb_run
+from flexivit_jax.training import patch_schedule, schedules, token_budget as token_budgets
+from flexivit_jax.training.optim import make as _make_optimizer
 
 # Arguments that the program provides, so no keys of a config.
 _GIVEN_DATA = ("source", "seed", "num_steps", "start_step", "process_index", "process_count")

@@ -27,12 +27,8 @@ from flexivit_jax import (
   folders,
   following,
   heartbeat,
-  patch_schedule,
   preparation,
   results,
-  step_programs,
-  steps,
-  teaching,
 )
 from flexivit_jax.devices import allocator, compilation, sharding
 from flexivit_jax.evaluators.per_size import label, size_text
@@ -47,6 +43,7 @@ from flexivit_jax.running import (
 )
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.ledger import Ledger, process_begun
+from flexivit_jax.training import patch_schedule, step_programs, steps, teaching
 
 
 class Run(NamedTuple):

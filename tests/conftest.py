@@ -70,7 +70,8 @@ class StoppedError(Exception):
 @pytest.fixture
 def train_until(monkeypatch):
   """Trains a config in a folder and ends after so many steps, before the next is drawn."""
-  from flexivit_jax import patch_schedule, train
+  from flexivit_jax import train
+  from flexivit_jax.training import patch_schedule
 
   draw = patch_schedule.draw
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from flexivit_jax import config, data, errors, experiment, plan, schedules, sections, train
+from flexivit_jax import config, data, errors, experiment, plan, sections, train
 from flexivit_jax.running import metrics
+from flexivit_jax.training import schedules
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 NAMES = sorted(f.stem for f in FOLDER.glob("*.py") if f.stem != "__init__")

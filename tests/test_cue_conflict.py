@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cue_conflict, intervals, label_maps, steps, weights
+from flexivit_jax import cue_conflict, intervals, label_maps, weights
 from flexivit_jax.cue_conflict import Conflict
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.training import steps
 
 CATEGORIES = label_maps.cue_conflict()
 NAMES = list(CATEGORIES)

@@ -6,9 +6,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from flexivit_jax import config, experiment, opening, patch_schedule
+from flexivit_jax import config, experiment, opening
 from flexivit_jax.errors import UserError
 from flexivit_jax.models.flexivit import gmacs
+from flexivit_jax.training import patch_schedule
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 

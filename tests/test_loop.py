@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexivit_jax import experiment, patch_schedule, step_programs, steps, train
+from flexivit_jax import experiment, train
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.running import metrics, signals
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.ledger import Ledger
+from flexivit_jax.training import patch_schedule, step_programs, steps
 
 CONFIG = dict(
   name="loop",

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flexivit_jax import cli, config, data, errors, experiment, plan, steps, trees
+from flexivit_jax import cli, config, data, errors, experiment, plan, trees
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import gmacs
+from flexivit_jax.training import steps
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 NAMES = sorted(f.stem for f in CONFIGS.glob("*.py") if f.stem not in ("__init__", "folder"))

@@ -159,8 +159,8 @@ def onnx(kind: str, variant: str, seqhw: int, batch: int) -> Once:
   import numpy as np
   import onnxruntime
 
-  from flexivit_jax import steps
   from flexivit_jax.models import FlexiViT
+  from flexivit_jax.training import steps
   from flexivit_jax.weights import onnx_folder
 
   if kind != "forward":

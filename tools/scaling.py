@@ -12,8 +12,9 @@ says, which a test compares with compiled programs of eight devices. Assumed:
 import argparse
 from typing import Any
 
-from flexivit_jax import cli, config, experiment, patch_schedule, plan
+from flexivit_jax import cli, config, experiment, plan
 from flexivit_jax.devices import collectives, sharding
+from flexivit_jax.training import patch_schedule
 
 PEAK, LINKS, REACHED = 197e12, 200e9, 0.4
 

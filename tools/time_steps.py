@@ -20,10 +20,10 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, dict]:
   import jax.numpy as jnp
   import numpy as np
 
-  from flexivit_jax import optim, steps
   from flexivit_jax.devices import compilation
   from flexivit_jax.models import FlexiViT
   from flexivit_jax.objectives import OBJECTIVES
+  from flexivit_jax.training import optim, steps
 
   model = FlexiViT(
     num_classes=10, width=args.width, depth=args.depth, mlp_dim=4 * args.width, num_heads=args.heads,

@@ -28,10 +28,10 @@ def compile_programs(path):
 
   import optax
 
-  from flexivit_jax import steps
   from flexivit_jax.devices import compilation
   from flexivit_jax.models import FlexiViT
   from flexivit_jax.objectives import supervised
+  from flexivit_jax.training import steps
 
   found = {}
   for name, (data, fsdp, scan) in PROGRAMS.items():

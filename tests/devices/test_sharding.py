@@ -17,11 +17,11 @@ def train_and_evaluate(path: str) -> None:
 
   import optax
 
-  from flexivit_jax import steps
   from flexivit_jax.devices import compilation
   from flexivit_jax.evaluators.classification import classification
   from flexivit_jax.models import FlexiViT
   from flexivit_jax.objectives import supervised
+  from flexivit_jax.training import steps
 
   model = FlexiViT(
     num_classes=3, patch_size=(6, 6), posemb_size=(2, 2), width=16, depth=1, mlp_dim=16,

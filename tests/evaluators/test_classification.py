@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from flexivit_jax import label_maps, steps
+from flexivit_jax import label_maps
 from flexivit_jax.data.loader import eval_batches
 from flexivit_jax.data.sources import Source
 from flexivit_jax.devices import sharding
@@ -18,6 +18,7 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import per_size
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.models import FlexiViT, flexivit
+from flexivit_jax.training import steps
 
 SIZES = [2, (3, 4)]
 classification_module = importlib.import_module("flexivit_jax.evaluators.classification")

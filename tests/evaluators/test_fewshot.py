@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, data, experiment, sections, steps, train, weights
+from flexivit_jax import cli, data, experiment, sections, train, weights
 from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators.fewshot import decompose, fewshot, fit, left_out, ridge, scores
 from flexivit_jax.evaluators.probing import hits
 from flexivit_jax.models import FlexiViT, flexivit
+from flexivit_jax.training import steps
 
 PP = "resize(12)|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
 DIGITS = dict(name="digits", split="test")

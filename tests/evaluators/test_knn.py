@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from flexivit_jax import data, experiment, sections, steps
+from flexivit_jax import data, experiment, sections
 from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators.knn import blocks, classify, knn, normalized, votes
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.training import steps
 
 PP = "resize(12)|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
 DIGITS = dict(name="digits", split="test")

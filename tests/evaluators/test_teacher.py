@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import errors, experiment, sections, steps, train as train_lib
+from flexivit_jax import errors, experiment, sections, train as train_lib
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.teacher import teacher
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.running import metrics
+from flexivit_jax.training import steps
 
 FIELDS = dict(
   num_classes=7, patch_size=(6, 6), posemb_size=(2, 2), width=8, depth=1, mlp_dim=8, num_heads=2

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from flexivit_jax import cli, errors, experiment, patch_schedule, weights
+from flexivit_jax import cli, errors, experiment, weights
 from flexivit_jax.flexify import flexify, layout, recipe, retention
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.training import patch_schedule
 
 
 @pytest.fixture

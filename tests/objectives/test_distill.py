@@ -9,20 +9,12 @@ import optax
 import pytest
 import scipy.special
 
-from flexivit_jax import (
-  errors,
-  experiment,
-  losses,
-  opening,
-  steps,
-  train as train_lib,
-  trees,
-  weights,
-)
+from flexivit_jax import errors, experiment, losses, opening, train as train_lib, trees, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import distill
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.running import checkpoint, metrics
+from flexivit_jax.training import steps
 
 FIELDS = dict(
   num_classes=3, patch_size=(4, 4), posemb_size=(3, 3), width=16, depth=1, mlp_dim=16, num_heads=2

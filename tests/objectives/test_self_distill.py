@@ -10,11 +10,12 @@ import optax
 import pytest
 import scipy.special
 
-from flexivit_jax import errors, experiment, steps, train as train_lib, weights
+from flexivit_jax import errors, experiment, train as train_lib, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import self_distill, supervised
 from flexivit_jax.running import metrics
 from flexivit_jax.running.checkpoint import Checkpoints
+from flexivit_jax.training import steps
 
 FIELDS = dict(
   num_classes=3, patch_size=(4, 4), posemb_size=(3, 3), width=16, depth=1, mlp_dim=16, num_heads=2

@@ -12,9 +12,10 @@ import signal
 import sys
 import time
 
-from flexivit_jax import errors, patch_schedule, train
+from flexivit_jax import errors, train
 from flexivit_jax.devices import compilation
 from flexivit_jax.running import distributed, signals
+from flexivit_jax.training import patch_schedule
 
 DATA = {"name": "synthetic", "image_size": 12, "num_classes": 3, "num_examples": 48}
 PP = "value_range(-1, 1)|onehot(3)|keep('image', 'labels')"

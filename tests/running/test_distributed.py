@@ -303,7 +303,7 @@ def test_processes_that_would_draw_other_sizes_end_before_the_step(environment_o
 
 
 def _drawn(step):
-  from flexivit_jax import patch_schedule
+  from flexivit_jax.training import patch_schedule
 
   flexi = patch_schedule.parse({"seqhw": {"v": (2, 3)}}, lambda size: 1.0)
   return patch_schedule.draw(flexi, seed=0, step=step, total_steps=6)["seqhw"]

@@ -19,7 +19,7 @@ from flexivit_jax.devices import compilation
 from flexivit_jax.evaluators.per_size import PerSize
 from flexivit_jax.running import ledger, metrics, signals
 from flexivit_jax.running.checkpoint import Checkpoints
-from flexivit_jax.step_programs import StepPrograms
+from flexivit_jax.training.step_programs import StepPrograms
 
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=40)
 PP = "value_range(-1, 1)|onehot(3)|keep('image', 'labels')"

@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 from hypothesis import given, strategies as st
 
-from flexivit_jax import patch_schedule
 from flexivit_jax.errors import UserError
+from flexivit_jax.training import patch_schedule
 
 SEQHW = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flexivit_jax import steps
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.objectives.base import Teaching
-from flexivit_jax.teacher_cache import TeacherCache
+from flexivit_jax.training import steps
+from flexivit_jax.training.teacher_cache import TeacherCache
 
 
 @final

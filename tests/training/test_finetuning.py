@@ -12,7 +12,7 @@ from PIL import Image
 from flexivit_jax import cli, config, errors, experiment, opening, plan, trees, weights
 from flexivit_jax.models import FlexiViT, vit
 
-FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "folder.py"
+FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "folder.py"
 TINY = dict(num_classes=5, width=8, depth=2, mlp_dim=16, num_heads=2)
 PLAIN = dict(TINY, patch_size=(8, 8), posemb_size=(4, 4), gelu="exact")
 FILES = {

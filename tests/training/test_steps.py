@@ -10,9 +10,9 @@ import optax
 import pytest
 import scipy.special
 
-from flexivit_jax import steps
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import supervised
+from flexivit_jax.training import steps
 
 
 class Tiny(nn.Module):

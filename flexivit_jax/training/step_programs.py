@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flexivit_jax import steps
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.objectives.base import Objective
+from flexivit_jax.training import steps
 
 Report = Callable[[dict, compilation.Program, int], None]
 

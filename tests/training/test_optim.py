@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from flexivit_jax import optim, schedules, trees
+from flexivit_jax import trees
 from flexivit_jax.errors import UserError
+from flexivit_jax.training import optim, schedules
 
 STEPS = 12
 SHAPES = {

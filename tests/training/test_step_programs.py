@@ -7,20 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import (
-  experiment,
-  optim,
-  preparation,
-  step_programs,
-  steps,
-  token_budget,
-  train,
-  trees,
-)
+from flexivit_jax import experiment, preparation, train, trees
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import supervised
+from flexivit_jax.training import optim, step_programs, steps, token_budget
 
 SIZES = [{"seqhw": 2}, {"seqhw": 4}, {"seqhw": 8}]
 MODEL = FlexiViT(

@@ -8,8 +8,9 @@ import optax
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from flexivit_jax import errors, optim, steps, trees
+from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.training import optim, steps
 
 DEPTH = 3
 FIELDS = dict(num_classes=4, width=8, depth=DEPTH, mlp_dim=16, num_heads=2, patch_size=(4, 4))

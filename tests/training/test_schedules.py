@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import schedules
 from flexivit_jax.errors import UserError
+from flexivit_jax.training import schedules
 
 
 @pytest.mark.parametrize(

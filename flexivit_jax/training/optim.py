@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from flexivit_jax import layerwise, schedules, trees
+from flexivit_jax import trees
 from flexivit_jax.errors import UserError, unknown
+from flexivit_jax.training import layerwise, schedules
 
 
 class Optimizer(NamedTuple):

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import errors, experiment, losses, teaching, train as train_lib, weights
+from flexivit_jax import errors, experiment, losses, train as train_lib, weights
 from flexivit_jax.running import metrics
-from flexivit_jax.teacher_cache import TeacherCache
+from flexivit_jax.training import teaching
+from flexivit_jax.training.teacher_cache import TeacherCache
 
 FIELDS = dict(patch_size=(4, 4), posemb_size=(3, 3), width=8, depth=1, mlp_dim=8, num_heads=2)
 TEACHER = dict(FIELDS, num_classes=3, width=16)
