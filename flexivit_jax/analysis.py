@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flexivit_jax import class_names, config, errors, evaluate, experiment, results, weights
+from flexivit_jax import config, errors, evaluate, experiment, weights
+from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
+from flexivit_jax.evaluators import results
 
 
 class Opened(NamedTuple):

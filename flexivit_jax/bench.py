@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexivit_jax import config, errors, experiment, results, trees, weights
+from flexivit_jax import config, errors, experiment, trees, weights
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors, gmacs
 from flexivit_jax.objectives.supervised import supervised

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from flexivit_jax import class_names, data, errors
+from flexivit_jax import data, errors
+from flexivit_jax.data import class_names
 from flexivit_jax.data.balanced import labels_of
 
 _KEY = "class_weights"

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from flexivit_jax import errors, intervals
+from flexivit_jax import errors
+from flexivit_jax.evaluators import intervals
 
 ALL = "all"  # what the row over all shapes is called, in the place of a category
 

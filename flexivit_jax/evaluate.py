@@ -4,17 +4,10 @@ import argparse
 import pathlib
 import sys
 
-from flexivit_jax import (
-  arguments,
-  class_names,
-  config,
-  errors,
-  experiment,
-  results,
-  sections,
-  weights,
-)
+from flexivit_jax import arguments, config, errors, experiment, sections, weights
+from flexivit_jax.data import class_names
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.evaluators import results
 
 parse_sizes = arguments.parse_sizes
 

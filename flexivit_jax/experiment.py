@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from flexivit_jax import class_names, class_weights, data, errors, labelling, monitor, sections
+from flexivit_jax import class_weights, data, errors, labelling, monitor, sections
+from flexivit_jax.data import class_names
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.evaluators.classification import table_classes
 from flexivit_jax.models.flexivit import UNNAMED, gmacs, which_depth, which_grid, which_patch

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flexivit_jax import class_names, data, errors, label_maps
-from flexivit_jax.class_names import Classes, Trained
+from flexivit_jax import data, errors
+from flexivit_jax.data import class_names, label_maps
+from flexivit_jax.data.class_names import Classes, Trained
 from flexivit_jax.objectives.distill import Teacher, reordered
 
 

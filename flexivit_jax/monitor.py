@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from flexivit_jax import errors, results
-from flexivit_jax.evaluators import METRICS
+from flexivit_jax import errors
+from flexivit_jax.evaluators import METRICS, results
 from flexivit_jax.evaluators.per_size import label, size_text
 
 Mode = Literal["max", "min"]

@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from flexivit_jax import class_names, data, errors, trees, weights
-from flexivit_jax.class_names import Classes
+from flexivit_jax import data, errors, trees, weights
+from flexivit_jax.data import class_names
+from flexivit_jax.data.class_names import Classes
 from flexivit_jax.models import MODELS
 from flexivit_jax.models.flexivit import UNNAMED
 from flexivit_jax.objectives.distill import Teacher

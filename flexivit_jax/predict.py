@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from flexivit_jax import arguments, class_names, errors, inference, outputs, weights
+from flexivit_jax import arguments, errors, inference, outputs, weights
+from flexivit_jax.data import class_names
 from flexivit_jax.data.inputs import Input, find_images
 from flexivit_jax.devices import compilation
 from flexivit_jax.evaluators import per_size

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexivit_jax import class_names, errors, experiment, trees
+from flexivit_jax import errors, experiment, trees
+from flexivit_jax.data import class_names
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.running import checkpoint, distributed

@@ -28,9 +28,9 @@ from flexivit_jax import (
   following,
   heartbeat,
   preparation,
-  results,
 )
 from flexivit_jax.devices import allocator, compilation, sharding
+from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import label, size_text
 from flexivit_jax.running import (
   distributed,

@@ -11,7 +11,8 @@ import sys
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, label_maps, weights
+from flexivit_jax import cli, weights
+from flexivit_jax.data import label_maps
 from flexivit_jax.models.flexivit import FlexiViT
 
 FIELDS = dict(

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import class_weights, config, errors, experiment, losses
+from flexivit_jax import class_weights, config, errors, experiment
 from flexivit_jax.data.sources import Source
-from flexivit_jax.objectives import OBJECTIVES
+from flexivit_jax.objectives import OBJECTIVES, losses
 from flexivit_jax.objectives.distill import Teacher
 
 

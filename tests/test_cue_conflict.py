@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cue_conflict, intervals, label_maps, weights
+from flexivit_jax import cue_conflict, weights
 from flexivit_jax.cue_conflict import Conflict
+from flexivit_jax.data import label_maps
 from flexivit_jax.errors import UserError
+from flexivit_jax.evaluators import intervals
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.training import steps
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import analysis, class_names, cli, data, experiment, labelling, train, weights
-from flexivit_jax.class_names import Classes, Trained
+from flexivit_jax import analysis, cli, data, experiment, labelling, train, weights
+from flexivit_jax.data import class_names
+from flexivit_jax.data.class_names import Classes, Trained
 from flexivit_jax.errors import UserError
 from flexivit_jax.flexify import layout, recipe, retention
 from flexivit_jax.models import FlexiViT

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flexivit_jax import intervals
 from flexivit_jax.errors import UserError
+from flexivit_jax.evaluators import intervals
 from flexivit_jax.report import pareto, plots, report, runs as runs_lib, table, tables
 
 GRIDS = (2, 3, 4, 6, 8)

@@ -17,15 +17,15 @@ from flexivit_jax import (
   config,
   data,
   imagenet_sets,
-  label_maps,
   plan,
   published,
   reproduce,
-  results,
   trees,
   weights,
 )
+from flexivit_jax.data import label_maps
 from flexivit_jax.errors import UserError
+from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import gmacs
 from flexivit_jax.reproduce import comparing, items, measuring

@@ -20,8 +20,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from flexivit_jax import class_names, cli, errors, evaluate, experiment, results, weights
+from flexivit_jax import cli, errors, evaluate, experiment, weights
+from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
+from flexivit_jax.evaluators import results
 from flexivit_jax.flexify import recipe
 
 TIMM = dict(kernel_operator="cubic_antialias", grid_operator="cubic_antialias")

@@ -15,7 +15,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from flexivit_jax import analysis, cli, data, errors, experiment, results, sections
+from flexivit_jax import analysis, cli, data, errors, experiment, sections
+from flexivit_jax.evaluators import results
 
 
 def measure(opened: analysis.Opened, title: str, **section: Any) -> list[dict[str, Any]]:

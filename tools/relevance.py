@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colors
 
-from flexivit_jax import analysis, cli, errors, relevance, resize, results
+from flexivit_jax import analysis, cli, errors, relevance, resize
+from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 

@@ -22,18 +22,10 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import (
-  calibration,
-  cli,
-  cue_conflict,
-  data,
-  errors,
-  evaluate,
-  label_maps,
-  results,
-  weights,
-)
+from flexivit_jax import calibration, cli, cue_conflict, data, errors, evaluate, weights
+from flexivit_jax.data import label_maps
 from flexivit_jax.devices import sharding
+from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 

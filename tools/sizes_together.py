@@ -21,7 +21,8 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import analysis, calibration, cli, errors, results
+from flexivit_jax import analysis, calibration, cli, errors
+from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import gmacs
 

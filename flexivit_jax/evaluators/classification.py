@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from flexivit_jax import errors, label_maps, losses
+from flexivit_jax import errors
+from flexivit_jax.data import label_maps
 from flexivit_jax.evaluators.per_size import PerSize, Size, sizes_of
+from flexivit_jax.objectives import losses
 from flexivit_jax.running import metrics
 
 MAX_CLASSES = 1000  # of `per_class`

@@ -7,9 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from flexivit_jax import errors, losses
+from flexivit_jax import errors
 from flexivit_jax.evaluators.classification import scores
 from flexivit_jax.evaluators.per_size import PerSize, Size, sizes_of
+from flexivit_jax.objectives import losses
 from flexivit_jax.objectives.distill import Teacher, teach
 from flexivit_jax.running import metrics
 

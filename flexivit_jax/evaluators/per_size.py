@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from flexivit_jax import errors, heartbeat, label_maps
+from flexivit_jax import errors, heartbeat
+from flexivit_jax.data import label_maps
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.models import flexivit
 from flexivit_jax.running import metrics

@@ -12,7 +12,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from flexivit_jax import arguments, class_names, data, errors, opening, preparation, train, weights
+from flexivit_jax import arguments, data, errors, opening, preparation, train, weights
+from flexivit_jax.data import class_names
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.flexify import card, layout, recipe, retention
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexivit_jax import class_names, data, errors, resize
+from flexivit_jax import data, errors, resize
+from flexivit_jax.data import class_names
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import UNNAMED
 

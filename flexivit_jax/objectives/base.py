@@ -5,7 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from flexivit_jax import errors, losses
+from flexivit_jax import errors
+from flexivit_jax.objectives import losses
 
 Batch = Mapping[str, Any]
 """Arrays [n, ...] by name; of an objective with teachers also "targets", their part of it."""

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexivit_jax import errors, losses
+from flexivit_jax import errors
+from flexivit_jax.objectives import losses
 from flexivit_jax.objectives.base import Batch, ClassWeights, Objective, Predict, Teaching, weighted
 
 

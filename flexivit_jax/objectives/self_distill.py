@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from flexivit_jax import errors, losses
+from flexivit_jax import errors
+from flexivit_jax.objectives import losses
 from flexivit_jax.objectives.base import Batch, ClassWeights, Objective, Predict, weighted
 
 

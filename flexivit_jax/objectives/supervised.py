@@ -2,7 +2,7 @@
 
 import jax
 
-from flexivit_jax import losses
+from flexivit_jax.objectives import losses
 from flexivit_jax.objectives.base import Batch, ClassWeights, Objective, Predict, weighted
 
 

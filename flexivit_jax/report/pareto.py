@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from flexivit_jax.intervals import bootstrap
+from flexivit_jax.evaluators.intervals import bootstrap
 from flexivit_jax.report.runs import Row, Run, to_json
 
 # What a point costs, and which facts two runs have to share for their points to be compared in it.

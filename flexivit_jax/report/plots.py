@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
-from flexivit_jax.intervals import bootstrap
+from flexivit_jax.evaluators.intervals import bootstrap
 from flexivit_jax.report import pareto
 from flexivit_jax.report.runs import Row, Run, is_trained, order, sides
 from flexivit_jax.report.tables import shorten, side

@@ -4,7 +4,7 @@ import html
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from flexivit_jax.intervals import bootstrap
+from flexivit_jax.evaluators.intervals import bootstrap
 from flexivit_jax.report import pareto
 from flexivit_jax.report.runs import Row, Run, Size, is_trained, order, sides
 

@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from flexivit_jax import imagenet_sets, published, results
+from flexivit_jax import imagenet_sets, published
+from flexivit_jax.evaluators import results
 from flexivit_jax.reproduce.measuring import Measured
 
 # Published metrics and what they are called in a row; per cent there are fractions here.

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from flexivit_jax import data, errors, experiment, imagenet_sets, results, trees, weights
+from flexivit_jax import data, errors, experiment, imagenet_sets, trees, weights
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import size_text
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.reproduce.items import Evaluation, Subject, fields_of

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from flexivit_jax import class_names, errors, trees
+from flexivit_jax import errors, trees
+from flexivit_jax.data import class_names
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
 from flexivit_jax.weights import (

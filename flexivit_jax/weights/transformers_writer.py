@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors import numpy as safetensors
 
-from flexivit_jax import class_names, errors, trees
+from flexivit_jax import errors, trees
+from flexivit_jax.data import class_names
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
 from flexivit_jax.weights import (

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import label_maps
-from flexivit_jax.data import renumber
+from flexivit_jax.data import label_maps, renumber
 from flexivit_jax.data.loader import eval_batches
 from flexivit_jax.data.sources import make_source
 from flexivit_jax.errors import UserError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from flexivit_jax import label_maps
+from flexivit_jax.data import label_maps
 from flexivit_jax.data.loader import eval_batches
 from flexivit_jax.data.sources import Source
 from flexivit_jax.devices import sharding

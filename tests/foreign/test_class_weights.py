@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import losses
+from flexivit_jax.objectives import losses
 
 pytestmark = pytest.mark.convert
 

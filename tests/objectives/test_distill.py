@@ -9,9 +9,9 @@ import optax
 import pytest
 import scipy.special
 
-from flexivit_jax import errors, experiment, losses, opening, train as train_lib, trees, weights
+from flexivit_jax import errors, experiment, opening, train as train_lib, trees, weights
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.objectives import distill
+from flexivit_jax.objectives import distill, losses
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.running import checkpoint, metrics
 from flexivit_jax.training import steps

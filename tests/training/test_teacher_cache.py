@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import errors, experiment, losses, train as train_lib, weights
+from flexivit_jax import errors, experiment, train as train_lib, weights
+from flexivit_jax.objectives import losses
 from flexivit_jax.running import metrics
 from flexivit_jax.training import teaching
 from flexivit_jax.training.teacher_cache import TeacherCache

@@ -8,8 +8,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from flexivit_jax import class_names
-from flexivit_jax.data import images
+from flexivit_jax.data import class_names, images
 from flexivit_jax.data.sources.base import File, Label, Record, Source, labels_of_files, select
 from flexivit_jax.data.splits import split_names
 from flexivit_jax.data.walking import Tree, is_hidden, is_in

@@ -5,7 +5,7 @@ import logging
 import os
 import pathlib
 
-from flexivit_jax import label_maps
+from flexivit_jax.data import label_maps
 from flexivit_jax.data.sources.base import Source, labels_of_files, select
 from flexivit_jax.data.sources.folder import (
   images_below,

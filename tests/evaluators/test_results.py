@@ -1,6 +1,6 @@
 """Tables of results: the headline first, whatever the evaluator measured."""
 
-from flexivit_jax import results
+from flexivit_jax.evaluators import results
 
 COST = dict(seqhw=8, patch=3, tokens=64, gflops=1.5, ms=2.0)
 

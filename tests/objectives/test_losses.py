@@ -8,7 +8,7 @@ import scipy.special
 import scipy.stats
 
 from flexivit_jax.errors import UserError
-from flexivit_jax.losses import (
+from flexivit_jax.objectives.losses import (
   DISTANCES,
   LOSSES,
   SparseLogits,

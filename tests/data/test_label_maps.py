@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from flexivit_jax import label_maps
+from flexivit_jax.data import label_maps
 from flexivit_jax.errors import UserError
 
 # WordNet id: (ImageNet-1k class, ImageNet-21k class); line numbers, less one, of timm 1.0.31's

@@ -7,8 +7,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from flexivit_jax import class_names
-from flexivit_jax.class_names import Classes
+from flexivit_jax.data import class_names
+from flexivit_jax.data.class_names import Classes
 from flexivit_jax.errors import UserError
 
 NAMES = st.lists(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from flexivit_jax import intervals
+from flexivit_jax.evaluators import intervals
 
 
 @pytest.mark.parametrize(
