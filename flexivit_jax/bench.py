@@ -23,10 +23,10 @@ import numpy as np
 from flexivit_jax import config, errors, experiment, trees, weights
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
+from flexivit_jax.experiment.loaders import default_dtype
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors, gmacs
 from flexivit_jax.objectives.supervised import supervised
-from flexivit_jax.opening import default_dtype
 from flexivit_jax.training import optim, step_programs, steps
 
 Row = dict[str, Any]

@@ -4,10 +4,11 @@ import argparse
 import pathlib
 import sys
 
-from flexivit_jax import arguments, config, errors, experiment, sections, weights
+from flexivit_jax import arguments, config, errors, experiment, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
+from flexivit_jax.experiment import sections
 
 parse_sizes = arguments.parse_sizes
 

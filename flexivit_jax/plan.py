@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flexivit_jax import config, data, errors, experiment, opening, trees, weights
+from flexivit_jax import config, data, errors, experiment, trees, weights
 from flexivit_jax.devices import collectives, compilation, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
+from flexivit_jax.experiment import loaders
 from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.training import patch_schedule, steps
@@ -157,8 +158,8 @@ def _planned_teacher(
 ) -> Teacher:
   """As `load_teacher`, of shapes only where the config names the model, or without those."""
   if model is None:
-    return opening.load_teacher(checkpoint=checkpoint, **given)
-  network, _ = opening.build_model(model, num_classes=0)
+    return loaders.load_teacher(checkpoint=checkpoint, **given)
+  network, _ = loaders.build_model(model, num_classes=0)
   init = functools.partial(steps.init_params, network, (8, 8, 3), seed=0)
   params = jax.eval_shape(init) if shapes else {}
   size = {} if given.get("seqhw") is None else {"seqhw": given["seqhw"]}
@@ -169,13 +170,13 @@ def _planned_fields(checkpoint: str, **given: Any) -> dict[str, Any]:
   """As `opening.fields_of`; of a published file that is not here, what is known of it."""
   if checkpoint in weights.PUBLISHED and not weights.is_here(checkpoint):
     return {k: v for k, v in weights.PUBLISHED[checkpoint].expected.items() if k != "num_classes"}
-  return opening.fields_of(checkpoint, **given)
+  return loaders.fields_of(checkpoint, **given)
 
 
-PLANNED = opening.Opening(
+PLANNED = loaders.Opening(
   source=data.planned_source,
   teacher=_planned_teacher,
-  init=lambda model, **_: opening.Init(None, None),
+  init=lambda model, **_: loaders.Init(None, None),
   fields=_planned_fields,
   digest=lambda params: "planned",
   shots=lambda source, **_: source,
@@ -358,7 +359,7 @@ def on_accelerator(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _looped(
-  settings: Mapping[str, Any], opening: opening.Opening = PLANNED
+  settings: Mapping[str, Any], opening: loaders.Opening = PLANNED
 ) -> experiment.Experiment:
   """The experiment with its blocks as one loop: no shape of a step changes, and one block is traced, not a dozen; and
   with the attention of accelerators, which this machine would not choose for itself.

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexivit_jax import errors, experiment, preparation, train, trees
+from flexivit_jax import errors, experiment, train, trees
 from flexivit_jax.config import check as check_config
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.experiment import preparation
 from flexivit_jax.running import signals
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.training import patch_schedule, steps

@@ -19,19 +19,11 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from flexivit_jax import (
-  arguments,
-  config,
-  errors,
-  experiment,
-  folders,
-  following,
-  heartbeat,
-  preparation,
-)
+from flexivit_jax import arguments, config, errors, experiment, folders, heartbeat
 from flexivit_jax.devices import allocator, compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import label, size_text
+from flexivit_jax.experiment import following, preparation
 from flexivit_jax.running import (
   distributed,
   metrics,

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from flexivit_jax import config, data, errors, experiment, plan, sections, train
+from flexivit_jax import config, data, errors, experiment, plan, train
+from flexivit_jax.experiment import sections
 from flexivit_jax.running import metrics
 from flexivit_jax.training import schedules
 

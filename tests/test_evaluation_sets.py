@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from flexivit_jax import imagenet_sets, sections
+from flexivit_jax import imagenet_sets
 from flexivit_jax.data import label_maps
 from flexivit_jax.data.preprocess import parse
+from flexivit_jax.experiment import sections
 from flexivit_jax.reproduce import measuring
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import arguments, opening, trees, weights
+from flexivit_jax import arguments, trees, weights
+from flexivit_jax.experiment import loaders
 from flexivit_jax.models import FlexiViT
 
 COMMANDS = {
@@ -31,7 +32,7 @@ def test_each_command_takes_the_options_of_reading(command):
 def test_what_a_command_reads_weights_with_a_config_can_say_of_init_and_teachers(tmp_path):
   given = ["--num_heads=4", "--gelu=quick", "--mean=0.4,0.5,0.6", "--std=0.2,0.2,0.3"]
   args = arguments.parse(["inspect", "w", *given, "--ema", "--posemb_size=9,16"])
-  for load in (opening.load_init, opening.load_teacher):
+  for load in (loaders.load_init, loaders.load_teacher):
     assert arguments.loading(args).keys() <= inspect.signature(load).parameters.keys()
 
 
@@ -44,16 +45,16 @@ def test_a_rectangular_grid_and_the_ema_are_read_into_a_model_of_another_grid(tm
   np.savez(tmp_path / "w.npz", **raw, **averaged)
   model = FlexiViT(**fields, posemb_size=(3, 3), pool_type="gap", gelu="quick")
   read = dict(checkpoint=str(tmp_path / "w.npz"), gelu="quick", posemb_size=(2, 4))
-  start, average = (opening.load_init(model, **read, ema=ema).params for ema in (False, True))
+  start, average = (loaders.load_init(model, **read, ema=ema).params for ema in (False, True))
   assert start["pos_embedding"].shape == (1, 9, 8)
   np.testing.assert_allclose(average["pos_embedding"], start["pos_embedding"] + 1, atol=1e-6)
 
 
 def test_notes_of_teachers_and_init_are_printed_once_in_a_process(monkeypatch, capsys, tmp_path):
-  monkeypatch.setattr(opening, "_printed", set())
+  monkeypatch.setattr(loaders, "_printed", set())
   record = {"notes": ["Heads are assumed."]}
-  opening._print_notes(record)
-  opening._print_notes(record)
+  loaders._print_notes(record)
+  loaders._print_notes(record)
   assert capsys.readouterr().err == "note: Heads are assumed.\n"
   weights.print_notes(record)
   assert capsys.readouterr().err == "note: Heads are assumed.\n"

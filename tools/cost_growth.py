@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from flexivit_jax import bench, cli, opening
+from flexivit_jax import bench, cli
+from flexivit_jax.experiment import loaders
 from flexivit_jax.models import FlexiViT
 
 
@@ -27,7 +28,7 @@ def measure(width: int, sizes: list[int], args: argparse.Namespace) -> dict[int,
     depth=args.depth,
     mlp_dim=4 * width,
     num_heads=width // 64,
-    dtype=args.dtype or opening.default_dtype(),
+    dtype=args.dtype or loaders.default_dtype(),
   )
   step, _, _ = bench.training(model, sizes, args.batch_size, args.image_size)
   return bench.alternate({n: functools.partial(step, n) for n in sizes}, args.rounds)

@@ -15,8 +15,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from flexivit_jax import analysis, cli, data, errors, experiment, sections
+from flexivit_jax import analysis, cli, data, errors, experiment
 from flexivit_jax.evaluators import results
+from flexivit_jax.experiment import sections
 
 
 def measure(opened: analysis.Opened, title: str, **section: Any) -> list[dict[str, Any]]:

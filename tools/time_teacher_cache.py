@@ -11,8 +11,9 @@ import time
 
 import jax
 
-from flexivit_jax import cli, config, errors, experiment, preparation
+from flexivit_jax import cli, config, errors, experiment
 from flexivit_jax.devices import sharding
+from flexivit_jax.experiment import preparation
 from flexivit_jax.training import patch_schedule
 
 

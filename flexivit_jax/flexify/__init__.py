@@ -12,9 +12,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from flexivit_jax import arguments, data, errors, opening, preparation, train, weights
+from flexivit_jax import arguments, data, errors, train, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.experiment import loaders, preparation
 from flexivit_jax.flexify import card, layout, recipe, retention
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
@@ -99,7 +100,7 @@ def flexify(
         raise errors.UserError(
           f"{out / name} is there already, of something else; give another --out."
         )
-  teacher = opening.load_teacher(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
+  teacher = loaders.load_teacher(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
   if not teacher.model.num_classes:
     raise errors.UserError(
       f"{init} has no classes: its logits are what is taught; give a classifier."
@@ -123,7 +124,7 @@ def flexify(
     length = max(student.patch_size)
     measured = recipe.moment_of(plan.sources["train"], image_size, length, on_error)
     student = student.clone(kernel_moment=measured)
-  params = opening.load_init(student, checkpoint=str(init), **loading).params
+  params = loaders.load_init(student, checkpoint=str(init), **loading).params
   mesh = sharding.make_mesh()
   kept: dict[str, Any] = {"original": retention.original(plan, teacher, mesh)}
   if note := recipe.labels_of(plan)[1]:

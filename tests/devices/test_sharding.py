@@ -84,7 +84,8 @@ def test_specs_are_those_of_the_arrays_that_are_put():
 
 def teach(path: str) -> None:
   """Writes what a teacher says whose parameters are copies, and divided along "fsdp"; and what lies on each device."""
-  from flexivit_jax import experiment, preparation
+  from flexivit_jax import experiment
+  from flexivit_jax.experiment import preparation
 
   data = {
     "name": "synthetic",

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, data, experiment, sections, train, weights
+from flexivit_jax import cli, data, experiment, train, weights
 from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators.fewshot import decompose, fewshot, fit, left_out, ridge, scores
 from flexivit_jax.evaluators.probing import hits
+from flexivit_jax.experiment import sections
 from flexivit_jax.models import FlexiViT, flexivit
 from flexivit_jax.training import steps
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from flexivit_jax import data, experiment, sections
+from flexivit_jax import data, experiment
 from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators.knn import blocks, classify, knn, normalized, votes
+from flexivit_jax.experiment import sections
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.training import steps
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import errors, experiment, sections, train as train_lib
+from flexivit_jax import errors, experiment, train as train_lib
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.teacher import teacher
+from flexivit_jax.experiment import sections
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.running import metrics

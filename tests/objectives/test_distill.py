@@ -9,7 +9,8 @@ import optax
 import pytest
 import scipy.special
 
-from flexivit_jax import errors, experiment, opening, train as train_lib, trees, weights
+from flexivit_jax import errors, experiment, train as train_lib, trees, weights
+from flexivit_jax.experiment import loaders
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import distill, losses
 from flexivit_jax.objectives.distill import Teacher
@@ -311,17 +312,17 @@ def test_a_teacher_that_does_not_fit_is_an_error(teacher, tmp_path):
 def test_a_teacher_is_a_checkpoint_or_a_model(teacher):
   fields = FIELDS | {"width": 32}
   with pytest.raises(errors.UserError, match="neither checkpoint nor model"):
-    opening.load_teacher()
+    loaders.load_teacher()
   with pytest.raises(errors.UserError, match="width: 32 in the file, 48 in the config"):
-    opening.load_teacher(checkpoint=teacher, model=fields | {"width": 48})
-  same = fields | {"gelu": opening.load_teacher(checkpoint=teacher).model.gelu}
-  loaded = opening.load_teacher(checkpoint=teacher, model=same, image="large", seqhw=8)
+    loaders.load_teacher(checkpoint=teacher, model=fields | {"width": 48})
+  same = fields | {"gelu": loaders.load_teacher(checkpoint=teacher).model.gelu}
+  loaded = loaders.load_teacher(checkpoint=teacher, model=same, image="large", seqhw=8)
   assert (loaded.image, loaded.size) == ("large", {"seqhw": 8})
   jax.tree.map(np.testing.assert_array_equal, loaded.params, made(1, width=32)[1])
 
 
 def test_a_teacher_of_random_weights_is_the_same_each_time_and_says_something():
-  a, b = (opening.load_teacher(model=FIELDS | {"width": 32}) for _ in range(2))
+  a, b = (loaders.load_teacher(model=FIELDS | {"width": 32}) for _ in range(2))
   assert trees.digest(a.params) == trees.digest(b.params)
   said = logits(a.model, a.params, batch()["image"], seqhw=3)
   assert said.shape == (4, 3) and said.std(axis=0).min() > 1e-3

@@ -43,7 +43,8 @@ def restore(config, runs) -> None:
   import numpy as np
   from jax.experimental import multihost_utils
 
-  from flexivit_jax import experiment, preparation, trees
+  from flexivit_jax import experiment, trees
+  from flexivit_jax.experiment import preparation
   from flexivit_jax.running.checkpoint import Checkpoints
 
   exp, mesh = preparation.place(experiment.build(**config))

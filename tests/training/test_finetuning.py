@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, config, errors, experiment, opening, plan, trees, weights
+from flexivit_jax import cli, config, errors, experiment, plan, trees, weights
+from flexivit_jax.experiment import loaders
 from flexivit_jax.models import FlexiViT, vit
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "folder.py"
@@ -184,4 +185,4 @@ def test_weights_for_other_channels_are_refused(tmp_path, photos):
 
 def test_a_variant_beside_like_is_refused():
   with pytest.raises(errors.UserError, match=r"variant='S' and like='x'.*give one of them"):
-    opening.model_like({"variant": "S", "like": "x"}, None)
+    loaders.model_like({"variant": "S", "like": "x"}, None)

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import experiment, preparation, train, trees
+from flexivit_jax import experiment, train, trees
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.errors import UserError
+from flexivit_jax.experiment import preparation
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import supervised
 from flexivit_jax.training import optim, step_programs, steps, token_budget

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import analysis, cli, data, experiment, labelling, train, weights
+from flexivit_jax import analysis, cli, data, experiment, train, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.data.class_names import Classes, Trained
 from flexivit_jax.errors import UserError
+from flexivit_jax.experiment import labelling
 from flexivit_jax.flexify import layout, recipe, retention
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.distill import Teacher

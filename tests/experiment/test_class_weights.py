@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import class_weights, config, errors, experiment
-from flexivit_jax.data.sources import Source
+from flexivit_jax import config, errors, experiment
+from flexivit_jax.data.sources import Source, make_source
+from flexivit_jax.experiment import class_weights
 from flexivit_jax.objectives import OBJECTIVES, losses
 from flexivit_jax.objectives.distill import Teacher
 
@@ -112,5 +113,5 @@ def test_a_run_resolves_them_from_its_training_images():
   ratio = [
     e.objective.loss(lambda image: image, {"image": logits, "labels": labels}) for e in (exp, plain)
   ]
-  expected = class_weights.balanced(experiment.data.make_source(**settings["input"]["data"]), 10)
+  expected = class_weights.balanced(make_source(**settings["input"]["data"]), 10)
   np.testing.assert_allclose(ratio[0] / ratio[1], expected, rtol=1e-5)

@@ -6,12 +6,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from flexivit_jax import config, experiment, opening
+from flexivit_jax import config, experiment
 from flexivit_jax.errors import UserError
+from flexivit_jax.experiment import loaders
 from flexivit_jax.models.flexivit import gmacs
 from flexivit_jax.training import patch_schedule
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def digits(**changes):
@@ -25,7 +26,7 @@ def flops_of(settings, size):
   exp = experiment.build(**settings)
   macs = 3 * gmacs(exp.model, (24, 24), 3, **size)
   for teacher in settings.get("objective", {}).get("teachers", {}).values():
-    found = opening.load_teacher(**teacher)
+    found = loaders.load_teacher(**teacher)
     macs += gmacs(found.model, (24, 24), 3, **found.size)
   return 2e9 * macs * settings["input"]["batch_size"]
 
@@ -128,7 +129,7 @@ def test_mistakes_are_errors_before_anything_runs(changes, message):
 def test_accelerators_train_in_bfloat16_unless_told(monkeypatch, backend, given, dtype):
   settings = digits()
   settings["model"] |= given
-  monkeypatch.setattr(opening.jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(loaders.jax, "default_backend", lambda: backend)
   exp = experiment.build(**settings)
   assert exp.model.dtype == exp.model_record["dtype"] == dtype  # a checkpoint says which it was
 
@@ -144,12 +145,12 @@ def test_a_teacher_that_several_sections_name_is_opened_once():
 
   def teacher(**section):
     opened.append(section)
-    return opening.load_teacher(**section)
+    return loaders.load_teacher(**section)
 
   settings = config.load(f"{CONFIGS / 'i21k_distill'}.py:debug", [])
   other = {**settings["evals"]["test"]["teacher"], "seqhw": 14}
   settings["evals"]["other"] = {**settings["evals"]["test"], "teacher": other}
-  experiment.build(**settings, opening=opening.REAL._replace(teacher=teacher))
+  experiment.build(**settings, opening=loaders.REAL._replace(teacher=teacher))
   assert [section.get("seqhw") for section in opened] == [None, 14]
 
 
@@ -223,7 +224,7 @@ def test_the_batches_of_an_evaluation_have_to_divide_over_the_devices(on_eight_d
 
 
 def refuse_uneven_batches(message):
-  from flexivit_jax import preparation
+  from flexivit_jax.experiment import preparation
 
   settings = digits()
   settings["evals"]["test"]["batch_size"] = 12

@@ -4,13 +4,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flexivit_jax import config, data, errors, monitor
+from flexivit_jax import config, data, errors
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import EVALUATORS
+from flexivit_jax.experiment import monitor
+from flexivit_jax.experiment.loaders import load_init, load_teacher
 from flexivit_jax.models import MODELS
 from flexivit_jax.models.flexivit import UNNAMED, which_grid
 from flexivit_jax.objectives import OBJECTIVES
-from flexivit_jax.opening import load_init, load_teacher
 from flexivit_jax.running import wandb_run
 from flexivit_jax.training import patch_schedule, schedules, token_budget as token_budgets
 from flexivit_jax.training.optim import make as _make_optimizer

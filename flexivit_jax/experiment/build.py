@@ -11,15 +11,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from flexivit_jax import class_weights, data, errors, labelling, monitor, sections
+from flexivit_jax import data, errors
 from flexivit_jax.data import class_names
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.evaluators.classification import table_classes
-from flexivit_jax.models.flexivit import UNNAMED, gmacs, which_depth, which_grid, which_patch
-from flexivit_jax.objectives import OBJECTIVES
-from flexivit_jax.objectives.base import Objective
-from flexivit_jax.objectives.distill import Teacher
-from flexivit_jax.opening import (
+from flexivit_jax.experiment import class_weights, labelling, monitor, sections
+from flexivit_jax.experiment.loaders import (
   REAL,
   Init,
   Opening,
@@ -28,7 +25,11 @@ from flexivit_jax.opening import (
   model_like,
   sharing,
 )
-from flexivit_jax.sections import DURATIONS
+from flexivit_jax.experiment.sections import DURATIONS
+from flexivit_jax.models.flexivit import UNNAMED, gmacs, which_depth, which_grid, which_patch
+from flexivit_jax.objectives import OBJECTIVES
+from flexivit_jax.objectives.base import Objective
+from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.training import patch_schedule, schedules, steps, token_budget as token_budgets
 from flexivit_jax.training.optim import Optimizer, make as _make_optimizer
 

@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flexivit_jax import preparation
-from flexivit_jax.monitor import EarlyStopping, Metric
+from flexivit_jax.experiment import preparation
+from flexivit_jax.experiment.monitor import EarlyStopping, Metric
 from flexivit_jax.running import distributed, manifest
 from flexivit_jax.running.checkpoint import BEST, Checkpoints
 from flexivit_jax.training import steps

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import errors, monitor, train as train_lib, verify, weights
+from flexivit_jax import errors, train as train_lib, verify, weights
 from flexivit_jax.evaluators import EVALUATORS, METRICS
+from flexivit_jax.experiment import monitor
 from flexivit_jax.running import metrics
 from flexivit_jax.running.checkpoint import Checkpoints, load_params
 
