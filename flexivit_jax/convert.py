@@ -17,7 +17,8 @@ import numpy as np
 from flexivit_jax import arguments, errors, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors
-from flexivit_jax.weights import certificate, foreign
+from flexivit_jax.weights import certificate
+from flexivit_jax.weights.export import frameworks as foreign
 
 
 class Framework(NamedTuple):

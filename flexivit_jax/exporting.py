@@ -12,9 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexivit_jax import arguments, artifact, errors, weights
+from flexivit_jax import arguments, errors, weights
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate, foreign, onnx_folder, saved_model, stablehlo
+from flexivit_jax.weights import certificate
+from flexivit_jax.weights.export import (
+  artifact,
+  frameworks as foreign,
+  onnx as onnx_folder,
+  saved_model,
+  stablehlo,
+)
 
 WRITERS: dict[str, Callable] = {
   "stablehlo": stablehlo.write,

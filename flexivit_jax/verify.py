@@ -6,9 +6,10 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from flexivit_jax import artifact, errors, weights
+from flexivit_jax import errors, weights
 from flexivit_jax.running.checkpoint import BEST, Checkpoints
-from flexivit_jax.weights import folders, sources
+from flexivit_jax.weights import folders, formats
+from flexivit_jax.weights.export import artifact
 
 
 def run(args: argparse.Namespace) -> None:
@@ -78,7 +79,7 @@ def _steps(path: pathlib.Path) -> list[tuple[str, str | None]]:
 def _check_weights(path: pathlib.Path) -> None:
   """Of what others wrote only an .npz has checksums, those of a zip archive."""
   *_, record = weights.load_with_record(path)
-  checked = path.suffix == ".npz" or record["format"] == sources.CHECKPOINT
+  checked = path.suffix == ".npz" or record["format"] == formats.CHECKPOINT
   if not checked and not folders.is_ours(path.parent):
     raise errors.UserError(folders.unknown(path))
 

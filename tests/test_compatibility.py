@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import flexivit_jax
-from flexivit_jax import artifact, cli
+from flexivit_jax import cli
+from flexivit_jax.weights.export import artifact
 
 OVERRIDES = (
   "seed=1", "model.width=16", "model.mlp_dim=32", "model.num_heads=2", "flexi.seqhw.v=(2,4)",

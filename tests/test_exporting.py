@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexivit_jax import artifact, cli, errors, exporting, weights
-from flexivit_jax.weights import stablehlo
+from flexivit_jax import cli, errors, exporting, weights
+from flexivit_jax.weights.export import artifact, stablehlo
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 
 from flexivit_jax import cli, train as train_lib, trees, verify, weights
 from flexivit_jax.errors import UserError
-from flexivit_jax.weights import folders, onnx_folder, saved_model
+from flexivit_jax.weights import folders
+from flexivit_jax.weights.export import onnx as onnx_folder, saved_model
 
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=16)
 CONFIG = dict(

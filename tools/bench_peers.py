@@ -161,7 +161,7 @@ def onnx(kind: str, variant: str, seqhw: int, batch: int) -> Once:
 
   from flexivit_jax.models import FlexiViT
   from flexivit_jax.training import steps
-  from flexivit_jax.weights import onnx_folder
+  from flexivit_jax.weights.export import onnx as onnx_folder
 
   if kind != "forward":
     raise SystemExit("onnxruntime has --forward only.")

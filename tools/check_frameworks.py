@@ -7,7 +7,7 @@ installed without complaint and fails when timm imports it, in the middle of a c
 """
 
 from flexivit_jax import cli
-from flexivit_jax.weights import foreign
+from flexivit_jax.weights.export import frameworks as foreign
 
 FRAMEWORKS = ("torch", "torchvision", "timm", "transformers", "onnx", "onnxruntime", "tensorflow")
 

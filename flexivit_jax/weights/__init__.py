@@ -11,8 +11,8 @@ from flexivit_jax.weights.reading import (
 )
 from flexivit_jax.weights.registry import PUBLISHED, differences, is_here
 from flexivit_jax.weights.stated import preparation, print_notes, written_for
-from flexivit_jax.weights.timm_writer import save_timm
-from flexivit_jax.weights.transformers_writer import save_transformers
+from flexivit_jax.weights.timm.writer import save_timm
+from flexivit_jax.weights.transformers.writer import save_transformers
 from flexivit_jax.weights.writing import save_npz
 
 __all__ = [

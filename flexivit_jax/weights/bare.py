@@ -4,14 +4,9 @@ import functools
 import pathlib
 from typing import Any
 
-from flexivit_jax.weights import (
-  contents,
-  files,
-  foreign,
-  open_clip_names,
-  torchvision_names,
-  wrappers,
-)
+from flexivit_jax.weights import contents, files, torchvision_names, wrappers
+from flexivit_jax.weights.export import frameworks as foreign
+from flexivit_jax.weights.open_clip import names as open_clip_names
 
 # .pth.tar is timm's, .ckpt Lightning's; both are torch.save's.
 READERS = files.READERS | dict.fromkeys(

@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from flexivit_jax import artifact, errors
+from flexivit_jax import errors
+from flexivit_jax.weights.export import artifact
 
 Arrays = dict[str, np.ndarray]
 

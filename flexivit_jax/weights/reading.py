@@ -11,7 +11,8 @@ import numpy as np
 
 from flexivit_jax import errors, resize, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import registry, sources, timm_names
+from flexivit_jax.weights import formats, registry
+from flexivit_jax.weights.timm import names as timm_names
 
 Size = tuple[int, int]
 
@@ -73,7 +74,7 @@ def load_with_record(
   says them; of a file that was fetched "name" and "url".
   """
   file, published = registry.find(path)
-  source = sources.read(file, fields, ema=ema)
+  source = formats.read(file, fields, ema=ema)
   if finite:
     check_finite(source.params, str(path))
   if published is not None:
@@ -205,8 +206,8 @@ def check(model: FlexiViT, params: dict, what: str) -> None:
 
 
 def _published(
-  source: sources.Source, published: registry.Published, file: pathlib.Path
-) -> sources.Source:
+  source: formats.Source, published: registry.Published, file: pathlib.Path
+) -> formats.Source:
   """Checks what a file that was fetched holds, and adds to the record where it came from."""
   registry.check(published, FlexiViT(**source.fields), file)
   notes = [*source.record.get("notes", []), *filter(None, [published.note])]
@@ -216,11 +217,11 @@ def _published(
 
 
 def _fields_of(model: FlexiViT) -> dict[str, Any]:
-  values = {name: getattr(model, name) for name in sources.FIELDS}
+  values = {name: getattr(model, name) for name in formats.FIELDS}
   return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def _fold_input(source: sources.Source, mean: Any, std: Any) -> sources.Source:
+def _fold_input(source: formats.Source, mean: Any, std: Any) -> formats.Source:
   if mean is None or std is None:
     raise errors.UserError("Give both mean and std of the input, or none.")
   if not _may_be_normalised(source.record):
@@ -236,7 +237,7 @@ def _fold_input(source: sources.Source, mean: Any, std: Any) -> sources.Source:
   return source._replace(params=trees.unflatten(flat), record=source.record | folded)
 
 
-def _say_input(source: sources.Source, mean: Any, std: Any) -> sources.Source:
+def _say_input(source: formats.Source, mean: Any, std: Any) -> formats.Source:
   """Puts the mean and std of the input into the record, and a note where they are only assumed."""
   record = source.record
   if mean is not None and std is not None:
@@ -259,7 +260,7 @@ def _may_be_normalised(record: dict[str, Any]) -> bool:
   return any(project in record["source"]["format"] for project in ("timm", "transformers"))
 
 
-def _flexify(source: sources.Source, patch_size: Size, posemb_size: Size) -> sources.Source:
+def _flexify(source: formats.Source, patch_size: Size, posemb_size: Size) -> formats.Source:
   kernel = source.params["embedding"]["kernel"]
   if "pos_embedding" not in source.params:
     raise errors.UserError("flexify: the model has no learned positions to resize.")

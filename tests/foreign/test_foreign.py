@@ -1,7 +1,7 @@
 import pytest
 
 from flexivit_jax.errors import UserError
-from flexivit_jax.weights import foreign
+from flexivit_jax.weights.export import frameworks as foreign
 
 
 def test_a_package_that_is_not_there_is_an_error_that_says_what_for():

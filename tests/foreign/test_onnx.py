@@ -10,7 +10,8 @@ from safetensors.numpy import save_file
 
 from flexivit_jax import cli, errors, exporting, trees, weights
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate, onnx_folder
+from flexivit_jax.weights import certificate
+from flexivit_jax.weights.export import onnx as onnx_folder
 
 FIELDS = dict(num_classes=5, patch_size=(6, 6), posemb_size=(3, 3), layer_norm_eps=1e-3)
 FIELDS |= dict(width=16, depth=2, mlp_dim=24, num_heads=4)

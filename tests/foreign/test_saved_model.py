@@ -9,7 +9,8 @@ import pytest
 from flexivit_jax import cli, exporting, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate, saved_model
+from flexivit_jax.weights import certificate
+from flexivit_jax.weights.export import saved_model
 
 FIELDS = dict(
   num_classes=5, patch_size=(6, 6), posemb_size=(3, 3), width=16, depth=2, mlp_dim=24, num_heads=4

@@ -15,7 +15,9 @@ from safetensors.numpy import save_file
 from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import bare, certificate, foreign, timm_folder, timm_names
+from flexivit_jax.weights import bare, certificate
+from flexivit_jax.weights.export import frameworks as foreign
+from flexivit_jax.weights.timm import folder as timm_folder, names as timm_names
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

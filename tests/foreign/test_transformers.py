@@ -9,7 +9,8 @@ import pytest
 from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import foreign, transformers_families
+from flexivit_jax.weights.export import frameworks as foreign
+from flexivit_jax.weights.transformers import families as transformers_families
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
 BERT = SIZE | dict(intermediate_size=48)

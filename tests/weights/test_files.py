@@ -17,7 +17,8 @@ from flexivit_jax import weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.running import checkpoint
-from flexivit_jax.weights import files, foreign
+from flexivit_jax.weights import files
+from flexivit_jax.weights.export import frameworks as foreign
 
 
 def test_a_bomb_is_refused_before_memory_is_taken(tmp_path):

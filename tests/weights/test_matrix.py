@@ -13,7 +13,8 @@ from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.running import checkpoint
-from flexivit_jax.weights import big_vision, files, timm_writer
+from flexivit_jax.weights import big_vision, files
+from flexivit_jax.weights.timm import writer as timm_writer
 
 FIELDS = dict(
   num_classes=5, patch_size=(8, 8), posemb_size=(3, 3), width=16, depth=2, mlp_dim=24, num_heads=4

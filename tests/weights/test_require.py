@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from flexivit_jax.errors import UserError
-from flexivit_jax.weights import foreign
+from flexivit_jax.weights.export import frameworks as foreign
 
 FAILURES = {
   "RuntimeError('operator torchvision::nms does not exist')": "RuntimeError: operator torchvision::nms does not exist",

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from safetensors.numpy import save_file
 
 from flexivit_jax import data, errors, inspection, trees, weights
-from flexivit_jax.weights import stated, timm_images, transformers_images
+from flexivit_jax.weights import stated
+from flexivit_jax.weights.timm import images as timm_images
+from flexivit_jax.weights.transformers import images as transformers_images
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]

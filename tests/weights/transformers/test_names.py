@@ -10,7 +10,10 @@ from safetensors.numpy import save_file
 
 from flexivit_jax import convert, trees, weights
 from flexivit_jax.errors import UserError
-from flexivit_jax.weights import transformers_config, transformers_names
+from flexivit_jax.weights.transformers import (
+  config as transformers_config,
+  names as transformers_names,
+)
 
 D, HEADS, MLP, DEPTH, PATCH, IMAGE, CELLS, CLASSES = 16, 4, 24, 2, 4, 16, 16, 5
 VIT = dict(

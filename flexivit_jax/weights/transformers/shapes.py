@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors, trees
-from flexivit_jax.weights.transformers_config import Spec
-from flexivit_jax.weights.transformers_families import PROJECTION
+from flexivit_jax.weights.transformers.config import Spec
+from flexivit_jax.weights.transformers.families import PROJECTION
 
 Arrays = Mapping[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]

@@ -13,7 +13,8 @@ import numpy as np
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import vit
-from flexivit_jax.weights import big_vision, timm_layers, timm_shapes
+from flexivit_jax.weights import big_vision, torch_layout as timm_layers
+from flexivit_jax.weights.timm import shapes as timm_shapes
 
 Arrays = Mapping[str, np.ndarray]
 

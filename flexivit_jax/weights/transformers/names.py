@@ -8,9 +8,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from flexivit_jax.weights import timm_names, transformers_shapes
-from flexivit_jax.weights.transformers_config import Spec
-from flexivit_jax.weights.transformers_shapes import MAP, MASK, POOLER, REGISTERS
+from flexivit_jax.weights.timm import names as timm_names
+from flexivit_jax.weights.transformers import shapes as transformers_shapes
+from flexivit_jax.weights.transformers.config import Spec
+from flexivit_jax.weights.transformers.shapes import MAP, MASK, POOLER, REGISTERS
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from flexivit_jax import errors
 from flexivit_jax.weights import class_labels, other_models
-from flexivit_jax.weights.transformers_families import FAMILIES, PROJECTION, Family, Head
+from flexivit_jax.weights.transformers.families import FAMILIES, PROJECTION, Family, Head
 
 Config = Mapping[str, Any]
 Size = tuple[int, int]

@@ -20,12 +20,12 @@ from flexivit_jax.models.flexivit import Size
 from flexivit_jax.weights import (
   baking,
   folders,
+  formats,
   reading,
-  sources,
   stated,
-  timm_folder,
-  timm_layers,
+  torch_layout as timm_layers,
 )
+from flexivit_jax.weights.timm import folder as timm_folder
 
 WEIGHTS = timm_folder.WEIGHTS[0]
 _POOLS = {"tok": "token", "gap": "avg", "map": "map"}
@@ -218,7 +218,7 @@ def _check(model: FlexiViT) -> None:
 def _record(model: FlexiViT, record: dict[str, Any], image_hw: Size | None) -> dict[str, Any]:
   """The record, which is now about the arrays that are written."""
   patch, grid = list(model.patch_size), list(model.posemb_size)
-  about = {"native_patch_size": patch, "native_grid": grid, "position": sources.POSITIONS["learn"]}
+  about = {"native_patch_size": patch, "native_grid": grid, "position": formats.POSITIONS["learn"]}
   about |= {} if image_hw is None else {"image_size": list(image_hw)}
   written = {"patch_size": patch, "posemb_size": grid, "posemb": "learn", "scan": False}
   written["kernel_moment"] = None if model.kernel_moment is None else list(model.kernel_moment)

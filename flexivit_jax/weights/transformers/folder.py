@@ -8,7 +8,8 @@ import re
 from typing import Any
 
 from flexivit_jax import errors
-from flexivit_jax.weights import files, timm_folder
+from flexivit_jax.weights import files
+from flexivit_jax.weights.timm import folder as timm_folder
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")

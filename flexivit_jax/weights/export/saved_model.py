@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from flexivit_jax import artifact, trees
+from flexivit_jax import trees
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import baking, folders, foreign
+from flexivit_jax.weights import baking, folders
+from flexivit_jax.weights.export import artifact, frameworks as foreign
 
 FORMAT = "flexivit saved model 1"
 

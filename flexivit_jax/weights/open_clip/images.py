@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flexivit_jax.weights import timm_folder, timm_images
 from flexivit_jax.weights.stated import Size, Stated
-from flexivit_jax.weights.transformers_images import CLIP
+from flexivit_jax.weights.timm import folder as timm_folder, images as timm_images
+from flexivit_jax.weights.transformers.images import CLIP
 
 CONFIG = "open_clip_config.json"
 _MODES = {"shortest": "center", "squash": "squash", "longest": "border"}

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from flexivit_jax import errors
-from flexivit_jax.weights import folders, onnx_folder
+from flexivit_jax.weights import folders
+from flexivit_jax.weights.export import onnx as onnx_folder
 
 PARTS = {"weights.bin": b"weights", "seqhw_04.onnx": b"four", "seqhw_15.onnx": b"fifteen"}
 RECORD = {"format": "flexivit onnx 1", "sizes": [4, 15]}

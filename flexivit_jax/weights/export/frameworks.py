@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Float
 
 from flexivit_jax import errors
-from flexivit_jax.weights import files, onnx_graph
+from flexivit_jax.weights import files
+from flexivit_jax.weights.export import onnx_graph
 
 # Packages that a package imports late, in the middle of a conversion: an image library of another build than torch.
 _COMPANIONS = {"timm": ("torch", "torchvision"), "transformers": ("torch", "torchvision")}

@@ -13,15 +13,14 @@ from flexivit_jax import errors, trees
 from flexivit_jax.data import class_names
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
-from flexivit_jax.weights import (
-  folders,
-  stated,
-  transformers_config,
-  transformers_folder,
-  transformers_images,
-)
+from flexivit_jax.weights import folders, stated
 from flexivit_jax.weights.baking import bake
-from flexivit_jax.weights.transformers_families import FAMILIES
+from flexivit_jax.weights.transformers import (
+  config as transformers_config,
+  folder as transformers_folder,
+  images as transformers_images,
+)
+from flexivit_jax.weights.transformers.families import FAMILIES
 
 _VIT = FAMILIES["vit"]
 _BILINEAR = 2  # Pillow's number

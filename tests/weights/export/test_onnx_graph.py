@@ -7,7 +7,8 @@ from scipy import special
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import bake, certificate, onnx_graph
+from flexivit_jax.weights import bake, certificate
+from flexivit_jax.weights.export import onnx_graph
 
 FIELDS = dict(num_classes=5, patch_size=(6, 6), posemb_size=(3, 3), layer_norm_eps=1e-3)
 FIELDS |= dict(width=16, depth=2, mlp_dim=24, num_heads=4)

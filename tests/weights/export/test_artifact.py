@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from flexivit_jax import artifact
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate, files, stablehlo
+from flexivit_jax.weights import certificate, files
+from flexivit_jax.weights.export import artifact, stablehlo
 
 FIELDS = dict(num_classes=5, patch_size=(6, 6), posemb_size=(3, 3))
 FIELDS |= dict(width=16, depth=1, mlp_dim=24, num_heads=4)

@@ -14,19 +14,22 @@ from flexivit_jax.weights import (
   big_vision,
   files,
   folders,
-  open_clip_images,
-  open_clip_names,
   other_models,
   registry,
   stated,
-  timm_folder,
-  timm_images,
-  timm_names,
-  transformers_config,
-  transformers_folder,
-  transformers_images,
-  transformers_names,
   wrappers,
+)
+from flexivit_jax.weights.open_clip import images as open_clip_images, names as open_clip_names
+from flexivit_jax.weights.timm import (
+  folder as timm_folder,
+  images as timm_images,
+  names as timm_names,
+)
+from flexivit_jax.weights.transformers import (
+  config as transformers_config,
+  folder as transformers_folder,
+  images as transformers_images,
+  names as transformers_names,
 )
 
 POSITIONS = {"learn": "grid; the class token has none", "sincos2d": "sine-cosine"}

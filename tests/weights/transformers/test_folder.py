@@ -12,7 +12,10 @@ from flexivit_jax import weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.running import checkpoint
-from flexivit_jax.weights import transformers_folder, transformers_images
+from flexivit_jax.weights.transformers import (
+  folder as transformers_folder,
+  images as transformers_images,
+)
 
 CONFIG = {"model_type": "vit", "architectures": ["ViTModel"]}
 INDEX = "model.safetensors.index.json"

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from flexivit_jax import errors
-from flexivit_jax.weights import other_models, timm_shapes
+from flexivit_jax.weights import other_models
+from flexivit_jax.weights.timm import shapes as timm_shapes
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import transformers_writer
+from flexivit_jax.weights.transformers import writer as transformers_writer
 
 FIELDS = dict(
   num_classes=5, patch_size=(6, 6), posemb_size=(3, 3), width=16, depth=2, mlp_dim=24, num_heads=4

@@ -14,9 +14,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from flexivit_jax import artifact, errors, trees
+from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import baking, folders, foreign, onnx_graph, reading
+from flexivit_jax.weights import baking, folders, reading
+from flexivit_jax.weights.export import artifact, frameworks as foreign, onnx_graph
 
 FORMAT = "flexivit onnx 1"
 WEIGHTS = "weights.bin"
