@@ -15,19 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from flexivit_jax import arguments, inference, outputs, trees, weights
+from flexivit_jax import arguments, trees, weights
 from flexivit_jax.data.inputs import find_images
 from flexivit_jax.devices import compilation
 from flexivit_jax.evaluators import per_size
-from flexivit_jax.inference import Size
+from flexivit_jax.inference import outputs, predictor
+from flexivit_jax.inference.predictor import Size
 
 
 def run(args: argparse.Namespace) -> None:
   """Writes the features of args.image."""
   compilation.keep_programs()
   outputs.check_new(args.out, WRITERS, args.overwrite)
-  loaded = inference.load(args.checkpoint, args.image_size, **arguments.loading(args))
-  sizes = inference.sizes_of(args.seqhw, loaded)
+  loaded = predictor.load(args.checkpoint, args.image_size, **arguments.loading(args))
+  sizes = predictor.sizes_of(args.seqhw, loaded)
   weights.print_notes(loaded.record)
   inputs = find_images(args.image, outputs.note)
   tally = outputs.Tally(len(inputs), progress=True)
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     with outputs.writing(args.out):
       writer = WRITERS[args.out.suffix.lower()](part, sizes, loaded)
     stack.enter_context(contextlib.closing(writer))
-    stream = inference.outcomes(loaded, fn, inputs, sizes, batch_size=args.batch_size)
+    stream = predictor.outcomes(loaded, fn, inputs, sizes, batch_size=args.batch_size)
     for outcome in stack.enter_context(contextlib.closing(stream)):
       tally.add(outcome.file, outcome.error)
       if outcome.error is None:
@@ -77,7 +78,7 @@ class Writer(Protocol):
 class _Csv:
   """A row for each image and size: file, seqhw, f0, f1, ..."""
 
-  def __init__(self, path: pathlib.Path, sizes: Sequence[Size], loaded: inference.Loaded):
+  def __init__(self, path: pathlib.Path, sizes: Sequence[Size], loaded: predictor.Loaded):
     self._sizes = [per_size.size_text(size) for size in sizes]
     self._file = path.open("x", encoding="utf-8", errors="backslashreplace", newline="")
     self._writer = csv.writer(self._file)
@@ -98,7 +99,7 @@ class _Csv:
 class _Npz:
   """Arrays by name. Rows wait in files on the disk, so that memory does not grow with the images."""
 
-  def __init__(self, path: pathlib.Path, sizes: Sequence[Size], loaded: inference.Loaded):
+  def __init__(self, path: pathlib.Path, sizes: Sequence[Size], loaded: predictor.Loaded):
     self._path, self._sizes, self._loaded = path, sizes, loaded
     self._files: list[str] = []
     self._open = contextlib.ExitStack()
@@ -150,7 +151,7 @@ def _header(member: Any, shape: tuple[int, int]) -> None:
   )
 
 
-WRITERS: dict[str, Callable[[pathlib.Path, Sequence[Size], inference.Loaded], Writer]] = {
+WRITERS: dict[str, Callable[[pathlib.Path, Sequence[Size], predictor.Loaded], Writer]] = {
   ".npz": _Npz,
   ".csv": _Csv,
 }

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from flexivit_jax import arguments, errors, inference, outputs, weights
+from flexivit_jax import arguments, errors, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.data.inputs import Input, find_images
 from flexivit_jax.devices import compilation
 from flexivit_jax.evaluators import per_size
+from flexivit_jax.inference import outputs, predictor
 
 
 class Prediction(NamedTuple):
@@ -32,7 +33,7 @@ class Prediction(NamedTuple):
   """
 
   file: str
-  seqhw: inference.Size | None = None
+  seqhw: predictor.Size | None = None
   top: Sequence[tuple[int, str, float]] = ()
   ms: float | None = None
   error: str | None = None
@@ -45,9 +46,9 @@ def run(args: argparse.Namespace) -> None:
     raise errors.UserError(f"--top_k={args.top_k}; expected 1 or more.")
   if args.out:
     outputs.check_new(args.out, WRITERS, args.overwrite)
-  loaded = inference.load(args.checkpoint, args.image_size, **arguments.loading(args))
+  loaded = predictor.load(args.checkpoint, args.image_size, **arguments.loading(args))
   _check_classes(loaded)
-  sizes = inference.sizes_of(args.seqhw, loaded)
+  sizes = predictor.sizes_of(args.seqhw, loaded)
   weights.print_notes(loaded.record)
   inputs = find_images(args.image, outputs.note)
   printed = args.json or not args.out
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 def predict(
   images: Sequence[str | os.PathLike[str]],
   checkpoint: str | os.PathLike[str],
-  seqhw: inference.Size,
+  seqhw: predictor.Size,
   image_size: int | None = None,
   k: int = 5,
   batch_size: int | None = None,
@@ -85,12 +86,12 @@ def predict(
     seqhw: tokens per side, or (per column, per row).
     image_size: pixels a side for weights that do not say; default that of a fixed model, or 240 as in the paper.
     k: how many classes.
-    batch_size: images at a time; see `inference.outcomes`.
+    batch_size: images at a time; see `predictor.outcomes`.
 
   Raises:
     UserError: an image that cannot be read, a size that does not divide it, `image_size` where it is known already.
   """
-  loaded = inference.load(checkpoint, image_size)
+  loaded = predictor.load(checkpoint, image_size)
   _check_classes(loaded)
   inputs = [Input(os.fspath(path)) for path in images]
   rows = [rows[0] for _, rows in predictions(loaded, inputs, [seqhw], k, batch_size)]
@@ -100,9 +101,9 @@ def predict(
 
 
 def predictions(
-  loaded: inference.Loaded,
+  loaded: predictor.Loaded,
   inputs: Sequence[Input],
-  sizes: Sequence[inference.Size],
+  sizes: Sequence[predictor.Size],
   k: int = 5,
   batch_size: int | None = None,
   timed: bool = False,
@@ -112,7 +113,7 @@ def predictions(
   known = class_names.of_record(record, model.num_classes, f"the checkpoint {loaded.name}").names
   names = known or [""] * model.num_classes
   with contextlib.closing(
-    inference.outcomes(loaded, _probabilities, inputs, sizes, batch_size=batch_size, timed=timed)
+    predictor.outcomes(loaded, _probabilities, inputs, sizes, batch_size=batch_size, timed=timed)
   ) as outcomes:
     for file, found, error, ms in outcomes:
       if error is not None:
@@ -127,7 +128,7 @@ def _probabilities(result: tuple[Float[Array, "n k"], dict[str, Any]]) -> Float[
   return jax.nn.softmax(result[0])
 
 
-def _check_classes(loaded: inference.Loaded) -> None:
+def _check_classes(loaded: predictor.Loaded) -> None:
   if not loaded.model.num_classes:
     raise errors.UserError(f"{loaded.name} has no classes; `flexivit embed` writes its features.")
 
@@ -143,7 +144,7 @@ Sink = Callable[[Prediction], None]
 
 
 @contextlib.contextmanager
-def _sinks(args: argparse.Namespace, sizes: int, loaded: inference.Loaded) -> Iterator[list[Sink]]:
+def _sinks(args: argparse.Namespace, sizes: int, loaded: predictor.Loaded) -> Iterator[list[Sink]]:
   """What takes each answer: stdout, the file of --out, or both. The file is there only after the last answer."""
   sinks: list[Sink] = []
   if args.json:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, embed, inference, trees, weights
+from flexivit_jax import cli, embed, trees, weights
+from flexivit_jax.inference import predictor
 from flexivit_jax.models import FlexiViT
 
 
@@ -49,7 +50,7 @@ def run(capsys, *args):
 
 
 def expected(file, image, **size):
-  loaded = inference.load(file)
+  loaded = predictor.load(file)
   pixels = loaded.prepare(str(image))[None]
   return np.asarray(loaded.model.apply({"params": loaded.params}, pixels, **size)[1]["pre_logits"])[
     0
@@ -70,7 +71,7 @@ def test_features_are_the_pre_logits_in_the_order_of_the_inputs(
   assert found["features"].dtype == np.float32 and found["features"].shape == (6, d)
   for name, row in zip(names, found["features"], strict=True):
     np.testing.assert_allclose(row, expected(file, name, seqhw=4), atol=1e-5)
-  assert found["weights"] == trees.digest(inference.load(file).params)
+  assert found["weights"] == trees.digest(predictor.load(file).params)
   assert sorted(os.listdir()) == ["f.npz", "photos"]
 
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from flexivit_jax import cli, inference, outputs, predict, weights
+from flexivit_jax import cli, predict, weights
 from flexivit_jax.data.inputs import Input
+from flexivit_jax.inference import outputs, predictor
 from flexivit_jax.models import FlexiViT
 
 NAMES = ["cat", 'a "quoted", name', "two\nlines", "Löwe", "=1+1"]
@@ -48,7 +49,7 @@ def model(save):
 
 @pytest.fixture(scope="module")
 def loaded(model):
-  return inference.load(model)
+  return predictor.load(model)
 
 
 def picture(seed=0, mode="RGB", size=(30, 26)):
@@ -141,7 +142,7 @@ def test_images_are_read_only_a_little_ahead(loaded):
 
 def test_images_of_several_shapes_are_answered_in_order(save, photos):
   """A preprocessing that keeps the aspect ratio gives a shape for each image."""
-  whole = inference.load(save(record={"pp": "decode|resize_small(8)|value_range(-1, 1)"}))
+  whole = predictor.load(save(record={"pp": "decode|resize_small(8)|value_range(-1, 1)"}))
   sizes = [(16, 16), (16, 16), (32, 16), (16, 16), (16, 64)]
   for i, size in enumerate(sizes):
     picture(i, size=size).save(f"{i}.png")
@@ -164,7 +165,7 @@ KINDS = {"jpg": "JPEG", "tif": "TIFF", "ppm": "PPM"}
 
 
 def test_every_mode_of_every_format_is_answered_or_named(save, loaded, tmp_path):
-  grey = inference.load(save(channels=1))
+  grey = predictor.load(save(channels=1))
   files = []
   for suffix, modes in MODES.items():
     for mode in modes:
@@ -409,7 +410,7 @@ def test_a_model_without_classes_is_one_line_whose_advice_works(save, photos, ca
 
 
 def test_a_model_of_one_channel_sees_images_in_grey(save, tmp_path):
-  grey = inference.load(save(channels=1))
+  grey = predictor.load(save(channels=1))
   colour = picture(1)
   colour.save(tmp_path / "colour.png")
   colour.convert("L").save(tmp_path / "grey.png")  # ITU-R 601, as timm does
@@ -438,7 +439,7 @@ def test_a_photo_is_upright_however_the_phone_was_held(save, tmp_path, pp, orien
   exif[0x0112] = orientation
   (tmp_path / "phone.png").write_bytes(encoded(stored, "PNG", exif=exif))
   (tmp_path / "scan.png").write_bytes(encoded(upright, "PNG"))
-  prepare = inference.preparer(f"{pp}resize(24)|value_range(-1, 1)", 3)
+  prepare = predictor.preparer(f"{pp}resize(24)|value_range(-1, 1)", 3)
   np.testing.assert_array_equal(*(prepare(str(tmp_path / f"{n}.png")) for n in ("phone", "scan")))
-  as_stored = inference.preparer("decode(exif=False)|value_range(-1, 1)", 3)
+  as_stored = predictor.preparer("decode(exif=False)|value_range(-1, 1)", 3)
   assert as_stored(str(tmp_path / "phone.png")).shape[:2] == stored.size[::-1]
