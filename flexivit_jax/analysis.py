@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flexivit_jax import config, errors, evaluate, experiment, weights
+from flexivit_jax import config, errors, experiment, sizes, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import results
@@ -62,7 +62,7 @@ def open_checkpoint(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, 
     made.error(f"unknown argument {unknown[0]}")
   given = config.load(args.config, [a.removeprefix("--config.") for a in rest])
   section = main_section(given)
-  seqhw = section["seqhw"] if args.seqhw == "all" else evaluate.parse_sizes(args.seqhw)
+  seqhw = section["seqhw"] if args.seqhw == "all" else sizes.parse(args.seqhw)
   model, params, record = weights.load_with_record(args.checkpoint)
   classes = class_names.known_of(record, model.num_classes, f"the checkpoint {args.checkpoint}")
   mesh = sharding.make_mesh()

@@ -7,7 +7,8 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from flexivit_jax import arguments, errors
+from flexivit_jax import errors
+from flexivit_jax.commands import options
 from flexivit_jax.devices import allocator
 from flexivit_jax.running import signals
 
@@ -19,19 +20,19 @@ _OF_PATHS = {
 }
 BROKEN_PIPE = 128 + 13  # as a shell counts SIGPIPE
 MODULES = {
-  "plan": "plan",
-  "bench": "bench",
+  "plan": "commands.plan",
+  "bench": "commands.bench",
   "train": "train",
-  "eval": "evaluate",
-  "predict": "predict",
-  "embed": "embed",
+  "eval": "commands.evaluate",
+  "predict": "commands.predict",
+  "embed": "commands.embed",
   "report": "report",
-  "inspect": "inspection",
-  "convert": "convert",
-  "export": "exporting",
+  "inspect": "commands.inspect",
+  "convert": "commands.convert",
+  "export": "commands.export",
   "flexify": "flexify",
-  "verify": "verify",
-  "replay": "replay",
+  "verify": "commands.verify",
+  "replay": "commands.replay",
   "reproduce": "reproduce",
 }
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> None:
-  args = arguments.parse(argv)
+  args = options.parse(argv)
   module = MODULES[args.command]
   allocator.keep_memory()
   importlib.import_module(f"flexivit_jax.{module}").run(args)

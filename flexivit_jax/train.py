@@ -7,6 +7,7 @@ is measured is an evaluator. The same command continues a run that was stopped.
 import argparse
 import contextlib
 import functools
+import importlib
 import inspect
 import os
 import pathlib
@@ -19,8 +20,8 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from flexivit_jax import arguments, config, errors, experiment, folders, heartbeat
-from flexivit_jax.devices import allocator, compilation, sharding
+from flexivit_jax import config, errors, experiment, folders, heartbeat
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import label, size_text
 from flexivit_jax.experiment import following, preparation
@@ -654,12 +655,5 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-  allocator.keep_memory()
-  try:
-    run(arguments.parse(["train", *sys.argv[1:]]))
-  except errors.UserError as e:
-    sys.exit(f"flexivit: error: {e}")
-  except signals.Stopped:
-    distributed.leave(signals.STOPPED)
-    signals.leave()
-  distributed.leave(0)
+  # The command of big_vision's style. By name, for an import of `cli` would point upwards.
+  importlib.import_module("flexivit_jax.cli").entry(["train", *sys.argv[1:]])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import arguments, cli, errors
-from flexivit_jax.evaluate import parse_sizes
+from flexivit_jax import cli, errors, sizes
+from flexivit_jax.commands import options
 
 DEMO = ["--config.total_steps=20", "--config.model.depth=1", "--config.model.width=16"]
 DEMO += ["--config.checkpoint.every_steps=20", "--config.optim.schedule.warmup_steps=2"]
@@ -50,7 +50,9 @@ def test_help_answers_at_once(command, tmp_path):
 
 
 def test_help_imports_no_jax():
-  code = "import sys, flexivit_jax.cli, flexivit_jax.arguments; sys.exit('jax' in sys.modules)"
+  code = (
+    "import sys, flexivit_jax.cli, flexivit_jax.commands.options; sys.exit('jax' in sys.modules)"
+  )
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -168,20 +170,20 @@ def test_tensorflow_is_never_imported(run, tmp_path):
 
 
 def test_sizes_on_the_command_line():
-  assert parse_sizes("5,8,4x6") == (5, 8, (4, 6))
+  assert sizes.parse("5,8,4x6") == (5, 8, (4, 6))
   for bad in ("", "5,", "0", "4x", "1x2x3", "-5", "x"):
     with pytest.raises(errors.UserError, match="no size"):
-      parse_sizes(bad)
+      sizes.parse(bad)
 
 
 def test_what_a_command_takes_without_dashes_is_named():
   with pytest.raises(errors.UserError, match="`flexivit plan` takes CONFIG without --config"):
-    arguments.parse(["plan", "configs/digits.py", "--config=configs/digits.py"])
+    options.parse(["plan", "configs/digits.py", "--config=configs/digits.py"])
 
 
 def test_overrides_without_a_config_are_refused():
   with pytest.raises(errors.UserError, match="no effect"):
-    arguments.parse(["report", "x", "--config.a=1"])
+    options.parse(["report", "x", "--config.a=1"])
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
@@ -194,10 +196,10 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 
 def test_a_path_behind_an_equals_sign_may_begin_with_the_home_folder(tmp_path, monkeypatch, capsys):
-  from flexivit_jax import arguments
+  from flexivit_jax.commands import options
 
   def workdir(text):
-    return str(arguments.parse(["train", "--config=digits", f"--workdir={text}"]).workdir)
+    return str(options.parse(["train", "--config=digits", f"--workdir={text}"]).workdir)
 
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
   monkeypatch.chdir(tmp_path)

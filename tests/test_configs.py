@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from flexivit_jax import config, data, errors, experiment, plan, train
-from flexivit_jax.experiment import sections
+from flexivit_jax import config, data, errors, experiment, train
+from flexivit_jax.experiment import costs, sections
 from flexivit_jax.running import metrics
 from flexivit_jax.training import schedules
 
@@ -154,8 +154,8 @@ def arguments_of(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_wrong_value_of_every_argument_is_one_line(name, monkeypatch, photos):
-  teacher = functools.partial(plan._planned_teacher, shapes=False)
-  planned, own = plan.PLANNED._replace(teacher=teacher), f"data_dir={photos}"
+  teacher = functools.partial(costs._planned_teacher, shapes=False)
+  planned, own = costs.PLANNED._replace(teacher=teacher), f"data_dir={photos}"
   for argument, default in arguments_of(name, monkeypatch).items():
     wrong = () if argument in FREE else WRONG[type(default)]
     for text in (*(f"{argument}={value}" for value in wrong), f"{argument}{argument[-1]}=1"):

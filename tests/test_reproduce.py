@@ -11,21 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import (
-  arguments,
-  cli,
-  config,
-  data,
-  imagenet_sets,
-  plan,
-  published,
-  reproduce,
-  trees,
-  weights,
-)
+from flexivit_jax import cli, config, data, imagenet_sets, published, reproduce, trees, weights
+from flexivit_jax.commands import options
 from flexivit_jax.data import label_maps
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import results
+from flexivit_jax.experiment import costs
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import gmacs
 from flexivit_jax.reproduce import comparing, items, measuring
@@ -61,7 +52,7 @@ def test_all_that_items_name_exists(repository):
     for command in item.how:
       word, *rest = shlex.split(command, comments=True)
       if word == "flexivit":
-        arguments.parse(rest)
+        options.parse(rest)
       if word == "python":
         assert (repository / rest[0]).is_file()
   assert known == set(published.names())
@@ -107,7 +98,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
 def test_costs_are_those_of_the_plan(monkeypatch):
   monkeypatch.setattr(reproduce, "ITEMS", {"fig5": items.ITEMS["fig5"]})
   lines = reproduce.listing(costs=True)
-  each = [plan.costs(config.load(c, []))["hours"]["v3-32"] for c in items.ITEMS["fig5"].configs]
+  each = [costs.costs(config.load(c, []))["hours"]["v3-32"] for c in items.ITEMS["fig5"].configs]
   hours = [found["training"] for found in each]
   assert lines[0] == "Costs are the time of a TPU v3-32 at 40% of its peak."
   assert f"    cost: {sum(hours):.0f} h to train all 2" in lines
@@ -311,7 +302,7 @@ def test_a_protocol_and_a_folder_of_images_are_said_to_differ(checkpoints, small
 )
 def test_what_cannot_be_measured_is_said_at_once(arguments, words, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
-  assert cli.main(["reproduce", *arguments]) == 2
+  assert cli.main(["reproduce", *options]) == 2
   assert re.search(words, capsys.readouterr().err)
   assert not list(tmp_path.iterdir())
 

@@ -55,7 +55,8 @@ def ours(kind: str, variant: str, seqhw: int, batch: int) -> Once:
   allocator.keep_memory()
   import jax
 
-  from flexivit_jax import bench, weights
+  from flexivit_jax import weights
+  from flexivit_jax.commands import bench
   from flexivit_jax.models import FlexiViT
 
   model = FlexiViT(num_classes=1000, variant=variant)
@@ -193,7 +194,7 @@ MAKE: dict[str, Callable[..., Once]] = {
 
 def compile_ours(variant: str, patches: list[int], batch: int) -> float:
   """Seconds to trace, lower and compile the training steps of all sizes."""
-  from flexivit_jax import bench
+  from flexivit_jax.commands import bench
   from flexivit_jax.models import FlexiViT
 
   model = FlexiViT(num_classes=1000, variant=variant)

@@ -20,7 +20,8 @@ import sys
 import time
 from typing import Any
 
-from flexivit_jax import arguments, cli, config, errors
+from flexivit_jax import cli, config, errors
+from flexivit_jax.commands import options
 from flexivit_jax.running import metrics
 from flexivit_jax.running.checkpoint import Checkpoints
 
@@ -90,7 +91,7 @@ def main() -> None:
   args, overrides = parser.parse_known_args()
   rng = random.Random(args.seed)
   whole, run = args.out / "whole", args.out / "run"
-  given = arguments.parse(command(args.config, whole, overrides)[3:])
+  given = options.parse(command(args.config, whole, overrides)[3:])
   config.load(given.config, given.overrides)
   log_file = make_room(args.out)
   begun = time.monotonic()

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from flexivit_jax import bench, cli
+from flexivit_jax import cli
+from flexivit_jax.commands import bench
 from flexivit_jax.experiment import loaders
 from flexivit_jax.models import FlexiViT
 

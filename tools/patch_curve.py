@@ -20,7 +20,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from flexivit_jax import cli, errors, evaluate, experiment, weights
+from flexivit_jax import cli, errors, experiment, sizes, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import results
@@ -68,7 +68,7 @@ def settings(args: argparse.Namespace, kernel: Sequence[int]) -> list[tuple[int,
       raise errors.UserError("--patches goes with --grid; without it give --seqhw.")
     given = "5,6,8,10,12,15,16,20,24,30" if args.seqhw is None else args.seqhw
     side = 240 if args.image_size is None else args.image_size
-    return [(side, side, evaluate.parse_sizes(given))]
+    return [(side, side, sizes.parse(given))]
   if args.seqhw is not None or args.image_size is not None:
     raise errors.UserError(
       "With --grid the image follows the patch: give --patches, no --seqhw or --image_size."
@@ -78,7 +78,7 @@ def settings(args: argparse.Namespace, kernel: Sequence[int]) -> list[tuple[int,
       f"--grid is for a square kernel; that of the model has {tuple(kernel)} pixels."
     )
   given = "8,12,16,24,32" if args.patches is None else args.patches
-  patches = evaluate.parse_sizes(given)
+  patches = sizes.parse(given)
   return [(args.grid * kernel[0], args.grid * patch, (args.grid,)) for patch in patches]
 
 

@@ -12,8 +12,9 @@ says, which a test compares with compiled programs of eight devices. Assumed:
 import argparse
 from typing import Any
 
-from flexivit_jax import cli, config, experiment, plan
+from flexivit_jax import cli, config, experiment
 from flexivit_jax.devices import collectives, sharding
+from flexivit_jax.experiment import costs
 from flexivit_jax.training import patch_schedule
 
 PEAK, LINKS, REACHED = 197e12, 200e9, 0.4
@@ -42,8 +43,8 @@ def main() -> None:
   args = parser.parse_args()
   for variant in args.variants.split(","):
     settings = config.load(f"{args.config}:variant={variant}", [])
-    exp = experiment.build(**plan.on_accelerator(settings), opening=plan.PLANNED)
-    state = plan.state_of(exp)
+    exp = experiment.build(**costs.on_accelerator(settings), opening=costs.PLANNED)
+    state = costs.state_of(exp)
     print(f"\n{variant}, batch {exp.batch_size}, {args.config}:\n")
     print("| data x fsdp | state, MiB a device | sent, MiB a device and step | computing, ms | sending, ms | "
           "efficiency, none hidden | all hidden |\n|---|---|---|---|---|---|---|")  # fmt: skip

@@ -22,7 +22,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import calibration, cli, cue_conflict, data, errors, evaluate, weights
+from flexivit_jax import calibration, cli, cue_conflict, data, errors, sizes, weights
 from flexivit_jax.data import label_maps
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import results
@@ -126,7 +126,7 @@ def main() -> None:
   categories = label_maps.cue_conflict()
   images = cue_conflict.conflicts(args.images, list(categories))
   model, params = weights.load(args.checkpoint)
-  seqhw = evaluate.parse_sizes(args.seqhw)
+  seqhw = sizes.parse(args.seqhw)
   rows = measure(model, params, images, categories, seqhw=seqhw, size=args.size)
   args.out.mkdir(parents=True, exist_ok=True)
   (args.out / "shape_texture.json").write_text(json.dumps(rows, indent=1) + "\n")

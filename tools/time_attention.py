@@ -17,7 +17,7 @@ allocator.keep_memory()
 import jax
 import jax.numpy as jnp
 
-from flexivit_jax import bench
+from flexivit_jax.commands import bench
 from flexivit_jax.models import attention
 
 

@@ -19,7 +19,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import analysis, cli, errors, evaluate
+from flexivit_jax import analysis, cli, errors, sizes
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
@@ -88,17 +88,17 @@ def main() -> None:
   args, (model, params, data, mesh, *_) = analysis.open_checkpoint(parser)
   first = next(iter(data))
   images = np.asarray(first["image"][:IMAGES])
-  given = evaluate.parse_sizes(f"{args.seqhw},{args.others}")
+  given = sizes.parse(f"{args.seqhw},{args.others}")
   if len(set(given)) != len(given):
     raise errors.UserError(f"--seqhw {args.seqhw} --with {args.others}: a size stands there twice.")
-  sizes = sizes_of(given)
-  grids = [which_grid(images.shape[1:3], model.patch_size, **size).grid_hw for size in sizes]
+  static = sizes_of(given)
+  grids = [which_grid(images.shape[1:3], model.patch_size, **size).grid_hw for size in static]
   fn = functools.partial(tokens, model=model)
-  runner = PerSize(fn, model, data, mesh, sizes=sizes, inputs=("image",))
+  runner = PerSize(fn, model, data, mesh, sizes=static, inputs=("image",))
   runner.compile(params)
   names = [label(runner.names(size)) for size in runner.sizes.values()]
   places = [same_place(grids[0], grid) for grid in grids]
-  hits, seen, maps = np.zeros(len(sizes)), 0, {}
+  hits, seen, maps = np.zeros(len(static)), 0, {}
   for outputs in runner.outputs(params, data):
     found = jax.device_get([outputs[key] for key in runner.sizes])
     real = found[0][1] > 0

@@ -12,7 +12,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from flexivit_jax import arguments, data, errors, train, weights
+from flexivit_jax import data, errors, train, weights
+from flexivit_jax.commands import options
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.experiment import loaders, preparation
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     "on_error",
   )
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-  kept = flexify(args.init, args.data, args.out, loading=arguments.loading(args), **given)
+  kept = flexify(args.init, args.data, args.out, loading=options.loading(args), **given)
   print(retention.table(kept))
   print(f"wrote {args.out / 'model.npz'}, retention.json and README.md, the model card")
 

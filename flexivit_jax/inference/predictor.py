@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float32, UInt8
 from PIL import Image
 
-from flexivit_jax import arguments, data, errors, weights
+from flexivit_jax import data, errors, sizes, weights
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.evaluators import per_size
 from flexivit_jax.models import FlexiViT, flexivit
@@ -87,7 +87,7 @@ def sizes_of(text: str | None, loaded: Loaded) -> tuple[Size, ...]:
     of = f"{loaded.name} was trained at {shown}" if known else "e.g. --seqhw=8"
     raise errors.UserError(f"Give --seqhw, the tokens per side: more is finer and slower; {of}.")
   if text != "all":
-    return tuple(dict.fromkeys(arguments.parse_sizes(text)))
+    return tuple(dict.fromkeys(sizes.parse(text)))
   if not known:
     raise errors.UserError(
       f"--seqhw=all: {loaded.name} does not say at which sizes it was trained; give them, e.g. --seqhw=5,8."

@@ -7,7 +7,8 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flexivit_jax import config, data, errors, evaluate, imagenet_sets, plan, published, weights
+from flexivit_jax import config, data, errors, imagenet_sets, published, sizes, weights
+from flexivit_jax.experiment import costs
 from flexivit_jax.models.flexivit import FlexiViT, gmacs
 from flexivit_jax.reproduce import comparing, measuring
 from flexivit_jax.reproduce.items import (
@@ -91,7 +92,7 @@ def reproduce(args: argparse.Namespace) -> list[str]:
     args.sets.split(",") if args.sets else item.evaluation.sets,
     protocol,
     data_dir=args.data_dir,
-    seqhw=item.evaluation.seqhw if args.seqhw is None else evaluate.parse_sizes(args.seqhw),
+    seqhw=item.evaluation.seqhw if args.seqhw is None else sizes.parse(args.seqhw),
     **({} if args.batch_size is None else {"batch_size": args.batch_size}),
   )
   measured = measuring.measure(checkpoints, sets, args.out)
@@ -173,7 +174,7 @@ def _cost(item: Item) -> str:
 
 def _time(flops: float) -> str:
   """Two digits of the largest unit of which it is more than one."""
-  seconds = flops / (plan.MACHINES[MACHINE].flops * UTILISATION)
+  seconds = flops / (costs.MACHINES[MACHINE].flops * UTILISATION)
   unit, size = next(u for u in (("h", 3600), ("min", 60), ("s", 0)) if seconds >= u[1])
   count = seconds / (size or 1)
   return f"{count:,.0f} {unit}" if count >= 10 else f"{count:.2g} {unit}"
@@ -182,7 +183,7 @@ def _time(flops: float) -> str:
 @functools.cache
 def training_flops(name: str) -> float:
   """Of a config, as `flexivit plan` has it."""
-  return plan.training_flops(config.load(name, []))
+  return costs.training_flops(config.load(name, []))
 
 
 def evaluation_flops(item: Item) -> float:

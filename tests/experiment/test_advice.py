@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from flexivit_jax import arguments, cli, config, experiment
+from flexivit_jax import cli, config, experiment
+from flexivit_jax.commands import options as command_line
 
 # Options of other programs, commands of tools/ (of which test_reproduce.py knows), and variables of CSS.
 OTHERS = re.compile(r"--xla_\w+|--file_format|var\(--\w+|--\w+:")
@@ -18,7 +19,7 @@ ELSEWHERE = ("items.py", "comparing.py")
 def options():
   """The options of each command."""
   (commands,) = (
-    a for a in arguments.parser()._actions if isinstance(a, argparse._SubParsersAction)
+    a for a in command_line.parser()._actions if isinstance(a, argparse._SubParsersAction)
   )
   found = {}
   for name, parser in commands.choices.items():

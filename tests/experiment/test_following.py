@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import errors, train as train_lib, verify, weights
+from flexivit_jax import errors, train as train_lib, weights
+from flexivit_jax.commands import verify
 from flexivit_jax.evaluators import EVALUATORS, METRICS
 from flexivit_jax.experiment import monitor
 from flexivit_jax.running import metrics

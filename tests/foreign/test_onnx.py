@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexivit_jax import cli, errors, exporting, trees, weights
+from flexivit_jax import cli, errors, trees, weights
+from flexivit_jax.commands import export as export_command
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights import certificate
 from flexivit_jax.weights.export import onnx as onnx_folder
@@ -197,7 +198,7 @@ def test_an_export_that_differs_is_removed(written, tmp_path):
   out = shutil.copytree(written, tmp_path / "vit")
   head = params["head"] | {"bias": params["head"]["bias"] + 0.1}
   with pytest.raises(errors.UserError, match=r"differs at seqhw=4 by .*nothing is written"):
-    exporting.verify(out, model, params | {"head": head}, to="onnx")
+    export_command.verify(out, model, params | {"head": head}, to="onnx")
   assert not out.exists()
 
 

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, exporting, weights
+from flexivit_jax import cli, weights
+from flexivit_jax.commands import export
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights import certificate
@@ -61,7 +62,7 @@ def test_the_command_writes_and_compares_it(tmp_path, capsys):
   assert all(row["largest_difference"] < 1e-4 for row in rows)
   with pytest.raises(UserError, match="is there already"):
     saved_model.write(tmp_path / "out", model, params, {}, image_hw=(24, 24), sizes=(2,))
-  assert "saved_model" in exporting.WRITERS and "wrote" in capsys.readouterr().out
+  assert "saved_model" in export.WRITERS and "wrote" in capsys.readouterr().out
 
 
 def test_a_changed_file_is_found_before_tensorflow_reads_it(tmp_path):

@@ -15,7 +15,8 @@ import time
 import numpy as np
 import pytest
 
-from flexivit_jax import heartbeat, verify
+from flexivit_jax import heartbeat
+from flexivit_jax.commands import verify
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import distributed, manifest, metrics, peers
 

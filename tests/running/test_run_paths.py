@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, folders, verify
+from flexivit_jax import cli, folders
+from flexivit_jax.commands import verify
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import manifest
 from flexivit_jax.running.checkpoint import Checkpoints

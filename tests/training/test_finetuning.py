@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, config, errors, experiment, plan, trees, weights
-from flexivit_jax.experiment import loaders
+from flexivit_jax import cli, config, errors, experiment, trees, weights
+from flexivit_jax.experiment import costs, loaders
 from flexivit_jax.models import FlexiViT, vit
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "folder.py"
@@ -168,7 +168,7 @@ def test_a_published_name_is_planned_before_it_is_fetched(photos, monkeypatch, t
   monkeypatch.setenv("FLEXIVIT_CACHE", str(tmp_path / "nothing"))
   spec = f"init=flexivit_s_i1k,data_dir={photos}"
   settings = load(spec, "flexi.seqhw.v=(5,)", "evals=None")
-  exp = experiment.build(**settings, opening=plan.PLANNED)
+  exp = experiment.build(**settings, opening=costs.PLANNED)
   assert (exp.model.width, exp.model.posemb_size, exp.model.num_classes) == (384, (7, 7), 3)
   assert not (tmp_path / "nothing").exists()
 

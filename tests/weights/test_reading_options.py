@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import arguments, trees, weights
+from flexivit_jax import trees, weights
+from flexivit_jax.commands import options
 from flexivit_jax.experiment import loaders
 from flexivit_jax.models import FlexiViT
 
@@ -23,17 +24,17 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_takes_the_options_of_reading(command):
   given = ["--num_heads=4", "--gelu=quick", "--mean=0.4,0.5,0.6", "--std=0.2,0.2,0.3"]
-  args = arguments.parse([command, *COMMANDS[command], *given, "--ema", "--posemb_size=9,16"])
+  args = options.parse([command, *COMMANDS[command], *given, "--ema", "--posemb_size=9,16"])
   want = {"num_heads": 4, "gelu": "quick", "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.3)}
-  assert arguments.loading(args) == want | {"ema": True, "posemb_size": (9, 16)}
-  assert arguments.loading(arguments.parse([command, *COMMANDS[command]])) == {}
+  assert options.loading(args) == want | {"ema": True, "posemb_size": (9, 16)}
+  assert options.loading(options.parse([command, *COMMANDS[command]])) == {}
 
 
 def test_what_a_command_reads_weights_with_a_config_can_say_of_init_and_teachers(tmp_path):
   given = ["--num_heads=4", "--gelu=quick", "--mean=0.4,0.5,0.6", "--std=0.2,0.2,0.3"]
-  args = arguments.parse(["inspect", "w", *given, "--ema", "--posemb_size=9,16"])
+  args = options.parse(["inspect", "w", *given, "--ema", "--posemb_size=9,16"])
   for load in (loaders.load_init, loaders.load_teacher):
-    assert arguments.loading(args).keys() <= inspect.signature(load).parameters.keys()
+    assert options.loading(args).keys() <= inspect.signature(load).parameters.keys()
 
 
 def test_a_rectangular_grid_and_the_ema_are_read_into_a_model_of_another_grid(tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexivit_jax import convert, weights
+from flexivit_jax import weights
+from flexivit_jax.commands import convert
 from flexivit_jax.errors import UserError
 
 HALF, MEAN, STD = [0.5] * 3, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexivit_jax import convert, trees, weights
+from flexivit_jax import trees, weights
+from flexivit_jax.commands import convert
 from flexivit_jax.errors import UserError
 from flexivit_jax.weights.transformers import (
   config as transformers_config,

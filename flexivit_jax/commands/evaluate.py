@@ -4,13 +4,12 @@ import argparse
 import pathlib
 import sys
 
-from flexivit_jax import arguments, config, errors, experiment, weights
+from flexivit_jax import config, errors, experiment, sizes, weights
+from flexivit_jax.commands import options
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.experiment import sections
-
-parse_sizes = arguments.parse_sizes
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,15 +20,15 @@ def run(args: argparse.Namespace) -> None:
     raise errors.UserError(
       f"{args.config} has no evals; add evals=dict(test=dict(data=..., pp=..., seqhw=...))."
     )
-  model, params, record = weights.load_with_record(args.checkpoint, **arguments.loading(args))
+  model, params, record = weights.load_with_record(args.checkpoint, **options.loading(args))
   weights.print_notes(record)
   of = f"the checkpoint {args.checkpoint}"
   classes = class_names.known_of(record, model.num_classes, of)
   trained = record.get("trained", {}).get("seqhw")
-  sizes = {} if args.seqhw == "all" else {"seqhw": parse_sizes(args.seqhw)}
+  override = {} if args.seqhw == "all" else {"seqhw": sizes.parse(args.seqhw)}
   evaluations = {}
   for name, given in evals.items():
-    section = {**given, **sizes} if "seqhw" in given else {**given}
+    section = {**given, **override} if "seqhw" in given else {**given}
     sections.check_evaluation(f"evals.{name}", section)
     with experiment.naming(f"evals.{name}"):
       evaluations[name] = experiment.build_evaluation(section, every=1, classes=classes)

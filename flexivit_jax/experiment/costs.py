@@ -1,12 +1,10 @@
-"""`flexivit plan`: what a config will cost, before anything is there: no data, no weights, no accelerator.
+"""What a config will cost, before anything is there: no data, no weights, no accelerator.
 
 What can be wrong with shapes is found: the config is built with stand-ins of the right size, and the training step of
 each size is traced and lowered for meshes of devices that do not exist. Nothing is compiled, nothing computed.
 """
 
-import argparse
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flexivit_jax import config, data, errors, experiment, trees, weights
+from flexivit_jax import config, data, experiment, trees, weights
 from flexivit_jax.devices import collectives, compilation, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
@@ -39,29 +37,16 @@ MACHINES = {
 MESHES = (1, 8, 32)
 
 
-def run(args: argparse.Namespace) -> None:
-  """Prints the plan of args.config."""
-  if not 0 < args.utilisation <= 1:
-    raise errors.UserError(f"--utilisation={args.utilisation}; expected a fraction, as 0.4.")
-  settings = config.load(args.config, args.overrides)
-  if args.json:
-    print(json.dumps(plan(settings, utilisation=args.utilisation), indent=1))
-    return
-  print("\n".join(text(costs(settings, utilisation=args.utilisation))), flush=True)
-  print()
-  for n, line in lowered(settings, _several(MESHES)).items():  # takes longer than all that is above
-    print(f"{n:>8} devices: {line}")
-
-
 def plan(
   settings: Mapping[str, Any], *, utilisation: float = 0.4, meshes: Sequence[int] = MESHES
 ) -> dict[str, Any]:
   """Returns `costs`, and under "lowered" what `lowered` says of the meshes of more than one device."""
   found = costs(settings, utilisation=utilisation, meshes=meshes)
-  return found | {"lowered": lowered(settings, _several(meshes))}
+  return found | {"lowered": lowered(settings, several(meshes))}
 
 
-def _several(meshes: Sequence[int]) -> list[int]:
+def several(meshes: Sequence[int]) -> list[int]:
+  """Returns the numbers that are more than one device: only these send anything."""
   return [n for n in meshes if n > 1]
 
 
@@ -100,7 +85,7 @@ def costs(
       for k, s in seconds.items()
     },
     "memory": {str(n): _memory(exp, state, n) for n in meshes},
-    "sent": {str(n): _sent(exp, state, n) for n in _several(meshes)},
+    "sent": {str(n): _sent(exp, state, n) for n in several(meshes)},
   }
 
 
@@ -113,37 +98,6 @@ def training_flops(settings: Mapping[str, Any]) -> float:
 
 def _training_flops(exp: experiment.Experiment) -> float:
   return patch_schedule.mean_cost(exp.flexi, exp.step_flops) * exp.total_steps
-
-
-def text(found: Mapping[str, Any]) -> list[str]:
-  """Returns the lines that say `costs` to a reader."""
-  lines = [
-    f"{found['name']}: {found['parameters']:,} parameters; {found['steps']:,} steps of {found['batch_size']}"
-    f" ({found['epochs']:.1f} epochs)",
-    "",
-    "            size  tokens    GMACs  TFLOPs/step  of steps  of FLOPs",
-  ]
-  for s in found["sizes"]:
-    lines.append(
-      f"{s['size']:>16} {s['tokens']:>7} {s['gmacs']:>8.2f} {s['step_flops'] / 1e12:>12.4g}"
-      f" {s['share_of_steps']:>9.1%} {s['share_of_flops']:>9.1%}"
-    )
-  lines += [
-    "",
-    f"{found['training_flops']:.3g} FLOPs to train, {found['evaluation_flops']:.3g} to evaluate",
-  ]
-  for name, hours in found["hours"].items():
-    lines.append(
-      f"{name:>8}: {hours['training']:.3g} h to train, {hours['evaluation']:.3g} h to evaluate,"
-      f" at {found['utilisation']:.0%} of its peak"
-    )
-  lines += ["", "GiB a device at the costliest size (activations are an estimate):"]
-  for n, memory in found["memory"].items():
-    parts = ", ".join(f"{k} {v / 2**30:.3g}" for k, v in memory.items())
-    lines.append(f"{n:>8} devices: {sum(memory.values()) / 2**30:.3g} = {parts}")
-  lines += ["", "MiB that each device sends to others in a step:"]
-  lines += [f"{n:>8} devices: {sent / 2**20:.4g}" for n, sent in found["sent"].items()]
-  return lines
 
 
 # --- the parts ---
@@ -167,7 +121,7 @@ def _planned_teacher(
 
 
 def _planned_fields(checkpoint: str, **given: Any) -> dict[str, Any]:
-  """As `opening.fields_of`; of a published file that is not here, what is known of it."""
+  """As `loaders.fields_of`; of a published file that is not here, what is known of it."""
   if checkpoint in weights.PUBLISHED and not weights.is_here(checkpoint):
     return {k: v for k, v in weights.PUBLISHED[checkpoint].expected.items() if k != "num_classes"}
   return loaders.fields_of(checkpoint, **given)
@@ -251,7 +205,7 @@ def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -
 
 
 def _sent(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> float:
-  """Bytes that each device sends to others in a step, see `communication`."""
+  """Bytes that each device sends to others in a step, see `collectives`."""
   mesh = _mesh(exp, devices) or sharding.abstract_mesh(devices)
   return collectives.expected(state.params, mesh).on_the_wire(*mesh.axis_sizes)
 

@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 
-from flexivit_jax import bench, cli, errors, trees
+from flexivit_jax import cli, errors, trees
+from flexivit_jax.commands import bench
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import gmacs
 

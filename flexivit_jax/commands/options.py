@@ -420,19 +420,3 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     raise errors.UserError("--flexify: expected PATCH,GRID, two whole numbers, e.g. 32,7.")
   patch, grid = (int(n) for n in args.flexify)
   return given | {"flexify": ((patch, patch), (grid, grid))}
-
-
-def parse_sizes(text: str) -> tuple[Any, ...]:
-  """Parses "5,8,4x6" as (5, 8, (4, 6)).
-
-  Raises:
-    UserError: if a part is neither a positive integer nor a pair of them.
-  """
-  return tuple(_size(part) for part in text.split(","))
-
-
-def _size(part: str) -> int | tuple[int, int]:
-  numbers = part.split("x")
-  if len(numbers) > 2 or not all(n.isascii() and n.isdigit() and int(n) for n in numbers):
-    raise errors.UserError(f"--seqhw: {part!r} is no size; expected 'all', or e.g. 5,8,15 or 4x6.")
-  return int(part) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from flexivit_jax import cli, predict, weights
+from flexivit_jax import cli, weights
+from flexivit_jax.commands import predict
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.inference import outputs, predictor
 from flexivit_jax.models import FlexiViT

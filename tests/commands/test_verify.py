@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, train as train_lib, trees, verify, weights
+from flexivit_jax import cli, train as train_lib, trees, weights
+from flexivit_jax.commands import verify
 from flexivit_jax.errors import UserError
 from flexivit_jax.weights import folders
 from flexivit_jax.weights.export import onnx as onnx_folder, saved_model

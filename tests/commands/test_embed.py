@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, embed, trees, weights
+from flexivit_jax import cli, trees, weights
+from flexivit_jax.commands import embed
 from flexivit_jax.inference import predictor
 from flexivit_jax.models import FlexiViT
 

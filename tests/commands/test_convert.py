@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from flexivit_jax import cli, convert, errors, predict, weights
+from flexivit_jax import cli, errors, weights
+from flexivit_jax.commands import convert, predict
 
 MEAN_STD = ["--mean=0.485,0.456,0.406", "--std=0.229,0.224,0.225"]
 

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flexivit_jax import cli, config, data, errors, experiment, plan, trees
+from flexivit_jax import cli, config, data, errors, experiment, trees
+from flexivit_jax.experiment import costs
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import gmacs
 from flexivit_jax.training import steps
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NAMES = sorted(f.stem for f in CONFIGS.glob("*.py") if f.stem not in ("__init__", "folder"))
 GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
 # GMACs at 240 pixels with the class token: derived from the architecture; at patch 16 they agree with timm's counts.
@@ -48,18 +49,18 @@ def test_parameters_at_patch_16_are_timms(variant):
   """With the position grid of that patch size, 15x15, as timm stores these models; a 7x7 grid has fewer."""
   model = FlexiViT(num_classes=1000, variant=f"{variant}/16", posemb_size=(15, 15))
   params = jax.eval_shape(lambda: steps.init_params(model, (240, 240, 3), seed=0))
-  assert plan.trees.count(params) / 1e6 == pytest.approx(PARAMETERS[variant], abs=0.01)
+  assert trees.count(params) / 1e6 == pytest.approx(PARAMETERS[variant], abs=0.01)
 
 
 @pytest.mark.parametrize("spec", ["i1k_distill:variant=S", "i21k_sup:sizes=coarse_to_fine"])
 def test_training_alone_costs_what_all_costs_say(spec):
   settings = load(spec)
-  assert plan.training_flops(settings) == plan.costs(settings)["training_flops"]
+  assert costs.training_flops(settings) == costs.costs(settings)["training_flops"]
 
 
 @pytest.mark.parametrize("name", ["miniature"])
 def test_a_config_is_planned_without_its_data(name):
-  made = plan.plan(small(name), meshes=(1, 8))
+  made = costs.plan(small(name), meshes=(1, 8))
   assert made["lowered"] == {"8": "2 training steps lowered"}
   assert sum(s["share_of_steps"] for s in made["sizes"]) == pytest.approx(1)
   json.dumps(made, allow_nan=False)
@@ -69,7 +70,7 @@ def test_a_config_is_planned_without_its_data(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_planned(name):
   settings = small(name) if name != "digits" else config.load(f"{CONFIGS / name}.py")
-  made = plan.plan(settings)
+  made = costs.plan(settings)
   n = len(settings["flexi"]["seqhw"]["v"])
   divides = [m for m in (8, 32) if settings["input"]["batch_size"] % m == 0]
   assert [made["lowered"][str(m)] for m in divides] == [f"{n} training steps lowered"] * len(
@@ -79,7 +80,7 @@ def test_every_config_is_planned(name):
 
 def test_steps_flops_and_hours_of_the_small_distillation():
   """A step is three passes of the student and one of the teacher, 15.5 GMACs at 384 px; the steps are the paper's."""
-  made = plan.plan(small("i1k_distill"), utilisation=0.5, meshes=(1,))
+  made = costs.plan(small("i1k_distill"), utilisation=0.5, meshes=(1,))
   assert made["steps"] == 111_477
   student = (GMACS["S"][0] + GMACS["S"][-1]) / 2
   want = 2e9 * (3 * student + 15.52) * 1024 * 111_477
@@ -89,7 +90,7 @@ def test_steps_flops_and_hours_of_the_small_distillation():
   # 50,000 images at the eleven times of every tenth (the end among them) at two sizes, without the teacher.
   settings = small("i1k_distill")
   settings["evals"] = {"test": {**settings["evals"]["test"], "seqhw": (5, 30)}}
-  only = plan.plan(settings, meshes=(1,))
+  only = costs.plan(settings, meshes=(1,))
   assert only["evaluation_flops"] == pytest.approx(2e9 * 2 * student * 50_000 * 11, rel=0.1)
 
 
@@ -106,7 +107,7 @@ def test_activations_are_about_what_a_compiled_step_needs(remat, seqhw):
   # As one loop: unrolled, XLA on a CPU does not save what remat lets it save.
   settings["model"] |= {"remat": remat, "scan": remat, "num_heads": 2, "mlp_dim": 256, "depth": 4}
   exp = experiment.build(**settings)
-  state = plan.state_of(exp)
+  state = costs.state_of(exp)
   specs = {k: jax.ShapeDtypeStruct((64, *v), jnp.float32) for k, v in exp.input_shapes.items()}
 
   def step(state, batch):
@@ -115,12 +116,12 @@ def test_activations_are_about_what_a_compiled_step_needs(remat, seqhw):
 
   compiled = jax.jit(step, donate_argnums=(0,)).lower(state, specs).compile()
   found = compiled.memory_analysis().temp_size_in_bytes
-  estimate = 64 * plan.activation_bytes(exp, {"seqhw": seqhw}) + trees.size_in_bytes(state.params)
+  estimate = 64 * costs.activation_bytes(exp, {"seqhw": seqhw}) + trees.size_in_bytes(state.params)
   assert found / 2.5 < estimate < found * 2.5
 
 
 def test_a_batch_that_does_not_divide_is_said():
-  made = plan.plan(small("cifar10", "input.batch_size=1000"), meshes=(8, 32))
+  made = costs.plan(small("cifar10", "input.batch_size=1000"), meshes=(8, 32))
   assert made["lowered"]["8"] == "2 training steps lowered"
   assert "batch_size=1000 / accumulate=1 does not divide" in made["lowered"]["32"]
 
@@ -128,8 +129,8 @@ def test_a_batch_that_does_not_divide_is_said():
 def test_divided_weights_are_held_sent_and_lowered():
   settings = small("cifar10", "input.batch_size=1024")
   settings["model"]["width"] = 256  # of arrays that are worth dividing
-  whole = plan.plan(settings, meshes=(8, 32))
-  divided = plan.plan(settings | {"mesh": {"fsdp": 8}}, meshes=(4, 8, 32))
+  whole = costs.plan(settings, meshes=(8, 32))
+  divided = costs.plan(settings | {"mesh": {"fsdp": 8}}, meshes=(4, 8, 32))
   for kind in ("parameters", "gradients", "optimizer"):
     assert whole["memory"]["32"][kind] == whole["memory"]["8"][kind]
     assert divided["memory"]["32"][kind] < whole["memory"]["32"][kind] / 7
@@ -150,7 +151,7 @@ def test_divided_weights_are_held_sent_and_lowered():
 )
 def test_what_is_wrong_is_an_error(override, message):
   with pytest.raises(errors.UserError, match=message):
-    plan.plan(load("i1k_sup", override), meshes=(1,))
+    costs.plan(load("i1k_sup", override), meshes=(1,))
 
 
 def test_known_data_sets_are_divided_as_real_ones():

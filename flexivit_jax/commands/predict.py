@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from flexivit_jax import arguments, errors, weights
+from flexivit_jax import errors, weights
+from flexivit_jax.commands import options
 from flexivit_jax.data import class_names
 from flexivit_jax.data.inputs import Input, find_images
 from flexivit_jax.devices import compilation
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     raise errors.UserError(f"--top_k={args.top_k}; expected 1 or more.")
   if args.out:
     outputs.check_new(args.out, WRITERS, args.overwrite)
-  loaded = predictor.load(args.checkpoint, args.image_size, **arguments.loading(args))
+  loaded = predictor.load(args.checkpoint, args.image_size, **options.loading(args))
   _check_classes(loaded)
   sizes = predictor.sizes_of(args.seqhw, loaded)
   weights.print_notes(loaded.record)

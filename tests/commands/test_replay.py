@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from flexivit_jax import cli, replay, train as train_lib
+from flexivit_jax import cli, train as train_lib
+from flexivit_jax.commands import replay
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import metrics
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from flexivit_jax import arguments, trees, weights
+from flexivit_jax import trees, weights
+from flexivit_jax.commands import options
 from flexivit_jax.data.inputs import find_images
 from flexivit_jax.devices import compilation
 from flexivit_jax.evaluators import per_size
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
   """Writes the features of args.image."""
   compilation.keep_programs()
   outputs.check_new(args.out, WRITERS, args.overwrite)
-  loaded = predictor.load(args.checkpoint, args.image_size, **arguments.loading(args))
+  loaded = predictor.load(args.checkpoint, args.image_size, **options.loading(args))
   sizes = predictor.sizes_of(args.seqhw, loaded)
   weights.print_notes(loaded.record)
   inputs = find_images(args.image, outputs.note)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexivit_jax import arguments, errors, weights
+from flexivit_jax import errors, weights
+from flexivit_jax.commands import options
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors
 from flexivit_jax.weights import certificate
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
   """Writes args.out and its certificate; prints the differences."""
   if args.to not in FORMATS:
     raise errors.unknown("--to", args.to, FORMATS)
-  given = dict(image_size=args.image_size, verify=args.verify, **arguments.loading(args))
+  given = dict(image_size=args.image_size, verify=args.verify, **options.loading(args))
   if args.to == "big_vision":
     if args.seqhw is not None:
       raise errors.UserError(

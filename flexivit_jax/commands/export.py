@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexivit_jax import arguments, errors, weights
+from flexivit_jax import errors, weights
+from flexivit_jax.commands import options
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights import certificate
 from flexivit_jax.weights.export import (
@@ -38,7 +39,7 @@ LOADERS: dict[str, Callable] = {
 def run(args: argparse.Namespace) -> None:
   """Writes args.out and its certificate; prints the differences."""
   given = _options(args)
-  model, params, record = weights.load_with_record(args.checkpoint, **arguments.loading(args))
+  model, params, record = weights.load_with_record(args.checkpoint, **options.loading(args))
   model = model.clone(attention="einsum")  # what runs everywhere, and is not this machine's choice
   if args.to == "onnx" and model.dtype != "float32":
     model, record = _in_float32(model, record)

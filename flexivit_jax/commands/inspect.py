@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from flexivit_jax import arguments, errors, trees, weights
+from flexivit_jax import errors, trees, weights
+from flexivit_jax.commands import options
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors
 from flexivit_jax.weights import registry, stated
@@ -18,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
   if args.list:
     print("\n".join(listing()))
     return
-  loading = arguments.loading(args)
+  loading = options.loading(args)
   model, params, record = weights.load_with_record(args.file, finite=False, **loading)
   print("\n".join(describe(model, params, record)))
 

@@ -1,0 +1,56 @@
+"""`flexivit plan`: prints what a config will cost; see `experiment.costs`."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flexivit_jax import config, errors
+from flexivit_jax.experiment import costs
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints the plan of args.config."""
+  if not 0 < args.utilisation <= 1:
+    raise errors.UserError(f"--utilisation={args.utilisation}; expected a fraction, as 0.4.")
+  settings = config.load(args.config, args.overrides)
+  if args.json:
+    print(json.dumps(costs.plan(settings, utilisation=args.utilisation), indent=1))
+    return
+  print("\n".join(text(costs.costs(settings, utilisation=args.utilisation))), flush=True)
+  print()
+  for n, line in costs.lowered(
+    settings, costs.several(costs.MESHES)
+  ).items():  # takes longer than all that is above
+    print(f"{n:>8} devices: {line}")
+
+
+def text(found: Mapping[str, Any]) -> list[str]:
+  """Returns the lines that say `costs` to a reader."""
+  lines = [
+    f"{found['name']}: {found['parameters']:,} parameters; {found['steps']:,} steps of {found['batch_size']}"
+    f" ({found['epochs']:.1f} epochs)",
+    "",
+    "            size  tokens    GMACs  TFLOPs/step  of steps  of FLOPs",
+  ]
+  for s in found["sizes"]:
+    lines.append(
+      f"{s['size']:>16} {s['tokens']:>7} {s['gmacs']:>8.2f} {s['step_flops'] / 1e12:>12.4g}"
+      f" {s['share_of_steps']:>9.1%} {s['share_of_flops']:>9.1%}"
+    )
+  lines += [
+    "",
+    f"{found['training_flops']:.3g} FLOPs to train, {found['evaluation_flops']:.3g} to evaluate",
+  ]
+  for name, hours in found["hours"].items():
+    lines.append(
+      f"{name:>8}: {hours['training']:.3g} h to train, {hours['evaluation']:.3g} h to evaluate,"
+      f" at {found['utilisation']:.0%} of its peak"
+    )
+  lines += ["", "GiB a device at the costliest size (activations are an estimate):"]
+  for n, memory in found["memory"].items():
+    parts = ", ".join(f"{k} {v / 2**30:.3g}" for k, v in memory.items())
+    lines.append(f"{n:>8} devices: {sum(memory.values()) / 2**30:.3g} = {parts}")
+  lines += ["", "MiB that each device sends to others in a step:"]
+  lines += [f"{n:>8} devices: {sent / 2**20:.4g}" for n, sent in found["sent"].items()]
+  return lines
