@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 
-from flexivit_jax import analysis, cli, config, errors
+from flexivit_jax import cli, config, errors
+from flexivit_jax.analyses import opening
 from flexivit_jax.evaluators.per_size import size_text
 
 TOOLS = ("representations", "relevance", "token_similarity", "sizes_together", "probes")
@@ -36,7 +37,7 @@ def main() -> None:
   if unknown := [name for name in names if name not in TOOLS]:
     raise errors.unknown("analysis", unknown[0], TOOLS)
   settings = config.load(args.config, [a.removeprefix("--config.") for a in rest])
-  sizes = [str(size_text(size)) for size in analysis.main_section(settings)["seqhw"]]
+  sizes = [str(size_text(size)) for size in opening.main_section(settings)["seqhw"]]
   sizes = args.seqhw.split(",") if args.seqhw else sizes
   given = ",".join(sizes)
   middle = sizes[len(sizes) // 2]

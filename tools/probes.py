@@ -15,12 +15,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from flexivit_jax import analysis, cli, data, errors, experiment
+from flexivit_jax import cli, data, errors, experiment
+from flexivit_jax.analyses import opening
 from flexivit_jax.evaluators import results
 from flexivit_jax.experiment import sections
 
 
-def measure(opened: analysis.Opened, title: str, **section: Any) -> list[dict[str, Any]]:
+def measure(opened: opening.Opened, title: str, **section: Any) -> list[dict[str, Any]]:
   """Rows of one evaluator, with its title as "probe"."""
   kept = {k: opened.section[k] for k in ("data", "pp", "batch_size")}
   whole = {**kept, "seqhw": opened.seqhw, "train_data": opened.training, **section}
@@ -49,10 +50,10 @@ def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
   """Measures, writes, and prints."""
-  parser = analysis.parser(__doc__)
+  parser = opening.parser(__doc__)
   parser.add_argument("--shots", default="1,5,10", help="of each class (default 1,5,10)")
   parser.add_argument("--k", type=int, default=20, help="neighbours that vote (default 20)")
-  args, opened = analysis.open_checkpoint(parser)
+  args, opened = opening.open_checkpoint(parser)
   if opened.training is None:
     raise errors.UserError(f"{args.config} has no input.data, which probes are fitted to.")
   shots = sorted(int(s) for s in args.shots.split(","))

@@ -3,7 +3,7 @@
 Usage:
   python tools/relevance.py runs/digits --config configs/digits.py --out runs/relevance [--seqhw 2,4,8] [--examples 512]
 
-Attention relevance (`flexivit_jax.relevance`) for the class that the label names, so that all sizes are asked the same.
+Attention relevance (`flexivit_jax.analyses.relevance`) for the class that the label names: all sizes are asked the same.
 Of each pair of sizes the Pearson correlation of their maps over the places, mean over images, both maps brought to the
 smaller number of rows and columns by the average over each cell's area; and, to compare with, the same between an
 image's map and that of the next image. Into OUT: relevance.json, relevance.csv, and relevance.png: the first images,
@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colors
 
-from flexivit_jax import analysis, cli, errors, relevance, resize
+from flexivit_jax import cli, errors, resize
+from flexivit_jax.analyses import opening, relevance
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
@@ -134,9 +135,9 @@ def draw(path: pathlib.Path, images: np.ndarray, found: dict[str, np.ndarray]) -
 
 def main() -> None:
   """Measures, writes, and prints how alike the maps of each pair of sizes are."""
-  parser = analysis.parser(__doc__)
+  parser = opening.parser(__doc__)
   parser.add_argument("--examples", type=int, default=512, help="so many of the first")
-  args, (model, params, data, mesh, seqhw, *_) = analysis.open_checkpoint(parser)
+  args, (model, params, data, mesh, seqhw, *_) = opening.open_checkpoint(parser)
   first = next(iter(data))
   images = np.asarray(first["image"][first["_mask"] > 0][:IMAGES])
 

@@ -22,7 +22,8 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import analysis, cli, resize, similarity
+from flexivit_jax import cli, resize
+from flexivit_jax.analyses import opening, similarity
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
 
@@ -95,11 +96,11 @@ def draw_map(path: pathlib.Path, points: np.ndarray, sizes: Sequence[str], per_s
 
 def main() -> None:
   """Measures, writes, and prints how alike each size is to the last one, by layer."""
-  parser = analysis.parser(__doc__)
+  parser = opening.parser(__doc__)
   parser.add_argument(
     "--examples", type=int, default=1024, help="stop after so many, at the end of a batch"
   )
-  args, (model, params, data, mesh, seqhw, *_) = analysis.open_checkpoint(parser)
+  args, (model, params, data, mesh, seqhw, *_) = opening.open_checkpoint(parser)
   image_hw = next(iter(data))["image"].shape[1:3]
   sizes = sizes_of(seqhw)
   grids = [which_grid(image_hw, model.patch_size, **size).grid_hw for size in sizes]

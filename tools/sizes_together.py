@@ -21,7 +21,8 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import analysis, calibration, cli, errors
+from flexivit_jax import cli, errors
+from flexivit_jax.analyses import calibration, opening
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import gmacs
@@ -98,7 +99,7 @@ def draw(path: pathlib.Path, rows: Sequence[dict], mixed: Sequence[dict]) -> Non
 
 def main() -> None:
   """Measures, writes, and prints."""
-  args, (model, params, data, mesh, seqhw, *_) = analysis.open_checkpoint(analysis.parser(__doc__))
+  args, (model, params, data, mesh, seqhw, *_) = opening.open_checkpoint(opening.parser(__doc__))
   fn = functools.partial(logits, model=model)
   runner = PerSize(fn, model, data, mesh, sizes=sizes_of(seqhw), inputs=("image", "labels"))
   runner.compile(params)

@@ -19,7 +19,8 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flexivit_jax import analysis, cli, errors, sizes
+from flexivit_jax import cli, errors, sizes
+from flexivit_jax.analyses import opening
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
 from flexivit_jax.models.flexivit import which_grid
@@ -80,12 +81,12 @@ def draw(
 
 def main() -> None:
   """Measures, writes, and prints the scores."""
-  parser = analysis.parser(__doc__, required=True, help="the grid whose tokens are looked for")
+  parser = opening.parser(__doc__, required=True, help="the grid whose tokens are looked for")
   parser.add_argument("--with", dest="others", required=True, help="the other grids, e.g. 2,3,6,8")
   parser.add_argument(
     "--examples", type=int, default=512, help="stop after so many, at the end of a batch"
   )
-  args, (model, params, data, mesh, *_) = analysis.open_checkpoint(parser)
+  args, (model, params, data, mesh, *_) = opening.open_checkpoint(parser)
   first = next(iter(data))
   images = np.asarray(first["image"][:IMAGES])
   given = sizes.parse(f"{args.seqhw},{args.others}")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import analysis, cli, data, experiment, train, weights
+from flexivit_jax import cli, data, experiment, train, weights
+from flexivit_jax.analyses import opening
 from flexivit_jax.data import class_names
 from flexivit_jax.data.class_names import Classes, Trained
 from flexivit_jax.errors import UserError
@@ -407,7 +408,7 @@ def test_analyses_map_labels_too(checkpoint, tmp_path, command, monkeypatch):
   root = draw(tmp_path / "photos", MODEL[::-1], splits=("val",))
   given = ["x", str(checkpoint), command(root), f"--out={tmp_path / 'out'}"]
   monkeypatch.setattr("sys.argv", given)
-  _, opened = analysis.open_checkpoint(analysis.parser("x"))
+  _, opened = opening.open_checkpoint(opening.parser("x"))
   expect_identity(opened.data._plan.source, MODEL)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cue_conflict, weights
-from flexivit_jax.cue_conflict import Conflict
+from flexivit_jax import weights
+from flexivit_jax.analyses import cue_conflict
+from flexivit_jax.analyses.cue_conflict import Conflict
 from flexivit_jax.data import label_maps
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import intervals

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import relevance, weights
+from flexivit_jax import weights
+from flexivit_jax.analyses import relevance
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import vit
 from flexivit_jax.models.flexivit import FlexiViT

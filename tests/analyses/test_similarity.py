@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from flexivit_jax import similarity, weights
+from flexivit_jax import weights
+from flexivit_jax.analyses import similarity
 from flexivit_jax.errors import UserError
 from flexivit_jax.models.flexivit import FlexiViT
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from flexivit_jax import analysis
+from flexivit_jax.analyses import opening
 from flexivit_jax.errors import UserError
 
 
@@ -12,7 +12,7 @@ def test_an_argument_that_none_knows_is_an_error(monkeypatch, capsys):
   given = ["tool", "run", "--config=configs/digits.py", "--out=out", "--examplez=3"]
   monkeypatch.setattr(sys, "argv", given)
   with pytest.raises(SystemExit):
-    analysis.open_checkpoint(analysis.parser("Text."))
+    opening.open_checkpoint(opening.parser("Text."))
   assert "unknown argument --examplez=3" in capsys.readouterr().err
 
 
@@ -20,14 +20,14 @@ def test_values_of_the_config_may_be_given(monkeypatch):
   """A key that it does not have is told with it: it has reached the config."""
   given = ["tool", "run", "--config=configs/digits.py", "--out=out", "--config.nothing.here=3"]
   monkeypatch.setattr(sys, "argv", given)
-  with pytest.raises(analysis.config.errors.UserError, match=r"nothing\.here"):
-    analysis.open_checkpoint(analysis.parser("Text."))
+  with pytest.raises(opening.config.errors.UserError, match=r"nothing\.here"):
+    opening.open_checkpoint(opening.parser("Text."))
 
 
 def test_the_main_evaluation_is_one_that_classifies():
   evals = {"val": {"seqhw": (5,)}, "knn": {"type": "knn"}, "a": {"type": "fewshot"}}
-  assert analysis.main_section({"evals": evals}) == {"seqhw": (5,)}
+  assert opening.main_section({"evals": evals}) == {"seqhw": (5,)}
   evals["test"] = {"seqhw": (8,)}
-  assert analysis.main_section({"evals": evals}) == {"seqhw": (8,)}
+  assert opening.main_section({"evals": evals}) == {"seqhw": (8,)}
   with pytest.raises(UserError, match=r"classifies; the config has \['knn'\]"):
-    analysis.main_section({"evals": {"knn": {"type": "knn"}}})
+    opening.main_section({"evals": {"knn": {"type": "knn"}}})
