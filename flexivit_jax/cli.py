@@ -33,7 +33,7 @@ MODULES = {
   "flexify": "flexify",
   "verify": "commands.verify",
   "replay": "commands.replay",
-  "reproduce": "reproduce",
+  "reproduce": "paper.reproduce",
 }
 
 

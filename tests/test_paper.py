@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flexivit_jax.errors import UserError
-from flexivit_jax.reproduce import ITEMS
+from flexivit_jax.paper.reproduce import ITEMS
 
 TEXT = """# Page
 

@@ -4,7 +4,7 @@ python tools/paper.py            writes docs/paper.md and docs/images/paper_*.pn
 python tools/paper.py --check    writes nothing; fails where docs/paper.md is not what would be written
 
 What it says of a claim is in tools/paper_claims.toml. Measured numbers are looked up in the tables and sentences of
-docs/, published ones in `flexivit_jax.published`, commands in `flexivit_jax.reproduce`.
+docs/, published ones in `flexivit_jax.paper.published`, commands in `flexivit_jax.paper.reproduce`.
 """
 
 import argparse
@@ -20,9 +20,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from flexivit_jax import cli, errors, published
+from flexivit_jax import cli, errors
+from flexivit_jax.paper import published
+from flexivit_jax.paper.items import ITEMS, Item
 from flexivit_jax.report.plots import COLORS, FAINT, GRID, INK
-from flexivit_jax.reproduce.items import ITEMS, Item
 from flexivit_jax.weights.registry import PUBLISHED
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -219,7 +220,7 @@ def published_line(spec: Mapping[str, str]) -> Line:
   cells = {patch: Cell(v, v, v) for patch, v in values.items()}
   x = {patch: float(patch) for patch in values}
   text = {patch: f"{v:.1f}" for patch, v in values.items()}
-  return Line(spec["name"], "flexivit_jax.published", cells, x, text, published=True)
+  return Line(spec["name"], "flexivit_jax.paper.published", cells, x, text, published=True)
 
 
 # --- pictures ---

@@ -3,7 +3,7 @@
 Usage:
   python tools/relevance.py runs/digits --config configs/digits.py --out runs/relevance [--seqhw 2,4,8] [--examples 512]
 
-Attention relevance (`flexivit_jax.analyses.relevance`) for the class that the label names: all sizes are asked the same.
+Attention relevance (`flexivit_jax.analyses.relevance`) for the class that the label names: all sizes answer the same.
 Of each pair of sizes the Pearson correlation of their maps over the places, mean over images, both maps brought to the
 smaller number of rows and columns by the average over each cell's area; and, to compare with, the same between an
 image's map and that of the next image. Into OUT: relevance.json, relevance.csv, and relevance.png: the first images,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, config, data, imagenet_sets, published, reproduce, trees, weights
+from flexivit_jax import cli, config, data, trees, weights
 from flexivit_jax.commands import options
 from flexivit_jax.data import label_maps
 from flexivit_jax.errors import UserError
@@ -19,7 +19,7 @@ from flexivit_jax.evaluators import results
 from flexivit_jax.experiment import costs
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import gmacs
-from flexivit_jax.reproduce import comparing, items, measuring
+from flexivit_jax.paper import comparing, items, measuring, published, reproduce, test_sets
 from flexivit_jax.weights.registry import PUBLISHED
 
 
@@ -42,8 +42,8 @@ def test_all_that_items_name_exists(repository):
     assert set(item.weights) <= set(PUBLISHED)
     known |= set(item.published)
     if item.evaluation:
-      assert set(item.evaluation.sets) <= set(imagenet_sets.SETS)
-      assert item.evaluation.protocol in imagenet_sets.PROTOCOLS
+      assert set(item.evaluation.sets) <= set(test_sets.SETS)
+      assert item.evaluation.protocol in test_sets.PROTOCOLS
       values = [v for p in item.published for v in published.read(p)]
       for subject in item.evaluation.subjects.values() if values else ():
         assert any(
@@ -316,7 +316,7 @@ def test_an_evaluation_costs_all_images_at_all_sizes():
     dense += 2 * tokens * patch * patch * 3 * 1024 + 2 * 1024 * 1000
   assert reproduce.evaluation_flops(items.find("fig1")) == pytest.approx(50_000 * dense, rel=1e-6)
   assert reproduce.evaluation_flops(items.find("fig5")) == 0.0
-  sizes = {name: protocol.size for name, protocol in imagenet_sets.PROTOCOLS.items()}
+  sizes = {name: protocol.size for name, protocol in test_sets.PROTOCOLS.items()}
   assert sizes == {"paper": 240, "paper_i21k": 240, "timm": 240, "bwconrad": 224}
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from flexivit_jax import errors, imagenet_sets, weights
+from flexivit_jax import errors, weights
+from flexivit_jax.paper import test_sets
 
 
 class Subject(NamedTuple):
@@ -95,7 +96,7 @@ def find(name: str) -> Item:
 def data_of(item: Item) -> list[str]:
   """The TFDS data sets that an item needs in all."""
   sets = item.evaluation.sets if item.evaluation else ()
-  return list(dict.fromkeys([*item.data, *(imagenet_sets.SETS[s].data["name"] for s in sets)]))
+  return list(dict.fromkeys([*item.data, *(test_sets.SETS[s].data["name"] for s in sets)]))
 
 
 def weights_of(item: Item) -> list[str]:

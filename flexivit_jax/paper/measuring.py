@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from flexivit_jax import data, errors, experiment, imagenet_sets, trees, weights
+from flexivit_jax import data, errors, experiment, trees, weights
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import size_text
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.reproduce.items import Evaluation, Subject, fields_of
+from flexivit_jax.paper import test_sets
+from flexivit_jax.paper.items import Evaluation, Subject, fields_of
 
 # What a kept result must have been made of; the machine, whose milliseconds it has, is in it too, but may be another.
 MADE_OF = (
@@ -103,7 +104,7 @@ def open_sets(
   data_dir: pathlib.Path | None,
   seqhw: Sequence[Any],
   batch_size: int = 256,
-) -> dict[str, tuple[imagenet_sets.Protocol, Any]]:
+) -> dict[str, tuple[test_sets.Protocol, Any]]:
   """Opens the data of all sets; a UserError says all that are missing, not the first.
 
   Args:
@@ -113,12 +114,12 @@ def open_sets(
     seqhw: the grids.
     batch_size: images at a time.
   """
-  if protocol not in imagenet_sets.PROTOCOLS:
-    raise errors.unknown("protocol", protocol, imagenet_sets.PROTOCOLS)
+  if protocol not in test_sets.PROTOCOLS:
+    raise errors.unknown("protocol", protocol, test_sets.PROTOCOLS)
   for name in names:
-    if name not in imagenet_sets.SETS:
-      raise errors.unknown("test set", name, imagenet_sets.SETS)
-  chosen, opened, missing = imagenet_sets.PROTOCOLS[protocol], {}, {}
+    if name not in test_sets.SETS:
+      raise errors.unknown("test set", name, test_sets.SETS)
+  chosen, opened, missing = test_sets.PROTOCOLS[protocol], {}, {}
   for name in names:
     try:
       source, classes = source_of(name, data_dir)
@@ -138,7 +139,7 @@ def in_folders(name: str, data_dir: pathlib.Path | None) -> bool:
   """Whether a set is in DATA_DIR/SET/CLASS, and not prepared by TFDS there."""
   if data_dir is None or not (data_dir / name).is_dir():
     return False
-  return not (data_dir / imagenet_sets.SETS[name].data["name"].partition("/")[0]).is_dir()
+  return not (data_dir / test_sets.SETS[name].data["name"].partition("/")[0]).is_dir()
 
 
 def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[dict[str, Any], int]:
@@ -147,7 +148,7 @@ def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[dict[str, Any],
   Raises:
     UserError: a folder of images of a set whose images have several labels.
   """
-  chosen = imagenet_sets.SETS[name]
+  chosen = test_sets.SETS[name]
   where = {} if data_dir is None else {"data_dir": str(data_dir)}
   if not in_folders(name, data_dir):
     return chosen.data | where, chosen.num_classes
@@ -162,7 +163,7 @@ def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[dict[str, Any],
 
 def section(name: str, pp: str, source: dict[str, Any], classes: int) -> dict[str, Any]:
   """The section of `evals` of a set, but for its sizes and batches."""
-  chosen = imagenet_sets.SETS[name]
+  chosen = test_sets.SETS[name]
   labels = f"{'multihot' if chosen.several else 'onehot'}({classes})"
   made = {
     "data": source, "pp": f"decode|{pp}|value_range(-1, 1)|{labels}|keep('image', 'labels')"
@@ -182,7 +183,7 @@ def fingerprint(source: data.Source) -> str:
 
 def measure(
   checkpoints: Sequence[Checkpoint],
-  sets: dict[str, tuple[imagenet_sets.Protocol, Any]],
+  sets: dict[str, tuple[test_sets.Protocol, Any]],
   out: pathlib.Path,
 ) -> list[Measured]:
   """Evaluates each checkpoint on each set, or reads what an earlier call wrote to OUT/CHECKPOINT/SET.json.

@@ -5,11 +5,10 @@ import re
 
 import pytest
 
-from flexivit_jax import imagenet_sets
 from flexivit_jax.data import label_maps
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.experiment import sections
-from flexivit_jax.reproduce import measuring
+from flexivit_jax.paper import measuring, test_sets
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def test_the_sections_are_right(pasted):
 
 def test_the_sets_of_reproduce_are_the_same(pasted):
   of_i1k, _ = pasted
-  pp = imagenet_sets.PROTOCOLS["paper_i21k"].pp  # what the page and the config have
+  pp = test_sets.PROTOCOLS["paper_i21k"].pp  # what the page and the config have
   for name in ("v2", "a", "r", "sketch", "real"):
     source, classes = measuring.source_of(name, None)
     made = measuring.section(name, pp, source, classes)

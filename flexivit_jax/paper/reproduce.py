@@ -7,11 +7,11 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flexivit_jax import config, data, errors, imagenet_sets, published, sizes, weights
+from flexivit_jax import config, data, errors, sizes, weights
 from flexivit_jax.experiment import costs
 from flexivit_jax.models.flexivit import FlexiViT, gmacs
-from flexivit_jax.reproduce import comparing, measuring
-from flexivit_jax.reproduce.items import (
+from flexivit_jax.paper import comparing, measuring, published, test_sets
+from flexivit_jax.paper.items import (
   ITEMS,
   OWN_DATA,
   Evaluation,
@@ -114,12 +114,12 @@ def _differs(
   """How this measurement is not the published one."""
   lines = [said] if said else []
   if protocol != evaluation.protocol:
-    says = {p: imagenet_sets.PROTOCOLS[p].says for p in (protocol, evaluation.protocol)}
+    says = {p: test_sets.PROTOCOLS[p].says for p in (protocol, evaluation.protocol)}
     lines.append(
       f"protocol {protocol}: {says[protocol]}; this item's is {evaluation.protocol}: {says[evaluation.protocol]}"
     )
   for found in measured:
-    expected = imagenet_sets.SETS[found.set_name].data["name"]
+    expected = test_sets.SETS[found.set_name].data["name"]
     got = found.about["dataset"]
     if got != expected:
       lines.append(
@@ -190,10 +190,10 @@ def evaluation_flops(item: Item) -> float:
   """Of all checkpoints of an item on all images at all sizes, and of its commands but training; 0: there are none."""
   works = [*item.work]
   if evaluation := item.evaluation:
-    chosen = [imagenet_sets.SETS[name] for name in evaluation.sets]
+    chosen = [test_sets.SETS[name] for name in evaluation.sets]
     sources = [{k: s.data[k] for k in ("name", "split")} for s in chosen]
     images = sum(len(data.planned_source(**source)) for source in sources)
-    size = imagenet_sets.PROTOCOLS[evaluation.protocol].size
+    size = test_sets.PROTOCOLS[evaluation.protocol].size
     for name, subject in evaluation.subjects.items():
       fields = {k: fields_of(name, subject)[k] for k in ("variant", "num_classes")}
       works.append(Work(images=images, seqhw=evaluation.seqhw, size=size, **fields))
@@ -220,9 +220,7 @@ class _Here:
   def says(self, item: Item) -> str:
     """One line; "yes" only where nothing has to be given."""
     sets = item.evaluation.sets if item.evaluation else ()
-    here = {
-      imagenet_sets.SETS[s].data["name"] for s in sets if measuring.in_folders(s, self._data_dir)
-    }
+    here = {test_sets.SETS[s].data["name"] for s in sets if measuring.in_folders(s, self._data_dir)}
     lacks = [name for name in data_of(item) if name not in here and self._lacks(name)]
     absent = [name for name in weights_of(item) if not weights.is_here(name)]
     brought = [name for name in absent if name not in weights.PUBLISHED]
@@ -281,7 +279,7 @@ def compare(
   lines, differs = [], [item.differs] if item.differs else []
   differs += _untimed(item, results["rows"])
   known, dataset = _known(item), results.get("dataset")
-  if of := [s.published for s in imagenet_sets.SETS.values() if s.data["name"] == dataset]:
+  if of := [s.published for s in test_sets.SETS.values() if s.data["name"] == dataset]:
     known = [value for value in known if value.dataset in of]
   else:
     differs.append(f"ours are of {dataset}, which is none of the published numbers' data sets")

@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from flexivit_jax import imagenet_sets, published
 from flexivit_jax.evaluators import results
-from flexivit_jax.reproduce.measuring import Measured
+from flexivit_jax.paper import published, test_sets
+from flexivit_jax.paper.measuring import Measured
 
 # Published metrics and what they are called in a row; per cent there are fractions here.
 METRICS = {
@@ -45,7 +45,7 @@ def beside(measured: Sequence[Measured], tables: Sequence[str]) -> list[dict[str
 
 def _is_of(value: published.Value, found: Measured) -> bool:
   subject = found.checkpoint.subject
-  if subject is None or value.dataset != imagenet_sets.SETS[found.set_name].published:
+  if subject is None or value.dataset != test_sets.SETS[found.set_name].published:
     return False
   # How long a model was trained does not change its latency, whose setting is the machine.
   its_setting = value.metric == "latency" or value.setting.startswith(subject.setting)

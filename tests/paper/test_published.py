@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
-from flexivit_jax import published
 from flexivit_jax.errors import UserError
+from flexivit_jax.paper import published
 
 FOLDER = pathlib.Path(published.__file__).parent
 
@@ -107,4 +107,6 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
 
 def test_the_files_are_part_of_the_package():
   setup = (FOLDER.parent.parent / "setup.cfg").read_text()
-  assert "flexivit_jax.published = *.csv" in setup and "  flexivit_jax.published\n" in setup
+  assert (
+    "flexivit_jax.paper.published = *.csv" in setup and "  flexivit_jax.paper.published\n" in setup
+  )
