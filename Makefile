@@ -18,7 +18,7 @@ CONVERT_VENV := .venv-convert
 CONVERT_STAMP := $(CONVERT_VENV)/.installed
 
 FAULTS := $(addprefix tests/,running/test_chaos.py running/test_manifest.py running/test_signals.py running/test_run_folder.py commands/test_replay.py commands/test_verify.py \
-	running/test_ledger.py test_folders.py running/test_metrics.py test_config.py experiment/test_typos.py test_train.py training/test_steps.py test_cli.py experiment/test_experiment.py \
+	running/test_ledger.py test_files.py running/test_metrics.py test_config.py experiment/test_typos.py test_train.py training/test_steps.py test_cli.py experiment/test_experiment.py \
 	devices/test_compilation.py training/test_patch_schedule.py running/test_distributed.py models/test_flexivit.py data weights/test_files.py weights/test_download.py \
 	weights/test_reading.py weights/transformers/test_folder.py)
 

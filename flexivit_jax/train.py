@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from flexivit_jax import config, errors, experiment, folders, heartbeat
+from flexivit_jax import config, errors, experiment, files, heartbeat
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import label, size_text
@@ -290,7 +290,7 @@ def _write(
   if accepted is not None:
     run_folder.write_config(workdir, settings, accepted)
   overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-  folders.write(workdir / "parameters.txt", overview + "\n")
+  files.write(workdir / "parameters.txt", overview + "\n")
 
 
 def _facts(

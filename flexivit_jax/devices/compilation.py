@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flexivit_jax import errors, folders, heartbeat
+from flexivit_jax import errors, files, heartbeat
 
 _LOG = logging.getLogger(__name__)
 _CACHE_BYTES = 4 * 2**30
@@ -209,7 +209,7 @@ def keep_programs() -> pathlib.Path | None:
   if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
     return None
   try:
-    folder = folders.cache_folder() / "programs" / _processor()
+    folder = files.cache_folder() / "programs" / _processor()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(folder)
     _check_private(folder.parent)

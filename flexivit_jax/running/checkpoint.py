@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from flexivit_jax import errors, folders, trees
+from flexivit_jax import errors, files, trees
 from flexivit_jax.running import manifest
 
 _UNSEALED = (manifest.FOLDER, "_CHECKPOINT_METADATA", "commit_success.txt")
@@ -70,7 +70,7 @@ class Checkpoints:
     self.folder = pathlib.Path(folder).absolute()
     if not read_only:
       self.folder.mkdir(parents=True, exist_ok=True)
-    self._alias = folders.Alias(self.folder)
+    self._alias = files.Alias(self.folder)
     self._manager = ocp.CheckpointManager(self._alias.path, options=options, item_handlers=handlers)
     self._sweeper = futures.ThreadPoolExecutor(1)
     self._swept: futures.Future | None = None

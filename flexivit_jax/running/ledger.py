@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flexivit_jax import errors, folders
+from flexivit_jax import errors, files
 
 PARTS = ("start-up", "compilation", "data wait", "steps", "evaluation", "checkpoints", "lost work")
 
@@ -73,7 +73,7 @@ class Ledger:
     if step is not None:
       self._own["to_step"] = step
     try:
-      folders.write(self._file, json.dumps([*self._earlier, self._own]) + "\n")
+      files.write(self._file, json.dumps([*self._earlier, self._own]) + "\n")
     except errors.UserError as e:  # times are no reason to stop a run
       if not self._warned:
         logging.getLogger(__name__).warning("%s Training goes on.", e)

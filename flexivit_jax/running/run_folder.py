@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import filelock
 import numpy as np
 
-from flexivit_jax import errors, folders
+from flexivit_jax import errors, files
 
 # What makes a run what it is: another value would be another run under the same name. Of these, some keys are free.
 IDENTITY = (
@@ -46,7 +46,7 @@ def check_path(workdir: pathlib.Path, *, several: bool = False) -> None:
     UserError: it is a file or lies in one, a link that leads nowhere, an address, too long, or has characters that
       cannot be got around on this system or by several processes.
   """
-  shown, way = folders.printable(workdir), "give another --workdir"
+  shown, way = files.printable(workdir), "give another --workdir"
   if _ADDRESS.match(str(workdir)):
     raise errors.UserError(
       f"--workdir {shown} is an address; expected a folder of this machine, as one on a disk or a mounted bucket."
@@ -55,17 +55,17 @@ def check_path(workdir: pathlib.Path, *, several: bool = False) -> None:
     for path in (workdir, *workdir.parents):
       if path.is_symlink() and not path.exists():
         raise errors.UserError(
-          f"{shown}: {folders.printable(path)} is a link to {path.readlink()}, which does not exist; mend it, or {way}."
+          f"{shown}: {files.printable(path)} is a link to {path.readlink()}, which does not exist; mend it, or {way}."
         )
       if path.exists() and not path.is_dir():
         raise errors.UserError(
-          f"{shown}: {folders.printable(path)} is a file, where a folder is needed; {way}."
+          f"{shown}: {files.printable(path)} is a file, where a folder is needed; {way}."
         )
   except OSError as e:  # a name that is too long
     raise errors.UserError(f"{shown:.300} cannot be a folder: {e.strerror}; {way}.") from e
-  absolute = folders.plain(workdir.absolute())
-  if (odd := folders.oddities(absolute)) and (several or not folders.has_aliases()):
-    raise folders.no_alias(absolute, odd)
+  absolute = files.plain(workdir.absolute())
+  if (odd := files.oddities(absolute)) and (several or not files.has_aliases()):
+    raise files.no_alias(absolute, odd)
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   try:
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     about = {"pid": os.getpid(), "host": socket.gethostname(), "since": began}
-    folders.write(holder, json.dumps(about) + "\n")
+    files.write(holder, json.dumps(about) + "\n")
     yield
   finally:
     with contextlib.suppress(OSError):
@@ -140,8 +140,8 @@ def compare(workdir: pathlib.Path, settings: Mapping[str, Any], *, begun: bool) 
     settings: the config of this start.
     begun: whether there is a checkpoint: until then a config may become another.
   """
-  files = [workdir / "config.json", *reversed(_kept(workdir))]
-  found, damaged = _last_config([p for p in files if p.exists()])
+  kept = [workdir / "config.json", *reversed(_kept(workdir))]
+  found, damaged = _last_config([p for p in kept if p.exists()])
   last = "" if found is None else f"; {found[0].name} is the last that is whole"
   notes = [f"{path} is damaged{last}" for path in damaged]
   if found is None:
@@ -151,7 +151,7 @@ def compare(workdir: pathlib.Path, settings: Mapping[str, Any], *, begun: bool) 
   lines = diff(found[1], json.loads(_text(settings)))
   when = "config" if begun else "config, before anything was saved"
   notes += [f"{when}: {line}" for line in lines.values()]
-  return Start(lines, notes, None, same=not lines and bool(files[1:]) and not damaged)
+  return Start(lines, notes, None, same=not lines and bool(kept[1:]) and not damaged)
 
 
 def check_config(
@@ -200,8 +200,8 @@ def write_config(workdir: pathlib.Path, settings: Mapping[str, Any], start: Star
   if start.same:
     return
   number = 1 + max((int(p.suffixes[-2][1:]) for p in _kept(workdir)), default=0)
-  folders.write(workdir / f"config.{number:03d}.json", _text(settings))
-  folders.write(workdir / "config.json", _text(settings))
+  files.write(workdir / f"config.{number:03d}.json", _text(settings))
+  files.write(workdir / "config.json", _text(settings))
 
 
 def _kept(workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -249,7 +249,7 @@ def write_bad_step(
   numbers = {k: float(v) if np.isfinite(v) else str(v) for k, v in measured.items()}
   found = {"step": step, "size": dict(size), "measured": numbers}
   known = None if ids is None else np.asarray(ids).tolist()
-  folders.write(file, json.dumps(found | {"ids": known}) + "\n")
+  files.write(file, json.dumps(found | {"ids": known}) + "\n")
   return file
 
 

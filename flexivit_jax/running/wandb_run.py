@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
-from flexivit_jax import errors, folders
+from flexivit_jax import errors, files
 
 _ID = "wandb_id.txt"
 
@@ -93,7 +93,7 @@ def open_run(
     key = file.read_text().strip()
   else:
     key = secrets.token_hex(4)
-    folders.write(file, key + "\n")
+    files.write(file, key + "\n")
   run = _package().init(
     project=project,
     name=name or workdir.absolute().name,

@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from flexivit_jax import errors, folders, heartbeat
+from flexivit_jax import errors, files, heartbeat
 
 _CHUNK = 2**18
 _TIMEOUT = 30.0  # seconds without a byte
@@ -54,7 +54,7 @@ def fetch(
     UserError: it cannot be had, is not what was expected (length, hash, a web page instead of a file), or cannot be
       kept. What has arrived stays for the next call, unless it is wrong.
   """
-  folder = folder or folders.cache_folder()
+  folder = folder or files.cache_folder()
   path = _place(url, folder)
   with _disk_errors(url, folder):
     if not path.exists():
@@ -68,7 +68,7 @@ def fetch(
 
 def is_kept(url: str, folder: pathlib.Path | None = None) -> bool:
   """Whether `fetch` would find the file, which is not looked into, without the network."""
-  return _place(url, folder or folders.cache_folder()).is_file()
+  return _place(url, folder or files.cache_folder()).is_file()
 
 
 def _place(url: str, folder: pathlib.Path) -> pathlib.Path:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, folders
+from flexivit_jax import cli, files
 from flexivit_jax.commands import verify
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import manifest
@@ -67,7 +67,7 @@ def test_a_newer_checkpoint_replaces_one_below_an_odd_name(tmp_path, name):
 
 
 def test_the_characters_that_need_another_path_are_known(tmp_path):
-  odd = [name for name in NAMES if folders.oddities(tmp_path / name)]
+  odd = [name for name in NAMES if files.oddities(tmp_path / name)]
   assert len(odd) == 13 and {"[x]", "*", "\\", "\udcff"} < set(odd)
 
 
@@ -87,7 +87,7 @@ def test_the_way_to_a_folder_does_not_matter(tmp_path, monkeypatch, path):
 
 @pytest.mark.parametrize("path", ["/s3/run", "/gs/x/run", "/hf", "/az/a b"])
 def test_a_mount_is_not_taken_for_a_bucket(path):
-  assert folders.oddities(pathlib.Path(path)) == "/" + path.split("/")[1]
+  assert files.oddities(pathlib.Path(path)) == "/" + path.split("/")[1]
   reader = Checkpoints(pathlib.Path(path), read_only=True)
   assert reader.latest_step() is None
   reader.close()
@@ -96,7 +96,7 @@ def test_a_mount_is_not_taken_for_a_bucket(path):
 def test_where_a_system_names_no_descriptors_an_odd_path_is_refused_with_one_that_works(
   tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(folders, "_DESCRIPTORS", tmp_path / "none")
+  monkeypatch.setattr(files, "_DESCRIPTORS", tmp_path / "none")
   with pytest.raises(
     UserError, match=r"has \[ \] in its path.*e\.g\. one that ends in 'vit -lr=1'"
   ):
