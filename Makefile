@@ -38,10 +38,10 @@ test-convert: $(CONVERT_STAMP)
 
 # Two at a time; the same command goes on where it was stopped.
 miniature: $(STAMP)
-	$(BIN)/python tools/miniature.py --out runs/miniature --jobs 2 $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+	$(BIN)/python tools/paper/miniature.py --out runs/miniature --jobs 2 $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 paper: $(STAMP)
-	$(BIN)/python tools/paper.py
+	$(BIN)/python tools/paper/paper.py
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not gpu and not convert" $(FAULTS)
@@ -66,7 +66,7 @@ $(CONVERT_STAMP): requirements.txt requirements-convert.txt setup.cfg pyproject.
 	$(PYTHON) -m venv $(CONVERT_VENV)
 	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-convert.txt
 	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
-	$(CONVERT_VENV)/bin/python tools/check_frameworks.py
+	$(CONVERT_VENV)/bin/python tools/maintain/check_frameworks.py
 	@touch $@
 
 clean:

@@ -30,7 +30,7 @@ MODULES = {
   "inspect": "commands.inspect",
   "convert": "commands.convert",
   "export": "commands.export",
-  "flexify": "flexify",
+  "flexify": "commands.flexify",
   "verify": "commands.verify",
   "replay": "commands.replay",
   "reproduce": "paper.reproduce",

@@ -1,11 +1,10 @@
-"""`flexivit flexify`: a fixed Vision Transformer becomes a FlexiViT, taught by itself; images need no labels.
+"""A fixed Vision Transformer becomes a FlexiViT, taught by itself; images need no labels.
 
 The student starts from the model's own weights. At each step a patch size is drawn, and the student's logits there are
 trained towards those of the original at its native size, on the same crops: the paper's distillation (FlexiViT, arXiv
 2212.08013) with the model as its own teacher. What is left of the original is measured at every size, before and after.
 """
 
-import argparse
 import contextlib
 import json
 import pathlib
@@ -13,33 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flexivit_jax import data, errors, train, weights
-from flexivit_jax.commands import options
 from flexivit_jax.data import class_names
-from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import loaders, preparation
 from flexivit_jax.flexify import card, layout, recipe, retention
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
-
-
-def run(args: argparse.Namespace) -> None:
-  """Flexifies args.init and prints what is left of it at each size."""
-  compilation.keep_programs()
-  names = (
-    "epochs",
-    "image_size",
-    "seqhw",
-    "batch_size",
-    "lr",
-    "seed",
-    "buffers",
-    "moment",
-    "on_error",
-  )
-  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-  kept = flexify(args.init, args.data, args.out, loading=options.loading(args), **given)
-  print(retention.table(kept))
-  print(f"wrote {args.out / 'model.npz'}, retention.json and README.md, the model card")
 
 
 @contextlib.contextmanager

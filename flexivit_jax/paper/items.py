@@ -189,7 +189,7 @@ ITEMS: dict[str, Item] = {
   "fig4": Item(
     "a trained kernel under PI-resize and its competitors",
     how=(
-      "python tools/patch_curve.py CHECKPOINT DIR --grid 28 --patches 4,6,8,12,16,24 --out RUN"
+      "python tools/paper/patch_curve.py CHECKPOINT DIR --grid 28 --patches 4,6,8,12,16,24 --out RUN"
       " --ways pi_paper,plain_paper,area_paper,norm_paper",
     ),
     given=("a ViT-B/8 of ImageNet-1k: CHECKPOINT", _FOLDERS),
@@ -199,7 +199,7 @@ ITEMS: dict[str, Item] = {
   "bwconrad": Item(
     "third party: fixed ViTs at other patch sizes by PI-resize alone; and the introduction's ViT-B/8 and B/32",
     how=(
-      "python tools/patch_curve.py CHECKPOINT DIR --out RUN --ways pi_timm --image_size 448 --seqhw 14",
+      "python tools/paper/patch_curve.py CHECKPOINT DIR --out RUN --ways pi_timm --image_size 448 --seqhw 14",
       "flexivit reproduce bwconrad --results RUN/pi_timm/eval.json --model ViT-B/16 --setting '448 px'",
     ),
     given=(_FOLDERS,),
@@ -299,9 +299,9 @@ ITEMS: dict[str, Item] = {
   "fig19": Item("LiT of a fixed patch size keeps flexibility"),
   "fig25": Item(
     "shape or texture, by patch size",
-    how=("python tools/shape_texture.py 'FlexiViT-B i1k' IMAGES --out RUN",),
+    how=("python tools/paper/shape_texture.py 'FlexiViT-B i1k' IMAGES --out RUN",),
     weights=("FlexiViT-B i1k",),
-    given=("the cue conflicts of Geirhos et al.: IMAGES (tools/shape_texture.py)",),
+    given=("the cue conflicts of Geirhos et al.: IMAGES (tools/paper/shape_texture.py)",),
     work=(Work("B", 1280, (5, 8, 15, 30)),),
     differs="IMAGES are those of Geirhos et al., see the tool; how the paper prepares them is not known to us",
   ),

@@ -54,7 +54,7 @@ def test_large_logits_do_not_overflow_and_no_examples_are_an_error():
 
 def test_ensembles_stand_beside_the_best_size_that_costs_no_more(repository):
   """Two sizes that are wrong in different halves, each sure where it is right; the third is always right, and dear."""
-  tool = runpy.run_path(str(repository / "tools" / "sizes_together.py"))
+  tool = runpy.run_path(str(repository / "tools" / "paper" / "sizes_together.py"))
   labels = np.arange(100) % 2
   sure, unsure = np.eye(2)[labels] * 4, np.eye(2)[1 - labels]
   first, second = np.concatenate([sure[:60], unsure[60:]]), np.concatenate([unsure[:40], sure[40:]])
@@ -72,7 +72,7 @@ def test_the_tool_measures_a_run(repository, tmp_path):
   run, out = tmp_path / "run", tmp_path / "together"
   train = ["-m", "flexivit_jax.train", "--config=configs/digits.py:debug", f"--workdir={run}"]
   tool = [
-    "tools/sizes_together.py",
+    "tools/paper/sizes_together.py",
     run,
     "--config=configs/digits.py:debug",
     f"--out={out}",

@@ -118,7 +118,7 @@ def make_checkpoint(path, classes, always=None):
 
 @pytest.fixture
 def run_tool(repository, monkeypatch):
-  tool = runpy.run_path(str(repository / "tools" / "shape_texture.py"))
+  tool = runpy.run_path(str(repository / "tools" / "paper" / "shape_texture.py"))
 
   def run(*arguments):
     given = ["shape_texture.py", *map(str, arguments), "--size=24", "--seqhw=2,4"]

@@ -194,7 +194,7 @@ def test_what_has_no_relevance_is_refused(fields, classes, said, image):
 
 @pytest.fixture
 def tool(repository):
-  return runpy.run_path(str(repository / "tools" / "relevance.py"))
+  return runpy.run_path(str(repository / "tools" / "paper" / "relevance.py"))
 
 
 def test_maps_are_compared_on_the_smaller_number_of_rows_and_columns(tool):

@@ -122,7 +122,7 @@ def test_the_tool_writes_null_for_a_layer_that_is_constant(
   out = tmp_path / "cka"
   given = [tmp_path / "vit.npz", "--config=configs/digits.py:debug", f"--out={out}", "--seqhw=2,4"]
   monkeypatch.setattr(sys, "argv", ["representations.py", *map(str, given)])
-  runpy.run_path(str(repository / "tools" / "representations.py"), run_name="__main__")
+  runpy.run_path(str(repository / "tools" / "paper" / "representations.py"), run_name="__main__")
   found = json.loads((out / "cka.json").read_text(), parse_constant=pytest.fail)
   sa, mlp, pooled = found["cka"][:3]
   assert mlp == [None] * 6 and found["map"][1] == [None, None]
@@ -142,7 +142,7 @@ def test_the_tool_compares_all_layers_and_sizes_of_a_run(repository, tmp_path):
   run, out = tmp_path / "run", tmp_path / "cka"
   train = ["-m", "flexivit_jax.train", "--config=configs/digits.py:debug", f"--workdir={run}"]
   tool = [
-    "tools/representations.py",
+    "tools/paper/representations.py",
     run,
     "--config=configs/digits.py:debug",
     f"--out={out}",

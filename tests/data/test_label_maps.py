@@ -118,7 +118,7 @@ def make(repository, folder, changes=(), out="out"):
     (folder / path).write_text(text)
   (folder / out).mkdir()
   given = ["--timm", folder / "timm", "--objectnet", folder / "objectnet", "--out", folder / out]
-  command = [sys.executable, repository / "tools" / "make_label_maps.py", *given]
+  command = [sys.executable, repository / "tools" / "maintain" / "make_label_maps.py", *given]
   run = subprocess.run(command, capture_output=True, text=True, check=False)
   return run, {path.name: path.read_text() for path in (folder / out).iterdir()}
 

@@ -10,7 +10,7 @@ import pytest
 
 from flexivit_jax.errors import UserError
 
-TOOL = pathlib.Path(__file__).parents[2] / "tools" / "chaos.py"
+TOOL = pathlib.Path(__file__).parents[2] / "tools" / "bench" / "chaos.py"
 CONFIG = """
 import ml_collections
 

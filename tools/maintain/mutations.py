@@ -36,6 +36,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from flexivit_jax import cli
+
 SEED = 16
 TIMEOUT_S = 900
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -719,4 +721,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)

@@ -119,7 +119,7 @@ def read_arrays(folder: pathlib.Path) -> dict[str, Any]:
   return jax.tree.map(np.asarray, tree)
 
 
-def main(argv: list[str]) -> int:
+def command(argv: list[str]) -> int:
   """Returns the exit code."""
   if len(argv) != 2:
     print(f"usage: same_run.py RUN_A RUN_B, got {len(argv)} arguments", file=sys.stderr)
@@ -136,4 +136,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  sys.exit(command(sys.argv[1:]))

@@ -14,7 +14,6 @@ import numpy as np
 import safetensors.numpy
 
 from flexivit_jax import errors, trees
-from flexivit_jax.data import class_names
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
 from flexivit_jax.weights import (
@@ -64,6 +63,9 @@ def save_timm(
   """
   out = pathlib.Path(out)
   _check(model)
+  # Here, for it imports OpenCV, which `import flexivit_jax` does without.
+  from flexivit_jax.data import class_names
+
   names = class_names.of_record(record, model.num_classes, f"what is to be written to {out}").names
   reading.check(model, params, f"What is to be written to {out}")
   if seqhw is not None:

@@ -10,7 +10,6 @@ import numpy as np
 from safetensors import numpy as safetensors
 
 from flexivit_jax import errors, trees
-from flexivit_jax.data import class_names
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
 from flexivit_jax.weights import folders, stated
@@ -58,6 +57,9 @@ def save_transformers(
   flat = {name: np.asarray(a) for name, a in trees.flatten(vit.unstack_blocks(baked)).items()}
   weights = safetensors.save(_arrays(fixed, flat), metadata={"format": "pt"})
   channels = flat["embedding/kernel"].shape[2]
+  # Here, for it imports OpenCV, which `import flexivit_jax` does without.
+  from flexivit_jax.data import class_names
+
   known = class_names.of_record(record, model.num_classes, f"what is to be written to {out}")
   config = _config(fixed, channels, image_hw, known.names)
   record = stated.written_for(record, image_hw)
