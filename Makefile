@@ -12,6 +12,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+CORE := $(VENV)/.core
 STAMP := $(VENV)/.installed
 
 CONVERT_VENV := .venv-convert
@@ -24,7 +26,7 @@ FAULTS := $(addprefix tests/,running/test_chaos.py running/test_manifest.py runn
 
 .PHONY: demo test test-convert faults lint miniature paper clean
 
-demo: $(STAMP)
+demo: $(CORE)
 	$(BIN)/flexivit train --config configs/digits.py --workdir runs/demo/flexivit
 	$(BIN)/flexivit train --config configs/digits.py:fixed=8 --workdir runs/demo/fixed8
 	$(BIN)/flexivit report runs/demo/flexivit runs/demo/fixed8 --out runs/demo
@@ -52,16 +54,24 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(STAMP): requirements.txt setup.cfg pyproject.toml
+# What the demo needs. All is pinned, so nothing is resolved; a module is compiled when it is first imported.
+$(CORE): requirements-core.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d. Try: make PYTHON=python3.11" % sys.version_info[:2])'
-	@echo "Setting up $(VENV) (once, about a minute) ..."
+	@echo "Setting up $(VENV) (once, less than a minute) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt $(if $(JAX),"jax[$(JAX)]")
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) --no-compile --no-deps -r requirements-core.txt -e .
+	$(if $(JAX),$(PIP) --no-compile -r requirements-core.txt "jax[$(JAX)]")
+	@touch $@
+
+# All that is pinned. Modules are compiled here, since warnings of their compilation would be errors in the tests.
+$(STAMP): $(CORE) requirements.txt
+	@echo "Adding TFDS and the tools for tests to $(VENV) (once) ..."
+	$(PIP) --no-compile --no-deps -r requirements.txt
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@
 
 # All in one call, so that torch and torchvision are chosen together; the stamp is written once all four can be imported.
-$(CONVERT_STAMP): requirements.txt requirements-convert.txt setup.cfg pyproject.toml
+$(CONVERT_STAMP): requirements-core.txt requirements.txt requirements-convert.txt setup.cfg pyproject.toml
 	@echo "Setting up $(CONVERT_VENV) (once, about two minutes) ..."
 	$(PYTHON) -m venv $(CONVERT_VENV)
 	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-convert.txt

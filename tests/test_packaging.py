@@ -41,15 +41,53 @@ def test_every_data_file_is_packaged(setup_cfg, repository):
   assert data == packaged
 
 
+def pinned(file: Path) -> list[Requirement]:
+  """The pins of a requirements file, those of the files that it includes first."""
+  pins = []
+  for line in lines(file.read_text()):
+    if line.startswith("-r "):
+      pins += pinned(file.parent / line.removeprefix("-r "))
+    elif not line.startswith("#"):
+      pins.append(Requirement(line))
+  return pins
+
+
 def test_every_dependency_is_pinned_at_a_version_it_admits(setup_cfg, repository):
   wanted = setup_cfg["options"]["install_requires"] + setup_cfg["options.extras_require"]["dev"]
-  text = (repository / "requirements.txt").read_text()
-  pins = [Requirement(line) for line in lines(text) if not line.startswith("#")]
+  pins = pinned(repository / "requirements.txt")
   for requirement in map(Requirement, lines(wanted)):
     name = canonical(requirement.name)
     found = [next(iter(pin.specifier)).version for pin in pins if canonical(pin.name) == name]
     assert found, f"{name} is not in requirements.txt"
     assert all(pin in requirement.specifier for pin in found), (requirement, found)
+
+
+@pytest.mark.parametrize("file", ["requirements-core.txt", "requirements.txt"])
+def test_what_is_pinned_needs_nothing_else(repository, file):
+  """Both are installed with --no-deps."""
+  pins = {canonical(pin.name) for pin in pinned(repository / file) if _for_here(pin)}
+  todo, seen = [(name, ()) for name in pins], set()
+  while todo:
+    name, extras = todo.pop()
+    if (name, extras) in seen:
+      continue
+    seen.add((name, extras))
+    for needed in map(Requirement, metadata(name).get_all("Requires-Dist", [])):
+      if _for_here(needed, *extras):
+        assert canonical(needed.name) in pins, f"{name} needs {needed.name}: add it to {file}"
+        todo.append((canonical(needed.name), tuple(needed.extras)))
+
+
+def test_the_core_is_the_package_without_tfds(setup_cfg, repository):
+  wanted = {Requirement(line).name for line in lines(setup_cfg["options"]["install_requires"])}
+  core = {canonical(pin.name) for pin in pinned(repository / "requirements-core.txt")}
+  assert {canonical(name) for name in wanted} - core == {"tensorflow-datasets"}
+
+
+def _for_here(requirement: Requirement, *extras: str) -> bool:
+  """Whether a requirement holds for this Python and system."""
+  marker = requirement.marker
+  return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
 ACCELERATORS = ("cuda12", "cuda13", "tpu")
@@ -71,12 +109,11 @@ def test_every_documented_accelerator_is_an_extra_of_ours_and_of_jax(setup_cfg, 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_pip_finds_each_accelerator_for_each_python(repository, python, name):
   pip = [_interpreter(python), "-m", "pip", "--disable-pip-version-check"]
-  jax = [
-    line
-    for line in lines((repository / "requirements.txt").read_text())
-    if line.startswith("jax==")
+  pins = [
+    pin
+    for pin in pinned(repository / "requirements.txt")
+    if pin.name == "jax" and pin.marker.evaluate({"python_version": python})
   ]
-  pins = [r for r in map(Requirement, jax) if r.marker.evaluate({"python_version": python})]
   wanted = f"jax[{name}]{pins[0].specifier}"
   plan = ["install", "--dry-run", "--quiet", "--ignore-installed", "--only-binary=:all:", wanted]
   done = subprocess.run([*pip, *plan], capture_output=True, text=True, check=False)

@@ -371,6 +371,13 @@ def test_tfds_not_prepared_says_how(tfds_dir):
     make_source(name="digit", split="train", data_dir=tfds_dir)
 
 
+def test_without_tfds_the_error_names_the_command_that_installs_it(monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+  with pytest.raises(UserError, match=r"'digit' is none of .* Did you mean 'digits'") as info:
+    make_source(name="digit", split="train")
+  assert f"`{sys.executable} -m pip install tensorflow-datasets`" in str(info.value)
+
+
 def test_tfds_in_another_format_says_how(tfds_dir, tmp_path):
   """A copy whose files say tfrecord; reading it needs no file of that format."""
   version = tmp_path / "fruit" / "1.0.0"

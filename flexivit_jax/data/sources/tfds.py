@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,13 +67,22 @@ def is_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> bo
 
 
 def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
-  tfds = _tfds()
+  from flexivit_jax.data.sources import SOURCES  # Lazy: that imports this.
+
+  try:
+    tfds = _tfds()
+  except ModuleNotFoundError as e:
+    if e.name != "tensorflow_datasets":
+      raise
+    raise UserError(
+      f"Data set {name!r} is none of {sorted(SOURCES)}.{nearest(name, list(SOURCES))} Others are read by "
+      "TensorFlow Datasets, which is not installed (`make demo` leaves it out): "
+      f"`{sys.executable} -m pip install tensorflow-datasets`."
+    ) from None
   where = None if data_dir is None else os.path.expanduser(data_dir)
   try:
     builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
   except tfds.core.DatasetNotFoundError:
-    from flexivit_jax.data.sources import SOURCES  # Lazy: that imports this.
-
     shown = where or tfds.core.constants.DATA_DIR
     known = [*SOURCES, *subfolders(pathlib.Path(shown))]
     raise UserError(
