@@ -70,10 +70,13 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
     "cv2",
     "grain",
     "matplotlib",
+    "orbax",
+    "scipy",
     "sklearn",
     "tensorboardX",
     "tensorflow",
     "tensorflow_datasets",
+    "tensorstore",
   }
   slow |= {"clu", "onnx", "onnxruntime", "timm", "torch", "transformers"}
   assert "flexivit_jax" in done.stdout.split()

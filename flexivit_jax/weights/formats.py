@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import UNNAMED
-from flexivit_jax.running import checkpoint
 from flexivit_jax.weights import (
   bare,
   big_vision,
@@ -78,6 +77,8 @@ def read(path: pathlib.Path, fields: Mapping[str, Any], *, ema: bool = False) ->
   if path.is_dir() and ema:
     raise errors.UserError(f"{path} is a run, which has one set of weights; leave --ema out.")
   if path.is_dir():
+    from flexivit_jax.running import checkpoint  # Lazy: Orbax, a fifth of a second.
+
     params, record = checkpoint.load_params(path)
     format_ = CHECKPOINT
   elif path.suffix.lower() in bare.READERS:
