@@ -4,7 +4,7 @@
 # make faults  the tests that inject faults: kills, signals, damaged files, full disks (docs/reliability.md)
 # make lint   ruff, mypy, import-linter
 # make miniature  the paper's experiments on CIFAR-10, DATA_DIR=where TFDS prepared it; hours
-# make paper  docs/paper.md: each claim of the paper, our evidence, the full-scale commands; from what docs/ says
+# make paper  the tables and quoted numbers of docs/ and README.md from results/*.csv, and docs/paper.md, claim by claim
 # make clean  remove the virtual environment and everything that tools have cached; runs/ stays
 #
 # Another interpreter: make test PYTHON=python3.12
@@ -43,6 +43,7 @@ miniature: $(STAMP)
 	$(BIN)/python tools/paper/miniature.py --out runs/miniature --jobs 2 $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 paper: $(STAMP)
+	$(BIN)/python tools/paper/tables.py
 	$(BIN)/python tools/paper/paper.py
 
 faults: $(STAMP)
