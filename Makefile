@@ -44,7 +44,7 @@ miniature: $(STAMP)
 
 paper: $(STAMP)
 	$(BIN)/python tools/paper/tables.py
-	$(BIN)/python tools/paper/paper.py
+	$(BIN)/python tools/paper/claims.py
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not gpu and not convert" $(FAULTS)

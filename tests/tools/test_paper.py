@@ -1,7 +1,8 @@
-"""docs/paper.md is what tools/paper/paper.py writes, of every item, from tables that must be there."""
+"""docs/paper.md is what tools/paper/claims.py writes, of every item, from rows of results/ that must be there."""
 
 import re
 import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -10,38 +11,41 @@ import pytest
 from flexivit_jax.errors import UserError
 from flexivit_jax.paper.reproduce import ITEMS
 
-TEXT = """# Page
+HEAD = "run,patch,tokens,top1,low,high\n"
+ROWS = """new,24,2,42.9,42.9,43.0
+new,8,6,-50.0,,
+new,6,8,,,
+old,24,2,1.0,,
+"""
+PAGE = """# Page
 
-## Results
+Before.
 
-| top-1 in % | 24 px (2x2) | 8 px (6x6) | steps |
-|---|---|---|---|
-| old | 1.0 | 2.0 | 5 |
-
-Later:
-
-| top-1 in % | 24 px (2x2) | 8 px (6x6) | steps |
-|---|---|---|---|
-| new | **42.9** (42.9 to 43.0) | - | 5 |
-
-(MFLOPs: the four
-sizes 6, 10; others 7.)
-
-- *A claim* (figure 8): reproduced: it
+- *A claim* (figure 8): 42.9<!-- runs[new, 24].top1 -->: it
   holds.
 - Another.
-
-## Other
 """
 
 
-@pytest.fixture(scope="module")
-def tool(pytestconfig):
-  return runpy.run_path(str(pytestconfig.rootpath / "tools" / "paper" / "paper.py"))
+@pytest.fixture
+def tool(repository, monkeypatch):
+  folder = repository / "tools" / "paper"
+  monkeypatch.syspath_prepend(str(folder))  # as Python does where it runs the file
+  return runpy.run_path(str(folder / "claims.py"))
+
+
+@pytest.fixture
+def results(tool, monkeypatch, tmp_path):
+  """A folder of results and one of pages."""
+  monkeypatch.setattr(sys.modules["tables"], "RESULTS", tmp_path)
+  tool["main"].__globals__["DOCS"] = tmp_path
+  (tmp_path / "runs.csv").write_text(HEAD + ROWS)
+  (tmp_path / "page.md").write_text(PAGE)
+  return tmp_path
 
 
 def run(tool, monkeypatch, *arguments):
-  monkeypatch.setattr(sys, "argv", ["paper.py", *map(str, arguments)])
+  monkeypatch.setattr(sys, "argv", ["claims.py", *map(str, arguments)])
   tool["main"]()
 
 
@@ -83,52 +87,49 @@ def test_an_item_that_no_claim_names_is_an_error(tool):
     tool["write_page"]("", [], {})
 
 
-@pytest.mark.parametrize(
-  ("cell", "numbers"),
-  [
-    ("42.9", (42.9, 42.9, 42.9)),
-    ("**65.5**", (65.5, 65.5, 65.5)),
-    ("42.9 (42.9 to 43.0)", (42.9, 42.9, 43.0)),
-    ("**46.0** (45.9 to 46.0)", (46.0, 45.9, 46.0)),
-    ("-0.5", (-0.5, -0.5, -0.5)),
-    ("-", None),
-  ],
-)
-def test_cells_are_numbers_with_their_range(tool, cell, numbers):
-  assert tool["parse"](cell) == numbers
+RUNS = {"file": "runs", "page": "page", "heading": "The heading", "label": "{patch} px"}
 
 
-@pytest.mark.parametrize("cell", ["", "many", "42.9 (42.9)", "1.2e3", "42.9 %"])
-def test_a_cell_of_another_shape_is_an_error(tool, cell):
-  with pytest.raises(UserError, match=re.escape(f"{cell!r} is no number")):
-    tool["parse"](cell)
+def test_lines_are_rows_of_a_file(tool, results):
+  spec = {"table": "runs", "row": "new", "name": "Name"}
+  line = tool["read_line"](spec, {"runs": RUNS})
+  assert line.cells == {"24 px": (42.9, 42.9, 43.0), "8 px": (-50.0, -50.0, -50.0)}
+  assert line.text == {"24 px": "42.9 (42.9 to 43.0)", "8 px": "-50.0"}
+  assert line.x == {"24 px": 24, "8 px": 8, "6 px": 6}
+  assert (line.name, line.source) == ("Name", "[page](page.md#the-heading)")
+  line = tool["read_line"](spec | {"x": "tokens", "y": "patch"}, {"runs": RUNS})
+  assert line.x == {"24 px": 2, "8 px": 6, "6 px": 8}
+  assert line.text["6 px"] == "6"
 
 
-def test_tables_are_found_by_heading_first_cell_and_what_is_before(tool):
-  find = tool["find_table"]
-  assert list(find(TEXT, heading="Results", first="top-1 in %").rows) == ["old"]
-  table = find(TEXT, heading="Results", first="top-1 in %", after="Later:")
-  assert tool["find_row"](table, "new") == ["new", "**42.9** (42.9 to 43.0)", "-", "5"]
-  with pytest.raises(UserError, match=r"row of the table .* after 'Later:'.*'old'.*new"):
-    tool["find_row"](table, "old")
-  for where in (
-    {"heading": "Resul", "first": "top-1 in %"},
-    {"heading": "Other", "first": "top-1 in %"},
-    {"heading": "Results", "first": "top-5 in %"},
-    {"heading": "Results", "first": "top-1 in %", "after": "Never:"},
-  ):
-    with pytest.raises(UserError, match="is left"):
-      find(TEXT, **where)
-  with pytest.raises(UserError, match="rows that are not of 4 cells"):
-    find(TEXT.replace("| 2.0 | 5 |", "| 2.0 |"), heading="Results", first="top-1 in %")
+def test_a_row_or_a_file_that_is_gone_is_an_error(tool, results):
+  with pytest.raises(UserError, match=r"row of runs.csv 'nw'; known: new, old. Did you mean 'new'"):
+    tool["read_line"]({"table": "runs", "row": "nw", "name": ""}, {"runs": RUNS})
+  with pytest.raises(UserError, match=r"file of results/ 'run'"):
+    tool["read_line"]({"table": "runs", "name": ""}, {"runs": RUNS | {"file": "run"}})
+
+
+def test_one_digit_that_changes_in_results_is_found(tool, monkeypatch, tmp_path, repository):
+  """A measured number of a figure: the page, and the sentences of claims.toml, are out of date."""
+  shutil.copytree(repository / "results", tmp_path, dirs_exist_ok=True)
+  changed = tmp_path / "miniature.csv"
+  changed.write_text(changed.read_text().replace("50.4", "50.5", 1))
+  monkeypatch.setattr(sys.modules["tables"], "RESULTS", tmp_path)
+  with pytest.raises(SystemExit, match=r"paper.md is not up to date"):
+    run(tool, monkeypatch, "--check")
+  claims = (repository / "tools" / "paper" / "claims.toml").read_text()
+  assert sys.modules["tables"].update(claims) != claims
 
 
 def test_ranges_that_do_not_overlap_are_computed(tool):
   """Those that meet do; a column that one of the two has no range at is not compared."""
 
   def line(name, *cells):
-    text = dict(zip(("a", "b", "c"), cells, strict=True))
-    return tool["Line"](name, "", {c: tool["parse"](t) for c, t in text.items()}, {}, text)
+    cells = dict(zip("abc", cells, strict=True))
+    numbers = {c: [float(n) for n in re.findall(r"[\d.]+", cell)] for c, cell in cells.items()}
+    return tool["Line"](
+      name, "", {c: tool["Cell"](*(n * 3)[:3]) for c, n in numbers.items()}, {}, cells
+    )
 
   lines = [
     line("base", "2.0 (1.0 to 3.0)", "2.0 (1.0 to 3.0)", "2.0 (1.0 to 3.0)"),
@@ -152,12 +153,16 @@ def test_names_keep_their_distance_and_stay_below_the_top(tool):
   np.testing.assert_allclose(spread([1.0, 0.98, 0.97, 0.2], gap=0.1, top=1.0), [1.0, 0.9, 0.8, 0.2])
 
 
-def test_sentences_and_places_are_found_or_missed(tool):
-  assert tool["find_text"](TEXT, "*A claim*") == "*A claim* (figure 8): reproduced: it holds."
-  assert tool["places_after"](TEXT, "the four sizes") == [6, 10]
-  with pytest.raises(UserError, match="Nothing begins with 'A claim'"):
-    tool["find_text"](TEXT, "A claim")
-  with pytest.raises(UserError, match="No numbers follow 'the four depths'"):
-    tool["places_after"](TEXT, "the four depths")
-  labels = ("24 px (2x2)", "8x8 (6 px)", "48", "2 x 2", "FLOPs", "wall time, one core")
-  assert list(map(tool["place"], labels)) == [24, 6, 48, 2, None, None]
+def test_sentences_are_found_without_their_sources_or_missed(tool, results):
+  assert tool["find_text"]("page", "*A claim*") == "*A claim* (figure 8): 42.9: it holds."
+  with pytest.raises(UserError, match=r"Nothing on page.md begins with 'A claim'"):
+    tool["find_text"]("page", "A claim")
+
+
+def test_links_to_sections_lead_somewhere(tool, repository):
+  page = (repository / "docs" / "paper.md").read_text()
+  links = set(re.findall(r"\]\((\w+\.md)#([^)]+)\)", page))
+  assert links
+  for name, anchor in links:
+    headings = re.findall("^#+ (.+)", (repository / "docs" / name).read_text(), re.MULTILINE)
+    assert anchor in set(map(tool["slug"], headings)), f"{name}#{anchor}"

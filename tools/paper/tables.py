@@ -46,7 +46,7 @@ Row = Mapping[str, str]
 
 def pages() -> list[pathlib.Path]:
   """The files that quote results/."""
-  return [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+  return [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("tools/paper/*.toml")]
 
 
 def read(name: str) -> list[Row]:

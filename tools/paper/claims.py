@@ -1,10 +1,10 @@
 """Writes docs/paper.md: each claim of the paper, how we know of it, our evidence, a verdict, full-scale commands.
 
-python tools/paper/paper.py            writes docs/paper.md and docs/images/paper_*.png
-python tools/paper/paper.py --check    writes nothing; fails where docs/paper.md is not what would be written
+python tools/paper/claims.py            writes docs/paper.md and docs/images/paper_*.png
+python tools/paper/claims.py --check    writes nothing; fails where docs/paper.md is not what would be written
 
-What it says of a claim is in tools/paper/paper_claims.toml. Measured numbers are looked up in the tables and sentences
-of docs/, published ones in `flexivit_jax.paper.published`, commands in `flexivit_jax.paper.reproduce`.
+What it says of a claim is in tools/paper/claims.toml. Measured numbers are looked up in results/, published ones in
+`flexivit_jax.paper.published`, commands in `flexivit_jax.paper.reproduce`.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import tables
 from matplotlib.axes import Axes
 
 from flexivit_jax import cli, errors
@@ -26,9 +27,8 @@ from flexivit_jax.paper.items import ITEMS, Item
 from flexivit_jax.report.plots import COLORS, FAINT, GRID, INK
 from flexivit_jax.weights.registry import PUBLISHED
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-CLAIMS = pathlib.Path(__file__).with_name("paper_claims.toml")
+DOCS = tables.ROOT / "docs"
+CLAIMS = pathlib.Path(__file__).with_name("claims.toml")
 VERDICTS = (
   "reproduced", "in part", "not reproduced", "not tried", "not testable", "not decided", "not in this project"
 )  # fmt: skip
@@ -37,15 +37,6 @@ TOP1 = "top-1 in %"
 PATCH = "patch size in pixels"
 PALETTE = (*COLORS, INK)
 MARKERS = "os^DvpX"
-NUMBER = r"-?\d+(?:\.\d+)?"
-
-
-class Table(NamedTuple):
-  """A Markdown table: header cells, and the cells of each row by its first."""
-
-  where: str
-  header: list[str]
-  rows: dict[str, list[str]]
 
 
 class Cell(NamedTuple):
@@ -68,7 +59,7 @@ class Line(NamedTuple):
 
 
 class Claim(NamedTuple):
-  """Keys of tools/paper/paper_claims.toml, which explains them."""
+  """Keys of claims.toml, which explains them."""
 
   group: str
   title: str
@@ -76,7 +67,7 @@ class Claim(NamedTuple):
   known: str
   items: list[str]
   verdict: str = ""
-  bullet: str = ""
+  because: str = ""
   quotes: Sequence[Mapping[str, str]] = ()
   images: Sequence[str] = ()
   setting: str = ""  # goes with lines
@@ -89,92 +80,19 @@ class Claim(NamedTuple):
   note: str = ""
 
 
-# --- what is in docs/ ---
+# --- what was measured, and what docs/ say of it ---
 
 
-def read_page(name: str) -> str:
-  """The text of a page of docs/."""
-  return (DOCS / f"{name}.md").read_text()
-
-
-def find_table(text: str, *, heading: str, first: str, after: str = "") -> Table:
-  """The first table of a section whose first header cell is `first`, after the text `after`.
-
-  Raises:
-    UserError: no such section, text or table; rows that do not have as many cells as the header.
-  """
-  section = re.search(
-    rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL
-  )
-  if section is None:
-    raise errors.UserError(
-      f"No section {heading!r} is left; tools/paper/paper_claims.toml needs it."
-    )
-  where = f"{heading!r}" + (f" after {after!r}" if after else "")
-  start = section[1].find(after)
-  for block in re.findall(r"(?:^\|.*\n)+", section[1][start:], re.MULTILINE) if start >= 0 else ():
-    header, _, *rows = [
-      [c.strip() for c in row.strip("|").split("|")] for row in block.splitlines()
-    ]
-    if header[0] == first:
-      table = Table(f"table {first!r} of {where}", header, {row[0]: row for row in rows})
-      if any(len(row) != len(header) for row in rows):
-        raise errors.UserError(f"The {table.where} has rows that are not of {len(header)} cells.")
-      return table
-  raise errors.UserError(
-    f"No table {first!r} is left in {where}; tools/paper/paper_claims.toml needs it."
-  )
-
-
-def find_row(table: Table, label: str) -> list[str]:
-  """The cells of a row, its label first; a UserError that lists the labels for one that is not there."""
-  if label not in table.rows:
-    raise errors.unknown(f"row of the {table.where}", label, table.rows)
-  return table.rows[label]
-
-
-def parse(cell: str) -> Cell | None:
-  """Returns the numbers of "42.9", "**42.9**" or "42.9 (42.8 to 43.0)"; None of "-", which was not measured."""
-  plain = cell.replace("*", "").strip()
-  if plain == "-":
-    return None
-  found = re.fullmatch(rf"({NUMBER})(?: \(({NUMBER}) to ({NUMBER})\))?", plain)
-  if found is None:
-    raise errors.UserError(f"{cell!r} is no number; expected one like 42.9 or 42.9 (42.8 to 43.0).")
-  value = float(found[1])
-  return Cell(value, float(found[2] or value), float(found[3] or value))
-
-
-def place(label: str) -> float | None:
-  """The patch size or grid of a column: 24 of "24 px (2x2)", 6 of "8x8 (6 px)", 48 of "48", 2 of "2 x 2"; else None."""
-  found = re.search(r"(\d+) px", label) or re.match(r"(\d+)(?: x \d+)?$", label)
-  return float(found[1]) if found else None
-
-
-def wrapped(words: str) -> str:
-  """A pattern for words that may be on two lines."""
-  return r"\s+".join(map(re.escape, words.split()))
-
-
-def places_after(text: str, words: str) -> list[float]:
-  """The numbers, with commas, that follow `words`."""
-  found = re.search(wrapped(words) + r"\s+((?:\d+,\s+)*\d+)", text)
-  if found is None:
-    raise errors.UserError(
-      f"No numbers follow {words!r} any more; tools/paper/paper_claims.toml needs them."
-    )
-  return [float(number) for number in found[1].split(",")]
-
-
-def find_text(text: str, begins: str) -> str:
-  """The paragraph or bullet that begins so, on one line, without the dash of a bullet."""
+def find_text(page: str, begins: str) -> str:
+  """The paragraph or bullet of a page of docs/ that begins so, on one line, without the dash of a bullet."""
+  start = r"\s+".join(map(re.escape, begins.split()))
   found = re.search(
-    rf"^(?:- )?{wrapped(begins)}.*?(?=\n\n|\n- |\n<img|\Z)", text, re.MULTILINE | re.DOTALL
+    rf"^(?:- )?{start}.*?(?=\n\n|\n- |\n<img|\Z)",
+    tables.without_sources((DOCS / f"{page}.md").read_text()),
+    re.MULTILINE | re.DOTALL,
   )
   if found is None:
-    raise errors.UserError(
-      f"Nothing begins with {begins!r} any more; tools/paper/paper_claims.toml needs it."
-    )
+    raise errors.UserError(f"Nothing on {page}.md begins with {begins!r}; claims.toml needs it.")
   return " ".join(found[0].removeprefix("- ").split())
 
 
@@ -184,27 +102,43 @@ def find_image(name: str) -> str:
     found = re.search(rf'<img src="images/{name}\.png".*?>', page.read_text())
     if found and page.name != "paper.md":
       return found[0]
-  raise errors.UserError(
-    f"No page shows images/{name}.png any more; tools/paper/paper_claims.toml needs it."
-  )
+  raise errors.UserError(f"No page shows images/{name}.png; claims.toml needs it.")
 
 
-def read_line(spec: Mapping[str, str], tables: Mapping[str, Mapping[str, str]]) -> Line:
-  """What a line of a claim refers to."""
+def read_line(spec: Mapping[str, str], known: Mapping[str, Mapping[str, str]]) -> Line:
+  """What a line of a claim refers to.
+
+  Raises:
+    UserError: no row of the file begins with `row`.
+  """
   if "published" in spec:
     return published_line(spec)
-  about = dict(tables[spec["table"]])
-  page = about.pop("page")
-  text, source = read_page(page), f"[{page}]({page}.md#{slug(about['heading'])})"
-  table = find_table(text, **about)
-  row = dict(zip(table.header, find_row(table, spec["row"]), strict=True))
-  x = {label: at for label in table.header[1:] if (at := place(label)) is not None}
-  if "x_after" in spec:
-    x = dict(zip(x, places_after(text, spec["x_after"]), strict=True))
-  cells = {label: cell for label in x if (cell := parse(row[label])) is not None}
+  about = {"label": "{patch}", "x": "patch", "y": "top1", **known[spec["table"]], **spec}
+  rows = tables.read(about["file"])
+  if "row" in about:
+    firsts = [next(iter(row.values())) for row in rows]
+    rows = [row for row, first in zip(rows, firsts, strict=True) if first == about["row"]]
+    if not rows:
+      raise errors.unknown(f"row of {about['file']}.csv", about["row"], set(firsts))
+  x = {about["label"].format_map(row): float(row[about["x"]]) for row in rows}
+  measured = {label: row for label, row in zip(x, rows, strict=True) if row[about["y"]]}
   return Line(
-    spec["name"], source, cells, x, {label: row[label].replace("*", "") for label in cells}
+    name=about["name"],
+    source=f"[{about['page']}]({about['page']}.md#{slug(about['heading'])})",
+    cells={label: cell_of(row, about["y"]) for label, row in measured.items()},
+    x=x,
+    text={label: text_of(row, about["y"]) for label, row in measured.items()},
   )
+
+
+def cell_of(row: tables.Row, y: str) -> Cell:
+  """The value of a row, with the range of a file that has ranges."""
+  return Cell(*(float(row.get(name) or row[y]) for name in (y, "low", "high")))
+
+
+def text_of(row: tables.Row, y: str) -> str:
+  """The same as it is written."""
+  return f"{row[y]} ({row['low']} to {row['high']})" if row.get("low") else row[y]
 
 
 def published_line(spec: Mapping[str, str]) -> Line:
@@ -354,27 +288,19 @@ def sides(base: Line, line: Line) -> str:
   return ", ".join(f"{side} at {', '.join(at)}" for side, at in found.items() if at)
 
 
-def verdict_of(claim: Claim) -> tuple[str, str]:
-  """The verdict, and what the bullet of docs/results.md says beyond it.
+def verdict_of(claim: Claim) -> str:
+  """The verdict; of a claim that has none, whether the project could try it.
 
   Raises:
     UserError: a verdict that is none of VERDICTS.
   """
-  verdict, rest = claim.verdict, ""
-  if claim.bullet:
-    found = re.fullmatch(r"\*.+?\*[^:]*: (.+)", find_text(read_page("results"), claim.bullet))
-    rest = found[1] if found else ""
-    if not verdict:
-      verdict, rest = [*re.split(r"[.:] ", rest, maxsplit=1), ""][:2]
-  elif not verdict:
-    verdict = (
-      "not tried at this scale" if any(map(can_be_done, claim.items)) else "not in this project"
-    )
+  untried = any(map(can_be_done, claim.items))
+  verdict = claim.verdict or ("not tried at this scale" if untried else "not in this project")
   if not verdict.startswith(VERDICTS):
     raise errors.UserError(
       f"{claim.title!r}: {verdict!r} is no verdict; known are {', '.join(VERDICTS)}."
     )
-  return verdict, rest[:1].upper() + rest[1:]
+  return verdict
 
 
 def can_be_done(name: str) -> bool:
@@ -442,7 +368,7 @@ def evidence(claim: Claim, lines: Sequence[Line]) -> list[str]:
   if claim.against:
     parts.append(apart(claim, lines))
   parts += map(find_image, claim.images)
-  parts += [f"> {find_text(read_page(quote['page']), quote['begins'])}" for quote in claim.quotes]
+  parts += [f"> {find_text(**quote)}" for quote in claim.quotes]
   return parts
 
 
@@ -463,9 +389,7 @@ def write_page(intro: str, claims: Sequence[Claim], lines: Mapping[str, Sequence
     UserError: an item of `flexivit reproduce --list` that no claim names.
   """
   if missing := ITEMS.keys() - {name for claim in claims for name in claim.items}:
-    raise errors.UserError(
-      f"No claim of tools/paper/paper_claims.toml names {', '.join(sorted(missing))}."
-    )
+    raise errors.UserError(f"No claim of claims.toml names {', '.join(sorted(missing))}.")
   homes: dict[str, str] = {}
   summary = ["| claim | item | verdict |", "|---|---|---|"]
   body: list[str] = []
@@ -473,14 +397,15 @@ def write_page(intro: str, claims: Sequence[Claim], lines: Mapping[str, Sequence
     heading = f"{number}. {claim.title}"
     for name in claim.items:
       homes.setdefault(name, heading)
-    verdict, rest = verdict_of(claim)
+    verdict = verdict_of(claim)
     names = ", ".join(f"`{name}`" for name in claim.items) or "-"
     summary.append(f"| [{heading}](#{slug(heading)}) | {names} | {verdict} |")
     if number == 1 or claim.group != claims[number - 2].group:
       body.append(f"## {claim.group}")
     body += [f"### {heading}", f"**Claim.** {claim.claim} Known from: {claim.known}."]
     body += evidence(claim, lines[claim.title])
-    body.append(f"**Verdict: {verdict}.** {rest}".strip())
+    because = " ".join(tables.without_sources(claim.because).split())
+    body.append(f"**Verdict: {verdict}.** {because}".strip())
     body += [claim.note] if claim.note else []
     body += full_scale(claim, homes, heading)
   return "\n\n".join([intro.strip(), "\n".join(summary), *body]) + "\n"
