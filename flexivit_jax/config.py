@@ -8,16 +8,20 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import numbers
+import os
 import pathlib
 import re
 import traceback
+import types
+import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from flexivit_jax import annotations, errors
+from flexivit_jax import errors
 
 # Sections that a config may leave out, and an override may begin.
 OPTIONAL = (
@@ -36,6 +40,11 @@ _ADVICE = {
   "patience": " Give early_stopping.patience.",
   "sampler": " Give input.sampler.",
 }
+
+# Annotations that stand for one word, and kinds of annotations, for `fits` and `kind_text`.
+_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
+_UNIONS = (typing.Union, types.UnionType)
+_SEQUENCES = (tuple, list, Sequence)
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -186,7 +195,7 @@ def check(
     )
   kinds = [*needed.items(), *optional.items(), *((p.name, p.annotation) for p in parameters)]
   for key, kind in kinds:
-    if key in section and not annotations.fits(section[key], kind):
+    if key in section and not fits(section[key], kind):
       raise _wrong(_prefixed(where, [key])[0], section[key], kind)
 
 
@@ -211,9 +220,7 @@ def check_known(
 
 
 def _wrong(key: str, value: Any, kind: Any) -> errors.UserError:
-  return errors.UserError(
-    f"The config's {key} is {value!r:.80}; expected {annotations.text(kind)}."
-  )
+  return errors.UserError(f"The config's {key} is {value!r:.80}; expected {kind_text(kind)}.")
 
 
 def _parameters(
@@ -226,6 +233,62 @@ def _parameters(
 
 def _prefixed(where: str, names: Iterable[str]) -> list[str]:
   return [f"{where}.{name}" if where else name for name in names]
+
+
+def fits(value: Any, kind: Any) -> bool:
+  """Whether a value of a config is what an annotation says: a number, text, None, a union, a sequence, a path.
+
+  An int is a float (PEP 484), True is no number, a list is as good as a tuple. A class that no config can hold, such
+  as `Teacher`, is configured by its arguments: any mapping fits.
+  """
+  origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+  if kind is Any or kind is inspect.Parameter.empty:
+    return True
+  if origin in _UNIONS:
+    return any(fits(value, k) for k in args)
+  if origin is typing.Literal:
+    return any(type(value) is type(k) and value == k for k in args)
+  if kind in (None, type(None)):
+    return value is None
+  if kind in (int, float):
+    number = numbers.Integral if kind is int else numbers.Real
+    return isinstance(value, number) and not isinstance(value, bool)
+  if kind in (str, bool):
+    return isinstance(value, kind)
+  if origin is os.PathLike:
+    return isinstance(value, os.PathLike)
+  if origin in _SEQUENCES:
+    return _fits_each(value, origin, args)
+  return isinstance(value, Mapping)
+
+
+def _fits_each(value: Any, origin: Any, args: tuple[Any, ...]) -> bool:
+  if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+    return False
+  if origin is tuple and args and args[-1] is not ...:
+    return len(value) == len(args) and all(map(fits, value, args))
+  return all(fits(v, args[0]) for v in value) if args else True
+
+
+def kind_text(kind: Any) -> str:
+  """Returns the annotation in words, for messages: "an integer or None", "a tuple, each an integer"."""
+  origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+  if origin in _UNIONS:
+    wider = [k for k in args if not (k is int and float in args)]
+    return " or ".join(dict.fromkeys(map(kind_text, wider)))
+  if origin is typing.Literal:
+    return " or ".join(map(repr, args))
+  if kind in (None, type(None)):
+    return "None"
+  if origin in _SEQUENCES:
+    if not args or Any in args:
+      return "a tuple"
+    if origin is tuple and args[-1] is not ...:
+      return f"({', '.join(map(kind_text, args))})"
+    return f"a tuple, each {kind_text(args[0])}"
+  if origin in (os.PathLike, pathlib.Path):
+    return "a path"
+  return _NAMES.get(kind, "a section of keys and values")
 
 
 def _divide(spec: str) -> tuple[pathlib.Path, str]:
