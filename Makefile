@@ -1,4 +1,4 @@
-# make demo   train on digits, evaluate at every patch size, write runs/demo/report.html
+# make demo   train on digits, evaluate at every patch size, write runs/demo/report.html; then the same with a fixed ViT beside
 # make test   the fast tests
 # make test-convert   the tests that need PyTorch, timm, transformers, ONNX; in an environment of their own
 # make faults  the tests that inject faults: kills, signals, damaged files, full disks (docs/reliability.md)
@@ -26,8 +26,11 @@ FAULTS := $(addprefix tests/,running/test_chaos.py running/test_manifest.py runn
 
 .PHONY: demo test test-convert faults lint miniature paper clean
 
+# The page is there as soon as FlexiViT is trained, and is written again with the baseline.
 demo: $(CORE)
 	$(BIN)/flexivit train --config configs/digits.py --workdir runs/demo/flexivit
+	$(BIN)/flexivit report runs/demo/flexivit --out runs/demo
+	@echo "Open that page now. A ViT of one patch size follows, trained with the same FLOPs; the page will then show both."
 	$(BIN)/flexivit train --config configs/digits.py:fixed=8 --workdir runs/demo/fixed8
 	$(BIN)/flexivit report runs/demo/flexivit runs/demo/fixed8 --out runs/demo
 

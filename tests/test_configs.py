@@ -15,7 +15,7 @@ from PIL import Image
 from flexivit_jax import config, data, errors, experiment, train
 from flexivit_jax.experiment import costs, sections
 from flexivit_jax.running import metrics
-from flexivit_jax.training import schedules
+from flexivit_jax.training import patch_schedule, schedules
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 NAMES = sorted(f.stem for f in FOLDER.glob("*.py") if f.stem != "__init__")
@@ -124,6 +124,17 @@ def test_fixed_trains_one_size_and_evaluates_all(name):
   assert fixed["name"] != flexible["name"] and re.search(r"patch \d+ only", fixed["name"])
   for key in ("evals", "optim", "model", "input"):
     assert fixed[key] == flexible[key]
+
+
+def test_the_demo_gives_both_models_the_same_flops():
+  def flops(spec: str) -> tuple[float, float]:
+    exp = experiment.build(**load(spec))
+    each = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
+    return exp.total_steps * each, each
+
+  flexible, _ = flops("digits")
+  fixed, one = flops("digits:fixed=8")
+  assert abs(fixed - flexible) < one
 
 
 # --- arguments ---

@@ -169,7 +169,7 @@ def test_known_data_sets_are_divided_as_real_ones():
 def test_command(capsys):
   arguments = ["plan", str(CONFIGS / "digits.py"), "--config.flexi.seqhw.v=(2,)"]
   assert cli.main([*arguments, "--json"]) == 0
-  assert json.loads(capsys.readouterr().out)["steps"] == 1500
+  assert json.loads(capsys.readouterr().out)["steps"] == 2000
   assert cli.main(arguments) == 0
   out = capsys.readouterr().out
   assert "seqhw=2" in out and "v3-32" in out and "8 devices: 1 training steps lowered" in out
