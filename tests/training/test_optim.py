@@ -170,6 +170,16 @@ def _keep(params, prefix):
   return {k: v for k, v in params.items() if k.startswith(prefix)}
 
 
+@pytest.mark.parametrize("name", ["momentum", "adafactor"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_first_moment_is_kept_in_the_dtype_asked_for(name, dtype):
+  params, _ = _problem()
+  optimizer = _make(params, lr=0.01, name=name, mu_dtype=dtype)
+  state = jax.eval_shape(optimizer.tx.init, trees.unflatten(params))[1].inner_state
+  moment = state.trace if name == "momentum" else state[1].ema
+  assert {x.dtype for x in jax.tree.leaves(moment)} == {jnp.dtype(dtype)}
+
+
 def test_momentum_and_adafactor():
   params, grads = _problem()
   constant = {"schedule": {"decay_type": "constant"}}
