@@ -616,7 +616,7 @@ def tests_of(checkout: pathlib.Path, room: str) -> tuple[list[pathlib.Path], lis
   """The files of tests that are run first, and all others that import a module of the room, or train."""
   every = sorted((checkout / "tests").rglob("test_*.py"))
   every = [path for path in every if path.parent.name != "foreign"]  # they need PyTorch
-  first = [path for path in every if f"/{path.as_posix()}".endswith(_ends(ROOMS[room].tests))]
+  first = [path for name in ROOMS[room].tests for path in every if path.match(f"**/{name}")]
   modules = {pathlib.PurePath(path) for path in ROOMS[room].paths}
   names = {path.stem for path in modules} | ({path.parent.name for path in modules} & PACKAGES)
   further = [p for p in every if imports(p) & names or p.name in END_TO_END]
@@ -624,10 +624,6 @@ def tests_of(checkout: pathlib.Path, room: str) -> tuple[list[pathlib.Path], lis
 
 
 PACKAGES = {"models", "weights", "objectives", "data"}  # give the names of their modules on
-
-
-def _ends(names: tuple[str, ...]) -> tuple[str, ...]:
-  return tuple(f"/{name}" for name in names)
 
 
 def imports(path: pathlib.Path) -> set[str]:
