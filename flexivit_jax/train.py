@@ -23,7 +23,6 @@ from clu import parameter_overview
 from flexivit_jax import config, errors, experiment, files, heartbeat
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
-from flexivit_jax.evaluators.per_size import label, size_text
 from flexivit_jax.experiment import following, preparation
 from flexivit_jax.running import (
   distributed,
@@ -36,6 +35,7 @@ from flexivit_jax.running import (
 )
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.ledger import Ledger, process_begun
+from flexivit_jax.sizes import size_label, size_name, size_text
 from flexivit_jax.training import patch_schedule, step_programs, steps, teaching
 
 
@@ -547,7 +547,7 @@ def _flush(run: Run, pending: list[Pending], extra: dict[str, float]) -> list[Pe
 
 def _bad_step(run: Run, bad: list[str], found: dict[str, Any]) -> errors.UserError:
   """Returns what to say of a step that was not finite; whatever else fails now does not hide it."""
-  folder, size = run.checkpoints.folder.parent, compilation.size_name(found["size"])
+  folder, size = run.checkpoints.folder.parent, size_name(found["size"])
   said = f"At step {found['step']} ({size}) {', '.join(bad)}; stopped."
   try:
     with run.ledger.of("checkpoints"):
@@ -568,12 +568,12 @@ def _note_rows(
 ) -> None:
   # All sizes at once: a stop between two would leave some, and the evaluation would count as made.
   values = {
-    f"{name}/{k}/seqhw={label(row)}": row[k] for row in rows for k in results.metrics_of(row)
+    f"{name}/{k}/seqhw={size_label(row)}": row[k] for row in rows for k in results.metrics_of(row)
   }
   writer.write(step, values)
   first = results.metrics_of(rows[0])[0]
   preparation.note(
-    f"step {step}: {name} {first} " + ", ".join(f"{label(r)}: {r[first]:.1%}" for r in rows)
+    f"step {step}: {name} {first} " + ", ".join(f"{size_label(r)}: {r[first]:.1%}" for r in rows)
   )
 
 
@@ -627,7 +627,7 @@ def _costs(exp: experiment.Experiment) -> list[str]:
   shares = patch_schedule.shares(exp.flexi, exp.step_flops)
   mean = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
   lines = [
-    f"{compilation.size_name(size)}: {share:.1%} of the steps, {share * cost / mean:.1%} of the FLOPs"
+    f"{size_name(size)}: {share:.1%} of the steps, {share * cost / mean:.1%} of the FLOPs"
     for size, share, cost in shares
   ]
   adaptive = any(choice.adapt for choice in exp.flexi.values())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, errors, sizes
+from flexivit_jax import cli, errors
 from flexivit_jax.commands import options
 
 DEMO = ["--config.total_steps=20", "--config.model.depth=1", "--config.model.width=16"]
@@ -170,13 +170,6 @@ def test_tensorflow_is_never_imported(run, tmp_path):
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
-
-
-def test_sizes_on_the_command_line():
-  assert sizes.parse("5,8,4x6") == (5, 8, (4, 6))
-  for bad in ("", "5,", "0", "4x", "1x2x3", "-5", "x"):
-    with pytest.raises(errors.UserError, match="no size"):
-      sizes.parse(bad)
 
 
 def test_what_a_command_takes_without_dashes_is_named():

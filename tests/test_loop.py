@@ -60,7 +60,7 @@ def programs(exp, seen):
 
     return compilation.Program(run, 0.0, 0)
 
-  keys = [compilation.size_key(size) for size in patch_schedule.all_static(exp.flexi)]
+  keys = [size_key(size) for size in patch_schedule.all_static(exp.flexi)]
   update = compilation.Program(lambda state, *_: (state, measured), 0.0, 0)
   return step_programs.StepPrograms({k: gradients(k) for k in keys}, update, dict.fromkeys(keys, 1))
 
@@ -102,6 +102,7 @@ MEASURE = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import test_loop
+from flexivit_jax.sizes import size_key
 print(min(test_loop.run_loop(pathlib.Path(sys.argv[2]) / str(i))[0] for i in range(5)) / 400)
 """
 

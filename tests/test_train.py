@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import errors, experiment, train as train_lib, weights
-from flexivit_jax.devices import compilation
 from flexivit_jax.running import metrics
 from flexivit_jax.running.checkpoint import Checkpoints
 
@@ -226,7 +225,3 @@ def test_a_skipped_image_is_counted(tmp_path):
   strict = changed(input=dict(CONFIG["input"], data=data), evals={})
   with pytest.raises(errors.UserError, match=r"train/b/2\.png.*'folder' split 'train'"):
     train_lib.train(strict, tmp_path / "strict")
-
-
-def test_size_names():
-  assert compilation.size_name({"grid_hw": (2, 4)}) == "grid_hw=2x4"

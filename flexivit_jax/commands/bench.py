@@ -27,6 +27,7 @@ from flexivit_jax.experiment.loaders import default_dtype
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors, gmacs
 from flexivit_jax.objectives.supervised import supervised
+from flexivit_jax.sizes import size_key
 from flexivit_jax.training import optim, step_programs, steps
 
 Row = dict[str, Any]
@@ -123,7 +124,7 @@ def train(
   times = alternate({n: functools.partial(step, n) for n in sizes}, setting.rounds)
   rows = []
   for n in sizes:
-    key = compilation.size_key({"seqhw": n})
+    key = size_key({"seqhw": n})
     held = trees.size_in_bytes(state.opt_state)
     row = _row("train", model, n, setting, times[n], programs.gradients[key], held)
     rows.append(row | {"parts": programs.parts[key]})

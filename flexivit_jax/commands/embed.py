@@ -19,9 +19,8 @@ from flexivit_jax import trees, weights
 from flexivit_jax.commands import options
 from flexivit_jax.data.inputs import find_images
 from flexivit_jax.devices import compilation
-from flexivit_jax.evaluators import per_size
 from flexivit_jax.inference import outputs, predictor
-from flexivit_jax.inference.predictor import Size
+from flexivit_jax.sizes import SeqHw, size_text
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     tally.check_any()
     with outputs.writing(args.out):
       writer.finish()
-  shown = ", ".join(str(per_size.size_text(size)) for size in sizes)
+  shown = ", ".join(str(size_text(size)) for size in sizes)
   print(
     f"{args.out}: {tally.done - tally.bad} images, {loaded.model.features} features, seqhw={shown}"
   )
@@ -79,8 +78,8 @@ class Writer(Protocol):
 class _Csv:
   """A row for each image and size: file, seqhw, f0, f1, ..."""
 
-  def __init__(self, path: pathlib.Path, sizes: Sequence[Size], loaded: predictor.Loaded):
-    self._sizes = [per_size.size_text(size) for size in sizes]
+  def __init__(self, path: pathlib.Path, sizes: Sequence[SeqHw], loaded: predictor.Loaded):
+    self._sizes = [size_text(size) for size in sizes]
     self._file = path.open("x", encoding="utf-8", errors="backslashreplace", newline="")
     self._writer = csv.writer(self._file)
     self._writer.writerow(["file", "seqhw", *(f"f{i}" for i in range(loaded.model.features))])
@@ -100,7 +99,7 @@ class _Csv:
 class _Npz:
   """Arrays by name. Rows wait in files on the disk, so that memory does not grow with the images."""
 
-  def __init__(self, path: pathlib.Path, sizes: Sequence[Size], loaded: predictor.Loaded):
+  def __init__(self, path: pathlib.Path, sizes: Sequence[SeqHw], loaded: predictor.Loaded):
     self._path, self._sizes, self._loaded = path, sizes, loaded
     self._files: list[str] = []
     self._open = contextlib.ExitStack()
@@ -116,7 +115,7 @@ class _Npz:
     shape = (len(self._files), self._loaded.model.features)
     with zipfile.ZipFile(self._path, "x") as archive:
       for size, rows in zip(self._sizes, self._rows, strict=True):
-        several = f"_{per_size.size_text(size)}" if len(self._sizes) > 1 else ""
+        several = f"_{size_text(size)}" if len(self._sizes) > 1 else ""
         with _member(archive, f"features{several}") as member:
           _header(member, shape)
           rows.seek(0)
@@ -152,7 +151,7 @@ def _header(member: Any, shape: tuple[int, int]) -> None:
   )
 
 
-WRITERS: dict[str, Callable[[pathlib.Path, Sequence[Size], predictor.Loaded], Writer]] = {
+WRITERS: dict[str, Callable[[pathlib.Path, Sequence[SeqHw], predictor.Loaded], Writer]] = {
   ".npz": _Npz,
   ".csv": _Csv,
 }

@@ -18,8 +18,8 @@ from flexivit_jax.commands import options
 from flexivit_jax.data import class_names
 from flexivit_jax.data.inputs import Input, find_images
 from flexivit_jax.devices import compilation
-from flexivit_jax.evaluators import per_size
 from flexivit_jax.inference import outputs, predictor
+from flexivit_jax.sizes import SeqHw, size_text
 
 
 class Prediction(NamedTuple):
@@ -34,7 +34,7 @@ class Prediction(NamedTuple):
   """
 
   file: str
-  seqhw: predictor.Size | None = None
+  seqhw: SeqHw | None = None
   top: Sequence[tuple[int, str, float]] = ()
   ms: float | None = None
   error: str | None = None
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 def predict(
   images: Sequence[str | os.PathLike[str]],
   checkpoint: str | os.PathLike[str],
-  seqhw: predictor.Size,
+  seqhw: SeqHw,
   image_size: int | None = None,
   k: int = 5,
   batch_size: int | None = None,
@@ -104,7 +104,7 @@ def predict(
 def predictions(
   loaded: predictor.Loaded,
   inputs: Sequence[Input],
-  sizes: Sequence[predictor.Size],
+  sizes: Sequence[SeqHw],
   k: int = 5,
   batch_size: int | None = None,
   timed: bool = False,
@@ -175,7 +175,7 @@ def _print(row: Prediction) -> None:
   if row.error is not None:
     return  # It is on stderr.
   ms = "" if row.ms is None else f", {row.ms:.2f} ms"
-  lines = [f"{outputs.shown(row.file)}  (seqhw={per_size.size_text(row.seqhw)}{ms})"]
+  lines = [f"{outputs.shown(row.file)}  (seqhw={size_text(row.seqhw)}{ms})"]
   lines += [f"  {p:6.1%}  {outputs.shown(name) or index}" for index, name, p in row.top]
   print("\n".join(lines), flush=True)
 
@@ -211,7 +211,7 @@ def _csv_writer(file: Any, k: int, timed: bool) -> Sink:
     cells = [cell for index, name, p in row.top[:k] for cell in (index, name, _exact(p))]
     cells += [""] * (3 * k - len(cells))
     ms = [] if not timed else [""] if row.ms is None else [round(row.ms, 4)]
-    size = "" if row.seqhw is None else per_size.size_text(row.seqhw)
+    size = "" if row.seqhw is None else size_text(row.seqhw)
     writer.writerow([row.file, size, *cells, *ms, row.error or ""])
 
   return write

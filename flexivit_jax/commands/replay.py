@@ -15,10 +15,11 @@ import numpy as np
 
 from flexivit_jax import errors, experiment, train, trees
 from flexivit_jax.config import check as check_config
-from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import preparation
 from flexivit_jax.running import signals
 from flexivit_jax.running.checkpoint import Checkpoints
+from flexivit_jax.sizes import size_key, size_name
 from flexivit_jax.training import patch_schedule, steps
 
 
@@ -69,7 +70,7 @@ def look(dump: pathlib.Path) -> list[str]:
       if targets is not None:
         on_device["targets"] = targets(at - 1, batch, state.step)
       if at == step:
-        program = programs.gradients[compilation.size_key(size)]
+        program = programs.gradients[size_key(size)]
         loss, grads = program.run(state._replace(opt_state=None), on_device, constants["seed"])
         before = jax.device_get(state.params)
         new, measured = programs.update.run(state, loss, grads, constants["total_steps"])
@@ -117,7 +118,7 @@ def _report(
   same = all(np.array_equal(again[k], dumped[k], equal_nan=True) for k in again)
   ids = np.asarray(batch.get("_id", ()))
   lines = [
-    f"step {dump['step']}, {compilation.size_name(size)}, {len(ids)} examples"
+    f"step {dump['step']}, {size_name(size)}, {len(ids)} examples"
     + (", those of the dump" if ids.tolist() == dump["ids"] else ""),
     f"{again}: {'as in the dump' if same else f'other than in the dump: {dumped}'}",
   ]

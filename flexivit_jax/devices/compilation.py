@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from flexivit_jax import errors, files, heartbeat
+from flexivit_jax.sizes import SizeArgs, SizeKey, size_key, size_name
 
 _LOG = logging.getLogger(__name__)
 _CACHE_BYTES = 4 * 2**30
@@ -39,26 +40,15 @@ class Program(NamedTuple):
     return self.temp_bytes + self.arguments_bytes
 
 
-def size_key(size: dict[str, Any]) -> tuple:
-  """A hashable, ordered form of static arguments."""
-  return tuple(sorted(size.items()))
-
-
-def size_name(size: dict[str, Any]) -> str:
-  """E.g. "seqhw=8", or "grid_hw=4x8"."""
-  text = lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else str(v)  # noqa: E731
-  return " ".join(f"{k}={text(v)}" for k, v in sorted(size.items())) or "default size"
-
-
 def compile_each(
   fn: Callable[..., Any],
-  args: tuple | Callable[[dict[str, Any]], tuple],
-  sizes: Iterable[dict[str, Any]],
+  args: tuple | Callable[[SizeArgs], tuple],
+  sizes: Iterable[SizeArgs],
   *,
   donate: tuple[int, ...] = (),
   out_shardings: Any = None,
-  report: Callable[[dict, Program], None] = lambda size, program: None,
-) -> dict[tuple, Program]:
+  report: Callable[[SizeArgs, Program], None] = lambda size, program: None,
+) -> dict[SizeKey, Program]:
   """Compiles `fn(*args, **size)` ahead of time, once for each size.
 
   Args:

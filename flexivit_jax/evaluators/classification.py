@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from flexivit_jax import errors
 from flexivit_jax.data import label_maps
-from flexivit_jax.evaluators.per_size import PerSize, Size, sizes_of
+from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.objectives import losses
 from flexivit_jax.running import metrics
+from flexivit_jax.sizes import SeqHw
 
 MAX_CLASSES = 1000  # of `per_class`
 
@@ -80,7 +81,7 @@ def classification(
   batches: Iterable[dict],
   mesh: Any,
   *,
-  seqhw: Sequence[Size] = (),
+  seqhw: Sequence[SeqHw] = (),
   stride: Sequence[int] = (),
   depth: Sequence[int] = (),
   loss: str = "softmax_xent",

@@ -9,10 +9,11 @@ import jax
 
 from flexivit_jax import errors
 from flexivit_jax.evaluators.classification import scores
-from flexivit_jax.evaluators.per_size import PerSize, Size, sizes_of
+from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.objectives import losses
 from flexivit_jax.objectives.distill import Teacher, teach
 from flexivit_jax.running import metrics
+from flexivit_jax.sizes import SeqHw
 
 
 def eval_step(
@@ -38,7 +39,7 @@ def distance(
   mesh: Any,
   *,
   teacher: Teacher,
-  seqhw: Sequence[Size] = (),
+  seqhw: Sequence[SeqHw] = (),
   stride: Sequence[int] = (),
   depth: Sequence[int] = (),
   labels: bool = False,

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from flexivit_jax import errors
-from flexivit_jax.evaluators.per_size import Size
 from flexivit_jax.evaluators.probing import Classify, Probing
+from flexivit_jax.sizes import SeqHw
 
 POWERS = tuple(2.0**i for i in range(-10, 11))
 
@@ -102,7 +102,7 @@ def fewshot(
   *,
   train_batches: Iterable[dict],
   num_classes: int,
-  seqhw: Sequence[Size] = (),
+  seqhw: Sequence[SeqHw] = (),
   stride: Sequence[int] = (),
   depth: Sequence[int] = (),
   l2: float | Sequence[float] = POWERS,

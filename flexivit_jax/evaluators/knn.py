@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from flexivit_jax import errors, heartbeat
-from flexivit_jax.evaluators.per_size import Size
 from flexivit_jax.evaluators.probing import Classify, Probing
+from flexivit_jax.sizes import SeqHw
 
 BLOCK = 2**26  # similarities, or votes, of one part of the test images: 256 MiB
 
@@ -31,7 +31,7 @@ def knn(
   *,
   train_batches: Iterable[dict],
   num_classes: int,
-  seqhw: Sequence[Size] = (),
+  seqhw: Sequence[SeqHw] = (),
   stride: Sequence[int] = (),
   depth: Sequence[int] = (),
   k: int = 20,

@@ -15,10 +15,7 @@ from flexivit_jax.data import label_maps
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.models import flexivit
 from flexivit_jax.running import metrics
-
-Size = int | tuple[int, int]
-Static = dict[str, Any]
-Key = tuple  # `compilation.size_key` of static arguments
+from flexivit_jax.sizes import SeqHw, SizeArgs, SizeKey, size_args, size_key, size_text
 
 
 @final
@@ -46,7 +43,7 @@ class PerSize:
     batches: Iterable[dict],
     mesh: Any,
     *,
-    sizes: Sequence[Static],
+    sizes: Sequence[SizeArgs],
     inputs: Sequence[str],
     once: Callable[[Any, dict], dict] | None = None,
     frozen: Any = (),
@@ -58,8 +55,8 @@ class PerSize:
     self.inputs = (*inputs, "_mask")
     self.num_classes = model.num_classes if num_classes is None else num_classes
     self.label_map = label_map
-    self.sizes = {compilation.size_key(size): dict(size) for size in sizes}
-    self._programs: dict[tuple, compilation.Program] = {}
+    self.sizes = {size_key(size): dict(size) for size in sizes}
+    self._programs: dict[SizeKey, compilation.Program] = {}
 
   def check(self) -> None:
     """Reads the first batch; raises as `compile`."""
@@ -93,8 +90,8 @@ class PerSize:
 
     With tables also what `per_class` makes of "confusion".
     """
-    sums: dict[Key, list] = {key: [] for key in self.sizes}
-    tables: dict[Key, Any] = {}
+    sums: dict[SizeKey, list] = {key: [] for key in self.sizes}
+    tables: dict[SizeKey, Any] = {}
     for outputs in self.outputs(params, self.batches):
       for key, output in outputs.items():
         sums[key].append(output._replace(tables=None))
@@ -107,7 +104,7 @@ class PerSize:
     found = (jax.device_get(tables[key])["confusion"] for key in self.sizes)
     return [row | per_class(counts) for row, counts in zip(rows, found, strict=True)]
 
-  def rows(self, sums: Mapping[Key, Sequence[metrics.Sums]]) -> list[dict[str, Any]]:
+  def rows(self, sums: Mapping[SizeKey, Sequence[metrics.Sums]]) -> list[dict[str, Any]]:
     """Returns for each size what names it, the means of its metrics over all batches, and "n", how many examples."""
     rows = []
     for key, parts in sums.items():
@@ -115,7 +112,7 @@ class PerSize:
       rows.append({**self.names(self.sizes[key]), **metrics.means(*parts), "n": n})
     return rows
 
-  def outputs(self, params: Any, batches: Iterable[dict]) -> Iterator[dict[Key, Any]]:
+  def outputs(self, params: Any, batches: Iterable[dict]) -> Iterator[dict[SizeKey, Any]]:
     """Yields for each batch what `fn` returns at each size, without waiting for the device.
 
     Args:
@@ -151,10 +148,10 @@ class PerSize:
   def _image_hw(self) -> tuple[int, int]:
     return self._first["image"].shape[1:3]
 
-  def names(self, size: Static) -> dict[str, Any]:
+  def names(self, size: SizeArgs) -> dict[str, Any]:
     """What tells rows apart: the grid under "seqhw", and the other static arguments under their names."""
     _, _, grid = flexivit.which_grid(self._image_hw, self.model.patch_size, **size)
-    others: Static = {k: size[k] for k in ("stride", "depth") if k in size}
+    others: SizeArgs = {k: size[k] for k in ("stride", "depth") if k in size}
     return {"seqhw": size_text(grid) if grid[0] != grid[1] else grid[0], **others}
 
   def _on_device(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -206,8 +203,8 @@ def check_classes(labels: int, expected: int, label_map: label_maps.LabelMap | N
 
 
 def sizes_of(
-  seqhw: Sequence[Size] = (), stride: Sequence[int] = (), depth: Sequence[int] = ()
-) -> list[Static]:
+  seqhw: Sequence[SeqHw] = (), stride: Sequence[int] = (), depth: Sequence[int] = ()
+) -> list[SizeArgs]:
   """Returns the model's static arguments for what an evaluator's section lists.
 
   Args:
@@ -222,23 +219,8 @@ def sizes_of(
     raise errors.UserError(
       f"Got seqhw={tuple(seqhw)} and stride={tuple(stride)} of an evaluation; give one of them."
     )
-  grids = [static(size) for size in seqhw] + [{"stride": int(s)} for s in stride]
+  grids = [size_args(size) for size in seqhw] + [{"stride": int(s)} for s in stride]
   return [{**grid, "depth": int(k)} for grid in grids for k in depth] if depth else grids
-
-
-def label(row: dict[str, Any]) -> str:
-  """The size of a row, in a few characters: "8", "8x6", "8 depth=3"."""
-  return " ".join([str(row["seqhw"]), *(f"{k}={row[k]}" for k in ("stride", "depth") if k in row)])
-
-
-def static(size: Size) -> Static:
-  """The model's static argument for a size: tokens per side, or (per column, per row)."""
-  return {"grid_hw": tuple(size)} if isinstance(size, (tuple, list)) else {"seqhw": int(size)}
-
-
-def size_text(size: Size) -> int | str:
-  """An integer as it is, a pair as "HxW"."""
-  return f"{size[0]}x{size[1]}" if isinstance(size, (tuple, list)) else int(size)
 
 
 def _seconds(program: Callable, *args: Any) -> float:

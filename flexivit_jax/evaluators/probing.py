@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Bool, Integer
 
 from flexivit_jax import errors
-from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.evaluators.per_size import Key, PerSize, Size, sizes_of
+from flexivit_jax.devices import sharding
+from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.running import metrics
+from flexivit_jax.sizes import SeqHw, SizeKey, size_name
 
 Classify = Callable[[np.ndarray], np.ndarray]  # features [n, d] -> the class of each, [n]
 
@@ -54,7 +55,7 @@ class Probing:
     train_batches: Iterable[dict],
     fit: Callable[[np.ndarray, np.ndarray], tuple[Classify, dict[str, Any]]],
     num_classes: int,
-    seqhw: Sequence[Size],
+    seqhw: Sequence[SeqHw],
     stride: Sequence[int],
     depth: Sequence[int],
   ):
@@ -94,13 +95,13 @@ class Probing:
 
 def gather(
   features: PerSize, params: Any, batches: Iterable[dict]
-) -> tuple[dict[Key, np.ndarray], np.ndarray]:
+) -> tuple[dict[SizeKey, np.ndarray], np.ndarray]:
   """The features [n, d] at each size, and the labels [n, k] (bool), of the examples that are no padding.
 
   Raises:
     UserError: a feature that is not finite.
   """
-  parts: dict[Key, list[np.ndarray]] = {size: [] for size in features.sizes}
+  parts: dict[SizeKey, list[np.ndarray]] = {size: [] for size in features.sizes}
   labels = []
   for outputs in features.outputs(params, batches):
     found = jax.device_get(outputs)
@@ -112,11 +113,9 @@ def gather(
   return {size: np.concatenate(parts.pop(size)) for size in tuple(parts)}, np.concatenate(labels)
 
 
-def _finite(size: Key, features: np.ndarray) -> np.ndarray:
+def _finite(size: SizeKey, features: np.ndarray) -> np.ndarray:
   if not np.isfinite(features).all():
-    message = (
-      f"Features at {compilation.size_name(dict(size))} are not finite: there is nothing to fit"
-    )
+    message = f"Features at {size_name(dict(size))} are not finite: there is nothing to fit"
     raise errors.UserError(f"{message}; look at the checkpoint and the images.")
   return features
 

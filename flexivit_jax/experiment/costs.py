@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from flexivit_jax import config, data, experiment, trees, weights
-from flexivit_jax.devices import collectives, compilation, sharding
+from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
 from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid
 from flexivit_jax.objectives.distill import Teacher
+from flexivit_jax.sizes import size_name
 from flexivit_jax.training import patch_schedule, steps
 
 
@@ -156,7 +157,7 @@ def _sizes(exp: experiment.Experiment) -> list[dict[str, Any]]:
     grid = which_grid((h, w), exp.model.patch_size, **args).grid_hw
     rows.append(
       {
-        "size": compilation.size_name(size),
+        "size": size_name(size),
         "tokens": grid[0] * grid[1],
         "gmacs": gmacs(exp.model, (h, w), c, **size),
         "step_flops": cost,

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from flexivit_jax import errors
 from flexivit_jax.evaluators import METRICS, results
-from flexivit_jax.evaluators.per_size import label, size_text
+from flexivit_jax.sizes import size_label, size_text
 
 Mode = Literal["max", "min"]
 Rows = Sequence[Mapping[str, Any]]
@@ -37,7 +37,7 @@ class Metric(NamedTuple):
     return value > best + by if self.mode == "max" else value < best - by
 
   def _has(self, row: Mapping[str, Any]) -> bool:
-    whole = label(dict(row))
+    whole = size_label(dict(row))
     return self.size is None or self.size == whole or self.size in whole.split(" ")
 
 

@@ -18,6 +18,7 @@ from flexivit_jax.data import class_names
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.running import checkpoint, distributed
+from flexivit_jax.sizes import size_name
 from flexivit_jax.training import patch_schedule, step_programs, steps, teaching
 from flexivit_jax.training.teacher_cache import TeacherCache
 
@@ -160,7 +161,7 @@ def report_of(kind: str, exp: experiment.Experiment) -> Any:
       return
     rows, columns = which_grid(exp.image_shape[:2], exp.model.patch_size, **size).grid_hw
     note(
-      f"compiled {kind} {compilation.size_name(size)}: {rows * columns} tokens,"
+      f"compiled {kind} {size_name(size)}: {rows * columns} tokens,"
       f" {program.seconds:.1f} s, {_mib(program.bytes)}, {_mib(program.temp_bytes)} of it temporary"
       + (f", in {parts} parts" if parts > 1 else "")
     )

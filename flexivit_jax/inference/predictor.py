@@ -17,10 +17,9 @@ from PIL import Image
 
 from flexivit_jax import data, errors, sizes, weights
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.evaluators import per_size
 from flexivit_jax.models import FlexiViT, flexivit
+from flexivit_jax.sizes import SeqHw, size_args, size_text
 
-Size = int | tuple[int, int]
 Prepare = Callable[[str], np.ndarray]
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -74,7 +73,7 @@ def load(
   return Loaded(model, params, record, str(checkpoint), prepare)
 
 
-def sizes_of(text: str | None, loaded: Loaded) -> tuple[Size, ...]:
+def sizes_of(text: str | None, loaded: Loaded) -> tuple[SeqHw, ...]:
   """Returns the sizes that --seqhw names; "all" are those that the model was trained at.
 
   Raises:
@@ -82,7 +81,7 @@ def sizes_of(text: str | None, loaded: Loaded) -> tuple[Size, ...]:
   """
   trained = loaded.record.get("trained", {}).get("seqhw") or ()
   known = tuple(tuple(s) if isinstance(s, list) else s for s in trained)
-  shown = ",".join(str(per_size.size_text(size)) for size in known)
+  shown = ",".join(str(size_text(size)) for size in known)
   if text is None:
     of = f"{loaded.name} was trained at {shown}" if known else "e.g. --seqhw=8"
     raise errors.UserError(f"Give --seqhw, the tokens per side: more is finer and slower; {of}.")
@@ -162,7 +161,7 @@ def outcomes(
   loaded: Loaded,
   fn: Callable[[tuple[Any, dict]], Array],
   inputs: Iterable[Input],
-  sizes: Sequence[Size],
+  sizes: Sequence[SeqHw],
   *,
   batch_size: int | None = None,
   timed: bool = False,
@@ -193,7 +192,7 @@ def outcomes(
       shape = batch.rows[0].shape if batch.rows else ()
       if shape and shape not in times:
         for size in sizes:
-          flexivit.which_grid(shape[:2], loaded.model.patch_size, **per_size.static(size))
+          flexivit.which_grid(shape[:2], loaded.model.patch_size, **size_args(size))
         images = np.zeros((n, *shape), np.float32)
         times[shape] = tuple(_ms(p, loaded.params, images) for p in programs) if timed else ()
       found = _run(loaded.params, programs, batch.rows, n) if shape else ()
@@ -206,9 +205,9 @@ def default_batch_size() -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _program(model: FlexiViT, fn: Callable[[tuple[Any, dict]], Array], size: Size) -> Callable:
+def _program(model: FlexiViT, fn: Callable[[tuple[Any, dict]], Array], size: SeqHw) -> Callable:
   return jax.jit(
-    lambda params, image: fn(model.apply({"params": params}, image, **per_size.static(size)))
+    lambda params, image: fn(model.apply({"params": params}, image, **size_args(size)))
   )
 
 

@@ -12,10 +12,10 @@ import xxhash
 from flexivit_jax import data, errors, experiment, trees, weights
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
-from flexivit_jax.evaluators.per_size import size_text
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.paper import test_sets
 from flexivit_jax.paper.items import Evaluation, Subject, fields_of
+from flexivit_jax.sizes import size_text
 
 # What a kept result must have been made of; the machine, whose milliseconds it has, is in it too, but may be another.
 MADE_OF = (

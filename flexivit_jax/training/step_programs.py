@@ -14,13 +14,14 @@ import optax
 
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.objectives.base import Objective
+from flexivit_jax.sizes import size_key, size_name
 from flexivit_jax.training import steps
 
 Report = Callable[[dict, compilation.Program, int], None]
 
 
 class StepPrograms(NamedTuple):
-  """What `compile_steps` returns. `parts` are those of the batch at each size; keys: `compilation.size_key`."""
+  """What `compile_steps` returns. `parts` are those of the batch at each size; keys: `sizes.size_key`."""
 
   gradients: dict[tuple, compilation.Program]
   update: compilation.Program
@@ -32,9 +33,9 @@ class StepPrograms(NamedTuple):
     self, size: dict[str, Any], state: steps.TrainState, batch: Any, run: dict[str, jax.Array]
   ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
     """One step; `run` holds "seed" and "total_steps". The state's memory is taken."""
-    program = self.gradients[compilation.size_key(size)]
+    program = self.gradients[size_key(size)]
     loss, grads = program.run(state._replace(opt_state=None), batch, run["seed"])
-    scale = () if self.scales is None else (self.scales[compilation.size_key(size)],)
+    scale = () if self.scales is None else (self.scales[size_key(size)],)
     return self.update.run(state, loss, grads, run["total_steps"], *scale)
 
 
@@ -89,7 +90,7 @@ def compile_steps(
 
   # With one number there is nothing to find out: as below, but a size is compiled while the next is traced.
   if len(parts) == 1:
-    used = {compilation.size_key(size): parts[0] for size in sizes}
+    used = {size_key(size): parts[0] for size in sizes}
     programs = compilation.compile_each(
       functools.partial(gradients, parts=parts[0]),
       given,
@@ -115,7 +116,7 @@ def compile_steps(
   args: tuple[Any, ...] = (state, loss, grads, run["total_steps"])
   scales = None
   if update_scale is not None:
-    by_size = {compilation.size_key(s): np.float32(update_scale(s)) for s in sizes}
+    by_size = {size_key(s): np.float32(update_scale(s)) for s in sizes}
     scales = jax.device_put(by_size, everywhere)
     args += (next(iter(scales.values())),)
   updating = compilation.compile_one(
@@ -140,13 +141,13 @@ def _fitting(
     0.0  # bytes of the intermediates of a whole batch at the size before, which has fewer tokens
   )
   for size in sizes:
-    name, args = f"a training step at {compilation.size_name(size)}", given(size)
+    name, args = f"a training step at {size_name(size)}", given(size)
 
     def make(parts: int, size: Any = size, args: Any = args, name: str = name) -> Any:
       fixed = functools.partial(gradients, parts=parts, **size)
       return compilation.compile_one(fixed, args, name, out_shardings=out_shardings)
 
-    key = compilation.size_key(size)
+    key = size_key(size)
     guess = busy / max(room - 2 * sharding.bytes_each(args[0].params), 1.0)
     used[key], programs[key] = compilation.fewest_parts(make, parts, room, name, guess)
     busy = programs[key].temp_bytes * used[key]

@@ -13,24 +13,10 @@ import pytest
 
 from flexivit_jax.devices import compilation
 from flexivit_jax.errors import UserError
+from flexivit_jax.sizes import size_key
 
 X = jnp.arange(6.0)
 SIZES = [{"seqhw": 1}, {"seqhw": 2}, {"grid_hw": (2, 3)}]
-
-
-@pytest.mark.parametrize(
-  ("size", "name"),
-  [
-    ({"seqhw": 8}, "seqhw=8"),
-    ({"grid_hw": (4, 8)}, "grid_hw=4x8"),
-    ({"seqhw": 8, "depth": 3}, "depth=3 seqhw=8"),
-    ({}, "default size"),
-  ],
-)
-def test_size_has_a_name_for_people_and_a_key(size, name):
-  assert compilation.size_name(size) == name
-  assert compilation.size_key(size) == compilation.size_key(dict(reversed(size.items())))
-  assert dict(compilation.size_key(size)) == size
 
 
 @pytest.mark.parametrize("spec", [X, jax.ShapeDtypeStruct(X.shape, X.dtype)])
@@ -49,12 +35,12 @@ def test_each_size_is_traced_once_and_never_when_it_runs(spec):
   assert [program for _, program in reported] == list(programs.values())
   for _ in range(2):
     for size, factor in zip(SIZES, (1, 2, 320), strict=True):
-      program = programs[compilation.size_key(size)]
+      program = programs[size_key(size)]
       np.testing.assert_array_equal(program.run(X), factor * X)
       assert program.seconds > 0 and program.temp_bytes >= 0
   assert len(traced) == 3
   with pytest.raises(TypeError, match="compiled"):  # another shape is an error, not a new trace
-    programs[compilation.size_key(SIZES[0])].run(jnp.zeros(7))
+    programs[size_key(SIZES[0])].run(jnp.zeros(7))
 
 
 def test_temporary_memory_is_that_of_the_intermediates():
@@ -81,7 +67,7 @@ def test_a_donated_state_is_updated_in_place():
   programs = compilation.compile_each(step, (state, batch), sizes, donate=(0,))
   state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
   for size in (*sizes, *sizes):
-    program = programs[compilation.size_key(size)]
+    program = programs[size_key(size)]
     assert program.run.memory_analysis().alias_size_in_bytes >= state_bytes
     before, state = state, program.run(state, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves(before))
@@ -148,6 +134,7 @@ import jax
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: events.update([name.rpartition("/")[2]]))
 from flexivit_jax import cli
+from flexivit_jax.sizes import size_key
 code = cli.main(sys.argv[1:])
 print(code, events["cache_misses"], events["cache_hits"])
 """

@@ -18,6 +18,7 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import per_size
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.models import FlexiViT, flexivit
+from flexivit_jax.sizes import size_args, size_label
 from flexivit_jax.training import steps
 
 SIZES = [2, (3, 4)]
@@ -258,7 +259,7 @@ def test_each_size_is_traced_once_for_all_evaluations(monkeypatch):
   compiled = []
   evaluator = classification(model, make_batches(), sharding.make_mesh(), seqhw=SIZES)
   evaluator.compile(params, report=lambda size, program: compiled.append(size))
-  assert traced == SIZES and compiled == [per_size.static(size) for size in SIZES]
+  assert traced == SIZES and compiled == [size_args(size) for size in SIZES]
   first = evaluator.run(params)
   evaluator.costs(params, repeats=1)
   other = evaluator.run(jax.tree.map(lambda x: 2 * x, params))
@@ -289,12 +290,6 @@ def test_mistakes_are_errors_before_anything_is_compiled():
       evaluate(lacking)
 
 
-def test_sizes_are_integers_or_pairs():
-  assert per_size.static(8) == {"seqhw": 8}
-  assert per_size.static((2, 4)) == {"grid_hw": (2, 4)}
-  assert [per_size.size_text(s) for s in (8, (2, 4))] == [8, "2x4"]
-
-
 def test_sizes_of_a_section():
   assert per_size.sizes_of([2, (3, 4)]) == [{"seqhw": 2}, {"grid_hw": (3, 4)}]
   assert per_size.sizes_of(stride=[2, 3]) == [{"stride": 2}, {"stride": 3}]
@@ -321,7 +316,7 @@ def test_rows_say_stride_and_depth():
     (3, 3, 1, 13),
     (3, 3, 2, 13),
   ]
-  assert [per_size.label(row) for row in rows] == ["3 stride=3 depth=1", "3 stride=3 depth=2"]
+  assert [size_label(row) for row in rows] == ["3 stride=3 depth=1", "3 stride=3 depth=2"]
   real = {k: np.concatenate([b[k] for b in batches])[:13] for k in ("image", "labels")}
   for row in rows:
     logits, _ = model.apply({"params": params}, real["image"], stride=3, depth=row["depth"])

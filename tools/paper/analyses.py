@@ -16,7 +16,7 @@ import time
 
 from flexivit_jax import cli, config, errors
 from flexivit_jax.analyses import opening
-from flexivit_jax.evaluators.per_size import size_text
+from flexivit_jax.sizes import size_text
 
 TOOLS = ("representations", "relevance", "token_similarity", "sizes_together", "probes")
 

@@ -25,8 +25,9 @@ from matplotlib import colors
 from flexivit_jax import cli, errors, resize
 from flexivit_jax.analyses import opening, relevance
 from flexivit_jax.evaluators import results
-from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
+from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.models.flexivit import which_grid
+from flexivit_jax.sizes import size_label
 
 IMAGES = 4
 HEAT = colors.LinearSegmentedColormap.from_list("heat", [(1, 0.45, 0, 0), (1, 0.55, 0, 0.85)])
@@ -151,7 +152,7 @@ def main() -> None:
   if len(runner.sizes) < 2:
     raise errors.UserError(f"--seqhw {args.seqhw}: it takes two sizes to compare.")
   runner.compile(params)
-  names = [label(runner.names(size)) for size in runner.sizes.values()]
+  names = [size_label(runner.names(size)) for size in runner.sizes.values()]
   if one := [
     n
     for n, size in zip(names, runner.sizes.values(), strict=True)

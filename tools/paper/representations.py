@@ -24,8 +24,9 @@ import numpy as np
 
 from flexivit_jax import cli, resize
 from flexivit_jax.analyses import opening, similarity
-from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
+from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.models.flexivit import which_grid
+from flexivit_jax.sizes import size_label
 
 PARTS = ("sa", "mlp")
 
@@ -108,7 +109,7 @@ def main() -> None:
   fn = functools.partial(features, model=model, grid=coarsest)
   runner = PerSize(fn, model, data, mesh, sizes=sizes, inputs=("image",))
   runner.compile(params)
-  names = [label(runner.names(size)) for size in runner.sizes.values()]
+  names = [size_label(runner.names(size)) for size in runner.sizes.values()]
   kinds = layers(model)
   found = {k: similarity.MinibatchCKA(len(sizes) * len(v)) for k, v in kinds.items()}
   seen = 0

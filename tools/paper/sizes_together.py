@@ -24,8 +24,9 @@ import numpy as np
 from flexivit_jax import cli, errors
 from flexivit_jax.analyses import calibration, opening
 from flexivit_jax.evaluators import results
-from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
+from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.models.flexivit import gmacs
+from flexivit_jax.sizes import size_label
 
 MEMBERS = (2, 3)
 
@@ -103,7 +104,7 @@ def main() -> None:
   fn = functools.partial(logits, model=model)
   runner = PerSize(fn, model, data, mesh, sizes=sizes_of(seqhw), inputs=("image", "labels"))
   runner.compile(params)
-  names = [label(runner.names(size)) for size in runner.sizes.values()]
+  names = [size_label(runner.names(size)) for size in runner.sizes.values()]
   if len(names) < 2:
     raise errors.UserError(f"One size, {names[0]}; this compares two or more.")
   h, w, channels = next(iter(data))["image"].shape[1:]

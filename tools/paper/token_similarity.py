@@ -23,8 +23,9 @@ import numpy as np
 from flexivit_jax import cli, errors, sizes
 from flexivit_jax.analyses import opening
 from flexivit_jax.evaluators import results
-from flexivit_jax.evaluators.per_size import PerSize, label, sizes_of
+from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.models.flexivit import which_grid
+from flexivit_jax.sizes import size_label
 
 IMAGES = 4
 
@@ -98,7 +99,7 @@ def main() -> None:
   fn = functools.partial(tokens, model=model)
   runner = PerSize(fn, model, data, mesh, sizes=static, inputs=("image",))
   runner.compile(params)
-  names = [label(runner.names(size)) for size in runner.sizes.values()]
+  names = [size_label(runner.names(size)) for size in runner.sizes.values()]
   places = [same_place(grids[0], grid) for grid in grids]
   hits, seen, maps = np.zeros(len(static)), 0, {}
   for outputs in runner.outputs(params, data):

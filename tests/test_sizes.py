@@ -1,0 +1,32 @@
+import pytest
+
+from flexivit_jax import errors, sizes
+from flexivit_jax.sizes import size_args, size_key, size_name, size_text
+
+
+def test_sizes_on_the_command_line():
+  assert sizes.parse("5,8,4x6") == (5, 8, (4, 6))
+  for bad in ("", "5,", "0", "4x", "1x2x3", "-5", "x"):
+    with pytest.raises(errors.UserError, match="no size"):
+      sizes.parse(bad)
+
+
+@pytest.mark.parametrize(
+  ("size", "name"),
+  [
+    ({"seqhw": 8}, "seqhw=8"),
+    ({"grid_hw": (4, 8)}, "grid_hw=4x8"),
+    ({"seqhw": 8, "depth": 3}, "depth=3 seqhw=8"),
+    ({}, "default size"),
+  ],
+)
+def test_size_has_a_name_for_people_and_a_key(size, name):
+  assert size_name(size) == name
+  assert size_key(size) == size_key(dict(reversed(size.items())))
+  assert dict(size_key(size)) == size
+
+
+def test_sizes_are_integers_or_pairs():
+  assert size_args(8) == {"seqhw": 8}
+  assert size_args((2, 4)) == {"grid_hw": (2, 4)}
+  assert [size_text(s) for s in (8, (2, 4))] == [8, "2x4"]
