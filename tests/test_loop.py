@@ -15,6 +15,7 @@ from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.running import metrics, signals
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.ledger import Ledger
+from flexivit_jax.sizes import size_key
 from flexivit_jax.training import patch_schedule, step_programs, steps
 
 CONFIG = dict(
