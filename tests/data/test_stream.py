@@ -41,15 +41,19 @@ def test_the_order_is_pinned():
   """A change here changes every run that is resumed."""
   assert make_chunk(plan(), 0)[0]["_id"].tolist() == [18, 8, 16, 7, 4, 13, 1, 0, 19, 17, 10, 9]
   assert make_chunk(plan(seed=None), 1)[0]["_id"].tolist() == [*range(12, 20), *[-1] * 4]
+  # Of another seed and the second epoch, so that neither can stand for the other.
+  second = make_chunk(plan(seed=3), 2)[0]["_id"]
+  assert second.tolist() == [5, 3, 18, 19, 15, 0, 2, 13, 14, 8, 11, 10]
 
 
-def test_draws_are_pinned():
+@pytest.mark.parametrize("seed", [0, 5])
+def test_draws_are_pinned(seed):
   """The crop of example 0 in the first two epochs, from the definition of its generator."""
   image = read([0])[0]["image"]
   for epoch in (0, 1):
-    key = np.random.SeedSequence((0, epoch, 0))
+    key = np.random.SeedSequence((seed, epoch, 0))
     expected = plan().pp({"image": image}, np.random.Generator(np.random.Philox(key)))["image"]
-    chunks = [make_chunk(plan(batch_size=20, local=20), epoch)[0]]
+    chunks = [make_chunk(plan(seed=seed, batch_size=20, local=20), epoch)[0]]
     found = chunks[0]["image"][chunks[0]["_id"].tolist().index(0)]
     np.testing.assert_array_equal(found, expected)
 
