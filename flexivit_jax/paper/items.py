@@ -113,7 +113,7 @@ def _train(*configs: str, then: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _tools(**given: str) -> dict[str, Any]:
   """Analyses of tools/ with what follows in the command line."""
-  start = "python tools/{}.py CHECKPOINT --config configs/i1k_sup.py --out RUN{}"
+  start = "python tools/paper/{}.py CHECKPOINT --config configs/i1k_sup.py --out RUN{}"
   how = tuple(start.format(name, rest) for name, rest in given.items())
   return {"how": how, "data": ("imagenet2012",), "weights": ("FlexiViT-B i1k",)}
 

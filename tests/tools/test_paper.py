@@ -75,6 +75,8 @@ def test_every_item_and_every_verdict_is_on_the_page(tool, repository):
   for name, item in ITEMS.items():
     assert f"`{name}` ({item.title})" in page
     assert all(command in page for command in item.how[:1])
+  for tool_path in re.findall(r"^python (\S+)", page, re.MULTILINE):
+    assert (repository / tool_path).is_file()
   verdicts = re.findall(r"\*\*Verdict: (.+)\.\*\*", page)
   assert len(verdicts) == len(re.findall("^### ", page, re.MULTILINE))
   assert all(verdict.startswith(tool["VERDICTS"]) for verdict in verdicts)
