@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from flexivit_jax import files, trees
+from flexivit_jax import errors, files, trees
 
 # What a row holds besides its evaluator's metrics.
 COLUMNS = ("seqhw", "stride", "depth", "patch", "tokens", "gflops", "ms", "n")
@@ -87,6 +87,26 @@ def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   with path.open("w", newline="") as file:
     writer = csv.DictWriter(file, columns)
     writer.writeheader()
+    writer.writerows(rows)
+
+
+def append_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Adds rows to a CSV file, or begins one with the columns of the first; what a row lacks is empty.
+
+  Raises:
+    UserError: a row has a column that the file does not have.
+  """
+  begun = path.exists()
+  columns = list(rows[0])
+  if begun:
+    with path.open(newline="") as file:
+      columns = next(csv.reader(file), [])
+  for name in (name for row in rows for name in row if name not in columns):
+    raise errors.unknown(f"column of {path}", name, columns)
+  with path.open("a", newline="") as file:
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    if not begun:
+      writer.writeheader()
     writer.writerows(rows)
 
 

@@ -1,5 +1,8 @@
 """Tables of results: the headline first, whatever the evaluator measured."""
 
+import pytest
+
+from flexivit_jax import errors
 from flexivit_jax.evaluators import results
 
 COST = dict(seqhw=8, patch=3, tokens=64, gflops=1.5, ms=2.0)
@@ -33,3 +36,13 @@ def test_other_metrics_and_missing_times_have_a_place():
 def test_rows_as_csv_have_all_columns_and_empty_cells(tmp_path):
   results.write_csv(tmp_path / "rows.csv", [{"a": 1, "b": None}, {"a": 2, "c": "x, y"}])
   assert (tmp_path / "rows.csv").read_text() == 'a,b,c\n1,,\n2,,"x, y"\n'
+
+
+def test_rows_are_added_to_the_columns_of_a_file(tmp_path):
+  file = tmp_path / "rows.csv"
+  results.append_csv(file, [{"n": 1, "ms, forward": 2.5}])
+  results.append_csv(file, [{"ms, forward": "3.50", "n": 2}, {"n": 3}])
+  assert file.read_text() == 'n,"ms, forward"\n1,2.5\n2,3.50\n3,\n'
+  with pytest.raises(errors.UserError, match=r"column of .*rows.csv 'ms forward'.*Did you mean 'ms, forward'"):
+    results.append_csv(file, [{"n": 4}, {"ms forward": 4}])
+  assert file.read_text().count("\n") == 4

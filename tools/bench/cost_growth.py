@@ -9,6 +9,7 @@ relative errors, none of the three below zero.
 
 import argparse
 import functools
+import pathlib
 import statistics
 
 import jax
@@ -17,6 +18,7 @@ from scipy import optimize
 
 from flexivit_jax import cli
 from flexivit_jax.commands import bench
+from flexivit_jax.evaluators import results
 from flexivit_jax.experiment import loaders
 from flexivit_jax.models import FlexiViT
 
@@ -52,6 +54,9 @@ def main() -> None:
   parser.add_argument("--seqhw", default="5,8,12,15,20,24")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--dtype")
+  parser.add_argument(
+    "--csv", type=pathlib.Path, help="a file to add the numbers to: results/cost_growth.csv"
+  )
   args = parser.parse_args()
   sizes = [int(n) for n in args.seqhw.split(",")]
   tokens = np.array([float(n * n) for n in sizes])
@@ -69,6 +74,12 @@ def main() -> None:
     parts = f"{c:8.2f} {a * 225:11.2f} {b * 225**2:12.2f} {error:8.1%}"
     print(f"{width:5}  " + " ".join(f"{t:7.1f}" for t in per) + f" {parts}", flush=True)
     slopes.append(per)
+    if args.csv:
+      row = {"width": width} | {
+        f"n = {int(n)}": f"{t:.0f}" for n, t in zip(tokens, per, strict=True)
+      }
+      row |= {"c": f"{c:.0f}", "a n at 225": f"{a * 225:.0f}", "b n^2 at 225": f"{b * 225**2:.0f}"}
+      results.append_csv(args.csv, [row | {"error in %": f"{100 * error:.1f}"}])
   if len(slopes) > 1:
     widths = np.log([float(w) for w in args.widths.split(",")])
     exponents = np.polyfit(widths, np.log(np.array(slopes)), 1)[0]

@@ -6,6 +6,7 @@ python tools/bench/time_attention.py --batch_size 8 --dtype float32
 # ruff: noqa: E402  (memory is kept only by what is imported later)
 import argparse
 import functools
+import pathlib
 import statistics
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from flexivit_jax.commands import bench
+from flexivit_jax.evaluators import results
 from flexivit_jax.models import attention
 
 
@@ -49,6 +51,9 @@ def main() -> None:
   parser.add_argument("--dtype", default=bench.default_dtype())
   parser.add_argument("--forms", default=",".join(attention.FORMS))
   parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument(
+    "--csv", type=pathlib.Path, help="a file to add the numbers to: results/attention_cpu.csv"
+  )
   args = parser.parse_args()
   forms = args.forms.split(",")
   print(
@@ -67,6 +72,12 @@ def main() -> None:
       if f"{form} forward" in times
     ]
     print(f"n={n}  " + "  ".join(cells), flush=True)
+    if args.csv:
+      named = {
+        name.removesuffix(" forward").replace("both", "with backward"): ms
+        for name, ms in times.items()
+      }
+      results.append_csv(args.csv, [{"n": n, **{name: f"{ms:.2f}" for name, ms in named.items()}}])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flexivit_jax import cli
+from flexivit_jax.evaluators import results
 from flexivit_jax.running import manifest
 from flexivit_jax.running.checkpoint import Checkpoints
 
@@ -25,6 +26,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--mib", type=int, default=243, help="of parameters and optimizer state")
   parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument(
+    "--csv", type=pathlib.Path, help="a file to add the numbers to: results/checkpoint_cost.csv"
+  )
   args = parser.parse_args()
   leaves = 48
   size = args.mib * 2**20 // 4 // leaves
@@ -60,6 +64,14 @@ def main() -> None:
   for name, times in found.items():
     blocked, whole, cpu = (statistics.median(t) for t in zip(*times, strict=True))
     print(f"{name} checksums: {blocked:.3f} s blocked, {whole:.2f} s in all, {cpu:.2f} s of CPU")
+    if args.csv:
+      row = {"MiB": args.mib, "checksums": "yes" if name == "with" else "no"}
+      row |= {
+        "blocks the run": f"{blocked:.3f}",
+        "until all is written": f"{whole:.2f}",
+        "CPU": f"{cpu:.2f}",
+      }
+      results.append_csv(args.csv, [row])
   own, without_s = (
     sum(spent) / args.rounds,
     statistics.median(whole for _, whole, _ in found["without"]),

@@ -6,6 +6,7 @@ python tools/bench/time_input.py --size 500x375 \
 
 import argparse
 import io
+import pathlib
 import statistics
 import time
 
@@ -15,9 +16,13 @@ from sklearn import datasets
 
 from flexivit_jax import cli
 from flexivit_jax.data import preprocess
+from flexivit_jax.evaluators import results
 
 PP = "|flip_lr|value_range(-1, 1)|keep('image')"
-DEFAULT = (f"decode|inception_crop(240){PP}", f"decode_inception_crop(240){PP}")
+DEFAULT = {
+  f"decode|inception_crop(240){PP}": "decode, then crop",
+  f"decode_inception_crop(240){PP}": "decode_inception_crop",
+}  # and their columns in results/decode.csv
 
 
 def photos(size: tuple[int, int], quality: int, number: int) -> list[bytes]:
@@ -43,6 +48,9 @@ def main() -> None:
   parser.add_argument("--pp", action="append", help="a preprocessing string; may be given again")
   parser.add_argument("--number", type=int, default=64)
   parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument(
+    "--csv", type=pathlib.Path, help="a file to add the numbers to: results/decode.csv"
+  )
   args = parser.parse_args()
   width, height = map(int, args.size.split("x"))
   files = photos((width, height), args.quality, args.number)
@@ -56,10 +64,14 @@ def main() -> None:
       for i, file in enumerate(files):
         pp({"image": file}, np.random.default_rng((turn, i)))
       times[text].append((time.process_time() - begin) / len(files))
+  row: dict[str, str] = {"file": f"{width} x {height}"}
   for text, spent in times.items():
     median = statistics.median(spent)
+    row[DEFAULT.get(text, text)] = f"{1 / median:.0f}"
     spread = (max(spent) - min(spent)) / median
     print(f"{1 / median:8.0f} images/s of a core (spread {spread:.0%})  {text}")
+  if args.csv:
+    results.append_csv(args.csv, [row])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python tools/paper/miniature.py --out runs/miniature --data_dir DIR         run what is not done yet, then the tables
 python tools/paper/miniature.py --out runs/miniature --tables               the tables only
+python tools/paper/miniature.py --out runs/miniature --tables --csv FILE    and adds them to a file as those of results/
 """
 
 import argparse
@@ -12,8 +13,10 @@ import statistics
 import subprocess
 import sys
 import threading
+from typing import Any
 
 from flexivit_jax import cli
+from flexivit_jax.evaluators import results
 
 SHORT = "epochs=2"
 EQUAL = "flops=5.18e12"  # what two epochs of uniformly drawn sizes take
@@ -104,19 +107,38 @@ def folder(out: pathlib.Path, seed: int) -> pathlib.Path:
   return out / f"seed{seed}"
 
 
+def measured(name: str, out: pathlib.Path) -> list[dict[str, Any]]:
+  """What is done of a run, a row for each size, coarsest first: top-1 in percent, mean and range over seeds."""
+  made = [json.loads(file.read_text()) for file in sorted(out.glob(f"seed*/{name}/eval.json"))]
+  found = []
+  for of_size in zip(
+    *(sorted(run["rows"], key=lambda row: row["gflops"]) for run in made), strict=True
+  ):
+    top1 = [100 * row["top1"] for row in of_size]
+    found.append(
+      {
+        "run": name,
+        "patch": of_size[0].get("patch", ""),
+        "seqhw": of_size[0].get("seqhw", ""),
+        "model": (RUNS | LONG)[name].replace("{out}/", "") or "-",
+        "MFLOPs": f"{1e3 * of_size[0]['gflops']:.0f}",
+        "top1": f"{statistics.mean(top1):.1f}",
+        "low": f"{min(top1):.1f}",
+        "high": f"{max(top1):.1f}",
+        "seeds": len(made),
+        "steps": "/".join(sorted({str(run["step"]) for run in made})),
+      }
+    )
+  return found
+
+
 def table(names: list[str], out: pathlib.Path) -> str:
-  """A Markdown table of what is done: top-1 in percent at each size, coarsest first, mean and range over seeds."""
+  """A Markdown table of what is done."""
   lines = ["| run | argument | coarsest | | | finest | steps | seeds |", "|" + "---|" * 8]
-  for name in names:
-    made = [json.loads(file.read_text()) for file in sorted(out.glob(f"seed*/{name}/eval.json"))]
-    if not made:
-      continue
-    rows = [sorted(run["rows"], key=lambda row: row["gflops"]) for run in made]
-    sizes = [[100 * row["top1"] for row in of_size] for of_size in zip(*rows, strict=True)]
-    cells = [f"{statistics.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in sizes]
-    shown = (RUNS | LONG)[name].replace("{out}/", "") or "-"
-    steps = "/".join(sorted({str(run["step"]) for run in made}))
-    lines.append(f"| {name} | {shown} | {' | '.join(cells)} | {steps} | {len(made)} |")
+  for rows in filter(None, (measured(name, out) for name in names)):
+    cells = [f"{row['top1']} ({row['low']} to {row['high']})" for row in rows]
+    run, model, steps, seeds = (rows[0][key] for key in ("run", "model", "steps", "seeds"))
+    lines.append(f"| {run} | {model} | {' | '.join(cells)} | {steps} | {seeds} |")
   return "\n".join(lines)
 
 
@@ -129,6 +151,7 @@ def main() -> None:
   parser.add_argument("--seeds", default="0,1", help="with commas (default: 0,1)")
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
   parser.add_argument("--tables", action="store_true", help="train nothing")
+  parser.add_argument("--csv", type=pathlib.Path, help="a file to add what is done of the runs to")
   args = parser.parse_args()
   known = RUNS | LONG
   names = args.only.split(",") if args.only else list(RUNS)
@@ -139,6 +162,8 @@ def main() -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     failed = run_all(names, args.out, seeds, args.jobs, args.data_dir)
   print(table(list(known), args.out))
+  if args.csv and (rows := [row for name in names for row in measured(name, args.out)]):
+    results.append_csv(args.csv, rows)
   if failed:
     sys.exit("Failed: " + "; ".join(failed))
 
