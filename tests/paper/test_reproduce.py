@@ -302,7 +302,7 @@ def test_a_protocol_and_a_folder_of_images_are_said_to_differ(checkpoints, small
 )
 def test_what_cannot_be_measured_is_said_at_once(arguments, words, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
-  assert cli.main(["reproduce", *options]) == 2
+  assert cli.main(["reproduce", *arguments]) == 2
   assert re.search(words, capsys.readouterr().err)
   assert not list(tmp_path.iterdir())
 
