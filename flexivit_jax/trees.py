@@ -14,7 +14,7 @@ import numpy as np
 from flexivit_jax.errors import UserError, nearest
 
 Params = dict[str, Any]  # a model's: nested dicts of arrays, or of their shapes and dtypes
-Arrays = Mapping[str, np.ndarray]  # arrays by full name, not nested
+Arrays = dict[str, np.ndarray]  # arrays by full name, not nested
 Json = dict[str, Any]  # a JSON object, as a record or a config.json holds it
 
 

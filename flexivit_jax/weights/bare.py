@@ -4,6 +4,7 @@ import functools
 import pathlib
 from typing import Any
 
+from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import contents, files, torchvision_names, wrappers
 from flexivit_jax.weights.export import frameworks as foreign
 from flexivit_jax.weights.open_clip import names as open_clip_names
@@ -14,7 +15,7 @@ READERS = files.READERS | dict.fromkeys(
 )
 
 
-def read(path: pathlib.Path, *, ema: bool = False) -> tuple[files.Arrays, dict[str, Any]]:
+def read(path: pathlib.Path, *, ema: bool = False) -> tuple[Arrays, dict[str, Any]]:
   """Returns (arrays by their bare names, record) of a file; in a file of others the record has "notes" only.
 
   Args:
@@ -32,9 +33,7 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[files.Arrays, dict[s
   return unwrapped(arrays, ema=ema)
 
 
-def unwrapped(
-  arrays: files.Arrays, *, ema: bool = False
-) -> tuple[files.Arrays, dict[str, list[str]]]:
+def unwrapped(arrays: Arrays, *, ema: bool = False) -> tuple[Arrays, dict[str, list[str]]]:
   """Returns the arrays without wrappers, by names that have a reader, and {"notes": ...}."""
   bare, notes = wrappers.unwrap(arrays, ema=ema)
   if open_clip_names.is_open_clip(bare):

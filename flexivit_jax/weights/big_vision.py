@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import vit
+from flexivit_jax.trees import Arrays
 
 ORIGINAL_POSITION = "Transformer/posembed_input/pos_embedding"
 _ORIGINAL = {
@@ -22,7 +23,7 @@ _ORIGINAL = {
 }
 
 
-def from_original(arrays: Mapping[str, np.ndarray], posemb_size: Any = None) -> dict:
+def from_original(arrays: Arrays, posemb_size: Any = None) -> dict:
   """Returns big_vision's names and arrays for those of an original ViT; the class token takes its position in."""
   flat = {_renamed(name): array for name, array in arrays.items()}
   position = flat.pop(ORIGINAL_POSITION)
@@ -123,7 +124,7 @@ def without_pre_logits(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], list[
   ]
 
 
-def require(flat: Mapping[str, np.ndarray], names: Mapping[str, int], what: str) -> None:
+def require(flat: Arrays, names: Mapping[str, int], what: str) -> None:
   """Raises a UserError unless the names are there with so many axes: the arrays that tell the architecture."""
   missing = [name for name in names if name not in flat]
   if len(missing) == len(names):  # nothing is alike: the nearest names would mislead

@@ -16,9 +16,8 @@ import numpy as np
 import safetensors
 
 from flexivit_jax import errors
+from flexivit_jax.trees import Arrays
 from flexivit_jax.weights.export import artifact
-
-Arrays = dict[str, np.ndarray]
 
 # The entry of an .npz that holds the record: JSON in UTF-8 as uint8. It stands beside "params/...", where big_vision's
 # loader, which takes "params" and leaves the rest, does not see it; bytes ("V") would stop it, text ("U") too.

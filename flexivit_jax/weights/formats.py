@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import UNNAMED
+from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import (
   bare,
   big_vision,
-  files,
   folders,
   other_models,
   registry,
   stated,
+  torch_layout,
   wrappers,
 )
 from flexivit_jax.weights.open_clip import images as open_clip_images, names as open_clip_names
@@ -95,7 +96,7 @@ def read(path: pathlib.Path, fields: Mapping[str, Any], *, ema: bool = False) ->
 
 
 def _recognise(
-  path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, Any], notes: Sequence[str] = ()
+  path: pathlib.Path, arrays: Arrays, fields: Mapping[str, Any], notes: Sequence[str] = ()
 ) -> Source:
   """Tells by their names whose arrays these are."""
   kind, fixed, notes = path.suffix[1:], True, list(notes)
@@ -128,8 +129,8 @@ def _recognise(
 
 
 def _from_timm(
-  path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, Any], notes: Sequence[str]
-) -> timm_names.Converted:
+  path: pathlib.Path, arrays: Arrays, fields: Mapping[str, Any], notes: Sequence[str]
+) -> torch_layout.Converted:
   try:
     return timm_names.convert(arrays, fields)
   except errors.UserError as e:
@@ -144,7 +145,7 @@ def _from_timm(
 
 def _file(
   path: pathlib.Path,
-  arrays: files.Arrays,
+  arrays: Arrays,
   fields: Mapping[str, Any],
   notes: Sequence[str],
   ours: bool,
@@ -180,7 +181,7 @@ def _file(
   return source
 
 
-def _in_words(arrays: files.Arrays) -> bool:
+def _in_words(arrays: Arrays) -> bool:
   """Whether the names may be those of transformers: big_vision's and the original ViT's have slashes."""
   return not timm_names.is_timm(arrays) and not any("/" in name for name in arrays)
 
@@ -197,7 +198,7 @@ def _with_open_clip(source: Source, folder: pathlib.Path) -> Source:
   return Source(source.params, source.fields | images.fields, record, (images.mean, images.std))
 
 
-def _transformers(path: pathlib.Path, arrays: files.Arrays, fields: Mapping[str, Any]) -> Source:
+def _transformers(path: pathlib.Path, arrays: Arrays, fields: Mapping[str, Any]) -> Source:
   """Arrays with what a folder of Hugging Face's transformers says of them."""
   config = transformers_folder.read_config(path)
   spec = transformers_config.spec(config)
@@ -231,7 +232,7 @@ def _transformers_folder(
 
 def _timm_file(
   path: pathlib.Path,
-  arrays: files.Arrays,
+  arrays: Arrays,
   config: Mapping[str, Any],
   fields: Mapping[str, Any],
   notes: Sequence[str],
@@ -296,7 +297,7 @@ def _input(mean: Sequence[float], std: Sequence[float], where: str) -> dict[str,
   return {"mean": list(mean), "std": list(std), "from": where}
 
 
-def _plain(arrays: files.Arrays) -> dict:
+def _plain(arrays: Arrays) -> dict:
   """Tree of arrays named "params/head/bias" or "head/bias"."""
   prefixed = {n.removeprefix("params/"): a for n, a in arrays.items() if n.startswith("params/")}
   return trees.unflatten(prefixed or arrays)

@@ -11,8 +11,7 @@ import numpy as np
 
 from flexivit_jax import errors, resize, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import formats, registry
-from flexivit_jax.weights.timm import names as timm_names
+from flexivit_jax.weights import formats, registry, torch_layout
 
 Size = tuple[int, int]
 
@@ -232,7 +231,7 @@ def _fold_input(source: formats.Source, mean: Any, std: Any) -> formats.Source:
     raise errors.UserError(
       f"mean and std are folded into this file already: {source.record['folded_input']}."
     )
-  flat = timm_names.fold_input(trees.flatten(source.params), mean, std)
+  flat = torch_layout.fold_input(trees.flatten(source.params), mean, std)
   folded = {"folded_input": {"mean": list(mean), "std": list(std)}}
   return source._replace(params=trees.unflatten(flat), record=source.record | folded)
 

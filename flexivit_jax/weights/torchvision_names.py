@@ -1,9 +1,8 @@
 """torchvision's names for a Vision Transformer, turned into timm's; the numbers stay as they are."""
 
 import re
-from collections.abc import Mapping
 
-import numpy as np
+from flexivit_jax.trees import Arrays
 
 _NAMES = {
   r"^conv_proj\.": "patch_embed.proj.",
@@ -21,12 +20,12 @@ _NAMES = {
 NOTE = "A Vision Transformer of torchvision, which is timm's under other names."
 
 
-def is_torchvision(arrays: Mapping[str, np.ndarray]) -> bool:
+def is_torchvision(arrays: Arrays) -> bool:
   """Whether the names are torchvision's, what is before them taken off."""
   return "conv_proj.weight" in arrays and "encoder.pos_embedding" in arrays
 
 
-def to_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def to_timm(arrays: Arrays) -> Arrays:
   """Returns the arrays by timm's names."""
   flat = {}
   for name, array in arrays.items():

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from flexivit_jax import errors
-from flexivit_jax.weights import files
+from flexivit_jax.trees import Arrays
 from flexivit_jax.weights.export import onnx_graph
 
 # Packages that a package imports late, in the middle of a conversion: an image library of another build than torch.
@@ -173,7 +173,7 @@ def onnx_program(path: pathlib.Path) -> Callable[[Any], np.ndarray]:
   return lambda image: session.run(None, {"image": image})[0]
 
 
-def read_torch(path: pathlib.Path) -> tuple[files.Arrays, dict[str, Any]]:
+def read_torch(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
   """Returns (arrays by name, {}) of a file that torch.save wrote; half precision is widened.
 
   torch reads it with weights_only: no name in it is looked up that is not one of torch's own tensors or of `_HARMLESS`,

@@ -1,9 +1,10 @@
 """OpenAI's and OpenCLIP's names for CLIP's image tower, turned into timm's; the numbers stay as they are."""
 
 import re
-from collections.abc import Mapping
 
 import numpy as np
+
+from flexivit_jax.trees import Arrays
 
 _NAMES = {
   "conv1.weight": "patch_embed.proj.weight",
@@ -26,12 +27,12 @@ NOTE = (
 )
 
 
-def is_open_clip(arrays: Mapping[str, np.ndarray]) -> bool:
+def is_open_clip(arrays: Arrays) -> bool:
   """Whether the names are those of the tower, what is before them taken off."""
   return "conv1.weight" in arrays and "class_embedding" in arrays
 
 
-def to_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def to_timm(arrays: Arrays) -> Arrays:
   """Returns the arrays by timm's names; tokens and positions get timm's axes, the projection becomes a head."""
   flat = {_PATTERN.sub(lambda m: _NAMES[m[0]], name): array for name, array in arrays.items()}
   axes = {"cls_token": 1, "pos_embed": 2}

@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from flexivit_jax import errors
+from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import other_models
 from flexivit_jax.weights.timm import shapes as timm_shapes
 
@@ -83,9 +82,7 @@ def weights_file(folder: pathlib.Path) -> pathlib.Path:
   )
 
 
-def told(
-  where: pathlib.Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
+def told(where: pathlib.Path, config: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
   """Returns the fields of the FlexiViT that the arrays are of, as the config says them.
 
   Raises:
@@ -128,9 +125,7 @@ class Misfit(errors.UserError):
   """The config is of another model than the weights."""
 
 
-def _check_numbers(
-  path: pathlib.Path, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-) -> None:
+def _check_numbers(path: pathlib.Path, fields: Mapping[str, Any], arrays: Arrays) -> None:
   """The depth is compared here: before a model of any number of blocks that a file may claim is built."""
   for name in _NAMES.values():
     if not isinstance(fields.get(name, 0), int):
@@ -190,7 +185,7 @@ def _pool(
   return {"pool_type": names[pool]}
 
 
-def _grid(size: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _grid(size: Any, arrays: Arrays) -> dict[str, Any]:
   """The position grid, if it accounts for all positions: sizes on the Hub are not always those of the weights."""
   kernel, position = arrays.get(timm_shapes.KERNEL), arrays.get("pos_embed")
   hw = [size, size] if isinstance(size, int) else size[-2:] if isinstance(size, list) else []

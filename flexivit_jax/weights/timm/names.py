@@ -7,24 +7,36 @@ timm takes, into one on both tokens; the mean and standard deviation of the inpu
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import vit
-from flexivit_jax.weights import big_vision, torch_layout as timm_layers
+from flexivit_jax.trees import Arrays
+from flexivit_jax.weights import big_vision, torch_layout
 from flexivit_jax.weights.timm import shapes as timm_shapes
 
-Arrays = Mapping[str, np.ndarray]
-
-
-class Converted(NamedTuple):
-  """Parameters by big_vision's names, the fields of their FlexiViT, and what a user should know about them."""
-
-  flat: dict[str, np.ndarray]
-  fields: dict[str, Any]
-  notes: list[str]
+# timm's names of the parts of a block and of attention pooling.
+BLOCK = {
+  "norm1": "norm1",
+  "qkv": "attn.qkv",
+  "out": "attn.proj",
+  "scale1": "ls1.gamma",
+  "norm2": "norm2",
+  "fc1": "mlp.fc1",
+  "fc2": "mlp.fc2",
+  "scale2": "ls2.gamma",
+}
+POOL = {
+  "probe": "latent",
+  "norm": "norm",
+  "query": "q",
+  "kv": "kv",
+  "out": "proj",
+  "fc1": "mlp.fc1",
+  "fc2": "mlp.fc2",
+}
 
 
 def is_timm(arrays: Arrays) -> bool:
@@ -32,7 +44,7 @@ def is_timm(arrays: Arrays) -> bool:
   return any(name.startswith(("patch_embed.", "blocks.")) for name in arrays)
 
 
-def convert(arrays: Arrays, fields: Mapping[str, Any]) -> Converted:
+def convert(arrays: Arrays, fields: Mapping[str, Any]) -> torch_layout.Converted:
   """Turns a timm state dict into ours; `fields` are those given by the caller.
 
   Of them, `num_heads`, `posemb_size` and `pool_type` say what arrays leave open. A pool type of "gap" is for a class
@@ -54,35 +66,10 @@ def convert(arrays: Arrays, fields: Mapping[str, Any]) -> Converted:
   lines = trees.diff(timm_shapes.expected(arrays, found), arrays, max_lines=len(arrays) * 4)
   if lines:
     raise errors.UserError("The arrays are not those of timm's ViT:\n  " + "\n  ".join(lines))
-  return Converted(_convert(arrays, found), found, notes + more)
+  return torch_layout.Converted(_convert(arrays, found), found, notes + more)
 
 
-def fold_input(
-  flat: dict[str, np.ndarray], mean: Sequence[float], std: Sequence[float]
-) -> dict[str, np.ndarray]:
-  """Lets a model that was trained on `(pixel - mean) / std`, pixels in [0, 1], take pixels in [-1, 1].
-
-  Exact at the kernel's own size and above; where the kernel shrinks, a constant image keeps its token only nearly.
-
-  Raises:
-    UserError: not one number for each channel, or a standard deviation that is not positive.
-  """
-  kernel = flat["embedding/kernel"].astype(np.float64)
-  channels = kernel.shape[2]
-  if len(mean) != channels or len(std) != channels or min(std) <= 0:
-    raise errors.UserError(
-      f"mean={tuple(mean)}, std={tuple(std)}: expected {channels} numbers each, std positive."
-    )
-  scale, shift = 0.5 / np.asarray(std), (0.5 - np.asarray(mean)) / np.asarray(std)
-  bias = flat["embedding/bias"] + np.einsum("hwcd,c->d", kernel, shift)
-  kernel = kernel * scale[None, None, :, None]
-  return flat | {
-    "embedding/kernel": kernel.astype(np.float32),
-    "embedding/bias": bias.astype(np.float32),
-  }
-
-
-def _renamed(arrays: Arrays) -> dict[str, np.ndarray]:
+def _renamed(arrays: Arrays) -> Arrays:
   """The names of the original DINOv2 and DeiT-III files as timm's."""
   names = {name: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name) for name in arrays}
   names["register_tokens"] = "reg_token"
@@ -93,7 +80,7 @@ def _renamed(arrays: Arrays) -> dict[str, np.ndarray]:
   return flat
 
 
-def _with_biases(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _with_biases(arrays: Arrays) -> tuple[Arrays, list[str]]:
   """The biases of queries, keys and values that a model does not have, as zeros."""
   kernels = [name for name in arrays if re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name)]
   if not kernels or any(name.endswith("attn.qkv.bias") for name in arrays):
@@ -218,30 +205,27 @@ def _heads(width: int, fields: Mapping[str, Any]) -> tuple[int, list[str]]:
   return heads, [f"{heads} heads: as usual for width {width}; the arrays do not say."]
 
 
-def _convert(a: Arrays, f: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  kernel = np.ascontiguousarray(a[timm_shapes.KERNEL].transpose(2, 3, 1, 0))
+def _convert(a: Arrays, f: Mapping[str, Any]) -> Arrays:
   flat = {
-    "embedding/kernel": kernel,
+    "embedding/kernel": torch_layout.patches_from_torch(a[timm_shapes.KERNEL]),
     "embedding/bias": a.get("patch_embed.proj.bias", np.zeros(f["width"], np.float32)),
     **_convert_tokens(a, f),
-    **timm_layers.norm_from_timm(a, timm_shapes.final_norm(a), "Transformer/encoder_norm"),
+    **torch_layout.norm_from_torch(a, timm_shapes.final_norm(a), "Transformer/encoder_norm"),
   }
   if f["pre_norm"]:
-    flat |= timm_layers.norm_from_timm(a, "norm_pre", "pre_norm")
+    flat |= torch_layout.norm_from_torch(a, "norm_pre", "pre_norm")
   for i in range(f["depth"]):
-    block = timm_layers.block_from_timm(_under(f"blocks.{i}.", a), f["num_heads"])
+    block = torch_layout.block_from_torch(
+      torch_layout.under(f"blocks.{i}.", a), BLOCK, f["num_heads"]
+    )
     flat |= {f"Transformer/encoderblock_{i}/{name}": array for name, array in block.items()}
   if f["pool_type"] == "map":
-    pool = timm_layers.pool_from_timm(_under("attn_pool.", a), f["num_heads"])
+    pool = torch_layout.pool_from_torch(torch_layout.under("attn_pool.", a), POOL, f["num_heads"])
     flat |= {f"MAPHead_0/{name}": array for name, array in pool.items()}
   return flat | (_convert_head(a) if f["num_classes"] else {})
 
 
-def _under(prefix: str, a: Arrays) -> dict[str, np.ndarray]:
-  return {n.removeprefix(prefix): array for n, array in a.items() if n.startswith(prefix)}
-
-
-def _convert_tokens(a: Arrays, f: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _convert_tokens(a: Arrays, f: Mapping[str, Any]) -> Arrays:
   """Position grid, class token and registers, to which their own positions are added."""
   position, own = a["pos_embed"], "tok" in f["pool_type"]
   n = timm_shapes.with_position(a, f["posemb_size"])
@@ -255,11 +239,11 @@ def _convert_tokens(a: Arrays, f: Mapping[str, Any]) -> dict[str, np.ndarray]:
   return flat | ({"registers": tokens[:, own:]} if f["registers"] else {})
 
 
-def _convert_head(a: Arrays) -> dict[str, np.ndarray]:
-  head = timm_layers.dense_from_timm(a, "head", "head")
+def _convert_head(a: Arrays) -> Arrays:
+  head = torch_layout.dense_from_torch(a, "head", "head")
   if "dist_token" not in a:
     return head
-  other = timm_layers.dense_from_timm(a, "head_dist", "head")
+  other = torch_layout.dense_from_torch(a, "head_dist", "head")
   return {
     "head/kernel": np.concatenate([head["head/kernel"], other["head/kernel"]]) / 2,
     "head/bias": (head["head/bias"] + other["head/bias"]) / 2,

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors
+from flexivit_jax.trees import Arrays
 
 KERNEL, FC1, LATENT = "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "attn_pool.latent"
 TOKENS = ("cls_token", "dist_token", "reg_token")  # in the order in which timm puts them
 
-Arrays = Mapping[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
 

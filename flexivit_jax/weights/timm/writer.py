@@ -16,15 +16,16 @@ import safetensors.numpy
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
+from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import (
   baking,
   folders,
   formats,
   reading,
   stated,
-  torch_layout as timm_layers,
+  torch_layout,
 )
-from flexivit_jax.weights.timm import folder as timm_folder
+from flexivit_jax.weights.timm import folder as timm_folder, names as timm_names
 
 WEIGHTS = timm_folder.WEIGHTS[0]
 _POOLS = {"tok": "token", "gap": "avg", "map": "map"}
@@ -82,34 +83,31 @@ def save_timm(
   _write(out, arrays, described, record)
 
 
-def to_timm(model: FlexiViT, params: dict) -> dict[str, np.ndarray]:
+def to_timm(model: FlexiViT, params: dict) -> Arrays:
   """The parameters in timm's names and layout; sine-cosine positions are written out for the model's own grid."""
   flat = {n: np.asarray(a) for n, a in trees.flatten(vit.unstack_blocks(params)).items()}
-  arrays = {"patch_embed.proj.weight": flat["embedding/kernel"].transpose(3, 2, 0, 1)}
+  arrays = {"patch_embed.proj.weight": torch_layout.patches_to_torch(flat["embedding/kernel"])}
   arrays |= _positions(model, flat)
   arrays |= {to: flat[name] for name, to in _TOKENS.items() if name in flat}
   for i in range(model.depth):
-    block = timm_layers.block_to_timm(_under(f"Transformer/encoderblock_{i}/", flat))
+    ours = torch_layout.under(f"Transformer/encoderblock_{i}/", flat)
+    block = torch_layout.block_to_torch(ours, timm_names.BLOCK)
     arrays |= {f"blocks.{i}.{name}": array for name, array in block.items()}
-  arrays |= timm_layers.norm_to_timm(flat, "Transformer/encoder_norm", "norm")
+  arrays |= torch_layout.norm_to_torch(flat, "Transformer/encoder_norm", "norm")
   if model.pre_norm:
-    arrays |= timm_layers.norm_to_timm(flat, "pre_norm", "norm_pre")
+    arrays |= torch_layout.norm_to_torch(flat, "pre_norm", "norm_pre")
   if model.pool_type == "map":
-    pool = timm_layers.pool_to_timm(_under("MAPHead_0/", flat))
+    pool = torch_layout.pool_to_torch(torch_layout.under("MAPHead_0/", flat), timm_names.POOL)
     arrays |= {f"attn_pool.{name}": array for name, array in pool.items()}
   if model.num_classes:
-    arrays |= timm_layers.dense_to_timm(flat, "head", "head")
+    arrays |= torch_layout.dense_to_torch(flat, "head", "head")
   return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 _TOKENS = {"cls": "cls_token", "registers": "reg_token"}
 
 
-def _under(prefix: str, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  return {n.removeprefix(prefix): array for n, array in flat.items() if n.startswith(prefix)}
-
-
-def _positions(model: FlexiViT, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _positions(model: FlexiViT, flat: Arrays) -> Arrays:
   """Positions and the patch embedding's bias; where a norm follows, timm has no bias, and each position takes it."""
   grid, bias = flat.get("pos_embedding"), flat["embedding/bias"]
   if grid is None:
@@ -125,9 +123,7 @@ def _hw(model: FlexiViT) -> Size:
   return ph * gh, pw * gw
 
 
-def config(
-  model: FlexiViT, arrays: Mapping[str, np.ndarray], images: stated.Stated | None = None
-) -> dict[str, Any]:
+def config(model: FlexiViT, arrays: Arrays, images: stated.Stated | None = None) -> dict[str, Any]:
   """The config.json for a model whose kernel and grid are of the size in use; `images`: how they are prepared."""
   hw = list(_hw(model))
   channels = arrays["patch_embed.proj.weight"].shape[1]
@@ -228,7 +224,7 @@ def _record(model: FlexiViT, record: dict[str, Any], image_hw: Size | None) -> d
 
 
 def _write(
-  out: pathlib.Path, arrays: dict[str, np.ndarray], config: dict[str, Any], record: dict[str, Any]
+  out: pathlib.Path, arrays: Arrays, config: dict[str, Any], record: dict[str, Any]
 ) -> None:
   with folders.new(out) as part:
     safetensors.numpy.save_file(arrays, part / WEIGHTS, metadata={"format": "pt"})

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from flexivit_jax import errors
+from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import files
 from flexivit_jax.weights.timm import folder as timm_folder
 
@@ -36,7 +37,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   return timm_folder.read_json(path / CONFIG)
 
 
-def read_arrays(path: pathlib.Path) -> files.Arrays:
+def read_arrays(path: pathlib.Path) -> Arrays:
   """The arrays by name; half precision is widened.
 
   Raises:
@@ -58,14 +59,14 @@ def read_arrays(path: pathlib.Path) -> files.Arrays:
   raise errors.UserError(f"{path} has no {WEIGHTS} and no {INDEX}: {_SAVE}.")
 
 
-def _shards(index: pathlib.Path) -> files.Arrays:
+def _shards(index: pathlib.Path) -> Arrays:
   """The arrays of all files that the index names; each must stand in its own file, and in no other."""
   shard_of = _weight_map(index)
   shards = sorted(set(shard_of.values()))
   missing = [shard for shard in shards if not (index.parent / shard).is_file()]
   if missing:
     raise errors.UserError(f"{index} names files that are not there: {', '.join(missing)}.")
-  arrays: files.Arrays = {}
+  arrays: Arrays = {}
   for shard in shards:
     part, _ = files.read_safetensors(index.parent / shard)
     said = {name for name, place in shard_of.items() if place == shard}

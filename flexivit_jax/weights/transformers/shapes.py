@@ -1,15 +1,15 @@
 """Which arrays a config.json of Hugging Face's `transformers` promises: names and shapes, all of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
 from flexivit_jax import errors, trees
+from flexivit_jax.trees import Arrays
 from flexivit_jax.weights.transformers.config import Spec
 from flexivit_jax.weights.transformers.families import PROJECTION
 
-Arrays = Mapping[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
 REGISTERS = "embeddings.register_tokens"

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from safetensors import numpy as safetensors
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.models.flexivit import Size
-from flexivit_jax.weights import folders, stated
+from flexivit_jax.trees import Arrays
+from flexivit_jax.weights import folders, stated, torch_layout
 from flexivit_jax.weights.baking import bake
 from flexivit_jax.weights.transformers import (
   config as transformers_config,
@@ -87,51 +88,29 @@ def _check(model: FlexiViT) -> None:
       )
 
 
-def _arrays(model: FlexiViT, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _arrays(model: FlexiViT, flat: Arrays) -> Arrays:
   """The baked model's arrays in the names that `save_pretrained` writes."""
   names, d = _VIT.layout, model.width
   position = flat.get("pos_embedding")
   if position is None:
     position = vit.sincos2d(model.posemb_size, d).reshape(1, -1, d)
   tower = {
-    f"{names.patch}.weight": flat["embedding/kernel"].transpose(3, 2, 0, 1),
+    f"{names.patch}.weight": torch_layout.patches_to_torch(flat["embedding/kernel"]),
     f"{names.patch}.bias": flat["embedding/bias"],
     # The class token has a position there, and none here.
     names.position: np.concatenate([np.zeros((1, 1, d), np.float32), position], axis=1),
     names.tokens[0]: flat["cls"],
-    **_norm(flat, "Transformer/encoder_norm", names.norm),
+    **torch_layout.norm_to_torch(flat, "Transformer/encoder_norm", names.norm),
   }
   for i in range(model.depth):
-    tower |= _block(flat, f"Transformer/encoderblock_{i}", f"{names.blocks}.{i}", d)
+    ours = torch_layout.under(f"Transformer/encoderblock_{i}/", flat)
+    block = torch_layout.block_to_torch(ours, names.block)
+    tower |= {f"{names.blocks}.{i}.{name}": array for name, array in block.items()}
   prefix = _VIT.base if model.num_classes else ""
   arrays = {prefix + name: array for name, array in tower.items()}
   if model.num_classes:
-    arrays |= _dense(flat, "head", "classifier")
+    arrays |= torch_layout.dense_to_torch(flat, "head", "classifier")
   return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-
-
-def _block(
-  flat: Mapping[str, np.ndarray], ours: str, theirs: str, width: int
-) -> dict[str, np.ndarray]:
-  names = {part: f"{theirs}.{name}" for part, name in _VIT.layout.block.items()}
-  attention, mlp = f"{ours}/MultiHeadDotProductAttention_0", f"{ours}/MlpBlock_0"
-  arrays = _norm(flat, f"{ours}/LayerNorm_0", names["norm1"])
-  arrays |= _norm(flat, f"{ours}/LayerNorm_1", names["norm2"])
-  for part in ("query", "key", "value", "out"):
-    # Heads and their features are two axes here and one there.
-    kernel = flat[f"{attention}/{part}/kernel"].reshape(width, width)
-    arrays[f"{names[part]}.weight"] = kernel.T
-    arrays[f"{names[part]}.bias"] = flat[f"{attention}/{part}/bias"].reshape(width)
-  arrays |= _dense(flat, f"{mlp}/Dense_0", names["fc1"])
-  return arrays | _dense(flat, f"{mlp}/Dense_1", names["fc2"])
-
-
-def _dense(flat: Mapping[str, np.ndarray], ours: str, theirs: str) -> dict[str, np.ndarray]:
-  return {f"{theirs}.weight": flat[f"{ours}/kernel"].T, f"{theirs}.bias": flat[f"{ours}/bias"]}
-
-
-def _norm(flat: Mapping[str, np.ndarray], ours: str, theirs: str) -> dict[str, np.ndarray]:
-  return {f"{theirs}.weight": flat[f"{ours}/scale"], f"{theirs}.bias": flat[f"{ours}/bias"]}
 
 
 def _config(
