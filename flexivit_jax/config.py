@@ -199,6 +199,15 @@ def check(
       raise _wrong(_prefixed(where, [key])[0], section[key], kind)
 
 
+@contextlib.contextmanager
+def naming(section: str) -> Iterator[None]:
+  """Errors of what a section configures say which it is."""
+  try:
+    yield
+  except errors.UserError as e:
+    raise errors.UserError(f"{section}: {e}" if section else str(e)) from e
+
+
 def check_known(
   where: str,
   section: Any,

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import functools
 import importlib
-import inspect
 import os
 import pathlib
 import sys
@@ -103,14 +102,14 @@ def _train(
   stop = stack.enter_context(signals.catch(distributed.preempted if several else None))
   with stop.interruptible():
     processes.agree_on_config(settings)
-    config.check("", settings, experiment.build, given=experiment.GIVEN)
+    experiment.check(settings)
     if settings.get("wandb") is not None:
       distributed.on_first(wandb_run.check, "its package wandb")
     signs: list[peers_of.Peers] = []
     watchdog = stack.enter_context(contextlib.closing(_watchdog(settings, signs)))
     run_folder.check_path(workdir, several=several)
     trained = preparation.trained(workdir)
-    exp = experiment.build(**{"name": _name(workdir), **settings}, trained=trained)
+    exp = experiment.from_config({"name": _name(workdir), **settings}, trained=trained)
     _say_costs(exp)
     exp, mesh = preparation.place(exp)
     parts, memory = preparation.parts(exp, mesh)
@@ -270,8 +269,7 @@ def _closing(checkpoints: Checkpoints, ledger: Ledger) -> Iterator[Checkpoints]:
 
 def _watchdog(settings: dict[str, Any], signs: list[peers_of.Peers]) -> signals.Watchdog:
   """One that watches from now on, data are not opened yet; `signs` gets the other processes' as soon as there are."""
-  default = inspect.signature(experiment.build).parameters["hang_after"].default
-  limit = settings.get("hang_after", default)
+  limit = settings.get("hang_after", experiment.Settings.hang_after)
   return signals.Watchdog(
     limit if limit is not None and limit > 0 else None,  # others are refused in a moment
     preparation.note,

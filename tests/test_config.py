@@ -193,7 +193,7 @@ def test_an_override_begins_a_section_that_the_file_leaves_out(file, section):
 
 
 def test_the_sections_that_may_be_left_out_are_those_of_an_experiment():
-  parameters = inspect.signature(experiment.build).parameters.values()
+  parameters = inspect.signature(experiment.Settings).parameters.values()
   sections = {p.name for p in parameters if "Mapping" in str(p.annotation) and p.default is None}
   assert sections == set(config.OPTIONAL)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from flexivit_jax import config, data, errors, experiment, train
-from flexivit_jax.experiment import costs, sections
+from flexivit_jax.experiment import costs
 from flexivit_jax.running import metrics
 from flexivit_jax.training import patch_schedule, schedules
 
@@ -51,11 +51,7 @@ def test_header_commands_can_be_loaded_and_the_file_is_one_page(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_key_is_known(name):
-  full = load(name)
-  config.check("", full, experiment.build, given=("opening",))
-  optional = {k: full.get(k, {}) for k in ("objective", "evals", "checkpoint")}
-  required = {k: full[k] for k in ("input", "model", "optim", "flexi")}
-  sections.check_sections(**required, **optional, init=full.get("init"))
+  experiment.check(load(name))
 
 
 FORMS = [*NAMES, "folder:init=vit.npz", "folder:init=vit.npz,freeze=6,layer_decay=0.75"]
@@ -77,7 +73,7 @@ def test_debug_form_is_the_same_experiment_on_synthetic_data(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_debug_form_has_two_evaluations_and_two_checkpoints(form):
   name, _, arg = form.partition(":")
-  exp = experiment.build(**load(f"{name}:{arg},debug"))
+  exp = experiment.from_config(load(f"{name}:{arg},debug"))
   assert (exp.total_steps, exp.save_every) == (4, 2)
   assert {e.every for e in exp.evaluations.values()} == {2}
   assert exp.flexi["seqhw"].values == load(form)["evals"]["test"]["seqhw"]
@@ -128,7 +124,7 @@ def test_fixed_trains_one_size_and_evaluates_all(name):
 
 def test_the_demo_gives_both_models_the_same_flops():
   def flops(spec: str) -> tuple[float, float]:
-    exp = experiment.build(**load(spec))
+    exp = experiment.from_config(load(spec))
     each = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
     return exp.total_steps * each, each
 
@@ -172,7 +168,7 @@ def test_every_wrong_value_of_every_argument_is_one_line(name, monkeypatch, phot
     for text in (*(f"{argument}={value}" for value in wrong), f"{argument}{argument[-1]}=1"):
       with pytest.raises(errors.UserError) as refused:
         spec = f"{own},{text}" if name == "folder" else text
-        experiment.build(**load(f"{name}:{spec}"), opening=planned)
+        experiment.from_config(load(f"{name}:{spec}"), opening=planned)
       assert "\n" not in str(refused.value) and len(str(refused.value)) < 500, text
 
 
@@ -470,7 +466,7 @@ def photos(tmp_path) -> pathlib.Path:
 
 @pytest.mark.parametrize("classes", ["", ",num_classes=3"])
 def test_folder_reads_own_images_and_counts_their_classes(photos, classes):
-  exp = experiment.build(**load(f"folder:data_dir={photos}{classes}", "input.batch_size=12"))
+  exp = experiment.from_config(load(f"folder:data_dir={photos}{classes}", "input.batch_size=12"))
   assert (exp.total_steps, exp.save_every, exp.model.num_classes) == (200, 20, 3)
   test = exp.evaluations["test"].source
   assert (len(test), test.class_names) == (24, ("cat", "dog", "fox"))
@@ -481,7 +477,7 @@ def test_folder_reads_own_images_and_counts_their_classes(photos, classes):
 
 def test_folder_divides_one_folder(photos):
   spec = f"folder:data_dir={photos},train=train[:75%],val=train[75%:]"
-  exp = experiment.build(**load(spec, "input.batch_size=6"))
+  exp = experiment.from_config(load(spec, "input.batch_size=6"))
   assert len(exp.evaluations["test"].source) == 6 and exp.steps_per_epoch == 3
 
 
@@ -489,4 +485,4 @@ def test_folder_divides_one_folder(photos):
 def test_folder_with_another_number_of_classes_is_an_error(photos, number):
   spec = f"folder:data_dir={photos},num_classes={number}"
   with pytest.raises(errors.UserError, match=rf"\b{number}\b.*onehot\(3\).*num_classes out"):
-    experiment.build(**load(spec, "input.batch_size=6"))
+    experiment.from_config(load(spec, "input.batch_size=6"))

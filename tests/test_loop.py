@@ -81,7 +81,7 @@ class Unsaved(Checkpoints):
 
 def run_loop(tmp_path, inside=contextlib.nullcontext):
   """400 steps that compute nothing; `inside` is entered for them. Returns the CPU seconds, and the sizes drawn."""
-  exp = experiment.build(**CONFIG)
+  exp = experiment.from_config(CONFIG)
   mesh, seen = sharding.make_mesh(), []
   made = programs(exp, seen)
   state = jax.device_put(

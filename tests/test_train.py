@@ -44,7 +44,7 @@ def changed(**values):
 
 def final(workdir):
   """All arrays of the newest checkpoint: parameters, optimizer state, step."""
-  exp = experiment.build(**CONFIG)
+  exp = experiment.from_config(CONFIG)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
   state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
   rest = {"step": state.step, "opt_state": state.opt_state}
@@ -183,7 +183,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_all_differences(whole, tm
 
 def test_the_checkpoint_is_the_model_for_prediction(whole):
   model, params = weights.load(whole)
-  exp = experiment.build(**CONFIG)
+  exp = experiment.from_config(CONFIG)
   assert model == exp.model
   logits, _ = model.apply({"params": params}, np.zeros((1, 12, 12, 3), np.float32), seqhw=4)
   assert logits.shape == (1, 3) and np.isfinite(logits).all()
@@ -201,12 +201,12 @@ def test_accumulated_run_compiles_for_a_batch_that_is_divided(tmp_path):
   run = train_lib.train(changed(total_steps=2, accumulate=4, evals={}), tmp_path)
   assert len(losses(run)) == 2
   with pytest.raises(errors.UserError, match="accumulate"):
-    experiment.build(**changed(accumulate=3))
+    experiment.from_config(changed(accumulate=3))
 
 
 def test_sizes_that_do_not_divide_the_image_are_refused_before_anything_runs():
   with pytest.raises(errors.UserError, match="seqhw=5 does not divide"):
-    experiment.build(**changed(flexi=dict(seqhw=dict(v=(2, 5)))))
+    experiment.from_config(changed(flexi=dict(seqhw=dict(v=(2, 5)))))
 
 
 def test_a_skipped_image_is_counted(tmp_path):

@@ -66,7 +66,7 @@ def open_checkpoint(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, 
   model, params, record = weights.load_with_record(args.checkpoint)
   classes = class_names.known_of(record, model.num_classes, f"the checkpoint {args.checkpoint}")
   mesh = sharding.make_mesh()
-  evaluation = experiment.build_evaluation(section, every=1, classes=classes)
+  evaluation = experiment.build_evaluation("", section, every=1, classes=classes)
   for note in evaluation.notes:
     print(f"note: {note}", file=sys.stderr)
   data = evaluation.make(model, mesh).batches

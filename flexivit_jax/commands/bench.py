@@ -255,7 +255,7 @@ def compiling(
 
 def reading(settings: Mapping[str, Any], seconds: float = 10.0) -> Row:
   """Images per second of a config's training input, and per second of CPU time: what one core would do."""
-  exp = experiment.build(**experiment.without_evaluations(settings))
+  exp = experiment.from_config(experiment.without_evaluations(settings))
   with exp.batches(0) as batches:
     next(batches)
     images, begin, cpu = 0, time.perf_counter(), time.process_time()

@@ -9,7 +9,6 @@ from flexivit_jax.commands import options
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
-from flexivit_jax.experiment import sections
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,9 +28,9 @@ def run(args: argparse.Namespace) -> None:
   evaluations = {}
   for name, given in evals.items():
     section = {**given, **override} if "seqhw" in given else {**given}
-    sections.check_evaluation(f"evals.{name}", section)
-    with experiment.naming(f"evals.{name}"):
-      evaluations[name] = experiment.build_evaluation(section, every=1, classes=classes)
+    evaluations[name] = experiment.build_evaluation(
+      f"evals.{name}", section, every=1, classes=classes
+    )
   for name, evaluation in evaluations.items():
     for note in evaluation.notes:
       print(f"note: evals.{name}: {note}", file=sys.stderr)

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors, experiment, train, trees
-from flexivit_jax.config import check as check_config
 from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import preparation
 from flexivit_jax.running import signals
@@ -47,8 +46,7 @@ def look(dump: pathlib.Path) -> list[str]:
       f"{dump.parent / 'config.json'} holds no config; expected a JSON object."
     )
   settings = {"name": "replay", **_tuples(config)}
-  check_config("", settings, experiment.build, given=experiment.GIVEN)
-  exp, mesh = preparation.place(experiment.build(**settings, trained=trained))
+  exp, mesh = preparation.place(experiment.from_config(settings, trained=trained))
   with contextlib.ExitStack() as stack:
     state, schedule, batches = _before(exp, dump.parent, step, mesh)
     stack.enter_context(batches)

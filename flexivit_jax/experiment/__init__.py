@@ -1,28 +1,26 @@
-"""A config becomes objects: data, model, objective, optimizer, sizes, evaluations. Computes nothing on a device."""
+"""A config becomes objects: data, model, objective, optimizer, evaluators. Computes nothing on a device."""
 
 from flexivit_jax.experiment.build import (
-  GIVEN,
-  Evaluation,
   Experiment,
-  build,
-  build_evaluation,
-  classes_of_tables,
+  check,
   example_shapes,
-  naming,
+  from_config,
   without_evaluations,
 )
+from flexivit_jax.experiment.evaluation import Evaluation, build_evaluation, classes_of_tables
 from flexivit_jax.experiment.loaders import REAL, Opening
+from flexivit_jax.experiment.settings import Settings
 
 __all__ = [
-  "GIVEN",
   "REAL",
   "Evaluation",
   "Experiment",
   "Opening",
-  "build",
+  "Settings",
   "build_evaluation",
+  "check",
   "classes_of_tables",
   "example_shapes",
-  "naming",
+  "from_config",
   "without_evaluations",
 ]

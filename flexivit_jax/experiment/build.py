@@ -1,21 +1,19 @@
 """From a config to the things it names: data, model, objective, optimizer, evaluators. Computes nothing on a device."""
 
-import contextlib
 import dataclasses
 import functools
-import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
-from flexivit_jax import data, errors
+from flexivit_jax import config, data, errors
 from flexivit_jax.data import class_names
-from flexivit_jax.evaluators import EVALUATORS
-from flexivit_jax.evaluators.classification import table_classes
-from flexivit_jax.experiment import class_weights, labelling, monitor, sections
+from flexivit_jax.experiment import class_weights, evaluation, labelling, monitor, sections
+from flexivit_jax.experiment.evaluation import Evaluation
 from flexivit_jax.experiment.loaders import (
   REAL,
   Init,
@@ -26,32 +24,13 @@ from flexivit_jax.experiment.loaders import (
   sharing,
 )
 from flexivit_jax.experiment.sections import DURATIONS
+from flexivit_jax.experiment.settings import Settings
 from flexivit_jax.models.flexivit import UNNAMED, gmacs, which_depth, which_grid, which_patch
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.training import patch_schedule, schedules, steps, token_budget as token_budgets
 from flexivit_jax.training.optim import Optimizer, make as _make_optimizer
-
-# Arguments of `build` that the program provides, so no keys of a config.
-GIVEN = ("opening", "trained")
-Waiting = Callable[[], contextlib.AbstractContextManager[None]]
-
-
-class Evaluation(NamedTuple):
-  """One evaluator of a run. `every` is in steps; a teacher in `section` is loaded.
-
-  `make(model, mesh, waiting)` builds it; `waiting` is entered while a batch is awaited. `check(model)` tries all that
-  with the first example, and computes nothing. `notes` are what the user should know of its classes.
-  """
-
-  make: Callable[..., Any]
-  check: Callable[[nn.Module], None]
-  every: int
-  source: data.Source
-  pp: str
-  section: Mapping[str, Any]
-  notes: tuple[str, ...] = ()
 
 
 class Experiment(NamedTuple):
@@ -94,7 +73,6 @@ class Experiment(NamedTuple):
   save_every: int
   keep: int | None
   log_every: int
-  hang_after: float | None
   skip_above: float | None
   skip_limit: int
   mesh: dict[str, Any]
@@ -112,241 +90,283 @@ class Experiment(NamedTuple):
     return self.input_shapes["image"]
 
 
-def build(
+class _Learner(NamedTuple):
+  """What a run trains, and on what. `shapes` are those of one example; `input` is the config's, its classes counted."""
+
+  source: data.Source
+  model: nn.Module
+  record: dict[str, Any]
+  objective: Objective
+  objective_section: Mapping[str, Any]
+  teachers: Mapping[str, Teacher]
+  init: Init
+  labelled: labelling.Labelled
+  input: Mapping[str, Any]
+  shapes: dict[str, tuple[int, ...]]
+
+
+class _Sizes(NamedTuple):
+  """What is drawn at each step, what a step costs there, and how many batches it takes."""
+
+  flexi: patch_schedule.Flexi
+  step_flops: patch_schedule.Cost
+  batches_of: Callable[[Mapping[str, Any]], int]
+  update_scale: Callable[[Mapping[str, Any]], float] | None
+
+
+class _Lengths(NamedTuple):
+  """Durations in steps, and what they are reckoned from."""
+
+  total_steps: int
+  images_per_step: float
+  examples: int
+
+  def units(self) -> dict[str, Any]:
+    """What turns epochs and examples into steps."""
+    return {"batch_size": self.images_per_step, "dataset_size": self.examples}
+
+
+def from_config(
+  settings: Mapping[str, Any],
   *,
   name: str = "",
-  seed: int = 0,
-  input: Mapping[str, Any],
-  model: Mapping[str, Any],
-  optim: Mapping[str, Any],
-  objective: Mapping[str, Any] | None = None,
-  flexi: Mapping[str, Any] | None = None,
-  evals: Mapping[str, Any] | None = None,
-  checkpoint: Mapping[str, Any] | None = None,
-  total_steps: int | None = None,
-  total_epochs: float | None = None,
-  total_examples: float | None = None,
-  total_flops: float | None = None,
-  accumulate: int | str = 1,
-  memory_gib: float | None = None,
-  token_budget: Mapping[str, Any] | None = None,
-  init: Mapping[str, Any] | None = None,
-  teacher_cache: str | None = None,
-  init_head_bias: float | None = None,
-  log_every: int = 50,
-  early_stopping: int | Mapping[str, Any] | None = None,
-  hang_after: float | None = 1800.0,
-  skip_above: float | None = None,
-  skip_limit: int = 10,
-  mesh: Mapping[str, Any] | None = None,
-  wandb: Mapping[str, Any] | None = None,
   opening: Opening | None = None,
   trained: class_names.Trained | None = None,
 ) -> Experiment:
-  """Builds an experiment; the arguments are the top-level keys of a config, but for `GIVEN`.
+  """Checks a config and builds what it says: the one way from a config to the objects that it names.
+
+  Every key and type is checked before a file is opened.
 
   Args:
-    name: of the run, in reports; default: its folder's.
-    seed: of everything random.
-    input: training data: `data` (arguments of `data.make_source`), and those of `data.train_batches`.
-    model: `name` (default "flexivit") and the fields of that model; num_classes defaults to the data's, dtype to
-      "bfloat16" on accelerators and "float32" on a CPU. `like`: a file (or what else `weights.load` takes) whose model
-      has all fields that are not given here, but for num_classes, dtype and the like, which a run chooses for itself.
-    optim: arguments of `optim.make`.
-    objective: `name` (default "supervised") and its arguments; `teachers` is `{name: arguments of load_teacher}`.
-    flexi: `{argument: section}`: what is drawn for each step; `seqhw` (or `grid_hw`, `patch_hw`, `stride`) and `depth`
-      are arguments of the model, a section is e.g. {"v": values, "p": weights}; all its keys: `patch_schedule.parse`.
-    evals: `{name: section}`; a section is `type` (default "classification"), `data`, `pp`, `batch_size`, `seqhw`,
-      and one of every_steps, every_epochs, ... (default: at the end only); `stride` and `depth` for flexible axes other
-      than the patch size; of a "distance" or "teacher" also `teacher`, of a "fewshot" or "knn" also `train_data` and
-      the arguments of `data.few_shots` (without `shots` a "knn" takes all images) and of the evaluator. The one named
-      "test", else the first in the alphabet, makes RUN/eval.json; another makes RUN/eval_NAME.json.
-    checkpoint: `keep` (newest checkpoints to keep; None: all), and one of every_steps, ... (default: every epoch);
-      `best`, a metric as "test/top1" (mean over the sizes) or "test/top1@8", whose best checkpoint is kept in RUN/best;
-      `best_mode`, "max" or "min" (default: what is better of such a metric).
-    total_steps: of the run; or give total_epochs, total_examples or total_flops.
-    total_epochs: see `total_steps`.
-    total_examples: see `total_steps`.
-    total_flops: see `total_steps`; as many steps as the schedule of sizes is expected to make of it.
-    accumulate: parts of a batch whose gradients are computed one after the other; "auto": at each size the fewest
-      with which its step fits into memory, the same result but for rounding.
-    token_budget: arguments of `token_budget.make`; steps at coarse sizes then take several batches. An epoch is so many
-      steps as are expected to see each image once. Not with teachers.
-    memory_gib: of each device, for accumulate="auto"; default: nine tenths of what the device has.
-    init: weights to start from, arguments of `load_init`.
-    teacher_cache: folder where the teachers' logits are kept, step by step: another run with the same data, seed and
-      teachers reads them there, bit-equal, and runs no teacher. As large as steps x batch_size x classes x 4 bytes, or
-      with objective.top_k, x top_k x 8 bytes.
-    init_head_bias: fills the head's bias at the start.
-    log_every: steps between reads of the losses from the device.
-    early_stopping: evaluations without improvement after which the run ends; or arguments of `monitor.early_stopping`.
-      Schedules stay those of the whole run. An evaluation that this or `checkpoint.best` goes by, and that does not say
-      how often it runs, runs as often as checkpoints are saved.
-    hang_after: seconds in which nothing goes on, no step, program or evaluation, after which the run says where it
-      stands still and ends; None: never.
-    skip_above: norm of a gradient, before clipping, above which a step changes nothing; also where it or the loss is
-      not finite. The schedule of the learning rate waits meanwhile. None: such a step is made, or ends the run.
-    skip_limit: skipped steps in a row after which the run ends.
-    mesh: `data` and `fsdp`, see `sharding.make_mesh`; default: copies of the parameters on all devices, the batch
-      divided. `divide_teachers` (default True): theirs are divided along "fsdp", too. Changes no result.
-    wandb: arguments of `wandb_run.open_run`: metrics go to Weights & Biases, too. {} takes its own defaults. None: no.
+    settings: the config; its keys are the fields of `Settings`.
+    name: of the run, where the config gives none.
     opening: how data and weights are opened; default: `REAL`.
-    trained: what the checkpoint that the run goes on from says of its classes; None: it begins.
+    trained: what the checkpoint that the run resumes from says of its classes; None: the run begins.
 
   Raises:
     UserError: a key that does not exist, a value that cannot be, sizes that do not divide the image.
   """
-  objective, flexi, evals, checkpoint = objective or {}, flexi or {}, evals or {}, checkpoint or {}
-  if isinstance(early_stopping, int):
-    early_stopping = {"patience": early_stopping}
-  sections.check_sections(
-    input=input,
-    model=model,
-    objective=objective,
-    optim=optim,
-    flexi=flexi,
-    evals=evals,
-    checkpoint=checkpoint,
-    init=init,
-    mesh=mesh,
-    token_budget=token_budget,
-    early_stopping=early_stopping,
-    wandb=wandb,
-  )
-  best, early = _followed(evals, checkpoint, early_stopping)
-  keep = checkpoint.get("keep", 1)
-  _check_ranges(
-    seed,
-    init_head_bias,
-    counts={"log_every": log_every, "skip_limit": skip_limit, "checkpoint.keep": keep},
-    limits={"hang_after": hang_after, "skip_above": skip_above},
-  )
+  checked = check(settings, name)
+  flexi = patch_schedule.parse(checked.flexi)
+  best, early = _followed(checked)
+  _check_ranges(checked)
+
+  # Data, model, objective.
   opening = sharing(opening or REAL)
-  with naming("input.data"):
-    source = opening.source(**input["data"])
-  with naming("model"):
-    model = model_like(model, init, opening.fields)
-  input = {**input, "pp": data.counted(input["pp"], model.get("num_classes", source.num_classes))}
-  with naming("input"):
-    _train_batches(source, input, seed, 1, 0)
-  with naming("model"):
-    network, record = build_model({"dtype": default_dtype(), **model}, source.num_classes)
+  learner = _learner(checked, opening, trained)
+
+  # Patch sizes and durations.
+  sizes = _sizes(checked, learner, flexi)
+  lengths = _lengths(checked, learner, sizes)
+  check_accumulate(
+    checked.accumulate, checked.memory_gib, learner.input["batch_size"], learner.model
+  )
+  digests = {name: opening.digest(teacher.params) for name, teacher in learner.teachers.items()}
+  if checked.teacher_cache is not None and not learner.teachers:
+    raise errors.UserError("teacher_cache is set, but the objective has no teachers; remove it.")
+
+  # Optimizer and evaluators.
+  optimizer = _optimizer(checked, learner, lengths)
+  saving, evaluations = _evaluations(checked, learner, lengths, opening, best, early)
+
+  largest = max(map(sizes.batches_of, patch_schedule.all_static(sizes.flexi)))
+  batches = functools.partial(
+    _train_batches, learner.source, learner.input, checked.seed, lengths.total_steps * largest
+  )
+  return Experiment(
+    name=checked.name,
+    seed=checked.seed,
+    model=learner.model,
+    model_record=learner.record,
+    input_shapes=learner.shapes,
+    objective=learner.objective,
+    optimizer=optimizer,
+    flexi=sizes.flexi,
+    step_flops=sizes.step_flops,
+    evaluations=evaluations,
+    batches=batches,
+    batch_size=learner.input["batch_size"],
+    steps_per_epoch=lengths.examples / lengths.images_per_step,
+    total_steps=lengths.total_steps,
+    images_per_step=lengths.images_per_step,
+    batches_of=sizes.batches_of,
+    update_scale=sizes.update_scale,
+    accumulate=checked.accumulate,
+    memory_gib=checked.memory_gib,
+    head_bias=checked.init_head_bias,
+    init=learner.init.params,
+    frozen_digests=digests,
+    drawn=_drawn(checked, learner, digests),
+    teacher_cache=checked.teacher_cache,
+    save_every=saving,
+    keep=checked.checkpoint.get("keep", 1),
+    log_every=checked.log_every,
+    skip_above=checked.skip_above,
+    skip_limit=checked.skip_limit,
+    mesh=dict(checked.mesh or {}),
+    class_names=learner.labelled.model.names,
+    data_classes=learner.labelled.data_names,
+    notes=[
+      *learner.labelled.notes,
+      *(f"evals.{key}: {n}" for key, e in evaluations.items() for n in e.notes),
+    ],
+    says=functools.partial(_class_lines, learner),
+    best=best,
+    early=early,
+    wandb=checked.wandb,
+  )
+
+
+def check(settings: Mapping[str, Any], name: str = "") -> Settings:
+  """Returns the settings, every key and type checked; opens nothing.
+
+  Raises:
+    UserError: a key that does not exist, does not belong, or is missing; a value of another type.
+  """
+  config.check("", settings, Settings)
+  checked = _filled(Settings(**{"name": name, **settings}))
+  sections.check_sections(checked)
+  return checked
+
+
+def _filled(settings: Settings) -> Settings:
+  """The same, with empty sections where there are none, and a patience as a section."""
+  early = settings.early_stopping
+  return dataclasses.replace(
+    settings,
+    objective=settings.objective or {},
+    flexi=settings.flexi or {},
+    evals=settings.evals or {},
+    checkpoint=settings.checkpoint or {},
+    early_stopping={"patience": early} if isinstance(early, int) else early,
+  )
+
+
+def _learner(settings: Settings, opening: Opening, trained: class_names.Trained | None) -> _Learner:
+  """Opens the training data and the weights, builds the model and the objective, and decides on the classes."""
+  with config.naming("input.data"):
+    source = opening.source(**settings.input["data"])
+  with config.naming("model"):
+    fields = model_like(settings.model, settings.init, opening.fields)
+  classes = fields.get("num_classes", source.num_classes)
+  section = {**settings.input, "pp": data.counted(settings.input["pp"], classes)}
+  with config.naming("input"):
+    _train_batches(source, section, settings.seed, 1, 0)
+  with config.naming("model"):
+    network, record = build_model({"dtype": default_dtype(), **fields}, source.num_classes)
+  objective = settings.objective
   teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
-  with naming("objective"):
+  with config.naming("objective"):
     unweighted = {k: v for k, v in objective.items() if k != "class_weights"}
     goal = build_objective(unweighted, teachers)
-  start, labelled = _classes(
-    source, network, init, teachers, "labels" in goal.inputs, opening, trained
+  init, labelled = _classes(
+    source, network, settings.init, teachers, "labels" in goal.inputs, opening, trained
   )
   if labelled.source is not source or "labels" in goal.inputs:
-    with naming("input"):
-      labelling.check_onehot(input["pp"], network.num_classes)
+    with config.naming("input"):
+      labelling.check_onehot(section["pp"], network.num_classes)
   source, teachers = labelled.source, labelled.teachers
-  with naming("objective"):
+  with config.naming("objective"):
     objective = _weighted(objective, source, network.num_classes)
     goal = build_objective(objective, teachers)
-  skip = input.get("on_error", "raise")
-  shapes = example_shapes(source, input["pp"], _inputs(goal), network.num_classes, skip)
-  image_shape = shapes["image"]
+  skip = section.get("on_error", "raise")
+  shapes = example_shapes(source, section["pp"], _inputs(goal), network.num_classes, skip)
   check_teachers(teachers, shapes, network.num_classes)
-  batches_of, update_scale = _budget(token_budget, flexi, network, image_shape, bool(teachers))
-  one = functools.partial(
-    step_flops, network, shapes, teachers, goal.also, batch_size=input["batch_size"]
+  return _Learner(
+    source, network, record, goal, objective, teachers, init, labelled, section, shapes
   )
-  cost = lambda size: one(size) * batches_of(size)  # noqa: E731
-  choices = patch_schedule.parse(flexi, cost)
-  for size in patch_schedule.all_static(choices):
-    check_size(network, image_shape, size)
-  for fixed in goal.also:
-    with naming("objective.size"):
-      check_size(network, image_shape, fixed)
-  per_step = input["batch_size"]
-  if update_scale is not None:
-    per_step *= patch_schedule.mean_cost(choices, batches_of)
-  sizes = {"batch_size": per_step, "dataset_size": len(source)}
+
+
+def _sizes(settings: Settings, learner: _Learner, flexi: patch_schedule.Flexi) -> _Sizes:
+  """Weighs what is drawn at each step, and makes sure that the model can run each size."""
+  network, shapes = learner.model, learner.shapes
+  batches_of, update_scale = _budget(
+    settings.token_budget, flexi, network, shapes["image"], bool(learner.teachers)
+  )
+  batch_size, also = learner.input["batch_size"], learner.objective.also
+
+  def cost(size: Mapping[str, Any]) -> float:
+    one = step_flops(network, shapes, learner.teachers, also, size, batch_size=batch_size)
+    return one * batches_of(size)
+
+  flexi = patch_schedule.weigh(flexi, cost)
+  for size in patch_schedule.all_static(flexi):
+    check_size(network, shapes["image"], size)
+  for fixed in also:
+    with config.naming("objective.size"):
+      check_size(network, shapes["image"], fixed)
+  return _Sizes(flexi, cost, batches_of, update_scale)
+
+
+def _lengths(settings: Settings, learner: _Learner, sizes: _Sizes) -> _Lengths:
+  """Turns the duration that the config gives into steps."""
+  per_step = learner.input["batch_size"]
+  if sizes.update_scale is not None:
+    per_step *= patch_schedule.mean_cost(sizes.flexi, sizes.batches_of)
+  flops = settings.total_flops
   total = _total_steps(
-    total_flops and total_flops / patch_schedule.mean_cost(choices, cost),
-    steps=total_steps,
-    epochs=total_epochs,
-    examples=total_examples,
-    **sizes,
+    flops and flops / patch_schedule.mean_cost(sizes.flexi, sizes.step_flops),
+    steps=settings.total_steps,
+    epochs=settings.total_epochs,
+    examples=settings.total_examples,
+    **_Lengths(0, per_step, len(learner.source)).units(),
   )
   if total < 1:
     raise errors.UserError(f"Got {total} steps; expected at least 1.")
-  check_accumulate(accumulate, memory_gib, input["batch_size"], network)
-  largest = max(map(batches_of, patch_schedule.all_static(choices)))
-  batches = functools.partial(_train_batches, source, input, seed, total * largest)
-  digests = {name: opening.digest(teacher.params) for name, teacher in teachers.items()}
-  if teacher_cache is not None and not teachers:
-    raise errors.UserError("teacher_cache is set, but the objective has no teachers; remove it.")
-  params = jax.eval_shape(lambda: steps.init_params(network, image_shape, seed, init_head_bias))
-  _check_channels(start.params, image_shape)
-  every = functools.partial(_every, sizes=sizes, total=total)
-  evaluations, known = {}, (labelled.model, labelling.classes_of(source, "input.data"))
-  saving = every("checkpoint", checkpoint, default=max(1, round(len(source) / per_step)))
-  followed = {m.evaluator for m in (best, early and early.metric) if m}
-  for key, section in evals.items():
-    often = every(f"evals.{key}", section, default=saving if key in followed else total)
-    with naming(f"evals.{key}"):
-      evaluations[key] = build_evaluation(section, often, opening, known)
-      _check_evaluation(evaluations[key], network, source)
-  return Experiment(
-    name=name,
-    seed=seed,
-    model=network,
-    model_record=record,
-    input_shapes=shapes,
-    objective=goal,
-    optimizer=_make_optimizer(params, total_steps=total, **sizes, **optim),
-    flexi=choices,
-    step_flops=cost,
-    evaluations=evaluations,
-    batches=batches,
-    batch_size=input["batch_size"],
-    steps_per_epoch=len(source) / per_step,
-    total_steps=total,
-    images_per_step=per_step,
-    batches_of=batches_of,
-    update_scale=update_scale,
-    accumulate=accumulate,
-    memory_gib=memory_gib,
-    head_bias=init_head_bias,
-    init=start.params,
-    frozen_digests=digests,
-    drawn=_drawn(source, input, seed, accumulate, objective, teachers, digests),
-    teacher_cache=teacher_cache,
-    save_every=saving,
-    keep=keep,
-    log_every=log_every,
-    hang_after=hang_after,
-    skip_above=skip_above,
-    skip_limit=skip_limit,
-    mesh=dict(mesh or {}),
-    class_names=labelled.model.names,
-    data_classes=labelled.data_names,
-    notes=[
-      *labelled.notes,
-      *(f"evals.{k}: {n}" for k, e in evaluations.items() for n in e.notes),
-    ],
-    says=lambda: [*filter(None, [data.class_sizes(source)]), *_rare(objective, input, source)],
-    best=best,
-    early=early,
-    wandb=wandb,
+  return _Lengths(total, per_step, len(learner.source))
+
+
+def _optimizer(settings: Settings, learner: _Learner, lengths: _Lengths) -> Optimizer:
+  image_shape = learner.shapes["image"]
+  params = jax.eval_shape(
+    lambda: steps.init_params(learner.model, image_shape, settings.seed, settings.init_head_bias)
+  )
+  _check_channels(learner.init.params, image_shape)
+  return _make_optimizer(
+    params, total_steps=lengths.total_steps, **lengths.units(), **settings.optim
   )
 
 
-def _followed(
-  evals: Mapping[str, Any],
-  checkpoint: Mapping[str, Any],
-  early_stopping: Mapping[str, Any] | None,
-) -> tuple[monitor.Metric | None, monitor.EarlyStopping | None]:
-  """The metrics that a run goes by."""
-  best, mode = checkpoint.get("best"), checkpoint.get("best_mode")
+def _evaluations(
+  settings: Settings,
+  learner: _Learner,
+  lengths: _Lengths,
+  opening: Opening,
+  best: monitor.Metric | None,
+  early: monitor.EarlyStopping | None,
+) -> tuple[int, dict[str, Evaluation]]:
+  """Returns the steps between checkpoints, and the evaluators."""
+  every = functools.partial(_every, sizes=lengths.units(), total=lengths.total_steps)
+  epoch = max(1, round(lengths.examples / lengths.images_per_step))
+  saving = every("checkpoint", settings.checkpoint, default=epoch)
+  classes = (learner.labelled.model, labelling.classes_of(learner.source, "input.data"))
+  followed = {m.evaluator for m in (best, early and early.metric) if m}
+  evaluations = {}
+  for key, section in settings.evals.items():
+    where = f"evals.{key}"
+    often = every(where, section, default=saving if key in followed else lengths.total_steps)
+    evaluations[key] = evaluation.build_evaluation(where, section, often, opening, classes)
+    with config.naming(where):
+      evaluation.check_evaluation(evaluations[key], learner.model, learner.source)
+  return saving, evaluations
+
+
+def _class_lines(learner: _Learner) -> list[str]:
+  """Lines on how many examples each class has, and what it weighs."""
+  sizes = [data.class_sizes(learner.source)]
+  return [*filter(None, sizes), *_rare(learner.objective_section, learner.input, learner.source)]
+
+
+def _followed(settings: Settings) -> tuple[monitor.Metric | None, monitor.EarlyStopping | None]:
+  """The metric whose best checkpoint is kept, and when the run ends early."""
+  evals, early = settings.evals, settings.early_stopping
+  assert not isinstance(early, int)  # `_filled` has made a section of it
+  best, mode = settings.checkpoint.get("best"), settings.checkpoint.get("best_mode")
   if mode is not None and best is None:
     raise errors.UserError("checkpoint.best_mode without checkpoint.best has no effect; add that.")
   return (
     None if best is None else monitor.parse("checkpoint.best", best, evals, mode),
-    None if early_stopping is None else monitor.early_stopping(evals=evals, **early_stopping),
+    None if early is None else monitor.early_stopping(evals=evals, **early),
   )
 
 
@@ -415,37 +435,31 @@ def _check_channels(params: Any, image_shape: Sequence[int]) -> None:
     )
 
 
-def _check_ranges(
-  seed: int,
-  init_head_bias: float | None,
-  counts: Mapping[str, int | None],
-  limits: Mapping[str, float | None],
-) -> None:
+def _check_ranges(settings: Settings) -> None:
   """Raises a UserError for a number that is out of its range; None is none."""
+  keep = settings.checkpoint.get("keep", 1)
+  counts = {
+    "log_every": settings.log_every,
+    "skip_limit": settings.skip_limit,
+    "checkpoint.keep": keep,
+  }
   for key, count in counts.items():
     if count is not None and count < 1:
       raise errors.UserError(f"{key}={count}; expected at least 1.")
+  limits = {"hang_after": settings.hang_after, "skip_above": settings.skip_above}
   for key, limit in limits.items():
     if limit is not None and not limit > 0:
       raise errors.UserError(f"{key}={limit}; expected more than 0, or None.")
-  if not math.isfinite(init_head_bias or 0.0):
-    raise errors.UserError(f"init_head_bias={init_head_bias}; expected a finite number.")
+  bias, seed = settings.init_head_bias, settings.seed
+  if not math.isfinite(bias or 0.0):
+    raise errors.UserError(f"init_head_bias={bias}; expected a finite number.")
   if not 0 <= seed < 2**32:
     raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
 
 
-@contextlib.contextmanager
-def naming(section: str) -> Iterator[None]:
-  """Errors of what a section configures say which it is."""
-  try:
-    yield
-  except errors.UserError as e:
-    raise errors.UserError(f"{section}: {e}") from e
-
-
 def _budget(
   section: Mapping[str, Any] | None,
-  flexi: Mapping[str, Any],
+  flexi: patch_schedule.Flexi,
   model: nn.Module,
   image_shape: Sequence[int],
   taught: bool,
@@ -461,8 +475,8 @@ def _budget(
     rows, columns = which_grid(tuple(image_shape[:2]), model.patch_size, **size).grid_hw
     return rows * columns
 
-  values = patch_schedule.parse({name: {"v": choice["v"]} for name, choice in flexi.items()})
-  most = max(map(tokens, patch_schedule.all_static(values)))
+  every = itertools.product(*(choice.values for choice in flexi.values()))
+  most = max(tokens(dict(zip(flexi, values, strict=True))) for values in every)
   batches_of = lambda size: budget.batches(tokens(size), most)  # noqa: E731
   return batches_of, lambda size: budget.update_scale(batches_of(size))
 
@@ -492,17 +506,6 @@ def build_objective(section: Mapping[str, Any], teachers: Mapping[str, Teacher])
   given = {k: v for k, v in section.items() if k not in ("name", "teachers")}
   given |= {"teachers": teachers} if "teachers" in section else {}
   return OBJECTIVES[section.get("name", "supervised")](**given)
-
-
-def classes_of_tables(
-  evaluation: Evaluation, rows: Sequence[Mapping[str, Any]]
-) -> list[str] | None:
-  """The names of the classes of the tables in an evaluation's rows; None: there are none."""
-  if not rows or "confusion" not in rows[0]:
-    return None
-  source, section = evaluation.source, evaluation.section
-  names = table_classes(source.class_names, source.num_classes, section.get("label_map"))
-  return [*names, *map(str, range(len(names), len(rows[0]["confusion"])))]
 
 
 def check_size(model: nn.Module, image_shape: Sequence[int], size: Mapping[str, Any]) -> None:
@@ -546,30 +549,22 @@ def _inputs(objective: Objective) -> tuple[str, ...]:
   return tuple(dict.fromkeys((*objective.inputs, *taught)))
 
 
-def _drawn(
-  source: data.Source,
-  section: Mapping[str, Any],
-  seed: int,
-  accumulate: int | str,
-  objective: Mapping[str, Any],
-  teachers: Mapping[str, Teacher],
-  digests: Mapping[str, str],
-) -> dict[str, Any]:
-  """What the teachers' targets depend on: images, their draws and mixup, and the teachers."""
-  options = {k: objective.get(k) for k in ("mixup_p", "top_k")}
+def _drawn(settings: Settings, learner: _Learner, digests: Mapping[str, str]) -> dict[str, Any]:
+  """What the teachers' logits depend on: images, their draws and mixup, and the teachers."""
+  section, objective = learner.input, learner.objective_section
   sampler = {} if section.get("sampler") != "balanced" else {"sampler": "balanced"}
   return dict(
     **sampler,
-    data={**section["data"], "examples": len(source)},
+    data={**section["data"], "examples": len(learner.source)},
     pp=section["pp"],
     batch_size=section["batch_size"],
     on_error=section.get("on_error"),
-    seed=seed,
-    accumulate=accumulate,
-    **options,
+    seed=settings.seed,
+    accumulate=settings.accumulate,
+    **{k: objective.get(k) for k in ("mixup_p", "top_k")},
     teachers={
       name: dict(sha256=digests[name], image=t.image, size=t.size, model=_fields(t.model))
-      for name, t in teachers.items()
+      for name, t in learner.teachers.items()
     },
   )
 
@@ -592,87 +587,11 @@ def check_teachers(
     which_patch(shapes[teacher.image][:2], teacher.model.patch_size, **teacher.size)
 
 
-def build_evaluation(
-  section: Mapping[str, Any],
-  every: int,
-  opening: Opening | None = None,
-  classes: Sequence[class_names.Classes] = (),
-) -> Evaluation:
-  """Opens an evaluator's data; its device programs are made later, by `make(model, mesh)`.
-
-  Args:
-    section: of a config's `evals`.
-    every: steps from one evaluation to the next.
-    opening: how data and weights are opened; default: `REAL`.
-    classes: those of the model, then those of its training data, to which labels are mapped by name; none: labels are
-      as they are.
-
-  Raises:
-    UserError: what cannot be opened; labels or a teacher of other classes than the model's.
-  """
-  opening = opening or REAL
-  source = opening.source(**section["data"])
-  evaluator = EVALUATORS[section.get("type", "classification")]
-  if "teacher" in section:
-    section = {**section, "teacher": opening.teacher(**section["teacher"])}
-  process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-  training = None
-  if "train_data" in section:
-    training, source, notes = labelling.alike(opening.source(**section["train_data"]), source)
-  else:
-    source, teacher, notes = labelling.of_evaluation(section, source, classes)
-    section = section if teacher is None else {**section, "teacher": teacher}
-  section = {**section, "pp": data.counted(section["pp"], source.num_classes)}
-  few = "shots" in section or section.get("type") == "fewshot"  # others are fitted to all of it
-  if training and few:
-    training = opening.shots(training, **_arguments(section, data.few_shots))
-  loading = _arguments(section, data.eval_batches) | process
-
-  def of(model: nn.Module, mesh: Any, waiting: Waiting, loading: Mapping[str, Any]) -> Any:
-    scoring = _arguments(section, evaluator)
-    if training:
-      batches = data.eval_batches(training, **loading)
-      batches.waiting = waiting
-      scoring |= {"train_batches": batches, "num_classes": source.num_classes}
-    batches = data.eval_batches(source, **loading)
-    batches.waiting = waiting
-    return evaluator(model, batches, mesh, **scoring)
-
-  def make(model: nn.Module, mesh: Any, waiting: Waiting = contextlib.nullcontext) -> Any:
-    return of(model, mesh, waiting, loading)
-
-  def check(model: nn.Module) -> None:
-    data.eval_batches(source, **loading)
-    one = dict(batch_size=1, threads=0, workers=0, process_index=0, process_count=1)
-    of(model, None, contextlib.nullcontext, {**loading, **one}).check()
-
-  return Evaluation(make, check, every, source, section["pp"], section, notes)
-
-
-def _check_evaluation(evaluation: Evaluation, model: nn.Module, training: data.Source) -> None:
-  """Raises a UserError if the model's own logits are scored on data of other classes, and no label map says which; or
-  as the evaluator does on its first example.
-  """
-  section, classes = evaluation.section, evaluation.source.num_classes
-  known = {model.num_classes, training.num_classes}
-  own = section.get("type", "classification") == "classification"
-  if own and section.get("label_map") is None and classes not in known:
-    raise errors.UserError(
-      f"data has {classes} classes, the model {' or '.join(map(str, known))}; give data of the same classes, or a"
-      " label_map."
-    )
-  evaluation.check(model)
-
-
-def _arguments(section: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-  return {k: section[k] for k in inspect.signature(function).parameters if k in section}
-
-
 def example_shapes(
   source: data.Source, pp: str, inputs: Sequence[str], num_classes: int, on_error: str = "raise"
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of what the preprocessing makes of the first example; labels have to fit the model."""
-  with naming("input"):
+  with config.naming("input"):
     first = data.eval_batches(source, pp, batch_size=1, threads=0, on_error=on_error)
     example = next(iter(first))
   for name in inputs:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flexivit_jax import config, data, experiment, trees, weights
+from flexivit_jax import data, experiment, trees, weights
 from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
@@ -64,8 +64,7 @@ def costs(
   Raises:
     UserError: what is wrong with the config; a data set that is neither here nor known.
   """
-  config.check("", settings, experiment.build, given=experiment.GIVEN)
-  exp = experiment.build(**on_accelerator(settings), opening=PLANNED)
+  exp = experiment.from_config(on_accelerator(settings), opening=PLANNED)
   state = state_of(exp)
   training = _training_flops(exp)
   evaluation = sum(_evaluation_flops(exp, e) for e in exp.evaluations.values())
@@ -325,6 +324,6 @@ def _looped(
   named = optim.get("lr_mults") or not isinstance(optim.get("schedule", {}), Mapping)
   settings = on_accelerator(settings)
   model = {"attention": "einsum", **settings["model"], **({} if named else {"scan": True})}
-  return experiment.build(
-    **experiment.without_evaluations({**settings, "model": model}), opening=opening
+  return experiment.from_config(
+    experiment.without_evaluations({**settings, "model": model}), opening=opening
   )

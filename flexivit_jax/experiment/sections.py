@@ -9,11 +9,12 @@ from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.experiment import monitor
 from flexivit_jax.experiment.loaders import load_init, load_teacher
+from flexivit_jax.experiment.settings import Settings
 from flexivit_jax.models import MODELS
 from flexivit_jax.models.flexivit import UNNAMED, which_grid
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.running import wandb_run
-from flexivit_jax.training import patch_schedule, schedules, token_budget as token_budgets
+from flexivit_jax.training import schedules, token_budget as token_budgets
 from flexivit_jax.training.optim import make as _make_optimizer
 
 # Arguments that the program provides, so no keys of a config.
@@ -26,52 +27,43 @@ _NAME = {"name": str}
 _EVERY = {f"every_{unit}": schedules.Duration for unit in DURATIONS}
 
 
-def check_sections(
-  *,
-  input: Mapping[str, Any],
-  model: Mapping[str, Any],
-  objective: Mapping[str, Any],
-  optim: Mapping[str, Any],
-  flexi: Mapping[str, Any],
-  evals: Mapping[str, Any],
-  checkpoint: Mapping[str, Any],
-  init: Mapping[str, Any] | None = None,
-  mesh: Mapping[str, Any] | None = None,
-  token_budget: Mapping[str, Any] | None = None,
-  early_stopping: Mapping[str, Any] | None = None,
-  wandb: Mapping[str, Any] | None = None,
-) -> None:
+def check_sections(settings: Settings) -> None:
   """Raises a UserError for the first key that is misspelt, does not belong, or is missing, or value of a wrong type."""
-  network = _named("model", model, MODELS, "flexivit")
-  config.check_known("objective", objective, *OBJECTIVES.values(), optional=("name",))
-  goal = _named("objective", objective, OBJECTIVES, "supervised")
-  config.check("input", input, data.train_batches, given=_GIVEN_DATA, needed={"data": Mapping})
-  config.check("input.data", input["data"], data.make_source)
+  network = _named("model", settings.model, MODELS, "flexivit")
+  config.check_known("objective", settings.objective, *OBJECTIVES.values(), optional=("name",))
+  goal = _named("objective", settings.objective, OBJECTIVES, "supervised")
+  config.check(
+    "input", settings.input, data.train_batches, given=_GIVEN_DATA, needed={"data": Mapping}
+  )
+  config.check("input.data", settings.input["data"], data.make_source)
   like = {"like": str | None}
-  config.check("model", model, network, given=UNNAMED, optional=_NAME | like)
-  config.check("objective", objective, goal, optional=_NAME)
-  for name, section in objective.get("teachers", {}).items():
+  config.check("model", settings.model, network, given=UNNAMED, optional=_NAME | like)
+  config.check("objective", settings.objective, goal, optional=_NAME)
+  for name, section in settings.objective.get("teachers", {}).items():
     check_teacher(f"objective.teachers.{name}", section)
-  if "size" in objective:
-    config.check("objective.size", objective["size"], which_grid, given=_GIVEN_SIZE)
-  if init is not None:
-    config.check("init", init, load_init, given=("model", "labels"))
-  config.check("mesh", mesh or {}, sharding.make_mesh, optional={"divide_teachers": bool})
-  config.check("optim", optim, _make_optimizer, given=_GIVEN_OPTIM)
-  schedule = optim.get("schedule") or {}
+  if "size" in settings.objective:
+    config.check("objective.size", settings.objective["size"], which_grid, given=_GIVEN_SIZE)
+  if settings.init is not None:
+    config.check("init", settings.init, load_init, given=("model", "labels"))
+  config.check("mesh", settings.mesh or {}, sharding.make_mesh, optional={"divide_teachers": bool})
+  config.check("optim", settings.optim, _make_optimizer, given=_GIVEN_OPTIM)
+  schedule = settings.optim.get("schedule") or {}
   for section in [schedule] if isinstance(schedule, Mapping) else [kw for _, kw in schedule if kw]:
     config.check("optim.schedule", section, schedules.make, given=_GIVEN_OPTIM)
   best = {"best": str | None, "best_mode": monitor.Mode | None}
-  config.check("checkpoint", checkpoint, optional={"keep": int | None, **best, **_EVERY})
-  config.check_known("flexi", flexi, which_grid, given=_GIVEN_SIZE)
-  patch_schedule.parse(flexi, cost=lambda size: 1.0)  # what a step costs is known later
-  if token_budget is not None:
-    config.check("token_budget", token_budget, token_budgets.make)
-  if early_stopping is not None:
-    config.check("early_stopping", early_stopping, monitor.early_stopping, given=("evals",))
-  if wandb is not None:
-    config.check("wandb", wandb, wandb_run.open_run, given=("workdir", "settings", "begun"))
-  for key, section in evals.items():
+  config.check("checkpoint", settings.checkpoint, optional={"keep": int | None, **best, **_EVERY})
+  config.check_known("flexi", settings.flexi, which_grid, given=_GIVEN_SIZE)
+  if settings.token_budget is not None:
+    config.check("token_budget", settings.token_budget, token_budgets.make)
+  if settings.early_stopping is not None:
+    config.check(
+      "early_stopping", settings.early_stopping, monitor.early_stopping, given=("evals",)
+    )
+  if settings.wandb is not None:
+    config.check(
+      "wandb", settings.wandb, wandb_run.open_run, given=("workdir", "settings", "begun")
+    )
+  for key, section in settings.evals.items():
     check_evaluation(f"evals.{key}", section)
 
 

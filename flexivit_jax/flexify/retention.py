@@ -34,7 +34,7 @@ def original(plan: recipe.Plan, teacher: Teacher, mesh: Any) -> dict[str, Any]:
 
 
 def _evaluation(plan: recipe.Plan, section: dict[str, Any]) -> experiment.Evaluation:
-  return experiment.build_evaluation(section, every=1, classes=(plan.classes,))
+  return experiment.build_evaluation("", section, every=1, classes=(plan.classes,))
 
 
 def table(kept: dict[str, Any]) -> str:

@@ -125,7 +125,7 @@ def open_sets(
       source, classes = source_of(name, data_dir)
       made = section(name, chosen.pp, source, classes) | {"seqhw": tuple(seqhw)}
       made |= {"batch_size": batch_size}
-      opened[name] = (chosen, experiment.build_evaluation(made, every=1))
+      opened[name] = (chosen, experiment.build_evaluation("", made, every=1))
     except errors.UserError as e:
       missing[name] = str(e)
   if missing:

@@ -37,11 +37,12 @@ class Adapt(NamedTuple):
 
 
 class Choice(NamedTuple):
-  """The values of one static argument and how often each is drawn, when."""
+  """The values of one static argument and how often each is drawn, when; `share`: what the weights are shares of."""
 
   values: tuple[Size, ...]
   stages: tuple[Stage, ...]
   adapt: Adapt | None
+  share: str = "steps"
 
 
 Flexi = dict[str, Choice]
@@ -60,21 +61,28 @@ def parse(flexi: Mapping[str, Any], cost: Cost | None = None) -> Flexi:
         "coarse_to_fine", "fine_to_coarse": one value after the other, those of fewest or of most tokens (or blocks)
         first, equally long.
       adapt: arguments of `adaptive`: the weights then follow the losses.
-    cost: FLOPs of a step with these static arguments; for share="flops".
+    cost: see `weigh`; None: share="flops" is left to it.
 
   Raises:
     UserError: no values, a repeated one, one that is no size; weights of another number, negative,
       not finite, or all zero; stages that do not end at 1; an unknown key.
   """
   parsed = {name: _parse_choice(f"flexi.{name}", section) for name, section in flexi.items()}
-  shared = [name for name, section in flexi.items() if _share(name, section) == "flops"]
+  shared = [name for name, choice in parsed.items() if choice.share == "flops"]
   if len(shared) > 1:
     raise UserError(f"flexi.{shared[0]} and flexi.{shared[1]} both have share='flops'; one can.")
-  for name in shared:
-    if cost is None:
-      raise UserError(f"flexi.{name}.share='flops': what a step costs is not known here.")
-    parsed[name] = _by_cost(parsed, name, cost)
-  return parsed
+  return parsed if cost is None else weigh(parsed, cost)
+
+
+def weigh(flexi: Flexi, cost: Cost) -> Flexi:
+  """Returns the same choices, with the weights of share="flops" as probabilities of steps.
+
+  Args:
+    flexi: of `parse`.
+    cost: FLOPs of a step with these static arguments.
+  """
+  shared = [name for name, choice in flexi.items() if choice.share == "flops"]
+  return flexi | {name: _by_cost(flexi, name, cost) for name in shared}
 
 
 def adaptive(
@@ -141,6 +149,8 @@ def probabilities(
 ) -> tuple[float, ...]:
   """Returns those of an argument's values at a step."""
   choice = flexi[name]
+  if choice.share == "flops":
+    raise UserError(f"flexi.{name}.share='flops': what a step costs is not known here.")
   if choice.adapt:
     probs = (state or {}).get(name, {}).get("probs", ())
     if len(probs) != len(choice.values):
@@ -267,7 +277,7 @@ def _by_cost(flexi: Flexi, name: str, cost: Cost) -> Choice:
   for stage in flexi[name].stages:
     weights = [p / c for p, c in zip(stage.probs, costs, strict=True)]
     stages.append(Stage(stage.until, tuple(w / math.fsum(weights) for w in weights)))
-  return flexi[name]._replace(stages=tuple(stages))
+  return flexi[name]._replace(stages=tuple(stages), share="steps")
 
 
 def _uniform(seed: int, step: int, name: str) -> float:
@@ -306,9 +316,11 @@ def _parse_choice(key: str, section: Any) -> Choice:
     raise UserError(f"{key} has stages and p or adapt; a curriculum's weights are in its stages.")
   adapt = _parse_adapt(f"{key}.adapt", section.get("adapt"))
   if "stages" in section:
-    return Choice(values, _parse_stages(f"{key}.stages", section["stages"], values), adapt)
+    stages = _parse_stages(f"{key}.stages", section["stages"], values)
+    return Choice(values, stages, adapt, _share(key, section))
   weights = _sequence(f"{key}.p", section.get("p", (1.0,) * len(values)))
-  return Choice(values, (Stage(1.0, _probs(f"{key}.p", weights, len(values))),), adapt)
+  stages = (Stage(1.0, _probs(f"{key}.p", weights, len(values))),)
+  return Choice(values, stages, adapt, _share(key, section))
 
 
 def _parse_adapt(key: str, options: Any) -> Adapt | None:
@@ -341,10 +353,10 @@ def _parse_stages(key: str, stages: Any, values: tuple[Size, ...]) -> tuple[Stag
   return tuple(parsed)
 
 
-def _share(name: str, section: Mapping[str, Any]) -> str:
+def _share(key: str, section: Mapping[str, Any]) -> str:
   share = section.get("share", "steps")
   if share not in ("steps", "flops"):
-    raise unknown(f"flexi.{name}.share", share, ("steps", "flops"))
+    raise unknown(f"{key}.share", share, ("steps", "flops"))
   return share
 
 

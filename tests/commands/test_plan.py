@@ -106,7 +106,7 @@ def test_activations_are_about_what_a_compiled_step_needs(remat, seqhw):
   settings |= {"evals": None, "flexi": {"seqhw": {"v": (seqhw,)}}, "total_epochs": 1000}
   # As one loop: unrolled, XLA on a CPU does not save what remat lets it save.
   settings["model"] |= {"remat": remat, "scan": remat, "num_heads": 2, "mlp_dim": 256, "depth": 4}
-  exp = experiment.build(**settings)
+  exp = experiment.from_config(settings)
   state = costs.state_of(exp)
   specs = {k: jax.ShapeDtypeStruct((64, *v), jnp.float32) for k, v in exp.input_shapes.items()}
 

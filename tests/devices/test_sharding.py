@@ -104,18 +104,20 @@ def teach(path: str) -> None:
   small = {"variant": "mu", "patch_size": (4, 4), "posemb_size": (3, 3)}
   found, bytes_each = {}, []
   for i, divide in enumerate((True, False)):
-    exp = experiment.build(
-      total_steps=1,
-      input={
-        "data": data,
-        "pp": "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')",
-        "batch_size": 16,
-      },
-      model=small,
-      optim={"lr": 1e-3},
-      flexi={"seqhw": {"v": (2, 3)}},
-      objective={"name": "distill", "teachers": {"big": {"model": teacher, "seqhw": 3}}},
-      mesh={"data": 2, "fsdp": 4, "divide_teachers": divide},
+    exp = experiment.from_config(
+      {
+        "total_steps": 1,
+        "input": {
+          "data": data,
+          "pp": "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')",
+          "batch_size": 16,
+        },
+        "model": small,
+        "optim": {"lr": 1e-3},
+        "flexi": {"seqhw": {"v": (2, 3)}},
+        "objective": {"name": "distill", "teachers": {"big": {"model": teacher, "seqhw": 3}}},
+        "mesh": {"data": 2, "fsdp": 4, "divide_teachers": divide},
+      }
     )
     exp, mesh = preparation.place(exp)
     taught = preparation.targets(

@@ -155,7 +155,7 @@ def probed(num_classes=7, mesh=None, **changes):
   model, params = make_model(num_classes)
   section = SECTION | changes
   sections.check_evaluation("evals.probe", section)
-  evaluation = experiment.build_evaluation(section, every=1)
+  evaluation = experiment.build_evaluation("evals.test", section, every=1)
   return evaluation.make(model, mesh or sharding.make_mesh()).run(params)
 
 
@@ -227,7 +227,7 @@ def test_the_models_head_plays_no_part():
   with_head = probed(num_classes=7, shots=3)
   headless = model.clone(num_classes=0)
   body = {k: v for k, v in params.items() if k != "head"}
-  evaluation = experiment.build_evaluation(SECTION | dict(shots=3), every=1)
+  evaluation = experiment.build_evaluation("evals.test", SECTION | dict(shots=3), every=1)
   evaluator = evaluation.make(headless, sharding.make_mesh())
   assert evaluator.run(body) == with_head
   for cost, size in zip(evaluator.costs(body, repeats=1), (2, 4), strict=True):
@@ -244,7 +244,9 @@ def test_shots_help_and_the_seed_chooses_them():
 
 def test_each_size_is_compiled_once_for_training_and_test_images():
   model, params = make_model()
-  evaluator = experiment.build_evaluation(SECTION, every=1).make(model, sharding.make_mesh())
+  evaluator = experiment.build_evaluation("evals.test", SECTION, every=1).make(
+    model, sharding.make_mesh()
+  )
   compiled = []
   evaluator.compile(params, lambda size, program: compiled.append(size))
   first = evaluator.run(params)
@@ -273,7 +275,7 @@ def test_what_cannot_be_is_an_error():
 
 def test_features_that_are_not_finite_and_classes_without_images_are_errors():
   model, params = make_model()
-  evaluation = experiment.build_evaluation(SECTION, every=1)
+  evaluation = experiment.build_evaluation("evals.test", SECTION, every=1)
   broken = jax.tree.map(lambda x: x * jnp.nan, params)
   with pytest.raises(UserError, match="Features at seqhw=2 are not finite"):
     evaluation.make(model, sharding.make_mesh()).run(broken)

@@ -99,7 +99,11 @@ def probed(**changes):
   model, params = make_model()
   section = SECTION | changes
   sections.check_evaluation("evals.knn", section)
-  return experiment.build_evaluation(section, every=1).make(model, sharding.make_mesh()).run(params)
+  return (
+    experiment.build_evaluation("evals.test", section, every=1)
+    .make(model, sharding.make_mesh())
+    .run(params)
+  )
 
 
 @functools.cache

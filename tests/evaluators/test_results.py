@@ -43,6 +43,8 @@ def test_rows_are_added_to_the_columns_of_a_file(tmp_path):
   results.append_csv(file, [{"n": 1, "ms, forward": 2.5}])
   results.append_csv(file, [{"ms, forward": "3.50", "n": 2}, {"n": 3}])
   assert file.read_text() == 'n,"ms, forward"\n1,2.5\n2,3.50\n3,\n'
-  with pytest.raises(errors.UserError, match=r"column of .*rows.csv 'ms forward'.*Did you mean 'ms, forward'"):
+  with pytest.raises(
+    errors.UserError, match=r"column of .*rows.csv 'ms forward'.*Did you mean 'ms, forward'"
+  ):
     results.append_csv(file, [{"n": 4}, {"ms forward": 4}])
   assert file.read_text().count("\n") == 4

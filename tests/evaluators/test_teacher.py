@@ -100,7 +100,9 @@ def test_a_wrong_section_is_an_error():
     sections.check_evaluation("evals.t", section | {"seqhw": (2,)})
   with pytest.raises(errors.UserError, match=r"Unknown config key 'evals.t.teacher.modle'"):
     sections.check_evaluation("evals.t", section | {"teacher": dict(modle=FIELDS)})
-  evaluation = experiment.build_evaluation(section, every=1)  # of 7 classes, not digits' 10
+  evaluation = experiment.build_evaluation(
+    "evals.test", section, every=1
+  )  # of 7 classes, not digits' 10
   model, params = made(0)
   with pytest.raises(errors.UserError, match="labels have 10 classes, expected 7"):
     evaluation.make(model, sharding.make_mesh()).run(params)

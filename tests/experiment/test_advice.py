@@ -79,7 +79,7 @@ def test_each_command_that_a_string_names_exists_and_has_the_options_beside_it(s
 
 
 def test_each_config_key_that_a_string_gives_to_a_command_is_one(strings):
-  keys, seen = set(inspect.signature(experiment.build).parameters), 0
+  keys, seen = set(inspect.signature(experiment.Settings).parameters), 0
   for where, text in strings:
     for key in re.findall(r"--config\.([a-z]\w*)", text):
       seen += 1

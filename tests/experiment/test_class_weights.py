@@ -105,9 +105,9 @@ def test_an_objective_refuses_weights_that_it_would_not_use(name):
 
 def test_a_run_resolves_them_from_its_training_images():
   settings = config.load("digits:debug", ["objective.class_weights=balanced"])
-  exp = experiment.build(**settings)
+  exp = experiment.from_config(settings)
   assert any(line.startswith("class weights: ") for line in exp.says())
-  plain = experiment.build(**config.load("digits:debug", []))
+  plain = experiment.from_config(config.load("digits:debug", []))
   labels = jnp.eye(10)
   logits = jnp.zeros((10, 10))
   ratio = [

@@ -23,7 +23,7 @@ def digits(**changes):
 
 def flops_of(settings, size):
   """Of a step, from the multiply-adds of the models alone."""
-  exp = experiment.build(**settings)
+  exp = experiment.from_config(settings)
   macs = 3 * gmacs(exp.model, (24, 24), 3, **size)
   for teacher in settings.get("objective", {}).get("teachers", {}).values():
     found = loaders.load_teacher(**teacher)
@@ -43,7 +43,7 @@ def test_equal_shares_of_the_flops_of_a_config_count_its_teachers(teachers):
   objective = dict(name="distill", teachers=teachers) if teachers else {}
   sizes = (2, 3, 4, 6, 8)
   settings = digits(objective=objective, flexi=dict(seqhw=dict(v=sizes, share="flops")))
-  exp = experiment.build(**settings)
+  exp = experiment.from_config(settings)
   probs = patch_schedule.probabilities(exp.flexi, "seqhw", step=0)
   spent = [p * flops_of(settings, dict(seqhw=s)) for p, s in zip(probs, sizes, strict=True)]
   np.testing.assert_allclose(spent, np.mean(spent), rtol=0.01)
@@ -53,9 +53,9 @@ def test_equal_shares_of_the_flops_of_a_config_count_its_teachers(teachers):
 
 def test_a_teacher_makes_the_sizes_cost_more_alike():
   flexi = dict(seqhw=dict(v=(2, 8), share="flops"))
-  plain = experiment.build(**digits(flexi=flexi))
-  taught = experiment.build(
-    **digits(flexi=flexi, objective=dict(name="distill", teachers=dict(one=TEACHER)))
+  plain = experiment.from_config(digits(flexi=flexi))
+  taught = experiment.from_config(
+    digits(flexi=flexi, objective=dict(name="distill", teachers=dict(one=TEACHER)))
   )
   finest = [patch_schedule.probabilities(e.flexi, "seqhw", step=0)[1] for e in (plain, taught)]
   assert finest[0] < finest[1] < 0.5
@@ -73,10 +73,10 @@ def test_a_teacher_makes_the_sizes_cost_more_alike():
 def test_a_budget_is_the_number_of_steps_whose_expected_flops_are_nearest(flexi, budget):
   settings = digits(flexi=flexi, total_steps=None)
   settings["optim"]["schedule"]["warmup_steps"] = 0
-  exp = experiment.build(**digits(flexi=flexi))
+  exp = experiment.from_config(digits(flexi=flexi))
   mean = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
   flops = budget * mean
-  got = experiment.build(**settings, total_flops=flops).total_steps
+  got = experiment.from_config({**settings, "total_flops": flops}).total_steps
   off = [abs(n * mean - flops) for n in (got, got - 1, got + 1)]
   assert off[0] == min(off) and got >= 1
 
@@ -113,7 +113,7 @@ def test_a_budget_is_the_number_of_steps_whose_expected_flops_are_nearest(flexi,
 )
 def test_mistakes_are_errors_before_anything_runs(changes, message):
   with pytest.raises(UserError, match=message):
-    experiment.build(**digits(**changes))
+    experiment.from_config(digits(**changes))
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_accelerators_train_in_bfloat16_unless_told(monkeypatch, backend, given,
   settings = digits()
   settings["model"] |= given
   monkeypatch.setattr(loaders.jax, "default_backend", lambda: backend)
-  exp = experiment.build(**settings)
+  exp = experiment.from_config(settings)
   assert exp.model.dtype == exp.model_record["dtype"] == dtype  # a checkpoint says which it was
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_is_no_number_of_32_bits_is_refused(seed):
   with pytest.raises(UserError, match=f"seed={seed}; expected 0 to 4294967295"):
-    experiment.build(**digits(seed=seed))
+    experiment.from_config(digits(seed=seed))
 
 
 def test_a_teacher_that_several_sections_name_is_opened_once():
@@ -150,7 +150,7 @@ def test_a_teacher_that_several_sections_name_is_opened_once():
   settings = config.load(f"{CONFIGS / 'i21k_distill'}.py:debug", [])
   other = {**settings["evals"]["test"]["teacher"], "seqhw": 14}
   settings["evals"]["other"] = {**settings["evals"]["test"], "teacher": other}
-  experiment.build(**settings, opening=loaders.REAL._replace(teacher=teacher))
+  experiment.from_config(settings, opening=loaders.REAL._replace(teacher=teacher))
   assert [section.get("seqhw") for section in opened] == [None, 14]
 
 
@@ -205,7 +205,7 @@ def test_a_teacher_that_several_sections_name_is_opened_once():
 def test_values_out_of_range_are_refused_with_their_keys(override, message):
   settings = config.load(f"{CONFIGS / 'digits'}.py:debug", [override])
   with pytest.raises(UserError, match=message):
-    experiment.build(**settings)
+    experiment.from_config(settings)
 
 
 @pytest.mark.parametrize("changes", [dict(l2=-1.0), dict(type="knn", k=0)])
@@ -216,7 +216,7 @@ def test_so_are_those_of_probes(changes):
     test | dict(type="fewshot", train_data=test["data"], shots=1) | changes
   )
   with pytest.raises(UserError, match=r"evals.test: .*expected"):
-    experiment.build(**settings)
+    experiment.from_config(settings)
 
 
 def test_the_batches_of_an_evaluation_have_to_divide_over_the_devices(on_eight_devices):
@@ -229,4 +229,4 @@ def refuse_uneven_batches(message):
   settings = digits()
   settings["evals"]["test"]["batch_size"] = 12
   with pytest.raises(UserError, match=message):
-    preparation.place(experiment.build(**settings))
+    preparation.place(experiment.from_config(settings))

@@ -117,9 +117,9 @@ def test_a_start_from_a_head_maps_labels_to_its_classes_or_refuses(
   settings = config(draw(tmp_path, names), init=dict(checkpoint=str(checkpoint)))
   if wrong:
     with pytest.raises(UserError, match=f"(?i){wrong}.*init.new_head=True"):
-      experiment.build(**settings)
+      experiment.from_config(settings)
     return
-  exp = experiment.build(**settings)
+  exp = experiment.from_config(settings)
   assert exp.class_names == MODEL and set(exp.data_classes) == set(map(class_names.plain, names))
   batches = exp.batches(0)
   expect_identity(batches._plan.source, names)
@@ -130,7 +130,7 @@ def test_a_start_from_a_head_maps_labels_to_its_classes_or_refuses(
 def test_a_new_head_or_a_start_by_number_is_of_the_datas_classes(checkpoint, tmp_path):
   settings = config(draw(tmp_path, ("dog", "cat", "fox")))
   for given in (dict(new_head=True), dict(by_number=True)):
-    exp = experiment.build(**settings, init=dict(checkpoint=str(checkpoint), **given))
+    exp = experiment.from_config({**settings, "init": dict(checkpoint=str(checkpoint), **given)})
     assert exp.class_names == ("cat", "dog", "fox")
 
 
@@ -139,12 +139,12 @@ def test_a_run_goes_on_with_the_same_classes_in_its_own_order_or_not_at_all(tmp_
   trained = Trained(Classes(MODEL, 3, "runs/x"), MODEL, "runs/x")
   settings = config(draw(tmp_path, names))
   if set(map(class_names.plain, names)) == set(MODEL):
-    exp = experiment.build(**settings, trained=trained)
+    exp = experiment.from_config(settings, trained=trained)
     expect_identity(exp.batches(0)._plan.source, names)
     assert exp.class_names == MODEL
     return
   with pytest.raises(UserError, match="are not those that runs/x was trained on") as said:
-    experiment.build(**settings, trained=trained)
+    experiment.from_config(settings, trained=trained)
   for name in set(MODEL) ^ set(map(class_names.plain, names)):
     assert f"{name!r} is {'gone' if name in MODEL else 'new'}" in str(said.value)
 
@@ -158,26 +158,28 @@ def test_a_run_from_before_names_were_recorded_goes_on_as_it_ordered_them(tmp_pa
   by_text = tuple(sorted(numbers))
   old = {"step": 3, "class_names": None}
   for record in (old, old | {"class_names": list(by_text)}):
-    exp = experiment.build(**settings, trained=class_names.trained(record, "runs/x"))
+    exp = experiment.from_config(settings, trained=class_names.trained(record, "runs/x"))
     for source in (exp.batches(0)._plan.source, exp.evaluations["test"].source):
       assert source.class_names == by_text
       assert labels_by_name(source) == {n: n for n in numbers}
     classes = class_names.of_record(record, 11, "runs/x")
-    evaluation = experiment.build_evaluation(settings["evals"]["test"], 1, classes=(classes,))
+    evaluation = experiment.build_evaluation(
+      "evals.test", settings["evals"]["test"], 1, classes=(classes,)
+    )
     assert evaluation.source.class_names == by_text
-  begun = experiment.build(**settings)
+  begun = experiment.from_config(settings)
   assert begun.class_names == tuple(numbers)
   file = write(tmp_path / "old.npz", names=None, classes=11, record={"step": 3})
-  started = experiment.build(**settings, init=dict(checkpoint=str(file)))
+  started = experiment.from_config({**settings, "init": dict(checkpoint=str(file))})
   assert started.class_names == by_text
 
 
 def test_more_logits_than_classes_keep_the_order_of_the_data(tmp_path):
   settings = config(draw(tmp_path, ("a", "b")), model=dict(FIELDS, num_classes=3))
-  exp = experiment.build(**settings)
+  exp = experiment.from_config(settings)
   assert exp.class_names is None and exp.data_classes == ("a", "b")
   trained = Trained(Classes(None, 0, "runs/x"), ("b", "a"), "runs/x")
-  exp = experiment.build(**settings, trained=trained)
+  exp = experiment.from_config(settings, trained=trained)
   for source in (exp.batches(0)._plan.source, exp.evaluations["test"].source):
     assert source.class_names == ("b", "a") and labels_by_name(source) == {"a": "a", "b": "b"}
 
@@ -188,9 +190,9 @@ def test_an_evaluation_is_of_the_models_classes_or_refused(tmp_path, names, wron
   classes = (Classes(MODEL, 3, "the checkpoint x"),)
   if wrong:
     with pytest.raises(UserError, match=f"The checkpoint x {wrong}"):
-      experiment.build_evaluation(given, 1, classes=classes)
+      experiment.build_evaluation("evals.test", given, 1, classes=classes)
     return
-  evaluation = experiment.build_evaluation(given, 1, classes=classes)
+  evaluation = experiment.build_evaluation("evals.test", given, 1, classes=classes)
   expect_identity(evaluation.source, names)
   assert evaluation.notes == ()
 
@@ -199,17 +201,19 @@ def test_preprocessing_has_room_for_the_models_classes(checkpoint, tmp_path):
   root = draw(tmp_path, ("ant",))
   given, classes = section(root, "val", onehot=1), (Classes(MODEL, 3, "x"),)
   with pytest.raises(UserError, match=r"pp has onehot\(1\).* the 3 classes .*give onehot\(3\)"):
-    experiment.build_evaluation(given, 1, classes=classes)
+    experiment.build_evaluation("evals.test", given, 1, classes=classes)
   settings = config(root, init=dict(checkpoint=str(checkpoint)))
   settings["input"]["pp"] = settings["input"]["pp"].replace("onehot(3)", "onehot(depth=1)")
   with pytest.raises(UserError, match=r"^input: pp has onehot\(depth=1\).*give onehot\(3\)"):
-    experiment.build(**settings)
+    experiment.from_config(settings)
 
 
 def test_label_maps_take_labels_as_they_are_and_are_named_where_they_fit(tmp_path):
   given = section(draw(tmp_path, ("a", "b"), splits=("val",)), "val", onehot=1000)
   classes = Classes(tuple(f"class {k}" for k in range(1000)), 1000, "x")
-  mapped = experiment.build_evaluation(given | dict(label_map="i1k_a"), 1, classes=(classes,))
+  mapped = experiment.build_evaluation(
+    "evals.test", given | dict(label_map="i1k_a"), 1, classes=(classes,)
+  )
   assert mapped.source.class_names == ("a", "b")
   many = data.Source("folder", "val", 200, tuple(f"n{k:08}" for k in range(200)), 1, lambda i: [])
   with pytest.raises(UserError, match="evaluate with label_map='i1k_a' or label_map='i1k_r'"):
@@ -224,11 +228,11 @@ def test_train_data_and_data_of_a_probe_are_of_the_same_classes(tmp_path):
   wide = draw(tmp_path / "b", ("a", "b", "c"), splits=("train",))
   other = dict(name="folder", split="train", data_dir=str(wide))
   probe = test | dict(type="knn", train_data=other, seqhw=(2,))
-  evaluation = experiment.build_evaluation(probe, 1)
+  evaluation = experiment.build_evaluation("evals.test", probe, 1)
   assert evaluation.source.class_names == ("a", "b", "c")
   (wide / "train" / "b").rename(wide / "train" / "B")
   with pytest.raises(UserError, match=r"train_data .* does not have 1 of the 2 .*'b'"):
-    experiment.build_evaluation(probe, 1)
+    experiment.build_evaluation("evals.test", probe, 1)
 
 
 def teacher_of(names):
@@ -254,29 +258,31 @@ def test_a_run_without_labels_is_of_its_teachers_classes(checkpoint, tmp_path):
   teacher = dict(checkpoint=str(checkpoint))
   root = draw(tmp_path, ("dog", "ant", "café"))
   settings = config(root, objective=dict(name="distill", teachers=dict(t=teacher)), evals={})
-  exp = experiment.build(**settings)
+  exp = experiment.from_config(settings)
   assert exp.class_names == MODEL and exp.data_classes == ("ant", "café", "dog") and not exp.notes
   settings["objective"] |= dict(label_weight=1.0)
   with pytest.raises(UserError, match=r"does not have 1 of .*'dog'.*by_number=True to the teacher"):
-    experiment.build(**settings)
+    experiment.from_config(settings)
 
 
 def test_what_has_no_names_is_taken_by_number_and_that_is_said(unnamed, tmp_path):
   root = draw(tmp_path, MODEL)
-  exp = experiment.build(**config(root, init=dict(checkpoint=str(unnamed))))
+  exp = experiment.from_config(config(root, init=dict(checkpoint=str(unnamed))))
   assert exp.class_names == ("ant", "café", "zebra")  # "é" is one character
   (note,) = exp.notes
   assert note.startswith(f"init ({unnamed}) names no classes: its 3") and "'ant'" in note
   classes = (Classes(None, 3, "the checkpoint x"),)
-  evaluation = experiment.build_evaluation(section(root, "val"), 1, classes=classes)
+  evaluation = experiment.build_evaluation("evals.test", section(root, "val"), 1, classes=classes)
   assert evaluation.notes[0].startswith("The checkpoint x names no classes")
   few = draw(tmp_path / "few", MODEL[1:], splits=("val",))
   with pytest.raises(
     UserError, match=r"names no classes.* it has 3, and data.* 2 .*by_number=True"
   ):
-    experiment.build_evaluation(section(few, "val"), 1, classes=classes)
+    experiment.build_evaluation("evals.test", section(few, "val"), 1, classes=classes)
   given = section(few, "val", by_number=True)
-  assert experiment.build_evaluation(given, 1, classes=classes).source.num_classes == 2
+  assert (
+    experiment.build_evaluation("evals.test", given, 1, classes=classes).source.num_classes == 2
+  )
 
 
 CONFIG = """
@@ -398,7 +404,7 @@ def test_names_travel_with_converted_weights_and_map_labels(tmp_path, to, names)
   if names is None:
     draw(photos, ("bee",), splits=("val",))
   given = section(photos, "val", onehot=3)
-  evaluation = experiment.build_evaluation(given, 1, classes=(classes,))
+  evaluation = experiment.build_evaluation("evals.test", given, 1, classes=(classes,))
   found = labels_by_name(evaluation.source)
   assert {"ant", "zebra"} <= {class_names.plain(n) for n in found.values()}
   assert all(class_names.plain(found[name]) == name for name in found)
@@ -420,7 +426,7 @@ def test_a_probes_classes_are_not_the_models_though_as_many(tmp_path):
   own = section(root, "val") | dict(seqhw=(2,))
   probe = own | dict(type="knn", train_data=section(root, "train")["data"], k=1)
   for evaluation, names in ((probe, None), (own, ["ant", "café", "zebra"])):
-    exp = experiment.build(**config(root, input=unnamed_data, evals=dict(test=evaluation)))
+    exp = experiment.from_config(config(root, input=unnamed_data, evals=dict(test=evaluation)))
     with exp.batches(0) as batches:
       record = train._record(exp, 0, {}, batches)
     assert record["class_names"] == names and record["data_classes"] is None

@@ -57,8 +57,7 @@ def check(name, settings):
   opening = experiment.Opening(*(refuse for _ in experiment.Opening._fields))
   begun = time.process_time()
   with pytest.raises(UserError) as caught:
-    config.check("", settings, experiment.build, given=("opening",))
-    experiment.build(**{"name": name, **settings}, opening=opening)
+    experiment.from_config({"name": name, **settings}, opening=opening)
   return str(caught.value), time.process_time() - begun
 
 

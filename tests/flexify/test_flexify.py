@@ -118,7 +118,7 @@ def test_sizes_are_drawn_so_that_each_costs_the_same():
   train = dict(name="synthetic", image_size=24, num_classes=3, num_examples=32, split="train")
   plan = recipe.Plan(teacher, {"train": train}, 3, (24, 48), (2, 6, 12), 4)
   config = recipe.settings(plan, model, epochs=1, lr=1e-3, seed=0)
-  exp = experiment.build(**{**config, "init": None})
+  exp = experiment.from_config({**config, "init": None})
   found = patch_schedule.shares(exp.flexi, exp.step_flops)
   assert [size for size, _, _ in found] == [{"seqhw": 2}, {"seqhw": 6}, {"seqhw": 12}]
   parts, costs = zip(*((part, cost) for _, part, cost in found), strict=True)

@@ -144,9 +144,9 @@ def test_the_first_example_may_be_damaged_too(tmp_path):
   settings, first = training(tmp_path)
   first.write_bytes(b"")
   with pytest.raises(UserError, match=rf"{first.name}.*--config.input.on_error=skip"):
-    experiment.build(**settings)
+    experiment.from_config(settings)
   settings["input"]["on_error"] = "skip"
-  assert experiment.build(**settings).image_shape == (12, 12, 3)
+  assert experiment.from_config(settings).image_shape == (12, 12, 3)
 
 
 def test_a_run_may_go_on_with_another_word_on_damaged_images():

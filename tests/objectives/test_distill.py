@@ -295,15 +295,15 @@ def test_training_brings_the_student_nearer(teacher, tmp_path):
 def test_a_teacher_that_does_not_fit_is_an_error(teacher, tmp_path):
   with pytest.raises(errors.UserError, match="seqhw=5 does not divide the image"):
     wrong = dict(checkpoint=teacher, image="large", seqhw=5)
-    experiment.build(**config(teacher, objective=dict(name="distill", teachers=dict(t=wrong))))
+    experiment.from_config(config(teacher, objective=dict(name="distill", teachers=dict(t=wrong))))
   with pytest.raises(errors.UserError, match=r"Unknown config key 'objective.teachers.t.seqwh'"):
     wrong = dict(checkpoint=teacher, seqwh=5)
-    experiment.build(**config(teacher, objective=dict(name="distill", teachers=dict(t=wrong))))
+    experiment.from_config(config(teacher, objective=dict(name="distill", teachers=dict(t=wrong))))
   with pytest.raises(errors.UserError, match="has 3 classes, the model 4"):
-    experiment.build(**config(teacher, model=FIELDS | {"num_classes": 4}))
+    experiment.from_config(config(teacher, model=FIELDS | {"num_classes": 4}))
   with pytest.raises(errors.UserError, match="no 'big'; expected"):
     wrong = dict(checkpoint=teacher, image="big")
-    experiment.build(**config(teacher, objective=dict(name="distill", teachers=dict(t=wrong))))
+    experiment.from_config(config(teacher, objective=dict(name="distill", teachers=dict(t=wrong))))
 
 
 # --- teachers ---
@@ -336,7 +336,7 @@ def test_a_misspelt_field_of_a_teachers_model_is_an_error(teacher, where):
     "prof" if where == "objective" else "teacher"
   ] = section
   with pytest.raises(errors.UserError, match=r"model.widht'.*Did you mean .*model.width"):
-    experiment.build(**wrong)
+    experiment.from_config(wrong)
 
 
 # --- where a run starts ---
@@ -344,12 +344,12 @@ def test_a_misspelt_field_of_a_teachers_model_is_an_error(teacher, where):
 
 def test_init_starts_from_weights_whose_buffers_are_resized(teacher):
   model = FIELDS | {"width": 32, "patch_size": (6, 6), "posemb_size": (2, 2)}
-  exp = experiment.build(**config(teacher, model=model, init=dict(checkpoint=teacher)))
+  exp = experiment.from_config(config(teacher, model=model, init=dict(checkpoint=teacher)))
   _, want = weights.load(teacher, flexify=((6, 6), (2, 2)))
   state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
   jax.tree.map(np.testing.assert_array_equal, state.params, want)
-  same = experiment.build(
-    **config(teacher, model=FIELDS | {"width": 32}, init=dict(checkpoint=teacher))
+  same = experiment.from_config(
+    config(teacher, model=FIELDS | {"width": 32}, init=dict(checkpoint=teacher))
   )
   jax.tree.map(np.testing.assert_array_equal, same.init, made(1, width=32)[1])
 
@@ -364,4 +364,4 @@ def test_init_starts_from_weights_whose_buffers_are_resized(teacher):
 )
 def test_weights_of_another_model_are_refused(teacher, fields, message):
   with pytest.raises(errors.UserError, match=message):
-    experiment.build(**config(teacher, model=FIELDS | fields, init=dict(checkpoint=teacher)))
+    experiment.from_config(config(teacher, model=FIELDS | fields, init=dict(checkpoint=teacher)))

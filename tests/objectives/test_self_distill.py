@@ -187,7 +187,7 @@ CONFIG = dict(
 
 def saved(run, step):
   """(parameters, the rest of the state) of a checkpoint, as NumPy arrays."""
-  exp = experiment.build(**CONFIG)
+  exp = experiment.from_config(CONFIG)
   state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
   checkpoints = Checkpoints(run / "checkpoints", keep=None)
   params, rest, _ = checkpoints.restore(step, state.params, train_lib.preparation.rest(state))
@@ -202,7 +202,7 @@ def whole(tmp_path_factory):
 
 
 def test_a_checkpoint_holds_the_mean_of_the_weights_until_then(whole):
-  exp = experiment.build(**CONFIG)
+  exp = experiment.from_config(CONFIG)
   first = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh()).params
   states = [saved(whole, step) for step in range(1, 5)]
   for n, (_, rest) in enumerate(states, start=1):
@@ -225,11 +225,11 @@ def test_a_run_with_a_mean_resumes_bit_for_bit(whole, tmp_path, train_until):
 
 def test_a_size_that_the_model_cannot_run_is_an_error_and_its_pass_is_counted():
   config = copy.deepcopy(CONFIG)
-  exp = experiment.build(**config)
+  exp = experiment.from_config(config)
   config["objective"] = {"loss": "softmax_xent"}
-  plain = experiment.build(**config)
+  plain = experiment.from_config(config)
   forward = plain.step_flops({"seqhw": 6}) / 3
   assert exp.step_flops({"seqhw": 3}) == pytest.approx(plain.step_flops({"seqhw": 3}) + forward)
   config["objective"] = dict(name="self_distill", size=dict(seqhw=5))
   with pytest.raises(errors.UserError, match="seqhw=5 does not divide the image"):
-    experiment.build(**config)
+    experiment.from_config(config)

@@ -47,7 +47,7 @@ def restore(config, runs) -> None:
   from flexivit_jax.experiment import preparation
   from flexivit_jax.running.checkpoint import Checkpoints
 
-  exp, mesh = preparation.place(experiment.build(**config))
+  exp, mesh = preparation.place(experiment.from_config(config))
   state = preparation.first_state(exp, mesh)
   for run, out in runs.items():
     checkpoints = Checkpoints(pathlib.Path(run) / "checkpoints", keep=None)

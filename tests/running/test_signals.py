@@ -53,7 +53,7 @@ def terminate():
 
 def final(workdir):
   """The bytes of all arrays of the last checkpoint, and all rows but for the times."""
-  exp = experiment.build(**CONFIG)
+  exp = experiment.from_config(CONFIG)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
   state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
   restored = checkpoints.restore(12, state.params, train_lib.preparation.rest(state))

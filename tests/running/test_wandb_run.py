@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from flexivit_jax import config, errors, experiment, train as train_lib
+from flexivit_jax import errors, experiment, train as train_lib
 from flexivit_jax.running import metrics, wandb_run
 
 DATA = dict(name="synthetic", image_size=8, num_classes=3, num_examples=16)
@@ -111,7 +111,7 @@ def test_without_the_package_one_line_says_so_before_anything_is_made(
   with pytest.raises(errors.UserError, match=r"(?s)^[^\n]*`pip install wandb`[^\n]*$"):
     train_lib.train(settings(), tmp_path / "run")
   assert not (tmp_path / "run").exists()
-  experiment.build(**settings())  # `flexivit plan` and others need no such package
+  experiment.from_config(settings())  # `flexivit plan` and others need no such package
 
 
 @pytest.mark.parametrize(
@@ -129,5 +129,4 @@ def test_without_the_package_one_line_says_so_before_anything_is_made(
 def test_what_a_config_gets_wrong_is_named(changes, message):
   wrong = settings(**changes)
   with pytest.raises(errors.UserError, match=message):
-    config.check("", wrong, experiment.build, given=experiment.GIVEN)
-    experiment.build(**wrong)
+    experiment.from_config(wrong)

@@ -36,7 +36,7 @@ def config(flexi, save_every):
 
 def final(settings, workdir):
   """All arrays of the last checkpoint, and the state of the schedule in it."""
-  exp = experiment.build(**settings)
+  exp = experiment.from_config(settings)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
   state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
   assert checkpoints.latest_step() == STEPS

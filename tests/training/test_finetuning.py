@@ -63,7 +63,7 @@ def load(arg: str, *overrides: str):
 @pytest.mark.parametrize("kind", FILES)
 def test_the_model_is_that_of_the_file_and_starts_with_its_arrays(kind, tmp_path, photos):
   file, model, params = write(tmp_path, kind)
-  exp = experiment.build(**load(f"init={file},data_dir={photos},res=80", "flexi.seqhw.v=(5,)"))
+  exp = experiment.from_config(load(f"init={file},data_dir={photos},res=80", "flexi.seqhw.v=(5,)"))
   own = ("num_classes", "dtype", "head_zeroinit", "name", "parent")
   if kind == "transformers":  # which resizes in its own way
     assert exp.model.grid_operator == weights.load(file)[0].grid_operator
@@ -79,7 +79,7 @@ def test_the_model_is_that_of_the_file_and_starts_with_its_arrays(kind, tmp_path
 def test_fields_beside_like_differ_from_the_file_and_its_arrays_are_resized(tmp_path, photos):
   file, model, _ = write(tmp_path, "npz")
   more = ["model.patch_size=(16,16)", "model.posemb_size=(7,7)", "model.scan=True"]
-  exp = experiment.build(**load(f"init={file},data_dir={photos},res=80", *more))
+  exp = experiment.from_config(load(f"init={file},data_dir={photos},res=80", *more))
   assert (exp.model.patch_size, exp.model.posemb_size, exp.model.pool_type) == (
     (16, 16),
     (7, 7),
@@ -95,7 +95,7 @@ def test_how_the_file_is_read_is_said_once_and_counts_for_the_fields_too(tmp_pat
   arrays = tmp_path / "bare.safetensors"
   arrays.write_bytes((file / "model.safetensors").read_bytes())
   init = ["init.num_heads=4", "init.mean=(0.4,0.4,0.4)", "init.std=(0.2,0.2,0.2)"]
-  exp = experiment.build(**load(f"init={arrays},data_dir={photos},res=80", *init))
+  exp = experiment.from_config(load(f"init={arrays},data_dir={photos},res=80", *init))
   assert exp.model.num_heads == 4
   assert not np.allclose(exp.init["embedding"]["kernel"], params["embedding"]["kernel"])
 
@@ -105,8 +105,8 @@ def test_a_grid_that_is_not_square_is_that_of_the_file_and_may_become_another(tm
   bare = tmp_path / "bare.npz"
   np.savez(bare, **trees.flatten(params))
   spec, grid = f"init={bare},data_dir={photos},res=80", "init.posemb_size=(2,6)"
-  assert experiment.build(**load(spec, grid)).model.posemb_size == (2, 6)
-  exp = experiment.build(**load(spec, grid, "model.posemb_size=(5,5)"))
+  assert experiment.from_config(load(spec, grid)).model.posemb_size == (2, 6)
+  exp = experiment.from_config(load(spec, grid, "model.posemb_size=(5,5)"))
   assert (exp.model.posemb_size, exp.init["pos_embedding"].shape) == ((5, 5), (1, 25, 8))
 
 
@@ -123,7 +123,7 @@ def test_one_patch_size_has_images_as_large_as_the_model_was_made_for(kind, tmp_
 def test_layer_decay_and_freeze_are_arguments(tmp_path, photos):
   file, _, _ = write(tmp_path, "npz")
   spec = f"init={file},data_dir={photos},res=80,layer_decay=0.5,freeze=1"
-  exp = experiment.build(**load(spec))
+  exp = experiment.from_config(load(spec))
   frozen = trees.flatten(exp.optimizer.frozen)
   assert frozen["Transformer/encoderblock_0/LayerNorm_0/scale"] and frozen["embedding/kernel"]
   assert not frozen["Transformer/encoderblock_1/LayerNorm_0/scale"] and not frozen["head/kernel"]
@@ -137,11 +137,11 @@ def test_weights_of_another_model_say_what_to_add_and_with_that_it_works(kind, t
   file, _, _ = write(tmp_path, kind)
   given = ["init.checkpoint=" + str(file)]
   with pytest.raises(errors.UserError, match=r"width: 8 in the file, 192 in the model") as caught:
-    experiment.build(**load(f"data_dir={photos}", *given))
+    experiment.from_config(load(f"data_dir={photos}", *given))
   said = str(caught.value).splitlines()[-1]
   advice = re.findall(r'"--config\.(.+?)"|--config\.(\S+)', said)
   assert len(advice) == 2
-  exp = experiment.build(**load(f"data_dir={photos}", *given, *("".join(a) for a in advice)))
+  exp = experiment.from_config(load(f"data_dir={photos}", *given, *("".join(a) for a in advice)))
   assert (exp.model.width, exp.model.num_classes) == (8, 3)
 
 
@@ -168,7 +168,7 @@ def test_a_published_name_is_planned_before_it_is_fetched(photos, monkeypatch, t
   monkeypatch.setenv("FLEXIVIT_CACHE", str(tmp_path / "nothing"))
   spec = f"init=flexivit_s_i1k,data_dir={photos}"
   settings = load(spec, "flexi.seqhw.v=(5,)", "evals=None")
-  exp = experiment.build(**settings, opening=costs.PLANNED)
+  exp = experiment.from_config(settings, opening=costs.PLANNED)
   assert (exp.model.width, exp.model.posemb_size, exp.model.num_classes) == (384, (7, 7), 3)
   assert not (tmp_path / "nothing").exists()
 
@@ -180,7 +180,7 @@ def test_weights_for_other_channels_are_refused(tmp_path, photos):
   bare = tmp_path / "grey.npz"
   np.savez(bare, **flat)
   with pytest.raises(errors.UserError, match="init: the weights take images of 1 channels, the d"):
-    experiment.build(**load(f"init={bare},data_dir={photos},res=80"))
+    experiment.from_config(load(f"init={bare},data_dir={photos},res=80"))
 
 
 def test_a_variant_beside_like_is_refused():

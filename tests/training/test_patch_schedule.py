@@ -112,7 +112,6 @@ def test_nothing_to_draw():
       r"'flexi.seqhw.probs'; known: flexi.seqhw.adapt, flexi.seqhw.p, .*stages, flexi.seqhw.v",
     ),
     ({"v": (5, 6), "share": "flop"}, r"Unknown flexi.seqhw.share 'flop'; .*Did you mean 'flops'"),
-    ({"v": (5, 6), "share": "flops"}, r"what a step costs is not known here"),
     ({"v": (5, 6), "stages": ((1, (1, 1)),), "p": (1, 1)}, r"has stages and p or adapt"),
     ({"v": (5, 6), "stages": ((1, (1, 1)),), "adapt": {}}, r"has stages and p or adapt"),
     ({"v": (5, 6), "stages": "coarse"}, r"Unknown flexi.seqhw.stages 'coarse'; known: coarse_to_f"),
@@ -151,6 +150,14 @@ def test_nothing_to_draw():
 def test_bad_choices(choice, message):
   with pytest.raises(UserError, match=message):
     patch_schedule.parse({"seqhw": choice})
+
+
+def test_shares_of_flops_need_the_cost_of_a_step():
+  flexi = patch_schedule.parse({"seqhw": {"v": (5, 6), "share": "flops"}})
+  with pytest.raises(UserError, match="what a step costs is not known here"):
+    patch_schedule.draw(flexi, seed=0, step=0)
+  weighed = patch_schedule.weigh(flexi, lambda size: size["seqhw"])
+  assert patch_schedule.probabilities(weighed, "seqhw", step=0) == pytest.approx((6 / 11, 5 / 11))
 
 
 def test_negative_seeds_are_errors():

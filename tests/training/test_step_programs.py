@@ -189,7 +189,7 @@ def test_a_run_with_a_budget_reads_as_many_images_and_resumes(tmp_path, train_un
     "token_budget": dict(most=4),
     "checkpoint": dict(every_steps=2),
   }
-  exp = experiment.build(**config)
+  exp = experiment.from_config(config)
   assert [exp.batches_of({"seqhw": n}) for n in (8, 2)] == [1, 4]
   assert exp.images_per_step == pytest.approx(40)
   assert exp.steps_per_epoch == pytest.approx(32 / 40)
@@ -229,4 +229,4 @@ def saved(exp, run):
 )
 def test_what_cannot_be_accumulated_is_refused(changes, message):
   with pytest.raises(UserError, match=message):
-    experiment.build(**{**copy.deepcopy(CONFIG), **changes})
+    experiment.from_config({**copy.deepcopy(CONFIG), **changes})

@@ -147,7 +147,7 @@ def test_a_part_of_the_logits_is_cached_as_it_is_used(plain, tmp_path, monkeypat
 
 
 def opened(cache, config):
-  return TeacherCache(cache, experiment.build(**config).drawn, (0, 1))
+  return TeacherCache(cache, experiment.from_config(config).drawn, (0, 1))
 
 
 OTHER = dict(prof=dict(model=dict(TEACHER, mlp_dim=16), seqhw=6))
@@ -200,7 +200,7 @@ def test_a_run_with_a_cache_of_others_stops_before_it_trains(written, tmp_path):
   assert not (tmp_path / "run").exists()  # a refused start leaves nothing
   no_teachers = changed(teacher_cache=str(written[0]), objective=dict(mixup_p=0.5))
   with pytest.raises(errors.UserError, match="the objective has no teachers; remove it"):
-    experiment.build(**no_teachers)
+    experiment.from_config(no_teachers)
 
 
 # --- files ---

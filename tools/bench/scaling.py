@@ -43,7 +43,7 @@ def main() -> None:
   args = parser.parse_args()
   for variant in args.variants.split(","):
     settings = config.load(f"{args.config}:variant={variant}", [])
-    exp = experiment.build(**costs.on_accelerator(settings), opening=costs.PLANNED)
+    exp = experiment.from_config(costs.on_accelerator(settings), opening=costs.PLANNED)
     state = costs.state_of(exp)
     print(f"\n{variant}, batch {exp.batch_size}, {args.config}:\n")
     print("| data x fsdp | state, MiB a device | sent, MiB a device and step | computing, ms | sending, ms | "

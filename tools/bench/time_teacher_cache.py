@@ -34,7 +34,7 @@ def main() -> None:
 
 def seconds(settings: dict) -> float:
   """Returns the CPU seconds a step, over all steps."""
-  exp = experiment.build(**{"name": "timed", **settings})
+  exp = experiment.from_config({"name": "timed", **settings})
   if exp.objective.teaching is None:
     raise errors.UserError("The config has no teachers.")
   mesh = sharding.make_mesh()

@@ -100,7 +100,7 @@ def measure(
   if resized != side:
     pp = pp.replace("|onehot", f"|resize({resized})|onehot")
   section = dict(data=source, pp=pp, batch_size=BATCH, seqhw=seqhw)
-  evaluation = experiment.build_evaluation(section, every=1, classes=classes)
+  evaluation = experiment.build_evaluation("", section, every=1, classes=classes)
   evaluator = evaluation.make(model, sharding.make_mesh())
   scores, costs = evaluator.run(params), evaluator.costs(params, repeats=1)
   # Without the time, which one batch on a shared machine does not tell.

@@ -19,15 +19,13 @@ import matplotlib.pyplot as plt
 from flexivit_jax import cli, data, errors, experiment
 from flexivit_jax.analyses import opening
 from flexivit_jax.evaluators import results
-from flexivit_jax.experiment import sections
 
 
 def measure(opened: opening.Opened, title: str, **section: Any) -> list[dict[str, Any]]:
   """Rows of one evaluator, with its title as "probe"."""
   kept = {k: opened.section[k] for k in ("data", "pp", "batch_size")}
   whole = {**kept, "seqhw": opened.seqhw, "train_data": opened.training, **section}
-  sections.check_evaluation("probe", whole)
-  evaluator = experiment.build_evaluation(whole, every=1).make(opened.model, opened.mesh)
+  evaluator = experiment.build_evaluation("probe", whole, every=1).make(opened.model, opened.mesh)
   rows = results.measure(evaluator, opened.params)
   return [
     {"probe": title, **{k: row[k] for k in ("seqhw", "patch", "gflops", "top1", "n")}}

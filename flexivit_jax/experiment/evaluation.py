@@ -1,0 +1,133 @@
+"""The evaluators of a config: their data, what they need of a model, how often they run."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from flexivit_jax import config, data, errors
+from flexivit_jax.data import class_names
+from flexivit_jax.evaluators import EVALUATORS
+from flexivit_jax.evaluators.classification import table_classes
+from flexivit_jax.experiment import labelling, sections
+from flexivit_jax.experiment.loaders import REAL, Opening
+
+Waiting = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+class Evaluation(NamedTuple):
+  """One evaluator of a run. `every` is in steps; a teacher in `section` is loaded.
+
+  `make(model, mesh, waiting)` builds it; `waiting` is entered while a batch is awaited. `check(model)` tries all that
+  with the first example, and computes nothing. `notes` are what the user should know of its classes.
+  """
+
+  make: Callable[..., Any]
+  check: Callable[[nn.Module], None]
+  every: int
+  source: data.Source
+  pp: str
+  section: Mapping[str, Any]
+  notes: tuple[str, ...] = ()
+
+
+def build_evaluation(
+  where: str,
+  section: Mapping[str, Any],
+  every: int,
+  opening: Opening | None = None,
+  classes: Sequence[class_names.Classes] = (),
+) -> Evaluation:
+  """Checks the section of an evaluator and opens its data; its device programs are made later, by `make(model, mesh)`.
+
+  Args:
+    where: the name of the section, for errors: "evals.test".
+    section: of a config's `evals`.
+    every: steps from one evaluation to the next.
+    opening: how data and weights are opened; default: `REAL`.
+    classes: those of the model, then those of its training data, to which labels are mapped by name; none: labels are
+      as they are.
+
+  Raises:
+    UserError: a wrong key or value; what cannot be opened; labels or a teacher of other classes than the model's.
+  """
+  sections.check_evaluation(where, section)
+  with config.naming(where):
+    return _open(section, every, opening or REAL, classes)
+
+
+def _open(
+  section: Mapping[str, Any],
+  every: int,
+  opening: Opening,
+  classes: Sequence[class_names.Classes],
+) -> Evaluation:
+  source = opening.source(**section["data"])
+  evaluator = EVALUATORS[section.get("type", "classification")]
+  if "teacher" in section:
+    section = {**section, "teacher": opening.teacher(**section["teacher"])}
+  process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+  training = None
+  if "train_data" in section:
+    training, source, notes = labelling.alike(opening.source(**section["train_data"]), source)
+  else:
+    source, teacher, notes = labelling.of_evaluation(section, source, classes)
+    section = section if teacher is None else {**section, "teacher": teacher}
+  section = {**section, "pp": data.counted(section["pp"], source.num_classes)}
+  few = "shots" in section or section.get("type") == "fewshot"  # others are fitted to all of it
+  if training and few:
+    training = opening.shots(training, **_arguments(section, data.few_shots))
+  loading = _arguments(section, data.eval_batches) | process
+
+  def of(model: nn.Module, mesh: Any, waiting: Waiting, loading: Mapping[str, Any]) -> Any:
+    scoring = _arguments(section, evaluator)
+    if training:
+      batches = data.eval_batches(training, **loading)
+      batches.waiting = waiting
+      scoring |= {"train_batches": batches, "num_classes": source.num_classes}
+    batches = data.eval_batches(source, **loading)
+    batches.waiting = waiting
+    return evaluator(model, batches, mesh, **scoring)
+
+  def make(model: nn.Module, mesh: Any, waiting: Waiting = contextlib.nullcontext) -> Any:
+    return of(model, mesh, waiting, loading)
+
+  def check(model: nn.Module) -> None:
+    data.eval_batches(source, **loading)
+    one = dict(batch_size=1, threads=0, workers=0, process_index=0, process_count=1)
+    of(model, None, contextlib.nullcontext, {**loading, **one}).check()
+
+  return Evaluation(make, check, every, source, section["pp"], section, notes)
+
+
+def check_evaluation(evaluation: Evaluation, model: nn.Module, training: data.Source) -> None:
+  """Raises a UserError if the model's own logits are scored on data of other classes, and no label map says which; or
+  as the evaluator does on its first example.
+  """
+  section, classes = evaluation.section, evaluation.source.num_classes
+  known = {model.num_classes, training.num_classes}
+  own = section.get("type", "classification") == "classification"
+  if own and section.get("label_map") is None and classes not in known:
+    raise errors.UserError(
+      f"data has {classes} classes, the model {' or '.join(map(str, known))}; give data of the same classes, or a"
+      " label_map."
+    )
+  evaluation.check(model)
+
+
+def _arguments(section: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+  return {k: section[k] for k in inspect.signature(function).parameters if k in section}
+
+
+def classes_of_tables(
+  evaluation: Evaluation, rows: Sequence[Mapping[str, Any]]
+) -> list[str] | None:
+  """The names of the classes of the tables in an evaluation's rows; None: there are none."""
+  if not rows or "confusion" not in rows[0]:
+    return None
+  source, section = evaluation.source, evaluation.section
+  names = table_classes(source.class_names, source.num_classes, section.get("label_map"))
+  return [*names, *map(str, range(len(names), len(rows[0]["confusion"])))]
