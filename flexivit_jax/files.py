@@ -1,9 +1,12 @@
-"""Files of our own: where those are kept that can be made or fetched again, and how small ones are written."""
+"""Files of our own: the cache folder, paths that Orbax misreads, atomic writes, the sha256 of a file."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import re
+import uuid
+from collections.abc import Iterator
 
 from flexivit_jax import errors
 
@@ -105,17 +108,65 @@ def printable(path: pathlib.Path) -> str:
   return text if text.isprintable() else repr(text)
 
 
-def write(file: pathlib.Path, text: str) -> None:
-  """Writes a file whole, or leaves it as it was.
+def write_atomically(
+  path: pathlib.Path, data: str | bytes, *, unique: bool = False, durable: bool = False
+) -> None:
+  """Writes a whole file, or leaves the old one as it is: a crash at any moment leaves one of the two.
+
+  Args:
+    path: the file, in a folder that exists.
+    data: its content; text is written as UTF-8.
+    unique: other processes may write the same file at the same time: each writes a temporary file of its own name.
+    durable: waits until the content is on the disk, so that a power failure leaves one of the two, too.
 
   Raises:
-    UserError: it cannot be written, as on a full disk; with the path.
+    UserError: the file cannot be written, as on a full disk; names the path.
   """
-  part = file.with_name(file.name + ".tmp")
+  content = data.encode() if isinstance(data, str) else data
+  with replacing(path, unique=unique) as part, write_errors(path), part.open("wb") as file:
+    file.write(content)
+    if durable:
+      file.flush()
+      os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, *, unique: bool = False) -> Iterator[pathlib.Path]:
+  """Yields a temporary path next to `path` and renames it to `path` at the end; removes it after an error.
+
+  For files that are too large to be held in memory; `write_atomically` is for all others.
+
+  Args:
+    path: the file to write or to replace.
+    unique: see `write_atomically`.
+
+  Raises:
+    UserError: the file cannot be renamed.
+  """
+  part = path.with_name(f"{path.name}{f'.{uuid.uuid4().hex}' if unique else ''}.tmp")
   try:
-    part.write_text(text)
-    part.replace(file)
-  except OSError as e:
+    yield part
+    with write_errors(path):
+      os.replace(part, path)
+  finally:
     with contextlib.suppress(OSError):
       part.unlink(missing_ok=True)
-    raise errors.UserError(f"{file} cannot be written: {e.strerror}.") from e
+
+
+@contextlib.contextmanager
+def write_errors(path: pathlib.Path) -> Iterator[None]:
+  """Turns the system's refusal to write `path`, as on a full disk, into a UserError."""
+  try:
+    yield
+  except OSError as e:
+    raise errors.UserError(f"{path} cannot be written: {e.strerror or e}.") from e
+
+
+def sha256(path: pathlib.Path, *, without_last: int = 0) -> str:
+  """Returns the sha256 of a file's bytes in hex, without its last `without_last` bytes, where it may hold the sum."""
+  digest, left = hashlib.sha256(), path.stat().st_size - without_last
+  with path.open("rb") as file:
+    while left > 0 and (chunk := file.read(min(left, 2**20))):
+      digest.update(chunk)
+      left -= len(chunk)
+  return digest.hexdigest()

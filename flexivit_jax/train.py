@@ -288,7 +288,7 @@ def _write(
   if accepted is not None:
     run_folder.write_config(workdir, settings, accepted)
   overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-  files.write(workdir / "parameters.txt", overview + "\n")
+  files.write_atomically(workdir / "parameters.txt", overview + "\n")
 
 
 def _facts(

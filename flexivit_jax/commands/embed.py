@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from flexivit_jax import trees, weights
+from flexivit_jax import files, trees, weights
 from flexivit_jax.commands import options
 from flexivit_jax.data.inputs import find_images
 from flexivit_jax.devices import compilation
@@ -33,18 +33,18 @@ def run(args: argparse.Namespace) -> None:
   inputs = find_images(args.image, outputs.note)
   tally = outputs.Tally(len(inputs), progress=True)
   fn = functools.partial(features, normalize=args.normalize)
-  with outputs.replacing(args.out) as part, contextlib.ExitStack() as stack:
-    with outputs.writing(args.out):
+  with files.replacing(args.out, unique=True) as part, contextlib.ExitStack() as stack:
+    with files.write_errors(args.out):
       writer = WRITERS[args.out.suffix.lower()](part, sizes, loaded)
     stack.enter_context(contextlib.closing(writer))
     stream = predictor.outcomes(loaded, fn, inputs, sizes, batch_size=args.batch_size)
     for outcome in stack.enter_context(contextlib.closing(stream)):
       tally.add(outcome.file, outcome.error)
       if outcome.error is None:
-        with outputs.writing(args.out):
+        with files.write_errors(args.out):
           writer.add(outcome.file, outcome.outputs)
     tally.check_any()
-    with outputs.writing(args.out):
+    with files.write_errors(args.out):
       writer.finish()
   shown = ", ".join(str(size_text(size)) for size in sizes)
   print(

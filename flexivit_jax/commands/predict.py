@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from flexivit_jax import errors, weights
+from flexivit_jax import errors, files, weights
 from flexivit_jax.commands import options
 from flexivit_jax.data import class_names
 from flexivit_jax.data.inputs import Input, find_images
@@ -156,18 +156,18 @@ def _sinks(args: argparse.Namespace, sizes: int, loaded: predictor.Loaded) -> It
     yield sinks
     return
   k = min(args.top_k, loaded.model.num_classes)
-  with outputs.replacing(args.out) as part:
-    with outputs.writing(args.out):
+  with files.replacing(args.out, unique=True) as part:
+    with files.write_errors(args.out):
       file = part.open("x", encoding="utf-8", errors="backslashreplace", newline="")
     with file:
       write = WRITERS[args.out.suffix.lower()](file, k, args.time)
 
       def sink(row: Prediction) -> None:
-        with outputs.writing(args.out):
+        with files.write_errors(args.out):
           write(row)
 
       yield [*sinks, sink]
-      with outputs.writing(args.out):
+      with files.write_errors(args.out):
         file.flush()
 
 

@@ -75,7 +75,7 @@ def write(path: pathlib.Path, described: dict[str, Any], rows: list[dict[str, An
     text = json.dumps({**known, "rows": rows}, indent=1, allow_nan=False)
     if any("confusion" in row for row in rows):
       text = _INTEGERS.sub(lambda found: f"[{', '.join(re.findall(r'[0-9]+', found[0]))}]", text)
-    files.write(path, text + "\n")
+    files.write_atomically(path, text + "\n")
 
 
 _INTEGERS = re.compile(r"\[\s*\d+(,\s*\d+)*\s*\]")  # a list of them: one line, not one each

@@ -1,11 +1,10 @@
 """What a command makes of many files: written whole or not at all, with those named that it could not read."""
 
-import contextlib
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import final
 
 from flexivit_jax import errors
@@ -37,28 +36,6 @@ def check_new(out: pathlib.Path, suffixes: Collection[str], overwrite: bool) -> 
     )
   if not os.access(out.parent, os.W_OK | os.X_OK):
     raise errors.UserError(f"--out={out}: the folder {out.parent} may not be written to.")
-
-
-@contextlib.contextmanager
-def replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a temporary path beside a file, and puts what was written there in its place; nothing after an error."""
-  part = out.with_name(f".{out.name}.{os.getpid()}.part")
-  try:
-    yield part
-    with writing(out):
-      part.replace(out)
-  finally:
-    with contextlib.suppress(OSError):
-      part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(out: pathlib.Path) -> Iterator[None]:
-  """Turns the system's refusal to write, as on a full disk, into a UserError."""
-  try:
-    yield
-  except OSError as e:
-    raise errors.UserError(f"{out} cannot be written: {e.strerror or e}.") from e
 
 
 @final

@@ -73,7 +73,7 @@ class Ledger:
     if step is not None:
       self._own["to_step"] = step
     try:
-      files.write(self._file, json.dumps([*self._earlier, self._own]) + "\n")
+      files.write_atomically(self._file, json.dumps([*self._earlier, self._own]) + "\n")
     except errors.UserError as e:  # times are no reason to stop a run
       if not self._warned:
         logging.getLogger(__name__).warning("%s Training goes on.", e)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flexivit_jax import files
 from flexivit_jax.errors import UserError
 
 
@@ -177,7 +178,7 @@ class _Jsonl:
   def __init__(self, path: pathlib.Path, restored_step: int):
     rows = [r for r in _valid_rows(path) if r["step"] <= restored_step]
     rows = list({row["step"]: row for row in rows}.values())
-    _rewrite(path, b"".join(map(_line, rows)))
+    files.write_atomically(path, b"".join(map(_line, rows)), durable=True)
     # Unbuffered, so that a failed write leaves nothing behind that a later one would repeat.
     self._file = path.open("r+b", buffering=0)
     self._row: dict[str, Any] = rows[-1] if rows else {"step": -1}
@@ -229,16 +230,6 @@ def _parse_row(line: bytes) -> dict[str, Any]:
   if not isinstance(row, dict) or not isinstance(row.get("step"), int):
     raise ValueError("no object with an integer 'step'")
   return row
-
-
-def _rewrite(path: pathlib.Path, content: bytes) -> None:
-  """Replaces a file atomically."""
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as f:
-    f.write(content)
-    f.flush()
-    os.fsync(f.fileno())
-  temporary.replace(path)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

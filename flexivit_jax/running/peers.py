@@ -11,11 +11,11 @@ import sys
 import time
 from typing import Any
 
-from flexivit_jax import heartbeat
+from flexivit_jax import errors, files, heartbeat
 
 FOLDER = "processes"
 _MARK = "mark"
-_SIGN = re.compile(r"\d+\.(json|tmp|ended)")
+_SIGN = re.compile(r"\d+\.(json|json\.tmp|tmp|ended)")  # .tmp: of earlier versions
 _SEES_S = 30.0  # in which a file of another host is seen; NFS looks again after so long
 
 
@@ -89,11 +89,8 @@ class Peers:
     self._written = now
     about = {"pid": os.getpid(), "host": socket.gethostname(), "step": self.step}
     about |= {"written": time.time(), "idle": heartbeat.idle()}
-    file = self._folder / f"{self._index}.json"
-    part = file.with_suffix(".tmp")
-    with contextlib.suppress(OSError):  # a sign of life is no reason to end a run
-      part.write_text(json.dumps(about) + "\n")
-      os.replace(part, file)
+    with contextlib.suppress(errors.UserError):  # a heartbeat is no reason to end a run
+      files.write_atomically(self._folder / f"{self._index}.json", json.dumps(about) + "\n")
     if self._limit is None:
       return
     self._look(range(self._count) if self._index == 0 else (0,))

@@ -96,7 +96,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   try:
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     about = {"pid": os.getpid(), "host": socket.gethostname(), "since": began}
-    files.write(holder, json.dumps(about) + "\n")
+    files.write_atomically(holder, json.dumps(about) + "\n")
     yield
   finally:
     with contextlib.suppress(OSError):
@@ -200,8 +200,8 @@ def write_config(workdir: pathlib.Path, settings: Mapping[str, Any], start: Star
   if start.same:
     return
   number = 1 + max((int(p.suffixes[-2][1:]) for p in _kept(workdir)), default=0)
-  files.write(workdir / f"config.{number:03d}.json", _text(settings))
-  files.write(workdir / "config.json", _text(settings))
+  files.write_atomically(workdir / f"config.{number:03d}.json", _text(settings))
+  files.write_atomically(workdir / "config.json", _text(settings))
 
 
 def _kept(workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -249,7 +249,7 @@ def write_bad_step(
   numbers = {k: float(v) if np.isfinite(v) else str(v) for k, v in measured.items()}
   found = {"step": step, "size": dict(size), "measured": numbers}
   known = None if ids is None else np.asarray(ids).tolist()
-  files.write(file, json.dumps(found | {"ids": known}) + "\n")
+  files.write_atomically(file, json.dumps(found | {"ids": known}) + "\n")
   return file
 
 

@@ -93,7 +93,7 @@ def open_run(
     key = file.read_text().strip()
   else:
     key = secrets.token_hex(4)
-    files.write(file, key + "\n")
+    files.write_atomically(file, key + "\n")
   run = _package().init(
     project=project,
     name=name or workdir.absolute().name,

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pathlib
-import uuid
 import zipfile
 from collections.abc import Mapping
 from typing import Any, final
@@ -17,7 +16,7 @@ from typing import Any, final
 import jax
 import numpy as np
 
-from flexivit_jax import errors
+from flexivit_jax import errors, files
 
 _PENDING = 4  # steps whose arrays may wait for the disk
 # What zipfile and NumPy raise over files of which any byte is another; RuntimeError: "is encrypted", "version 17.3".
@@ -89,14 +88,16 @@ class TeacherCache:
       self._writes.pop(0).result()
 
   def _write(self, step: int, leaves: list[Any]) -> None:
+    # Unique names: other processes, and other runs that fill the same cache, may write the same file.
     file = self._file(step)
     file.parent.mkdir(parents=True, exist_ok=True)
     if not self._about.exists():
-      _replace(self._about, json.dumps(self._identity, indent=1).encode())
+      about = json.dumps(self._identity, indent=1)
+      files.write_atomically(self._about, about, unique=True)
     arrays: dict[str, Any] = {str(i): _local(leaf) for i, leaf in enumerate(leaves)}
     content = io.BytesIO()
     np.savez(content, **arrays)
-    _replace(file, content.getvalue())
+    files.write_atomically(file, content.getvalue(), unique=True)
 
   def _file(self, step: int) -> pathlib.Path:
     return self._mine / f"{step // 1000:06d}" / f"{step:09d}.npz"
@@ -126,10 +127,3 @@ def _local(array: Any) -> np.ndarray:
     return np.asarray(array)
   shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-  # A name of its own: other processes, and other runs that fill the same cache, may be at the same file.
-  temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-  temporary.write_bytes(content)
-  temporary.replace(path)

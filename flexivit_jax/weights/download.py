@@ -111,8 +111,7 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
 def _checked(path: pathlib.Path, url: str, sha256: str | None) -> pathlib.Path:
   beside = _hash_file(path)
   said = sha256 or (beside.read_text().partition(" ")[0] if beside.exists() else "not known")
-  with path.open("rb") as file:
-    got = hashlib.file_digest(file, "sha256").hexdigest()
+  got = files.sha256(path)
   if got != said:
     raise errors.UserError(
       f"{path} is not what was fetched from {url}: its sha256 is {got}, expected {said}. Delete it"

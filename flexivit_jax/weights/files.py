@@ -1,7 +1,6 @@
 """Named arrays in files: `.npz` and `.safetensors`. Nothing is unpickled, and sizes are read before memory is taken."""
 
 import collections
-import hashlib
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from flexivit_jax import errors
+from flexivit_jax import errors, files
 from flexivit_jax.trees import Arrays
 from flexivit_jax.weights.export import artifact
 
@@ -85,9 +84,8 @@ def seal(path: pathlib.Path) -> None:
   with zipfile.ZipFile(path, "a") as archive:
     archive.comment = bytes(64)
   with path.open("r+b") as file:
-    digest = hashlib.sha256(memoryview(file.read())[:-64]).hexdigest()
     file.seek(-64, os.SEEK_END)
-    file.write(digest.encode())
+    file.write(files.sha256(path, without_last=64).encode())
 
 
 def widened(array: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from flexivit_jax import errors, trees
+from flexivit_jax.files import replacing
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.weights import files
 
@@ -31,10 +32,8 @@ def save_npz(
   arrays = {f"params/{name}": np.asarray(array) for name, array in flat.items()}
   record = record | {"model": record["model"] | {"scan": False}}
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}.part")
-  with part.open("wb") as file:
-    np.savez(
-      file, allow_pickle=False, **arrays, **{files.RECORD: files.encode(record | {"sealed": True})}
-    )
-  files.seal(part)
-  part.replace(path)
+  arrays[files.RECORD] = files.encode(record | {"sealed": True})
+  with replacing(path) as part:
+    with part.open("wb") as file:
+      np.savez(file, allow_pickle=False, **arrays)
+    files.seal(part)

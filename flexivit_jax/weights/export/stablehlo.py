@@ -17,6 +17,7 @@ import numpy as np
 from jax import export
 
 from flexivit_jax import errors, trees
+from flexivit_jax.files import replacing
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights import baking, files
 
@@ -102,9 +103,8 @@ def _npz(arrays: dict[str, Any]) -> bytes:
 
 def _write(out: pathlib.Path, parts: dict[str, bytes]) -> None:
   out.parent.mkdir(parents=True, exist_ok=True)
-  part = out.with_name(f".{out.name}.part")
-  with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
-    for name, data in parts.items():
-      file.writestr(zipfile.ZipInfo(name), data)  # its date is fixed: equal content, equal bytes
-  files.seal(part)
-  part.replace(out)
+  with replacing(out) as part:
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
+      for name, data in parts.items():
+        file.writestr(zipfile.ZipInfo(name), data)  # its date is fixed: equal content, equal bytes
+    files.seal(part)
