@@ -19,11 +19,6 @@ STAMP := $(VENV)/.installed
 CONVERT_VENV := .venv-convert
 CONVERT_STAMP := $(CONVERT_VENV)/.installed
 
-FAULTS := $(addprefix tests/,running/test_chaos.py running/test_manifest.py running/test_signals.py running/test_run_folder.py commands/test_replay.py commands/test_verify.py \
-	running/test_ledger.py test_files.py running/test_metrics.py test_config.py experiment/test_typos.py test_train.py training/test_steps.py test_cli.py experiment/test_experiment.py \
-	devices/test_compilation.py training/test_patch_schedule.py running/test_distributed.py models/test_flexivit.py data weights/test_files.py weights/test_download.py \
-	weights/test_reading.py weights/transformers/test_folder.py)
-
 .PHONY: demo test test-convert faults lint miniature paper clean
 
 # The page is there as soon as FlexiViT is trained, and is written again with the baseline.
@@ -50,7 +45,7 @@ paper: $(STAMP)
 	$(BIN)/python tools/paper/claims.py
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not gpu and not convert" $(FAULTS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "faults and not gpu and not convert"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ from PIL import Image
 from flexivit_jax import cli, errors
 from flexivit_jax.commands import options
 
+pytestmark = pytest.mark.faults
+
 DEMO = ["--config.total_steps=20", "--config.model.depth=1", "--config.model.width=16"]
 DEMO += ["--config.checkpoint.every_steps=20", "--config.optim.schedule.warmup_steps=2"]
 

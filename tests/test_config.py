@@ -13,6 +13,8 @@ from hypothesis import given, strategies as st
 from flexivit_jax import config, errors, experiment
 from flexivit_jax.objectives.distill import Teacher
 
+pytestmark = pytest.mark.faults
+
 FILE = """
 import ml_collections
 from flexivit_jax.config import parse_arg

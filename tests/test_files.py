@@ -19,6 +19,8 @@ from flexivit_jax.training import teacher_cache
 from flexivit_jax.weights import writing
 from flexivit_jax.weights.export import stablehlo
 
+pytestmark = pytest.mark.faults
+
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
   monkeypatch.delenv("FLEXIVIT_CACHE", raising=False)

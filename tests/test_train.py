@@ -17,6 +17,8 @@ from flexivit_jax import errors, experiment, train as train_lib, weights
 from flexivit_jax.running import metrics
 from flexivit_jax.running.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.faults
+
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=32)
 PP = "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')"
 CONFIG = dict(

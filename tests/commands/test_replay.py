@@ -10,6 +10,8 @@ from flexivit_jax.commands import replay
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import metrics
 
+pytestmark = pytest.mark.faults
+
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=32)
 CONFIG = dict(
   total_steps=6,

@@ -13,6 +13,8 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.weights import folders
 from flexivit_jax.weights.export import onnx as onnx_folder, saved_model
 
+pytestmark = pytest.mark.faults
+
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=16)
 CONFIG = dict(
   total_steps=2,

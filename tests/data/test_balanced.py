@@ -15,6 +15,8 @@ from flexivit_jax.data.sources import Source
 from flexivit_jax.data.stream import Plan, make_chunk, place_of
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 PP = "random_crop(2)|value_range|keep('image')"
 counts_of_classes = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
 

@@ -11,6 +11,8 @@ from flexivit_jax.data import class_names
 from flexivit_jax.data.class_names import Classes
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 NAMES = st.lists(
   st.text(st.sampled_from("abcé Å0179_\u0301"), min_size=1, max_size=4),
   min_size=1,

@@ -17,6 +17,8 @@ from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import make_source
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
 LIMIT = 10**7

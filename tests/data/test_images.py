@@ -13,6 +13,8 @@ from PIL import Image
 from flexivit_jax.data.images import crop, decode_image, pad_image, resize_image
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
 LIMIT = 10**6

@@ -7,6 +7,8 @@ from hypothesis import given, strategies as st
 
 from flexivit_jax.data.inputs import find_images
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):

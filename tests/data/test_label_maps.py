@@ -9,6 +9,8 @@ import pytest
 from flexivit_jax.data import label_maps
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 # WordNet id: (ImageNet-1k class, ImageNet-21k class); line numbers, less one, of timm 1.0.31's
 # imagenet_synsets.txt and imagenet21k_goog_synsets.txt.
 BY_HAND = {

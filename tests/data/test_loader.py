@@ -15,6 +15,8 @@ from flexivit_jax.data.sources import Source, make_source
 from flexivit_jax.data.stream import room
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 PP = "decode|random_crop(6)|flip_lr|value_range|onehot(10)|keep('image', 'labels')"
 PLAIN = "decode|value_range|keep('image')"
 

@@ -12,6 +12,8 @@ from flexivit_jax.data import images
 from flexivit_jax.data.preprocess import OPS, parse
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 

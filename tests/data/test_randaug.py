@@ -7,6 +7,8 @@ from PIL import Image
 from flexivit_jax.data.randaug import TRANSFORMS, randaug
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 IMAGE = np.random.default_rng(0).integers(30, 220, (24, 32, 3), dtype=np.uint8)
 GREY = 128
 

@@ -10,6 +10,8 @@ from flexivit_jax.data import eval_batches, few_shots, make_source, subset
 from flexivit_jax.data.sources import Source
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 DIGITS = dict(name="digits", split="train")
 
 

@@ -16,6 +16,8 @@ from flexivit_jax.data.loader import eval_batches
 from flexivit_jax.data.sources import make_source
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 COLOURS = {"apple": (200, 20, 20), "lime": (20, 200, 20), "plum": (90, 20, 120)}
 
 

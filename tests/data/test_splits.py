@@ -8,6 +8,8 @@ from tensorflow_datasets.core.splits import ReadInstruction, SplitDict, SplitInf
 from flexivit_jax.data.splits import Part, parse_split
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 SIZES = {"train": 1797, "test": 360, "one": 1}
 
 

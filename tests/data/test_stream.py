@@ -8,6 +8,8 @@ from flexivit_jax.data.sources import Source
 from flexivit_jax.data.stream import Plan, check_limit, make_chunk
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 
 def read(indices):
   image = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)

@@ -15,6 +15,8 @@ from flexivit_jax.data.sources import folder as folder_module, make_source
 from flexivit_jax.data.walking import Tree
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 HIDDEN = (
   ".ipynb_checkpoints", ".Trash-1000", ".thumbnails", "@eaDir", "#recycle", "$RECYCLE.BIN",
   "System Volume Information", "__MACOSX", "lost+found", "__pycache__",

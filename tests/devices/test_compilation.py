@@ -15,6 +15,8 @@ from flexivit_jax.devices import compilation
 from flexivit_jax.errors import UserError
 from flexivit_jax.sizes import size_key
 
+pytestmark = pytest.mark.faults
+
 X = jnp.arange(6.0)
 SIZES = [{"seqhw": 1}, {"seqhw": 2}, {"grid_hw": (2, 3)}]
 

@@ -12,6 +12,8 @@ from flexivit_jax.experiment import loaders
 from flexivit_jax.models.flexivit import gmacs
 from flexivit_jax.training import patch_schedule
 
+pytestmark = pytest.mark.faults
+
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 

@@ -11,6 +11,8 @@ import pytest
 from flexivit_jax import config, experiment
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py"))
 NAMED_BY_USERS = (("evals",), ("objective", "teachers"))  # below these, keys are names of one's own
 

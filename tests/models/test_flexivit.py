@@ -15,6 +15,8 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.models import flexivit, vit
 from flexivit_jax.models.flexivit import FlexiViT
 
+pytestmark = pytest.mark.faults
+
 POOLS = ("tok", "gap", "map")  # the reference's
 FIELDS = dict(
   num_classes=5, patch_size=(6, 6), posemb_size=(3, 3), width=16, depth=2, mlp_dim=24, num_heads=4

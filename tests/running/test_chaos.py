@@ -10,6 +10,8 @@ import pytest
 
 from flexivit_jax.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 TOOL = pathlib.Path(__file__).parents[2] / "tools" / "bench" / "chaos.py"
 CONFIG = """
 import ml_collections

@@ -20,6 +20,8 @@ from flexivit_jax.commands import verify
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import distributed, manifest, metrics, peers
 
+pytestmark = pytest.mark.faults
+
 RUN = pathlib.Path(__file__).parent / "several.py"
 
 

@@ -11,6 +11,8 @@ import pytest
 from flexivit_jax.running import ledger
 from flexivit_jax.running.ledger import Ledger
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def clock(monkeypatch):

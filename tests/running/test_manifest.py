@@ -19,6 +19,8 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.running import checkpoint, manifest
 from flexivit_jax.running.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.faults
+
 
 def state(seed):
   rng = np.random.default_rng(seed)

@@ -13,6 +13,8 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.running import metrics
 from flexivit_jax.running.metrics import MetricsWriter, Progress, read_rows
 
+pytestmark = pytest.mark.faults
+
 
 def _strict(path):
   def no_constant(name):

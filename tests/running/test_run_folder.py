@@ -13,6 +13,8 @@ import pytest
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import peers, processes, run_folder
 
+pytestmark = pytest.mark.faults
+
 HOLD = """
 import pathlib, sys, time
 from flexivit_jax.running import run_folder

@@ -21,6 +21,8 @@ from flexivit_jax.running import ledger, metrics, signals
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.training.step_programs import StepPrograms
 
+pytestmark = pytest.mark.faults
+
 DATA = dict(name="synthetic", image_size=12, num_classes=3, num_examples=40)
 PP = "value_range(-1, 1)|onehot(3)|keep('image', 'labels')"
 TIMES = ("step_s", "images_per_s", "data_wait")

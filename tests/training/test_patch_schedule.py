@@ -12,6 +12,8 @@ from hypothesis import given, strategies as st
 from flexivit_jax.errors import UserError
 from flexivit_jax.training import patch_schedule
 
+pytestmark = pytest.mark.faults
+
 SEQHW = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
 
 

@@ -14,6 +14,8 @@ from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import supervised
 from flexivit_jax.training import steps
 
+pytestmark = pytest.mark.faults
+
 
 class Tiny(nn.Module):
   """Mean of what a small network sees in each of seqhw x seqhw patches; compiles in no time."""

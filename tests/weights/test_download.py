@@ -16,6 +16,8 @@ import pytest
 from flexivit_jax.errors import UserError
 from flexivit_jax.weights import download
 
+pytestmark = pytest.mark.faults
+
 CONTENT = b"PK" + np.random.default_rng(0).bytes(998)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 

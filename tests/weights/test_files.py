@@ -20,6 +20,8 @@ from flexivit_jax.running import checkpoint
 from flexivit_jax.weights import files
 from flexivit_jax.weights.export import frameworks as foreign
 
+pytestmark = pytest.mark.faults
+
 
 def test_a_bomb_is_refused_before_memory_is_taken(tmp_path):
   file = tmp_path / "bomb.npz"

@@ -12,6 +12,8 @@ from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT, vit
 
+pytestmark = pytest.mark.faults
+
 FIELDS = dict(
   num_classes=5, patch_size=(6, 4), posemb_size=(3, 3), width=16, depth=2, mlp_dim=24, num_heads=4
 )

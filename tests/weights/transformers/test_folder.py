@@ -17,6 +17,8 @@ from flexivit_jax.weights.transformers import (
   images as transformers_images,
 )
 
+pytestmark = pytest.mark.faults
+
 CONFIG = {"model_type": "vit", "architectures": ["ViTModel"]}
 INDEX = "model.safetensors.index.json"
 IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
