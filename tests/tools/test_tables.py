@@ -124,6 +124,10 @@ def test_numbers_keep_their_form(tool, tmp_path):
     ("<!-- table: models.csv -->\n| a |\n", "needs a line"),
     ("<!-- table: models.csv -->\n<!-- table: models.csv -->\n<!-- end -->\n", "needs a line"),
     ("<!-- table: models.csv row=run -->\n<!-- end -->\n", "option of a table 'row'.*'rows'"),
+    (
+      '<!-- table: models.csv rows="{run}" columns="{patch}" cells="{top1}" last=low -->\n<!-- end -->\n',
+      "'low' is not the same",
+    ),
     ('<!-- table: models.csv rows="{ru}" columns="" cells="" -->\n<!-- end -->\n', "'ru'.*'run'"),
   ],
 )

@@ -259,8 +259,7 @@ def table_of(claim: Claim, lines: Sequence[Line]) -> str:
     old, new = lines[-2:]
     gains = (new.cells[c].value - old.cells[c].value for c in columns)
     rows.append([claim.difference, *(f"{gain:+.1f}" for gain in gains)])
-  head, *body = (f"| {' | '.join(row)} |" for row in [[claim.y, *columns], *rows])
-  return "\n".join([head, "|" + "---|" * (1 + len(columns)), *body])
+  return tables.markdown([claim.y, *columns], rows)
 
 
 def apart(claim: Claim, lines: Sequence[Line]) -> str:
@@ -391,7 +390,7 @@ def write_page(intro: str, claims: Sequence[Claim], lines: Mapping[str, Sequence
   if missing := ITEMS.keys() - {name for claim in claims for name in claim.items}:
     raise errors.UserError(f"No claim of claims.toml names {', '.join(sorted(missing))}.")
   homes: dict[str, str] = {}
-  summary = ["| claim | item | verdict |", "|---|---|---|"]
+  summary = []
   body: list[str] = []
   for number, claim in enumerate(claims, start=1):
     heading = f"{number}. {claim.title}"
@@ -399,7 +398,7 @@ def write_page(intro: str, claims: Sequence[Claim], lines: Mapping[str, Sequence
       homes.setdefault(name, heading)
     verdict = verdict_of(claim)
     names = ", ".join(f"`{name}`" for name in claim.items) or "-"
-    summary.append(f"| [{heading}](#{slug(heading)}) | {names} | {verdict} |")
+    summary.append([f"[{heading}](#{slug(heading)})", names, verdict])
     if number == 1 or claim.group != claims[number - 2].group:
       body.append(f"## {claim.group}")
     body += [f"### {heading}", f"**Claim.** {claim.claim} Known from: {claim.known}."]
@@ -408,7 +407,10 @@ def write_page(intro: str, claims: Sequence[Claim], lines: Mapping[str, Sequence
     body.append(f"**Verdict: {verdict}.** {because}".strip())
     body += [claim.note] if claim.note else []
     body += full_scale(claim, homes, heading)
-  return "\n\n".join([intro.strip(), "\n".join(summary), *body]) + "\n"
+  return (
+    "\n\n".join([intro.strip(), tables.markdown(["claim", "item", "verdict"], summary), *body])
+    + "\n"
+  )
 
 
 def main() -> None:

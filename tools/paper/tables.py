@@ -176,8 +176,10 @@ def pivot(
 
   body = [[key, *(cell(key, head) for head in heads)] for key in keys]
   if last:
-    at_end = {rows.format_map(row): row[last] for row in all_rows}
-    body = [[*line, at_end[line[0]]] for line in body]
+    pairs = dict.fromkeys((rows.format_map(row), row[last]) for row in all_rows)
+    if len(pairs) > len(keys):
+      raise errors.UserError(f"{last!r} is not the same in all rows of a key: {list(pairs)}.")
+    body = [[*line, number] for line, (_, number) in zip(body, pairs, strict=True)]
   return markdown([corner, *heads, *filter(None, [last])], body)
 
 
