@@ -18,8 +18,8 @@ from flexivit_jax import errors, weights
 from flexivit_jax.commands import options
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import common_divisors
-from flexivit_jax.weights import certificate
-from flexivit_jax.weights.export import frameworks as foreign
+from flexivit_jax.weights import certificate, optional
+from flexivit_jax.weights.export import frameworks
 
 
 class Framework(NamedTuple):
@@ -31,8 +31,10 @@ class Framework(NamedTuple):
 
 
 FRAMEWORKS = {
-  "timm": Framework(weights.save_timm, foreign.timm_logits, "timm"),
-  "transformers": Framework(weights.save_transformers, foreign.transformers_logits, "transformers"),
+  "timm": Framework(weights.save_timm, frameworks.timm_logits, "timm"),
+  "transformers": Framework(
+    weights.save_transformers, frameworks.transformers_logits, "transformers"
+  ),
 }
 FORMATS = ("big_vision", *FRAMEWORKS)
 
@@ -99,8 +101,8 @@ def convert_to(
   try:
     image = certificate.images(hw, params["embedding"]["kernel"].shape[2])
     size = seqhw or hw[0] // model.patch_size[0]
-    compared = foreign.version(package) or "flexivit_jax, for it is not installed"
-    target = execute(out, image) if foreign.version(package) else _read_back(out, image)
+    compared = optional.version(package) or "flexivit_jax, for it is not installed"
+    target = execute(out, image) if optional.version(package) else _read_back(out, image)
     row = certificate.Row(size, certificate.logits(model, params, image, seqhw), target)
     if not row.difference <= row.limit:
       raise errors.UserError(

@@ -15,10 +15,10 @@ import numpy as np
 from flexivit_jax import errors, weights
 from flexivit_jax.commands import options
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate
+from flexivit_jax.weights import certificate, optional
 from flexivit_jax.weights.export import (
   artifact,
-  frameworks as foreign,
+  frameworks,
   onnx as onnx_folder,
   saved_model,
   stablehlo,
@@ -116,11 +116,11 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
       f"--platforms has no effect with --to={args.to}, which runs wherever its framework does; remove it."
     )
   if args.to == "saved_model":
-    foreign.require("tensorflow", "Writing a SavedModel")
+    optional.require("tensorflow", "Writing a SavedModel")
     return {}
-  foreign.require("onnx", "Writing ONNX")
+  optional.require("onnx", "Writing ONNX")
   if args.verify:
-    foreign.require("onnxruntime", foreign.COMPARING_ONNX)
+    optional.require("onnxruntime", frameworks.COMPARING_ONNX)
   return {}
 
 

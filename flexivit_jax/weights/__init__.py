@@ -1,6 +1,7 @@
 """Weights in and out: one function for the files that hold them, one that writes them, one that fixes the size."""
 
 from flexivit_jax.weights.baking import bake
+from flexivit_jax.weights.npz import save_npz
 from flexivit_jax.weights.reading import (
   OtherModel,
   load,
@@ -13,7 +14,6 @@ from flexivit_jax.weights.registry import PUBLISHED, differences, is_here
 from flexivit_jax.weights.stated import preparation, print_notes, written_for
 from flexivit_jax.weights.timm.writer import save_timm
 from flexivit_jax.weights.transformers.writer import save_transformers
-from flexivit_jax.weights.writing import save_npz
 
 __all__ = [
   "PUBLISHED",

@@ -5,13 +5,13 @@ import pathlib
 from typing import Any
 
 from flexivit_jax.trees import Arrays
-from flexivit_jax.weights import contents, files, torchvision_names, wrappers
-from flexivit_jax.weights.export import frameworks as foreign
+from flexivit_jax.weights import contents, npz, torch_files, wrappers
 from flexivit_jax.weights.open_clip import names as open_clip_names
+from flexivit_jax.weights.torchvision import names as torchvision_names
 
 # .pth.tar is timm's, .ckpt Lightning's; both are torch.save's.
-READERS = files.READERS | dict.fromkeys(
-  (".pth", ".pt", ".bin", ".tar", ".ckpt"), foreign.read_torch
+READERS = npz.READERS | dict.fromkeys(
+  (".pth", ".pt", ".bin", ".tar", ".ckpt"), torch_files.read_torch
 )
 
 
@@ -26,7 +26,7 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[Arrays, dict[str, An
     UserError: it cannot be read; see `wrappers.unwrap`.
   """
   suffix = path.suffix.lower()
-  contents.check(path, suffix if suffix in files.READERS else contents.TORCH)
+  contents.check(path, suffix if suffix in npz.READERS else contents.TORCH)
   arrays, record = READERS[suffix](path)
   if record and not ema:  # ours
     return arrays, record

@@ -101,7 +101,7 @@ def test_another_frameworks_folder_gives_the_sources_logits(file, tmp_path, caps
 
 def test_a_framework_that_gives_other_logits_leaves_nothing(file, tmp_path, monkeypatch):
   wrong = lambda out, image: np.ones((len(image), 7), np.float32)  # noqa: E731
-  monkeypatch.setattr(convert.foreign, "version", lambda package: f"{package} 1")
+  monkeypatch.setattr(convert.optional, "version", lambda package: f"{package} 1")
   monkeypatch.setitem(convert.FRAMEWORKS, "timm", convert.FRAMEWORKS["timm"]._replace(run=wrong))
   with pytest.raises(errors.UserError, match=r"written model differs by .*nothing is written"):
     convert.convert_to("timm", file, tmp_path / "out", seqhw=8, num_heads=4)

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import bare, certificate
-from flexivit_jax.weights.export import frameworks as foreign
+from flexivit_jax.weights import bare, certificate, torch_files
+from flexivit_jax.weights.export import frameworks
 from flexivit_jax.weights.timm import folder as timm_folder, names as timm_names
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -57,7 +57,7 @@ def assert_timm_agrees(made, out, p, **fields):
   image, seqhw = certificate.images((240, 240), 3), 240 // p
   weights.save_timm(out, model, params, record, image_hw=(240, 240), seqhw=seqhw)
   want = certificate.logits(model, params, image, seqhw)
-  got = foreign.timm_logits(out, image)
+  got = frameworks.timm_logits(out, image)
   assert np.abs(want[0] - want[1]).max() > 0.1  # the two images do make a difference
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
@@ -113,11 +113,11 @@ def test_timm_resizes_the_stored_kernel_as_we_do_where_the_grid_grows(flexivit_s
   name = f"local-dir:{tmp_path / 'out'}"
   want = certificate.logits(model, params, image, 240 // p)
   made = timm.create_model(name, pretrained=True, img_size=240, patch_size=p)
-  np.testing.assert_allclose(foreign.timm_logits(made, image), want, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(frameworks.timm_logits(made, image), want, rtol=0, atol=1e-5)
   # set_input_size resizes bicubically whatever the architecture: another model.
   resized = timm.create_model(name, pretrained=True)
   resized.set_input_size(img_size=(240, 240), patch_size=(p, p))
-  assert np.abs(foreign.timm_logits(resized, image) - want).max() > 0.01
+  assert np.abs(frameworks.timm_logits(resized, image) - want).max() > 0.01
 
 
 TIMM = {
@@ -166,7 +166,7 @@ def test_we_give_timms_logits(timm_model, tmp_path, name):
   save_file({n: t.numpy() for n, t in source.state_dict().items()}, tmp_path / "w.safetensors")
   heads = source.blocks[0].attn.num_heads
   model, params = weights.load(tmp_path / "w.safetensors", num_heads=heads, **GIVEN.get(name, {}))
-  want = foreign.timm_logits(source, image)
+  want = frameworks.timm_logits(source, image)
   assert np.abs(want[0] - want[1]).max() > 0.1
   np.testing.assert_allclose(native(model, params, image), want, rtol=0, atol=1e-5)
 
@@ -180,7 +180,7 @@ def test_a_folder_that_timm_saved_says_all(timm_model, tmp_path, name):
   model, params, record = weights.load_with_record(tmp_path / "hub")
   cfg = source.pretrained_cfg
   normalised = ((image + 1) / 2 - np.array(cfg["mean"])) / np.array(cfg["std"])
-  want = foreign.timm_logits(source, normalised.astype(np.float32))
+  want = frameworks.timm_logits(source, normalised.astype(np.float32))
   np.testing.assert_allclose(native(model, params, image), want, rtol=0, atol=1e-5)
   assert ("folded_input" in record) == ({*cfg["mean"], *cfg["std"]} != {0.5})
 
@@ -191,7 +191,7 @@ def test_we_give_timms_logits_with_mean_and_std_folded(timm_model, tmp_path, nam
   save_file({n: t.numpy() for n, t in source.state_dict().items()}, tmp_path / "w.safetensors")
   model, params = weights.load(tmp_path / "w.safetensors", mean=MEAN, std=STD)
   normalised = ((image + 1) / 2 - np.array(MEAN)) / np.array(STD)
-  want = foreign.timm_logits(source, normalised.astype(np.float32))
+  want = frameworks.timm_logits(source, normalised.astype(np.float32))
   np.testing.assert_allclose(native(model, params, image), want, rtol=0, atol=1e-5)
 
 
@@ -296,7 +296,7 @@ def test_half_precision_views_and_averaged_weights(tmp_path, state):
 
   half = {n: t.to(torch.bfloat16 if "attn" in n else torch.float16) for n, t in state.items()}
   half["head.weight"] = half["head.weight"].T.contiguous().T  # not in the order of its rows
-  arrays, _ = foreign.read_torch(saved(tmp_path / "half.pth", half))
+  arrays, _ = torch_files.read_torch(saved(tmp_path / "half.pth", half))
   for name, tensor in half.items():
     np.testing.assert_array_equal(arrays[name], tensor.float().numpy())
   both = {"model": state, "model_ema": {n: t + 1 for n, t in state.items()}}
@@ -314,7 +314,7 @@ def test_a_hub_folder_with_pytorchs_file_only(timm_model, tmp_path):
   _hub.save_for_hf(source, tmp_path / "hub", safe_serialization=False)
   assert (tmp_path / "hub" / "pytorch_model.bin").exists()
   model, params = weights.load(tmp_path / "hub", mean=(0.5,) * 3, std=(0.5,) * 3)
-  want = foreign.timm_logits(source, image)
+  want = frameworks.timm_logits(source, image)
   np.testing.assert_allclose(native(model, params, image), want, rtol=0, atol=1e-5)
 
 
@@ -346,13 +346,13 @@ NO_PICKLE = """
 import os, pickle, sys
 import torch
 import flexivit_jax.errors as errors
-from flexivit_jax.weights import foreign
+from flexivit_jax.weights import torch_files
 seen = []
 names = ("pickle.find_class", "os.mkdir", "os.system", "subprocess.Popen")
 sys.addaudithook(lambda event, args: seen.append((event, args)) if event in names else None)
 for path in sys.argv[1:]:
   try:
-    foreign.read_torch(__import__("pathlib").Path(path))
+    torch_files.read_torch(__import__("pathlib").Path(path))
     print("loaded")
   except errors.UserError as e:
     print("refused" if "cannot be read as PyTorch" in str(e) else e)
@@ -439,7 +439,7 @@ def test_archives_that_say_more_than_they_hold_are_refused(tmp_path):
 
 def test_the_arrays_outlive_the_file(tmp_path, state):
   file = saved(tmp_path / "w.pth", state)
-  arrays, _ = foreign.read_torch(file)
+  arrays, _ = torch_files.read_torch(file)
   file.write_bytes(bytes(file.stat().st_size))
   for name, tensor in state.items():
     np.testing.assert_array_equal(arrays[name], tensor.numpy())

@@ -9,7 +9,7 @@ import pytest
 from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights.export import frameworks as foreign
+from flexivit_jax.weights.export import frameworks
 from flexivit_jax.weights.transformers import families as transformers_families
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
@@ -139,7 +139,7 @@ def test_what_transformers_saves_gives_its_logits_here(tmp_path, name):
   image = images(hw, kernel.shape[2])
   rest = 3 if "no whole number" in name else 0
   padded = np.pad(image, [(0, 0), (0, rest), (0, rest), (0, 0)], constant_values=9)
-  want = foreign.transformers_logits(folder, padded)
+  want = frameworks.transformers_logits(folder, padded)
   assert_close(run(model, params, image), want, atol=1e-5)
   assert record["source"]["format"].startswith("transformers folder, ")
 
@@ -164,7 +164,7 @@ def test_what_the_image_processor_does_is_folded_in(tmp_path):
   processor.save_pretrained(folder)
   pixels = np.random.default_rng(2).integers(0, 256, (32, 32, 3), np.uint8)
   pixel_values = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
-  want = foreign.transformers_logits(folder, pixel_values.transpose(0, 2, 3, 1))
+  want = frameworks.transformers_logits(folder, pixel_values.transpose(0, 2, 3, 1))
   model, params, record = weights.load_with_record(folder)
   got = run(model, params, (pixels[None] / 127.5 - 1).astype(np.float32))
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
@@ -205,7 +205,7 @@ def test_what_we_write_gives_our_logits_in_transformers(tmp_path, patch):
   model, params, record = random_flexivit()
   folder, image = tmp_path / "vit", images((240, 240))
   weights.save_transformers(folder, model, params, record, image_hw=(240, 240), seqhw=240 // patch)
-  got = foreign.transformers_logits(folder, image)
+  got = frameworks.transformers_logits(folder, image)
   assert_close(got, run(model, params, image, seqhw=240 // patch), atol=2e-5)
 
 
@@ -225,7 +225,7 @@ def test_other_models_that_we_write(tmp_path, fields):
   folder, image = tmp_path / "vit", images((24, 36))  # patches of 4x6 pixels
   weights.save_transformers(folder, model, params, record, image_hw=(24, 36), seqhw=6)
   want = run(model, params, image, seqhw=6)
-  np.testing.assert_allclose(foreign.transformers_logits(folder, image), want, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(frameworks.transformers_logits(folder, image), want, rtol=0, atol=1e-5)
 
 
 def test_transformers_reads_the_labels_and_prepares_images_as_we_do(tmp_path):
@@ -250,4 +250,4 @@ def test_a_folder_that_lacks_arrays_is_not_run(tmp_path):
     json.dumps(config | {"architectures": ["ViTForImageClassification"]})
   )
   with pytest.raises(UserError, match=r"lacks arrays of ViTForImage.*: classifier\.bias, class"):
-    foreign.transformers_logits(folder, images((32, 32)))
+    frameworks.transformers_logits(folder, images((32, 32)))

@@ -17,8 +17,7 @@ from flexivit_jax import weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.running import checkpoint
-from flexivit_jax.weights import files
-from flexivit_jax.weights.export import frameworks as foreign
+from flexivit_jax.weights import npz, optional
 
 pytestmark = pytest.mark.faults
 
@@ -29,14 +28,14 @@ def test_a_bomb_is_refused_before_memory_is_taken(tmp_path):
   assert file.stat().st_size < 2**20
   tracemalloc.start()
   with pytest.raises(UserError, match=r"would expand to \d+; weights do not compress like that"):
-    files.read_npz(file)
+    npz.read_npz(file)
   assert tracemalloc.get_traced_memory()[1] < 2**24
   tracemalloc.stop()
 
 
 def test_small_files_may_compress_as_well_as_they_like(tmp_path):
   np.savez_compressed(tmp_path / "zeros.npz", a=np.zeros(2**20, np.float32))
-  arrays, record = files.read_npz(tmp_path / "zeros.npz")
+  arrays, record = npz.read_npz(tmp_path / "zeros.npz")
   assert arrays["a"].shape == (2**20,) and record == {}
 
 
@@ -46,7 +45,7 @@ def test_a_header_that_promises_more_than_there_is_is_refused(tmp_path):
   with zipfile.ZipFile(tmp_path / "lie.npz", "w") as archive:
     archive.writestr("a.npy", lie)
   with pytest.raises(UserError, match=r"a\.npy says 40124 bytes and has 4128"):
-    files.read_npz(tmp_path / "lie.npz")
+    npz.read_npz(tmp_path / "lie.npz")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -56,7 +55,7 @@ def test_a_name_that_stands_there_twice_is_refused(tmp_path):
     for _ in range(2):
       archive.write(tmp_path / "a.npy", "a.npy")
   with pytest.raises(UserError, match=r"a\.npy stands there twice"):
-    files.read_npz(tmp_path / "twice.npz")
+    npz.read_npz(tmp_path / "twice.npz")
 
 
 def test_safetensors_come_back_and_half_precision_is_widened(tmp_path):
@@ -67,7 +66,7 @@ def test_safetensors_come_back_and_half_precision_is_widened(tmp_path):
     "d": np.array([3], np.int64),
   }
   save_file(arrays, tmp_path / "w.safetensors")
-  got, record = files.read_safetensors(tmp_path / "w.safetensors")
+  got, record = npz.read_safetensors(tmp_path / "w.safetensors")
   assert record == {} and got.keys() == arrays.keys()
   for name, array in arrays.items():
     np.testing.assert_array_equal(got[name], array.astype(got[name].dtype))
@@ -98,7 +97,7 @@ def _f32(begin, end):
 def test_safetensors_that_do_not_fit_their_header_are_refused(tmp_path, content):
   (tmp_path / "w.safetensors").write_bytes(content)
   with pytest.raises(UserError, match=r"w.safetensors cannot be read as .safetensors: \S"):
-    files.read_safetensors(tmp_path / "w.safetensors")
+    npz.read_safetensors(tmp_path / "w.safetensors")
 
 
 # An audit hook cannot be taken away again, so this runs in a process of its own.
@@ -134,7 +133,7 @@ def test_nothing_is_unpickled_on_any_path(timm_state_dict, tmp_path):
   save_file(state_dict, tmp_path / "good.safetensors")
   evil = np.array([np.zeros], object)
   np.savez(tmp_path / "evil.npz", **state_dict, evil=evil)
-  np.savez(tmp_path / "evil_record.npz", **state_dict, **{files.RECORD: evil})
+  np.savez(tmp_path / "evil_record.npz", **state_dict, **{npz.RECORD: evil})
   (tmp_path / "evil.safetensors").write_bytes(evil.dumps())
   _save_run(tmp_path / "run")
   names = ["good.npz", "good.safetensors", "run", "evil.npz", "evil_record.npz", "evil.safetensors"]
@@ -146,9 +145,9 @@ def test_nothing_is_unpickled_on_any_path(timm_state_dict, tmp_path):
 
 def test_half_precision_is_widened_and_others_are_left_as_they_are():
   for dtype in (np.float64, np.int32, np.float32):
-    assert files.widened(np.ones(2, dtype)).dtype == dtype
+    assert npz.widened(np.ones(2, dtype)).dtype == dtype
   raw = np.array([1.5, 3], ml_dtypes.bfloat16).view("V2")
-  np.testing.assert_array_equal(files.widened(raw), np.array([1.5, 3], np.float32))
+  np.testing.assert_array_equal(npz.widened(raw), np.array([1.5, 3], np.float32))
 
 
 def _no_torch(name):
@@ -157,7 +156,7 @@ def _no_torch(name):
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
 def test_pytorchs_files_need_pytorch(tmp_path, monkeypatch, suffix):
-  monkeypatch.setattr(foreign.importlib, "import_module", _no_torch)
+  monkeypatch.setattr(optional.importlib, "import_module", _no_torch)
   file = tmp_path / f"w.{suffix}"
   with zipfile.ZipFile(file, "w") as archive:
     archive.writestr("w/data.pkl", b"")
@@ -167,7 +166,7 @@ def test_pytorchs_files_need_pytorch(tmp_path, monkeypatch, suffix):
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
 def test_pytorchs_files_are_looked_at_before_pytorch_is(tmp_path, monkeypatch, suffix):
-  monkeypatch.setattr(foreign.importlib, "import_module", pytest.fail)
+  monkeypatch.setattr(optional.importlib, "import_module", pytest.fail)
   file = tmp_path / f"w.{suffix}"
   file.write_bytes(b"\x80\x02}q\x00.")  # torch.save before 1.6: a bare pickle
   with pytest.raises(UserError, match=r"not a zip file. torch.save has written zip archives since"):

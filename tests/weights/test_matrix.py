@@ -13,7 +13,7 @@ from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.running import checkpoint
-from flexivit_jax.weights import big_vision, files
+from flexivit_jax.weights import big_vision, npz
 from flexivit_jax.weights.timm import writer as timm_writer
 
 FIELDS = dict(
@@ -90,7 +90,7 @@ def save_params(folder, flat, **more):
 
 
 def save_own(folder, flat):
-  return save_params(folder, flat, **{files.RECORD: files.encode(RECORD)})
+  return save_params(folder, flat, **{npz.RECORD: npz.encode(RECORD)})
 
 
 def save_safetensors(folder, flat):

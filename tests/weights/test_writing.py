@@ -10,7 +10,7 @@ import pytest
 from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import files
+from flexivit_jax.weights import npz
 
 FIELDS = dict(
   num_classes=5, patch_size=(6, 4), posemb_size=(2, 3), width=16, depth=2, mlp_dim=24, num_heads=4
@@ -52,7 +52,7 @@ def test_big_vision_finds_its_parameters_and_nothing_else_among_them(tmp_path):
     arrays = dict(archive)
   # Its loader takes arrays of raw bytes for bfloat16, and of the first parts of the names only "params".
   assert all(array.dtype.kind in "fu" for array in arrays.values())
-  assert {name.split("/")[0] for name in arrays} == {"params", files.RECORD}
+  assert {name.split("/")[0] for name in arrays} == {"params", npz.RECORD}
   assert {n.removeprefix("params/") for n in arrays if "/" in n} == trees.flatten(params).keys()
 
 
@@ -81,7 +81,7 @@ def test_a_record_that_does_not_describe_the_arrays_is_an_error(tmp_path, record
   np.savez(
     tmp_path / "w.npz",
     **arrays,
-    **{files.RECORD: np.frombuffer(json.dumps(record).encode(), np.uint8)},
+    **{npz.RECORD: np.frombuffer(json.dumps(record).encode(), np.uint8)},
   )
   with pytest.raises(UserError, match=message):
     weights.load(tmp_path / "w.npz")

@@ -7,7 +7,7 @@ installed without complaint and fails when timm imports it, in the middle of a c
 """
 
 from flexivit_jax import cli
-from flexivit_jax.weights.export import frameworks as foreign
+from flexivit_jax.weights import optional
 
 FRAMEWORKS = ("torch", "torchvision", "timm", "transformers", "onnx", "onnxruntime", "tensorflow")
 
@@ -15,10 +15,10 @@ FRAMEWORKS = ("torch", "torchvision", "timm", "transformers", "onnx", "onnxrunti
 def main() -> None:
   """Prints a line for each framework; the first that cannot be imported ends it."""
   for name in FRAMEWORKS:
-    module = foreign.require(name, "Converting weights")
+    module = optional.require(name, "Converting weights")
     if name == "transformers":  # imports its models only when they are asked for
       module.ViTForImageClassification  # noqa: B018
-    print(foreign.version(name) or foreign.version(f"{name}-cpu") or name, flush=True)
+    print(optional.version(name) or optional.version(f"{name}-cpu") or name, flush=True)
 
 
 if __name__ == "__main__":

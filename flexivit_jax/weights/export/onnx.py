@@ -16,8 +16,8 @@ import numpy as np
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.weights import baking, folders, reading
-from flexivit_jax.weights.export import artifact, frameworks as foreign, onnx_graph
+from flexivit_jax.weights import baking, folders, optional, reading
+from flexivit_jax.weights.export import artifact, frameworks, onnx_graph
 
 FORMAT = "flexivit onnx 1"
 WEIGHTS = "weights.bin"
@@ -51,7 +51,7 @@ def write(
     UserError: a size that does not divide the image, parameters that are not the model's, matrix products in
       bfloat16, a name that is there, or no onnx.
   """
-  foreign.require("onnx", "Writing ONNX")
+  optional.require("onnx", "Writing ONNX")
   _check(out)
   reading.check(model, params, "What is to be exported")
   sizes, shape = list(dict.fromkeys(sizes)), (*image_hw, params["embedding"]["kernel"].shape[2])
@@ -80,7 +80,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def load(folder: pathlib.Path) -> artifact.Artifact:
   """Reads an export back, to run in onnxruntime on the CPU; as `artifact.load_artifact` for the other kind."""
   record = read_record(folder)
-  programs = {size: foreign.onnx_program(folder / name_of(size)) for size in record["sizes"]}
+  programs = {size: frameworks.onnx_program(folder / name_of(size)) for size in record["sizes"]}
   return artifact.Artifact(record, programs)
 
 
@@ -111,9 +111,9 @@ def _write_graphs(
       fixed, baked = baking.bake(model, params, image_hw=image_hw, seqhw=size)
       own = {name: _append(file, array) for name, array in _own(fixed, baked).items()}
       graphs.append(onnx_graph.describe(fixed, channels))
-      foreign.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | own)
+      frameworks.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | own)
   for size in sizes:
-    foreign.check_onnx(folder / name_of(size))
+    frameworks.check_onnx(folder / name_of(size))
   return graphs
 
 

@@ -1,4 +1,4 @@
-"""The ONNX graph of a baked FlexiViT as plain data; `foreign.save_onnx` makes a file of it.
+"""The ONNX graph of a baked FlexiViT as plain data; `frameworks.save_onnx` makes a file of it.
 
 Written op by op beside `models`, where the same computation reads as in the paper, because the converter jax2onnx pins
 orbax-checkpoint below 0.11.37 and we need 0.12. Weights bear the names of the parameters, nodes those of the layers.

@@ -13,7 +13,7 @@ import numpy as np
 from flexivit_jax import trees
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights import baking, folders
-from flexivit_jax.weights.export import artifact, frameworks as foreign
+from flexivit_jax.weights.export import artifact, frameworks
 
 FORMAT = "flexivit saved model 1"
 
@@ -48,7 +48,7 @@ def write(
     own = {n: np.asarray(flat[n]) for n in baking.RESAMPLED if n in flat}
     programs[name_of(size)] = (_forward(fixed), own)
   with folders.new(out) as part:
-    foreign.save_tensorflow(part, shared, programs, shape)
+    frameworks.save_tensorflow(part, shared, programs, shape)
     described = record | {
       "format": FORMAT,
       "sizes": list(sizes),
@@ -68,7 +68,7 @@ def load(folder: pathlib.Path) -> artifact.Artifact:
   """
   record = folders.read_export(folder, FORMAT)
   names = {size: name_of(size) for size in record["sizes"]}
-  programs = foreign.tensorflow_programs(folder, tuple(names.values()))
+  programs = frameworks.tensorflow_programs(folder, tuple(names.values()))
   return artifact.Artifact(record, {size: programs[name] for size, name in names.items()})
 
 

@@ -19,7 +19,7 @@ from jax import export
 from flexivit_jax import errors, trees
 from flexivit_jax.files import replacing
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import baking, files
+from flexivit_jax.weights import baking, npz
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FORMAT = "flexivit artifact 1"
@@ -107,4 +107,4 @@ def _write(out: pathlib.Path, parts: dict[str, bytes]) -> None:
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
       for name, data in parts.items():
         file.writestr(zipfile.ZipInfo(name), data)  # its date is fixed: equal content, equal bytes
-    files.seal(part)
+    npz.seal(part)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexivit_jax import errors
 from flexivit_jax.trees import Arrays
-from flexivit_jax.weights import files
+from flexivit_jax.weights import npz
 from flexivit_jax.weights.timm import folder as timm_folder
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -47,7 +47,7 @@ def read_arrays(path: pathlib.Path) -> Arrays:
   if single.is_file() and index.is_file():
     raise errors.UserError(f"{path} has {WEIGHTS} and {INDEX}; remove the one that is not meant.")
   if single.is_file():
-    return files.read_safetensors(single)[0]
+    return npz.read_safetensors(single)[0]
   if index.is_file():
     return _shards(index)
   pickled = [name for name in _PICKLED if (path / name).is_file()]
@@ -68,7 +68,7 @@ def _shards(index: pathlib.Path) -> Arrays:
     raise errors.UserError(f"{index} names files that are not there: {', '.join(missing)}.")
   arrays: Arrays = {}
   for shard in shards:
-    part, _ = files.read_safetensors(index.parent / shard)
+    part, _ = npz.read_safetensors(index.parent / shard)
     said = {name for name, place in shard_of.items() if place == shard}
     lines = [f"missing {name}" for name in sorted(said - part.keys())]
     lines += [f"extra {name}" for name in sorted(part.keys() - said)]

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import strategies as st
 
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.weights import certificate, files
+from flexivit_jax.weights import certificate, npz
 from flexivit_jax.weights.export import artifact, stablehlo
 
 FIELDS = dict(num_classes=5, patch_size=(6, 6), posemb_size=(3, 3))
@@ -169,7 +169,7 @@ def test_a_program_that_this_jax_cannot_read_says_what_it_was_made_with(path, tm
     record["sha256"]["4/program.mlirbc"] = hashlib.sha256(parts["4/program.mlirbc"]).hexdigest()
     for name, data in (parts | {"record.json": json.dumps(record).encode()}).items():
       new.writestr(name, data)
-  files.seal(bad)
+  npz.seal(bad)
   with pytest.raises(ValueError, match=r"Made with jax 99\.0, not readable by"):
     artifact.load_artifact(bad)
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from flexivit_jax.errors import UserError
-from flexivit_jax.weights.export import frameworks as foreign
+from flexivit_jax.weights import optional
 
 FAILURES = {
   "RuntimeError('operator torchvision::nms does not exist')": "RuntimeError: operator torchvision::nms does not exist",
@@ -32,7 +32,7 @@ def package(tmp_path, monkeypatch):
 def test_a_framework_that_fails_to_import_is_one_line_with_the_cause(package, raised):
   package("broken_framework", f"raise {raised}")
   with pytest.raises(UserError) as error:
-    foreign.require("broken_framework", "Writing x")
+    optional.require("broken_framework", "Writing x")
   assert FAILURES[raised] in str(error.value)
   assert "\n" not in str(error.value)
   assert "requirements-convert.txt" in str(error.value)
@@ -44,12 +44,12 @@ def test_a_companion_of_another_build_is_found_before_a_conversion_is_half_done(
   package("image_library", "raise RuntimeError('operator x does not exist')")
   package("late_importer", "")
   monkeypatch.setitem(
-    foreign._COMPANIONS, "late_importer", ("image_library", "not_installed_at_all")
+    optional._COMPANIONS, "late_importer", ("image_library", "not_installed_at_all")
   )
   with pytest.raises(UserError, match=r"late_importer.*operator x does not exist"):
-    foreign.require("late_importer", "Writing x")
+    optional.require("late_importer", "Writing x")
 
 
 def test_a_package_that_is_not_installed_says_so():
   with pytest.raises(UserError, match="not_installed_at_all, which is not installed"):
-    foreign.require("not_installed_at_all", "Writing x")
+    optional.require("not_installed_at_all", "Writing x")

@@ -1,4 +1,7 @@
-"""Named arrays in files: `.npz` and `.safetensors`. Nothing is unpickled, and sizes are read before memory is taken."""
+"""Named arrays in files, in and out: `.npz`, and `.safetensors` as far as they are read.
+
+Nothing is unpickled, and sizes are read before memory is taken.
+"""
 
 import collections
 import json
@@ -14,7 +17,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from flexivit_jax import errors, files
+from flexivit_jax import errors, files, trees
+from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.trees import Arrays
 from flexivit_jax.weights.export import artifact
 
@@ -72,6 +76,33 @@ READERS: dict[str, Callable[[pathlib.Path], tuple[Arrays, dict[str, Any]]]] = {
   ".npz": read_npz,
   ".safetensors": read_safetensors,
 }
+
+
+def save_npz(
+  path: str | os.PathLike[str], model: FlexiViT, params: dict, record: dict[str, Any]
+) -> None:
+  """Writes an .npz in big_vision's names ("params/..."), which `load` and big_vision's own loader read.
+
+  The record, with the fields of the model, goes in as one more entry that big_vision does not look at. The file
+  appears under its name only when it is complete.
+
+  Raises:
+    UserError: another suffix, or a file that is there already.
+  """
+  path = pathlib.Path(path)
+  if path.suffix != ".npz":
+    raise errors.UserError(f"{path}: only .npz can be written; give a name that ends so.")
+  if path.exists():
+    raise errors.UserError(f"{path} is there already; remove it or give another name.")
+  flat = trees.flatten(vit.unstack_blocks(params))
+  arrays = {f"params/{name}": np.asarray(array) for name, array in flat.items()}
+  record = record | {"model": record["model"] | {"scan": False}}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  arrays[RECORD] = encode(record | {"sealed": True})
+  with files.replacing(path) as part:
+    with part.open("wb") as file:
+      np.savez(file, allow_pickle=False, **arrays)
+    seal(part)
 
 
 def encode(record: dict[str, Any]) -> np.ndarray:
