@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from flexivit_jax import errors
 from flexivit_jax.models import vit
-from flexivit_jax.models.flexivit import FlexiViT, which_depth, which_grid
+from flexivit_jax.models.flexivit import FlexiViT
+from flexivit_jax.models.grid import which_depth
 
 POOLS = ("tok", "gap", "tok+gap")
 PerHead = Float[Array, "n heads l l"]
@@ -55,7 +56,7 @@ def relevance(
       register); a class that it does not have, seen only outside of jit; a size that does not fit.
   """
   check_classes(model, classes)
-  grid = which_grid(image.shape[1:3], model.patch_size, **size).grid_hw
+  grid = model.grid(image.shape[1:3], **size).grid_hw
   start = pooled(model, grid[0] * grid[1])
   weights, gradients, logits = with_gradients(model, params, image, classes, **size)
   row = rule(weights, gradients, start)[:, model.prefix_length :]
@@ -113,7 +114,7 @@ def with_gradients(
   **size: Any,
 ) -> tuple[list[PerHead], list[PerHead], Float[Array, "n k"]]:
   """Of each block the attention weights and the gradient of each image's logit with respect to them; and the logits."""
-  gh, gw = which_grid(image.shape[1:3], model.patch_size, **size).grid_hw
+  gh, gw = model.grid(image.shape[1:3], **size).grid_hw
   tokens = model.prefix_length + gh * gw
   blocks = which_depth(model.depth, size.get("depth"))
 

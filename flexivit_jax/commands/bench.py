@@ -25,7 +25,7 @@ from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.experiment.loaders import default_dtype
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.models.flexivit import common_divisors, gmacs
+from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.objectives.supervised import supervised
 from flexivit_jax.sizes import size_key
 from flexivit_jax.training import optim, step_programs, steps
@@ -340,7 +340,7 @@ def _row(
   held: int = 0,
 ) -> Row:
   size, median = setting.image_size, statistics.median(times)
-  macs = gmacs(model, (size, size), seqhw=seqhw)
+  macs = model.gmacs((size, size), seqhw=seqhw)
   flops = 2e9 * PASSES[kind] * macs * setting.batch_size / median
   return _names(model, seqhw, size) | {
     f"{kind}_batch_size": setting.batch_size,

@@ -17,7 +17,7 @@ import numpy as np
 from flexivit_jax import errors, weights
 from flexivit_jax.commands import options
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.models.flexivit import common_divisors
+from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.weights import certificate, optional
 from flexivit_jax.weights.export import frameworks
 

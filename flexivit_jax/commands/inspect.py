@@ -6,7 +6,7 @@ from typing import Any
 from flexivit_jax import errors, trees, weights
 from flexivit_jax.commands import options
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.models.flexivit import common_divisors
+from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.weights import registry, stated
 
 _SHOWN = 5  # names of classes

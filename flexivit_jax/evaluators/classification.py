@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from flexivit_jax import errors
 from flexivit_jax.data import label_maps
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
+from flexivit_jax.models import Model
 from flexivit_jax.objectives import losses
 from flexivit_jax.running import metrics
 from flexivit_jax.sizes import SeqHw
@@ -24,7 +24,7 @@ def eval_step(
   params: Any,
   batch: dict[str, jax.Array],
   *,
-  model: nn.Module,
+  model: Model,
   loss: str,
   label_map: label_maps.LabelMap | None,
   skip_unlabelled: bool,
@@ -77,7 +77,7 @@ def scores(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.Arr
 
 
 def classification(
-  model: nn.Module,
+  model: Model,
   batches: Iterable[dict],
   mesh: Any,
   *,

@@ -4,12 +4,12 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from flexivit_jax import errors
 from flexivit_jax.evaluators.classification import scores
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
+from flexivit_jax.models import Model
 from flexivit_jax.objectives import losses
 from flexivit_jax.objectives.distill import Teacher, teach
 from flexivit_jax.running import metrics
@@ -17,7 +17,7 @@ from flexivit_jax.sizes import SeqHw
 
 
 def eval_step(
-  params: Any, batch: dict[str, jax.Array], *, model: nn.Module, **size: Any
+  params: Any, batch: dict[str, jax.Array], *, model: Model, **size: Any
 ) -> metrics.Sums:
   """Masked sums over one batch: agree1, agree5 (the teacher's class is among the first 1, 5), and `DISTANCES`.
 
@@ -34,7 +34,7 @@ def eval_step(
 
 
 def distance(
-  model: nn.Module,
+  model: Model,
   batches: Iterable[dict],
   mesh: Any,
   *,

@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import numpy as np
 from jaxtyping import Bool, Float
 
 from flexivit_jax import errors
 from flexivit_jax.evaluators.probing import Classify, Probing
+from flexivit_jax.models import Model
 from flexivit_jax.sizes import SeqHw
 
 POWERS = tuple(2.0**i for i in range(-10, 11))
@@ -96,7 +96,7 @@ def fit(
 
 
 def fewshot(
-  model: nn.Module,
+  model: Model,
   batches: Iterable[dict],
   mesh: Any,
   *,

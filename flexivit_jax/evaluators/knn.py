@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +18,14 @@ from jaxtyping import Array, Bool, Float
 
 from flexivit_jax import errors, heartbeat
 from flexivit_jax.evaluators.probing import Classify, Probing
+from flexivit_jax.models import Model
 from flexivit_jax.sizes import SeqHw
 
 BLOCK = 2**26  # similarities, or votes, of one part of the test images: 256 MiB
 
 
 def knn(
-  model: nn.Module,
+  model: Model,
   batches: Iterable[dict],
   mesh: Any,
   *,

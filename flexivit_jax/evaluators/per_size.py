@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Int
@@ -13,7 +12,7 @@ from jaxtyping import Int
 from flexivit_jax import errors, heartbeat
 from flexivit_jax.data import label_maps
 from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.models import flexivit
+from flexivit_jax.models import Model
 from flexivit_jax.running import metrics
 from flexivit_jax.sizes import SeqHw, SizeArgs, SizeKey, size_args, size_key, size_text
 
@@ -39,7 +38,7 @@ class PerSize:
   def __init__(
     self,
     fn: Callable[..., Any],
-    model: nn.Module,
+    model: Model,
     batches: Iterable[dict],
     mesh: Any,
     *,
@@ -65,8 +64,7 @@ class PerSize:
       labels = self._first["labels"].shape[-1]
       check_classes(labels, self.num_classes, self.label_map)
     for size in self.sizes.values():
-      flexivit.which_grid(self._image_hw, self.model.patch_size, **size)
-      flexivit.which_depth(self.model.depth, size.get("depth"))
+      self.model.grid(self._image_hw, **size)
 
   def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
     """Compiles one program for each size; nothing is compiled later.
@@ -138,8 +136,8 @@ class PerSize:
       program = self._programs[key].run
       times = (_seconds(program, params, batch) for _ in range(repeats))
       ms = statistics.median(times) * 1e3 / n
-      patch, _, grid = flexivit.which_grid((h, w), self.model.patch_size, **size)
-      gflops = 2 * flexivit.gmacs(self.model, (h, w), channels, **size)
+      patch, _, grid = self.model.grid((h, w), **size)
+      gflops = 2 * self.model.gmacs((h, w), channels, **size)
       patch_text = patch[0] if patch[0] == patch[1] else size_text(patch)
       rows.append({"patch": patch_text, "tokens": grid[0] * grid[1], "gflops": gflops, "ms": ms})
     return rows
@@ -150,7 +148,7 @@ class PerSize:
 
   def names(self, size: SizeArgs) -> dict[str, Any]:
     """What tells rows apart: the grid under "seqhw", and the other static arguments under their names."""
-    _, _, grid = flexivit.which_grid(self._image_hw, self.model.patch_size, **size)
+    _, _, grid = self.model.grid(self._image_hw, **size)
     others: SizeArgs = {k: size[k] for k in ("stride", "depth") if k in size}
     return {"seqhw": size_text(grid) if grid[0] != grid[1] else grid[0], **others}
 

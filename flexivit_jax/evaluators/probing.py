@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from jaxtyping import Bool, Integer
 from flexivit_jax import errors
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
+from flexivit_jax.models import Model
 from flexivit_jax.running import metrics
 from flexivit_jax.sizes import SeqHw, SizeKey, size_name
 
@@ -20,7 +20,7 @@ Classify = Callable[[np.ndarray], np.ndarray]  # features [n, d] -> the class of
 
 
 def features_step(
-  params: Any, batch: dict[str, jax.Array], *, model: nn.Module, mesh: Any, **size: Any
+  params: Any, batch: dict[str, jax.Array], *, model: Model, mesh: Any, **size: Any
 ) -> dict[str, jax.Array]:
   """The pre-logits, labels and mask of one batch, whole on every device, so that every process can read them."""
   _, out = model.apply({"params": params}, batch["image"], **size)
@@ -48,7 +48,7 @@ class Probing:
 
   def __init__(
     self,
-    model: nn.Module,
+    model: Model,
     batches: Iterable[dict],
     mesh: Any,
     *,

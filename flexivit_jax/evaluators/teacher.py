@@ -3,11 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any, final
 
-import flax.linen as nn
-
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.per_size import PerSize
-from flexivit_jax.models.flexivit import which_patch
+from flexivit_jax.models import Model
 from flexivit_jax.objectives.distill import Teacher
 
 
@@ -40,7 +38,7 @@ class Once:
 
 
 def teacher(
-  model: nn.Module,
+  model: Model,
   batches: Iterable[dict],
   mesh: Any,
   *,
@@ -58,8 +56,7 @@ def teacher(
   """
   renamed = _Renamed(batches, teacher.image)
   image_hw = next(iter(renamed))["image"].shape[1:3]
-  ph, pw = which_patch(image_hw, teacher.model.patch_size, **teacher.size)
-  size = (image_hw[0] // ph, image_hw[1] // pw)
+  size = teacher.model.grid(image_hw, **teacher.size).grid_hw
   seqhw = (size[0],) if size[0] == size[1] else (size,)
   return Once(classification(teacher.model, renamed, mesh, seqhw=seqhw, loss=loss), teacher.params)
 

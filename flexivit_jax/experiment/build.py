@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 
 from flexivit_jax import config, data, errors
@@ -25,7 +24,7 @@ from flexivit_jax.experiment.loaders import (
 )
 from flexivit_jax.experiment.sections import DURATIONS
 from flexivit_jax.experiment.settings import Settings
-from flexivit_jax.models.flexivit import UNNAMED, gmacs, which_depth, which_grid, which_patch
+from flexivit_jax.models import UNNAMED, Model, flops
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
@@ -48,7 +47,7 @@ class Experiment(NamedTuple):
 
   name: str
   seed: int
-  model: nn.Module
+  model: Model
   model_record: dict[str, Any]
   input_shapes: dict[str, tuple[int, ...]]
   objective: Objective
@@ -94,7 +93,7 @@ class _Learner(NamedTuple):
   """What a run trains, and on what. `shapes` are those of one example; `input` is the config's, its classes counted."""
 
   source: data.Source
-  model: nn.Module
+  model: Model
   record: dict[str, Any]
   objective: Objective
   objective_section: Mapping[str, Any]
@@ -286,7 +285,7 @@ def _sizes(settings: Settings, learner: _Learner, flexi: patch_schedule.Flexi) -
   batch_size, also = learner.input["batch_size"], learner.objective.also
 
   def cost(size: Mapping[str, Any]) -> float:
-    one = step_flops(network, shapes, learner.teachers, also, size, batch_size=batch_size)
+    one = flops.step_flops(network, shapes, learner.teachers, also, size, batch_size=batch_size)
     return one * batches_of(size)
 
   flexi = patch_schedule.weigh(flexi, cost)
@@ -406,7 +405,7 @@ def _rare(
 
 def _classes(
   source: data.Source,
-  model: nn.Module,
+  model: Model,
   init: Mapping[str, Any] | None,
   teachers: Mapping[str, Teacher],
   labels: bool,
@@ -460,7 +459,7 @@ def _check_ranges(settings: Settings) -> None:
 def _budget(
   section: Mapping[str, Any] | None,
   flexi: patch_schedule.Flexi,
-  model: nn.Module,
+  model: Model,
   image_shape: Sequence[int],
   taught: bool,
 ) -> tuple[Callable[[Mapping[str, Any]], int], Callable[[Mapping[str, Any]], float] | None]:
@@ -472,7 +471,7 @@ def _budget(
   budget = token_budgets.make(**section)
 
   def tokens(size: Mapping[str, Any]) -> int:
-    rows, columns = which_grid(tuple(image_shape[:2]), model.patch_size, **size).grid_hw
+    rows, columns = model.grid(tuple(image_shape[:2]), **size).grid_hw
     return rows * columns
 
   every = itertools.product(*(choice.values for choice in flexi.values()))
@@ -482,7 +481,7 @@ def _budget(
 
 
 def check_accumulate(
-  accumulate: int | str, memory_gib: float | None, batch_size: int, model: nn.Module
+  accumulate: int | str, memory_gib: float | None, batch_size: int, model: Model
 ) -> None:
   """Raises a UserError for parts that do not divide the batch, and for "auto" where the result would depend on it."""
   if accumulate == "auto":
@@ -508,28 +507,9 @@ def build_objective(section: Mapping[str, Any], teachers: Mapping[str, Teacher])
   return OBJECTIVES[section.get("name", "supervised")](**given)
 
 
-def check_size(model: nn.Module, image_shape: Sequence[int], size: Mapping[str, Any]) -> None:
+def check_size(model: Model, image_shape: Sequence[int], size: Mapping[str, Any]) -> None:
   """Raises a UserError if a model cannot run images (h, w, c) with these static arguments."""
-  which_grid(tuple(image_shape[:2]), model.patch_size, **size)
-  which_depth(model.depth, size.get("depth"))
-
-
-def step_flops(
-  model: nn.Module,
-  shapes: Mapping[str, tuple[int, ...]],
-  teachers: Mapping[str, Teacher],
-  also: Sequence[Mapping[str, Any]],
-  size: Mapping[str, Any],
-  *,
-  batch_size: int,
-) -> float:
-  """FLOPs of a training step: three forward passes at the size, one for each teacher and for each size in `also`."""
-  h, w, c = shapes["image"]
-  macs = 3 * gmacs(model, (h, w), c, **size) + sum(gmacs(model, (h, w), c, **s) for s in also)
-  for teacher in teachers.values():
-    th, tw, tc = shapes[teacher.image]
-    macs += gmacs(teacher.model, (th, tw), tc, **teacher.size)
-  return 2e9 * macs * batch_size
+  model.grid(tuple(image_shape[:2]), **size)
 
 
 def _total_steps(by_flops: float | None, **given: Any) -> int:
@@ -569,7 +549,7 @@ def _drawn(settings: Settings, learner: _Learner, digests: Mapping[str, str]) ->
   )
 
 
-def _fields(model: nn.Module) -> dict[str, Any]:
+def _fields(model: Model) -> dict[str, Any]:
   """What two models of the same parameters may differ in: num_heads, gelu and the like."""
   names = (field.name for field in dataclasses.fields(model) if field.init)
   return {name: getattr(model, name) for name in names if name not in UNNAMED}
@@ -584,7 +564,7 @@ def check_teachers(
       raise errors.UserError(
         f"objective.teachers.{name} has {teacher.model.num_classes} classes, the model {num_classes}."
       )
-    which_patch(shapes[teacher.image][:2], teacher.model.patch_size, **teacher.size)
+    teacher.model.grid(shapes[teacher.image][:2], **teacher.size)
 
 
 def example_shapes(

@@ -16,7 +16,6 @@ from flexivit_jax import data, experiment, trees, weights
 from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
-from flexivit_jax.models.flexivit import gmacs, which_depth, which_grid
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import size_name
 from flexivit_jax.training import patch_schedule, steps
@@ -153,12 +152,12 @@ def _sizes(exp: experiment.Experiment) -> list[dict[str, Any]]:
   rows = []
   for size, share, cost in patch_schedule.shares(exp.flexi, exp.step_flops):
     args: dict[str, Any] = dict(size)
-    grid = which_grid((h, w), exp.model.patch_size, **args).grid_hw
+    grid = exp.model.grid((h, w), **args).grid_hw
     rows.append(
       {
         "size": size_name(size),
         "tokens": grid[0] * grid[1],
-        "gmacs": gmacs(exp.model, (h, w), c, **size),
+        "gmacs": exp.model.gmacs((h, w), c, **size),
         "step_flops": cost,
         "share_of_steps": share,
         "share_of_flops": share * cost / mean,
@@ -173,14 +172,14 @@ def _evaluation_flops(exp: experiment.Experiment, evaluation: experiment.Evaluat
   h, w, c = exp.image_shape
   axes = {k: section[k] for k in ("seqhw", "stride", "depth") if section.get(k)}
   sizes = sizes_of(**axes) if axes else []
-  macs = sum(gmacs(exp.model, (h, w), c, **size) for size in sizes)
+  macs = sum(exp.model.gmacs((h, w), c, **size) for size in sizes)
   times = math.ceil(exp.total_steps / evaluation.every)
   if "teacher" in section:
     teacher = section["teacher"]
     th, tw, tc = experiment.example_shapes(evaluation.source, evaluation.pp, (teacher.image,), 0)[
       teacher.image
     ]
-    macs += gmacs(teacher.model, (th, tw), tc, **teacher.size)
+    macs += teacher.model.gmacs((th, tw), tc, **teacher.size)
     times = 1 if not sizes else times
   return 2e9 * macs * len(evaluation.source) * times
 
@@ -200,7 +199,9 @@ def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -
     if exp.mesh.get("divide_teachers", True)
     else trees.size_in_bytes(teachers),
     "batch": batch,
-    "activations": activation_bytes(exp, costliest) * share / _parts(exp),
+    "activations": exp.model.activation_bytes(exp.image_shape[:2], **costliest)
+    * share
+    / _parts(exp),
   }
 
 
@@ -208,23 +209,6 @@ def _sent(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> 
   """Bytes that each device sends to others in a step, see `collectives`."""
   mesh = _mesh(exp, devices) or sharding.abstract_mesh(devices)
   return collectives.expected(state.params, mesh).on_the_wire(*mesh.axis_sizes)
-
-
-def activation_bytes(exp: experiment.Experiment, size: Mapping[str, Any]) -> float:
-  """Estimate of the bytes that one image's activations take until the backward pass has used them.
-
-  Each block keeps of each token: in float32 its input, both LayerNorms and the residual (4 d); in the compute dtype
-  query, key, value, attention's output and the MLP's hidden layer before and after the GELU (5 d + 2 m); a row of
-  attention for each head in float32 and in the compute dtype. With remat only a block's input, and one block whole.
-  """
-  model, (h, w, _) = exp.model, exp.image_shape
-  grid = which_grid((h, w), model.patch_size, **size).grid_hw
-  tokens = grid[0] * grid[1] + model.prefix_length
-  b = 2 if model.dtype == "bfloat16" else 4
-  token = 16 * model.width + b * (5 * model.width + 2 * model.mlp_dim)
-  block = tokens * (token + (4 + b) * model.num_heads * tokens)
-  depth = which_depth(model.depth, size.get("depth"))
-  return block + depth * tokens * 4 * model.width if model.remat else depth * block
 
 
 # --- lowering ---

@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 
 from flexivit_jax import config, data, errors
@@ -14,6 +13,7 @@ from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.evaluators.classification import table_classes
 from flexivit_jax.experiment import labelling, sections
 from flexivit_jax.experiment.loaders import REAL, Opening
+from flexivit_jax.models import Model
 
 Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
   """
 
   make: Callable[..., Any]
-  check: Callable[[nn.Module], None]
+  check: Callable[[Model], None]
   every: int
   source: data.Source
   pp: str
@@ -82,7 +82,7 @@ def _open(
     training = opening.shots(training, **_arguments(section, data.few_shots))
   loading = _arguments(section, data.eval_batches) | process
 
-  def of(model: nn.Module, mesh: Any, waiting: Waiting, loading: Mapping[str, Any]) -> Any:
+  def of(model: Model, mesh: Any, waiting: Waiting, loading: Mapping[str, Any]) -> Any:
     scoring = _arguments(section, evaluator)
     if training:
       batches = data.eval_batches(training, **loading)
@@ -92,10 +92,10 @@ def _open(
     batches.waiting = waiting
     return evaluator(model, batches, mesh, **scoring)
 
-  def make(model: nn.Module, mesh: Any, waiting: Waiting = contextlib.nullcontext) -> Any:
+  def make(model: Model, mesh: Any, waiting: Waiting = contextlib.nullcontext) -> Any:
     return of(model, mesh, waiting, loading)
 
-  def check(model: nn.Module) -> None:
+  def check(model: Model) -> None:
     data.eval_batches(source, **loading)
     one = dict(batch_size=1, threads=0, workers=0, process_index=0, process_count=1)
     of(model, None, contextlib.nullcontext, {**loading, **one}).check()
@@ -103,7 +103,7 @@ def _open(
   return Evaluation(make, check, every, source, section["pp"], section, notes)
 
 
-def check_evaluation(evaluation: Evaluation, model: nn.Module, training: data.Source) -> None:
+def check_evaluation(evaluation: Evaluation, model: Model, training: data.Source) -> None:
   """Raises a UserError if the model's own logits are scored on data of other classes, and no label map says which; or
   as the evaluator does on its first example.
   """

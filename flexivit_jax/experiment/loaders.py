@@ -6,15 +6,13 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from flexivit_jax import data, errors, trees, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.data.class_names import Classes
-from flexivit_jax.models import MODELS
-from flexivit_jax.models.flexivit import UNNAMED
+from flexivit_jax.models import MODELS, UNNAMED, FlexiViT, Model
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.training import steps
 
@@ -59,7 +57,7 @@ def sharing(opening: Opening) -> Opening:
   return opening._replace(teacher=teacher)
 
 
-def build_model(section: Mapping[str, Any], num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+def build_model(section: Mapping[str, Any], num_classes: int) -> tuple[Model, dict[str, Any]]:
   """Returns the model, and the JSON-able record from which it can be built again."""
   record = {"name": "flexivit", "num_classes": num_classes, **section}
   return MODELS[record["name"]](**{k: v for k, v in record.items() if k != "name"}), record
@@ -150,6 +148,7 @@ def load_teacher(
     UserError: neither checkpoint nor model; a checkpoint of another model.
   """
   names = None
+  network: Model
   if checkpoint is not None:
     given = _given(num_heads, gelu, posemb_size, mean, std, ema)
     network, params, record = weights.load_with_record(checkpoint, **given)
@@ -166,7 +165,7 @@ def load_teacher(
   return Teacher(network, jax.tree.map(np.asarray, params), image, size, names)
 
 
-def _check_model(found: nn.Module, section: Mapping[str, Any], checkpoint: str) -> None:
+def _check_model(found: Model, section: Mapping[str, Any], checkpoint: str) -> None:
   """Raises a UserError that lists the fields in which a model is not the one that a config names."""
   names = (
     {"width", "depth", "mlp_dim", "num_heads", "patch_size"} if "variant" in section else set()
@@ -183,7 +182,7 @@ def _check_model(found: nn.Module, section: Mapping[str, Any], checkpoint: str) 
 
 
 def load_init(
-  model: nn.Module,
+  model: Model,
   *,
   checkpoint: str,
   new_head: bool = False,
@@ -207,11 +206,15 @@ def load_init(
     labels: the classes of the labels that it is trained with, all of which its head has to have; None: there are none.
 
   Raises:
-    UserError: see `weights.load_into`; labels of classes that the head has not.
+    UserError: see `weights.load_into`; labels of classes that the head has not; a model that is no FlexiViT.
   """
+  if not isinstance(model, FlexiViT):
+    raise errors.UserError(
+      f"init: {checkpoint} holds a FlexiViT, model.name is that of a {type(model).__name__}; leave init out."
+    )
   classes: list[Classes] = []
 
-  def accept(found: nn.Module, record: dict[str, Any]) -> None:
+  def accept(found: Model, record: dict[str, Any]) -> None:
     _print_notes(record)
     of = f"init ({checkpoint})"
     if new_head or not found.num_classes:

@@ -16,7 +16,6 @@ import numpy as np
 from flexivit_jax import errors, experiment, trees
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.running import checkpoint, distributed
 from flexivit_jax.sizes import size_name
 from flexivit_jax.training import patch_schedule, step_programs, steps, teaching
@@ -159,7 +158,7 @@ def report_of(kind: str, exp: experiment.Experiment) -> Any:
     if not size:
       note(f"compiled the update: {program.seconds:.1f} s, {_mib(program.bytes)}")
       return
-    rows, columns = which_grid(exp.image_shape[:2], exp.model.patch_size, **size).grid_hw
+    rows, columns = exp.model.grid(exp.image_shape[:2], **size).grid_hw
     note(
       f"compiled {kind} {size_name(size)}: {rows * columns} tokens,"
       f" {program.seconds:.1f} s, {_mib(program.bytes)}, {_mib(program.temp_bytes)} of it temporary"

@@ -10,8 +10,7 @@ from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.experiment import monitor
 from flexivit_jax.experiment.loaders import load_init, load_teacher
 from flexivit_jax.experiment.settings import Settings
-from flexivit_jax.models import MODELS
-from flexivit_jax.models.flexivit import UNNAMED, which_grid
+from flexivit_jax.models import MODELS, UNNAMED
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.running import wandb_run
 from flexivit_jax.training import schedules, token_budget as token_budgets
@@ -21,7 +20,7 @@ from flexivit_jax.training.optim import make as _make_optimizer
 _GIVEN_DATA = ("source", "seed", "num_steps", "start_step", "process_index", "process_count")
 _GIVEN_EVALS = ("model", "batches", "train_batches", "num_classes", "mesh", "source")
 _GIVEN_OPTIM = ("params", "total_steps", "batch_size", "dataset_size")
-_GIVEN_SIZE = ("image_hw", "default")
+_GIVEN_SIZE = ("self", "image_hw")
 DURATIONS = ("steps", "epochs", "examples", "percent")
 _NAME = {"name": str}
 _EVERY = {f"every_{unit}": schedules.Duration for unit in DURATIONS}
@@ -42,7 +41,7 @@ def check_sections(settings: Settings) -> None:
   for name, section in settings.objective.get("teachers", {}).items():
     check_teacher(f"objective.teachers.{name}", section)
   if "size" in settings.objective:
-    config.check("objective.size", settings.objective["size"], which_grid, given=_GIVEN_SIZE)
+    config.check("objective.size", settings.objective["size"], network.grid, given=_GIVEN_SIZE)
   if settings.init is not None:
     config.check("init", settings.init, load_init, given=("model", "labels"))
   config.check("mesh", settings.mesh or {}, sharding.make_mesh, optional={"divide_teachers": bool})
@@ -52,7 +51,7 @@ def check_sections(settings: Settings) -> None:
     config.check("optim.schedule", section, schedules.make, given=_GIVEN_OPTIM)
   best = {"best": str | None, "best_mode": monitor.Mode | None}
   config.check("checkpoint", settings.checkpoint, optional={"keep": int | None, **best, **_EVERY})
-  config.check_known("flexi", settings.flexi, which_grid, given=_GIVEN_SIZE)
+  config.check_known("flexi", settings.flexi, network.grid, given=_GIVEN_SIZE)
   if settings.token_budget is not None:
     config.check("token_budget", settings.token_budget, token_budgets.make)
   if settings.early_stopping is not None:

@@ -7,8 +7,7 @@ import numpy as np
 
 from flexivit_jax import data, errors, resize
 from flexivit_jax.data import class_names
-from flexivit_jax.models import FlexiViT
-from flexivit_jax.models.flexivit import UNNAMED
+from flexivit_jax.models import UNNAMED, FlexiViT
 
 TEACHER_IMAGE = "teacher_image"
 _CROP = 0.9  # of the shorter side, in the evaluation: as AugReg and timm do

@@ -17,7 +17,7 @@ from PIL import Image
 
 from flexivit_jax import data, errors, sizes, weights
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.models import FlexiViT, flexivit
+from flexivit_jax.models import FlexiViT
 from flexivit_jax.sizes import SeqHw, size_args, size_text
 
 Prepare = Callable[[str], np.ndarray]
@@ -192,7 +192,7 @@ def outcomes(
       shape = batch.rows[0].shape if batch.rows else ()
       if shape and shape not in times:
         for size in sizes:
-          flexivit.which_grid(shape[:2], loaded.model.patch_size, **size_args(size))
+          loaded.model.grid(shape[:2], **size_args(size))
         images = np.zeros((n, *shape), np.float32)
         times[shape] = tuple(_ms(p, loaded.params, images) for p in programs) if timed else ()
       found = _run(loaded.params, programs, batch.rows, n) if shape else ()

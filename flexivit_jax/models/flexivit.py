@@ -4,7 +4,7 @@ The weights hold one patch-embedding kernel (32x32 pixels) and one grid of posit
 size at hand the kernel is PI-resized and the grid interpolated; everything after that is a plain ViT.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,9 +14,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from flexivit_jax import errors, resize
-from flexivit_jax.models import attention, vit
-
-Size = tuple[int, int]
+from flexivit_jax.models import attention, flops, vit
+from flexivit_jax.models.grid import Grid, which_depth, which_grid
+from flexivit_jax.sizes import Size
 
 
 class PatchEmbed(nn.Module):
@@ -238,9 +238,38 @@ class FlexiViT(nn.Module):
     """Length of the pre-logits."""
     return self.width * (1 + ("+" in self.pool_type))
 
+  @nn.nowrap
+  def grid(
+    self,
+    image_hw: tuple[int, ...],
+    *,
+    seqhw: int | None = None,
+    grid_hw: Size | None = None,
+    patch_hw: Size | None = None,
+    stride: int | None = None,
+    depth: int | None = None,
+  ) -> Grid:
+    """Returns how an image of these pixels is cut into patches; the static arguments are those of `__call__`.
 
-# What says nothing about which model it is: Flax's own, and where it runs.
-UNNAMED = ("parent", "name", "fsdp")
+    Raises:
+      UserError: as `__call__`.
+    """
+    grid = which_grid(
+      image_hw, self.patch_size, seqhw=seqhw, grid_hw=grid_hw, patch_hw=patch_hw, stride=stride
+    )
+    which_depth(self.depth, depth)
+    return grid
+
+  @nn.nowrap
+  def gmacs(self, image_hw: tuple[int, ...], channels: int = 3, **size: Any) -> float:
+    """See `flops.gmacs`."""
+    return flops.gmacs(self, image_hw, channels, **size)
+
+  @nn.nowrap
+  def activation_bytes(self, image_hw: tuple[int, ...], **size: Any) -> float:
+    """See `flops.activation_bytes`."""
+    return flops.activation_bytes(self, image_hw, **size)
+
 
 CHOICES = {
   "pool_type": ("tok", "gap", "map", "tok+gap", "tok+reg"),
@@ -288,127 +317,3 @@ def check_fields(model: FlexiViT) -> None:
     size = getattr(model, name)
     if len(size) != 2 or min(size) < 1:
       raise errors.UserError(f"{name}={size} must be two positive integers (height, width).")
-
-
-def which_patch(
-  image_hw: tuple[int, ...],
-  default: Size,
-  *,
-  seqhw: int | None = None,
-  grid_hw: Size | None = None,
-  patch_hw: Size | None = None,
-) -> Size:
-  """Returns the patch size in pixels for at most one of tokens per side, grid and patch size.
-
-  Raises:
-    UserError: if more than one is given, or the grid or patch does not divide the image exactly.
-  """
-  square = None if seqhw is None else (seqhw, seqhw)
-  sizes = {"seqhw": square, "grid_hw": grid_hw, "patch_hw": patch_hw}
-  given = {name: size for name, size in sizes.items() if size is not None}
-  if len(given) > 1:
-    raise errors.UserError(f"Give one of seqhw, grid_hw and patch_hw, got {', '.join(given)}.")
-  name, size = next(iter(given.items()), ("patch_size", default))
-  if len(size) != 2 or any(p < 1 or side % p for side, p in zip(image_hw, size, strict=True)):
-    got = seqhw if name == "seqhw" else tuple(size)
-    raise errors.UserError(
-      f"{name}={got} does not divide the image {tuple(image_hw)}; "
-      f"sizes that do: {_divisors(image_hw, square=name == 'seqhw')}."
-    )
-  if name in ("seqhw", "grid_hw"):
-    return image_hw[0] // size[0], image_hw[1] // size[1]
-  return size[0], size[1]
-
-
-class Grid(NamedTuple):
-  """How an image is cut into patches: pixels (h, w) of a patch and from one to the next, and how many there are."""
-
-  patch_hw: Size
-  stride_hw: Size
-  grid_hw: Size
-
-
-def which_grid(
-  image_hw: tuple[int, ...],
-  default: Size,
-  *,
-  seqhw: int | None = None,
-  grid_hw: Size | None = None,
-  patch_hw: Size | None = None,
-  stride: int | None = None,
-  depth: int | None = None,
-) -> Grid:
-  """Returns the grid for the static arguments of a model; `depth` has no part in it.
-
-  Raises:
-    UserError: see `which_patch`; or the patches, `stride` pixels apart, do not reach the image's edge exactly.
-  """
-  if stride is None:
-    patch = which_patch(image_hw, default, seqhw=seqhw, grid_hw=grid_hw, patch_hw=patch_hw)
-    return Grid(patch, patch, (image_hw[0] // patch[0], image_hw[1] // patch[1]))
-  if seqhw is not None or grid_hw is not None:
-    raise errors.UserError("With stride the grid is what fits; give no seqhw and no grid_hw.")
-  patch = default if patch_hw is None else patch_hw
-  spans = [side - p for side, p in zip(image_hw, patch, strict=True)]
-  if min(patch) < 1 or min(spans) < 0:
-    raise errors.UserError(
-      f"Patches of {tuple(patch)} pixels do not fit into the image {tuple(image_hw)}; with stride the patch is"
-      " patch_hw, or the kernel's own size."
-    )
-  if stride < 1 or any(span % stride for span in spans):
-    exact = common_divisors(tuple(s for s in spans if s > 0) or (1,))
-    raise errors.UserError(
-      f"stride={stride}: patches of {tuple(patch)} pixels do not end at the edge of the image {tuple(image_hw)};"
-      f" strides with which they do: {', '.join(map(str, exact))}."
-    )
-  rows, columns = (span // stride + 1 for span in spans)
-  return Grid((patch[0], patch[1]), (stride, stride), (rows, columns))
-
-
-def which_depth(blocks: int, depth: int | None) -> int:
-  """Returns how many blocks run; a UserError if the model has fewer."""
-  if depth is None:
-    return blocks
-  if not 1 <= depth <= blocks:
-    raise errors.UserError(f"depth={depth}: the model has {blocks} blocks; expected 1 to {blocks}.")
-  return depth
-
-
-def _divisors(image_hw: tuple[int, ...], square: bool) -> str:
-  each = [common_divisors((side,)) for side in image_hw]
-  if square:
-    each = [common_divisors(image_hw)]
-  return " and ".join(", ".join(map(str, sizes)) for sizes in each)
-
-
-def common_divisors(sides: tuple[int, ...]) -> list[int]:
-  """Returns the numbers that divide every side, from 1 up: the `seqhw` of an image of these pixels."""
-  return [i for i in range(1, min(sides) + 1) if not any(side % i for side in sides)]
-
-
-def gmacs(model: FlexiViT, image_hw: Size, channels: int = 3, **size: Any) -> float:
-  """Multiply-adds of one forward pass for one image, in 1e9: matrix products only, PI-resize not counted.
-
-  The paper's GFLOPs are twice this (its ViT-B/8 at 224 px: 156).
-
-  Args:
-    model: the model.
-    image_hw: pixels.
-    channels: of the image.
-    **size: static arguments of the model, e.g. `seqhw=15`.
-  """
-  (ph, pw), _, (gh, gw) = which_grid(image_hw, model.patch_size, **size)
-  d, tokens = model.width, gh * gw
-  length = tokens + model.prefix_length
-  block = 4 * length * d * d + 2 * length * length * d + 2 * length * d * model.mlp_dim
-  pool = (
-    2 * length * d * d + 2 * length * d + 2 * d * d + 2 * d * model.mlp_dim
-    if model.pool_type == "map"
-    else 0
-  )
-  return (
-    tokens * ph * pw * channels * d
-    + which_depth(model.depth, size.get("depth")) * block
-    + pool
-    + model.features * model.num_classes
-  ) / 1e9

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexivit_jax import config, data, errors, sizes, weights
 from flexivit_jax.experiment import costs
-from flexivit_jax.models.flexivit import FlexiViT, gmacs
+from flexivit_jax.models.flexivit import FlexiViT
 from flexivit_jax.paper import comparing, measuring, published, test_sets
 from flexivit_jax.paper.items import (
   ITEMS,
@@ -202,7 +202,7 @@ def evaluation_flops(item: Item) -> float:
 
 def _flops(work: Work) -> float:
   model = FlexiViT(variant=work.variant, num_classes=work.num_classes)
-  one = sum(gmacs(model, (work.size, work.size), seqhw=n) for n in work.seqhw)
+  one = sum(model.gmacs((work.size, work.size), seqhw=n) for n in work.seqhw)
   return 2e9 * one * work.images * work.passes
 
 

@@ -2,7 +2,9 @@
 
 from flexivit_jax import resize
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.models.flexivit import Size, resized_kernel, which_patch
+from flexivit_jax.models.flexivit import resized_kernel
+from flexivit_jax.models.grid import which_patch
+from flexivit_jax.sizes import Size
 
 RESAMPLED = ("embedding/kernel", "pos_embedding")  # the parameters that `bake` changes
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors, trees
-from flexivit_jax.models import FlexiViT
-from flexivit_jax.models.flexivit import UNNAMED
+from flexivit_jax.models import UNNAMED, FlexiViT
 from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import (
   bare,

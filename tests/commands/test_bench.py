@@ -8,7 +8,7 @@ import pytest
 from flexivit_jax import cli, errors, trees
 from flexivit_jax.commands import bench
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.models.flexivit import gmacs
+from flexivit_jax.models.flops import gmacs
 
 SMALL = ["--variant=mu", "--batch_size=2", "--image_size=48", "--seqhw=2,4", "--rounds=2"]
 

@@ -17,7 +17,7 @@ from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import per_size
 from flexivit_jax.evaluators.classification import classification
-from flexivit_jax.models import FlexiViT, flexivit
+from flexivit_jax.models import FlexiViT
 from flexivit_jax.sizes import size_args, size_label
 from flexivit_jax.training import steps
 
@@ -274,7 +274,7 @@ def test_costs_say_patch_tokens_gflops_and_time_of_one_image():
   rows = evaluator.costs(params, repeats=2)
   assert [(row["patch"], row["tokens"]) for row in rows] == [(6, 4), ("4x3", 12)]
   for row, grid in zip(rows, [(2, 2), (3, 4)], strict=True):
-    assert row["gflops"] == 2 * flexivit.gmacs(model, (12, 12), grid_hw=grid)
+    assert row["gflops"] == 2 * model.gmacs((12, 12), grid_hw=grid)
     assert 0 < row["ms"] < 1e3
 
 
@@ -326,7 +326,7 @@ def test_rows_say_stride_and_depth():
   costs = evaluator.costs(params, repeats=1)
   assert [(c["patch"], c["tokens"]) for c in costs] == [(6, 9), (6, 9)]
   for cost, depth in zip(costs, (1, 2), strict=True):
-    assert cost["gflops"] == 2 * flexivit.gmacs(model, (12, 12), stride=3, depth=depth)
+    assert cost["gflops"] == 2 * model.gmacs((12, 12), stride=3, depth=depth)
 
 
 def test_strides_and_depths_that_do_not_fit_are_errors():

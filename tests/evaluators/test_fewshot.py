@@ -19,7 +19,7 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators.fewshot import decompose, fewshot, fit, left_out, ridge, scores
 from flexivit_jax.evaluators.probing import hits
 from flexivit_jax.experiment import sections
-from flexivit_jax.models import FlexiViT, flexivit
+from flexivit_jax.models import FlexiViT
 from flexivit_jax.training import steps
 
 PP = "resize(12)|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
@@ -231,7 +231,7 @@ def test_the_models_head_plays_no_part():
   evaluator = evaluation.make(headless, sharding.make_mesh())
   assert evaluator.run(body) == with_head
   for cost, size in zip(evaluator.costs(body, repeats=1), (2, 4), strict=True):
-    assert cost["gflops"] == 2 * flexivit.gmacs(headless, (12, 12), seqhw=size)
+    assert cost["gflops"] == 2 * headless.gmacs((12, 12), seqhw=size)
     assert cost["tokens"] == size**2
 
 

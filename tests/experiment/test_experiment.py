@@ -9,7 +9,7 @@ import pytest
 from flexivit_jax import config, experiment
 from flexivit_jax.errors import UserError
 from flexivit_jax.experiment import loaders
-from flexivit_jax.models.flexivit import gmacs
+from flexivit_jax.models.flops import gmacs
 from flexivit_jax.training import patch_schedule
 
 pytestmark = pytest.mark.faults

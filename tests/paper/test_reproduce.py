@@ -18,7 +18,7 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import results
 from flexivit_jax.experiment import costs
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.models.flexivit import gmacs
+from flexivit_jax.models.flops import gmacs
 from flexivit_jax.paper import comparing, items, measuring, published, reproduce, test_sets
 from flexivit_jax.weights.registry import PUBLISHED
 

@@ -26,7 +26,6 @@ from flexivit_jax import cli, errors, resize
 from flexivit_jax.analyses import opening, relevance
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
-from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.sizes import size_label
 
 IMAGES = 4
@@ -144,7 +143,7 @@ def main() -> None:
   images = np.asarray(first["image"][first["_mask"] > 0][:IMAGES])
 
   def grid(size: dict[str, Any]) -> Any:
-    return which_grid(images.shape[1:3], model.patch_size, **size)
+    return model.grid(images.shape[1:3], **size)
 
   sizes = sorted(sizes_of(seqhw), key=lambda size: np.prod(grid(size).grid_hw))
   fn = functools.partial(maps, model=model)

@@ -25,7 +25,6 @@ import numpy as np
 from flexivit_jax import cli, resize
 from flexivit_jax.analyses import opening, similarity
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
-from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.sizes import size_label
 
 PARTS = ("sa", "mlp")
@@ -37,7 +36,7 @@ def features(
   """Of each layer [n, p], those of the patches at places of `grid`, and of the class token; the mask of the batch."""
   image = batch["image"]
   _, out = model.apply({"params": params}, image, **size)
-  own = which_grid(image.shape[1:3], model.patch_size, **size).grid_hw
+  own = model.grid(image.shape[1:3], **size).grid_hw
   blocks = [out["encoder"][k] for k in sorted(out["encoder"]) if k.startswith("block")]
 
   def placed(tokens: Any) -> Any:
@@ -104,7 +103,7 @@ def main() -> None:
   args, (model, params, data, mesh, seqhw, *_) = opening.open_checkpoint(parser)
   image_hw = next(iter(data))["image"].shape[1:3]
   sizes = sizes_of(seqhw)
-  grids = [which_grid(image_hw, model.patch_size, **size).grid_hw for size in sizes]
+  grids = [model.grid(image_hw, **size).grid_hw for size in sizes]
   coarsest = (min(g[0] for g in grids), min(g[1] for g in grids))
   fn = functools.partial(features, model=model, grid=coarsest)
   runner = PerSize(fn, model, data, mesh, sizes=sizes, inputs=("image",))

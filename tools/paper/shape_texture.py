@@ -28,7 +28,6 @@ from flexivit_jax.data import label_maps
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
-from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.sizes import size_label
 
 PP = "decode|resize_small({small})|central_crop({size})|value_range(-1, 1)|keep('image')"
@@ -80,7 +79,7 @@ def measure(
   for key, static in runner.sizes.items():
     found = np.concatenate([part[key][0][part[key][1] > 0] for part in parts])
     decisions = cue_conflict.decide(np.exp(calibration.log_softmax(found)), categories)
-    patch = math.sqrt(math.prod(which_grid((size, size), model.patch_size, **static).patch_hw))
+    patch = math.sqrt(math.prod(model.grid((size, size), **static).patch_hw))
     names = {"seqhw": size_label(runner.names(static)), "patch": round(patch, 2)}
     rows += [names | row for row in cue_conflict.rows(images, decisions, list(categories))]
   return rows

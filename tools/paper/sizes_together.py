@@ -25,7 +25,6 @@ from flexivit_jax import cli, errors
 from flexivit_jax.analyses import calibration, opening
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
-from flexivit_jax.models.flexivit import gmacs
 from flexivit_jax.sizes import size_label
 
 MEMBERS = (2, 3)
@@ -108,7 +107,7 @@ def main() -> None:
   if len(names) < 2:
     raise errors.UserError(f"One size, {names[0]}; this compares two or more.")
   h, w, channels = next(iter(data))["image"].shape[1:]
-  gflops = [2 * gmacs(model, (h, w), channels, **size) for size in runner.sizes.values()]
+  gflops = [2 * model.gmacs((h, w), channels, **size) for size in runner.sizes.values()]
   parts = [
     jax.device_get([outputs[key] for key in runner.sizes])
     for outputs in runner.outputs(params, data)

@@ -24,7 +24,6 @@ from flexivit_jax import cli, errors, sizes
 from flexivit_jax.analyses import opening
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
-from flexivit_jax.models.flexivit import which_grid
 from flexivit_jax.sizes import size_label
 
 IMAGES = 4
@@ -95,7 +94,7 @@ def main() -> None:
   if len(set(given)) != len(given):
     raise errors.UserError(f"--seqhw {args.seqhw} --with {args.others}: a size stands there twice.")
   static = sizes_of(given)
-  grids = [which_grid(images.shape[1:3], model.patch_size, **size).grid_hw for size in static]
+  grids = [model.grid(images.shape[1:3], **size).grid_hw for size in static]
   fn = functools.partial(tokens, model=model)
   runner = PerSize(fn, model, data, mesh, sizes=static, inputs=("image",))
   runner.compile(params)

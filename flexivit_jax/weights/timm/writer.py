@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.models.flexivit import Size
+from flexivit_jax.sizes import Size
 from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import (
   baking,

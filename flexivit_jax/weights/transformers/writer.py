@@ -11,7 +11,7 @@ from safetensors import numpy as safetensors
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.models.flexivit import Size
+from flexivit_jax.sizes import Size
 from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import folders, stated, torch_layout
 from flexivit_jax.weights.baking import bake

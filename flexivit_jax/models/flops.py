@@ -1,0 +1,118 @@
+"""What a Vision Transformer costs, from its sizes: multiply-adds, FLOPs of a training step, bytes of activations."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from flexivit_jax.models.base import Model
+from flexivit_jax.models.grid import Grid, which_depth
+from flexivit_jax.objectives.distill import Teacher
+
+
+@runtime_checkable
+class Transformer(Protocol):
+  """The fields of `FlexiViT` that its costs follow from."""
+
+  num_classes: int
+  width: int
+  depth: int
+  mlp_dim: int
+  num_heads: int
+  pool_type: str
+  dtype: str
+  remat: bool
+
+  @property
+  def prefix_length(self) -> int:
+    """Tokens before those of the patches."""
+    ...
+
+  @property
+  def features(self) -> int:
+    """Length of the pre-logits."""
+    ...
+
+  def grid(self, image_hw: tuple[int, ...], *args: Any, **size: Any) -> Grid:
+    """See `Model.grid`."""
+    ...
+
+
+def gmacs(model: Transformer, image_hw: tuple[int, ...], channels: int = 3, **size: Any) -> float:
+  """Multiply-adds of one forward pass for one image, in 1e9: matrix products only, PI-resize not counted.
+
+  The paper's GFLOPs are twice this (its ViT-B/8 at 224 px: 156).
+
+  Args:
+    model: the model.
+    image_hw: pixels.
+    channels: of the image.
+    **size: static arguments of the model, e.g. `seqhw=15`.
+
+  Raises:
+    UserError: the size does not fit the image.
+  """
+  (ph, pw), _, (gh, gw) = model.grid(image_hw, **size)
+  d, tokens = model.width, gh * gw
+  length = tokens + model.prefix_length
+  block = 4 * length * d * d + 2 * length * length * d + 2 * length * d * model.mlp_dim
+  pool = (
+    2 * length * d * d + 2 * length * d + 2 * d * d + 2 * d * model.mlp_dim
+    if model.pool_type == "map"
+    else 0
+  )
+  return (
+    tokens * ph * pw * channels * d
+    + which_depth(model.depth, size.get("depth")) * block
+    + pool
+    + model.features * model.num_classes
+  ) / 1e9
+
+
+def activation_bytes(model: Transformer, image_hw: tuple[int, ...], **size: Any) -> float:
+  """Estimate of the bytes that one image's activations take until the backward pass has used them.
+
+  Each block keeps of each token: in float32 its input, both LayerNorms and the residual (4 d); in the compute dtype
+  query, key, value, attention's output and the MLP's hidden layer before and after the GELU (5 d + 2 m); a row of
+  attention for each head in float32 and in the compute dtype. With remat only a block's input, and one block whole.
+
+  Args:
+    model: the model.
+    image_hw: pixels.
+    **size: static arguments of the model.
+
+  Raises:
+    UserError: the size does not fit the image.
+  """
+  rows, columns = model.grid(image_hw, **size).grid_hw
+  tokens = rows * columns + model.prefix_length
+  b = 2 if model.dtype == "bfloat16" else 4
+  token = 16 * model.width + b * (5 * model.width + 2 * model.mlp_dim)
+  block = tokens * (token + (4 + b) * model.num_heads * tokens)
+  depth = which_depth(model.depth, size.get("depth"))
+  return block + depth * tokens * 4 * model.width if model.remat else depth * block
+
+
+def step_flops(
+  model: Model,
+  shapes: Mapping[str, tuple[int, ...]],
+  teachers: Mapping[str, Teacher],
+  also: Sequence[Mapping[str, Any]],
+  size: Mapping[str, Any],
+  *,
+  batch_size: int,
+) -> float:
+  """FLOPs of a training step: three forward passes at the size, one for each teacher and for each size in `also`.
+
+  Args:
+    model: the student.
+    shapes: (h, w, c) of each image in a batch, by its key; "image" is the student's.
+    teachers: by name.
+    also: see `Objective.also`.
+    size: static arguments of the student.
+    batch_size: images in a step.
+  """
+  h, w, c = shapes["image"]
+  macs = 3 * model.gmacs((h, w), c, **size) + sum(model.gmacs((h, w), c, **s) for s in also)
+  for teacher in teachers.values():
+    th, tw, tc = shapes[teacher.image]
+    macs += teacher.model.gmacs((th, tw), tc, **teacher.size)
+  return 2e9 * macs * batch_size

@@ -1,0 +1,118 @@
+"""How an image is cut into patches: the grid that follows from a model's static arguments, or why none does.
+
+Plain integers, no JAX: a size that does not fit is an error before anything is traced.
+"""
+
+from typing import NamedTuple
+
+from flexivit_jax import errors
+from flexivit_jax.sizes import Size
+
+
+class Grid(NamedTuple):
+  """Pixels (h, w) of a patch, pixels from one patch to the next, and the number of patches (rows, columns)."""
+
+  patch_hw: Size
+  stride_hw: Size
+  grid_hw: Size
+
+
+def which_grid(
+  image_hw: tuple[int, ...],
+  default: Size,
+  *,
+  seqhw: int | None = None,
+  grid_hw: Size | None = None,
+  patch_hw: Size | None = None,
+  stride: int | None = None,
+  depth: int | None = None,
+) -> Grid:
+  """Returns the grid for the static arguments of a model.
+
+  Args:
+    image_hw: pixels of the image.
+    default: pixels of the stored kernel, the patch size where no argument gives one.
+    seqhw: tokens per side.
+    grid_hw: tokens (per column, per row).
+    patch_hw: pixels of a patch.
+    stride: pixels from one patch to the next.
+    depth: ignored here; it is a static argument like the others, so callers can pass all of them.
+
+  Raises:
+    UserError: see `which_patch`; or the patches, `stride` pixels apart, do not reach the image's edge exactly.
+  """
+  if stride is None:
+    patch = which_patch(image_hw, default, seqhw=seqhw, grid_hw=grid_hw, patch_hw=patch_hw)
+    return Grid(patch, patch, (image_hw[0] // patch[0], image_hw[1] // patch[1]))
+  if seqhw is not None or grid_hw is not None:
+    raise errors.UserError("With stride the grid is what fits; give no seqhw and no grid_hw.")
+  patch = default if patch_hw is None else patch_hw
+  spans = [side - p for side, p in zip(image_hw, patch, strict=True)]
+  if min(patch) < 1 or min(spans) < 0:
+    raise errors.UserError(
+      f"Patches of {tuple(patch)} pixels do not fit into the image {tuple(image_hw)}; with stride the patch is"
+      " patch_hw, or the kernel's own size."
+    )
+  if stride < 1 or any(span % stride for span in spans):
+    exact = common_divisors(tuple(s for s in spans if s > 0) or (1,))
+    raise errors.UserError(
+      f"stride={stride}: patches of {tuple(patch)} pixels do not end at the edge of the image {tuple(image_hw)};"
+      f" strides with which they do: {', '.join(map(str, exact))}."
+    )
+  rows, columns = (span // stride + 1 for span in spans)
+  return Grid((patch[0], patch[1]), (stride, stride), (rows, columns))
+
+
+def which_patch(
+  image_hw: tuple[int, ...],
+  default: Size,
+  *,
+  seqhw: int | None = None,
+  grid_hw: Size | None = None,
+  patch_hw: Size | None = None,
+) -> Size:
+  """Returns the patch size in pixels for at most one of tokens per side, grid and patch size.
+
+  Raises:
+    UserError: if more than one is given, or the grid or patch does not divide the image exactly.
+  """
+  square = None if seqhw is None else (seqhw, seqhw)
+  sizes = {"seqhw": square, "grid_hw": grid_hw, "patch_hw": patch_hw}
+  arguments = {name: size for name, size in sizes.items() if size is not None}
+  if len(arguments) > 1:
+    raise errors.UserError(f"Give one of seqhw, grid_hw and patch_hw, got {', '.join(arguments)}.")
+  name, size = next(iter(arguments.items()), ("patch_size", default))
+  if len(size) != 2 or any(p < 1 or side % p for side, p in zip(image_hw, size, strict=True)):
+    got = seqhw if name == "seqhw" else tuple(size)
+    raise errors.UserError(
+      f"{name}={got} does not divide the image {tuple(image_hw)}; "
+      f"sizes that do: {_divisors(image_hw, square=name == 'seqhw')}."
+    )
+  if name in ("seqhw", "grid_hw"):
+    return image_hw[0] // size[0], image_hw[1] // size[1]
+  return size[0], size[1]
+
+
+def which_depth(blocks: int, depth: int | None) -> int:
+  """Returns the number of blocks that run: `depth`, or all `blocks` where it is None.
+
+  Raises:
+    UserError: the model has fewer blocks than `depth`.
+  """
+  if depth is None:
+    return blocks
+  if not 1 <= depth <= blocks:
+    raise errors.UserError(f"depth={depth}: the model has {blocks} blocks; expected 1 to {blocks}.")
+  return depth
+
+
+def common_divisors(sides: tuple[int, ...]) -> list[int]:
+  """Returns the numbers that divide every side, from 1 up: the `seqhw` that fit an image of these pixels."""
+  return [i for i in range(1, min(sides) + 1) if not any(side % i for side in sides)]
+
+
+def _divisors(image_hw: tuple[int, ...], square: bool) -> str:
+  each = [common_divisors((side,)) for side in image_hw]
+  if square:
+    each = [common_divisors(image_hw)]
+  return " and ".join(", ".join(map(str, sizes)) for sizes in each)
