@@ -95,6 +95,16 @@ def test_a_grid_that_is_no_square_needs_its_size(tmp_path):
   assert_loads(file, model, flat, posemb_size=(2, 3))
 
 
+def test_sizes_given_are_those_of_the_file_where_flexify_gives_others(tmp_path):
+  _, flat = make(posemb_size=(2, 3))
+  given = dict(patch_size=(6, 4), posemb_size=(2, 3))
+  model, params = weights.load(save(tmp_path, flat), flexify=((8, 8), (3, 4)), **given)
+  assert (model.patch_size, model.posemb_size) == ((8, 8), (3, 4))
+  assert (
+    params["embedding"]["kernel"].shape[:2] == (8, 8) and params["pos_embedding"].shape[1] == 12
+  )
+
+
 def test_fields_that_arrays_cannot_tell_are_taken_as_given(tmp_path):
   _, flat = make()
   model, _ = weights.load(save(tmp_path, flat), gelu="exact", dtype="bfloat16", dropout=0.1)
