@@ -6,8 +6,8 @@
 The second is a ViT of one patch size, trained with the same FLOPs.
 
 Expect, in top-1 on 360 images: FlexiViT 95.3-98.6 % at its five sizes (seed 0; seeds 1 and 2: 94.7-98.9 %), the fixed
-one 98.3 % at its own size and 10.3-57.2 % at the others (seed 0). With compilation 67 and 41 seconds of CPU time, 75 and
-46 of wall time on two cores that did other work too (docs/log.md, 2026-11-28).
+one 98.3 % at its own size and 10.3-57.2 % at the others (seed 0). With compilation they take 67 and 41 seconds of CPU
+time, 75 and 46 of wall time on two cores that did other work too (docs/log.md, 2026-11-28).
 
 Data: 1,437 images for training, 360 for test, in a
 scikit-learn wheel. The recipe is ours; the method is FlexiViT's (arXiv 2212.08013).
