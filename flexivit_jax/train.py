@@ -25,7 +25,7 @@ from flexivit_jax.evaluators import results
 from flexivit_jax.experiment import following, preparation
 from flexivit_jax.running import (
   distributed,
-  metrics,
+  metrics_writer,
   peers as peers_of,
   processes,
   run_folder,
@@ -34,6 +34,7 @@ from flexivit_jax.running import (
 )
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.ledger import Ledger, process_begun
+from flexivit_jax.running.progress import Progress
 from flexivit_jax.sizes import size_label, size_name, size_text
 from flexivit_jax.training import patch_schedule, step_programs, steps, teaching
 
@@ -45,7 +46,7 @@ class Run(NamedTuple):
   mesh: Any
   checkpoints: Checkpoints
   batches: Any
-  writer: metrics.MetricsWriter
+  writer: metrics_writer.MetricsWriter
   ledger: Ledger
   stop: signals.Stop
   watchdog: signals.Watchdog
@@ -150,7 +151,7 @@ def _train(
       opening = functools.partial(wandb_run.open_run, workdir, settings, latest is not None)
       others["Weights & Biases"] = functools.partial(opening, **exp.wandb)
     writer = stack.enter_context(
-      metrics.MetricsWriter(workdir, restored_step=start, writing=first, others=others)
+      metrics_writer.MetricsWriter(workdir, restored_step=start, writing=first, others=others)
     )
     best = following.open_best(workdir, exp.best, begun=latest is not None)
     if best is not None:
@@ -355,7 +356,7 @@ def _evaluate_again(
   step = int(state.step)
 
   def done(name: str) -> int:
-    rows = metrics.read_rows(workdir / "metrics.jsonl")
+    rows = metrics_writer.read_rows(workdir / "metrics.jsonl")
     return any(key.startswith(f"{name}/") for row in rows if row["step"] == step for key in row)
 
   for name, evaluation in run.exp.evaluations.items():
@@ -404,9 +405,7 @@ def _loop(
   The device is asked for numbers only every `log_every` steps.
   """
   exp, start = run.exp, int(state.step)
-  progress = metrics.Progress(
-    total_steps=exp.total_steps, batch_size=exp.images_per_step, start_step=start
-  )
+  progress = Progress(total_steps=exp.total_steps, batch_size=exp.images_per_step, start_step=start)
   pending: list[Pending] = []
   constants = preparation.constants(exp, run.mesh)
   done = saved = start
@@ -484,7 +483,7 @@ class Pending(NamedTuple):
 
 
 def _log(
-  run: Run, pending: list[Pending], schedule: patch_schedule.State, progress: metrics.Progress
+  run: Run, pending: list[Pending], schedule: patch_schedule.State, progress: Progress
 ) -> patch_schedule.State:
   """Writes what is pending; returns the state of the schedule of sizes after it."""
   skipped = {"data_errors": len(run.batches.errors)} if run.batches.errors else {}
@@ -562,7 +561,7 @@ def _bad_step(run: Run, bad: list[str], found: dict[str, Any]) -> errors.UserErr
 
 
 def _note_rows(
-  name: str, step: int, rows: list[dict[str, Any]], writer: metrics.MetricsWriter
+  name: str, step: int, rows: list[dict[str, Any]], writer: metrics_writer.MetricsWriter
 ) -> None:
   # All sizes at once: a stop between two would leave some, and the evaluation would count as made.
   values = {

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flexivit_jax import config, data, errors, experiment, train
 from flexivit_jax.experiment import costs
-from flexivit_jax.running import metrics
+from flexivit_jax.running import metrics_writer
 from flexivit_jax.training import patch_schedule, schedules
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -205,7 +205,7 @@ def test_runs_end_to_end_and_resumes(name, tmp_path, train_until, capsys):
     f"checkpoints/2: step 2/4, epoch {2 * 8 / examples(settings):.2f}" in capsys.readouterr().err
   )
   assert checkpoints(tmp_path) == [4]
-  check_metrics(metrics.read_rows(tmp_path / "metrics.jsonl"), settings)
+  check_metrics(metrics_writer.read_rows(tmp_path / "metrics.jsonl"), settings)
   for name in settings["evals"]:
     file = tmp_path / ("eval.json" if name == "test" else f"eval_{name}.json")
     check_results(json.loads(file.read_text()), settings, settings["evals"][name])

@@ -14,7 +14,7 @@ from flexivit_jax.devices import compilation
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.running import ledger, metrics, peers, run_folder
+from flexivit_jax.running import ledger, metrics_writer, peers, run_folder
 from flexivit_jax.training import teacher_cache
 from flexivit_jax.weights import writing
 from flexivit_jax.weights.export import stablehlo
@@ -62,7 +62,7 @@ def write_metrics(folder: pathlib.Path, version: int) -> pathlib.Path:
   file = folder / "metrics.jsonl"
   if version == 1:
     file.write_text('{"step": 1}\n{"step": 2}\n')
-  metrics.MetricsWriter(folder, restored_step=2 - version, tensorboard=False).close()
+  metrics_writer.MetricsWriter(folder, restored_step=2 - version, tensorboard=False).close()
   return file
 
 

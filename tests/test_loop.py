@@ -12,7 +12,7 @@ import numpy as np
 
 from flexivit_jax import experiment, train
 from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.running import metrics, signals
+from flexivit_jax.running import metrics_writer, signals
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.ledger import Ledger
 from flexivit_jax.sizes import size_key
@@ -87,7 +87,7 @@ def run_loop(tmp_path, inside=contextlib.nullcontext):
   state = jax.device_put(
     steps.TrainState(jnp.int32(0), {"w": jnp.zeros(3)}, {}), sharding.replicated(mesh)
   )
-  with metrics.MetricsWriter(tmp_path, restored_step=0) as writer, inside():
+  with metrics_writer.MetricsWriter(tmp_path, restored_step=0) as writer, inside():
     begin = time.process_time()
     schedule = patch_schedule.init_state(exp.flexi)
     ledger = Ledger(tmp_path / "ledger.json", time.perf_counter())

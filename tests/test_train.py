@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import errors, experiment, train as train_lib, weights
-from flexivit_jax.running import metrics
+from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.faults
@@ -56,7 +56,7 @@ def final(workdir):
 
 
 def losses(workdir):
-  rows = metrics.read_rows(workdir / "metrics.jsonl")
+  rows = metrics_writer.read_rows(workdir / "metrics.jsonl")
   return [(r["step"], r["seqhw"], r["loss"], r["grad_norm"]) for r in rows]
 
 
@@ -115,7 +115,7 @@ def test_resumes_bit_for_bit_after_sigkill(whole, tmp_path):
 
 
 def test_a_run_leaves_everything_that_was_promised(whole):
-  rows = metrics.read_rows(whole / "metrics.jsonl")
+  rows = metrics_writer.read_rows(whole / "metrics.jsonl")
   assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
   assert {r["seqhw"] for r in rows} <= {2, 3}
   assert "test/top1/seqhw=4" in rows[2] and "test/top1/seqhw=4" in rows[5]
@@ -153,7 +153,7 @@ def test_the_device_is_read_only_when_it_logs(tmp_path, monkeypatch):
   no_evals = changed(total_steps=8, log_every=4, evals={}, checkpoint=dict(every_steps=8))
   train_lib.train(no_evals, tmp_path)
   assert len(reads) == 2
-  assert len(metrics.read_rows(tmp_path / "metrics.jsonl")) == 8
+  assert len(metrics_writer.read_rows(tmp_path / "metrics.jsonl")) == 8
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
   )
   with pytest.raises(errors.UserError, match=r"At step 2 \(seqhw=\d\) .*param_norm is (nan|inf)"):
     train_lib.train(bad, tmp_path)
-  rows = metrics.read_rows(tmp_path / "metrics.jsonl")
+  rows = metrics_writer.read_rows(tmp_path / "metrics.jsonl")
   assert [r["step"] for r in rows] == [1, 2]
   assert rows[-1]["param_norm"] is None  # NaN or infinity in strict JSON
   saved = [int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")]
@@ -222,7 +222,7 @@ def test_a_skipped_image_is_counted(tmp_path):
   data = dict(name="folder", data_dir=str(tmp_path / "images"), split="train")
   config = changed(input=dict(CONFIG["input"], data=data, on_error="skip"), evals={})
   train_lib.train(config, tmp_path / "run")
-  rows = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
+  rows = metrics_writer.read_rows(tmp_path / "run" / "metrics.jsonl")
   assert rows[-1]["data_errors"] == 1
   strict = changed(input=dict(CONFIG["input"], data=data), evals={})
   with pytest.raises(errors.UserError, match=r"train/b/2\.png.*'folder' split 'train'"):

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from flexivit_jax import errors
 from flexivit_jax.data import label_maps
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
+from flexivit_jax.evaluators.sums import Sums, masked_sums
 from flexivit_jax.models import Model
 from flexivit_jax.objectives import losses
-from flexivit_jax.running import metrics
 from flexivit_jax.sizes import SeqHw
 
 MAX_CLASSES = 1000  # of `per_class`
@@ -30,7 +30,7 @@ def eval_step(
   skip_unlabelled: bool,
   per_class: bool,
   **size: Any,
-) -> metrics.Sums:
+) -> Sums:
   """Masked sums over one batch of top1, top5 and loss at one patch size, and the table "confusion"."""
   logits, _ = model.apply({"params": params}, batch["image"], **size)
   labels, mask = batch["labels"], batch["_mask"]
@@ -38,7 +38,7 @@ def eval_step(
     mask = mask * (labels > 0).any(axis=-1)
   if label_map:
     logits, labels = restricted(label_map, logits, labels)
-  sums = metrics.masked_sums(scores(logits, labels, loss), mask)
+  sums = masked_sums(scores(logits, labels, loss), mask)
   if not per_class:
     return sums
   return sums._replace(tables={"confusion": confusion(logits, labels, mask)})

@@ -9,16 +9,14 @@ import jax
 from flexivit_jax import errors
 from flexivit_jax.evaluators.classification import scores
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
+from flexivit_jax.evaluators.sums import Sums, masked_sums
 from flexivit_jax.models import Model
 from flexivit_jax.objectives import losses
 from flexivit_jax.objectives.distill import Teacher, teach
-from flexivit_jax.running import metrics
 from flexivit_jax.sizes import SeqHw
 
 
-def eval_step(
-  params: Any, batch: dict[str, jax.Array], *, model: Model, **size: Any
-) -> metrics.Sums:
+def eval_step(params: Any, batch: dict[str, jax.Array], *, model: Model, **size: Any) -> Sums:
   """Masked sums over one batch: agree1, agree5 (the teacher's class is among the first 1, 5), and `DISTANCES`.
 
   Where the batch has labels also top1, top5 and loss, as in `classification`.
@@ -30,7 +28,7 @@ def eval_step(
   values |= {name: distance(logits, target) for name, distance in losses.DISTANCES.items()}
   if "labels" in batch:
     values |= scores(logits, batch["labels"], "softmax_xent")
-  return metrics.masked_sums(values, batch["_mask"])
+  return masked_sums(values, batch["_mask"])
 
 
 def distance(

@@ -12,8 +12,8 @@ from jaxtyping import Int
 from flexivit_jax import errors, heartbeat
 from flexivit_jax.data import label_maps
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.evaluators.sums import Sums, means
 from flexivit_jax.models import Model
-from flexivit_jax.running import metrics
 from flexivit_jax.sizes import SeqHw, SizeArgs, SizeKey, size_args, size_key, size_text
 
 
@@ -22,7 +22,7 @@ class PerSize:
   """Evaluates a model at several patch sizes.
 
   Args:
-    fn: `(params, batch, **size) -> metrics.Sums`, the masked sums over one batch at one patch size; pure. Where only
+    fn: `(params, batch, **size) -> Sums`, the masked sums over one batch at one patch size; pure. Where only
       `outputs` is used it may return anything.
     model: the model, whose patch sizes they are.
     batches: re-iterable, of `inputs` and "_mask".
@@ -102,12 +102,12 @@ class PerSize:
     found = (jax.device_get(tables[key])["confusion"] for key in self.sizes)
     return [row | per_class(counts) for row, counts in zip(rows, found, strict=True)]
 
-  def rows(self, sums: Mapping[SizeKey, Sequence[metrics.Sums]]) -> list[dict[str, Any]]:
+  def rows(self, sums: Mapping[SizeKey, Sequence[Sums]]) -> list[dict[str, Any]]:
     """Returns for each size what names it, the means of its metrics over all batches, and "n", how many examples."""
     rows = []
     for key, parts in sums.items():
       n = round(sum(float(part.count) for part in jax.device_get(parts)))
-      rows.append({**self.names(self.sizes[key]), **metrics.means(*parts), "n": n})
+      rows.append({**self.names(self.sizes[key]), **means(*parts), "n": n})
     return rows
 
   def outputs(self, params: Any, batches: Iterable[dict]) -> Iterator[dict[SizeKey, Any]]:

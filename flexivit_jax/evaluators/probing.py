@@ -12,8 +12,8 @@ from jaxtyping import Bool, Integer
 from flexivit_jax import errors
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
+from flexivit_jax.evaluators.sums import Sums
 from flexivit_jax.models import Model
-from flexivit_jax.running import metrics
 from flexivit_jax.sizes import SeqHw, SizeKey, size_name
 
 Classify = Callable[[np.ndarray], np.ndarray]  # features [n, d] -> the class of each, [n]
@@ -84,7 +84,7 @@ class Probing:
     for size in tuple(known):
       classify, noted = self.fit(known.pop(size), labels)
       right = hits(classify(asked.pop(size)), expected)
-      sums[size] = [metrics.Sums({"top1": right.sum()}, len(right))]
+      sums[size] = [Sums({"top1": right.sum()}, len(right))]
       notes.append(noted)
     return [row | noted for row, noted in zip(self.features.rows(sums), notes, strict=True)]
 

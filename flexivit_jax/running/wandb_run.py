@@ -39,7 +39,7 @@ def _package() -> Any:
 
 @final
 class WandbRun:
-  """What `metrics.MetricsWriter` writes to."""
+  """What `metrics_writer.MetricsWriter` writes to."""
 
   def __init__(self, run: Any):
     self._run = run

@@ -8,7 +8,7 @@ import pytest
 from flexivit_jax import cli, train as train_lib
 from flexivit_jax.commands import replay
 from flexivit_jax.errors import UserError
-from flexivit_jax.running import metrics
+from flexivit_jax.running import metrics_writer
 
 pytestmark = pytest.mark.faults
 
@@ -80,7 +80,7 @@ def test_a_dump_that_is_none_is_an_error(tmp_path):
 
 def test_steps_that_explode_are_skipped_and_counted(tmp_path):
   run = train_lib.train(changed(optim=dict(lr=0.1), skip_above=1e-6), tmp_path / "all")
-  rows = metrics.read_rows(run / "metrics.jsonl")
+  rows = metrics_writer.read_rows(run / "metrics.jsonl")
   assert [row["skipped"] for row in rows] == [1] * 6
   assert len({row["param_norm"] for row in rows}) == 1  # nothing has changed
   with pytest.raises(UserError, match=r"At step 3 .*3 steps in a row are skipped"):

@@ -19,9 +19,10 @@ from flexivit_jax.evaluators.classification import (
   table_classes,
 )
 from flexivit_jax.evaluators.per_size import per_class
+from flexivit_jax.evaluators.sums import masked_sums
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.report import classes, runs
-from flexivit_jax.running import metrics
+from flexivit_jax.running import metrics_writer
 
 DATA = dict(name="synthetic", image_size=8, num_classes=3, num_examples=20)
 PP = "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')"
@@ -76,7 +77,7 @@ def test_the_diagonal_is_what_top1_counts_whatever_the_labels_are(seed):
   mask = jnp.asarray(rng.random(16) < 0.8, jnp.float32)
   table = np.asarray(confusion(logits, labels, mask))
   right = scores(logits, labels, "softmax_xent")["top1"]
-  assert table[:-1].diagonal().sum() == metrics.masked_sums({"x": right}, mask).total["x"]
+  assert table[:-1].diagonal().sum() == masked_sums({"x": right}, mask).total["x"]
   assert table.sum() == mask.sum()
   unlabelled = ((labels == 0).all(axis=-1) & (mask > 0)).sum()
   assert table[-1].sum() == unlabelled == per_class(table).get("unlabelled", 0)
@@ -93,7 +94,7 @@ def test_a_run_writes_counts_that_add_up_to_its_images(run):
     assert row["top1"] == pytest.approx(counts.trace() / 20)
     assert row["top1_macro"] == pytest.approx((counts.diagonal() / [7, 7, 6]).mean())
     assert f"[{', '.join(map(str, counts[0]))}]" in text  # a class is one line
-  last = metrics.read_rows(run / "metrics.jsonl")[-1]
+  last = metrics_writer.read_rows(run / "metrics.jsonl")[-1]
   assert last["test/top1_macro/seqhw=2"] == data["rows"][0]["top1_macro"]
   assert not any("confusion" in key for key in last)
   assert list((run / "best").glob("[0-9]*"))

@@ -14,7 +14,7 @@ from flexivit_jax.evaluators.teacher import teacher
 from flexivit_jax.experiment import sections
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.distill import Teacher
-from flexivit_jax.running import metrics
+from flexivit_jax.running import metrics_writer
 from flexivit_jax.training import steps
 
 FIELDS = dict(
@@ -124,7 +124,7 @@ def test_in_a_run_it_is_one_number_at_every_evaluation(tmp_path):
     ),
   )
   run = train_lib.train(settings, tmp_path / "run")
-  rows = metrics.read_rows(run / "metrics.jsonl")
+  rows = metrics_writer.read_rows(run / "metrics.jsonl")
   professors, students = (
     [row[f"{name}/loss/seqhw=2"] for row in rows] for name in ("prof", "student")
   )

@@ -11,7 +11,7 @@ from flexivit_jax import errors, train as train_lib, weights
 from flexivit_jax.commands import verify
 from flexivit_jax.evaluators import EVALUATORS, METRICS
 from flexivit_jax.experiment import monitor
-from flexivit_jax.running import metrics
+from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints, load_params
 
 DATA = dict(name="synthetic", image_size=8, num_classes=3, num_examples=24)
@@ -64,7 +64,7 @@ def same(a, b):
 
 
 def rows(workdir):
-  return metrics.read_rows(workdir / "metrics.jsonl")
+  return metrics_writer.read_rows(workdir / "metrics.jsonl")
 
 
 def losses(workdir):

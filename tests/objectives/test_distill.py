@@ -14,7 +14,7 @@ from flexivit_jax.experiment import loaders
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import distill, losses
 from flexivit_jax.objectives.distill import Teacher
-from flexivit_jax.running import checkpoint, metrics
+from flexivit_jax.running import checkpoint, metrics_writer
 from flexivit_jax.training import steps
 
 FIELDS = dict(
@@ -246,7 +246,7 @@ def test_a_run_keeps_its_teacher_out_of_its_checkpoints_and_itself_to_its_teache
   teacher, tmp_path
 ):
   run = train_lib.train(config(teacher), tmp_path / "run")
-  rows = metrics.read_rows(run / "metrics.jsonl")
+  rows = metrics_writer.read_rows(run / "metrics.jsonl")
   assert {"test/agree1/seqhw=6", "test/kl/seqhw=2"} <= rows[-1].keys()
   _, params = weights.load(run)
   assert params["embedding"]["kernel"].shape[-1] == 16  # the student's alone
@@ -256,7 +256,7 @@ def test_a_run_keeps_its_teacher_out_of_its_checkpoints_and_itself_to_its_teache
   (folder, step) = checkpoint.find(run)
   assert step == 4 and folder.name == "checkpoints"
   again = train_lib.train(config(teacher, total_steps=4), tmp_path / "again")
-  assert metrics.read_rows(again / "metrics.jsonl")[3]["loss"] == rows[3]["loss"]
+  assert metrics_writer.read_rows(again / "metrics.jsonl")[3]["loss"] == rows[3]["loss"]
 
 
 def test_a_run_changes_no_bit_of_its_teacher_and_saves_none(teacher, tmp_path, monkeypatch):
@@ -288,7 +288,7 @@ def test_training_brings_the_student_nearer(teacher, tmp_path):
   longer = config(teacher, total_steps=40, evals={})
   longer["objective"] = longer["objective"] | {"mixup_p": 0.0}
   run = train_lib.train(longer, tmp_path / "run")
-  loss = [row["loss"] for row in metrics.read_rows(run / "metrics.jsonl")]
+  loss = [row["loss"] for row in metrics_writer.read_rows(run / "metrics.jsonl")]
   assert np.mean(loss[-5:]) < 0.7 * np.mean(loss[:5])
 
 

@@ -13,7 +13,7 @@ import scipy.special
 from flexivit_jax import errors, experiment, train as train_lib, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import self_distill, supervised
-from flexivit_jax.running import metrics
+from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.training import steps
 
@@ -218,7 +218,8 @@ def test_a_run_with_a_mean_resumes_bit_for_bit(whole, tmp_path, train_until):
   train_lib.train(CONFIG, tmp_path)
   jax.tree.map(np.testing.assert_array_equal, saved(tmp_path, 4), saved(whole, 4))
   losses = [
-    [row["loss"] for row in metrics.read_rows(r / "metrics.jsonl")] for r in (tmp_path, whole)
+    [row["loss"] for row in metrics_writer.read_rows(r / "metrics.jsonl")]
+    for r in (tmp_path, whole)
   ]
   assert losses[0] == losses[1] and len(losses[0]) == 4
 

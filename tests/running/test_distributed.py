@@ -18,7 +18,7 @@ import pytest
 from flexivit_jax import heartbeat
 from flexivit_jax.commands import verify
 from flexivit_jax.errors import UserError
-from flexivit_jax.running import distributed, manifest, metrics, peers
+from flexivit_jax.running import distributed, manifest, metrics_writer, peers
 
 pytestmark = pytest.mark.faults
 
@@ -63,7 +63,7 @@ def ended(processes):
 
 
 def rows(workdir):
-  return metrics.read_rows(workdir / "metrics.jsonl")
+  return metrics_writer.read_rows(workdir / "metrics.jsonl")
 
 
 def ids(workdir):

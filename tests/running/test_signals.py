@@ -17,7 +17,7 @@ from flexivit_jax.data import loader
 from flexivit_jax.data.loader import TrainBatches
 from flexivit_jax.devices import compilation
 from flexivit_jax.evaluators.per_size import PerSize
-from flexivit_jax.running import ledger, metrics, signals
+from flexivit_jax.running import ledger, metrics_writer, signals
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.training.step_programs import StepPrograms
 
@@ -61,7 +61,7 @@ def final(workdir):
   restored = checkpoints.restore(12, state.params, train_lib.preparation.rest(state))
   checkpoints.close()
   arrays = [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(restored[:2]))]
-  rows = metrics.read_rows(workdir / "metrics.jsonl")
+  rows = metrics_writer.read_rows(workdir / "metrics.jsonl")
   return arrays, [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
@@ -124,14 +124,14 @@ def test_an_evaluation_is_left_at_once_and_made_again(whole, tmp_path, monkeypat
     begun = time.monotonic()
     train_lib.train(CONFIG, tmp_path)
   assert time.monotonic() - begun < 50
-  rows = metrics.read_rows(tmp_path / "metrics.jsonl")
+  rows = metrics_writer.read_rows(tmp_path / "metrics.jsonl")
   assert rows[-1]["step"] == 5 and not any("test/" in key for row in rows for key in row)
   check_resumed(whole, tmp_path)
 
 
 def test_the_rows_of_an_evaluation_are_written_all_or_none(whole, tmp_path, monkeypatch):
   """A kill, and then a signal, right after the first write with results."""
-  write = metrics.MetricsWriter.write
+  write = metrics_writer.MetricsWriter.write
 
   def stopping_at(first, end):
     def writing(self, step, values):
@@ -140,7 +140,7 @@ def test_the_rows_of_an_evaluation_are_written_all_or_none(whole, tmp_path, monk
         end()
 
     with monkeypatch.context() as patch:
-      patch.setattr(metrics.MetricsWriter, "write", writing)
+      patch.setattr(metrics_writer.MetricsWriter, "write", writing)
       train_lib.train(CONFIG, tmp_path)
 
   def kill():

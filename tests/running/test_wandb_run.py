@@ -7,7 +7,7 @@ import types
 import pytest
 
 from flexivit_jax import errors, experiment, train as train_lib
-from flexivit_jax.running import metrics, wandb_run
+from flexivit_jax.running import metrics_writer, wandb_run
 
 DATA = dict(name="synthetic", image_size=8, num_classes=3, num_examples=16)
 PP = "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')"
@@ -74,7 +74,7 @@ def test_a_run_that_is_resumed_goes_on_with_the_same_id_and_each_row_is_there_on
   assert first["id"] == second["id"] and second["resume"] == "allow"
   assert first["project"] == "flowers" and first["name"] == "run" and first["tags"] == ["a", "b"]
   (rows,) = server.runs.values()
-  written = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
+  written = metrics_writer.read_rows(tmp_path / "run" / "metrics.jsonl")
   assert [row["step"] for row in written] == sorted(rows) == [1, 2, 3, 4]
   assert [row["loss"] for row in written] == [rows[step]["loss"] for step in sorted(rows)]
   assert server.finished == 2
@@ -92,10 +92,10 @@ def test_a_run_that_begins_anew_is_another_run_there(server, tmp_path):
 def test_without_network_training_goes_on_and_it_is_said_once(server, tmp_path, caplog, broken):
   server.broken.add(broken)
   opening = {"Weights & Biases": lambda: wandb_run.open_run(tmp_path, {}, False)}
-  with metrics.MetricsWriter(tmp_path, tensorboard=False, others=opening) as writer:
+  with metrics_writer.MetricsWriter(tmp_path, tensorboard=False, others=opening) as writer:
     for step in range(3):
       writer.write(step, {"loss": 1.0})
-  assert [r["step"] for r in metrics.read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+  assert [r["step"] for r in metrics_writer.read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
   said = [r.getMessage() for r in caplog.records]
   assert (
     len(said) == 1 and "Weights & Biases: ConnectionError: no network. Training goes on" in said[0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flexivit_jax import experiment, train as train_lib
-from flexivit_jax.running import metrics
+from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints
 
 STEPS = 12
@@ -47,7 +47,7 @@ def final(settings, workdir):
 
 
 def history(workdir):
-  rows = metrics.read_rows(workdir / "metrics.jsonl")
+  rows = metrics_writer.read_rows(workdir / "metrics.jsonl")
   return [(r["step"], r["seqhw"], r["loss"], r["grad_norm"]) for r in rows]
 
 

@@ -13,6 +13,7 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.experiment import preparation
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import supervised
+from flexivit_jax.running import metrics_writer
 from flexivit_jax.training import optim, step_programs, steps, token_budget
 
 SIZES = [{"seqhw": 2}, {"seqhw": 4}, {"seqhw": 8}]
@@ -148,7 +149,7 @@ def test_a_run_that_accumulates_by_itself_is_the_run(tmp_path, capsys):
     "device": dict(accumulate="auto"),
   }.items():
     run = train.train({**copy.deepcopy(CONFIG), **changes}, tmp_path / name)
-    rows = train.metrics.read_rows(run / "metrics.jsonl")
+    rows = metrics_writer.read_rows(run / "metrics.jsonl")
     losses[name] = [row["loss"] for row in rows]
     said = capsys.readouterr().err
     parts = re.search(r"compiled train seqhw=8: 64 tokens.*in (\d+) parts", said)
@@ -194,13 +195,13 @@ def test_a_run_with_a_budget_reads_as_many_images_and_resumes(tmp_path, train_un
   assert exp.images_per_step == pytest.approx(40)
   assert exp.steps_per_epoch == pytest.approx(32 / 40)
   run = train.train(config, tmp_path / "whole")
-  rows = train.metrics.read_rows(run / "metrics.jsonl")
+  rows = metrics_writer.read_rows(run / "metrics.jsonl")
   _, _, record = saved(exp, run)
   assert record["data"]["step"] == sum(1 if row["seqhw"] == 8 else 4 for row in rows)
   train_until(config, tmp_path / "cut", 2)
   images = sum(16 if row["seqhw"] == 8 else 64 for row in rows[:2])
   capsys.readouterr()
-  again = train.metrics.read_rows(train.train(config, tmp_path / "cut") / "metrics.jsonl")
+  again = metrics_writer.read_rows(train.train(config, tmp_path / "cut") / "metrics.jsonl")
   assert [row["loss"] for row in again] == [row["loss"] for row in rows]
   said = capsys.readouterr().err
   assert re.search(rf"step 2/\d+, epoch {images / 32:.2f}, {images} images seen", said)

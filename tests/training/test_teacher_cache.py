@@ -10,7 +10,7 @@ import pytest
 
 from flexivit_jax import errors, experiment, train as train_lib, weights
 from flexivit_jax.objectives import losses
-from flexivit_jax.running import metrics
+from flexivit_jax.running import metrics_writer
 from flexivit_jax.training import teaching
 from flexivit_jax.training.teacher_cache import TeacherCache
 
@@ -47,7 +47,7 @@ def changed(**values):
 
 def outcome(run):
   """Everything that a run's training made: parameters and numbers of each step."""
-  rows = metrics.read_rows(run / "metrics.jsonl")
+  rows = metrics_writer.read_rows(run / "metrics.jsonl")
   return weights.load(run)[1], [(r["seqhw"], r["loss"], r["grad_norm"]) for r in rows]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from flexivit_jax import cli, config, errors
 from flexivit_jax.commands import options
-from flexivit_jax.running import metrics
+from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints
 
 LOG = "chaos.jsonl"
@@ -40,7 +40,7 @@ def digest(workdir: pathlib.Path) -> str:
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   sums = checkpoints.verify(checkpoints.latest_step() or 0).arrays
   checkpoints.close()
-  rows = metrics.read_rows(workdir / "metrics.jsonl")
+  rows = metrics_writer.read_rows(workdir / "metrics.jsonl")
   kept = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
   return hashlib.sha256(json.dumps([sums, kept], sort_keys=True).encode()).hexdigest()
 

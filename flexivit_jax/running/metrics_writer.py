@@ -1,60 +1,19 @@
-"""Masked sums, the metrics files of a run, and the progress line."""
+"""The metrics files of a run: metrics.jsonl, TensorBoard's event files, and other places for numbers."""
 
 import contextlib
-import io
 import json
 import logging
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from flexivit_jax import files
 from flexivit_jax.errors import UserError
-
-
-class Sums(NamedTuple):
-  """Sums over the real (unmasked) examples of each metric, and how many they were; `tables` are counts, integers."""
-
-  total: dict[str, Any]
-  count: Any
-  tables: dict[str, Any] | None = None
-
-
-def masked_sums(
-  values: Mapping[str, Float[Array, "n"]], mask: Float[Array, "n"] | None = None
-) -> Sums:
-  """Sums values of real examples (`mask` 1); padded ones count nothing, not even a NaN."""
-  n = jax.tree.leaves(dict(values))[0].shape[0]
-  mask = jnp.ones(n, jnp.float32) if mask is None else mask.astype(jnp.float32)
-  total = {name: jnp.sum(jnp.where(mask > 0, v, 0.0) * mask) for name, v in values.items()}
-  return Sums(total, jnp.sum(mask))
-
-
-def merge(a: Sums, b: Sums) -> Sums:
-  """Adds the sums of two batches."""
-  return jax.tree.map(lambda x, y: x + y, a, b)
-
-
-def means(*parts: Sums) -> dict[str, float]:
-  """Adds the sums of all batches in float64 on the host and divides, once.
-
-  Raises:
-    UserError: no example counted.
-  """
-  parts = jax.device_get(parts)
-  count = math.fsum(float(part.count) for part in parts)
-  if count == 0:
-    raise UserError("Metrics of 0 examples have no mean; the split is empty or all is masked.")
-  return {k: sum(float(part.total[k]) for part in parts) / count for k in parts[0].total}
 
 
 class MetricsWriter:
@@ -251,92 +210,3 @@ def _open_tensorboard(path: pathlib.Path, restored_step: int) -> Any:
   return tensorboardX.SummaryWriter(
     str(path), purge_step=restored_step + 1, filename_suffix=f".{time.time_ns()}"
   )
-
-
-class Progress:
-  """A line with step time, images/s, data wait and time left; redrawn in place on a terminal.
-
-  Times are the host's. JAX runs ahead of the host by a few steps only, so means over many steps are
-  those of the device.
-  """
-
-  def __init__(
-    self,
-    *,
-    total_steps: int,
-    batch_size: float,
-    start_step: int = 0,
-    stream: io.TextIOBase | None = None,
-    every_s: int | float | None = None,
-    clock: Callable[[], float] = time.monotonic,
-  ):
-    """Starts the clock: call it after everything is compiled.
-
-    Args:
-      total_steps: of the whole run.
-      batch_size: global, images a step.
-      start_step: steps done by earlier runs.
-      stream: where to print; default stderr.
-      every_s: seconds between lines; default 0.2 on a terminal, 10 elsewhere.
-      clock: seconds, for tests.
-    """
-    self._total, self._batch = total_steps, batch_size
-    self._start = self._step = start_step
-    self._stream, self._clock = stream or sys.stderr, clock
-    self._first = jax.process_index() == 0
-    self._tty = self._stream.isatty()
-    self._every = (0.2 if self._tty else 10.0) if every_s is None else every_s
-    self._waited = 0.0
-    self._begin = clock()
-    self._printed = self._begin
-
-  def update(self, step: int, *, data_wait: int | float = 0.0, note: str = "") -> None:
-    """Says that `step` steps are done, the last of which waited `data_wait` s for its batch."""
-    self._step, self._waited = step, self._waited + data_wait
-    now = self._clock()
-    if now - self._printed >= self._every or step >= self._total:
-      self._printed = now
-      self._print(note)
-
-  def stats(self) -> dict[str, float]:
-    """Returns seconds a step, images/s, fraction of time spent waiting for data, seconds left."""
-    elapsed = max(self._clock() - self._begin, 1e-9)
-    steps = max(self._step - self._start, 1)
-    return {
-      "step_s": elapsed / steps,
-      "images_per_s": steps * self._batch / elapsed,
-      "data_wait": min(self._waited / elapsed, 1.0),
-      "eta_s": (self._total - self._step) * elapsed / steps,
-    }
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Leaves what happens inside, such as an evaluation, out of the times."""
-    before = self._clock()
-    try:
-      yield
-    finally:
-      pause = self._clock() - before
-      self._begin += pause
-      self._printed += pause
-
-  def _print(self, note: str) -> None:
-    if not self._first:  # of several processes one speaks
-      return
-    s = self.stats()
-    text = (
-      f"step {self._step}/{self._total} | {s['step_s'] * 1e3:.1f} ms/step"
-      f" | {s['images_per_s']:.0f} images/s | data wait {s['data_wait']:.0%}"
-      f" | ETA {_clock_time(s['eta_s'])}{f' | {note}' if note else ''}"
-    )
-    done = self._step >= self._total
-    start, end = ("\r\x1b[K", "\n" if done else "") if self._tty else ("", "\n")
-    with contextlib.suppress(OSError, ValueError):  # A closed terminal must not stop a training.
-      self._stream.write(start + text + end)
-      self._stream.flush()
-
-
-def _clock_time(seconds: float) -> str:
-  minutes, s = divmod(round(seconds), 60)
-  hours, m = divmod(minutes, 60)
-  return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

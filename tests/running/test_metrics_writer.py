@@ -1,17 +1,14 @@
-"""Masked sums, metrics files that survive crashes and resumes, the progress line."""
+"""Metrics files that survive crashes and resumes."""
 
-import io
 import json
 import logging
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flexivit_jax.errors import UserError
-from flexivit_jax.running import metrics
-from flexivit_jax.running.metrics import MetricsWriter, Progress, read_rows
+from flexivit_jax.running.metrics_writer import MetricsWriter, read_rows
 
 pytestmark = pytest.mark.faults
 
@@ -21,28 +18,6 @@ def _strict(path):
     raise AssertionError(f"{name} is not JSON")
 
   return [json.loads(line, parse_constant=no_constant) for line in path.read_text().splitlines()]
-
-
-def test_means_of_padded_batches_are_those_of_the_examples():
-  rng = np.random.default_rng(0)
-  loss = rng.normal(size=10).astype(np.float32)
-  batches = [(loss[:4], np.ones(4)), (loss[4:8], np.ones(4))]
-  batches += [(np.append(loss[8:], [np.nan, np.inf]), np.array([1, 1, 0, 0]))]
-  sums = [
-    jax.jit(metrics.masked_sums)({"loss": jnp.float32(x)}, jnp.float32(m)) for x, m in batches
-  ]
-  want = loss.astype(np.float64).mean()
-  assert metrics.means(*sums)["loss"] == pytest.approx(want, rel=1e-6)
-  merged = metrics.merge(metrics.merge(sums[0], sums[1]), sums[2])
-  assert float(merged.count) == 10
-  assert metrics.means(merged)["loss"] == pytest.approx(want, rel=1e-6)
-
-
-def test_sums_without_a_mask_and_of_nothing():
-  sums = metrics.masked_sums({"a": jnp.float32([1, 2]), "b": jnp.float32([0, 1])})
-  assert metrics.means(sums) == {"a": 1.5, "b": 0.5}
-  with pytest.raises(UserError, match="0 examples"):
-    metrics.means(metrics.masked_sums({"a": jnp.zeros(3)}, jnp.zeros(3)))
 
 
 def test_rows_are_strict_json_and_on_disk_at_once(tmp_path):
@@ -172,48 +147,3 @@ def _events(folder):
       n = int.from_bytes(data[:8], "little")
       yield Event.FromString(data[12 : 12 + n])
       data = data[12 + n + 4 :]
-
-
-class _Clock:
-  def __init__(self):
-    self.now = 100.0
-
-  def __call__(self):
-    return self.now
-
-
-def _progress(stream, clock, **kw):
-  return Progress(total_steps=100, batch_size=64, stream=stream, clock=clock, **kw)
-
-
-def test_progress_prints_plain_lines_with_the_right_numbers():
-  clock, stream = _Clock(), io.StringIO()
-  progress = _progress(stream, clock, start_step=10, every_s=10)
-  with progress.paused():
-    clock.now += 1000
-  for step in range(11, 31):
-    clock.now += 1.0
-    progress.update(step, data_wait=0.25, note="loss 0.5")
-  assert progress.stats() == {"step_s": 1.0, "images_per_s": 64.0, "data_wait": 0.25, "eta_s": 70.0}
-  lines = stream.getvalue().splitlines()
-  want = "step 20/100 | 1000.0 ms/step | 64 images/s | data wait 25% | ETA 1:20 | loss 0.5"
-  assert lines == [want, want.replace("20/100", "30/100").replace("1:20", "1:10")]
-
-
-def test_progress_redraws_one_line_on_a_terminal_and_ends_it():
-  clock, stream = _Clock(), io.StringIO()
-  stream.isatty = lambda: True
-  progress = _progress(stream, clock)
-  for step in (98, 99, 100):
-    clock.now += 3600
-    progress.update(step)
-  assert stream.getvalue().count("\r") == 3
-  assert stream.getvalue().count("\n") == 1
-  assert stream.getvalue().endswith("ETA 0:00\n")
-
-
-def test_progress_survives_a_closed_terminal():
-  stream = io.StringIO()
-  progress = _progress(stream, _Clock(), every_s=0)
-  stream.close()
-  progress.update(1)

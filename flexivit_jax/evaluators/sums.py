@@ -1,0 +1,50 @@
+"""Masked sums: a metric is a sum over the real examples and their number, divided once, on the host.
+
+So batches of different sizes, padded ones, and devices add up to the mean over all examples.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flexivit_jax.errors import UserError
+
+
+class Sums(NamedTuple):
+  """Sums over the real (unmasked) examples of each metric, and how many they were; `tables` are counts, integers."""
+
+  total: dict[str, Any]
+  count: Any
+  tables: dict[str, Any] | None = None
+
+
+def masked_sums(
+  values: Mapping[str, Float[Array, "n"]], mask: Float[Array, "n"] | None = None
+) -> Sums:
+  """Sums values of real examples (`mask` 1); padded ones count nothing, not even a NaN."""
+  n = jax.tree.leaves(dict(values))[0].shape[0]
+  mask = jnp.ones(n, jnp.float32) if mask is None else mask.astype(jnp.float32)
+  total = {name: jnp.sum(jnp.where(mask > 0, v, 0.0) * mask) for name, v in values.items()}
+  return Sums(total, jnp.sum(mask))
+
+
+def merge(a: Sums, b: Sums) -> Sums:
+  """Adds the sums of two batches."""
+  return jax.tree.map(lambda x, y: x + y, a, b)
+
+
+def means(*parts: Sums) -> dict[str, float]:
+  """Adds the sums of all batches in float64 on the host and divides, once.
+
+  Raises:
+    UserError: no example counted.
+  """
+  parts = jax.device_get(parts)
+  count = math.fsum(float(part.count) for part in parts)
+  if count == 0:
+    raise UserError("Metrics of 0 examples have no mean; the split is empty or all is masked.")
+  return {k: sum(float(part.total[k]) for part in parts) / count for k in parts[0].total}
