@@ -103,7 +103,6 @@ MEASURE = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import test_loop
-from flexivit_jax.sizes import size_key
 print(min(test_loop.run_loop(pathlib.Path(sys.argv[2]) / str(i))[0] for i in range(5)) / 400)
 """
 

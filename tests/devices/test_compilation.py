@@ -136,7 +136,6 @@ import jax
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: events.update([name.rpartition("/")[2]]))
 from flexivit_jax import cli
-from flexivit_jax.sizes import size_key
 code = cli.main(sys.argv[1:])
 print(code, events["cache_misses"], events["cache_hits"])
 """
