@@ -1,52 +1,103 @@
 """The command `flexivit`; each subcommand imports what it needs only when it runs."""
 
+import argparse
 import errno
 import importlib
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Protocol, cast, runtime_checkable
 
 from flexivit_jax import errors
-from flexivit_jax.commands import options
 from flexivit_jax.devices import allocator
-from flexivit_jax.running import signals
+from flexivit_jax.running import exit_codes, signals
 
-USAGE_ERROR = 2
+# Name on the command line -> module of `commands`, in the order of `--help`. A command is such a file, which imports
+# what is heavy only when it runs, and its line here.
+COMMANDS = {
+  "plan": "plan",
+  "bench": "bench",
+  "train": "train",
+  "eval": "evaluate",
+  "predict": "predict",
+  "embed": "embed",
+  "report": "report",
+  "inspect": "inspect",
+  "convert": "convert",
+  "export": "export",
+  "flexify": "flexify",
+  "verify": "verify",
+  "replay": "replay",
+  "reproduce": "reproduce",
+}
 # What is wrong with a path that the user gave, whichever call it is that meets it first.
 _OF_PATHS = {
   *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
   *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
 }
-BROKEN_PIPE = 128 + 13  # as a shell counts SIGPIPE
-MODULES = {
-  "plan": "commands.plan",
-  "bench": "commands.bench",
-  "train": "train",
-  "eval": "commands.evaluate",
-  "predict": "commands.predict",
-  "embed": "commands.embed",
-  "report": "report",
-  "inspect": "commands.inspect",
-  "convert": "commands.convert",
-  "export": "commands.export",
-  "flexify": "commands.flexify",
-  "verify": "commands.verify",
-  "replay": "commands.replay",
-  "reproduce": "paper.reproduce",
-}
+
+
+@runtime_checkable
+class Command(Protocol):
+  """What a module of `commands` has."""
+
+  HELP: str  # one line
+
+  def add_arguments(self, p: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command to its parser."""
+
+  def run(self, args: argparse.Namespace) -> None:
+    """Runs the command; a UserError is its one-line end."""
+
+
+def command(name: str) -> Command:
+  """The module of a name in `COMMANDS`."""
+  return cast(Command, importlib.import_module(f"flexivit_jax.commands.{COMMANDS[name]}"))
+
+
+def parser() -> argparse.ArgumentParser:
+  """The parser of the command `flexivit`."""
+  top = argparse.ArgumentParser(
+    prog="flexivit", description="One Vision Transformer for all patch sizes."
+  )
+  commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  for name in COMMANDS:
+    command(name).add_arguments(commands.add_parser(name, help=command(name).HELP))
+  return top
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """Parses a command line; `--config.KEY=VALUE` anywhere in it goes into `overrides`.
+
+  Raises:
+    UserError: an argument that no command knows.
+  """
+  overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+  args, unknown = parser().parse_known_args([a for a in argv if not a.startswith("--config.")])
+  if unknown:
+    known = ["--config", "--help", *(f"--{name}" for name in vars(args)), "--no-verify"]
+    name = unknown[0].removeprefix("--").partition("=")[0]
+    if hasattr(args, name):
+      raise errors.UserError(f"`flexivit {args.command}` takes {name.upper()} without --{name}.")
+    raise errors.UserError(f"Unknown argument {unknown[0]!r}.{errors.nearest(unknown[0], known)}")
+  if overrides and not hasattr(args, "overrides"):
+    raise errors.UserError(
+      f"--config.{overrides[0]} has no effect with `flexivit {args.command}`; remove it."
+    )
+  args.overrides = overrides
+  return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; a user's mistake is one line on stderr and exit code 2, a signal that was obeyed 75."""
+  """Runs one command and returns its exit code, see `running.exit_codes`."""
   return exit_code(lambda: _run(sys.argv[1:] if argv is None else argv), "flexivit")
 
 
 def _run(argv: Sequence[str]) -> None:
-  args = options.parse(argv)
-  module = MODULES[args.command]
+  args = parse(argv)
   allocator.keep_memory()
-  importlib.import_module(f"flexivit_jax.{module}").run(args)
+  command(args.command).run(args)
 
 
 def exit_code(run: Callable[[], None], name: str) -> int:
@@ -55,21 +106,20 @@ def exit_code(run: Callable[[], None], name: str) -> int:
     run()
   except errors.UserError as e:
     print(f"{name}: error: {e}", file=sys.stderr)
-    return USAGE_ERROR
+    return exit_codes.ERROR
   except signals.Stopped as e:
     print(f"{name}: stopped by {e}; the same command goes on", file=sys.stderr)
-    return signals.STOPPED
+    return exit_codes.STOPPED
   except BrokenPipeError:  # the reader, `| head`, has seen enough
-    os.dup2(
-      os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-    )  # or Python would write the rest at exit
-    return BROKEN_PIPE
+    # Without this, Python would write the rest at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return exit_codes.BROKEN_PIPE
   except OSError as e:
     if e.filename is None or e.errno not in _OF_PATHS:
       raise
     print(f"{name}: error: {str(e.filename)[:200]}: {e.strerror}", file=sys.stderr)
-    return USAGE_ERROR
-  return 0
+    return exit_codes.ERROR
+  return exit_codes.DONE
 
 
 def tool(run: Callable[[], None]) -> None:
@@ -88,11 +138,10 @@ def tool(run: Callable[[], None]) -> None:
 def entry(argv: Sequence[str] | None = None) -> None:
   """The command: `main`, and then the end of the process."""
   code = main(argv)
-  if (
-    "flexivit_jax.running.distributed" in sys.modules
-  ):  # loaded only by what may be several processes
+  # It is loaded only by commands that may run in several processes.
+  if "flexivit_jax.running.distributed" in sys.modules:
     importlib.import_module("flexivit_jax.running.distributed").leave(code)
-  if code == signals.STOPPED:
+  if code == exit_codes.STOPPED:
     signals.leave()
   sys.exit(code)
 

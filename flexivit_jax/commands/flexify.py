@@ -3,25 +3,61 @@
 import argparse
 
 from flexivit_jax.commands import options
-from flexivit_jax.devices import compilation
-from flexivit_jax.flexify import flexify, retention
+
+HELP = "make a fixed model work at every patch size, unlabelled"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+  """The model, the images, the folder to write to; the training and the sizes."""
+  p.add_argument("--init", required=True, type=options.path, help="the model: what --checkpoint is")
+  p.add_argument(
+    "--data",
+    required=True,
+    type=options.path,
+    help="folder of images, or one with train/ and val/, with folders of classes or without",
+  )
+  p.add_argument("--out", required=True, type=options.path, help="folder to write to, or go on in")
+  p.add_argument("--epochs", type=float, help="passes over the images (default 10; 0: only resize)")
+  p.add_argument("--image_size", type=int, help="pixels a side (default 240)")
+  p.add_argument(
+    "--seqhw", type=options.whole_numbers, metavar="N,N", help="tokens per side, e.g. 5,8,15"
+  )
+  p.add_argument("--batch_size", type=int, help="default 16")
+  p.add_argument("--lr", type=float, help="default 3e-5")
+  p.add_argument("--seed", type=int, help="default 0")
+  p.add_argument(
+    "--buffers",
+    type=options.whole_numbers,
+    metavar="PATCH,GRID",
+    help="sides of the stored kernel and grid (default: the model's own)",
+  )
+  p.add_argument(
+    "--on_error",
+    choices=("raise", "skip"),
+    help="what a damaged image does: raise (default) ends it, skip leaves the image out",
+  )
+  p.add_argument(
+    "--moment", action="store_true", help="resize the kernel for patches like those of the images"
+  )
+  options.add_reading(p)
 
 
 def run(args: argparse.Namespace) -> None:
   """Flexifies args.init and prints what is left of it at each size."""
+  from flexivit_jax.devices import compilation
+  from flexivit_jax.flexify import flexify, retention
+
   compilation.keep_programs()
-  names = (
-    "epochs",
-    "image_size",
-    "seqhw",
-    "batch_size",
-    "lr",
-    "seed",
-    "buffers",
-    "moment",
-    "on_error",
+  values = options.chosen(
+    args, "epochs", "image_size", "seqhw", "batch_size", "lr", "seed", "buffers", "on_error"
   )
-  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-  kept = flexify(args.init, args.data, args.out, loading=options.loading(args), **given)
+  kept = flexify(
+    args.init,
+    args.data,
+    args.out,
+    moment=args.moment,
+    loading=options.loading(args),
+    **values,
+  )
   print(retention.table(kept))
   print(f"wrote {args.out / 'model.npz'}, retention.json and README.md, the model card")

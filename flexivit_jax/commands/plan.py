@@ -5,12 +5,27 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from flexivit_jax import config, errors
-from flexivit_jax.experiment import costs
+from flexivit_jax import errors
+from flexivit_jax.commands import options
+
+HELP = "what a config will cost; needs no data and no device"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+  """The config, the share of the peak, the form of the answer."""
+  p.add_argument("config", metavar="CONFIG[:ARG]", help="e.g. configs/i1k_distill.py:variant=B")
+  p.add_argument(
+    "--utilisation", type=float, default=0.4, help="share of a machine's peak (default 0.4)"
+  )
+  p.add_argument("--json", action="store_true", help="everything, to be read by a program")
+  options.add_overrides(p, "--config.input.batch_size=512")
 
 
 def run(args: argparse.Namespace) -> None:
   """Prints the plan of args.config."""
+  from flexivit_jax import config
+  from flexivit_jax.experiment import costs
+
   if not 0 < args.utilisation <= 1:
     raise errors.UserError(f"--utilisation={args.utilisation}; expected a fraction, as 0.4.")
   settings = config.load(args.config, args.overrides)
@@ -19,9 +34,8 @@ def run(args: argparse.Namespace) -> None:
     return
   print("\n".join(text(costs.costs(settings, utilisation=args.utilisation))), flush=True)
   print()
-  for n, line in costs.lowered(
-    settings, costs.several(costs.MESHES)
-  ).items():  # takes longer than all that is above
+  # Lowering for several devices takes longer than all that is printed above.
+  for n, line in costs.lowered(settings, costs.several(costs.MESHES)).items():
     print(f"{n:>8} devices: {line}")
 
 

@@ -1,6 +1,5 @@
 """`flexivit report RUN [RUN ...]`: the runs' eval.json files as a page, figures and JSON."""
 
-import argparse
 import json
 import shlex
 from collections.abc import Sequence
@@ -36,12 +35,6 @@ def report(runs: Sequence[Path], out: Path, *, command: str | None = None) -> Pa
   html = page.render(loaded, wide=wide, narrow=narrow, command=command)
   (out / "report.html").write_text(html, encoding="utf-8")
   return out / "report.html"
-
-
-def run(args: argparse.Namespace) -> None:
-  """`flexivit report`: writes the page, prints the table."""
-  print(table(args.runs))
-  print(report(args.runs, args.out or args.runs[0]))
 
 
 def table(runs: Sequence[Path]) -> str:

@@ -18,6 +18,7 @@ import xxhash
 from jax.experimental import multihost_utils
 
 from flexivit_jax import errors
+from flexivit_jax.running import exit_codes
 
 _HEARTBEAT = [100.0]
 _TPU = "the TPU's"
@@ -99,7 +100,7 @@ def _say_late(whose: str, count: int | None, seconds: int) -> None:
     file=sys.stderr,
     flush=True,
   )
-  os._exit(2)
+  os._exit(exit_codes.ERROR)
 
 
 def heartbeat() -> float:
@@ -239,7 +240,7 @@ def leave(code: int) -> None:
   """
   if not is_on():
     return
-  if code in (0, 75):  # all of them end so
+  if code in (exit_codes.DONE, exit_codes.STOPPED):  # all of them end so
     jax.distributed.shutdown()
     return
   os._exit(code)

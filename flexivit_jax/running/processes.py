@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import jax
 
 from flexivit_jax import errors
-from flexivit_jax.running import distributed, peers, run_folder, signals
+from flexivit_jax.running import distributed, exit_codes, peers, run_folder
 
 # What JAX, Gloo, NCCL say of a connection that broke, whatever they raise.
 _CONNECTION = re.compile(
@@ -80,9 +80,9 @@ def abandon(error: Exception, workdir: pathlib.Path) -> NoReturn:
   It leaves word of an error that is its own; of one that says no more than that another is gone, it says who that is.
   """
   folder, index = workdir / peers.FOLDER, jax.process_index()
-  said, code = f"{type(error).__name__}: {error}", signals.HUNG
+  said, code = f"{type(error).__name__}: {error}", exit_codes.HUNG
   if isinstance(error, errors.UserError):
-    said, code = str(error), 2
+    said, code = str(error), exit_codes.ERROR
   elif isinstance(error, jax.errors.JaxRuntimeError) or _CONNECTION.search(str(error)):
     lost = peers.Peers(folder, index, jax.process_count()).blame_lost()
     said = f"{lost}. {said.splitlines()[0]:.300}"

@@ -1,8 +1,8 @@
 """Signals and hangs: a run that is told to stop saves first, and one that stands still says where.
 
-SIGTERM or SIGINT: the step in hand is finished and saved, and the process ends with `STOPPED`; the same command goes on
-from there. While nothing is in hand, at start-up, in compilation, in an evaluation, while data is awaited, it ends at
-once. A second signal ends it whatever it does.
+SIGTERM or SIGINT: the step in hand is finished and saved, and the process ends with `exit_codes.STOPPED`; the same
+command resumes there. While nothing is in hand, at start-up, in compilation, in an evaluation, while data is awaited,
+it ends at once. A second signal ends it whatever it does.
 """
 
 import contextlib
@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from flexivit_jax import heartbeat
+from flexivit_jax.running import exit_codes
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
-HUNG = 70  # EX_SOFTWARE
 DATA_NOTE_S = 10.0
 
 
@@ -103,10 +102,10 @@ def catch(reached: Callable[[int], bool] | None = None) -> Iterator[Stop]:
 
 
 def leave() -> NoReturn:
-  """Ends the process with `STOPPED`, without waiting for threads: one may compile a program for a long time yet."""
+  """Ends the process with `exit_codes.STOPPED` without waiting for threads, one of which may still compile."""
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(STOPPED)
+  os._exit(exit_codes.STOPPED)
 
 
 class Watchdog:
@@ -114,7 +113,7 @@ class Watchdog:
 
   Args:
     limit: seconds without a heartbeat after which the stacks of all threads go to standard error and the process
-      ends with `HUNG`; None: never.
+      ends with `exit_codes.HUNG`; None: never.
     note: is told that data is awaited, once each time.
     tick: called a few times a second.
     blame: says, for the message at the end, which process of several stands still.
@@ -171,4 +170,4 @@ class Watchdog:
           flush=True,
         )
         faulthandler.dump_traceback(all_threads=True)
-        os._exit(HUNG)
+        os._exit(exit_codes.HUNG)

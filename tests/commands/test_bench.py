@@ -6,7 +6,8 @@ import itertools
 import pytest
 
 from flexivit_jax import cli, errors, trees
-from flexivit_jax.commands import bench
+from flexivit_jax.commands import bench as command
+from flexivit_jax.experiment import benchmarks as bench
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flops import gmacs
 
@@ -89,7 +90,7 @@ def test_a_step_takes_the_memory_of_the_state_before_it():
 
 def test_nothing_to_measure_is_an_error():
   with pytest.raises(errors.UserError, match="give --forward"):
-    bench.run(cli.arguments.parse(["bench"]))
+    command.run(cli.parse(["bench"]))
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from flexivit_jax import cli, errors, weights
-from flexivit_jax.commands import convert, predict
+from flexivit_jax.inference import predictions
+from flexivit_jax.weights import conversion
 
 MEAN_STD = ["--mean=0.485,0.456,0.406", "--std=0.229,0.224,0.225"]
 
@@ -54,7 +55,7 @@ def test_a_conversion_that_changes_the_logits_leaves_nothing(file, tmp_path, mon
   write = weights.save_npz
   monkeypatch.setattr(weights, "save_npz", wrong)
   with pytest.raises(errors.UserError, match=r"differs at seqhw=2 by .*nothing is written"):
-    convert.convert(file, tmp_path / "out.npz", num_heads=4)
+    conversion.convert(file, tmp_path / "out.npz", num_heads=4)
   assert [p.name for p in tmp_path.iterdir()] == [file.name]
 
 
@@ -77,10 +78,10 @@ def test_inspect_says_what_is_in_the_file(file, timm_state_dict, capsys):
 def test_predict_prepares_images_as_a_fixed_model_wants_them(file, tmp_path):
   Image.fromarray(np.zeros((50, 40, 3), np.uint8)).save(tmp_path / "image.png")
   # 32 tokens a side divide 32 pixels, and not the 240 of a FlexiViT.
-  (got,) = predict.predict([tmp_path / "image.png"], file, seqhw=32)
+  (got,) = predictions.predict([tmp_path / "image.png"], file, seqhw=32)
   assert len(got.top) == 5
   with pytest.raises(errors.UserError, match="does not divide"):
-    predict.predict([tmp_path / "image.png"], file, seqhw=32, image_size=240)
+    predictions.predict([tmp_path / "image.png"], file, seqhw=32, image_size=240)
 
 
 @pytest.mark.parametrize("seqhw", [None, 8])
@@ -101,10 +102,12 @@ def test_another_frameworks_folder_gives_the_sources_logits(file, tmp_path, caps
 
 def test_a_framework_that_gives_other_logits_leaves_nothing(file, tmp_path, monkeypatch):
   wrong = lambda out, image: np.ones((len(image), 7), np.float32)  # noqa: E731
-  monkeypatch.setattr(convert.optional, "version", lambda package: f"{package} 1")
-  monkeypatch.setitem(convert.FRAMEWORKS, "timm", convert.FRAMEWORKS["timm"]._replace(run=wrong))
+  monkeypatch.setattr(conversion.optional, "version", lambda package: f"{package} 1")
+  monkeypatch.setitem(
+    conversion.FRAMEWORKS, "timm", conversion.FRAMEWORKS["timm"]._replace(run=wrong)
+  )
   with pytest.raises(errors.UserError, match=r"written model differs by .*nothing is written"):
-    convert.convert_to("timm", file, tmp_path / "out", seqhw=8, num_heads=4)
+    conversion.convert_to("timm", file, tmp_path / "out", seqhw=8, num_heads=4)
   assert [p.name for p in tmp_path.iterdir()] == [file.name]
 
 

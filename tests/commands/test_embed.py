@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import cli, trees, weights
-from flexivit_jax.commands import embed
-from flexivit_jax.inference import predictor
+from flexivit_jax.inference import features, predictor
 from flexivit_jax.models import FlexiViT
 
 
@@ -143,7 +142,7 @@ def test_a_full_disk_is_one_line(save, photos, capsys, monkeypatch):
   def full(self, file, features):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(embed._Npz, "add", full)
+  monkeypatch.setattr(features._Npz, "add", full)
   code, _, err = run(capsys, "photos", f"--checkpoint={save()}", "--seqhw=4", "--out=f.npz")
   assert (code, err) == (2, "flexivit: error: f.npz cannot be written: No space left on device.\n")
   assert os.listdir() == ["photos"]

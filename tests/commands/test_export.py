@@ -10,8 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexivit_jax import cli, errors, weights
-from flexivit_jax.commands import export as export_command
-from flexivit_jax.weights.export import artifact, stablehlo
+from flexivit_jax.weights.export import artifact, comparison, stablehlo
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ def test_where_jax_is_told_to_leave_out_the_cpu_it_is_not_compared(export, capsy
   def devices(kind):
     raise RuntimeError(f"Unknown backend {kind}")
 
-  monkeypatch.setattr(export_command.jax, "devices", devices)
+  monkeypatch.setattr(comparison.jax, "devices", devices)
   assert export("--seqhw=2") == 0
   assert "not compared" in capsys.readouterr().out
 
@@ -102,12 +101,12 @@ def test_an_artifact_that_differs_is_removed(file, tmp_path):
   stablehlo.write(out, model, params, record, image_hw=(32, 32), sizes=(2,))
   head = params["head"] | {"bias": params["head"]["bias"] + 0.1}
   with pytest.raises(errors.UserError, match=r"differs at seqhw=2 by .*nothing is written"):
-    export_command.verify(out, model, params | {"head": head})
+    comparison.verify(out, model, params | {"head": head})
   assert not out.exists()
 
 
 def test_what_is_not_to_be_compared_has_no_certificate(export, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(export, "verify", None)  # would fail if it were called
+  monkeypatch.setattr(comparison, "verify", None)  # would fail if it were called
   assert export("--seqhw=2", "--no-verify") == 0
   assert "not compared with its source (--no-verify)" in capsys.readouterr().out
   assert artifact.load_artifact(tmp_path / "vit.zip").sizes == (2,)
@@ -115,7 +114,7 @@ def test_what_is_not_to_be_compared_has_no_certificate(export, tmp_path, capsys,
 
 
 def test_what_cannot_be_read_back_is_removed(export, tmp_path, monkeypatch):
-  monkeypatch.setitem(export_command.LOADERS, "stablehlo", lambda out: 1 / 0)
+  monkeypatch.setitem(comparison.LOADERS, "stablehlo", lambda out: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     export("--seqhw=2")
   assert not (tmp_path / "vit.zip").exists()

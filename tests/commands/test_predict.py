@@ -13,9 +13,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from flexivit_jax import cli, weights
-from flexivit_jax.commands import predict
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.inference import outputs, predictor
+from flexivit_jax.inference import outputs, predictions, predictor
 from flexivit_jax.models import FlexiViT
 
 NAMES = ["cat", 'a "quoted", name', "two\nlines", "Löwe", "=1+1"]
@@ -87,7 +86,9 @@ def run(capsys, *args):
 
 def answers(loaded, files, sizes=(4,), **options):
   inputs = [Input(os.fspath(f)) for f in files]
-  return [row for _, rows in predict.predictions(loaded, inputs, sizes, **options) for row in rows]
+  return [
+    row for _, rows in predictions.predictions(loaded, inputs, sizes, **options) for row in rows
+  ]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_images_are_read_only_a_little_ahead(loaded):
   asked = []
   image = np.zeros((24, 24, 3), np.float32)
   slow = loaded._replace(prepare=lambda path: asked.append(path) or image)
-  stream = predict.predictions(slow, [Input(str(i)) for i in range(10**5)], [2], batch_size=4)
+  stream = predictions.predictions(slow, [Input(str(i)) for i in range(10**5)], [2], batch_size=4)
   for _ in range(9):
     next(stream)
   stream.close()
@@ -277,12 +278,12 @@ def test_every_name_survives_csv_and_json(names, ask, tmp_path_factory):
     with open(file, "wb") as f:
       f.write(encoded(picture(i), "PNG") if i != 1 else b"")
   rows = ask(files)
-  lines = [predict.as_json(row) for row in rows]
+  lines = [predictions.as_json(row) for row in rows]
   assert all(line.isascii() and "\n" not in line for line in lines)
   assert [json.loads(line)["file"] for line in lines] == files
   table = folder / "table.csv"
   with table.open("x", encoding="utf-8", errors="backslashreplace", newline="") as f:
-    write = predict.WRITERS[".csv"](f, 2, False)
+    write = predictions.WRITERS[".csv"](f, 2, False)
     for row in rows:
       write(row)
   with table.open(encoding="utf-8", newline="") as f:

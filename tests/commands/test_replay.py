@@ -6,7 +6,7 @@ import json
 import pytest
 
 from flexivit_jax import cli, train as train_lib
-from flexivit_jax.commands import replay
+from flexivit_jax.analyses import bad_step
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import metrics_writer
 
@@ -75,7 +75,7 @@ def test_a_dump_and_a_save_that_cannot_be_written_do_not_hide_the_step(tmp_path,
 def test_a_dump_that_is_none_is_an_error(tmp_path):
   (tmp_path / "bad_step.json").write_text("{}")
   with pytest.raises(UserError, match="cannot be replayed"):
-    replay.look(tmp_path / "bad_step.json")
+    bad_step.look(tmp_path / "bad_step.json")
 
 
 def test_steps_that_explode_are_skipped_and_counted(tmp_path):
@@ -92,4 +92,4 @@ def test_a_damaged_dump_is_one_line(tmp_path, text):
   (tmp_path / "bad_step.json").write_text(text)
   (tmp_path / "config.json").write_text("{}")
   with pytest.raises(UserError):
-    replay.look(tmp_path / "bad_step.json")
+    bad_step.look(tmp_path / "bad_step.json")

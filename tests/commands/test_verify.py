@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from flexivit_jax import cli, train as train_lib, trees, weights
-from flexivit_jax.commands import verify
 from flexivit_jax.errors import UserError
-from flexivit_jax.weights import folders
+from flexivit_jax.weights import folders, verification
 from flexivit_jax.weights.export import onnx as onnx_folder, saved_model
 
 pytestmark = pytest.mark.faults
@@ -52,7 +51,7 @@ def test_a_run_is_all_its_checkpoints(run, capsys):
   lines = capsys.readouterr().out.splitlines()
   steps = [str(run / "checkpoints" / step) for step in "12"]
   assert lines == [f"{step}: as it was written" for step in steps]
-  assert verify.verify(run / "checkpoints" / "2") == [(steps[1], None)]
+  assert verification.verify(run / "checkpoints" / "2") == [(steps[1], None)]
   path = flip(largest(run / "checkpoints" / "2"))
   assert cli.main(["verify", str(run)]) == 2
   said = capsys.readouterr()
@@ -71,16 +70,16 @@ def test_weights_of_a_damaged_checkpoint_are_not_loaded(run):
 def test_an_export_and_weights_are_checked(run, tmp_path):
   out = tmp_path / "model.zip"
   assert cli.main(["export", str(run), str(out), "--seqhw=2", "--no-verify"]) == 0
-  assert verify.verify(out) == [(str(out), None)]
+  assert verification.verify(out) == [(str(out), None)]
   flip(out)
-  ((name, problem),) = verify.verify(out)
+  ((name, problem),) = verification.verify(out)
   assert name == str(out) and problem
   _, params = weights.load(run)
   file = tmp_path / "weights.npz"
   np.savez(file, **{k: np.asarray(v) for k, v in trees.flatten(jax.device_get(params)).items()})
-  assert verify.verify(file) == [(str(file), None)]
+  assert verification.verify(file) == [(str(file), None)]
   flip(file)
-  assert verify.verify(file)[0][1]
+  assert verification.verify(file)[0][1]
 
 
 def damages(path, rng, flips):
@@ -121,12 +120,12 @@ def test_each_damage_to_a_written_file_is_found(run, tmp_path, kind):
     flipped = bytearray(content)
     flipped[position] ^= 1 << rng.integers(8)
     out.write_bytes(flipped)
-    assert verify.verify(out)[0][1], position
+    assert verification.verify(out)[0][1], position
   for length in rng.integers(len(content), size=10):
     out.write_bytes(content[:length])
-    assert verify.verify(out)[0][1], length
+    assert verification.verify(out)[0][1], length
   out.write_bytes(content)
-  assert verify.verify(out) == [(str(out), None)]
+  assert verification.verify(out) == [(str(out), None)]
 
 
 LOADERS = dict(
@@ -156,7 +155,7 @@ def test_each_damage_to_each_file_of_a_written_folder_is_found(run, tmp_path, to
     if not path.stat().st_size:
       continue
     for what in damages(path, rng, flips=30):
-      ((_, problem),) = verify.verify(out)
+      ((_, problem),) = verification.verify(out)
       assert problem is not None and path.name in problem, (path, what)
       with pytest.raises(UserError, match=path.name):
         LOADERS[to](out)
@@ -175,7 +174,7 @@ def test_a_folder_of_others_can_be_loaded_and_not_compared(run, tmp_path, to, ca
   *given, record = weights.load_with_record(out)
   assert folders.unknown(out) in record["notes"]
   weights.save_npz(tmp_path / "again.npz", *given, record)
-  assert verify.verify(tmp_path / "again.npz")[0][1] is None
+  assert verification.verify(tmp_path / "again.npz")[0][1] is None
   shutil.copy(out / "model.safetensors", tmp_path)
   for path in (out, tmp_path / "model.safetensors"):
     if path == out or to == "timm":
@@ -188,10 +187,10 @@ def test_a_folder_of_others_can_be_loaded_and_not_compared(run, tmp_path, to, ca
 
 def test_what_is_not_there_is_said(tmp_path):
   with pytest.raises(UserError, match="does not exist"):
-    verify.verify(tmp_path / "none")
+    verification.verify(tmp_path / "none")
 
 
 def test_a_run_before_its_first_save_is_not_called_damaged(tmp_path):
   (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
   with pytest.raises(UserError, match="has no checkpoint that is complete"):
-    verify.verify(tmp_path)
+    verification.verify(tmp_path)

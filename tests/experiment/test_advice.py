@@ -9,7 +9,6 @@ import re
 import pytest
 
 from flexivit_jax import cli, config, experiment
-from flexivit_jax.commands import options as command_line
 
 # Options of other programs, commands of tools/ (of which test_reproduce.py knows), and variables of CSS.
 OTHERS = re.compile(r"--xla_\w+|--file_format|var\(--\w+|--\w+:")
@@ -18,9 +17,7 @@ ELSEWHERE = ("items.py", "comparing.py")
 
 def options():
   """The options of each command."""
-  (commands,) = (
-    a for a in command_line.parser()._actions if isinstance(a, argparse._SubParsersAction)
-  )
+  (commands,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
   found = {}
   for name, parser in commands.choices.items():
     found[name] = {o for action in parser._actions for o in action.option_strings}
@@ -72,7 +69,7 @@ def test_each_command_that_a_string_names_exists_and_has_the_options_beside_it(s
       if command == "{}":
         continue
       seen += 1
-      assert command in cli.MODULES, (where, said)
+      assert command in cli.COMMANDS, (where, said)
       for option in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*(?![\w.])", said):
         assert option in known[command] or option == "--config", (where, said)
   assert seen > 5

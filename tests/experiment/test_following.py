@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from flexivit_jax import errors, train as train_lib, weights
-from flexivit_jax.commands import verify
 from flexivit_jax.evaluators import EVALUATORS, METRICS
 from flexivit_jax.experiment import monitor
 from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints, load_params
+from flexivit_jax.weights import verification
 
 DATA = dict(name="synthetic", image_size=8, num_classes=3, num_examples=24)
 PP = "decode|value_range(-1, 1)|onehot(3)|keep('image', 'labels')"
@@ -105,8 +105,8 @@ def test_the_best_checkpoint_is_read_like_any_other_and_verified(whole, tmp_path
     assert model.num_classes == 3
     found = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(params)}
     assert all(np.array_equal(leaves[k], found[k]) for k in leaves | found)
-    assert [name for name, _ in verify.verify(path)] == [str(whole / "best" / str(step))]
-  checked = verify.verify(whole)
+    assert [name for name, _ in verification.verify(path)] == [str(whole / "best" / str(step))]
+  checked = verification.verify(whole)
   assert [name for name, _ in checked][-1].endswith(f"best/{step}") and len(checked) == 5
   assert {problem for _, problem in checked} == {None}
 
@@ -220,7 +220,7 @@ def test_a_best_checkpoint_that_is_damaged_is_named_and_replaced(tmp_path, train
   train_until(config, tmp_path, 3)
   file = max((tmp_path / "best" / "2").rglob("*"), key=lambda p: p.stat().st_size)
   file.write_bytes(file.read_bytes()[:-1])
-  assert [bool(problem) for _, problem in verify.verify(tmp_path)][-1:] == [True]
+  assert [bool(problem) for _, problem in verification.verify(tmp_path)][-1:] == [True]
   train_lib.train(config, tmp_path)
   assert "The next evaluation takes its place." in capsys.readouterr().err
   checkpoints = Checkpoints(tmp_path / "best", read_only=True)

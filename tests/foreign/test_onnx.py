@@ -9,10 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexivit_jax import cli, errors, trees, weights
-from flexivit_jax.commands import export as export_command
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights import certificate
-from flexivit_jax.weights.export import onnx as onnx_folder
+from flexivit_jax.weights.export import comparison, onnx as onnx_folder
 
 FIELDS = dict(num_classes=5, patch_size=(6, 6), posemb_size=(3, 3), layer_norm_eps=1e-3)
 FIELDS |= dict(width=16, depth=2, mlp_dim=24, num_heads=4)
@@ -198,7 +197,7 @@ def test_an_export_that_differs_is_removed(written, tmp_path):
   out = shutil.copytree(written, tmp_path / "vit")
   head = params["head"] | {"bias": params["head"]["bias"] + 0.1}
   with pytest.raises(errors.UserError, match=r"differs at seqhw=4 by .*nothing is written"):
-    export_command.verify(out, model, params | {"head": head}, to="onnx")
+    comparison.verify(out, model, params | {"head": head}, to="onnx")
   assert not out.exists()
 
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from flexivit_jax import cli, weights
-from flexivit_jax.commands import export
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights import certificate
-from flexivit_jax.weights.export import saved_model
+from flexivit_jax.weights.export import comparison, saved_model
 
 FIELDS = dict(
   num_classes=5, patch_size=(6, 6), posemb_size=(3, 3), width=16, depth=2, mlp_dim=24, num_heads=4
@@ -62,7 +61,7 @@ def test_the_command_writes_and_compares_it(tmp_path, capsys):
   assert all(row["largest_difference"] < 1e-4 for row in rows)
   with pytest.raises(UserError, match="is there already"):
     saved_model.write(tmp_path / "out", model, params, {}, image_hw=(24, 24), sizes=(2,))
-  assert "saved_model" in export.WRITERS and "wrote" in capsys.readouterr().out
+  assert "saved_model" in comparison.WRITERS and "wrote" in capsys.readouterr().out
 
 
 def test_a_changed_file_is_found_before_tensorflow_reads_it(tmp_path):

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import cli, config, data, trees, weights
-from flexivit_jax.commands import options
 from flexivit_jax.data import label_maps
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import results
@@ -52,7 +51,7 @@ def test_all_that_items_name_exists(repository):
     for command in item.how:
       word, *rest = shlex.split(command, comments=True)
       if word == "flexivit":
-        options.parse(rest)
+        cli.parse(rest)
       if word == "python":
         assert (repository / rest[0]).is_file()
   assert known == set(published.names())

@@ -14,7 +14,7 @@ import time
 
 from flexivit_jax import errors, train
 from flexivit_jax.devices import compilation
-from flexivit_jax.running import distributed, signals
+from flexivit_jax.running import distributed, exit_codes, signals
 from flexivit_jax.training import patch_schedule
 
 DATA = {"name": "synthetic", "image_size": 12, "num_classes": 3, "num_examples": 48}
@@ -114,8 +114,8 @@ def main() -> None:
     distributed.leave(2)
     sys.exit(2)
   except signals.Stopped:
-    distributed.leave(signals.STOPPED)
-    sys.exit(signals.STOPPED)
+    distributed.leave(exit_codes.STOPPED)
+    sys.exit(exit_codes.STOPPED)
   distributed.leave(0)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from flexivit_jax import heartbeat
-from flexivit_jax.commands import verify
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import distributed, manifest, metrics_writer, peers
+from flexivit_jax.weights import verification
 
 pytestmark = pytest.mark.faults
 
@@ -229,7 +229,7 @@ def test_two_processes_sample_keep_the_best_and_end_early_as_one_does(environmen
   for run in ("one", "two"):
     newest = [p.name for p in (tmp_path / run / "checkpoints").glob("[0-9]*")]
     assert newest == ["6"]
-    assert {problem for _, problem in verify.verify(tmp_path / run)} == {None}
+    assert {problem for _, problem in verification.verify(tmp_path / run)} == {None}
   best = [next((tmp_path / run / "best").glob("[0-9]*")).name for run in ("one", "two")]
   assert best[0] == best[1]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from flexivit_jax import cli, files
-from flexivit_jax.commands import verify
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import manifest
 from flexivit_jax.running.checkpoint import Checkpoints
+from flexivit_jax.weights import verification
 
 PARAMS = {"a": jnp.arange(12.0).reshape(3, 4), "b": {"c": jnp.ones(5, jnp.bfloat16)}}
 STATE = {"step": jnp.int32(3)}
@@ -141,7 +141,7 @@ def test_verify_reads_the_values_of_arrays(tmp_path):
   found = manifest.read(folder)
   wrong = found._replace(arrays={**found.arrays, "state": {"step": 1}})
   manifest.write(folder, wrong)
-  ((_, problem),) = verify.verify(tmp_path)
+  ((_, problem),) = verification.verify(tmp_path)
   assert problem and "state step (1) are not what was written" in problem
 
 

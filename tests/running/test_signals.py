@@ -17,7 +17,7 @@ from flexivit_jax.data import loader
 from flexivit_jax.data.loader import TrainBatches
 from flexivit_jax.devices import compilation
 from flexivit_jax.evaluators.per_size import PerSize
-from flexivit_jax.running import ledger, metrics_writer, signals
+from flexivit_jax.running import exit_codes, ledger, metrics_writer, signals
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.training.step_programs import StepPrograms
 
@@ -259,7 +259,7 @@ def test_a_program_that_is_being_compiled_is_not_waited_for(tmp_path):
   command = [sys.executable, "-c", COMPILING, "train", "--config=configs/digits.py:debug"]
   command.append(f"--workdir={tmp_path / 'run'}")
   run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-  assert run.returncode == signals.STOPPED, run.stderr
+  assert run.returncode == exit_codes.STOPPED, run.stderr
   assert "stopped by SIGTERM; the same command goes on" in run.stderr
 
 
@@ -269,7 +269,7 @@ def test_the_command_ends_with_75(monkeypatch, capsys, tmp_path):
 
   monkeypatch.setattr(train_lib, "_say_costs", ending)
   code = cli.main(["train", "--config=configs/digits.py:debug", f"--workdir={tmp_path / 'run'}"])
-  assert code == signals.STOPPED == 75
+  assert code == exit_codes.STOPPED == 75
   assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
 
 
@@ -314,7 +314,7 @@ def test_a_second_signal_ends_it_at_once():
 
 def test_a_run_that_stands_still_says_where_and_ends():
   run = python(HANG)
-  assert run.returncode == signals.HUNG
+  assert run.returncode == exit_codes.HUNG
   assert re.fullmatch(r"waiting for data for \d s\n", run.stdout)
   assert "nothing has gone on for 1 s (waiting for data), more than hang_after=1" in run.stderr
   assert 'File "<string>", line 7' in run.stderr  # where it stood
@@ -322,7 +322,7 @@ def test_a_run_that_stands_still_says_where_and_ends():
 
 def test_so_does_one_whose_data_cannot_be_opened(tmp_path):
   run = python(HANG_AT_THE_START, cwd=tmp_path)
-  assert run.returncode == signals.HUNG
+  assert run.returncode == exit_codes.HUNG
   assert "more than hang_after=1" in run.stderr and "experiment.py" in run.stderr
   assert not (tmp_path / "none").exists()
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import trees, weights
+from flexivit_jax import cli, trees, weights
 from flexivit_jax.commands import options
 from flexivit_jax.experiment import loaders
 from flexivit_jax.models import FlexiViT
@@ -24,15 +24,15 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_takes_the_options_of_reading(command):
   given = ["--num_heads=4", "--gelu=quick", "--mean=0.4,0.5,0.6", "--std=0.2,0.2,0.3"]
-  args = options.parse([command, *COMMANDS[command], *given, "--ema", "--posemb_size=9,16"])
+  args = cli.parse([command, *COMMANDS[command], *given, "--ema", "--posemb_size=9,16"])
   want = {"num_heads": 4, "gelu": "quick", "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.3)}
   assert options.loading(args) == want | {"ema": True, "posemb_size": (9, 16)}
-  assert options.loading(options.parse([command, *COMMANDS[command]])) == {}
+  assert options.loading(cli.parse([command, *COMMANDS[command]])) == {}
 
 
 def test_what_a_command_reads_weights_with_a_config_can_say_of_init_and_teachers(tmp_path):
   given = ["--num_heads=4", "--gelu=quick", "--mean=0.4,0.5,0.6", "--std=0.2,0.2,0.3"]
-  args = options.parse(["inspect", "w", *given, "--ema", "--posemb_size=9,16"])
+  args = cli.parse(["inspect", "w", *given, "--ema", "--posemb_size=9,16"])
   for load in (loaders.load_init, loaders.load_teacher):
     assert options.loading(args).keys() <= inspect.signature(load).parameters.keys()
 

@@ -12,6 +12,7 @@ import pytest
 from flexivit_jax import cli, trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT, flexivit, vit
+from flexivit_jax.running import exit_codes
 from flexivit_jax.weights import registry
 
 FIELDS = dict(num_classes=5, patch_size=(8, 8), width=16, depth=2, mlp_dim=24, num_heads=4)
@@ -174,7 +175,7 @@ def test_inspect_takes_a_name_and_lists_them(tiny, site, capsys):
 
 @pytest.mark.parametrize("args", [[], ["--list", "w.npz"]])
 def test_inspect_wants_a_file_or_the_list(args, capsys):
-  assert cli.main(["inspect", *args]) == cli.USAGE_ERROR
+  assert cli.main(["inspect", *args]) == exit_codes.ERROR
   assert "Give a file or a published name to inspect, or --list alone" in capsys.readouterr().err
 
 
@@ -190,6 +191,6 @@ def test_a_converted_file_says_where_it_came_from(tiny, site, tmp_path):
 
 def test_an_error_of_the_download_is_one_line(tiny, site, capsys):
   site.statuses = [404]
-  assert cli.main(["inspect", "tiny_i1k"]) == cli.USAGE_ERROR
+  assert cli.main(["inspect", "tiny_i1k"]) == exit_codes.ERROR
   err = capsys.readouterr().err
   assert err.count("\n") == 1 and f"{site.url}/tiny_i1k.npz: the server answers 404" in err

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from safetensors.numpy import save_file
 
 from flexivit_jax import data, errors, trees, weights
-from flexivit_jax.commands import inspect
-from flexivit_jax.weights import stated
+from flexivit_jax.weights import description, stated
 from flexivit_jax.weights.timm import images as timm_images
 from flexivit_jax.weights.transformers import images as transformers_images
 
@@ -206,14 +205,14 @@ def test_a_file_alone_says_what_is_assumed_and_the_advice_works(hub, tmp_path):
   file = pathlib.Path(shutil.copy(hub() / "model.safetensors", tmp_path))
   model, params, record = weights.load_with_record(file, num_heads=4)
   assert "read model.safetensors with --mean and --std" in notes(record)[-1]
-  lines = inspect.describe(model, params, record)
+  lines = description.describe(model, params, record)
   assert any(line.startswith("input         assumed mean 0.5, std 0.5; give") for line in lines)
   *_, record = weights.load_with_record(file, num_heads=4, mean=MEAN, std=STD)
   assert record["input"] == {"mean": MEAN, "std": STD, "from": "given"} and notes(record) == []
 
 
 def test_inspect_prints_input_preparation_and_classes_with_the_file_that_says_them(hub):
-  lines = inspect.describe(*weights.load_with_record(hub(label_names=NAMES)))
+  lines = description.describe(*weights.load_with_record(hub(label_names=NAMES)))
   assert "input         mean 0.485,0.456,0.406, std 0.229,0.224,0.225 (hub/config.json)" in lines
   want = "prepared      shorter side to 36 pixels, bicubic, centre 32x32 (hub/config.json)"
   assert want in lines

@@ -56,12 +56,12 @@ def ours(kind: str, variant: str, seqhw: int, batch: int) -> Once:
   import jax
 
   from flexivit_jax import weights
-  from flexivit_jax.commands import bench
+  from flexivit_jax.experiment import benchmarks
   from flexivit_jax.models import FlexiViT
 
   model = FlexiViT(num_classes=1000, variant=variant)
   if kind == "train":
-    step, _, _ = bench.training(model, [seqhw], batch, 240)
+    step, _, _ = benchmarks.training(model, [seqhw], batch, 240)
     return lambda: jax.block_until_ready(step(seqhw))
   image = jax.random.normal(jax.random.key(1), (batch, 240, 240, 3))
   params = jax.jit(lambda: model.init(jax.random.key(0), image[:1], seqhw=seqhw)["params"])()
@@ -194,11 +194,11 @@ MAKE: dict[str, Callable[..., Once]] = {
 
 def compile_ours(variant: str, patches: list[int], batch: int) -> float:
   """Seconds to trace, lower and compile the training steps of all sizes."""
-  from flexivit_jax.commands import bench
+  from flexivit_jax.experiment import benchmarks
   from flexivit_jax.models import FlexiViT
 
   model = FlexiViT(num_classes=1000, variant=variant)
-  return bench.training(model, [SIDES[p] for p in patches], batch, 240)[2].seconds
+  return benchmarks.training(model, [SIDES[p] for p in patches], batch, 240)[2].seconds
 
 
 def compile_yardstick(variant: str, patches: list[int], batch: int) -> float:

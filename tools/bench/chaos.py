@@ -21,8 +21,7 @@ import time
 from typing import Any
 
 from flexivit_jax import cli, config, errors
-from flexivit_jax.commands import options
-from flexivit_jax.running import metrics_writer
+from flexivit_jax.running import exit_codes, metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints
 
 LOG = "chaos.jsonl"
@@ -91,7 +90,7 @@ def main() -> None:
   args, overrides = parser.parse_known_args()
   rng = random.Random(args.seed)
   whole, run = args.out / "whole", args.out / "run"
-  given = options.parse(command(args.config, whole, overrides)[3:])
+  given = cli.parse(command(args.config, whole, overrides)[3:])
   config.load(given.config, given.overrides)
   log_file = make_room(args.out)
   begun = time.monotonic()
@@ -122,7 +121,7 @@ def main() -> None:
       row |= {"code": process.returncode, "took_s": round(time.monotonic() - begun, 2)}
       row |= {"resumed": next((s for s in said.splitlines() if "resumed from" in s), None)}
       row |= {"damaged": problems}
-      if process.returncode == 0:
+      if process.returncode == exit_codes.DONE:
         same = digest(run) == digest(whole)
         wrong += not same
         row |= {"ended": True, "same": same}
@@ -130,7 +129,12 @@ def main() -> None:
       else:
         kill += 1
       # -SIGTERM: it came while Python was still importing, before there was anything to save.
-      if process.returncode not in (0, -signal.SIGKILL, -signal.SIGTERM, 75):
+      if process.returncode not in (
+        exit_codes.DONE,
+        exit_codes.STOPPED,
+        -signal.SIGKILL,
+        -signal.SIGTERM,
+      ):
         wrong += 1
         row |= {"unexpected": said.splitlines()[-3:]}
       log.write(json.dumps(row) + "\n")

@@ -18,8 +18,8 @@ allocator.keep_memory()
 import jax
 import jax.numpy as jnp
 
-from flexivit_jax.commands import bench
 from flexivit_jax.evaluators import results
+from flexivit_jax.experiment import benchmarks, loaders
 from flexivit_jax.models import attention
 
 
@@ -48,7 +48,7 @@ def main() -> None:
   parser.add_argument("--lengths", default="26,37,65,101,145,226,257,401,577,901")
   parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument("--heads", type=int, default=6)
-  parser.add_argument("--dtype", default=bench.default_dtype())
+  parser.add_argument("--dtype", default=loaders.default_dtype())
   parser.add_argument("--forms", default=",".join(attention.FORMS))
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument(
@@ -64,7 +64,8 @@ def main() -> None:
     arrays = [jax.random.normal(jax.random.key(i), shape, args.dtype) for i in range(3)]
     runs = {name: run for form in forms for name, run in programs(form, arrays).items()}
     times = {
-      name: 1e3 * statistics.median(t) for name, t in bench.alternate(runs, args.rounds).items()
+      name: 1e3 * statistics.median(t)
+      for name, t in benchmarks.alternate(runs, args.rounds).items()
     }
     cells = [
       f"{form} {times[f'{form} forward']:.2f}, {times.get(f'{form} both', float('nan')):.2f}"

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexivit_jax import weights
-from flexivit_jax.commands import convert
 from flexivit_jax.errors import UserError
+from flexivit_jax.weights import conversion
 
 HALF, MEAN, STD = [0.5] * 3, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -96,10 +96,10 @@ def test_mean_and_std_are_folded_unless_they_are_given(folder):
 
 
 def test_a_folder_converts_with_its_own_mean_and_with_another(folder, tmp_path, monkeypatch):
-  monkeypatch.setattr(convert, "_sizes", lambda *_: [4])
+  monkeypatch.setattr(conversion, "_sizes", lambda *_: [4])
   path = folder(mean=MEAN, std=STD)
   for name, given in (("own", {}), ("other", dict(mean=STD, std=MEAN))):
-    rows = convert.convert(path, tmp_path / f"{name}.npz", **given)
+    rows = conversion.convert(path, tmp_path / f"{name}.npz", **given)
     assert [row.seqhw for row in rows] == [4] and rows[0].difference < 1e-5
 
 

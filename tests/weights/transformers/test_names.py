@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexivit_jax import trees, weights
-from flexivit_jax.commands import convert
 from flexivit_jax.errors import UserError
+from flexivit_jax.weights import conversion
 from flexivit_jax.weights.transformers import (
   config as transformers_config,
   names as transformers_names,
@@ -565,13 +565,13 @@ def test_a_folder_converts_with_a_certificate_of_its_own_input(tmp_path):
   (folder / "preprocessor_config.json").write_text(
     json.dumps({"image_mean": mean, "image_std": std})
   )
-  rows = convert.convert(folder, tmp_path / "out.npz", num_heads=HEADS)
+  rows = conversion.convert(folder, tmp_path / "out.npz", num_heads=HEADS)
   (native,) = (row for row in rows if row.seqhw == 4)
   assert 0 < native.difference < 1e-5  # the source is not folded, so there is some rounding
   _, _, record = weights.load_with_record(tmp_path / "out.npz")
   assert record["folded_input"] == {"mean": mean, "std": std}
   # Read again it is folded already: neither twice nor unknowingly.
-  rows = convert.convert(tmp_path / "out.npz", tmp_path / "again.npz")
+  rows = conversion.convert(tmp_path / "out.npz", tmp_path / "again.npz")
   assert all(row.difference == 0 for row in rows)
   with pytest.raises(UserError, match="folded into this file already"):
     weights.load(tmp_path / "out.npz", mean=mean, std=std)

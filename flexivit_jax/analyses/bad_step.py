@@ -1,0 +1,130 @@
+"""Goes back to the checkpoint before a step that was not finite, and looks at it.
+
+The steps in between are made again, bit for bit, and of the bad one is said which gradients and parameters are not
+finite, and how large the others are.
+"""
+
+import contextlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexivit_jax import errors, experiment, train, trees
+from flexivit_jax.devices import sharding
+from flexivit_jax.experiment import preparation
+from flexivit_jax.running import signals
+from flexivit_jax.running.checkpoint import Checkpoints
+from flexivit_jax.sizes import size_key, size_name
+from flexivit_jax.training import patch_schedule, steps
+
+
+def look(dump: pathlib.Path) -> list[str]:
+  """Returns the lines of a report on the step of a dump.
+
+  Raises:
+    UserError: no such dump, or its run has no checkpoint from before the step and did not start here either.
+  """
+  try:
+    found = json.loads(dump.read_text())
+    step, config = found["step"], json.loads((dump.parent / "config.json").read_text())
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.UserError(
+      f"{dump} cannot be replayed ({type(e).__name__}); give RUN/bad_step.json beside RUN/config.json."
+    ) from e
+  trained = preparation.trained(dump.parent)
+  if not isinstance(config, dict):
+    raise errors.UserError(
+      f"{dump.parent / 'config.json'} holds no config; expected a JSON object."
+    )
+  settings = {"name": "replay", **_tuples(config)}
+  exp, mesh = preparation.place(experiment.from_config(settings, trained=trained))
+  with contextlib.ExitStack() as stack:
+    state, schedule, batches = _before(exp, dump.parent, step, mesh)
+    stack.enter_context(batches)
+    parts, memory = preparation.parts(exp, mesh)
+    targets = preparation.targets(
+      exp, int(state.step), mesh, stack, parts=parts, memory=memory - sharding.bytes_each(state)
+    )
+    programs = preparation.programs(exp, state, targets, mesh, parts=parts, memory=memory)
+    constants = preparation.constants(exp, mesh)
+    lines = [f"from step {int(state.step)} to step {step}"]
+    for at in range(int(state.step) + 1, step + 1):
+      size = patch_schedule.draw(
+        exp.flexi, seed=exp.seed, step=at - 1, total_steps=exp.total_steps, state=schedule
+      )
+      batch = train.next_batch(batches, exp.batches_of(size), signals.Stop())
+      on_device: dict[str, Any] = sharding.put_batch(
+        {k: batch[k] for k in exp.objective.inputs}, mesh
+      )
+      if targets is not None:
+        on_device["targets"] = targets(at - 1, batch, state.step)
+      if at == step:
+        program = programs.gradients[size_key(size)]
+        loss, grads = program.run(state._replace(opt_state=None), on_device, constants["seed"])
+        before = jax.device_get(state.params)
+        new, measured = programs.update.run(state, loss, grads, constants["total_steps"])
+        return lines + _report(
+          found, size, batch, jax.device_get((measured, grads)), before, jax.device_get(new.params)
+        )
+      state, measured = programs(size, state, on_device, constants)
+      schedule = patch_schedule.update(
+        exp.flexi, schedule, step=at, drawn=size, loss=float(measured["loss"])
+      )
+  raise errors.UserError(f"{dump} is of step {step}, and the run's checkpoint of a later one.")
+
+
+def _tuples(value: Any) -> Any:
+  """What JSON made lists of."""
+  if isinstance(value, dict):
+    return {k: _tuples(v) for k, v in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _before(
+  exp: experiment.Experiment, folder: pathlib.Path, step: int, mesh: Any
+) -> tuple[steps.TrainState, Any, Any]:
+  """The state of the newest checkpoint from before a step, or the run's first; the schedule; the batches from there."""
+  state = preparation.first_state(exp, mesh)
+  checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+  try:
+    latest = checkpoints.latest_step()
+    if latest is not None and latest < step:
+      params, rest, record = checkpoints.restore(latest, state.params, preparation.rest(state))
+      batches = exp.batches(0)
+      batches.set_state(record["data"])
+      return steps.TrainState(params=params, **rest), record.get("schedule", {}), batches
+  finally:
+    checkpoints.close()
+  return state, patch_schedule.init_state(exp.flexi), exp.batches(0)
+
+
+def _report(
+  dump: dict[str, Any], size: dict[str, Any], batch: Any, made: Any, before: Any, after: Any
+) -> list[str]:
+  measured, grads = made
+  again = {k: float(v) for k, v in measured.items()}
+  dumped = {k: float(v) for k, v in dump["measured"].items()}
+  same = all(np.array_equal(again[k], dumped[k], equal_nan=True) for k in again)
+  ids = np.asarray(batch.get("_id", ()))
+  lines = [
+    f"step {dump['step']}, {size_name(size)}, {len(ids)} examples"
+    + (", those of the dump" if ids.tolist() == dump["ids"] else ""),
+    f"{again}: {'as in the dump' if same else f'other than in the dump: {dumped}'}",
+  ]
+  for what, tree in (
+    ("parameter before the step", before),
+    ("gradient", grads),
+    ("parameter after it", after),
+  ):
+    flat = trees.flatten(tree)
+    bad = [name for name, leaf in flat.items() if not np.isfinite(leaf).all()]
+    finite = [np.abs(leaf[np.isfinite(leaf)]).max(initial=0.0) for leaf in flat.values()]
+    largest = max(zip(finite, flat, strict=True))
+    lines.append(
+      f"{what}: {len(bad)} of {len(flat)} not finite{': ' + ', '.join(bad[:5]) if bad else ''}; the largest finite"
+      f" value is {largest[0]:.3g} in {largest[1]}"
+    )
+  return lines

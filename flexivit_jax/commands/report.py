@@ -1,0 +1,23 @@
+"""`flexivit report RUN [RUN ...]`: the runs' eval.json files as a page, figures and JSON; see `flexivit_jax.report`."""
+
+import argparse
+
+from flexivit_jax.commands import options
+
+HELP = "accuracy against patch size and cost, as HTML and PNG"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+  """The runs and the folder of the page."""
+  p.add_argument(
+    "runs", nargs="+", type=options.path, metavar="RUN", help="run folders, or their eval.json"
+  )
+  p.add_argument("--out", type=options.path, help="folder to write to (default: the first run's)")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Writes the page, prints the table."""
+  from flexivit_jax import report
+
+  print(report.table(args.runs))
+  print(report.report(args.runs, args.out or args.runs[0]))

@@ -1,0 +1,33 @@
+"""`flexivit train`: see `flexivit_jax.train`."""
+
+import argparse
+
+from flexivit_jax.commands import options
+
+HELP = "train from a config file; the same command resumes"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+  """The config, the run's folder, how to resume, which process of several this is."""
+  options.add_config(p)
+  p.add_argument(
+    "--workdir", required=True, type=options.path, help="the run's folder; made, or resumed from"
+  )
+  p.add_argument(
+    "--resume",
+    default="latest",
+    help="latest (the default): the newest checkpoint, which has to be whole; latest-valid: the newest that is",
+  )
+  p.add_argument(
+    "--allow_config_change",
+    action="store_true",
+    help="go on with another model, data or optimizer than the run was begun with",
+  )
+  options.add_processes(p)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Trains, or resumes, args.config in args.workdir."""
+  from flexivit_jax import train
+
+  train.run(args)

@@ -1,0 +1,335 @@
+"""What each patch size costs on this machine, measured before anything is trained.
+
+Times are medians over rounds in which all sizes take turns, so that a machine that slows down slows all of them. The
+columns are those of timm's benchmark.py where it has them, and the patch size.
+"""
+
+import functools
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexivit_jax import errors, experiment, trees, weights
+from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.evaluators import results
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.models.grid import common_divisors
+from flexivit_jax.objectives.supervised import supervised
+from flexivit_jax.sizes import size_key
+from flexivit_jax.training import optim, step_programs, steps
+
+Row = dict[str, Any]
+PASSES = {"infer": 1, "train": 3}  # FLOPs in forward passes; a backward pass is two
+
+
+class Setting(NamedTuple):
+  """What all sizes are measured with; `peak` is the device's FLOP/s in a large matrix product."""
+
+  batch_size: int
+  image_size: int
+  rounds: int
+  peak: float
+
+
+def paper_sizes(image_size: int) -> list[int]:
+  """Tokens a side whose patches are 48 to 8 pixels: at 240 pixels the paper's ten."""
+  return [n for n in common_divisors((image_size,)) if 8 <= image_size // n <= 48]
+
+
+# --- speed ---
+
+
+def forward(model: FlexiViT, sizes: Sequence[int], setting: Setting) -> list[Row]:
+  """Inference at each size, the kernel and the grid resized once beforehand."""
+  image = _image(setting.batch_size, setting.image_size)
+  params = _params(model, setting.image_size)
+  hw = (setting.image_size, setting.image_size)
+  runs: dict[int, Callable[[], Any]] = {}
+  programs: dict[int, compilation.Program] = {}
+  for seqhw in sizes:
+    fixed, baked = weights.bake(model, params, image_hw=hw, seqhw=seqhw)
+    baked = jax.device_put(baked)
+
+    def apply(params: Any, image: jax.Array, model: FlexiViT = fixed) -> jax.Array:
+      return model.apply({"params": params}, image)[0]
+
+    (programs[seqhw],) = compilation.compile_each(apply, (baked, image), [{}]).values()
+    runs[seqhw] = functools.partial(programs[seqhw].run, baked, image)
+  times = alternate(runs, setting.rounds)
+  return [_row("infer", model, n, setting, times[n], programs[n]) for n in sizes]
+
+
+def train(
+  model: FlexiViT, sizes: Sequence[int], setting: Setting, memory_gib: float | None = None
+) -> list[Row]:
+  """A training step at each size: forward, backward, clipping, Adam with decoupled weight decay.
+
+  With `memory_gib` in as few parts of the batch as fit into so much.
+  """
+  step, state, programs = training(
+    model, sizes, setting.batch_size, setting.image_size, memory_gib=memory_gib
+  )
+  times = alternate({n: functools.partial(step, n) for n in sizes}, setting.rounds)
+  rows = []
+  for n in sizes:
+    key = size_key({"seqhw": n})
+    held = trees.size_in_bytes(state.opt_state)
+    row = _row("train", model, n, setting, times[n], programs.gradients[key], held)
+    rows.append(row | {"parts": programs.parts[key]})
+  return rows
+
+
+def training(
+  model: FlexiViT,
+  sizes: Sequence[int],
+  batch_size: int,
+  image_size: int,
+  *,
+  memory_gib: float | None = None,
+  report: step_programs.Report = lambda size, program, parts: None,
+) -> tuple[Callable[[int], Any], steps.TrainState, step_programs.StepPrograms]:
+  """Supervised training on random images, compiled.
+
+  Returns:
+    A function that makes a step at a size and returns what it measured, the first state's shapes, and the programs.
+  """
+  params = _params(model, image_size)
+  made = optim.make(
+    params, total_steps=1000, lr=1e-3, wd=1e-4, clip=1.0, schedule=dict(decay_type="cosine")
+  )
+  objective = supervised()
+  state = steps.init_state(params, made.tx, objective)
+  labels = jax.nn.one_hot(jnp.arange(batch_size) % model.num_classes, model.num_classes)
+  batch = {"image": _image(batch_size, image_size), "labels": labels}
+  mesh = sharding.make_mesh()
+  whole = sharding.replicated(mesh)
+  state, run = jax.device_put((state, {"seed": np.uint32(0), "total_steps": np.int32(1000)}), whole)
+  batch = jax.device_put(batch, sharding.batch_split(mesh))
+  fit: dict[str, Any] = {}
+  if memory_gib is not None:
+    fit = {"parts": sharding.possible_parts(batch_size, mesh), "memory": memory_gib * 2**30}
+  programs = step_programs.compile_steps(
+    [{"seqhw": n} for n in sizes],
+    state,
+    batch,
+    run,
+    mesh,
+    model=model,
+    objective=objective,
+    tx=made.tx,
+    report=report,
+    **fit,
+  )
+  held = [state]
+
+  def step(seqhw: int) -> Any:
+    held[0], measured = programs({"seqhw": seqhw}, held[0], batch, run)
+    return measured
+
+  return step, jax.eval_shape(lambda: state), programs
+
+
+def alternate(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+  """Calls each function in turn, after two calls to warm up, and returns the seconds of each, `rounds` times.
+
+  Short ones are called often enough for a turn of 50 ms, and one call's share of it is counted.
+  """
+  calls = {}
+  for name, once in runs.items():
+    jax.block_until_ready(once())
+    calls[name] = max(1, round(0.05 / max(_seconds(once, 1), 1e-6)))
+  found: dict[Any, list[float]] = {name: [] for name in runs}
+  for _ in range(rounds):
+    for name, once in runs.items():
+      found[name].append(_seconds(once, calls[name]))
+  return found
+
+
+def _seconds(once: Callable[[], Any], calls: int) -> float:
+  begin = time.perf_counter()
+  out = None
+  for _ in range(calls):
+    out = once()
+  jax.block_until_ready(out)
+  return (time.perf_counter() - begin) / calls
+
+
+def matmul_peak(dtype: str) -> float:
+  """FLOP/s of a large square matrix product in this dtype: the fastest of five rounds."""
+  n = 2048 if jax.default_backend() == "cpu" else 8192
+  a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
+  product = jax.jit(lambda a, b: a @ b).lower(a, b).compile()
+  return 2 * n**3 / min(alternate({"": functools.partial(product, a, b)}, 5)[""])
+
+
+# --- compilation, input, start-up ---
+
+
+def compiling(
+  model: FlexiViT,
+  sizes: Sequence[int],
+  batch_size: int,
+  image_size: int,
+  memory_gib: float | None = None,
+) -> list[Row]:
+  """Seconds to trace and lower, and to compile the gradients at each size and the update of all; memory of a step.
+
+  With nothing kept from before, or with what JAX_COMPILATION_CACHE_DIR names. A size is compiled while the next is
+  traced: all together take less than the sum.
+  """
+  rows: list[Row] = []
+
+  def report(size: dict, program: compilation.Program, parts: int) -> None:
+    names = {"model": f"FlexiViT-{model.variant}", "img_size": image_size}
+    names |= {"patch_size": "all", "tokens": "all"}
+    rows.append(
+      (_names(model, size["seqhw"], image_size) if size else names)
+      | {
+        "trace_s": program.trace_seconds,
+        "compile_s": program.seconds - program.trace_seconds,
+        "peak_mib": program.bytes / 2**20,
+        "parts": parts,
+      }
+    )
+
+  _, state, programs = training(
+    model, sizes, batch_size, image_size, memory_gib=memory_gib, report=report
+  )
+  for row in rows[:-1]:  # the update has it among its arguments
+    row["peak_mib"] += trees.size_in_bytes(state.opt_state) / 2**20
+  print(f"{len(sizes)} sizes and the update in {programs.seconds:.1f} s")
+  return rows
+
+
+def reading(settings: Mapping[str, Any], seconds: float = 10.0) -> Row:
+  """Images per second of a config's training input, and per second of CPU time: what one core would do."""
+  exp = experiment.from_config(experiment.without_evaluations(settings))
+  with exp.batches(0) as batches:
+    next(batches)
+    images, begin, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - begin < seconds:
+      images += exp.batch_size
+      next(batches)
+    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+  shape = "x".join(map(str, exp.image_shape))
+  return {
+    "image": shape,
+    "images": images,
+    "images_per_s": images / wall,
+    "images_per_core_s": images / cpu,
+  }
+
+
+def starting(spec: str) -> list[Row]:
+  """Seconds from the command `flexivit train` to the end of its first step: with no program kept, then with all."""
+  with tempfile.TemporaryDirectory() as folder:
+    return [
+      {"programs": kept, "first_step_s": _first_step(spec, folder, kept)}
+      for kept in ("cold", "warm")
+    ]
+
+
+def _first_step(spec: str, folder: str, name: str) -> float:
+  environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
+  environment["FLEXIVIT_CACHE"] = folder
+  command = [
+    "flexivit",
+    "train",
+    f"--config={spec}",
+    f"--workdir={folder}/{name}",
+    "--config.log_every=1",
+  ]
+  rows = pathlib.Path(folder, name, "metrics.jsonl")  # a step's row reaches it at once
+  begin = time.perf_counter()
+  with (
+    tempfile.TemporaryFile("w+") as said,
+    subprocess.Popen(
+      [sys.executable, "-m", "flexivit_jax.cli", *command[1:]], env=environment, stderr=said
+    ) as process,
+  ):
+    while process.poll() is None:
+      if rows.exists() and rows.stat().st_size:
+        seconds = time.perf_counter() - begin
+        process.kill()
+        return seconds
+      time.sleep(0.01)
+    said.seek(0)
+    last = "".join(said.readlines()[-3:])
+  raise errors.UserError(f"{' '.join(command)} ended before its first step: {last}")
+
+
+# --- rows ---
+
+
+def _image(batch_size: int, image_size: int) -> jax.Array:
+  return jax.random.normal(jax.random.key(1), (batch_size, image_size, image_size, 3))
+
+
+def _params(model: FlexiViT, image_size: int) -> Any:
+  return jax.jit(lambda: steps.init_params(model, (image_size, image_size, 3), seed=0))()
+
+
+def _names(model: FlexiViT, seqhw: int, image_size: int) -> Row:
+  return {
+    "model": f"FlexiViT-{model.variant}",
+    "img_size": image_size,
+    "patch_size": image_size // seqhw,
+    "tokens": seqhw**2,
+  }
+
+
+def _row(
+  kind: str,
+  model: FlexiViT,
+  seqhw: int,
+  setting: Setting,
+  times: Sequence[float],
+  program: compilation.Program,
+  held: int = 0,
+) -> Row:
+  size, median = setting.image_size, statistics.median(times)
+  macs = model.gmacs((size, size), seqhw=seqhw)
+  flops = 2e9 * PASSES[kind] * macs * setting.batch_size / median
+  return _names(model, seqhw, size) | {
+    f"{kind}_batch_size": setting.batch_size,
+    f"{kind}_samples_per_sec": setting.batch_size / median,
+    f"{kind}_step_time": median * 1e3,
+    "spread": (max(times) - min(times)) / median,
+    "gflops_per_s": flops / 1e9,
+    "of_peak": flops / setting.peak,
+    "peak_mib": (program.bytes + held) / 2**20,
+    f"{kind}_gmacs": macs,
+    "param_count": trees.count(_shapes(model, size)) / 1e6,
+  }
+
+
+@functools.cache
+def _shapes(model: FlexiViT, image_size: int) -> Any:
+  return jax.eval_shape(lambda: steps.init_params(model, (image_size, image_size, 3), seed=0))
+
+
+def table(rows: Sequence[Row]) -> str:
+  """Rows of the same keys as columns of equal width."""
+  texts = [list(rows[0]), *([_text(v) for v in row.values()] for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+  return "\n".join("  ".join(t.rjust(w) for t, w in zip(row, widths, strict=True)) for row in texts)
+
+
+def _text(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(file: pathlib.Path, tables: Mapping[str, Sequence[Row]]) -> None:
+  """One CSV of all tables, with a column "bench" that tells them apart."""
+  rows = [{"bench": name, **row} for name, made in tables.items() for row in made]
+  results.write_csv(file, rows)

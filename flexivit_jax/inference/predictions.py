@@ -1,0 +1,204 @@
+"""The most likely classes of image files at chosen patch sizes, and the forms in which they are written."""
+
+import contextlib
+import csv
+import json
+import os
+import pathlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from flexivit_jax import errors, files
+from flexivit_jax.data import class_names
+from flexivit_jax.data.inputs import Input
+from flexivit_jax.inference import outputs, predictor
+from flexivit_jax.sizes import SeqHw, size_text
+
+
+class Prediction(NamedTuple):
+  """The most likely classes of one image at one size.
+
+  Attributes:
+    file: as it was named.
+    seqhw: the size; None where the file cannot be read.
+    top: (class index, its name or "", probability), the most likely first.
+    ms: milliseconds of the forward pass for one image of a batch, where it was measured.
+    error: why there are no classes.
+  """
+
+  file: str
+  seqhw: SeqHw | None = None
+  top: Sequence[tuple[int, str, float]] = ()
+  ms: float | None = None
+  error: str | None = None
+
+
+def predict(
+  images: Sequence[str | os.PathLike[str]],
+  checkpoint: str | os.PathLike[str],
+  seqhw: SeqHw,
+  image_size: int | None = None,
+  k: int = 5,
+  batch_size: int | None = None,
+) -> list[Prediction]:
+  """Classifies image files with a checkpoint at one patch size.
+
+  Args:
+    images: image files, prepared as `weights.preparation` says.
+    checkpoint: what `weights.load` takes.
+    seqhw: tokens per side, or (per column, per row).
+    image_size: pixels a side for weights that do not say; default that of a fixed model, or 240 as in the paper.
+    k: how many classes.
+    batch_size: images at a time; see `predictor.outcomes`.
+
+  Raises:
+    UserError: an image that cannot be read, a size that does not divide it, `image_size` where it is known already.
+  """
+  loaded = predictor.load(checkpoint, image_size)
+  check_classes(loaded)
+  inputs = [Input(os.fspath(path)) for path in images]
+  rows = [rows[0] for _, rows in predictions(loaded, inputs, [seqhw], k, batch_size)]
+  if bad := [row for row in rows if row.error is not None]:
+    raise errors.UserError(f"{bad[0].file}: {bad[0].error}.")
+  return rows
+
+
+def predictions(
+  loaded: predictor.Loaded,
+  inputs: Sequence[Input],
+  sizes: Sequence[SeqHw],
+  k: int = 5,
+  batch_size: int | None = None,
+  timed: bool = False,
+) -> Generator[tuple[str, list[Prediction]], None, None]:
+  """Yields (file, its predictions at each size) in order; of a bad file a single one, with its error."""
+  model, record = loaded.model, loaded.record
+  known = class_names.of_record(record, model.num_classes, f"the checkpoint {loaded.name}").names
+  names = known or [""] * model.num_classes
+  with contextlib.closing(
+    predictor.outcomes(loaded, _probabilities, inputs, sizes, batch_size=batch_size, timed=timed)
+  ) as outcomes:
+    for file, found, error, ms in outcomes:
+      if error is not None:
+        yield file, [Prediction(file, error=error)]
+        continue
+      times = ms or [None] * len(sizes)
+      tops = [_top(probabilities, names, k) for probabilities in found]
+      yield file, [Prediction(file, *row) for row in zip(sizes, tops, times, strict=True)]
+
+
+def _probabilities(result: tuple[Float[Array, "n k"], dict[str, Any]]) -> Float[Array, "n k"]:
+  return jax.nn.softmax(result[0])
+
+
+def check_classes(loaded: predictor.Loaded) -> None:
+  """Raises a UserError if a model has no classes."""
+  if not loaded.model.num_classes:
+    raise errors.UserError(f"{loaded.name} has no classes; `flexivit embed` writes its features.")
+
+
+def _top(probabilities: np.ndarray, names: Sequence[str], k: int) -> list[tuple[int, str, float]]:
+  order = np.argsort(-probabilities, kind="stable")[:k]
+  return [(int(i), str(names[i]), float(probabilities[i])) for i in order]
+
+
+# --- forms of an answer ---
+
+Sink = Callable[[Prediction], None]
+
+
+@contextlib.contextmanager
+def sinks_of(
+  loaded: predictor.Loaded, out: pathlib.Path | None, *, json_lines: bool, k: int, timed: bool
+) -> Iterator[list[Sink]]:
+  """What takes each answer: stdout, the file `out`, or both. The file is there only after the last answer.
+
+  Args:
+    loaded: the model.
+    out: a .csv or .jsonl file; None: only stdout.
+    json_lines: print lines of JSON, also where there is a file.
+    k: how many classes an answer has.
+    timed: whether an answer has milliseconds.
+  """
+  sinks: list[Sink] = []
+  if json_lines:
+    sinks.append(_print_json)
+  elif out is None:
+    sinks.append(_print)
+  if out is None:
+    yield sinks
+    return
+  k = min(k, loaded.model.num_classes)
+  with files.replacing(out, unique=True) as part:
+    with files.write_errors(out):
+      file = part.open("x", encoding="utf-8", errors="backslashreplace", newline="")
+    with file:
+      write = WRITERS[out.suffix.lower()](file, k, timed)
+
+      def sink(row: Prediction) -> None:
+        with files.write_errors(out):
+          write(row)
+
+      yield [*sinks, sink]
+      with files.write_errors(out):
+        file.flush()
+
+
+def _print(row: Prediction) -> None:
+  if row.error is not None:
+    return  # It is on stderr.
+  ms = "" if row.ms is None else f", {row.ms:.2f} ms"
+  lines = [f"{outputs.shown(row.file)}  (seqhw={size_text(row.seqhw)}{ms})"]
+  lines += [f"  {p:6.1%}  {outputs.shown(name) or index}" for index, name, p in row.top]
+  print("\n".join(lines), flush=True)
+
+
+def _print_json(row: Prediction) -> None:
+  print(as_json(row), flush=True)
+
+
+def as_json(row: Prediction) -> str:
+  """Returns a line of JSON: letters beyond ASCII and bytes that are no letters are escaped."""
+  if row.error is not None:
+    return json.dumps({"file": row.file, "error": row.error})
+  top = [_class(index, name, p) for index, name, p in row.top]
+  ms = {} if row.ms is None else {"ms": round(row.ms, 4)}
+  return json.dumps({"file": row.file, "seqhw": row.seqhw, "top": top, **ms}, allow_nan=False)
+
+
+def _class(index: int, name: str, p: float) -> dict[str, Any]:
+  return {"class": index, **({"name": name} if name else {}), "probability": _exact(p)}
+
+
+def _exact(p: float) -> float:
+  """The number with the fewest digits that is this float32."""
+  return float(str(np.float32(p)))
+
+
+def _csv_writer(file: Any, k: int, timed: bool) -> Sink:
+  writer = csv.writer(file)
+  columns = [f"{what}_{i}" for i in range(1, k + 1) for what in ("class", "name", "probability")]
+  writer.writerow(["file", "seqhw", *columns, *(["ms"] if timed else []), "error"])
+
+  def write(row: Prediction) -> None:
+    cells = [cell for index, name, p in row.top[:k] for cell in (index, name, _exact(p))]
+    cells += [""] * (3 * k - len(cells))
+    ms = [] if not timed else [""] if row.ms is None else [round(row.ms, 4)]
+    size = "" if row.seqhw is None else size_text(row.seqhw)
+    writer.writerow([row.file, size, *cells, *ms, row.error or ""])
+
+  return write
+
+
+def _jsonl_writer(file: Any, k: int, timed: bool) -> Sink:
+  return lambda row: file.write(as_json(row) + "\n")
+
+
+WRITERS: dict[str, Callable[[Any, int, bool], Sink]] = {
+  ".csv": _csv_writer,
+  ".jsonl": _jsonl_writer,
+}

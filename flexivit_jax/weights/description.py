@@ -1,0 +1,100 @@
+"""What a file with weights holds, and what its arrays do not say, as lines for a reader."""
+
+from typing import Any
+
+from flexivit_jax import trees, weights
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.models.grid import common_divisors
+from flexivit_jax.weights import registry, stated
+
+_SHOWN = 5  # names of classes
+
+
+def _few(names: list[str]) -> str:
+  return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def listing() -> list[str]:
+  """Returns a line for each published checkpoint, under a heading; the address ends in one more of its names."""
+  files = dict.fromkeys(
+    (p.name, p.timm, p.expected.get("num_classes", ""), p.url) for p in registry.PUBLISHED.values()
+  )
+  rows = [("name", "in timm", "classes", "address"), *files]
+  return [f"{name:24} {timm:28} {classes:>7}  {url}" for name, timm, classes, url in rows]
+
+
+def describe(model: FlexiViT, params: dict, record: dict[str, Any]) -> list[str]:
+  """Returns a line for each thing to know."""
+  head = f"{model.num_classes} classes" if model.num_classes else "no head"
+  size = f"width {model.width}, depth {model.depth}, mlp {model.mlp_dim}, {model.num_heads} heads"
+  patch, grid = (_by(record[key]) for key in ("native_patch_size", "native_grid"))
+  rows = {
+    "format": record["format"],
+    "source": f"{record['source']['file']}, {record['source']['format']}",
+    "architecture": f"{size}, pool {model.pool_type}, {head}",
+    "parameters": f"{trees.count(params):,}",
+    "native size": f"kernel {patch} pixels, position grid {grid}",
+    "activation": f"gelu {model.gelu}, LayerNorm eps {model.layer_norm_eps:g}",
+    "position": record["position"],
+    "resized by": f"kernel {model.kernel_operator}, grid {model.grid_operator}",
+    "image": _image(record.get("image_size") or record.get("image_shape")),
+    "input": _input(record),
+    "prepared": _prepared(record),
+  }
+  if names := record.get("class_names"):
+    rows["classes"] = _names(names, model.num_classes)
+  if names := weights.not_finite(params):
+    rows["not finite"] = f"{len(names)} arrays: {_few(names)}; every other command refuses them"
+  if "url" in record:
+    rows["fetched from"] = record["url"]
+  if "flexified_from" in record:
+    rows["flexified"] = f"kernel {_by(model.patch_size)} pixels, grid {_by(model.posemb_size)}"
+  lines = [f"{name:13} {value}" for name, value in rows.items()]
+  return lines + [f"note: {note}" for note in record["notes"]]
+
+
+def _image(size: list[int] | None) -> str:
+  if size is None:
+    return "any size; for FlexiViT usually 240x240"
+  sizes = ", ".join(map(str, common_divisors((size[0], size[1]))))
+  return f"{_by(size[:2])}; seqhw that divide it: {sizes}"
+
+
+def _input(record: dict[str, Any]) -> str:
+  """With which mean and std pixels enter, and what says so."""
+  said = record.get("input") or record.get("folded_input")
+  if not isinstance(said, dict):
+    return "pixels in [-1, 1]"
+  values = f"mean {_commas(said['mean'])}, std {_commas(said['std'])}"
+  ground = said.get("from", "folded in")
+  if record["format"] != record["source"]["format"]:  # written by us
+    return f"pixels in [-1, 1]; folded in: {values} ({ground})"
+  if ground == "assumed":
+    return f"assumed {values}; give --mean and --std if the model was trained with others"
+  return f"{values} ({ground})"
+
+
+def _prepared(record: dict[str, Any]) -> str:
+  """How an image becomes what the model gets, and which file says so."""
+  images = stated.of_record(record) if "images" in record else None
+  if images is not None:
+    return images.words()
+  pp = weights.preparation(record)
+  return f"{pp} ({'evaluation of the run' if record.get('pp') else 'assumed: no file says it'})"
+
+
+def _names(names: list[str], classes: int) -> str:
+  if len(names) != classes:
+    return f"{len(names)} names of other classes than the model's {classes}: not used"
+  more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
+  return ", ".join(names[:_SHOWN]) + more
+
+
+def _commas(values: list[float]) -> str:
+  """One number for all channels, or all of them."""
+  same = len(set(values)) == 1
+  return ",".join(f"{value:.5g}" for value in (values[:1] if same else values))
+
+
+def _by(size: Any) -> str:
+  return "x".join(map(str, size))

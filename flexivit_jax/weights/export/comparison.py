@@ -1,0 +1,145 @@
+"""Exports of any kind: one model at several patch sizes, to run without this project; read back and compared."""
+
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexivit_jax import errors, weights
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.weights import certificate, optional
+from flexivit_jax.weights.export import (
+  artifact,
+  frameworks,
+  onnx as onnx_folder,
+  saved_model,
+  stablehlo,
+)
+
+WRITERS: dict[str, Callable] = {
+  "stablehlo": stablehlo.write,
+  "onnx": onnx_folder.write,
+  "saved_model": saved_model.write,
+}
+LOADERS: dict[str, Callable] = {
+  "stablehlo": artifact.load_artifact,
+  "onnx": onnx_folder.load,
+  "saved_model": saved_model.load,
+}
+
+
+def export(
+  source: str | os.PathLike[str],
+  out: pathlib.Path,
+  *,
+  to: str,
+  sizes: Sequence[int],
+  image_size: int | None = None,
+  platforms: Sequence[str] | None = None,
+  verified: bool = True,
+  loading: Mapping[str, Any],
+) -> list[certificate.Row]:
+  """Writes `out` and the certificate beside it, and returns the certificate's rows; none where nothing was compared.
+
+  Args:
+    source: what `weights.load` takes.
+    out: a .zip of a StableHLO export, a folder of the others; not there yet.
+    to: a name in `WRITERS`.
+    sizes: tokens per side, a program each.
+    image_size: pixels a side; by default the model's own, or 240.
+    platforms: where a StableHLO export is to run; None: its defaults.
+    verified: compare with the source; without it there is no certificate.
+    loading: arguments of `weights.load`.
+
+  Raises:
+    UserError: an unknown kind, a framework that is not installed; see also the writers and `verify`.
+  """
+  writing = _options(to, platforms, verified)
+  model, params, record = weights.load_with_record(source, **loading)
+  model = model.clone(attention="einsum")  # what runs everywhere, and is not this machine's choice
+  if to == "onnx" and model.dtype != "float32":
+    model, record = _in_float32(model, record)
+  weights.print_notes(record)
+  hw = certificate.image_hw(record, image_size)
+  record = weights.written_for(record, hw)
+  WRITERS[to](out, model, params, record, image_hw=hw, sizes=sizes, **writing)
+  rows = verify(out, model, params, to=to) if verified else []
+  if rows:
+    certificate.write(out, pathlib.Path(source), rows, record, hw)
+  return rows
+
+
+def verify(
+  out: pathlib.Path, model: FlexiViT, params: dict, *, to: str = "stablehlo"
+) -> list[certificate.Row]:
+  """Reads what was written back and compares its logits with the model's, on the CPU; no rows if it cannot run there.
+
+  Raises:
+    UserError: they differ. What was written is removed then, and after any other error.
+  """
+  try:
+    rows = _compare(out, model, params, LOADERS[to])
+    for row in rows:
+      if not row.difference <= row.limit:
+        raise errors.UserError(
+          f"The artifact differs at seqhw={row.seqhw} by {row.difference:.1e}, more than"
+          f" {row.limit:.1e}; nothing is written. Please report this."
+        )
+  except Exception:
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    raise
+  return rows
+
+
+def _compare(
+  out: pathlib.Path, model: FlexiViT, params: dict, load: Callable
+) -> list[certificate.Row]:
+  cpu = _cpu()
+  with jax.default_device(cpu):
+    loaded = load(out)
+    if cpu is None or "cpu" not in loaded.record.get("platforms", ["cpu"]):
+      return []
+    *hw, channels = loaded.record["image_shape"]
+    image, params = certificate.images(tuple(hw), channels), jax.tree.map(np.asarray, params)
+    return [
+      certificate.Row(s, certificate.logits(model, params, image, s), loaded.predict(image, s))
+      for s in loaded.sizes
+    ]
+
+
+def _cpu() -> jax.Device | None:
+  try:
+    return jax.devices("cpu")[0]
+  except RuntimeError:  # JAX_PLATFORMS leaves it out
+    return None
+
+
+def _options(to: str, platforms: Sequence[str] | None, verified: bool) -> dict[str, Any]:
+  """What only one kind of export takes; all that can be wrong before the checkpoint is read."""
+  if to not in WRITERS:
+    raise errors.unknown("kind of export, --to", to, WRITERS)
+  if to == "stablehlo":
+    return {} if platforms is None else {"platforms": platforms}
+  if platforms is not None:
+    raise errors.UserError(
+      f"--platforms has no effect with --to={to}, which runs wherever its framework does; remove it."
+    )
+  if to == "saved_model":
+    optional.require("tensorflow", "Writing a SavedModel")
+    return {}
+  optional.require("onnx", "Writing ONNX")
+  if verified:
+    optional.require("onnxruntime", frameworks.COMPARING_ONNX)
+  return {}
+
+
+def _in_float32(model: FlexiViT, record: dict[str, Any]) -> tuple[FlexiViT, dict[str, Any]]:
+  """The same model with its matrix products in float32, as ONNX graphs have them, and a note of that."""
+  note = f"ONNX graphs are in float32; the model's own matrix products are in {model.dtype}."
+  print(f"note: {note}")
+  changed = {"model": record["model"] | {"dtype": "float32"}, "notes": [*record["notes"], note]}
+  return model.clone(dtype="float32"), record | changed
