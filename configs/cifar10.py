@@ -17,6 +17,7 @@ The recipe is ours; the method is FlexiViT's (arXiv 2212.08013).
 import ml_collections
 
 from flexivit_jax.config import parse_arg
+from flexivit_jax.configs import common
 
 GRIDS = (3, 4, 6, 8)  # of 48 pixels: patch sizes 16, 12, 8, 6 (of the original 32: 10.7, 8, 5.3, 4)
 
@@ -24,12 +25,12 @@ GRIDS = (3, 4, 6, 8)  # of 48 pixels: patch sizes 16, 12, 8, 6 (of the original 
 def get_config(arg=""):
   arg = parse_arg(arg, fixed=0, debug=False)
   c = ml_collections.ConfigDict()
-  c.name = f"ViT, patch {48 // arg.fixed} only" if arg.fixed else "FlexiViT"
+  c.name = common.name(48, arg.fixed)
   c.total_epochs = 15
 
-  pp = "resize(48)|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
+  pp = f"resize(48)|{common.labelled(10)}"
   c.input = dict(
-    data=dict(name="cifar10", split="train", data_dir=ml_collections.config_dict.placeholder(str)),
+    data=dict(name="cifar10", split="train", data_dir=common.data_dir()),
     pp=f"decode|random_crop(32, padding=4)|flip_lr|{pp}",
     batch_size=128,
     threads=1,
@@ -57,11 +58,6 @@ def get_config(arg=""):
   c.checkpoint = dict(every_epochs=1)
   c.mesh = dict(data=-1, fsdp=1)
 
-  if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
-    data = dict(name="synthetic", image_size=32, num_classes=10, num_examples=20)
-    c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
-    test = c.evals.test
-    test.data, test.batch_size, test.every_epochs = data | dict(split="test"), 8, 1
-    c.model.depth = c.optim.schedule.warmup_steps = 1
-    c.total_epochs = 2
+  if arg.debug:
+    common.debug(c, image_size=32, num_classes=10)
   return c

@@ -16,6 +16,7 @@ scikit-learn wheel. The recipe is ours; the method is FlexiViT's (arXiv 2212.080
 import ml_collections
 
 from flexivit_jax.config import parse_arg
+from flexivit_jax.configs import common
 
 GRIDS = (2, 3, 4, 6, 8)  # of 24 pixels: patch sizes 12, 8, 6, 4, 3
 FLOPS = 2.3023e12  # of FlexiViT's run; a test compares
@@ -24,10 +25,10 @@ FLOPS = 2.3023e12  # of FlexiViT's run; a test compares
 def get_config(arg=""):
   arg = parse_arg(arg, fixed=0, debug=False)
   c = ml_collections.ConfigDict()
-  c.name = f"ViT, patch {24 // arg.fixed} only" if arg.fixed else "FlexiViT"
+  c.name = common.name(24, arg.fixed)
   c.total_steps = 2000
 
-  pp = "decode|resize(24)|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
+  pp = f"decode|resize(24)|{common.labelled(10)}"
   c.input = dict(data=dict(name="digits", split="train"), pp=pp, batch_size=32, threads=1)
   c.flexi = dict(seqhw=dict(v=(arg.fixed,) if arg.fixed else GRIDS))
   c.model = dict(
@@ -45,13 +46,8 @@ def get_config(arg=""):
   c.checkpoint = dict(every_steps=500)
   c.mesh = dict(data=-1, fsdp=1)
 
-  if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
-    data = dict(name="synthetic", image_size=8, num_classes=10, num_examples=20)
-    c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
-    test = c.evals.test
-    test.data, test.batch_size, test.every_steps = data | dict(split="test"), 8, 2
-    c.model.depth = c.optim.schedule.warmup_steps = 1
-    c.total_steps, c.checkpoint.every_steps = 4, 2
+  if arg.debug:
+    common.debug(c, image_size=8, num_classes=10)
   elif arg.fixed:  # as many steps as cost what FlexiViT's do: 797 for fixed=8
     c.total_steps, c.total_flops = None, FLOPS
   return c

@@ -21,6 +21,7 @@ The recipe is ours; the method is FlexiViT's (arXiv 2212.08013).
 import ml_collections
 
 from flexivit_jax.config import grids, parse_arg
+from flexivit_jax.configs import common
 
 DATA_DIR = "images"
 GRIDS = (5, 6, 8, 10, 12, 15)  # of 120 pixels, from scratch: patch sizes 24, 20, 15, 12, 10, 8
@@ -38,11 +39,10 @@ def get_config(arg=""):
     res = native_side(arg.init)
   sizes = GRIDS if res == 120 else grids(res)
   c = ml_collections.ConfigDict()
-  c.name = f"ViT, patch {res // arg.fixed} only" if arg.fixed else "FlexiViT"
+  c.name = common.name(res, arg.fixed)
   c.total_epochs = arg.epochs or (20 if arg.init else 100)
 
-  labels = f"onehot({arg.num_classes or ''})"  # onehot() counts the classes
-  pp = f"value_range(-1, 1)|{labels}|keep('image', 'labels')"
+  pp = common.labelled(arg.num_classes or "")  # "" counts the classes
   c.input = dict(
     data=dict(name="folder", split=arg.train, data_dir=arg.data_dir),
     pp=f"decode_inception_crop({res}, area_min=20)|flip_lr|{pp}",
@@ -74,16 +74,11 @@ def get_config(arg=""):
   )
   c.checkpoint = dict(every_percent=0.1)
 
-  if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
-    data = dict(name="synthetic", image_size=(150, 200), num_classes=arg.num_classes or 10)
-    data |= dict(num_examples=20)
-    c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
-    test = c.evals.test
-    test.data, test.batch_size, test.every_percent = data | dict(split="test"), 8, 0.5
+  if arg.debug:
     if arg.init:  # without the file
       c.init, c.model = None, dict(variant="mu")
     if isinstance(c.optim.get("freeze"), int):
       c.optim.freeze = min(c.optim.freeze, 1)
+    common.debug(c, image_size=(150, 200), num_classes=arg.num_classes or 10)
     c.model.depth = 1
-    c.total_epochs, c.checkpoint.every_percent = 2, 0.5
   return c

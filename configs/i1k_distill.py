@@ -17,6 +17,7 @@ Sources: [BV] google-research/big_vision configs/proj/flexivit/i1k_deit3_distill
 import ml_collections
 
 from flexivit_jax.config import choose, parse_arg
+from flexivit_jax.configs import common
 
 GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # of 240 pixels: patch sizes 48 ... 8 [BV]
 FILES = dict(S="deit3_small_patch16_384", B="deit3_base_patch16_384", L="deit3_large_patch16_384")
@@ -27,16 +28,14 @@ def get_config(arg=""):
   arg = parse_arg(arg, variant="S", epochs=90, fixed=0, teacher="", init="teacher", kernel=16, grid=7,
     resize="pi", sizes="uniform", debug=False)  # fmt: skip
   c = ml_collections.ConfigDict()
-  c.name = f"ViT-{arg.variant}, patch {240 // arg.fixed} only" if arg.fixed else f"FlexiViT-{arg.variant}"  # fmt: skip
+  c.name = common.name(240, arg.fixed, arg.variant)
   c.total_epochs = arg.epochs  # 90, 300, 600 or 1200 [BV]
 
-  both = "keep('image', 'teacher_image')"
-  two = "value_range(-1, 1)|{}|value_range(-1, 1, key='teacher_image')"
-  imagenet = dict(name="imagenet2012", data_dir=ml_collections.config_dict.placeholder(str))
+  imagenet = dict(name="imagenet2012", data_dir=common.data_dir())
   c.input = dict(
     data=imagenet | dict(split="train[:99%]"),  # [BV]
     pp="decode|inception_crop|flip_lr|copy('image', 'teacher_image')|resize(240)|"
-    + two.format("resize(384, key='teacher_image')") + f"|{both}",  # [BV]
+    + common.two_images("resize(384, key='teacher_image')"),  # [BV]
     batch_size=1024,  # [BV]
   )  # fmt: skip
   flexible = choose("sizes", arg.sizes, dict(uniform={}, flops=dict(share="flops")))
@@ -61,40 +60,26 @@ def get_config(arg=""):
   schedule = dict(decay_type="cosine", warmup_steps=5000)
   c.optim = dict(lr=1e-4, wd=1e-5, clip=1.0, schedule=schedule)  # [BV]
 
-  resized = "decode|resize(272)|central_crop(240)|value_range(-1, 1)"  # squashed [BV]
-  one, several = (f"{resized}|{op}(1000)|keep('image', 'labels')" for op in ("onehot", "multihot"))
-  common = dict(batch_size=1024, seqhw=GRIDS, every_percent=0.1)  # [ours]
-  sets = dict(  # [BV], sketch [ours]
-    test="imagenet2012:validation", train="imagenet2012:train[:2%]", val="imagenet2012:train[99%:]",
-    v2="imagenet_v2/matched-frequency:test", a="imagenet_a:test", r="imagenet_r:test",
-    real="imagenet2012_real:validation", sketch="imagenet_sketch:test",
-  )  # fmt: skip
-  pairs = {k: v.split(":", 1) for k, v in sets.items()}
-  where = {k: dict(imagenet, name=name, split=split) for k, (name, split) in pairs.items()}
-  c.evals = {k: dict(data=v, pp=one, **common) for k, v in where.items()}
-  c.evals.a.label_map, c.evals.r.label_map = "i1k_a", "i1k_r"
-  c.evals.real.update(pp=several, skip_unlabelled=True)
-  c.evals.real.data.label_key = "real_label"
+  middle = "resize(272)|central_crop(240)|value_range(-1, 1)"  # squashed [BV]
+  every = dict(batch_size=1024, seqhw=GRIDS, every_percent=0.1)  # [ours]
+  c.evals = sets = common.imagenet_evals(imagenet, f"decode|{middle}", **every)
   at = "key='teacher_image'"
-  central = f"resize(432, {at})|central_crop(384, {at})|value_range(-1, 1, {at})"  # [BV]
-  start = f"decode|copy('image', 'teacher_image')|{central}"
-  far = common | dict(type="distance", pp=resized.replace("decode", start) + f"|{both}", teacher=teacher)  # fmt: skip
-  c.evals.far_train = far | dict(data=where["train"])  # [BV]
-  c.evals.far_test = far | dict(data=where["test"])  # [BV]
+  start = f"decode|copy('image', 'teacher_image')|resize(432, {at})|central_crop(384, {at})"  # [BV]
+  start += f"|value_range(-1, 1, {at})"
+  pp = f"{start}|{middle}|keep('image', 'teacher_image')"
+  far = every | dict(type="distance", pp=pp, teacher=teacher)
+  c.evals.far_train = far | dict(data=sets["train"]["data"])  # [BV]
+  c.evals.far_test = far | dict(data=sets["test"]["data"])  # [BV]
   pp = f"{start}|onehot(1000)|keep('teacher_image', 'labels')"
-  c.evals.teacher = dict(type="teacher", data=where["test"], pp=pp, teacher=teacher, batch_size=1024)  # fmt: skip
+  test = sets["test"]["data"]
+  c.evals.teacher = dict(type="teacher", data=test, pp=pp, teacher=teacher, batch_size=1024)
   c.checkpoint = dict(every_steps=1000)  # [ours]
   c.mesh = dict(data=-1, fsdp=1)
 
-  if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
-    data = dict(name="synthetic", image_size=(250, 300), num_classes=1000, num_examples=20)
-    c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
+  if arg.debug:
     c.objective.teachers.deit3 = dict(image="teacher_image", model=shape | dict(variant="mu/16"))
     c.evals = dict(test=c.evals.test, far_test=c.evals.far_test)
     c.evals.far_test.teacher = c.objective.teachers.deit3
-    for e in c.evals.values():
-      e.data, e.batch_size, e.every_percent = data | dict(split="test"), 8, 0.5
     c.init = None
-    c.model.variant, c.optim.schedule.warmup_steps = "mu", 1
-    c.total_epochs, c.checkpoint.every_steps = 2, 2
+    common.debug(c, image_size=(250, 300), num_classes=1000)
   return c

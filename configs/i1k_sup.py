@@ -16,6 +16,7 @@ configs/proj/flexivit/i21k_sup.py; [P] FlexiViT, arXiv 2212.08013; [ours] chosen
 import ml_collections
 
 from flexivit_jax.config import parse_arg
+from flexivit_jax.configs import common
 
 GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # of 240 pixels: patch sizes 48 ... 8 [P]
 
@@ -23,11 +24,11 @@ GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # of 240 pixels: patch sizes 48 .
 def get_config(arg=""):
   arg = parse_arg(arg, variant="S", epochs=90, fixed=0, debug=False)
   c = ml_collections.ConfigDict()
-  c.name = f"ViT-{arg.variant}, patch {240 // arg.fixed} only" if arg.fixed else f"FlexiViT-{arg.variant}"  # fmt: skip
+  c.name = common.name(240, arg.fixed, arg.variant)
   c.total_epochs = arg.epochs  # 90 or 300 [BV]
 
-  pp = "value_range(-1, 1)|onehot(1000)|keep('image', 'labels')"  # [BV]
-  imagenet = dict(name="imagenet2012", data_dir=ml_collections.config_dict.placeholder(str))
+  pp = common.labelled(1000)  # [BV]
+  imagenet = dict(name="imagenet2012", data_dir=common.data_dir())
   c.input = dict(
     data=imagenet | dict(split="train[:99%]"),  # the rest is for choices such as lr [BV]
     pp=f"decode|inception_crop(240)|flip_lr|randaug(2, 10)|{pp}",  # [BV], 240 for its 224 [P]
@@ -47,23 +48,18 @@ def get_config(arg=""):
     lr=1e-3, wd=1e-4, clip=1.0, schedule=dict(decay_type="cosine", warmup_steps=10_000)
   )  # [BV]
 
-  common = dict(
+  c.evals = common.evals(
+    imagenet,
+    dict(test="validation", val="train[99%:]"),  # [BV]
     pp=f"decode|resize_small(272)|central_crop(240)|{pp}",  # [FX]: 272 = 240 // 7 * 8
     batch_size=1000,  # [ours]
     seqhw=GRIDS,
   )
-  c.evals = dict(
-    test=dict(data=imagenet | dict(split="validation"), every_epochs=30, **common),  # [ours]
-    val=dict(data=imagenet | dict(split="train[99%:]"), every_epochs=5, **common),  # [BV]; [ours]
-  )
+  c.evals.test.every_epochs, c.evals.val.every_epochs = 30, 5  # [ours]
   c.checkpoint = dict(every_steps=1000)  # [BV]
   c.mesh = dict(data=-1, fsdp=1)
 
-  if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
-    data = dict(name="synthetic", image_size=(250, 300), num_classes=1000, num_examples=20)
-    c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
-    for split, e in (("test", c.evals.test), ("validation", c.evals.val)):
-      e.data, e.batch_size, e.every_epochs = data | dict(split=split), 8, 1
-    c.model.variant, c.optim.schedule.warmup_steps = "mu", 1
-    c.total_epochs, c.checkpoint.every_steps = 2, 2
+  if arg.debug:
+    common.debug(c, image_size=(250, 300), num_classes=1000)
+    c.evals.val.data.split = "validation"
   return c

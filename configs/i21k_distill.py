@@ -20,6 +20,7 @@ summaries and its authors' answers; [ours] chosen here. init: figure 5 [P]; kern
 import ml_collections
 
 from flexivit_jax.config import choose, parse_arg
+from flexivit_jax.configs import common
 
 GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # of 240 pixels: patch sizes 48 ... 8 [BV]
 FILE = "B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0.npz"  # [BV]
@@ -31,17 +32,14 @@ def get_config(arg=""):
     sizes="uniform", debug=False,
   )  # fmt: skip
   c = ml_collections.ConfigDict()
-  c.name = f"ViT-B, patch {240 // arg.fixed} only" if arg.fixed else "FlexiViT-B"
+  c.name = common.name(240, arg.fixed, "B")
   c.total_epochs = arg.epochs  # 90 [BV]
 
-  both = (
-    "value_range(-1, 1)|{}|value_range(-1, 1, key='teacher_image')|keep('image', 'teacher_image'{})"
-  )
-  imagenet = dict(name="imagenet21k", data_dir=ml_collections.config_dict.placeholder(str))
+  imagenet = dict(name="imagenet21k", data_dir=common.data_dir())
   c.input = dict(
     data=imagenet | dict(split="full[51200:]"),  # [BV]
     pp="decode|inception_crop|flip_lr|copy('image', 'teacher_image')|resize(240)|"
-    + both.format("resize(224, key='teacher_image')", ""),  # [BV], with key= for its outkey=
+    + common.two_images("resize(224, key='teacher_image')"),  # [BV], with key= for its outkey=
     batch_size=4096,  # [BV]
     prefetch=8,  # [BV] of i21k_sup
   )
@@ -65,28 +63,18 @@ def get_config(arg=""):
   )  # [BV]
 
   pp = "decode|copy('image', 'teacher_image')|resize_small(256, key='teacher_image')|"  # [ours]: 224 / 7 * 8
-  pp += "resize_small(272)|central_crop(240)|" + both.format(
-    "central_crop(224, key='teacher_image')", ", 'labels'"
-  )
-  pp = pp.replace("|keep", "|onehot(21843)|keep")
-  far = dict(type="distance", pp=pp, teacher=teacher, labels=True, batch_size=1024, seqhw=GRIDS)
+  pp += "resize_small(272)|central_crop(240)|"
+  pp += common.two_images("central_crop(224, key='teacher_image')", num_classes=21843)
   splits = dict(test="full[:25600]", val="full[25600:51200]", train="full[51200:76800]")  # [BV]
-  c.evals = {
-    k: dict(far, data=imagenet | dict(split=split), every_steps=5000)  # [BV]
-    for k, split in splits.items()
-  }
+  far = dict(type="distance", pp=pp, teacher=teacher, labels=True, batch_size=1024, seqhw=GRIDS)
+  c.evals = common.evals(imagenet, splits, every_steps=5000, **far)  # [BV]
   c.checkpoint = dict(every_steps=1000)  # [BV]
   c.mesh = dict(data=-1, fsdp=1)
 
-  if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
-    data = dict(name="synthetic", image_size=(250, 300), num_classes=21843, num_examples=20)
-    c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
+  if arg.debug:
+    del c.evals.train, c.evals.val  # the same program three times
     tiny = dict(image="teacher_image", model=shape | dict(variant="mu/8"))
     c.objective.teachers.b8 = c.evals.test.teacher = tiny
-    del c.evals.train, c.evals.val  # the same program three times
-    test = c.evals.test
-    test.data, test.batch_size, test.every_steps = data | dict(split="test"), 8, 2
     c.init = None
-    c.model.variant, c.optim.schedule.warmup_steps = "mu", 1
-    c.total_epochs, c.checkpoint.every_steps = 2, 2
+    common.debug(c, image_size=(250, 300), num_classes=21843)
   return c

@@ -16,6 +16,7 @@ Sources: [BV] google-research/big_vision configs/proj/flexivit/i21k_sup.py; [our
 import ml_collections
 
 from flexivit_jax.config import choose, parse_arg
+from flexivit_jax.configs import common
 
 # Of 240 pixels: patch sizes 48, 40, 30, 24, 20, 16, 15, 12, 10, 8. [BV]
 GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
@@ -26,13 +27,13 @@ def get_config(arg=""):
   # finest: no grid of more tokens a side is trained at: 15 of a curriculum that ends at patch 16 [ours].
   arg = parse_arg(arg, variant="B", epochs=90, fixed=0, finest=30, sizes="uniform", debug=False)
   c = ml_collections.ConfigDict()
-  c.name = f"ViT-{arg.variant}, patch {240 // arg.fixed} only" if arg.fixed else f"FlexiViT-{arg.variant}"  # fmt: skip
+  c.name = common.name(240, arg.fixed, arg.variant)
   c.seed = 0  # [BV]
   c.total_epochs = arg.epochs  # 90; models of 300 and 1000 were released too [BV]
   c.init_head_bias = -10.0  # [BV]
 
-  pp = "value_range(-1, 1)|onehot(21843)|keep('image', 'labels')"  # [BV]
-  imagenet = dict(name="imagenet21k", data_dir=ml_collections.config_dict.placeholder(str))
+  pp = common.labelled(21843)  # [BV]
+  imagenet = dict(name="imagenet21k", data_dir=common.data_dir())
   c.input = dict(
     data=imagenet | dict(split="full[51200:]"),  # [BV]
     pp=f"decode|inception_crop(240)|flip_lr|randaug(2, 10)|{pp}",  # [BV]
@@ -60,24 +61,19 @@ def get_config(arg=""):
     schedule=dict(decay_type="cosine", warmup_steps=10_000),  # [BV]
   )
 
-  common = dict(
+  c.evals = common.evals(
+    imagenet,
+    dict(test="full[:25600]", val="full[25600:51200]", train="full[51200:76800]"),  # [BV]
     pp=f"decode|resize_small(272)|central_crop(240)|{pp}",  # [BV]
     batch_size=1024,  # [ours]
     seqhw=GRIDS,  # [BV]
     loss="sigmoid_xent",  # [BV]
     every_steps=5000,  # [BV]
   )
-  splits = dict(test="full[:25600]", val="full[25600:51200]", train="full[51200:76800]")  # [BV]
-  c.evals = {k: dict(data=imagenet | dict(split=split), **common) for k, split in splits.items()}
   c.checkpoint = dict(every_steps=1000)  # [BV]
   c.mesh = dict(data=-1, fsdp=1)
 
-  if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
-    data = dict(name="synthetic", image_size=(250, 300), num_classes=21843, num_examples=20)
-    c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
+  if arg.debug:
     del c.evals.train, c.evals.val  # the same program three times
-    test = c.evals.test
-    test.data, test.batch_size, test.every_steps = data | dict(split="test"), 8, 2
-    c.model.variant, c.optim.schedule.warmup_steps = "mu", 1
-    c.total_epochs, c.checkpoint.every_steps = 2, 2
+    common.debug(c, image_size=(250, 300), num_classes=21843)
   return c

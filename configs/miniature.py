@@ -15,6 +15,7 @@ All of it is ours: the experiments are FlexiViT's (arXiv 2212.08013), their scal
 import ml_collections
 
 from flexivit_jax.config import choose, parse_arg
+from flexivit_jax.configs import common
 
 # Of 48 pixels: patch sizes 24, 16, 12, 8 (of the original 32: 16, 10.7, 8, 5.3).
 GRIDS = (2, 3, 4, 6)
@@ -46,14 +47,14 @@ def get_config(arg=""):
     debug=False,
   )
   c = ml_collections.ConfigDict()
-  c.name = f"ViT, patch {48 // arg.fixed} only" if arg.fixed else "FlexiViT"
+  c.name = common.name(48, arg.fixed)
   c.name += (", distilled" if arg.teacher else "") + (", from weights" if arg.init else "")
   c.seed = arg.seed
   c.total_epochs, c.total_flops = (None, arg.flops) if arg.flops else (arg.epochs, None)
 
-  pp = "resize(48)|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
+  pp = f"resize(48)|{common.labelled(10)}"
   c.input = dict(
-    data=dict(name="cifar10", split="train", data_dir=ml_collections.config_dict.placeholder(str)),
+    data=dict(name="cifar10", split="train", data_dir=common.data_dir()),
     pp=f"decode|random_crop(32, padding=4)|flip_lr|{pp}",
     batch_size=128,
     threads=1,
@@ -89,10 +90,6 @@ def get_config(arg=""):
     c.evals.test.update(type="distance", teacher=teacher, labels=True)
   c.checkpoint = dict(every_percent=0.1)
 
-  if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
-    data = dict(name="synthetic", image_size=32, num_classes=10, num_examples=20)
-    c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
-    test = c.evals.test
-    test.data, test.batch_size, test.every_percent = data | dict(split="test"), 8, 0.5
-    c.model.depth, c.total_epochs, c.checkpoint.every_percent = 1, 2.0, 0.5
+  if arg.debug:
+    common.debug(c, image_size=32, num_classes=10)
   return c

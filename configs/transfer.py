@@ -19,6 +19,7 @@ import ml_collections
 
 from flexivit_jax import errors
 from flexivit_jax.config import choose, grids, parse_arg
+from flexivit_jax.configs import common
 
 # classes, splits for training and test [TFDS], steps [BV] where given, [ours] of food101 and sun397
 DATA = {
@@ -48,11 +49,11 @@ def get_config(arg=""):
   c.seed = arg.seed
   c.total_steps = steps
 
-  pp = f"value_range(-1, 1)|onehot({classes})|keep('image', 'labels')"
+  pp = common.labelled(classes)
   crop = f"inception_crop({arg.res})"  # [ours]
   if arg.data != "imagenet2012":
     crop = f"resize({arg.res * 7 // 6})|random_crop({arg.res})"  # 448 and 384 [BV]
-  where = ml_collections.config_dict.placeholder(str)  # TFDS's own folder
+  where = common.data_dir()  # TFDS's own folder
   where.set(arg.data_dir or None)
   data = dict(name=arg.data, data_dir=where)
   c.input = dict(
@@ -88,12 +89,7 @@ def get_config(arg=""):
   c.checkpoint = dict(every_percent=0.1)
   c.mesh = dict(data=-1, fsdp=1)
 
-  if arg.debug:  # four steps on synthetic images of the same shapes: does everything work together?
-    data = dict(name="synthetic", image_size=(250, 300), num_classes=classes, num_examples=20)
-    c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
-    e = c.evals.test
-    e.data, e.batch_size, e.every_percent = data | dict(split="test"), 8, 0.5
+  if arg.debug:
     c.init = None
-    c.model.variant, c.optim.schedule.warmup_steps = "mu", 1
-    c.total_steps, c.checkpoint.every_percent = 4, 0.5
+    common.debug(c, image_size=(250, 300), num_classes=classes)
   return c

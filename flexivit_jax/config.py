@@ -317,7 +317,12 @@ def _find(path: str) -> pathlib.Path:
   for candidate in (file, *(folder / f"{file.stem}.py" for folder in by_name)):
     if candidate.is_file():
       return candidate
-  known = sorted(f.stem for folder in shipped for f in folder.glob("*.py") if f.stem != "__init__")
+  known = sorted(
+    f.stem
+    for folder in shipped
+    for f in folder.glob("*.py")
+    if f.stem not in ("__init__", "common")
+  )
   raise errors.unknown("config", path, known)
 
 

@@ -18,7 +18,7 @@ from flexivit_jax.running import metrics_writer
 from flexivit_jax.training import patch_schedule, schedules
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
-NAMES = sorted(f.stem for f in FOLDER.glob("*.py") if f.stem != "__init__")
+NAMES = sorted(f.stem for f in FOLDER.glob("*.py") if f.stem not in ("__init__", "common"))
 TEN = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
 
 
@@ -54,7 +54,18 @@ def test_every_key_is_known(name):
   experiment.check(load(name))
 
 
-FORMS = [*NAMES, "folder:init=vit.npz", "folder:init=vit.npz,freeze=6,layer_decay=0.75"]
+FORMS = [
+  *NAMES,
+  "miniature:flops=1e15",
+  "folder:init=vit.npz",
+  "folder:init=vit.npz,freeze=6,layer_decay=0.75",
+]
+
+
+def test_what_configs_share_is_not_offered_as_a_config():
+  with pytest.raises(errors.UserError, match="folder") as refused:
+    config.load("nonsense")
+  assert "common" not in str(refused.value)
 
 
 @pytest.mark.parametrize("form", FORMS)

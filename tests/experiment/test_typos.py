@@ -13,7 +13,11 @@ from flexivit_jax.errors import UserError
 
 pytestmark = pytest.mark.faults
 
-CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py"))
+CONFIGS = sorted(
+  p.stem
+  for p in (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py")
+  if p.stem != "common"
+)
 NAMED_BY_USERS = (("evals",), ("objective", "teachers"))  # below these, keys are names of one's own
 
 

@@ -1,0 +1,102 @@
+"""What several configs share: names, preprocessing strings, evaluation sets, the debug form. No config by itself.
+
+Functions of plain values, each a few lines, so that a config stays one page and says all else itself.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+# Every how often a debug form evaluates and saves: twice in four steps of two epochs.
+_EVERY = dict(every_steps=2, every_epochs=1, every_percent=0.5)
+
+
+def name(image_size: int, fixed: int, variant: str = "") -> str:
+  """Returns the name of a run: "FlexiViT-B", or "ViT-B, patch 16 only" of `fixed` tokens a side."""
+  suffix = f"-{variant}" if variant else ""
+  return f"ViT{suffix}, patch {image_size // fixed} only" if fixed else f"FlexiViT{suffix}"
+
+
+def data_dir() -> ml_collections.FieldReference:
+  """Returns a `data_dir` for all data sets of a config: None, TFDS's own folder, until an override sets it."""
+  return ml_collections.config_dict.placeholder(str)
+
+
+def labelled(num_classes: int | str) -> str:
+  """Returns the end of a classifier's preprocessing: pixels in [-1, 1], labels as one-hot; "" counts the classes."""
+  return f"value_range(-1, 1)|onehot({num_classes})|keep('image', 'labels')"
+
+
+def two_images(resize: str, num_classes: int = 0) -> str:
+  """Returns the end of preprocessing for a teacher with an image of its own, `teacher_image`, and without labels.
+
+  Args:
+    resize: the operations on the teacher's image, each with `key='teacher_image'`.
+    num_classes: adds labels of so many classes as one-hot; 0 adds none.
+  """
+  values = f"value_range(-1, 1)|{resize}|value_range(-1, 1, key='teacher_image')"
+  if num_classes:
+    return f"{values}|onehot({num_classes})|keep('image', 'teacher_image', 'labels')"
+  return f"{values}|keep('image', 'teacher_image')"
+
+
+def evals(
+  data: Mapping[str, Any], splits: Mapping[str, str], **common: Any
+) -> dict[str, dict[str, Any]]:
+  """Returns evaluations of the splits of one data set, {name: section}, which are equal but for that."""
+  return {name: dict(common, data={**data, "split": split}) for name, split in splits.items()}
+
+
+def imagenet_evals(data: Mapping[str, Any], pp: str, **common: Any) -> dict[str, dict[str, Any]]:
+  """Returns evaluations on ImageNet's test sets, {name: section}: each with its labels and the classes that compete.
+
+  Args:
+    data: the arguments of ImageNet's data source but `split`; TFDS has the other sets in the same folder.
+    pp: preprocessing of the image; what makes labels of each set is added.
+    **common: keys of all sections.
+  """
+  sets = dict(  # [BV], sketch [ours]
+    test="imagenet2012:validation", train="imagenet2012:train[:2%]", val="imagenet2012:train[99%:]",
+    v2="imagenet_v2/matched-frequency:test", a="imagenet_a:test", r="imagenet_r:test",
+    real="imagenet2012_real:validation", sketch="imagenet_sketch:test",
+  )  # fmt: skip
+  sections = {}
+  for key, text in sets.items():
+    name, split = text.split(":", 1)
+    labels = "multihot" if key == "real" else "onehot"
+    full = f"{pp}|{labels}(1000)|keep('image', 'labels')"
+    sections[key] = dict(data={**data, "name": name, "split": split}, pp=full, **common)
+  sections["a"]["label_map"], sections["r"]["label_map"] = "i1k_a", "i1k_r"
+  sections["real"]["skip_unlabelled"] = True
+  sections["real"]["data"]["label_key"] = "real_label"
+  return sections
+
+
+def debug(
+  c: ml_collections.ConfigDict, *, image_size: int | tuple[int, int], num_classes: int
+) -> None:
+  """Changes a config to its debug form: four steps on synthetic images of the same shapes. Do all parts work together?
+
+  Batches of 8 of 16 images, two evaluations, two checkpoints, the smallest variant or one block, no files of weights.
+
+  Args:
+    c: the complete config; what it names of teachers' and initial weights is the caller's to take out.
+    image_size: pixels of a synthetic image, a side or (h, w).
+    num_classes: of the labels.
+  """
+  data = dict(name="synthetic", image_size=image_size, num_classes=num_classes, num_examples=20)
+  c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
+  for section in c.evals.values():
+    section.data, section.batch_size = data | dict(split="test"), 8
+  for section in (*c.evals.values(), c.checkpoint):
+    section.update({key: every for key, every in _EVERY.items() if key in section})
+  c.model.update(dict(variant="mu") if "variant" in c.model else dict(depth=1))
+  if "warmup_steps" in c.optim.schedule:
+    c.optim.schedule.warmup_steps = 1
+  if c.get("total_steps"):
+    c.total_steps = 4
+  else:
+    c.total_epochs = 2
+  if c.get("total_flops"):
+    c.total_flops = None
