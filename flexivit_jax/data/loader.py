@@ -18,9 +18,9 @@ from flexivit_jax.data.sources import Source
 from flexivit_jax.data.stream import (
   Bad,
   Batch,
+  BatchPlan,
   Chunk,
   Odd,
-  Plan,
   check_limit,
   index_of,
   make_chunk,
@@ -136,7 +136,7 @@ class TrainBatches:
     errors: example index -> what was wrong, for each bad example that was replaced.
   """
 
-  def __init__(self, plan: Plan, options: Options, num_steps: int, start_step: int):
+  def __init__(self, plan: BatchPlan, options: Options, num_steps: int, start_step: int):
     self.errors: Bad = {}
     self._noticed = _Noticed(plan.source)
     self._plan = plan
@@ -217,7 +217,7 @@ class EvalBatches:
     waiting: what is entered while a batch is awaited; of a run, the watchdog's.
   """
 
-  def __init__(self, plan: Plan, options: Options):
+  def __init__(self, plan: BatchPlan, options: Options):
     self.errors: Bad = {}
     self._noticed = _Noticed(plan.source)
     self.waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
@@ -267,7 +267,7 @@ def _plan(
   process_count: int,
   on_error: str,
   max_errors: int,
-) -> Plan:
+) -> BatchPlan:
   _at_least(1, batch_size=batch_size)
   _at_least(0, max_errors=max_errors)
   if batch_size % process_count:
@@ -280,13 +280,13 @@ def _plan(
   chunks = math.ceil(local / _CHUNK)
   offset = local * process_index
   ops = parse(pp).upright() if source.upright else parse(pp)
-  return Plan(source, ops, seed, batch_size, local, offset, chunks, on_error, max_errors)
+  return BatchPlan(source, ops, seed, batch_size, local, offset, chunks, on_error, max_errors)
 
 
 # --- the parallel pipeline ---
 
 
-def _run(plan: Plan, options: Options, start: int, stop: int) -> Generator[Chunk, None, None]:
+def _run(plan: BatchPlan, options: Options, start: int, stop: int) -> Generator[Chunk, None, None]:
   """Yields what was made for the steps `start` to `stop`; closing it stops the work."""
   batches = iter(_pipeline(plan, options, start, stop))
   try:
@@ -295,7 +295,7 @@ def _run(plan: Plan, options: Options, start: int, stop: int) -> Generator[Chunk
     batches.close()
 
 
-def _pipeline(plan: Plan, options: Options, start: int, stop: int) -> Any:
+def _pipeline(plan: BatchPlan, options: Options, start: int, stop: int) -> Any:
   """Grain's data set of batches, as `Chunk`s."""
   import grain  # Lazy: a second.
   from absl import flags
@@ -370,7 +370,7 @@ def _warn(message: str) -> None:
   _LOG.warning("%s", message)
 
 
-def _count(errors: Bad, bad: Bad, plan: Plan) -> None:
+def _count(errors: Bad, bad: Bad, plan: BatchPlan) -> None:
   """Adds `bad` to `errors`; a warning for each new one, an error over the limit."""
   for index in bad.keys() - errors.keys():
     _LOG.warning("Left out: %s", bad[index])

@@ -20,7 +20,7 @@ from flexivit_jax.errors import UserError, nearest, unknown
 
 Image = Shaped[np.ndarray, "h w c"]
 Resized = Shaped[np.ndarray, "_ _ c"]  # Of another size, with the same channels.
-Size = int | tuple[int, int] | list[int]
+PixelSize = int | tuple[int, int] | list[int]
 
 
 def decode(
@@ -43,7 +43,7 @@ def _bits(bits: int) -> int:
   return bits
 
 
-def resize(image: Image, size: Size, method: str = "linear") -> Resized:
+def resize(image: Image, size: PixelSize, method: str = "linear") -> Resized:
   """Resizes both sides to `size` (an int squashes to a square). See `images.resize_image`."""
   return images.resize_image(image, _hw(size), method)
 
@@ -66,7 +66,7 @@ def resize_small(
   return images.resize_image(image, (round(h * factor), round(w * factor)), method)
 
 
-def resize_keep(image: Image, size: Size, fit: str = "cover", method: str = "area") -> Resized:
+def resize_keep(image: Image, size: PixelSize, fit: str = "cover", method: str = "area") -> Resized:
   """Resizes to `size` and keeps the aspect ratio (sides are rounded), as timm's `ResizeKeepRatio` does.
 
   Args:
@@ -81,7 +81,7 @@ def resize_keep(image: Image, size: Size, fit: str = "cover", method: str = "are
 
 
 def central_crop(
-  image: Image, size: Size, half: str = "down", fill: int | list[int] | None = None
+  image: Image, size: PixelSize, half: str = "down", fill: int | list[int] | None = None
 ) -> Resized:
   """Cuts the central `size`.
 
@@ -109,7 +109,9 @@ def crop_border(image: Image, pixels: int) -> Resized:
   return images.crop(image, pixels, pixels, (h - 2 * pixels, w - 2 * pixels))
 
 
-def random_crop(image: Image, size: Size, padding: int = 0, *, rng: np.random.Generator) -> Resized:
+def random_crop(
+  image: Image, size: PixelSize, padding: int = 0, *, rng: np.random.Generator
+) -> Resized:
   """Adds `padding` black pixels on each side, then cuts `size` at a uniform position."""
   if padding:
     image = images.pad_image(image, padding)
@@ -120,7 +122,7 @@ def random_crop(image: Image, size: Size, padding: int = 0, *, rng: np.random.Ge
 
 def inception_crop(
   image: Image,
-  size: Size | None = None,
+  size: PixelSize | None = None,
   area_min: float = 5,
   area_max: float = 100,
   ratio_min: float = 0.75,
@@ -148,7 +150,7 @@ def inception_crop(
 
 def decode_inception_crop(
   image: bytes | Image,
-  size: Size,
+  size: PixelSize,
   area_min: float = 5,
   area_max: float = 100,
   ratio_min: float = 0.75,
@@ -443,7 +445,7 @@ def _get(record: dict[str, Any], key: str) -> Any:
   return record[key]
 
 
-def _hw(size: Size) -> tuple[int, int]:
+def _hw(size: PixelSize) -> tuple[int, int]:
   return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -453,7 +455,7 @@ def _known(value: str, what: str, known: tuple[str, ...]) -> str:
   return value
 
 
-def _fitting(image: Image, size: Size) -> tuple[int, int]:
+def _fitting(image: Image, size: PixelSize) -> tuple[int, int]:
   hw = _hw(size)
   if hw[0] > image.shape[0] or hw[1] > image.shape[1]:
     raise UserError(f"Cannot crop {hw} out of {image.shape[:2]} pixels; resize first or pad.")

@@ -32,7 +32,7 @@ class BadExampleError(UserError):
   fact: str
 
 
-class Plan(NamedTuple):
+class BatchPlan(NamedTuple):
   """What one process does for each batch; all that a worker needs to make any chunk of any batch.
 
   Attributes:
@@ -80,7 +80,7 @@ class Chunk(NamedTuple):
   odd: Odd
 
 
-def make_chunk(plan: Plan, chunk: int) -> Chunk:
+def make_chunk(plan: BatchPlan, chunk: int) -> Chunk:
   """Makes one of the `plan.chunks` parts of a batch; a pure function of its arguments."""
   step, part = divmod(int(chunk), plan.chunks)
   first = step * plan.batch_size + plan.offset
@@ -99,12 +99,12 @@ def make_chunk(plan: Plan, chunk: int) -> Chunk:
   return Chunk(_stack(plan, pairs), bad, odd)
 
 
-def index_of(plan: Plan, position: int) -> int:
+def index_of(plan: BatchPlan, position: int) -> int:
   """The example at a position of the stream; -1 past the end of an evaluation."""
   return place_of(plan, position).example
 
 
-def place_of(plan: Plan, position: int, ahead: int = 0) -> Place:
+def place_of(plan: BatchPlan, position: int, ahead: int = 0) -> Place:
   """What is at a position of the stream, or so many places ahead of it in its epoch; see `index_of`."""
   size = len(plan.source)
   if plan.seed is None:
@@ -126,7 +126,7 @@ def _read(source: Source, indices: Sequence[int]) -> list[dict[str, Any] | None]
 
 
 def _prepare(
-  plan: Plan,
+  plan: BatchPlan,
   position: int,
   there: Place,
   record: dict[str, Any] | None,
@@ -155,7 +155,9 @@ def _prepare(
   return -1, None
 
 
-def _example(plan: Plan, epoch: int, index: int, record: dict[str, Any] | None) -> dict[str, Any]:
+def _example(
+  plan: BatchPlan, epoch: int, index: int, record: dict[str, Any] | None
+) -> dict[str, Any]:
   rng = None
   if plan.pp.random:
     key = np.random.SeedSequence((plan.seed or 0, epoch, index))
@@ -216,7 +218,7 @@ def _stop(fact: str) -> BadExampleError:
   return error
 
 
-def _stack(plan: Plan, pairs: Sequence[tuple[int, dict[str, Any] | None]]) -> Batch:
+def _stack(plan: BatchPlan, pairs: Sequence[tuple[int, dict[str, Any] | None]]) -> Batch:
   """Stacks examples under their keys, with zeros in the gaps, and adds `_id` and `_mask`."""
   shape = next((example for _, example in pairs if example is not None), None) or _template(plan)
   gap = {key: np.zeros_like(value) for key, value in shape.items()}
@@ -228,7 +230,7 @@ def _stack(plan: Plan, pairs: Sequence[tuple[int, dict[str, Any] | None]]) -> Ba
   return batch
 
 
-def _template(plan: Plan) -> dict[str, Any]:
+def _template(plan: BatchPlan) -> dict[str, Any]:
   """Any good example, for the shapes of a chunk that has none."""
   for index in range(len(plan.source)):
     example = _prepare(plan, index, Place(0, index), None, {}, {})[1]
@@ -251,7 +253,7 @@ def _stack_key(key: str, values: Sequence[Any]) -> np.ndarray:
   return stacked
 
 
-def check_limit(errors: Bad, plan: Plan) -> None:
+def check_limit(errors: Bad, plan: BatchPlan) -> None:
   """Raises a UserError when there are more than `plan.max_errors`."""
   if len(errors) > plan.max_errors:
     first = next(iter(errors.values()))

@@ -88,7 +88,7 @@ def flexify(
   divided = layout.divide(images, batch_size if epochs else None)
   for line in divided.notes:
     preparation.note(line)
-  plan = recipe.Plan(
+  plan = recipe.FlexifyRecipe(
     teacher=dict(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading),
     sources=divided.sources,
     num_classes=teacher.model.num_classes,

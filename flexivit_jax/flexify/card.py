@@ -38,7 +38,9 @@ measured. It can know no more than the original, whose licence and limits hold f
 """
 
 
-def text(plan: recipe.Plan, student: FlexiViT, kept: dict[str, Any], facts: dict[str, Any]) -> str:
+def text(
+  plan: recipe.FlexifyRecipe, student: FlexiViT, kept: dict[str, Any], facts: dict[str, Any]
+) -> str:
   """Returns the card in Markdown; every number in it is from this run."""
   trained = (
     "Its weights were trained towards the original's answers at randomly drawn patch sizes, without labels."

@@ -13,7 +13,7 @@ TEACHER_IMAGE = "teacher_image"
 _CROP = 0.9  # of the shorter side, in the evaluation: as AugReg and timm do
 
 
-class Plan(NamedTuple):
+class FlexifyRecipe(NamedTuple):
   """What training and measuring share.
 
   Attributes:
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     return labels_of(self)[0]
 
 
-def labels_of(plan: Plan) -> tuple[bool, str | None]:
+def labels_of(plan: FlexifyRecipe) -> tuple[bool, str | None]:
   """Returns whether the labels of the test images are classes of the model, and what to say of it; None: nothing."""
   if plan.sources["test"]["name"] != "folder":
     return False, None
@@ -100,7 +100,7 @@ def moment_of(
 
 
 def settings(
-  plan: Plan,
+  plan: FlexifyRecipe,
   student: FlexiViT,
   *,
   epochs: float,
@@ -160,7 +160,7 @@ def central(side: int, key: str = "image") -> str:
   return f"resize_small({int(side / _CROP)}, method='cubic'{at})|central_crop({side}{at})|value_range(-1, 1{at})"
 
 
-def evaluation(plan: Plan) -> dict[str, Any]:
+def evaluation(plan: FlexifyRecipe) -> dict[str, Any]:
   """A section as in `config.evals`: agreement with the teacher, and accuracy where labels are known."""
   side, native = plan.sides
   pp = f"decode|copy('image', '{TEACHER_IMAGE}')|{central(side)}|{central(native, TEACHER_IMAGE)}"
@@ -179,13 +179,13 @@ def evaluation(plan: Plan) -> dict[str, Any]:
   )
 
 
-def labelled(plan: Plan, side: int) -> str:
+def labelled(plan: FlexifyRecipe, side: int) -> str:
   """Preprocessing of labelled images for a model of this resolution."""
   return f"decode|{central(side)}|onehot({plan.num_classes})|keep('image', 'labels')"
 
 
 def describe(
-  plan: Plan, student: FlexiViT, record: Mapping[str, Any], trained: bool
+  plan: FlexifyRecipe, student: FlexiViT, record: Mapping[str, Any], trained: bool
 ) -> dict[str, Any]:
   """Returns what the record of the written model says beyond that of the original."""
   side = plan.sides[0]

@@ -10,13 +10,13 @@ from flexivit_jax.objectives.distill import Teacher
 Rows = list[dict[str, Any]]
 
 
-def measure(plan: recipe.Plan, model: FlexiViT, params: Any, mesh: Any) -> Rows:
+def measure(plan: recipe.FlexifyRecipe, model: FlexiViT, params: Any, mesh: Any) -> Rows:
   """Returns a row for each size: seqhw, patch, agree1, agree5, kl, ..., n, and top1 where labels are known."""
   scores = _evaluation(plan, recipe.evaluation(plan)).make(model, mesh).run(params)
   return [{"patch": plan.sides[0] // s, **row} for s, row in zip(plan.seqhw, scores, strict=True)]
 
 
-def original(plan: recipe.Plan, teacher: Teacher, mesh: Any) -> dict[str, Any]:
+def original(plan: recipe.FlexifyRecipe, teacher: Teacher, mesh: Any) -> dict[str, Any]:
   """Returns the original's own native size, and its accuracy there where labels are known."""
   native, (patch, _) = plan.sides[1], teacher.model.patch_size
   found = {"image_size": native, "patch": patch}
@@ -33,7 +33,7 @@ def original(plan: recipe.Plan, teacher: Teacher, mesh: Any) -> dict[str, Any]:
   return found | {"top1": row["top1"], "top5": row["top5"], "n": row["n"]}
 
 
-def _evaluation(plan: recipe.Plan, section: dict[str, Any]) -> experiment.Evaluation:
+def _evaluation(plan: recipe.FlexifyRecipe, section: dict[str, Any]) -> experiment.Evaluation:
   return experiment.build_evaluation("", section, every=1, classes=(plan.classes,))
 
 

@@ -17,7 +17,7 @@ class Subject(NamedTuple):
   variant: str = ""
 
 
-class Evaluation(NamedTuple):
+class PaperEvaluation(NamedTuple):
   """How an item is measured on checkpoints that are there, without training.
 
   Attributes:
@@ -69,7 +69,7 @@ class Item(NamedTuple):
   work: tuple[Work, ...] = ()
   published: tuple[str, ...] = ()
   differs: str = ""
-  evaluation: Evaluation | None = None
+  evaluation: PaperEvaluation | None = None
 
 
 def fields_of(
@@ -144,7 +144,7 @@ ITEMS: dict[str, Item] = {
     "one FlexiViT-L at two patch sizes",
     published=("fig1",),
     differs=_MS,
-    evaluation=Evaluation(
+    evaluation=PaperEvaluation(
       {"FlexiViT-L i1k": Subject("FlexiViT-L", "i1k")}, seqhw=(10, 24)
     ),
   ),
@@ -158,25 +158,25 @@ ITEMS: dict[str, Item] = {
     given=("DeiT-III S, B, L of 384 pixels, the teachers: teacher=FILE (configs/i1k_distill.py)",),
     published=("fig2",),
     differs=f"{_MS}; published accuracies are read off the figure",
-    evaluation=Evaluation(_released(*_LENGTHS)),
+    evaluation=PaperEvaluation(_released(*_LENGTHS)),
   ),
   "table-i1k": Item(
     "the same on v2, A, R and ReaL, as tables 1-4 of the appendix, which are not known to us; and on Sketch",
     published=("fig2", "timm"),
     differs=f"{_MS}; numbers on other sets are timm's, at patch 16 in its protocol: `--protocol timm` is that one",
-    evaluation=Evaluation(_released(*_LENGTHS), _SETS),
+    evaluation=PaperEvaluation(_released(*_LENGTHS), _SETS),
   ),
   "timm": Item(
     "third party: the released checkpoints at patch 16 in timm's protocol, on six data sets",
     published=("timm",),
-    evaluation=Evaluation(_released(1200, 600, 300), _SETS, (15,), "timm"),
+    evaluation=PaperEvaluation(_released(1200, 600, 300), _SETS, (15,), "timm"),
   ),
   "fig3": Item(
     "ImageNet-21k: fixed ViT-B/16 and B/30 are not flexible, FlexiViT-B is",
     **_train("configs/i21k_sup.py", "configs/i21k_sup.py:fixed=15", "configs/i21k_sup.py:fixed=8"),
     published=("fig3",),
     differs="sources disagree on whether the paper's baselines were resized plainly or by PI-resize (as here)",
-    evaluation=Evaluation(
+    evaluation=PaperEvaluation(
       {
         "FlexiViT-B i21k 300ep": Subject("FlexiViT-B", "i21k"),
         "ViT-B/16 i21k": Subject("ViT-B/16", "i21k"),
@@ -209,7 +209,7 @@ ITEMS: dict[str, Item] = {
     " together, to 56, 112, 448 and 896 pixels, as the commands do; the table's ViT-B/32 has 83.30 % at patch 32,"
     " timm's of 224 pixels 80.73 % by timm, so its file or size may be another; what the introduction's are is"
     " not known to us",
-    evaluation=Evaluation(
+    evaluation=PaperEvaluation(
       {f"ViT-{v}/16": Subject(f"ViT-{v}/16", _PI, f"{'Ti' if v == 'T' else v}/16") for v in "TSB"}
       | {"ViT-B/32": Subject("ViT-B/32", _PI, "B/32")}
       | {f"ViT-B/{p} (introduction)": Subject(f"ViT-B/{p}", "224 px", f"B/{p}") for p in (8, 32)},
@@ -254,7 +254,7 @@ ITEMS: dict[str, Item] = {
     weights=("FlexiViT-B i21k 300ep", "ViT-B/30 i21k"),
     published=("fig8",),
     differs="the paper's resolution and hyper-parameters are not known to us",
-    evaluation=Evaluation(
+    evaluation=PaperEvaluation(
       {
         "fine-tuned": Subject(
           "FlexiViT-B", "i21k, fine-tuned on an 8x8 grid", "B"
@@ -307,7 +307,7 @@ ITEMS: dict[str, Item] = {
   ),
   "fig30": Item(
     "patch sizes that were not trained",
-    evaluation=Evaluation(
+    evaluation=PaperEvaluation(
       {"FlexiViT-B i1k": Subject("FlexiViT-B", "i1k, 1200 epochs")}, seqhw=(3, 4, 40, 48)
     ),
   ),

@@ -14,7 +14,7 @@ from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.paper import test_sets
-from flexivit_jax.paper.items import Evaluation, Subject, fields_of
+from flexivit_jax.paper.items import PaperEvaluation, Subject, fields_of
 from flexivit_jax.sizes import size_text
 
 # What a kept result must have been made of; the machine, whose milliseconds it has, is in it too, but may be another.
@@ -41,7 +41,7 @@ class Measured(NamedTuple):
   rows: list[dict[str, Any]]
 
 
-def checkpoints_of(evaluation: Evaluation, given: Sequence[str]) -> list[Checkpoint]:
+def checkpoints_of(evaluation: PaperEvaluation, given: Sequence[str]) -> list[Checkpoint]:
   """All of an item, or those that are given: a published name, NAME=FILE (what stands for NAME), or any FILE.
 
   Raises:

@@ -14,8 +14,8 @@ from flexivit_jax.paper import comparing, measuring, published, test_sets
 from flexivit_jax.paper.items import (
   ITEMS,
   OWN_DATA,
-  Evaluation,
   Item,
+  PaperEvaluation,
   Work,
   data_of,
   fields_of,
@@ -109,7 +109,7 @@ def reproduce(args: argparse.Namespace) -> list[str]:
 
 
 def _differs(
-  evaluation: Evaluation, protocol: str, said: str, measured: Sequence[measuring.Measured]
+  evaluation: PaperEvaluation, protocol: str, said: str, measured: Sequence[measuring.Measured]
 ) -> list[str]:
   """How this measurement is not the published one."""
   lines = [said] if said else []

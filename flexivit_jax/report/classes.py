@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from flexivit_jax.report.runs import Row, Run, key_of
+from flexivit_jax.report.runs import EvalRow, ReportRun, key_of
 from flexivit_jax.report.tables import grid, percent, shorten, side
 
 MOST_CELLS = 30  # classes of a confusion matrix that is drawn; of more the pairs are listed
@@ -14,12 +14,12 @@ MOST_LINES = 60  # classes of a table
 MOST_PAIRS = 20
 
 
-def section(runs: Sequence[Run]) -> str:
+def section(runs: Sequence[ReportRun]) -> str:
   """Returns the part of the page about classes; empty where no run has counted them."""
   return "".join(_of_run(run) for run in runs if run.confusions)
 
 
-def _of_run(run: Run) -> str:
+def _of_run(run: ReportRun) -> str:
   rows = [row for row in run.rows if key_of(row) in run.confusions]
   if not rows:
     return ""
@@ -55,7 +55,7 @@ def confused(counts: Int[np.ndarray, "k k"]) -> list[tuple[int, int, int]]:
   return sorted(pairs, key=lambda pair: -pair[2])
 
 
-def _accuracies(run: Run, rows: Sequence[Row]) -> str:
+def _accuracies(run: ReportRun, rows: Sequence[EvalRow]) -> str:
   tables = [run.confusions[key_of(row)] for row in rows]
   n = tables[0].sum(axis=1)
   found = [accuracies(counts) for counts in tables]
@@ -74,7 +74,7 @@ def _accuracies(run: Run, rows: Sequence[Row]) -> str:
   )
 
 
-def _note(run: Run, rows: Sequence[Row]) -> str:
+def _note(run: ReportRun, rows: Sequence[EvalRow]) -> str:
   tables = [run.confusions[key_of(row)] for row in rows]
   known = len(worst_first(tables))
   more = f" The {MOST_LINES} worst of {known}; all are in eval.json." if known > MOST_LINES else ""

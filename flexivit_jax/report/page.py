@@ -7,7 +7,7 @@ from importlib import resources
 from string import Template
 
 from flexivit_jax.report import classes, pareto, plots, tables
-from flexivit_jax.report.runs import Run, is_trained
+from flexivit_jax.report.runs import ReportRun, is_trained
 
 _VARIABLES = {
   plots.INK: "ink",
@@ -20,7 +20,7 @@ _ALT = {"patch": "Top-1 accuracy against patch size", "gflops": "Top-1 accuracy 
 
 
 def render(
-  runs: Sequence[Run],
+  runs: Sequence[ReportRun],
   *,
   wide: Mapping[str, plots.Drawing],
   narrow: Mapping[str, plots.Drawing],
@@ -65,19 +65,19 @@ def inline(svg: str, prefix: str, css_class: str, label: str) -> str:
   return f"{head}>{rest}"
 
 
-def _data(runs: Sequence[Run]) -> list[str]:
+def _data(runs: Sequence[ReportRun]) -> list[str]:
   """Returns the data set and split, where the runs agree about them."""
   found = {tuple(run.facts[k] for k in ("dataset", "split") if k in run.facts) for run in runs}
   return list(found.pop()) if len(found) == 1 else []
 
 
-def _marks(runs: Sequence[Run]) -> str:
+def _marks(runs: Sequence[ReportRun]) -> str:
   if {is_trained(run, row) for run in runs for row in run.rows} == {None}:
     return ""
   return "● a size the run was trained at, ○ one it was not."
 
 
-def _fronts(runs: Sequence[Run]) -> str:
+def _fronts(runs: Sequence[ReportRun]) -> str:
   """Returns the tables of each cost that is known of some point."""
   titles = {"gflops": "by compute", "ms": "by time"}
   found = {cost: tables.front(runs, cost) for cost in pareto.COSTS}
@@ -89,13 +89,13 @@ def _fronts(runs: Sequence[Run]) -> str:
   )
 
 
-def _compared(runs: Sequence[Run]) -> str:
+def _compared(runs: Sequence[ReportRun]) -> str:
   if all(len(pareto.groups(runs, cost)) <= 1 for cost in pareto.COSTS):
     return ""
   return " Only points of the same data set and split are compared, in time only those of the same device."
 
 
-def _dominated(runs: Sequence[Run]) -> str:
+def _dominated(runs: Sequence[ReportRun]) -> str:
   if not any(any(pareto.dominated(runs, cost).values()) for cost in pareto.COSTS):
     return ""
   return (
@@ -103,7 +103,7 @@ def _dominated(runs: Sequence[Run]) -> str:
   )
 
 
-def _facts(runs: Sequence[Run], command: str) -> str:
+def _facts(runs: Sequence[ReportRun], command: str) -> str:
   pairs = [(run.name, _describe(run.facts)) for run in runs]
   lines = [f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in pairs if v]
   lines.append(f"<dt>made by</dt><dd><code>{html.escape(command)}</code></dd>")

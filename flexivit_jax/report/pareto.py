@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flexivit_jax.evaluators.intervals import bootstrap
-from flexivit_jax.report.runs import Row, Run, to_json
+from flexivit_jax.report.runs import EvalRow, ReportRun, to_json
 
 # What a point costs, and which facts two runs have to share for their points to be compared in it.
 COSTS = {"gflops": ("dataset", "split"), "ms": ("dataset", "split", "device")}
@@ -14,10 +14,10 @@ class Point(NamedTuple):
   """A row of a run; `run` is its place among the runs."""
 
   run: int
-  row: Row
+  row: EvalRow
 
 
-def groups(runs: Sequence[Run], cost: str) -> dict[tuple[str, ...], list[Point]]:
+def groups(runs: Sequence[ReportRun], cost: str) -> dict[tuple[str, ...], list[Point]]:
   """The points with a known cost by the facts that they share, from cheap to dear; a fact that no one knows is ""."""
   found: dict[tuple[str, ...], list[Point]] = {}
   for i, run in enumerate(runs):
@@ -28,7 +28,7 @@ def groups(runs: Sequence[Run], cost: str) -> dict[tuple[str, ...], list[Point]]
   return {facts: sorted(points, key=order) for facts, points in found.items() if points}
 
 
-def dominated(runs: Sequence[Run], cost: str) -> dict[Point, bool]:
+def dominated(runs: Sequence[ReportRun], cost: str) -> dict[Point, bool]:
   """Whether another point of the group is at least as accurate at no more cost, and better in one of the two."""
   return {
     point: any(_beats(other.row, point.row, cost) for other in points)
@@ -37,12 +37,12 @@ def dominated(runs: Sequence[Run], cost: str) -> dict[Point, bool]:
   }
 
 
-def _beats(one: Row, other: Row, cost: str) -> bool:
+def _beats(one: EvalRow, other: EvalRow, cost: str) -> bool:
   a, b = getattr(one, cost), getattr(other, cost)
   return one.top1 >= other.top1 and a <= b and (one.top1 > other.top1 or a < b)
 
 
-def fronts(runs: Sequence[Run], cost: str) -> dict[tuple[str, ...], list[Point]]:
+def fronts(runs: Sequence[ReportRun], cost: str) -> dict[tuple[str, ...], list[Point]]:
   """Of each group the points that none dominates, from cheap to dear."""
   beaten = dominated(runs, cost)
   return {
@@ -51,7 +51,7 @@ def fronts(runs: Sequence[Run], cost: str) -> dict[tuple[str, ...], list[Point]]
   }
 
 
-def to_json_all(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def to_json_all(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
   """The runs as report.json holds them: rows with "interval" (`bootstrap`) and "dominated", null where "ms" is."""
   beaten = {cost: dominated(runs, cost) for cost in COSTS}
   found = []

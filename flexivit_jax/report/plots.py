@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flexivit_jax.evaluators.intervals import bootstrap
 from flexivit_jax.report import pareto
-from flexivit_jax.report.runs import Row, Run, is_trained, order, sides
+from flexivit_jax.report.runs import EvalRow, ReportRun, is_trained, order, sides
 from flexivit_jax.report.tables import shorten, side
 
 AXES = ("patch", "gflops")
@@ -42,7 +42,7 @@ class _Frame(NamedTuple):
   labels: tuple[str, ...]  # the runs' names, wrapped
 
 
-def draw(runs: Sequence[Run], axis: str, size: tuple[float, float]) -> Drawing:
+def draw(runs: Sequence[ReportRun], axis: str, size: tuple[float, float]) -> Drawing:
   """Draws top-1 of each run against "patch" (pixels) or "gflops"; `size` is in inches."""
   import matplotlib
   from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ def _style() -> dict[str, Any]:
   }
 
 
-def _frame(runs: Sequence[Run], size: tuple[float, float]) -> _Frame:
+def _frame(runs: Sequence[ReportRun], size: tuple[float, float]) -> _Frame:
   w, h = (_POINT * side for side in size)
   labels = tuple(wrap(run.name, 18 if w > 300 else 13) for run in runs)
   longest = max(len(line) for label in labels for line in label.split("\n"))
@@ -107,7 +107,7 @@ def _save(figure: Any) -> Drawing:
   return Drawing(svg=svgs["path"], page_svg=svgs["none"], png=png.getvalue())
 
 
-def _ranks(runs: Sequence[Run]) -> dict[object, int] | None:
+def _ranks(runs: Sequence[ReportRun]) -> dict[object, int] | None:
   """Returns the patches' places on an even axis; None where all are squares: a log axis."""
   patches = {row.patch for run in runs for row in run.rows}
   if all(len(set(sides(patch))) == 1 for patch in patches):
@@ -115,7 +115,7 @@ def _ranks(runs: Sequence[Run]) -> dict[object, int] | None:
   return {patch: i for i, patch in enumerate(sorted(patches, key=order))}
 
 
-def _places(runs: Sequence[Run], run: Run, axis: str) -> list[tuple[float, Row]]:
+def _places(runs: Sequence[ReportRun], run: ReportRun, axis: str) -> list[tuple[float, EvalRow]]:
   """Returns the rows of a run with their x, from left to right."""
   if axis == "gflops":
     return sorted(((row.gflops, row) for row in run.rows), key=lambda place: place[0])
@@ -123,7 +123,7 @@ def _places(runs: Sequence[Run], run: Run, axis: str) -> list[tuple[float, Row]]
   return [(float(ranks[r.patch] if ranks else sides(r.patch)[0]), r) for r in run.rows]
 
 
-def _set_y(ax: Any, runs: Sequence[Run]) -> None:
+def _set_y(ax: Any, runs: Sequence[ReportRun]) -> None:
   values = [row.top1 for run in runs for row in run.rows]
   low = 0.0 if min(values) < 0.6 else math.floor(20 * min(values) - 0.2) / 20
   high = 1.0 if low == 0 and max(values) > 0.6 else math.ceil(20 * max(values) + 0.5) / 20
@@ -143,9 +143,9 @@ def _set_y(ax: Any, runs: Sequence[Run]) -> None:
 
 def _set_x(
   ax: Any,
-  runs: Sequence[Run],
+  runs: Sequence[ReportRun],
   axis: str,
-  places: Sequence[Sequence[tuple[float, Row]]],
+  places: Sequence[Sequence[tuple[float, EvalRow]]],
   frame: _Frame,
 ) -> int:
   """Sets the horizontal axis; returns how many extra lines its tick labels took."""
@@ -208,7 +208,9 @@ def _write_ticks(ax: Any, ticks: dict[float, str], frame: _Frame) -> int:
   return deepest
 
 
-def _curve(ax: Any, i: int, run: Run, place: Sequence[tuple[float, Row]], beaten: Set[Row]) -> None:
+def _curve(
+  ax: Any, i: int, run: ReportRun, place: Sequence[tuple[float, EvalRow]], beaten: Set[EvalRow]
+) -> None:
   """Draws a run with its intervals; points in `beaten`, which others dominate, are small."""
   color = COLORS[i % len(COLORS)]
   x = [x for x, _ in place]
@@ -237,7 +239,7 @@ def _curve(ax: Any, i: int, run: Run, place: Sequence[tuple[float, Row]], beaten
 
 def _name_curves(
   ax: Any,
-  places: Sequence[Sequence[tuple[float, Row]]],
+  places: Sequence[Sequence[tuple[float, EvalRow]]],
   frame: _Frame,
 ) -> None:
   """Writes each run's name right of the axes, level with its curve's end, apart from the others."""
@@ -293,7 +295,7 @@ def spread(levels: Sequence[float], heights: Sequence[float]) -> list[float]:
   return [placed[i] for i in range(len(levels))]
 
 
-def _explain_markers(ax: Any, runs: Sequence[Run], dominated: bool) -> None:
+def _explain_markers(ax: Any, runs: Sequence[ReportRun], dominated: bool) -> None:
   """Says what filled and hollow mean, where both are seen, and what small does, where some points are dominated."""
   from matplotlib.lines import Line2D
 

@@ -16,18 +16,18 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.running import ledger
 
 Key = tuple[Any, Any, int | None]
-Size = int | str  # tokens or pixels of a side; "HxW" where the sides differ
+SizeText = int | str  # tokens or pixels of a side; "HxW" where the sides differ
 FACTS = ("dataset", "split", "step", "params", "device", "jax", "command")
 
 
-class Row(NamedTuple):
+class EvalRow(NamedTuple):
   """One evaluation of the first `depth` blocks (None: all).
 
   `gflops` are 2 x MACs / 1e9 of one image, `ms` its median time, `n` images.
   """
 
-  seqhw: Size
-  patch: Size
+  seqhw: SizeText
+  patch: SizeText
   tokens: int
   gflops: float
   ms: float | None
@@ -39,21 +39,21 @@ class Row(NamedTuple):
   top1_macro: float | None = None
 
 
-class Run(NamedTuple):
+class ReportRun(NamedTuple):
   """One curve; `trained` holds the grids `(h, w)` it was trained at, None where unknown.
 
   `confusions` are the counts of class and predicted class of rows that have them, by `key_of`; `classes` their names.
   """
 
   name: str
-  rows: tuple[Row, ...]
+  rows: tuple[EvalRow, ...]
   trained: frozenset[tuple[int, int]] | None
   facts: dict[str, str]
   classes: tuple[str, ...] = ()
   confusions: Mapping[Key, Int[np.ndarray, "k k"]] = MappingProxyType({})
 
 
-def key_of(row: Row) -> Key:
+def key_of(row: EvalRow) -> Key:
   """What tells a row from others of its run."""
   return row.patch, row.seqhw, row.depth
 
@@ -68,18 +68,18 @@ def sides(size: object) -> tuple[int, int]:
   return int(found[1]), int(found[2])
 
 
-def order(size: Size) -> tuple[int, int]:
+def order(size: SizeText) -> tuple[int, int]:
   """Sorts sizes by area, then by height."""
   h, w = sides(size)
   return h * w, h
 
 
-def is_trained(run: Run, row: Row) -> bool | None:
+def is_trained(run: ReportRun, row: EvalRow) -> bool | None:
   """Says whether the run was trained at the row's size; None where the run does not say."""
   return None if run.trained is None else sides(row.seqhw) in run.trained
 
 
-def load(paths: Sequence[Path]) -> list[Run]:
+def load(paths: Sequence[Path]) -> list[ReportRun]:
   """Returns the runs in the given order, each with a name of its own; one for each depth that was evaluated.
 
   Raises:
@@ -100,7 +100,7 @@ def load(paths: Sequence[Path]) -> list[Run]:
   return [run._replace(name=name) for (run, _), name in zip(found, names, strict=True)]
 
 
-def by_depth(run: Run) -> list[Run]:
+def by_depth(run: ReportRun) -> list[ReportRun]:
   """Returns the run as one curve for each depth, which its name then says; as it is where all blocks ran."""
   depths = dict.fromkeys(row.depth for row in run.rows)
   return [
@@ -112,7 +112,7 @@ def by_depth(run: Run) -> list[Run]:
   ]
 
 
-def read(path: Path) -> Run:
+def read(path: Path) -> ReportRun:
   """Reads one run.
 
   Args:
@@ -140,10 +140,10 @@ def read(path: Path) -> Run:
   if spent := ledger.shares(file.parent / "ledger.json"):
     facts["time"] = ledger.text(spent)
   classes, confusions = tables_of(data, file)
-  return Run(name, tuple(rows), _trained(data, file), facts, classes, confusions)
+  return ReportRun(name, tuple(rows), _trained(data, file), facts, classes, confusions)
 
 
-def to_json(run: Run) -> dict[str, Any]:
+def to_json(run: ReportRun) -> dict[str, Any]:
   """Returns `{"name", "rows"}`; "top5", "depth" and "top1_macro" only where they were given."""
   rows = [row._asdict() for row in run.rows]
   optional = ("top5", "depth", "top1_macro")
@@ -169,11 +169,11 @@ def _parse(file: Path) -> Mapping[str, Any]:
   return data
 
 
-def _row(item: Any, where: str, file: Path) -> Row:
+def _row(item: Any, where: str, file: Path) -> EvalRow:
   if not isinstance(item, dict):
     raise _bad(file, where, item, "an object")
   at = where + "."
-  return Row(
+  return EvalRow(
     seqhw=_size(item, "seqhw", file, at),
     patch=_size(item, "patch", file, at),
     tokens=_count(item, "tokens", file, at),
@@ -223,7 +223,7 @@ def tables_of(
   return tuple(classes), found
 
 
-def _row_order(row: Row) -> tuple[tuple[int, int], tuple[int, int]]:
+def _row_order(row: EvalRow) -> tuple[tuple[int, int], tuple[int, int]]:
   return order(row.patch), order(row.seqhw)
 
 
@@ -282,7 +282,7 @@ def _count(data: Mapping[str, Any], key: str, file: Path, at: str) -> int:
   return value
 
 
-def _size(data: Mapping[str, Any], key: str, file: Path, at: str) -> Size:
+def _size(data: Mapping[str, Any], key: str, file: Path, at: str) -> SizeText:
   value = _get(data, key, object, file, at)
   try:
     h, w = sides(value)

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 from flexivit_jax.evaluators.intervals import bootstrap
 from flexivit_jax.report import pareto
-from flexivit_jax.report.runs import Row, Run, Size, is_trained, order, sides
+from flexivit_jax.report.runs import EvalRow, ReportRun, SizeText, is_trained, order, sides
 
 DOMINATED = "▼"
-Key = tuple[Size, Size]  # (patch, seqhw): together they tell rows of other image sizes apart
+# (patch, seqhw): the two tell rows of different image sizes apart.
+Key = tuple[SizeText, SizeText]
 
 
 def shorten(name: str, width: int, dots: str = "…") -> str:
@@ -21,12 +22,12 @@ def shorten(name: str, width: int, dots: str = "…") -> str:
   return name[:head] + dots + name[len(name) - tail :]
 
 
-def side(size: Size) -> str:
+def side(size: SizeText) -> str:
   """Writes 8 as `8` and "8x6" as `8×6`."""
   return str(size).replace("x", "×")
 
 
-def grid(size: Size) -> str:
+def grid(size: SizeText) -> str:
   """Writes the grid 8 as `8×8`."""
   return "{}×{}".format(*sides(size))
 
@@ -37,7 +38,7 @@ def percent(low: float, high: float | None = None) -> str:
   return "–".join(dict.fromkeys(ends)) + "\u00a0%"
 
 
-def finding(runs: Sequence[Run]) -> str:
+def finding(runs: Sequence[ReportRun]) -> str:
   """Returns the result as one sentence, computed from the rows."""
   if len(runs) <= 3:
     return "; ".join(_finding(run) for run in runs) + "."
@@ -49,7 +50,7 @@ def finding(runs: Sequence[Run]) -> str:
   )
 
 
-def _finding(run: Run) -> str:
+def _finding(run: ReportRun) -> str:
   own = [row for row in run.rows if is_trained(run, row) is not False]
   other = [row for row in run.rows if is_trained(run, row) is False]
   if len(run.rows) == 1:
@@ -66,11 +67,11 @@ def _finding(run: Run) -> str:
   return f"{run.name}: {_span(own)} at {here}, {_span(other)} at {there}"
 
 
-def _span(rows: Sequence[Row]) -> str:
+def _span(rows: Sequence[EvalRow]) -> str:
   return percent(min(row.top1 for row in rows), max(row.top1 for row in rows))
 
 
-def text(runs: Sequence[Run]) -> str:
+def text(runs: Sequence[ReportRun]) -> str:
   """Returns top-1 in percent, a line a run and a column a patch size; `*` marks trained sizes."""
   keys, cells = _pivot(runs)
   names = [shorten(run.name, 40, "...") for run in runs]
@@ -92,19 +93,19 @@ def text(runs: Sequence[Run]) -> str:
   return "\n".join(line.rstrip() for line in lines)
 
 
-def _cell_text(run: Run, row: Row | None) -> str:
+def _cell_text(run: ReportRun, row: EvalRow | None) -> str:
   if row is None:
     return "- "
   return f"{100 * row.top1:.1f}" + ("*" if is_trained(run, row) else " ")
 
 
-def _pivot(runs: Sequence[Run]) -> tuple[list[Key], dict[tuple[str, Key], Row]]:
+def _pivot(runs: Sequence[ReportRun]) -> tuple[list[Key], dict[tuple[str, Key], EvalRow]]:
   cells = {(run.name, (row.patch, row.seqhw)): row for run in runs for row in run.rows}
   keys = {key for _, key in cells}
   return sorted(keys, key=lambda key: (order(key[0]), order(key[1]))), cells
 
 
-def matrix(runs: Sequence[Run]) -> str:
+def matrix(runs: Sequence[ReportRun]) -> str:
   """Returns the HTML table of top-1: a row a run, a column a patch size, best of a column bold."""
   keys, cells = _pivot(runs)
   best = {key: max(c.top1 for (_, k), c in cells.items() if k == key) for key in keys}
@@ -121,7 +122,7 @@ def matrix(runs: Sequence[Run]) -> str:
   )
 
 
-def _cell_html(run: Run, row: Row | None, best: float) -> str:
+def _cell_html(run: ReportRun, row: EvalRow | None, best: float) -> str:
   if row is None:
     return '<td class="none">–</td>'
   value = _bold(f"{100 * row.top1:.1f}", row.top1 == best)
@@ -133,8 +134,8 @@ def _cell_html(run: Run, row: Row | None, best: float) -> str:
 class _Column(NamedTuple):
   head: str
   unit: str
-  show: Callable[[Row], str]
-  value: Callable[[Row], float | None]
+  show: Callable[[EvalRow], str]
+  value: Callable[[EvalRow], float | None]
   best: Callable[[list[float]], float] | None = None  # max, min or None: nothing to win
   cost: str | None = None  # one of `pareto.COSTS`: cells of points that others dominate are marked
 
@@ -150,7 +151,7 @@ def _percent(rate: float | None) -> str:
   return "–" if rate is None else f"{100 * rate:.1f}"
 
 
-def _interval(row: Row) -> str:
+def _interval(row: EvalRow) -> str:
   low, high = bootstrap(row.top1, row.n)
   return f"{100 * low:.1f}–{100 * high:.1f}"
 
@@ -170,7 +171,7 @@ _COLUMNS = (
 )
 
 
-def full(runs: Sequence[Run]) -> str:
+def full(runs: Sequence[ReportRun]) -> str:
   """Returns the HTML table of all rows and columns: best of a column bold, costs of dominated points marked."""
   rows = [row for run in runs for row in run.rows]
   optional = {"top-5": [row.top5 for row in rows], "macro": [row.top1_macro for row in rows]}
@@ -194,19 +195,19 @@ def full(runs: Sequence[Run]) -> str:
   )
 
 
-def _best(column: _Column, rows: Sequence[Row]) -> float | None:
+def _best(column: _Column, rows: Sequence[EvalRow]) -> float | None:
   values = [value for row in rows if (value := column.value(row)) is not None]
   # A column of equal values has no winner; to print all of it bold would say there is one.
   return column.best(values) if column.best and len(set(values)) > 1 else None
 
 
-def _full_cell(column: _Column, best: float | None, row: Row, marked: bool) -> str:
+def _full_cell(column: _Column, best: float | None, row: EvalRow, marked: bool) -> str:
   won = best is not None and column.value(row) == best
   mark = f'<i class="mark">{DOMINATED}</i>' if marked else ""
   return f"<td>{mark}{_bold(column.show(row), won)}</td>"
 
 
-def front(runs: Sequence[Run], cost: str) -> str:
+def front(runs: Sequence[ReportRun], cost: str) -> str:
   """Returns an HTML table for each group of `pareto.fronts`: from which cost on which run and patch size to use."""
   found = pareto.fronts(runs, cost)
   unit = {"gflops": "GFLOPs", "ms": "ms"}[cost]
@@ -228,7 +229,7 @@ def front(runs: Sequence[Run], cost: str) -> str:
   return "".join(tables)
 
 
-def _front_line(runs: Sequence[Run], point: pareto.Point, cost: str) -> str:
+def _front_line(runs: Sequence[ReportRun], point: pareto.Point, cost: str) -> str:
   row = point.row
   cells = (side(row.patch), grid(row.seqhw), f"{100 * row.top1:.1f}", _interval(row))
   return (
@@ -242,11 +243,11 @@ def _bold(value: str, won: bool) -> str:
   return f"<b>{value}</b>" if won else value
 
 
-def _name_cell(i: int, run: Run, rows: int = 1) -> str:
+def _name_cell(i: int, run: ReportRun, rows: int = 1) -> str:
   scope = f'"rowgroup" rowspan="{rows}"' if rows > 1 else '"row"'
   return f'<th scope={scope} title="{html.escape(run.name)}">{_name(i, run)}</th>'
 
 
-def _name(i: int, run: Run) -> str:
+def _name(i: int, run: ReportRun) -> str:
   key = f'<span class="key" style="--c:var(--run{i % 6})"></span>'
   return f"{key}{html.escape(shorten(run.name, 28))}"

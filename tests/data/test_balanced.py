@@ -12,7 +12,7 @@ from flexivit_jax.data import make_source, renumber, subset, train_batches
 from flexivit_jax.data.balanced import by_class, labels_of, place
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import Source
-from flexivit_jax.data.stream import Plan, make_chunk, place_of
+from flexivit_jax.data.stream import BatchPlan, make_chunk, place_of
 from flexivit_jax.errors import UserError
 
 pytestmark = pytest.mark.faults
@@ -42,7 +42,7 @@ def made(counts):
 
 def plan(source, **changes):
   fixed = dict(seed=5, batch_size=4, local=4, offset=0, chunks=1, on_error="raise", max_errors=9)
-  return Plan(source, parse(PP), **fixed, order=by_class(source))._replace(**changes)
+  return BatchPlan(source, parse(PP), **fixed, order=by_class(source))._replace(**changes)
 
 
 @hypothesis.settings(max_examples=8)

@@ -5,7 +5,7 @@ import pytest
 
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import Source
-from flexivit_jax.data.stream import Plan, check_limit, make_chunk
+from flexivit_jax.data.stream import BatchPlan, check_limit, make_chunk
 from flexivit_jax.errors import UserError
 
 pytestmark = pytest.mark.faults
@@ -16,10 +16,10 @@ def read(indices):
   return [{"image": image + np.uint8(i), "label": 0, "id": str(i)} for i in indices]
 
 
-def plan(**changes) -> Plan:
+def plan(**changes) -> BatchPlan:
   source = Source("numbers", "train", 1, None, 20, read)
   pp = parse("random_crop(4)|flip_lr|value_range|keep('image')")
-  return Plan(source, pp, 0, 12, 12, 0, 1, "raise", 5)._replace(**changes)
+  return BatchPlan(source, pp, 0, 12, 12, 0, 1, "raise", 5)._replace(**changes)
 
 
 def test_chunks_are_the_same_in_any_order_and_again():

@@ -349,7 +349,7 @@ def test_a_refused_continuation_changes_nothing_and_its_advice_works(tmp_path, c
 @kinds
 def test_flexify_measures_labels_that_are_the_models_classes(tmp_path, names, wrong):
   sources = layout.divide(draw(tmp_path, names)).sources
-  plan = recipe.Plan({}, sources, 3, (8, 8), (2,), 1, Classes(MODEL, 3, "the model"))
+  plan = recipe.FlexifyRecipe({}, sources, 3, (8, 8), (2,), 1, Classes(MODEL, 3, "the model"))
   labelled, note = recipe.labels_of(plan)
   assert labelled is plan.labelled is (wrong is None)
   assert ("labels" in recipe.evaluation(plan)["pp"]) is labelled
@@ -366,7 +366,7 @@ def kept_of(note):
 
 
 def test_flexify_of_classes_without_names_is_by_number_or_not_at_all(tmp_path):
-  plan = recipe.Plan({}, layout.divide(draw(tmp_path, MODEL)).sources, 3, (8, 8), (2,), 1)
+  plan = recipe.FlexifyRecipe({}, layout.divide(draw(tmp_path, MODEL)).sources, 3, (8, 8), (2,), 1)
   labelled, note = recipe.labels_of(plan)
   assert labelled and note.startswith("The model names no classes: its 3")
   labelled, note = recipe.labels_of(plan._replace(num_classes=1000))

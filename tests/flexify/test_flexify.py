@@ -108,7 +108,7 @@ def test_labels_of_other_classes_are_not_used(init, tmp_path):
   assert sources["test"] | {"split": ""} == dict(
     name="folder", data_dir=str(tmp_path / "photos"), split=""
   )
-  plan = recipe.Plan({}, sources, 7, (32, 32), (2, 4), 4)
+  plan = recipe.FlexifyRecipe({}, sources, 7, (32, 32), (2, 4), 4)
   assert not plan.labelled and "labels" not in recipe.evaluation(plan)["pp"]
 
 
@@ -116,7 +116,7 @@ def test_sizes_are_drawn_so_that_each_costs_the_same():
   model = FlexiViT(variant="mu", patch_size=(6, 6), posemb_size=(4, 4), num_classes=3)
   teacher = dict(model=recipe.fields_of(model), image=recipe.TEACHER_IMAGE)
   train = dict(name="synthetic", image_size=24, num_classes=3, num_examples=32, split="train")
-  plan = recipe.Plan(teacher, {"train": train}, 3, (24, 48), (2, 6, 12), 4)
+  plan = recipe.FlexifyRecipe(teacher, {"train": train}, 3, (24, 48), (2, 6, 12), 4)
   config = recipe.settings(plan, model, epochs=1, lr=1e-3, seed=0)
   exp = experiment.from_config({**config, "init": None})
   found = patch_schedule.shares(exp.flexi, exp.step_flops)

@@ -95,7 +95,7 @@ def measure(
 
   `classes` are those of the model.
   """
-  plan = recipe.Plan({}, {}, model.num_classes, (side, 0), seqhw, BATCH)
+  plan = recipe.FlexifyRecipe({}, {}, model.num_classes, (side, 0), seqhw, BATCH)
   pp = recipe.labelled(plan, side)
   if resized != side:
     pp = pp.replace("|onehot", f"|resize({resized})|onehot")
