@@ -161,10 +161,8 @@ def nudged(
 
 def _encode(encoder: vit.Encoder, x: Array, train: bool, depth: int) -> tuple[Array, dict]:
   """What the encoder computes, each block traced on its own."""
-  params, eps = encoder.variables["params"], encoder.layer_norm_eps
-  block = vit.EncoderBlock(
-    encoder.mlp_dim, encoder.num_heads, gelu=encoder.gelu, layer_norm_eps=eps, parent=None
-  )
+  params, eps = encoder.variables["params"], encoder.config.layer_norm_eps
+  block = vit.EncoderBlock(encoder.config, parent=None)
   for i in range(depth):
     x, _ = block.apply({"params": params[f"encoderblock_{i}"]}, x)
   return nn.LayerNorm(eps, parent=None).apply({"params": params["encoder_norm"]}, x), {}

@@ -192,10 +192,18 @@ class FlexiViT(nn.Module):
       x = nn.LayerNorm(self.layer_norm_eps, name="pre_norm")(x)
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
 
+    block = vit.BlockConfig(
+      mlp_dim=self.mlp_dim,
+      num_heads=self.num_heads,
+      dropout=self.dropout,
+      gelu=self.gelu,
+      dtype=self.dtype,
+      layer_norm_eps=self.layer_norm_eps,
+      attention=self.attention,
+    )
     x, out["encoder"] = vit.Encoder(
-      self.depth, self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.scan, self.remat,
-      self.layer_norm_eps, self.attention, self.fsdp, name="Transformer",
-    )(x, train, depth)  # fmt: skip
+      self.depth, block, scan=self.scan, remat=self.remat, fsdp=self.fsdp, name="Transformer"
+    )(x, train, depth)
     out["encoded"] = x
 
     tokens = x[:, self.prefix_length :]
@@ -208,15 +216,7 @@ class FlexiViT(nn.Module):
     elif self.pool_type == "tok+reg":
       x = jnp.concatenate([x[:, 0], x[:, 1]], axis=-1)
     else:
-      x = vit.MAPHead(
-        self.mlp_dim,
-        self.num_heads,
-        self.gelu,
-        self.dtype,
-        self.layer_norm_eps,
-        self.attention,
-        name="MAPHead_0",
-      )(x)
+      x = vit.MAPHead(block, name="MAPHead_0")(x)
     out["head_input"] = out["pre_logits"] = x
     out["pre_logits_2d"] = tokens = tokens.reshape(n, gh, gw, d)
 

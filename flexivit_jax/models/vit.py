@@ -4,7 +4,9 @@ Parameters are float32. Matrix products run in `dtype`; the residual stream, Lay
 Source of the variants: Scaling Vision Transformers (arXiv 2106.04560), table 2; So400m: arXiv 2305.13035.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,11 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from flexivit_jax import errors
 from flexivit_jax.devices import sharding
 from flexivit_jax.models import attention
+from flexivit_jax.trees import Params
+
+Intermediates = dict[
+  str, jax.Array
+]  # of a block: "sa" and "mlp" before, "+sa" and "+mlp" after the residual; [n, l, d]
 
 
 class Shape(NamedTuple):
@@ -105,8 +112,19 @@ class Attention(nn.Module):
     return nn.DenseGeneral(width, axis=(-2, -1), name="out", **init)(x)
 
 
-class EncoderBlock(nn.Module):
-  """Pre-norm transformer block: self-attention, then MLP. Returns the tokens and the named intermediates."""
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+  """What all blocks of an encoder have in common. Hashable, so that equal blocks share one trace.
+
+  Attributes:
+    mlp_dim: width of the MLP's hidden layer.
+    num_heads: of the attention; divides the width.
+    dropout: probability; after attention, after the GELU and after the MLP.
+    gelu: a key of `GELU`.
+    dtype: of the matrix products, "float32" or "bfloat16".
+    layer_norm_eps: of both LayerNorms.
+    attention: a key of `attention.FORMS`, or "auto".
+  """
 
   mlp_dim: int
   num_heads: int
@@ -116,106 +134,153 @@ class EncoderBlock(nn.Module):
   layer_norm_eps: float = 1e-6
   attention: str = "auto"
 
+
+class EncoderBlock(nn.Module):
+  """Pre-norm transformer block: self-attention, then MLP. Returns the tokens and the named intermediates."""
+
+  config: BlockConfig
+
   @nn.compact
   def __call__(
     self, x: Float[Array, "n l d"], train: bool = False
-  ) -> tuple[Float[Array, "n l d"], dict]:
-    out = {}
-    y = nn.LayerNorm(self.layer_norm_eps, name="LayerNorm_0")(x)
+  ) -> tuple[Float[Array, "n l d"], Intermediates]:
+    c, out = self.config, {}
+    y = nn.LayerNorm(c.layer_norm_eps, name="LayerNorm_0")(x)
     y = out["sa"] = Attention(
-      self.num_heads, self.dtype, self.attention, name="MultiHeadDotProductAttention_0"
+      c.num_heads, c.dtype, c.attention, name="MultiHeadDotProductAttention_0"
     )(y, y)
-    x = out["+sa"] = x + nn.Dropout(self.dropout)(y, deterministic=not train)
-    y = nn.LayerNorm(self.layer_norm_eps, name="LayerNorm_1")(x)
-    y = out["mlp"] = MlpBlock(self.mlp_dim, self.dropout, self.gelu, self.dtype, name="MlpBlock_0")(
-      y, train
-    )
-    x = out["+mlp"] = x + nn.Dropout(self.dropout)(y, deterministic=not train)
+    x = out["+sa"] = x + nn.Dropout(c.dropout)(y, deterministic=not train)
+    y = nn.LayerNorm(c.layer_norm_eps, name="LayerNorm_1")(x)
+    y = out["mlp"] = MlpBlock(c.mlp_dim, c.dropout, c.gelu, c.dtype, name="MlpBlock_0")(y, train)
+    x = out["+mlp"] = x + nn.Dropout(c.dropout)(y, deterministic=not train)
     return x, out
 
 
 class Encoder(nn.Module):
   """Stack of blocks and a LayerNorm.
 
-  With `scan` the blocks are one compiled loop and their parameters are stacked under "encoderblock" (see
-  `stack_blocks`); `remat` recomputes each block in the backward pass instead of storing its activations. `fsdp` is a
-  mesh along whose axis of this name the parameters are divided (see `sharding`); each block gathers its own.
+  Attributes:
+    depth: number of blocks.
+    config: of each block.
+    scan: the blocks are one compiled loop, and their parameters are stacked under "encoderblock" (see `stack_blocks`).
+    remat: the backward pass recomputes each block instead of storing its activations.
+    fsdp: the mesh along whose axis "fsdp" the parameters are divided (see `sharding`); each block gathers its own.
+      None: every device has all of them.
   """
 
   depth: int
-  mlp_dim: int
-  num_heads: int
-  dropout: float = 0.0
-  gelu: str = "tanh"
-  dtype: str = "float32"
+  config: BlockConfig
   scan: bool = False
   remat: bool = False
-  layer_norm_eps: float = 1e-6
-  attention: str = "auto"
   fsdp: Mesh | AbstractMesh | None = None
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "n l d"], train: bool = False, depth: int | None = None
-  ) -> tuple[Float[Array, "n l d"], dict]:
-    out: dict[str, Any] = {}
-    depth = self.depth if depth is None else depth  # of the blocks, the first so many run
-    fields = (
-      self.mlp_dim, self.num_heads, self.dropout, self.gelu, self.dtype, self.layer_norm_eps, self.attention
-    )  # fmt: skip
-    block = (
-      nn.remat(EncoderBlock, static_argnums=(2,), prevent_cse=not self.scan)
-      if self.remat
-      else EncoderBlock
-    )
-    if self.is_initializing():
-      self._init_blocks(block, fields, x)
-    params = self.variables["params"]
-    once = traced_once(block, fields, train, None if self.is_initializing() else self.fsdp)
-    keys = None
-    if train and self.dropout:
-      keys = jax.random.split(self.make_rng("dropout"), depth)
-    if self.scan:
-      first = jax.tree.map(lambda a: a[:depth], params["encoderblock"])
-      x, stacked = jax.lax.scan(lambda x, xs: once(xs[0], x, xs[1]), x, (first, keys))
-      each = {k: jnp.unstack(a) for k, a in stacked.items()}
-      out |= {f"block{i:02d}": {k: a[i] for k, a in each.items()} for i in range(depth)}
-    else:
-      for i in range(depth):
-        key = None if keys is None else keys[i]
-        x, out[f"block{i:02d}"] = once(params[f"encoderblock_{i}"], x, key)
-    out["pre_ln"] = x
-    return nn.LayerNorm(self.layer_norm_eps, name="encoder_norm")(x), out
+  ) -> tuple[Float[Array, "n l d"], dict[str, Any]]:
+    """Returns the normalised tokens, and {"block00": intermediates, ..., "pre_ln": tokens before the last LayerNorm}.
 
-  def _init_blocks(self, block: Any, fields: tuple, x: jax.Array) -> None:
+    Args:
+      x: tokens.
+      train: applies dropout, which takes a "dropout" rng.
+      depth: number of blocks that run, from the first; default: all.
+    """
+    depth = self.depth if depth is None else depth
+    # While it initialises, Flax makes the parameters; nothing is divided over a mesh yet.
+    initializing = self.is_initializing()
+    if initializing:
+      self._init_blocks(x)
+    keys = None
+    if train and self.config.dropout:
+      keys = jax.random.split(self.make_rng("dropout"), depth)
+    x, out = apply_blocks(
+      self.variables["params"],
+      x,
+      keys,
+      depth=depth,
+      config=self.config,
+      train=train,
+      scan=self.scan,
+      remat=self.remat,
+      fsdp=None if initializing else self.fsdp,
+    )
+    out["pre_ln"] = x
+    return nn.LayerNorm(self.config.layer_norm_eps, name="encoder_norm")(x), out
+
+  def _init_blocks(self, x: jax.Array) -> None:
     """Makes the parameters of all blocks; they do not depend on the tokens."""
+    block = _block_class(self.remat, self.scan)
     if not self.scan:
       for i in range(self.depth):
-        block(*fields, name=f"encoderblock_{i}")(x, False)
+        block(self.config, name=f"encoderblock_{i}")(x, False)
       return
-    rngs = {"params": True}
     loop = nn.scan(
       block,
       variable_axes={"params": 0},
-      split_rngs=rngs,
+      split_rngs={"params": True},
       in_axes=nn.broadcast,
       length=self.depth,
     )
-    loop(*fields, name="encoderblock")(x, False)
+    loop(self.config, name="encoderblock")(x, False)
+
+
+def apply_blocks(
+  params: Params,
+  x: Float[Array, "n l d"],
+  keys: Key[Array, "depth"] | None,
+  *,
+  depth: int,
+  config: BlockConfig,
+  train: bool,
+  scan: bool,
+  remat: bool,
+  fsdp: Mesh | AbstractMesh | None,
+) -> tuple[Float[Array, "n l d"], dict[str, Any]]:
+  """Runs the first blocks of an encoder, one after the other, with one traced function for all of them.
+
+  A Flax module that calls its blocks one by one has each of them traced and differentiated anew: the time to trace and
+  compile then grows with the depth (docs/performance.md). Here a block is a pure function of its parameters, cached by
+  its configuration, so JAX traces and differentiates it once for each shape.
+
+  The price: Flax sees no module below the encoder, so `capture_intermediates` does not reach into blocks and
+  `nn.intercept_methods` sees only the first one that is traced. Blocks return their intermediates instead, and
+  `analyses/relevance.py`, which changes attention in each block, runs the blocks itself.
+
+  Args:
+    params: the encoder's: "encoderblock_0", ..., or with `scan` "encoderblock", stacked.
+    x: tokens.
+    keys: of the dropout in each block; None: no dropout.
+    depth: number of blocks to run.
+    config: of each block.
+    train: whether dropout applies.
+    scan, remat, fsdp: see `Encoder`.
+
+  Returns:
+    The tokens, and the intermediates of each block under "block00", "block01", ...
+  """
+  block = _traced_block(config, train, scan, remat, fsdp)
+  if scan:
+    first = jax.tree.map(lambda a: a[:depth], params["encoderblock"])
+    x, stacked = jax.lax.scan(lambda x, xs: block(xs[0], x, xs[1]), x, (first, keys))
+    each = {k: jnp.unstack(a) for k, a in stacked.items()}
+    return x, {f"block{i:02d}": {k: a[i] for k, a in each.items()} for i in range(depth)}
+  out: dict[str, Any] = {}
+  for i in range(depth):
+    key = None if keys is None else keys[i]
+    x, out[f"block{i:02d}"] = block(params[f"encoderblock_{i}"], x, key)
+  return x, out
 
 
 @functools.cache
-def traced_once(
-  block: Any, fields: tuple, train: bool, fsdp: Mesh | AbstractMesh | None = None
-) -> Any:
-  """One function `(params, x, dropout key) -> (x, intermediates)` for all blocks of these fields.
+def _traced_block(
+  config: BlockConfig, train: bool, scan: bool, remat: bool, fsdp: Mesh | AbstractMesh | None
+) -> Callable[..., Any]:
+  """One jitted function `(params, x, dropout key) -> (x, intermediates)` for all blocks of a configuration."""
+  module = _block_class(remat, scan)(config)
 
-  Traced and differentiated once for each shape, not once a block.
-  """
-
-  def run(params: Any, x: jax.Array, key: jax.Array | None) -> Any:
+  def run(params: Params, x: jax.Array, key: jax.Array | None) -> Any:
     rngs = None if key is None else {"dropout": key}
-    return block(*fields).apply({"params": params}, x, train, rngs=rngs)
+    return module.apply({"params": params}, x, train, rngs=rngs)
 
   if fsdp is None:
     return jax.jit(run)
@@ -223,25 +288,28 @@ def traced_once(
   return jax.jit(lambda params, x, key: over(params, x))
 
 
-class MAPHead(nn.Module):
-  """Multi-head attention pooling: one learned probe attends to all tokens (arXiv 2106.04560)."""
+def _block_class(remat: bool, scan: bool) -> Callable[..., Any]:
+  # In a loop XLA merges nothing across iterations, so the barriers against CSE would only cost time.
+  if remat:
+    return nn.remat(EncoderBlock, static_argnums=(2,), prevent_cse=not scan)
+  return EncoderBlock
 
-  mlp_dim: int
-  num_heads: int
-  gelu: str = "tanh"
-  dtype: str = "float32"
-  layer_norm_eps: float = 1e-6
-  attention: str = "auto"
+
+class MAPHead(nn.Module):
+  """Multi-head attention pooling: one learned probe attends to all tokens (arXiv 2106.04560). No dropout."""
+
+  config: BlockConfig
 
   @nn.compact
   def __call__(self, x: Float[Array, "n l d"]) -> Float[Array, "n d"]:
     n, _, d = x.shape
+    c = self.config
     probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
-    x = Attention(
-      self.num_heads, self.dtype, self.attention, name="MultiHeadDotProductAttention_0"
-    )(jnp.tile(probe, (n, 1, 1)), x).astype(jnp.float32)
-    y = nn.LayerNorm(self.layer_norm_eps, name="LayerNorm_0")(x)
-    x = x + MlpBlock(self.mlp_dim, gelu=self.gelu, dtype=self.dtype, name="MlpBlock_0")(y)
+    x = Attention(c.num_heads, c.dtype, c.attention, name="MultiHeadDotProductAttention_0")(
+      jnp.tile(probe, (n, 1, 1)), x
+    ).astype(jnp.float32)
+    y = nn.LayerNorm(c.layer_norm_eps, name="LayerNorm_0")(x)
+    x = x + MlpBlock(c.mlp_dim, gelu=c.gelu, dtype=c.dtype, name="MlpBlock_0")(y)
     return x[:, 0]
 
 
@@ -258,7 +326,7 @@ def sincos2d(
   return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=-1).astype(np.float32)
 
 
-def stack_blocks(params: dict) -> dict:
+def stack_blocks(params: Params) -> Params:
   """Parameters with `Transformer/encoderblock_0..L-1` stacked into `Transformer/encoderblock`, as `scan` wants them."""
   encoder = dict(params["Transformer"])
   names = sorted(
@@ -273,7 +341,7 @@ def stack_blocks(params: dict) -> dict:
   return {**params, "Transformer": {**encoder, "encoderblock": stacked}}
 
 
-def unstack_blocks(params: dict) -> dict:
+def unstack_blocks(params: Params) -> Params:
   """The inverse of `stack_blocks`."""
   encoder = dict(params["Transformer"])
   if "encoderblock" not in encoder:

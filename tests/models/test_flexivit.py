@@ -496,7 +496,7 @@ def test_intermediates_have_the_references_names_and_shapes(pool):
 
 
 def test_map_pooling_does_not_depend_on_the_order_of_tokens():
-  head = vit.MAPHead(24, 4)
+  head = vit.MAPHead(vit.BlockConfig(mlp_dim=24, num_heads=4))
   x = images(hw=(4, 4)).reshape(2, 3, 16)
   params = jit(head.init)(jax.random.key(0), x)
   apply = jit(head.apply)

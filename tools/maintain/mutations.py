@@ -80,7 +80,7 @@ ROOMS = {
   ),
   "vit": _room(
     "models/vit.py",
-    "GELU decode_variant MlpBlock.__call__ Attention.__call__ EncoderBlock EncoderBlock.__call__ Encoder.__call__"
+    "GELU decode_variant MlpBlock.__call__ Attention.__call__ BlockConfig EncoderBlock.__call__ Encoder.__call__"
     " Encoder._init_blocks MAPHead.__call__ sincos2d stack_blocks unstack_blocks",
     "test_vit.py test_flexivit.py",
   ),
