@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexivit_jax import experiment, train
+from flexivit_jax.data import TrainBatches
 from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.running import metrics_writer, signals
+from flexivit_jax.experiment import preparation
+from flexivit_jax.experiment.evaluating import Evaluating
+from flexivit_jax.experiment.recording import Recorder
+from flexivit_jax.running import metrics_writer, session, signals
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.ledger import Ledger
 from flexivit_jax.sizes import size_key
@@ -35,7 +39,7 @@ CONFIG = dict(
 )
 
 
-class Data:
+class Data(TrainBatches):
   """Stands for the batches: gives the same one at once."""
 
   def __init__(self, exp):
@@ -92,10 +96,13 @@ def run_loop(tmp_path, inside=contextlib.nullcontext):
     schedule = patch_schedule.init_state(exp.flexi)
     ledger = Ledger(tmp_path / "ledger.json", time.perf_counter())
     ledger.go_on_from(0)
-    watchdog = signals.Watchdog(60.0, print)
-    run = train.Run(exp, mesh, Unsaved(), Data(exp), writer, ledger, signals.Stop(), watchdog, [0])
-    train._loop(run, state, schedule, None, made, {})
-    watchdog.close()
+    with contextlib.ExitStack() as stack:
+      run = session.Session(tmp_path, stack, signals.Stop(), begin, 60.0)
+      run.ledger, run.writer, run.checkpoints = ledger, writer, Unsaved()
+      batches, inputs = Data(exp), tuple(exp.objective.inputs)
+      step_fn = preparation.Step(made, None, preparation.constants(exp, mesh), mesh, inputs)
+      evaluating = Evaluating(run, exp, mesh, lambda *_: {}, {})
+      train._loop(run, exp, step_fn, evaluating, batches, state, schedule)
     return time.process_time() - begin, seen
 
 
@@ -121,7 +128,7 @@ def test_the_device_is_asked_for_nothing_between_two_logs(tmp_path, monkeypatch)
   """No number is read but by the four logs, nothing is sent but the batches."""
   read = []
   array = type(jnp.zeros(()))
-  value, flush = array._value, train._flush
+  value, flush = array._value, Recorder._flush
 
   def reading(self):
     read.append(len(written))
@@ -129,17 +136,17 @@ def test_the_device_is_asked_for_nothing_between_two_logs(tmp_path, monkeypatch)
 
   written = []
 
-  def flushing(run, pending, *args):
-    written.append(len(pending))
+  def flushing(recorder, *args):
+    written.append(len(recorder._pending))
     monkeypatch.setattr(array, "_value", value)
     try:
-      return flush(run, pending, *args)
+      return flush(recorder, *args)
     finally:
       monkeypatch.setattr(array, "_value", property(reading))
 
   @contextlib.contextmanager
   def watched():
-    monkeypatch.setattr(train, "_flush", flushing)
+    monkeypatch.setattr(Recorder, "_flush", flushing)
     monkeypatch.setattr(array, "_value", property(reading))
     with jax.transfer_guard("disallow"):  # of what nobody asked for; a batch is sent explicitly
       float(jnp.copy(started))

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import errors, experiment, train as train_lib, weights
+from flexivit_jax.devices import sharding
 from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints
 
@@ -48,7 +49,7 @@ def final(workdir):
   """All arrays of the newest checkpoint: parameters, optimizer state, step."""
   exp = experiment.from_config(CONFIG)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
-  state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
+  state = train_lib.preparation.first_state(exp, sharding.make_mesh())
   rest = {"step": state.step, "opt_state": state.opt_state}
   restored = checkpoints.restore(checkpoints.latest_step(), state.params, rest)
   checkpoints.close()
@@ -149,7 +150,7 @@ def test_each_size_is_traced_once_and_before_step_one(tmp_path, monkeypatch):
 def test_the_device_is_read_only_when_it_logs(tmp_path, monkeypatch):
   reads = []
   device_get = jax.device_get
-  monkeypatch.setattr(train_lib.jax, "device_get", lambda x: reads.append(1) or device_get(x))
+  monkeypatch.setattr(jax, "device_get", lambda x: reads.append(1) or device_get(x))
   no_evals = changed(total_steps=8, log_every=4, evals={}, checkpoint=dict(every_steps=8))
   train_lib.train(no_evals, tmp_path)
   assert len(reads) == 2

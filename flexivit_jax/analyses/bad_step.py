@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexivit_jax import errors, experiment, train, trees
-from flexivit_jax.devices import sharding
-from flexivit_jax.experiment import preparation
+from flexivit_jax import errors, experiment, trees
+from flexivit_jax.experiment import preparation, restoring
 from flexivit_jax.running import signals
 from flexivit_jax.running.checkpoint import Checkpoints
-from flexivit_jax.sizes import size_key, size_name
+from flexivit_jax.running.session import next_batch
+from flexivit_jax.sizes import size_name
 from flexivit_jax.training import patch_schedule, steps
 
 
@@ -34,7 +34,7 @@ def look(dump: pathlib.Path) -> list[str]:
     raise errors.UserError(
       f"{dump} cannot be replayed ({type(e).__name__}); give RUN/bad_step.json beside RUN/config.json."
     ) from e
-  trained = preparation.trained(dump.parent)
+  trained = restoring.trained(dump.parent)
   if not isinstance(config, dict):
     raise errors.UserError(
       f"{dump.parent / 'config.json'} holds no config; expected a JSON object."
@@ -44,32 +44,19 @@ def look(dump: pathlib.Path) -> list[str]:
   with contextlib.ExitStack() as stack:
     state, schedule, batches = _before(exp, dump.parent, step, mesh)
     stack.enter_context(batches)
-    parts, memory = preparation.parts(exp, mesh)
-    targets = preparation.targets(
-      exp, int(state.step), mesh, stack, parts=parts, memory=memory - sharding.bytes_each(state)
-    )
-    programs = preparation.programs(exp, state, targets, mesh, parts=parts, memory=memory)
-    constants = preparation.constants(exp, mesh)
+    step_fn = preparation.compile_step(exp, state, mesh, stack.enter_context)
     lines = [f"from step {int(state.step)} to step {step}"]
     for at in range(int(state.step) + 1, step + 1):
       size = patch_schedule.draw(
         exp.flexi, seed=exp.seed, step=at - 1, total_steps=exp.total_steps, state=schedule
       )
-      batch = train.next_batch(batches, exp.batches_of(size), signals.Stop())
-      on_device: dict[str, Any] = sharding.put_batch(
-        {k: batch[k] for k in exp.objective.inputs}, mesh
-      )
-      if targets is not None:
-        on_device["targets"] = targets(at - 1, batch, state.step)
+      batch = next_batch(batches, exp.batches_of(size), signals.Stop())
       if at == step:
-        program = programs.gradients[size_key(size)]
-        loss, grads = program.run(state._replace(opt_state=None), on_device, constants["seed"])
         before = jax.device_get(state.params)
-        new, measured = programs.update.run(state, loss, grads, constants["total_steps"])
-        return lines + _report(
-          found, size, batch, jax.device_get((measured, grads)), before, jax.device_get(new.params)
-        )
-      state, measured = programs(size, state, on_device, constants)
+        new, measured, grads = step_fn.look(at, size, state, batch)
+        numbers = jax.device_get((measured, grads))
+        return lines + _report(found, size, batch, numbers, before, jax.device_get(new.params))
+      state, measured = step_fn(at, size, state, batch)
       schedule = patch_schedule.update(
         exp.flexi, schedule, step=at, drawn=size, loss=float(measured["loss"])
       )

@@ -28,6 +28,23 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Trains, or resumes, args.config in args.workdir."""
-  from flexivit_jax import train
+  from flexivit_jax import config, train
+  from flexivit_jax.devices import compilation
+  from flexivit_jax.running import distributed
+  from flexivit_jax.running.ledger import process_begun
 
-  train.run(args)
+  distributed.start(
+    args.coordinator_address,
+    args.num_processes,
+    args.process_id,
+    join_timeout=args.join_timeout,
+    heartbeat_timeout=args.heartbeat_timeout,
+  )
+  compilation.keep_programs()
+  train.train(
+    config.load(args.config, args.overrides),
+    args.workdir,
+    resume=args.resume,
+    allow_config_change=args.allow_config_change,
+    begun=process_begun(),
+  )

@@ -15,6 +15,7 @@ from flexivit_jax.experiment import preparation
 from flexivit_jax.experiment.monitor import EarlyStopping, Metric
 from flexivit_jax.running import distributed, manifest
 from flexivit_jax.running.checkpoint import BEST, Checkpoints
+from flexivit_jax.running.session import note
 from flexivit_jax.training import steps
 
 
@@ -107,15 +108,12 @@ class Following:
     kept = {k: v for k, v in preparation.rest(state).items() if k != "opt_state"}
     of = {"metric": str(best), "mode": best.mode, "value": value}
     self._checkpoints.save(step, state.params, kept, {**record(), "best": of})
-    preparation.note(f"step {step}: {best} {value:.4g} is the best so far, kept in {BEST}/{step}")
+    note(f"step {step}: {best} {value:.4g} is the best so far, kept in {BEST}/{step}")
 
   def wait(self) -> None:
     """Waits until RUN/best is on disk; a checkpoint of the run must not be there before it."""
     if self._checkpoints is not None:
       self._checkpoints.wait()
-
-
-NOTHING = Following(None, None, None, None)
 
 
 def open_best(workdir: pathlib.Path, best: Metric | None, *, begun: bool) -> Checkpoints | None:
@@ -126,7 +124,7 @@ def open_best(workdir: pathlib.Path, best: Metric | None, *, begun: bool) -> Che
 
   def forget() -> None:
     if not begun and folder.is_dir():
-      preparation.note(f"{folder} is of an earlier run, and deleted")
+      note(f"{folder} is of an earlier run, and deleted")
       shutil.rmtree(folder)
 
   distributed.on_first(forget, f"its folder {BEST}")
@@ -144,7 +142,7 @@ def _value(checkpoints: Checkpoints, best: Metric | None) -> float | None:
       checkpoints.verify(step)
       return 0
     except manifest.Damaged as damage:
-      preparation.note(f"{damage} The next evaluation takes its place.")
+      note(f"{damage} The next evaluation takes its place.")
       return 1
 
   if distributed.on_first(damaged, "its best checkpoint"):
@@ -152,7 +150,7 @@ def _value(checkpoints: Checkpoints, best: Metric | None) -> float | None:
   of = checkpoints.record(step).get("best", {})
   if (of.get("metric"), of.get("mode")) == (str(best), best.mode):
     return of["value"]
-  preparation.note(
+  note(
     f"{checkpoints.folder / str(step)} is the best by {of.get('metric')}; the next evaluation of {best} takes its place"
   )
   return None

@@ -2,35 +2,30 @@
 
 import contextlib
 import functools
-import json
 import math
-import pathlib
-import shlex
-import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from flexivit_jax import errors, experiment, trees
-from flexivit_jax.data import class_names
+from flexivit_jax import experiment, trees
 from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.running import checkpoint, distributed
-from flexivit_jax.sizes import size_name
+from flexivit_jax.running import distributed
+from flexivit_jax.running.session import note
+from flexivit_jax.sizes import SizeArgs, size_key, size_name
 from flexivit_jax.training import patch_schedule, step_programs, steps, teaching
 from flexivit_jax.training.teacher_cache import TeacherCache
 
-
-def trained(workdir: pathlib.Path) -> class_names.Trained | None:
-  """What the newest checkpoint in a run folder says of its classes; None: there is none. Changes nothing there."""
-  newest = checkpoint.read_record(workdir / "checkpoints")
-  return newest and class_names.trained(newest[1], str(workdir))
+Hold = Callable[[contextlib.AbstractContextManager[Any]], Any]
 
 
-def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Any]:
+def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Mesh]:
   """Returns the experiment, its model knowing the mesh where that divides parameters, and the mesh that it names."""
   mesh = sharding.make_mesh(**{k: v for k, v in exp.mesh.items() if k != "divide_teachers"})
+  whole = 1 if exp.accumulate == "auto" else int(exp.accumulate)
+  sharding.check_divides(exp.batch_size // whole, mesh)
   for name, evaluation in exp.evaluations.items():
     sharding.check_divides(evaluation.section["batch_size"], mesh, f"evals.{name}.batch_size")
   if mesh.shape["fsdp"] > 1:
@@ -38,12 +33,10 @@ def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Any]:
   return exp, mesh
 
 
-def parts(exp: experiment.Experiment, mesh: Any) -> tuple[list[int], float]:
+def _parts(exp: experiment.Experiment, mesh: Mesh) -> tuple[list[int], float]:
   """Into how many parts a batch may be divided, and the bytes of each device into which a step has to fit."""
   if exp.accumulate != "auto":
-    sharding.check_divides(exp.batch_size // int(exp.accumulate), mesh)
     return [int(exp.accumulate)], math.inf
-  sharding.check_divides(exp.batch_size, mesh)
   if exp.memory_gib is not None:
     return sharding.possible_parts(exp.batch_size, mesh), exp.memory_gib * 2**30
   memory = distributed.smallest(compilation.device_memory())  # other parts would be other programs
@@ -55,7 +48,7 @@ def abstract_state(exp: experiment.Experiment) -> steps.TrainState:
   return jax.eval_shape(functools.partial(_init, exp), exp.init, np.uint32(exp.seed))
 
 
-def first_state(exp: experiment.Experiment, mesh: Any) -> steps.TrainState:
+def first_state(exp: experiment.Experiment, mesh: Mesh) -> steps.TrainState:
   """The state before the first step, made where it lives: what is divided is never whole on a device."""
   init = jax.jit(functools.partial(_init, exp))
   given = None if exp.init is None else jax.device_put(exp.init, sharding.divided(exp.init, mesh))
@@ -81,23 +74,95 @@ def rest(state: steps.TrainState) -> dict[str, Any]:
   return {k: v for k, v in found.items() if v is not None}
 
 
-def constants(exp: experiment.Experiment, mesh: Any) -> dict[str, jax.Array]:
+def constants(exp: experiment.Experiment, mesh: Mesh) -> dict[str, jax.Array]:
   """What is the same in all steps of a run, and other in another run of the same programs."""
   numbers = {"seed": np.uint32(exp.seed), "total_steps": np.int32(exp.total_steps)}
   return jax.device_put(numbers, sharding.replicated(mesh))
 
 
+class Step(NamedTuple):
+  """The compiled training step: `step(number, size, state, batch) -> (state, measured)`. Reads nothing back.
+
+  Attributes:
+    programs: the gradients at each size, and the update.
+    teachers: gives the teachers' logits of a batch; None: there are no teachers.
+    constants: arrays constant within a run that differ between runs of the same programs.
+    mesh: where all of it lives.
+    inputs: the keys of a batch that the objective takes.
+  """
+
+  programs: step_programs.StepPrograms
+  teachers: teaching.Targets | None
+  constants: dict[str, jax.Array]
+  mesh: Mesh
+  inputs: tuple[str, ...]
+
+  def __call__(
+    self, number: int, size: SizeArgs, state: steps.TrainState, batch: dict[str, np.ndarray]
+  ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
+    """Makes step `number`, counted from 1, at a size. The memory of `state` is taken."""
+    return self.programs(size, state, self.put(number, state, batch), self.constants)
+
+  def put(
+    self, number: int, state: steps.TrainState, batch: dict[str, np.ndarray]
+  ) -> dict[str, Any]:
+    """Returns the inputs of a step on the devices, with the teachers' logits."""
+    on_device = sharding.put_batch({k: batch[k] for k in self.inputs}, self.mesh)
+    if self.teachers is not None:
+      on_device["targets"] = self.teachers(number - 1, batch, state.step)
+    return on_device
+
+  def look(
+    self, number: int, size: SizeArgs, state: steps.TrainState, batch: dict[str, np.ndarray]
+  ) -> tuple[steps.TrainState, dict[str, jax.Array], Any]:
+    """As a call, and returns the gradients too."""
+    seed, total = self.constants["seed"], self.constants["total_steps"]
+    program = self.programs.gradients[size_key(size)]
+    loss, grads = program.run(state._replace(opt_state=None), self.put(number, state, batch), seed)
+    new, measured = self.programs.update.run(state, loss, grads, total)
+    return new, measured, grads
+
+
+def compile_step(
+  exp: experiment.Experiment, state: steps.TrainState, mesh: Mesh, hold: Hold
+) -> Step:
+  """Compiles the teachers, one program of gradients for each size, and the update.
+
+  Args:
+    exp: the experiment.
+    state: before the next step.
+    mesh: where it lives.
+    hold: enters a context until the run ends: the cache of the teachers' logits.
+
+  Raises:
+    UserError: a step that does not fit into memory; on several processes, other microbatches on one of them.
+  """
+  numbers, memory = _parts(exp, mesh)
+  room = memory - sharding.bytes_each(state)
+  teachers = targets(exp, int(state.step), mesh, hold, parts=numbers, memory=room)
+  compiled = programs(exp, state, teachers, mesh, parts=numbers, memory=memory)
+  if distributed.is_on():
+    distributed.agree(int(state.step), {"parts of the batch": sorted(compiled.parts.items())})
+  return Step(compiled, teachers, constants(exp, mesh), mesh, tuple(exp.objective.inputs))
+
+
 def targets(
-  exp: experiment.Experiment, start: int, mesh: Any, stack: contextlib.ExitStack, **fit: Any
+  exp: experiment.Experiment,
+  start: int,
+  mesh: Mesh,
+  hold: Hold,
+  *,
+  parts: Sequence[int] = (1,),
+  memory: float = math.inf,
 ) -> teaching.Targets | None:
-  """What the teachers say of each step that is left; None without teachers. `fit`: `parts` and `memory`."""
+  """What the teachers say of each step that is left; None without teachers."""
   if exp.objective.teaching is None:
     return None
   cache = None
   if exp.teacher_cache is not None:
     process = (jax.process_index(), jax.process_count())
     cache = TeacherCache(exp.teacher_cache, exp.drawn, process)
-    stack.enter_context(contextlib.closing(cache))
+    hold(contextlib.closing(cache))
   found = teaching.Targets(
     exp.objective.teaching,
     _specs(exp, exp.objective.teaching.inputs, mesh),
@@ -107,7 +172,8 @@ def targets(
     todo=range(start, exp.total_steps),
     divide=exp.mesh.get("divide_teachers", True),
     report=lambda program: note(f"compiled teachers: {program.seconds:.1f} s"),
-    **fit,
+    parts=parts,
+    memory=memory,
   )
   if found.complete:
     note(f"teachers: their logits of all steps are in {exp.teacher_cache}")
@@ -118,10 +184,12 @@ def programs(
   exp: experiment.Experiment,
   state: steps.TrainState,
   taught: teaching.Targets | None,
-  mesh: Any,
-  **fit: Any,
+  mesh: Mesh,
+  *,
+  parts: Sequence[int] = (1,),
+  memory: float = math.inf,
 ) -> step_programs.StepPrograms:
-  """Compiles the steps at all sizes. `fit`: `parts` and `memory`."""
+  """Compiles the steps at all sizes."""
   batch = _specs(exp, exp.objective.inputs, mesh)
   if taught is not None:
     batch["targets"] = taught.specs
@@ -139,13 +207,14 @@ def programs(
     batches_of=exp.batches_of,
     update_scale=exp.update_scale,
     report=report_of("train", exp),
-    **fit,
+    parts=parts,
+    memory=memory,
   )
   note(f"{len(sizes)} sizes and the update compiled in {made.seconds:.1f} s")
   return made
 
 
-def _specs(exp: experiment.Experiment, inputs: Any, mesh: Any) -> dict[str, Any]:
+def _specs(exp: experiment.Experiment, inputs: Any, mesh: Mesh) -> dict[str, Any]:
   local = exp.batch_size // jax.process_count()
   shapes = {name: (local, *exp.input_shapes[name]) for name in inputs}
   return sharding.specs({k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()}, mesh)
@@ -168,49 +237,5 @@ def report_of(kind: str, exp: experiment.Experiment) -> Any:
   return report
 
 
-def check_frozen(exp: experiment.Experiment, stored: dict[str, str], where: Any) -> None:
-  """Raises a UserError if a checkpoint was trained with other teachers."""
-  if exp.frozen_digests != stored:
-    raise errors.UserError(
-      f"{where} was trained with other teachers: {stored} there, {exp.frozen_digests} here (sha256);"
-      " give the same ones, or another --workdir."
-    )
-
-
-def check_data(
-  own: Mapping[str, Any], stored: Mapping[str, Any], data: Mapping[str, Any], where: pathlib.Path
-) -> None:
-  """Compares where in the data a checkpoint was with what this config's data are.
-
-  Args:
-    own: state of this run's batches.
-    stored: state of those of the checkpoint.
-    data: the config's `input.data`, for the message.
-    where: the checkpoint.
-
-  Raises:
-    UserError: another number of examples, batch size, seed or sampler: the next batches would be other ones.
-  """
-  named = pathlib.Path(str(data.get("data_dir") or data.get("name")), str(data.get("split")))
-  lines = {
-    "examples": f"{named} has {own['examples']} examples, and had {stored['examples']}",
-    "batch_size": f"it was trained in batches of {stored['batch_size']}, not of {own['batch_size']}",
-  }
-  keys = [k for k in {**own, **stored} if k != "step" and own.get(k) != stored.get(k)]
-  if keys:
-    differs = "; ".join(lines.get(k, f"{k} was {stored.get(k)}, and is {own.get(k)}") for k in keys)
-    weights = shlex.quote(json.dumps({"checkpoint": str(where)}, ensure_ascii=False))
-    raise errors.UserError(
-      f"{where} cannot be gone on from: {differs}. The order of the examples depends on that. Put it back, or"
-      f" give another --workdir, where --config.init={weights} starts from these weights."
-    )
-
-
 def _mib(size: float) -> str:
   return f"{size / 2**20:.1f} MiB"
-
-
-def note(message: str) -> None:
-  """A line for who waits, from the first process."""
-  if jax.process_index() == 0:
-    print(message, file=sys.stderr, flush=True)

@@ -14,8 +14,9 @@ from typing import Any
 from flexivit_jax import data, errors, train, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
-from flexivit_jax.experiment import loaders, preparation
+from flexivit_jax.experiment import loaders
 from flexivit_jax.flexify import card, layout, recipe, retention
+from flexivit_jax.running import session
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
 
@@ -87,7 +88,7 @@ def flexify(
   _, _, record = weights.load_with_record(init, **loading)
   divided = layout.divide(images, batch_size if epochs else None)
   for line in divided.notes:
-    preparation.note(line)
+    session.note(line)
   plan = recipe.FlexifyRecipe(
     teacher=dict(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading),
     sources=divided.sources,

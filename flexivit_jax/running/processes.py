@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -21,7 +22,7 @@ _CONNECTION = re.compile(
 )
 
 
-def agree_on_config(settings: dict[str, Any]) -> None:
+def agree_on_config(settings: Mapping[str, Any]) -> None:
   """Compares the config of all processes; before anything else, for other configs would be other programs.
 
   Raises:

@@ -9,6 +9,7 @@ from flexivit_jax import cli, train as train_lib
 from flexivit_jax.analyses import bad_step
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import metrics_writer
+from flexivit_jax.running.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.faults
 
@@ -64,7 +65,7 @@ def test_a_dump_and_a_save_that_cannot_be_written_do_not_hide_the_step(tmp_path,
     raise UserError("The checkpoint in X cannot be written.")
 
   (tmp_path / "bad_step.json.tmp").symlink_to("/dev/full")
-  monkeypatch.setattr(train_lib.Checkpoints, "wait", failing)
+  monkeypatch.setattr(Checkpoints, "wait", failing)
   said = r"At step 2 .*param_norm is .*stopped. The checkpoint in X .*{}.* Lower optim.lr"
   with pytest.raises(
     UserError, match=said.format("bad_step.json cannot be written: No space left")

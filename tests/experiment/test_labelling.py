@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, data, experiment, train, weights
+from flexivit_jax import cli, data, experiment, weights
 from flexivit_jax.analyses import opening
 from flexivit_jax.data import class_names
 from flexivit_jax.data.class_names import Classes, Trained
 from flexivit_jax.errors import UserError
-from flexivit_jax.experiment import labelling
+from flexivit_jax.experiment import labelling, restoring
 from flexivit_jax.flexify import layout, recipe, retention
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.distill import Teacher
@@ -428,5 +428,5 @@ def test_a_probes_classes_are_not_the_models_though_as_many(tmp_path):
   for evaluation, names in ((probe, None), (own, ["ant", "café", "zebra"])):
     exp = experiment.from_config(config(root, input=unnamed_data, evals=dict(test=evaluation)))
     with exp.batches(0) as batches:
-      record = train._record(exp, 0, {}, batches)
+      record = restoring.record(exp, 0, {}, batches)
     assert record["class_names"] == names and record["data_classes"] is None

@@ -10,6 +10,7 @@ import pytest
 import scipy.special
 
 from flexivit_jax import errors, experiment, train as train_lib, trees, weights
+from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import loaders
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import distill, losses
@@ -346,7 +347,7 @@ def test_init_starts_from_weights_whose_buffers_are_resized(teacher):
   model = FIELDS | {"width": 32, "patch_size": (6, 6), "posemb_size": (2, 2)}
   exp = experiment.from_config(config(teacher, model=model, init=dict(checkpoint=teacher)))
   _, want = weights.load(teacher, flexify=((6, 6), (2, 2)))
-  state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
+  state = train_lib.preparation.first_state(exp, sharding.make_mesh())
   jax.tree.map(np.testing.assert_array_equal, state.params, want)
   same = experiment.from_config(
     config(teacher, model=FIELDS | {"width": 32}, init=dict(checkpoint=teacher))

@@ -14,7 +14,7 @@ import time
 
 from flexivit_jax import errors, train
 from flexivit_jax.devices import compilation
-from flexivit_jax.running import distributed, exit_codes, signals
+from flexivit_jax.running import distributed, exit_codes, session, signals
 from flexivit_jax.training import patch_schedule
 
 DATA = {"name": "synthetic", "image_size": 12, "num_classes": 3, "num_examples": 48}
@@ -91,7 +91,7 @@ def do(job, process, fault) -> None:
   if fault.get("kind") == "memory":
     compilation.device_memory = lambda: fault["bytes"]
   config |= fault.get("config", {})
-  train.next_batch = noting
+  session.next_batch = noting
   if fault.get("kind") == "draw":
     patch_schedule.draw = other
   train.train(config, pathlib.Path(fault.get("workdir", job["workdir"])))
@@ -119,7 +119,7 @@ def main() -> None:
   distributed.leave(0)
 
 
-NEXT_BATCH, DRAW = train.next_batch, patch_schedule.draw
+NEXT_BATCH, DRAW = session.next_batch, patch_schedule.draw
 
 if __name__ == "__main__":
   main()

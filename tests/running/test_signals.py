@@ -15,7 +15,7 @@ import pytest
 from flexivit_jax import cli, experiment, heartbeat, train as train_lib
 from flexivit_jax.data import loader
 from flexivit_jax.data.loader import TrainBatches
-from flexivit_jax.devices import compilation
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators.per_size import PerSize
 from flexivit_jax.running import exit_codes, ledger, metrics_writer, signals
 from flexivit_jax.running.checkpoint import Checkpoints
@@ -57,7 +57,7 @@ def final(workdir):
   """The bytes of all arrays of the last checkpoint, and all rows but for the times."""
   exp = experiment.from_config(CONFIG)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
-  state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
+  state = train_lib.preparation.first_state(exp, sharding.make_mesh())
   restored = checkpoints.restore(12, state.params, train_lib.preparation.rest(state))
   checkpoints.close()
   arrays = [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(restored[:2]))]
@@ -188,7 +188,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, w
     time.sleep(60)
 
   owner, name = {
-    "build": (train_lib, "_say_costs"),
+    "build": (train_lib, "report_costs"),
     "compile": (compilation._Lowered, "compile"),
   }[where]
   with pytest.raises(signals.Stopped):
@@ -267,7 +267,7 @@ def test_the_command_ends_with_75(monkeypatch, capsys, tmp_path):
   def ending(*_, **__):
     terminate()
 
-  monkeypatch.setattr(train_lib, "_say_costs", ending)
+  monkeypatch.setattr(train_lib, "report_costs", ending)
   code = cli.main(["train", "--config=configs/digits.py:debug", f"--workdir={tmp_path / 'run'}"])
   assert code == exit_codes.STOPPED == 75
   assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
@@ -294,8 +294,9 @@ with dog.data():
 
 HANG_AT_THE_START = """
 import sys, time
-from flexivit_jax import cli, experiment
-experiment.REAL = experiment.REAL._replace(source=lambda **_: time.sleep(60))
+from flexivit_jax import cli
+from flexivit_jax.experiment import build
+build.REAL = build.REAL._replace(source=lambda **_: time.sleep(60))
 sys.exit(cli.main(["train", "--config=digits:debug", "--workdir=none", "--config.hang_after=1"]))
 """
 
@@ -323,7 +324,7 @@ def test_a_run_that_stands_still_says_where_and_ends():
 def test_so_does_one_whose_data_cannot_be_opened(tmp_path):
   run = python(HANG_AT_THE_START, cwd=tmp_path)
   assert run.returncode == exit_codes.HUNG
-  assert "more than hang_after=1" in run.stderr and "experiment.py" in run.stderr
+  assert "more than hang_after=1" in run.stderr and "build.py" in run.stderr
   assert not (tmp_path / "none").exists()
 
 

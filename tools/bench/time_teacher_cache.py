@@ -39,7 +39,10 @@ def seconds(settings: dict) -> float:
     raise errors.UserError("The config has no teachers.")
   mesh = sharding.make_mesh()
   with contextlib.ExitStack() as stack:
-    state, targets = preparation.first_state(exp, mesh), preparation.targets(exp, 0, mesh, stack)
+    state, targets = (
+      preparation.first_state(exp, mesh),
+      preparation.targets(exp, 0, mesh, stack.enter_context),
+    )
     programs = preparation.programs(exp, state, targets, mesh)
     constants = preparation.constants(exp, mesh)
     batches = stack.enter_context(exp.batches(0))

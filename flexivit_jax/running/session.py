@@ -1,0 +1,204 @@
+"""What keeps a run alive, behind one object: signals, watchdog, folder, other processes, ledger, rows, checkpoints.
+
+Nobody must read this to change what is trained.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from flexivit_jax import errors
+from flexivit_jax.running import distributed, peers, processes, run_folder, signals, wandb_run
+from flexivit_jax.running.checkpoint import Checkpoints
+from flexivit_jax.running.ledger import Ledger
+from flexivit_jax.running.metrics_writer import MetricsWriter
+
+Held = TypeVar("Held")
+
+
+class Session:
+  """One start of a run, from `start`.
+
+  Attributes:
+    workdir: the run folder.
+    name: the last part of its path, also of "." and of a path that ends with "..".
+    first: whether this is process 0, which writes the folder.
+    stop: whether a signal has come.
+    watchdog: ends a run that stands still.
+    ledger: where the wall time goes.
+    peers: heartbeats of the other processes; None: there are none.
+    checkpoints, writer: RUN/checkpoints and the rows of metrics; after `open`.
+  """
+
+  ledger: Ledger
+  checkpoints: Checkpoints
+  writer: MetricsWriter
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    stack: contextlib.ExitStack,
+    stop: signals.Stop,
+    begun: float,
+    hang_after: Any,
+  ):
+    self.workdir, self.stop, self._stack, self._begun = workdir, stop, stack, begun
+    self.name = pathlib.Path(os.path.abspath(workdir)).name
+    self.first = jax.process_index() == 0
+    self.peers: peers.Peers | None = None
+    self._opened = False
+    # The config is not checked yet: a limit that is none is refused in a moment.
+    usable = isinstance(hang_after, int | float) and hang_after > 0
+    self.watchdog = signals.Watchdog(
+      hang_after if usable else None,
+      note,
+      tick=lambda: self.peers.tick() if self.peers else None,
+      blame=lambda: self.peers.blame() if self.peers else "",
+    )
+    stack.enter_context(contextlib.closing(self.watchdog))
+
+  def hold(self, held: contextlib.AbstractContextManager[Held]) -> Held:
+    """Enters a context, which ends with the session."""
+    return self._stack.enter_context(held)
+
+  def closing(self, checkpoints: Checkpoints) -> Checkpoints:
+    """Holds checkpoints; that a save failed is only a line where something else has ended the run."""
+    return self.hold(_closing(checkpoints, self.ledger))
+
+  def take_folder(self) -> None:
+    """Takes the folder for this run, begins the ledger, and listens to the other processes' heartbeats.
+
+    Raises:
+      UserError: another run has the folder; some processes see another one by its name.
+    """
+    processes.take(self.workdir, self._stack)
+    self.ledger = Ledger(self.workdir / "ledger.json" if self.first else None, self._begun)
+    self._stack.push(self._write_ledger)
+    self.peers = processes.signs_of_life(self.workdir)
+
+  def open(
+    self,
+    settings: Mapping[str, Any],
+    *,
+    keep: int | None,
+    step: int,
+    resumed: bool,
+    wandb: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Opens what the run writes. Whatever can refuse a start has passed; until here nothing in the folder has changed.
+
+    Args:
+      settings: the config.
+      keep: see `Checkpoints`.
+      step: the step that the run begins or resumes at; later rows of an earlier start are dropped.
+      resumed: there is a checkpoint of that step.
+      wandb: arguments of `wandb_run.open_run`; None: no Weights & Biases.
+    """
+    self._opened = True
+    self.checkpoints = self.closing(Checkpoints(self.workdir / "checkpoints", keep=keep))
+    others = {}
+    if wandb is not None:
+      opening = functools.partial(wandb_run.open_run, self.workdir, settings, resumed)
+      others["Weights & Biases"] = functools.partial(opening, **wandb)
+    self.writer = self.hold(
+      MetricsWriter(self.workdir, restored_step=step, writing=self.first, others=others)
+    )
+
+  def next(self, step: int, batches: Iterator[Any], number: int) -> tuple[Any, float]:
+    """Returns the batch of a step, and the seconds that it was awaited.
+
+    Args:
+      step: of which the batch is. From now on the other processes see this one at it.
+      batches: of the data.
+      number: how many of these the step takes, as one.
+
+    Raises:
+      Stopped: a signal came while the first one was awaited.
+    """
+    begun = time.perf_counter()
+    with self.watchdog.data(), self.ledger.of("data wait"):
+      batch = next_batch(batches, number, self.stop)
+    if self.peers is not None:
+      # Before the first wait for others: a process that is a step behind is the one they wait for.
+      self.peers.step = step
+    return batch, time.perf_counter() - begun
+
+  def _write_ledger(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    """Writes it at the end, but not of a start that was refused."""
+    del kind, trace
+    if self._opened or not isinstance(error, errors.UserError):
+      self.ledger.write()
+
+
+@contextlib.contextmanager
+def start(
+  settings: Mapping[str, Any], workdir: pathlib.Path, *, hang_after: Any, begun: float | None = None
+) -> Iterator[Session]:
+  """Begins a run: from here on signals are obeyed, and a run that stands still ends.
+
+  Args:
+    settings: the config. All processes have to have the same.
+    workdir: the run folder.
+    hang_after: seconds without a heartbeat after which the process ends; None: never.
+    begun: `time.perf_counter()` from when on the run's time is counted; default: now.
+
+  Raises:
+    UserError: processes of other configs; a folder that cannot be one; a logger that is not installed.
+  """
+  begun = time.perf_counter() if begun is None else begun
+  several = distributed.is_on()
+  with contextlib.ExitStack() as stack:
+    try:
+      stop = stack.enter_context(signals.catch(distributed.preempted if several else None))
+      with stop.interruptible():
+        processes.agree_on_config(settings)
+        session = Session(workdir, stack, stop, begun, hang_after)
+        run_folder.check_path(workdir, several=several)
+        if settings.get("wandb") is not None:
+          distributed.on_first(wandb_run.check, "its package wandb")
+      yield session
+    except Exception as error:
+      if several:
+        processes.abandon(error, workdir)
+      raise
+
+
+def next_batch(
+  batches: Iterator[dict[str, np.ndarray]], number: int, stop: signals.Stop
+) -> dict[str, np.ndarray]:
+  """Concatenates the next `number` batches. Interruptible only before the first one, so that none is lost."""
+  with stop.interruptible():
+    first = next(batches)
+  if number == 1:
+    return first
+  several = [first, *(next(batches) for _ in range(number - 1))]
+  return {key: np.concatenate([batch[key] for batch in several]) for key in first}
+
+
+@contextlib.contextmanager
+def _closing(checkpoints: Checkpoints, ledger: Ledger) -> Iterator[Checkpoints]:
+  try:
+    yield checkpoints
+  except BaseException:
+    try:
+      with ledger.of("checkpoints"):
+        checkpoints.close()
+    except errors.UserError as e:
+      note(str(e))
+    raise
+  with ledger.of("checkpoints"):
+    checkpoints.close()
+
+
+def note(message: str) -> None:
+  """Prints a progress line to stderr, on process 0 only."""
+  if jax.process_index() == 0:
+    print(message, file=sys.stderr, flush=True)
