@@ -9,8 +9,8 @@ import jax
 
 from flexivit_jax import config, data, errors
 from flexivit_jax.data import class_names
-from flexivit_jax.evaluators import EVALUATORS
 from flexivit_jax.evaluators.classification import table_classes
+from flexivit_jax.evaluators.registry import EVALUATORS
 from flexivit_jax.experiment import labelling, sections
 from flexivit_jax.experiment.loaders import REAL, Opening
 from flexivit_jax.models import Model

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from flexivit_jax import errors
-from flexivit_jax.evaluators import METRICS, results
+from flexivit_jax.evaluators import results
+from flexivit_jax.evaluators.registry import METRICS
 from flexivit_jax.sizes import size_label, size_text
 
 Mode = Literal["max", "min"]

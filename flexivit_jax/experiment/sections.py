@@ -6,7 +6,7 @@ from typing import Any
 
 from flexivit_jax import config, data, errors
 from flexivit_jax.devices import sharding
-from flexivit_jax.evaluators import EVALUATORS
+from flexivit_jax.evaluators.registry import EVALUATORS
 from flexivit_jax.experiment import monitor
 from flexivit_jax.experiment.loaders import load_init, load_teacher
 from flexivit_jax.experiment.settings import Settings

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flexivit_jax import errors, train as train_lib, weights
-from flexivit_jax.evaluators import EVALUATORS, METRICS
+from flexivit_jax.evaluators.registry import EVALUATORS, METRICS
 from flexivit_jax.experiment import monitor
 from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints, load_params
