@@ -27,29 +27,23 @@ def ece(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, "n"], bins: in
 
 
 def temperature(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, "n"]) -> float:
-  """The number by which logits are divided for the smallest `nll`, from 0.05 to 20, within 1e-4 of its logarithm.
+  """Returns the temperature that minimises the negative log-likelihood of the labels under logits / temperature.
+
+  Searched from 0.05 to 20, to within 1e-4 of its logarithm. The loss is convex in 1 / temperature, so it has one
+  minimum. Source: Guo et al. 2017, arXiv 1706.04599, section 4.2.
 
   Raises:
     UserError: no examples.
   """
+  from scipy import optimize  # at use: it takes a third of a second
+
   if not len(labels):
     raise errors.UserError("A temperature cannot be fitted to 0 examples.")
-  # The loss is convex in 1 / temperature, so it has one minimum in its logarithm: golden section.
-  low, high = np.log(0.05), np.log(20.0)
-  ratio = (np.sqrt(5.0) - 1) / 2
-
-  def loss(at: float) -> float:
-    return nll(np.asarray(logits, np.float64) / np.exp(at), labels)
-
-  a, b = high - ratio * (high - low), low + ratio * (high - low)
-  fa, fb = loss(a), loss(b)
-  while high - low > 1e-4:
-    if fa <= fb:
-      high, b, fb = b, a, fa
-      a = high - ratio * (high - low)
-      fa = loss(a)
-    else:
-      low, a, fa = a, b, fb
-      b = low + ratio * (high - low)
-      fb = loss(b)
-  return float(np.exp((low + high) / 2))
+  scores = np.asarray(logits, np.float64)
+  best = optimize.minimize_scalar(
+    lambda log: nll(scores / np.exp(log), labels),
+    bounds=(np.log(0.05), np.log(20.0)),
+    method="bounded",
+    options={"xatol": 1e-4},
+  )
+  return float(np.exp(best.x))

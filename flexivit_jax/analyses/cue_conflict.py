@@ -85,5 +85,5 @@ def _row(category: str, by_shape: np.ndarray, by_texture: np.ndarray) -> dict[st
   either, n = shape + texture, len(by_shape)
   row: dict[str, Any] = {"category": category, "n": n, "shape": shape, "texture": texture}
   bias = shape / either if either else None
-  low, high = intervals.wilson(bias, either) if either else (None, None)
+  low, high = intervals.wilson(shape, either) if either else (None, None)
   return row | {"accuracy": either / n, "shape_bias": bias, "low": low, "high": high}

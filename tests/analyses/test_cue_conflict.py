@@ -91,7 +91,7 @@ def test_rows_by_hand(tmp_path):
   decisions = np.array([NAMES.index(name) for name in said])
   rows = {row["category"]: row for row in cue_conflict.rows(images, decisions, NAMES)}
   assert list(rows) == ["all", "bear", "cat", "dog"]
-  low, high = intervals.wilson(4 / 7, 7)
+  low, high = intervals.wilson(4, 7)
   counts = {"category": "all", "n": 10, "shape": 4, "texture": 3, "accuracy": 0.7}
   assert rows["all"] == counts | {"shape_bias": 4 / 7, "low": low, "high": high}
   assert (rows["cat"]["shape_bias"], rows["cat"]["accuracy"]) == (0.75, 0.8)

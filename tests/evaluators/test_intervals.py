@@ -1,8 +1,12 @@
-"""Intervals of rates against other programs' and their own definition."""
+"""Intervals of rates against another program's and their own definition; a report needs no JAX."""
+
+import statistics
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+import scipy.special
 
 from flexivit_jax.evaluators import intervals
 
@@ -13,19 +17,24 @@ from flexivit_jax.evaluators import intervals
   [(8, 10, 0.4901625, 0.9433178), (0, 20, 0.0, 0.1611252), (20, 20, 0.8388748, 1.0)],
 )
 def test_wilson(k, n, low, high):
-  assert intervals.wilson(k / n, n) == pytest.approx((low, high), abs=1e-6)
+  assert intervals.wilson(k, n) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_wilson_ends_solve_the_score_equation():
-  p, n, z = 0.3, 77, 1.959964
-  for end in intervals.wilson(p, n):
+  k, n, z = 23, 77, statistics.NormalDist().inv_cdf(0.975)
+  p = k / n
+  for end in intervals.wilson(k, n):
     assert abs(p - end) == pytest.approx(z * (end * (1 - end) / n) ** 0.5, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 360, 50_000])
 @pytest.mark.parametrize("p", [1e-4, 0.083, 0.5, 0.811, 0.9999])
 def test_bootstrap_ends_are_the_quantiles_of_the_binomial(p, n):
-  assert intervals.bootstrap(p, n) == tuple(binom.ppf([0.025, 0.975], n, p) / n)
+  hits = np.arange(n + 1)
+  choose = scipy.special.gammaln(n + 1) - scipy.special.gammaln([hits + 1, n - hits + 1]).sum(0)
+  probability = np.exp(choose + hits * np.log(p) + (n - hits) * np.log1p(-p))
+  want = np.searchsorted(probability.cumsum(), [0.025, 0.975]) / n
+  assert intervals.bootstrap(p, n) == tuple(want)
 
 
 def test_bootstrap_is_that_of_resampled_answers():
@@ -37,5 +46,14 @@ def test_bootstrap_is_that_of_resampled_answers():
 
 
 def test_where_all_are_alike_the_interval_still_has_a_width():
-  assert intervals.bootstrap(1.0, 20) == intervals.wilson(1.0, 20)
-  assert intervals.bootstrap(0.0, 20) == intervals.wilson(0.0, 20)
+  assert intervals.bootstrap(1.0, 20) == intervals.wilson(20, 20)
+  assert intervals.bootstrap(0.0, 20) == intervals.wilson(0, 20)
+
+
+def test_reading_results_and_intervals_imports_no_jax():
+  """`flexivit report` and `--help` start without JAX, and without SciPy until an interval is asked for."""
+  code = (
+    "import sys, flexivit_jax.report.tables; print({'jax', 'scipy.stats'} & sys.modules.keys())"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "set()"
