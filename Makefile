@@ -1,5 +1,6 @@
 # make demo   train on digits, evaluate at every patch size, write runs/demo/report.html; then the same with a fixed ViT beside
-# make test   the fast tests
+# make test   the default tests: at most 4 minutes on two cores, at most 480 seconds of CPU
+# make test-full   those that take longer (markers full and slow): all pages of docs/, all configs, kills, several processes
 # make test-convert   the tests that need PyTorch, timm, transformers, ONNX; in an environment of their own
 # make faults  the tests that inject faults: kills, signals, damaged files, full disks (docs/reliability.md)
 # make lint   ruff, mypy, import-linter
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.installed
 CONVERT_VENV := .venv-convert
 CONVERT_STAMP := $(CONVERT_VENV)/.installed
 
-.PHONY: demo test test-convert faults lint miniature paper clean
+.PHONY: demo test test-full test-convert faults lint miniature paper clean
 
 # The page is there as soon as FlexiViT is trained, and is written again with the baseline.
 demo: $(CORE)
@@ -33,8 +34,11 @@ demo: $(CORE)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+test-full: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "(full or slow) and not gpu and not convert"
+
 test-convert: $(CONVERT_STAMP)
-	$(CONVERT_VENV)/bin/python -m pytest -m convert
+	$(CONVERT_VENV)/bin/python -m pytest --numprocesses auto --dist loadfile -m convert
 
 # Two at a time; the same command goes on where it was stopped.
 miniature: $(STAMP)

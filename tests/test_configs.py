@@ -201,13 +201,10 @@ def test_images_in_folders_are_sent_to_their_config():
 
 
 @pytest.mark.parametrize(
-  "name",
-  [pytest.param(n, marks=[] if n in ("digits", "cifar10") else pytest.mark.slow) for n in NAMES],
+  "name", [pytest.param(n, marks=[] if n == "digits" else pytest.mark.full) for n in NAMES]
 )
 def test_runs_end_to_end_and_resumes(name, tmp_path, train_until, capsys):
-  settings = load(f"{name}:debug")
-  if name not in ("digits", "cifar10"):
-    settings = at_fewer_sizes(settings)
+  settings = at_fewer_sizes(load(f"{name}:debug"))
   train_until(settings, tmp_path, 2)
   assert checkpoints(tmp_path) == [2] and not (tmp_path / "eval.json").exists()
 

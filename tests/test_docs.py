@@ -4,6 +4,8 @@ Every command in a ```bash fence and every ```python fence is run, top to bottom
 repository that is fresh for each page. A ```text fence right after one is its output: the words
 must be the same, and the numbers within one unit of their last digit.
 
+`make test` runs the pages of BRIEF, which are done in seconds; `make test-full` and .ci/run run all.
+
 A command that would take too long stands in INSTEAD with the small form that is run for it, one
 that cannot be run at all in NOT_RUN with the reason. Both are looked up by the exact line.
 """
@@ -30,6 +32,7 @@ LEFT_OUT = (
   "runs",
   "*.egg-info",
 )
+BRIEF = {"dependencies.md"}
 LANGUAGES = {"bash", "python", "text"}
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?")
 
@@ -41,7 +44,7 @@ SHORT = "--config.model.depth=1 --config.total_epochs=1 --config.input.batch_siz
 INSTEAD: dict[str, str] = {
   "make demo": "make --dry-run demo && flexivit train --config configs/digits.py:debug --workdir runs/demo/flexivit"
   " --config.evals.test.seqhw='(2, 4, 8)' --config.flexi.seqhw.v='(2,)'",
-  "make test": "make --dry-run test lint",
+  "make test": "make --dry-run test test-full lint",
   # On eight images of noise, in folders as the page describes them.
   f"flexivit train --config {FOLDER} --workdir runs/photos": f"python {MAKE_PHOTOS} && flexivit train"
   f" --config {FOLDER} {SHORT} --config.flexi.seqhw.v='(5,)' --workdir runs/photos",
@@ -147,7 +150,12 @@ def copy(tmp_path: Path) -> Path:
   return target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def page_or_full(page: Path):
+  long = page.name not in BRIEF and any(f.language in ("bash", "python") for f in fences(page))
+  return pytest.param(page, id=page.name, marks=pytest.mark.full if long else ())
+
+
+@pytest.mark.parametrize("page", map(page_or_full, PAGES))
 def test_page_does_what_it_says(page: Path, copy: Path):
   printed = None
   for fence in fences(page):

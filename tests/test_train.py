@@ -82,7 +82,8 @@ def test_another_seed_is_another_run(whole, tmp_path):
   assert losses(whole) != losses(other)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+# Before the first checkpoint, at it, after it and an evaluation, and before the last.
+@pytest.mark.parametrize("stop", [3, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 2, 5))])
 def test_resumes_bit_for_bit_wherever_it_was_stopped(whole, tmp_path, train_until, stop, capsys):
   train_until(CONFIG, tmp_path, stop)
   train_lib.train(CONFIG, tmp_path)

@@ -155,6 +155,7 @@ def started(folder, *arguments):
   return tuple(map(int, run.stdout.splitlines()[-1].split())), run.stderr
 
 
+@pytest.mark.full
 def test_a_run_of_other_length_seed_and_folder_compiles_nothing(tmp_path):
   first = [
     "--config.total_steps=2",

@@ -131,6 +131,7 @@ def teach(path: str) -> None:
   np.savez(path, bytes_each=bytes_each, **found)
 
 
+@pytest.mark.full
 def test_a_teacher_may_be_divided_otherwise_than_the_student(tmp_path, on_eight_devices):
   on_eight_devices(teach, str(tmp_path / "taught.npz"))
   with np.load(tmp_path / "taught.npz") as found:

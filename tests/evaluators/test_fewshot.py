@@ -310,6 +310,7 @@ def test_wrong_sections_are_errors():
     sections.check_evaluation("evals.probe", SECTION | dict(type="classification"))
 
 
+@pytest.mark.full
 def test_training_and_flexivit_eval_run_it_beside_the_models_own_classes(tmp_path, capsys):
   """The model has 3 classes, the probe's data 10; the probe makes the run's main results."""
   synthetic = dict(name="synthetic", image_size=12, num_classes=3, num_examples=16)
@@ -366,6 +367,7 @@ def probe_on_all_devices(path: str) -> None:
 _RUN = "import runpy, sys; runpy.run_path(sys.argv[1])['probe_on_all_devices'](sys.argv[2])"
 
 
+@pytest.mark.full
 def test_eight_devices_probe_as_one(tmp_path, on_eight_devices):
   path = tmp_path / "eight.json"
   on_eight_devices(probe_on_all_devices, str(path))

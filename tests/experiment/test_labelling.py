@@ -323,6 +323,7 @@ def contents(folder):
   return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.full
 def test_a_refused_continuation_changes_nothing_and_its_advice_works(tmp_path, command, capsys):
   root, run = draw(tmp_path / "photos", MODEL), tmp_path / "run"
   given = ["train", command(root, checkpoint=dict(every_steps=1)), f"--workdir={run}"]

@@ -18,6 +18,10 @@ CONFIGS = sorted(
   for p in (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py")
   if p.stem != "common"
 )
+# The longest takes six seconds; the kinds of its sections are in the others too.
+configs = pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=pytest.mark.full if n == "i1k_distill" else ()) for n in CONFIGS]
+)
 NAMED_BY_USERS = (("evals",), ("objective", "teachers"))  # below these, keys are names of one's own
 
 
@@ -67,7 +71,7 @@ def check(name, settings):
   return str(caught.value), time.process_time() - begun
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@configs
 def test_a_key_that_is_misspelt_is_named_at_once(name):
   settings = config.load(name, [])
   rng, slowest = random.Random(0), 0.0
@@ -112,7 +116,7 @@ def wrong_values(value):
       yield (*value[:i], None, *value[i + 1 :])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@configs
 def test_a_value_of_a_wrong_type_is_named_at_once(name):
   settings = config.load(name, [])
   slowest, tried = 0.0, 0

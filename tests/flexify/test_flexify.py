@@ -41,6 +41,7 @@ def test_what_something_else_wrote_is_not_replaced(init, tmp_path, name):
   assert (tmp_path / name).read_text() == "mine"
 
 
+@pytest.mark.full
 def test_unlabelled_images_bring_other_sizes_nearer_to_the_original(init, tmp_path, capsys):
   draw(tmp_path / "photos" / "holiday", 40)
   out = tmp_path / "out"

@@ -1,5 +1,6 @@
 """The whole model against a NumPy re-implementation and the reference's outputs, at many sizes."""
 
+import functools
 import re
 
 import flax.errors
@@ -36,13 +37,14 @@ def images(n=2, hw=(24, 24), seed=1):
   return jnp.asarray(image, jnp.float32)
 
 
-def jit(f):
-  """Compiles quickly rather than well: these models run once."""
-  return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+@functools.cache
+def program(model, **size):
+  """The compiled model; two tests that ask for the same one share it."""
+  return jax.jit(lambda p, x: model.apply({"params": p}, x, **size))
 
 
 def run(model, params, image, **size):
-  return jit(lambda p, x: model.apply({"params": p}, x, **size))(params, image)
+  return program(model, **size)(params, image)
 
 
 # --- a second implementation, in float64 NumPy, from the papers ---
@@ -297,7 +299,7 @@ def test_blocks_beyond_the_depth_get_no_gradient(scan):
   model, _ = make(scan=scan)
   params = vit.stack_blocks(params) if scan else params
   loss = lambda p: (model.apply({"params": p}, images(), depth=1)[0] ** 2).sum()  # noqa: E731
-  blocks = vit.unstack_blocks(jit(jax.grad(loss))(params))["Transformer"]
+  blocks = vit.unstack_blocks(jax.jit(jax.grad(loss))(params))["Transformer"]
   assert all(np.abs(g).max() == 0 for g in jax.tree.leaves(blocks["encoderblock_1"]))
   kernels = blocks["encoderblock_0"]["MlpBlock_0"]
   assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(kernels))
@@ -324,7 +326,7 @@ def test_gradients_reach_kernel_and_positions_at_another_size_than_stored():
   model, params = make()
   image = images()
   loss = lambda p: (model.apply({"params": p}, image, seqhw=8)[0] ** 2).sum()  # noqa: E731
-  value, grads = jit(jax.value_and_grad(loss))(params)
+  value, grads = jax.jit(jax.value_and_grad(loss))(params)
   for name in ("embedding/kernel", "pos_embedding"):
     grad = np.asarray(trees.flatten(grads)[name])
     assert np.abs(grad).reshape(-1, grad.shape[-1]).min(axis=0).max() > 0
@@ -354,7 +356,7 @@ def _gradients(model, params):
     logits, out = model.apply({"params": p}, images(), seqhw=3)
     return (logits**2).sum(), out
 
-  return jit(jax.value_and_grad(loss, has_aux=True))(params)
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +380,7 @@ def test_scan_and_remat_give_the_same_numbers_and_gradients(unrolled, options):
 def test_scan_initialises_each_block_differently_with_the_same_shapes():
   image = jnp.zeros((1, 24, 24, 3))
   model, _ = make(scan=True)
-  scanned = jit(model.init)(jax.random.key(0), image)["params"]
+  scanned = jax.jit(model.init)(jax.random.key(0), image)["params"]
   assert not trees.diff(make()[1], vit.unstack_blocks(scanned))
   first, second = scanned["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]["kernel"]
   assert not np.allclose(first, second)
@@ -393,7 +395,7 @@ def test_dropout_takes_a_key_and_is_off_in_evaluation(scan):
   def drop(key):
     return model.apply({"params": params}, images(), train=True, rngs={"dropout": key})[0]
 
-  a, b, again = (jit(drop)(jax.random.key(i)) for i in (0, 1, 0))
+  a, b, again = (jax.jit(drop)(jax.random.key(i)) for i in (0, 1, 0))
   off = run(make(scan=scan)[0], params, images())[0]
   np.testing.assert_array_equal(run(model, params, images())[0], off)
   assert not np.allclose(a, b) and not np.allclose(a, off)
@@ -498,8 +500,8 @@ def test_intermediates_have_the_references_names_and_shapes(pool):
 def test_map_pooling_does_not_depend_on_the_order_of_tokens():
   head = vit.MAPHead(vit.BlockConfig(mlp_dim=24, num_heads=4))
   x = images(hw=(4, 4)).reshape(2, 3, 16)
-  params = jit(head.init)(jax.random.key(0), x)
-  apply = jit(head.apply)
+  params = jax.jit(head.init)(jax.random.key(0), x)
+  apply = jax.jit(head.apply)
   np.testing.assert_allclose(apply(params, x), apply(params, x[:, ::-1]), atol=1e-6)
 
 

@@ -285,6 +285,7 @@ def test_a_run_changes_no_bit_of_its_teacher_and_saves_none(teacher, tmp_path, m
   assert (4, 4, 3, 16) in shapes and not any(32 in shape for shape in shapes)  # 32: its width
 
 
+@pytest.mark.full
 def test_training_brings_the_student_nearer(teacher, tmp_path):
   longer = config(teacher, total_steps=40, evals={})
   longer["objective"] = longer["objective"] | {"mixup_p": 0.0}

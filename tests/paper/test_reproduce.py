@@ -94,6 +94,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     reproduce._read(tmp_path / "none.json")
 
 
+@pytest.mark.full
 def test_costs_are_those_of_the_plan(monkeypatch):
   monkeypatch.setattr(reproduce, "ITEMS", {"fig5": items.ITEMS["fig5"]})
   lines = reproduce.listing(costs=True)
@@ -207,6 +208,7 @@ def write_random(path, model, seed=0):
   np.savez(path, **{f"params/{k}": np.asarray(v) for k, v in trees.flatten(params).items()})
 
 
+@pytest.mark.full
 def test_the_table_is_measured_compared_and_gone_on_with(
   sets_dir, checkpoints, small, tmp_path, capsys, monkeypatch
 ):

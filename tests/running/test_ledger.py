@@ -172,7 +172,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("stop", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_run_takes_as_long_as_a_clock_beside_it_says(tmp_path, stop):
   """From the start of the process to its end, waiting for the last save included; stopped while it compiles, too."""
   folder = tmp_path / "run"

@@ -67,7 +67,9 @@ def whole(tmp_path_factory):
 
 
 # Before, at and after a change of the probabilities; resumed at steps 5, 6 and 6.
-@pytest.mark.parametrize(("stop", "save_every"), [(6, 2), (7, 1)])
+@pytest.mark.parametrize(
+  ("stop", "save_every"), [(6, 2), pytest.param(7, 1, marks=pytest.mark.full)]
+)
 def test_adaptive_sizes_resume_bit_for_bit(whole, tmp_path, train_until, capsys, stop, save_every):
   settings = config(ADAPTIVE, save_every)
   train_until(settings, tmp_path, stop)
@@ -77,6 +79,7 @@ def test_adaptive_sizes_resume_bit_for_bit(whole, tmp_path, train_until, capsys,
   assert schedule["seqhw"]["probs"][0] != 0.5  # they did follow the losses
 
 
+@pytest.mark.full
 def test_a_curriculum_resumes_bit_for_bit(tmp_path, train_until):
   settings = config(CURRICULUM, 2)
   train_lib.train(settings, tmp_path / "whole")

@@ -141,6 +141,7 @@ CONFIG = dict(
 )
 
 
+@pytest.mark.full
 def test_a_run_that_accumulates_by_itself_is_the_run(tmp_path, capsys):
   losses = {}
   for name, changes in {

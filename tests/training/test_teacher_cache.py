@@ -97,6 +97,7 @@ def test_a_cached_run_is_bit_for_bit_the_live_one_and_has_no_teacher(
     train_lib.train(changed(teacher_cache=str(tmp_path / "empty")), tmp_path / "live")
 
 
+@pytest.mark.full
 def test_another_student_reads_the_same_cache(plain, written, tmp_path, monkeypatch):
   other = changed(
     flexi__seqhw=dict(v=(6,)),
@@ -132,6 +133,7 @@ def test_a_run_stopped_in_the_middle_goes_on_from_a_cache_with_holes(
     assert (cache / file.relative_to(written[0])).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.full
 def test_a_part_of_the_logits_is_cached_as_it_is_used(plain, tmp_path, monkeypatch):
   config = changed(objective__top_k=1, teacher_cache=str(tmp_path / "cache"))
   live = train_lib.train(config, tmp_path / "live")
@@ -317,6 +319,7 @@ def train_twice(folder: str) -> None:
   same(first, train_with_cache(folder))
 
 
+@pytest.mark.full
 def test_eight_devices_write_what_one_writes_and_read_what_they_wrote(tmp_path, on_eight_devices):
   eight, one = tmp_path / "eight", tmp_path / "one"
   on_eight_devices(train_twice, str(eight))

@@ -106,7 +106,6 @@ def logits(model, params, image, **size):
     return np.asarray(model.apply({"params": params}, jnp.asarray(image), **size)[0])
 
 
-@pytest.mark.parametrize("kind", ["npz", "safetensors"])
 @pytest.mark.parametrize(
   "options",
   [
@@ -124,17 +123,27 @@ def logits(model, params, image, **size):
     dict(final_norm="fc_norm"),
   ],
 )
-def test_logits_are_those_of_the_source(timm_state_dict, tmp_path, options, kind):
+def test_logits_are_those_of_the_source(timm_state_dict, tmp_path, options):
   state = timm_state_dict(**options)
   pool = {"fc_norm": "tok"}.get(options.get("final_norm"))
   pool = "map" if "registers" in options and "attention_pool" in options else pool
   given = {} if pool is None else {"pool_type": pool}
-  file = save(tmp_path, state, kind)
-  model, params, record = weights.load_with_record(file, num_heads=HEADS, **given)
+  read = {
+    kind: weights.load_with_record(save(tmp_path, state, kind), num_heads=HEADS, **given)
+    for kind in ("npz", "safetensors")
+  }
+  model, params, _ = read["safetensors"]
   np.testing.assert_allclose(
     logits(model, params, pixels()), forward(state, pixels()), rtol=0, atol=1e-5
   )
-  assert record["source"]["format"] == f"{kind} in timm's names"
+  assert read["npz"][0] == model
+  jax.tree.map(np.testing.assert_array_equal, read["npz"][1], params)
+  for kind, (*_, one) in read.items():
+    assert one["source"]["format"] == f"{kind} in timm's names"
+    check_record(one, options)
+
+
+def check_record(record, options):
   assert record["image_size"] == [32, 32] and record["native_patch_size"] == [8, 8]
   assert record["model"]["gelu"] == "exact"
   assert record["model"]["layer_norm_eps"] == (1e-5 if "pre_norm" in options else 1e-6)
