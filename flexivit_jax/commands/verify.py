@@ -17,12 +17,12 @@ def run(args: argparse.Namespace) -> None:
   """Prints a line for each thing checked; a UserError if anything is damaged, after all were looked at."""
   from flexivit_jax.weights import folders, verification
 
-  wrong = []
+  problems = {}
   for name, problem in verification.verify(args.path):
     print(f"{name}: {problem or 'as it was written'}", flush=True)
     if problem:
-      wrong.append(name)
-  if wrong:
-    unknown = problem == folders.unknown(args.path)
+      problems[name] = problem
+  if problems:
+    unknown = any(isinstance(problem, folders.NoChecksums) for problem in problems.values())
     what = "Nothing to compare with" if unknown else "Damaged"
-    raise errors.UserError(f"{what}: {', '.join(wrong)}.")
+    raise errors.UserError(f"{what}: {', '.join(problems)}.")

@@ -81,6 +81,7 @@ def start(
       shutdown_timeout_seconds=heartbeat_timeout,
     )
   except (RuntimeError, ValueError) as e:
+    # JAX has no type for it; other ValueErrors may be of a pod, which must not start alone.
     if launcher == _TPU and "coordinator_address should be defined" in str(e):
       return  # a TPU of one host, of no pod that JAX knows
     raise errors.UserError(

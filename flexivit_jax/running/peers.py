@@ -109,14 +109,18 @@ class Peers:
 
   def blame(self) -> str:
     """Says why one has ended, or which are silent, or else which one is behind or has done nothing for longest."""
+    return self._blame()[0]
+
+  def _blame(self) -> tuple[str, bool]:
+    """What `blame` says, and whether a process is gone: it has ended, is silent, or has left no sign."""
     if ended := self._ended():
-      return ended
+      return ended, True
     self._look(range(self._count))
     if gone := self._silent(3 * self._every) | self._missing():
-      return "; ".join(gone.values())
+      return "; ".join(gone.values()), True
     # All that wait have been idle since the same moment: the one that they wait for is a step behind.
     last = min(self._seen, key=lambda i: (self._seen[i][1]["step"], -self._seen[i][1]["idle"]))
-    return f"{self._who(last)} has done nothing for {self._seen[last][1]['idle']:.0f} s"
+    return f"{self._who(last)} has done nothing for {self._seen[last][1]['idle']:.0f} s", False
 
   def blame_lost(self) -> str:
     """As `blame`, when one may just have gone: waits until it would have given a sign."""
@@ -124,9 +128,9 @@ class Peers:
     end = time.monotonic() + 4 * self._every
     while time.monotonic() < end:
       time.sleep(0.25)
-      said = self.blame()
-      if "silent" in said or "no sign" in said or self._ended():
-        return said
+      text, is_gone = self._blame()
+      if is_gone:
+        return text
     return self.blame()
 
   def _look(self, indices: Any) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from typing import Any
+from typing import NamedTuple
 
 from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import contents, npz, torch_files, wrappers
@@ -15,32 +15,38 @@ READERS = npz.READERS | dict.fromkeys(
 )
 
 
-def read(path: pathlib.Path, *, ema: bool = False) -> tuple[Arrays, dict[str, Any]]:
-  """Returns (arrays by their bare names, record) of a file; in a file of others the record has "notes" only.
+class Content(NamedTuple):
+  """Arrays by their bare names, notes for the user, and whether they had OpenCLIP's names (now timm's)."""
+
+  arrays: Arrays
+  notes: list[str]
+  is_open_clip: bool = False
+
+
+def has_reader(path: pathlib.Path) -> bool:
+  """Whether `read` takes files with this suffix."""
+  return path.suffix.lower() in READERS
+
+
+def read(path: pathlib.Path, *, ema: bool = False) -> Content:
+  """Reads a file and takes off what tools put around the weights; OpenCLIP's and torchvision's names become timm's.
 
   Args:
     path: with a suffix in `READERS`.
     ema: take the EMA of the weights where both are there.
 
   Raises:
-    UserError: it cannot be read; see `wrappers.unwrap`.
+    UserError: the file cannot be read, or is of another kind than its suffix says; see `wrappers.unwrap`.
   """
   suffix = path.suffix.lower()
   contents.check(path, suffix if suffix in npz.READERS else contents.TORCH)
-  arrays, record = READERS[suffix](path)
-  if record and not ema:  # ours
-    return arrays, record
-  return unwrapped(arrays, ema=ema)
-
-
-def unwrapped(arrays: Arrays, *, ema: bool = False) -> tuple[Arrays, dict[str, list[str]]]:
-  """Returns the arrays without wrappers, by names that have a reader, and {"notes": ...}."""
+  arrays, _ = READERS[suffix](path)
   bare, notes = wrappers.unwrap(arrays, ema=ema)
   if open_clip_names.is_open_clip(bare):
-    bare, notes = open_clip_names.to_timm(bare), [*notes, open_clip_names.NOTE]
-  elif torchvision_names.is_torchvision(bare):
-    bare, notes = torchvision_names.to_timm(bare), [*notes, torchvision_names.NOTE]
-  return bare, {"notes": notes}
+    return Content(open_clip_names.to_timm(bare), [*notes, open_clip_names.NOTE], True)
+  if torchvision_names.is_torchvision(bare):
+    return Content(torchvision_names.to_timm(bare), [*notes, torchvision_names.NOTE])
+  return Content(bare, notes)
 
 
 @functools.cache

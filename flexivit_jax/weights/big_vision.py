@@ -6,14 +6,16 @@ call the position embedding `Transformer/posembed_input/pos_embedding` and give 
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import vit
-from flexivit_jax.trees import Arrays
+from flexivit_jax.trees import Arrays, Params
+
+Fields = dict[str, Any]  # of a FlexiViT, by name
 
 ORIGINAL_POSITION = "Transformer/posembed_input/pos_embedding"
 _ORIGINAL = {
@@ -23,7 +25,60 @@ _ORIGINAL = {
 }
 
 
-def from_original(arrays: Arrays, posemb_size: Any = None) -> dict:
+class Converted(NamedTuple):
+  """Parameters by big_vision's names, the fields of their FlexiViT, and what a user should know about them."""
+
+  flat: Arrays
+  fields: Fields
+  notes: list[str]
+
+
+def convert(arrays: Arrays, fields: Fields) -> Converted:
+  """Takes arrays in big_vision's own names, as "params/head/bias" or "head/bias".
+
+  Args:
+    arrays: of a file.
+    fields: those that the caller gives; `posemb_size` is needed where the position grid is no square.
+
+  Raises:
+    UserError: an array that tells the architecture is missing.
+  """
+  flat = plain(arrays)
+  told = infer_fields(trees.unflatten(flat), fields)
+  return Converted(flat, told, _assumed(told, fields))
+
+
+def plain(arrays: Arrays) -> Arrays:
+  """Returns the arrays below "params/", without it; all where there are none."""
+  prefix = "params/"
+  return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)} or arrays
+
+
+def is_original(arrays: Arrays) -> bool:
+  """Whether the names are those of an original ViT."""
+  return ORIGINAL_POSITION in arrays
+
+
+def convert_original(arrays: Arrays, fields: Fields) -> Converted:
+  """As `convert`, for the names of an original ViT."""
+  arrays, notes = without_pre_logits(arrays)
+  flat = from_original(arrays, fields.get("posemb_size"))
+  told = infer_fields(trees.unflatten(flat), fields)
+  notes += _assumed(told, fields)
+  is_bare = "cls" in arrays and arrays[ORIGINAL_POSITION].shape == flat["pos_embedding"].shape
+  if is_bare and "posemb_size" not in fields:
+    notes += assumed_bare(told["posemb_size"])
+  return Converted(flat, told, notes)
+
+
+def _assumed(told: Fields, fields: Fields) -> list[str]:
+  """A note where the position grid is assumed to be square."""
+  if "posemb_size" not in told or "posemb_size" in fields:
+    return []
+  return assumed_square(told["posemb_size"])
+
+
+def from_original(arrays: Arrays, posemb_size: tuple[int, int] | None = None) -> Arrays:
   """Returns big_vision's names and arrays for those of an original ViT; the class token takes its position in."""
   flat = {_renamed(name): array for name, array in arrays.items()}
   position = flat.pop(ORIGINAL_POSITION)
@@ -51,7 +106,7 @@ def split_position(
   return position[:, 1:], cls + position[:, :1]
 
 
-def infer_fields(params: dict, fields: Mapping[str, Any]) -> dict[str, Any]:
+def infer_fields(params: Params, fields: Fields) -> Fields:
   """Returns the fields of the FlexiViT that parameters with big_vision's names belong to.
 
   Raises:
@@ -113,7 +168,7 @@ def _rectangles(cells: int) -> list[str]:
 PRE_LOGITS = ("pre_logits/", "pre_logits.")  # the original ViT's; timm's before 0.6
 
 
-def without_pre_logits(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def without_pre_logits(arrays: Arrays) -> tuple[Arrays, list[str]]:
   """Leaves out the dense layer and tanh before the head of the ImageNet-21k files, and the head that needs them."""
   if not any(name.startswith(PRE_LOGITS) for name in arrays):
     return dict(arrays), []

@@ -39,6 +39,10 @@ def new(out: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(part, ignore_errors=True)
 
 
+class NoChecksums(errors.UserError):
+  """Nothing beside a file says what it should be, so nothing can be compared."""
+
+
 def unknown(path: pathlib.Path) -> str:
   """What is said of others' files."""
   return f"No checksums were written beside {path.name}: damage to it would not be noticed."

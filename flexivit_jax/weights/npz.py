@@ -59,6 +59,15 @@ def read_npz(
     raise errors.UserError(f"{path} cannot be read as .npz: {e}") from e
 
 
+def has_record(path: pathlib.Path) -> bool:
+  """Whether a file is an .npz with a record, which `save_npz` writes; reads no array."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return path.suffix.lower() == ".npz" and f"{RECORD}.npy" in archive.namelist()
+  except (zipfile.BadZipFile, OSError, NotImplementedError):
+    return False
+
+
 def read_safetensors(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
   """Returns (arrays by name, {}) of a .safetensors file; half precision is widened.
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from flexivit_jax import errors, resize, trees
 from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.sizes import Size
 from flexivit_jax.weights import formats, registry, torch_layout
-
-Size = tuple[int, int]
+from flexivit_jax.weights.formats import Weights
 
 
 def load(
@@ -73,25 +73,25 @@ def load_with_record(
   says them; of a file that was fetched "name" and "url".
   """
   file, published = registry.find(path)
-  source = formats.read(file, fields, ema=ema)
+  weights = formats.read(file, fields, ema=ema)
   if finite:
-    check_finite(source.params, str(path))
+    check_finite(weights.params, str(path))
   if published is not None:
-    source = _published(source, published, file)
-  source = _say_input(source, mean, std)
-  if mean is None and std is None and source.normalised:
-    mean, std = source.normalised
+    weights = _published(weights, published, file)
+  weights = _say_input(weights, mean, std)
+  if mean is None and std is None and weights.normalisation:
+    mean, std = weights.normalisation
   if mean is not None or std is not None:
-    source = _fold_input(source, mean, std)
+    weights = _fold_input(weights, mean, std)
   if flexify is not None:
-    source = _flexify(source, *flexify)
+    weights = _flexify(weights, *flexify)
     # What the caller says of sizes is of the file.
     fields = {k: v for k, v in fields.items() if k not in ("patch_size", "posemb_size")}
-  model = FlexiViT(**{**source.fields, **fields})
+  model = FlexiViT(**weights.fields | fields)
   layout = vit.stack_blocks if model.scan else vit.unstack_blocks
-  params = layout(source.params) if "Transformer" in source.params else source.params
+  params = layout(weights.params) if "Transformer" in weights.params else weights.params
   check(model, params, str(path))
-  record = source.record | {"model": _fields_of(model)}
+  record = weights.record | {"model": _fields_of(model)}
   return model, jax.tree.map(jnp.asarray, params), record
 
 
@@ -204,15 +204,13 @@ def check(model: FlexiViT, params: dict, what: str) -> None:
     raise errors.UserError(f"{what} does not fit the model flexivit:\n  " + "\n  ".join(lines))
 
 
-def _published(
-  source: formats.Source, published: registry.Published, file: pathlib.Path
-) -> formats.Source:
-  """Checks what a file that was fetched holds, and adds to the record where it came from."""
-  registry.check(published, FlexiViT(**source.fields), file)
-  notes = [*source.record.get("notes", []), *filter(None, [published.note])]
-  name = source.record.get("name") or published.name
+def _published(weights: Weights, published: registry.Published, file: pathlib.Path) -> Weights:
+  """Checks what a fetched file holds, and adds to the record where it came from."""
+  registry.check(published, FlexiViT(**weights.fields), file)
+  notes = [*weights.record.get("notes", []), *filter(None, [published.note])]
+  name = weights.record.get("name") or published.name
   origin = {"name": name, "url": published.url, "notes": notes}
-  return source._replace(record=source.record | origin)
+  return weights._replace(record=weights.record | origin)
 
 
 def _fields_of(model: FlexiViT) -> dict[str, Any]:
@@ -220,61 +218,61 @@ def _fields_of(model: FlexiViT) -> dict[str, Any]:
   return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def _fold_input(source: formats.Source, mean: Any, std: Any) -> formats.Source:
+def _fold_input(
+  weights: Weights, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Weights:
   if mean is None or std is None:
     raise errors.UserError("Give both mean and std of the input, or none.")
-  if not _may_be_normalised(source.record):
+  if not weights.takes_normalisation:
     raise errors.UserError(
       "mean and std are for files in timm's names and folders of transformers; others take [-1, 1]."
     )
-  if "folded_input" in source.record:
+  if "folded_input" in weights.record:
     raise errors.UserError(
-      f"mean and std are folded into this file already: {source.record['folded_input']}."
+      f"mean and std are folded into this file already: {weights.record['folded_input']}."
     )
-  flat = torch_layout.fold_input(trees.flatten(source.params), mean, std)
+  flat = torch_layout.fold_input(trees.flatten(weights.params), mean, std)
   folded = {"folded_input": {"mean": list(mean), "std": list(std)}}
-  return source._replace(params=trees.unflatten(flat), record=source.record | folded)
+  return weights._replace(params=trees.unflatten(flat), record=weights.record | folded)
 
 
-def _say_input(source: formats.Source, mean: Any, std: Any) -> formats.Source:
+def _say_input(
+  weights: Weights, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Weights:
   """Puts the mean and std of the input into the record, and a note where they are only assumed."""
-  record = source.record
+  record = weights.record
   if mean is not None and std is not None:
-    said = {"mean": list(mean), "std": list(std), "from": "given"}
-    return source._replace(record=record | {"input": said})
-  if "input" in record or not _may_be_normalised(record) or "folded_input" in record:
-    return source
-  half = [0.5] * source.params["embedding"]["kernel"].shape[2]
+    said = formats.input_record(mean, std, "given")
+    return weights._replace(record=record | {"input": said})
+  if not weights.takes_normalisation or "input" in record or "folded_input" in record:
+    return weights
+  half = [0.5] * weights.params["embedding"]["kernel"].shape[2]
   file = record["source"]["file"]
   note = (
     f"Nothing beside {file} says the input's mean and std: 0.5 and 0.5 are assumed. If it was trained with others, read"
     f" {file} with --mean and --std (in Python mean=, std=; to train from it --config.init.mean=, --config.init.std=)."
   )
-  said = {"mean": half, "std": half, "from": "assumed"}
-  return source._replace(record=record | {"input": said, "notes": [*record["notes"], note]})
+  said = formats.input_record(half, half, "assumed")
+  return weights._replace(record=record | {"input": said, "notes": [*record["notes"], note]})
 
 
-def _may_be_normalised(record: dict[str, Any]) -> bool:
-  """Whether weights of this project may want pixels with a mean and std of their own."""
-  return any(project in record["source"]["format"] for project in ("timm", "transformers"))
-
-
-def _flexify(source: formats.Source, patch_size: Size, posemb_size: Size) -> formats.Source:
-  kernel = source.params["embedding"]["kernel"]
-  if "pos_embedding" not in source.params:
+def _flexify(weights: Weights, patch_size: Size, posemb_size: Size) -> Weights:
+  """Makes a fixed model a FlexiViT: kernel PI-resized, position grid zoomed with its corners in place."""
+  kernel = weights.params["embedding"]["kernel"]
+  if "pos_embedding" not in weights.params:
     raise errors.UserError("flexify: the model has no learned positions to resize.")
   if any(new < old for new, old in zip(patch_size, kernel.shape[:2], strict=True)):
     raise errors.UserError(
       f"flexify: a buffer of {patch_size} would lose detail of the kernel of {kernel.shape[:2]};"
       " give one that is not smaller."
     )
-  fields = source.fields | {"patch_size": tuple(patch_size), "posemb_size": tuple(posemb_size)}
-  old = source.fields["posemb_size"]
-  grid = np.asarray(source.params["pos_embedding"]).reshape(*old, -1)
+  fields = weights.fields | {"patch_size": tuple(patch_size), "posemb_size": tuple(posemb_size)}
+  old = weights.fields["posemb_size"]
+  grid = np.asarray(weights.params["pos_embedding"]).reshape(*old, -1)
   zoomed = resize.zoom_grid(grid, posemb_size).reshape(1, -1, grid.shape[-1])
-  embedding = source.params["embedding"] | {"kernel": resize.pi_resize(kernel, patch_size)}
-  params = source.params | {"embedding": embedding, "pos_embedding": zoomed}
+  embedding = weights.params["embedding"] | {"kernel": resize.pi_resize(kernel, patch_size)}
+  params = weights.params | {"embedding": embedding, "pos_embedding": zoomed}
   operators = {"kernel_operator": "linear", "grid_operator": "linear_antialias"}
   was = {"patch_size": list(kernel.shape[:2]), "grid": list(old)}
-  record = source.record | {"flexified_from": was}
-  return source._replace(params=params, fields=fields | operators, record=record)
+  record = weights.record | {"flexified_from": was}
+  return weights._replace(params=params, fields=fields | operators, record=record)

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
+from flexivit_jax.sizes import Size
 
 USUAL_SIDE = 240  # of FlexiViT's paper
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's number of each
 _PAIRS = ("hw", "to", "crop_pct")
 # The filter of Pillow that is next to a method of `data.images.resize_image`.
 _NEXT = {"linear": "bilinear", "area": "box", "cubic": "bicubic"} | {f"pil_{f}": f for f in FILTERS}
-
-Size = tuple[int, int]
 
 
 class Stated(NamedTuple):

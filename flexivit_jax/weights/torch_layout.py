@@ -10,7 +10,6 @@ either `query`, `key` and `value`, or what is stacked in one array: `qkv` or `kv
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,14 +27,6 @@ _STACKED = {
   "kv": ("key", "value"),
   "qkv": ("query", "key", "value"),
 }
-
-
-class Converted(NamedTuple):
-  """Parameters by big_vision's names, the fields of their FlexiViT, and what a user should know about them."""
-
-  flat: Arrays
-  fields: dict[str, Any]
-  notes: list[str]
 
 
 def under(prefix: str, arrays: Arrays) -> Arrays:

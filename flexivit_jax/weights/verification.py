@@ -3,15 +3,16 @@
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 from flexivit_jax import errors, weights
 from flexivit_jax.running.checkpoint import BEST, Checkpoints
 from flexivit_jax.weights import folders, formats
 from flexivit_jax.weights.export import artifact
 
+Problem = Exception | None  # what is wrong; folders.NoChecksums where nothing can be compared
 
-def verify(path: pathlib.Path) -> list[tuple[str, str | None]]:
+
+def verify(path: pathlib.Path) -> list[tuple[str, Problem]]:
   """Returns (what, what is wrong with it or None) of all that a path holds.
 
   Args:
@@ -34,13 +35,13 @@ def verify(path: pathlib.Path) -> list[tuple[str, str | None]]:
   return [(str(path), _problem(lambda: _check_weights(path)))]
 
 
-def _checkpoints(path: pathlib.Path) -> list[tuple[str, str | None]]:
+def _checkpoints(path: pathlib.Path) -> list[tuple[str, Problem]]:
   """Those of a run, the best one too; of its folder with checkpoints or with the best; or one."""
   found = _steps(path)
   return [*found, *_steps(path / BEST)] if (path / "checkpoints").is_dir() else found
 
 
-def _steps(path: pathlib.Path) -> list[tuple[str, str | None]]:
+def _steps(path: pathlib.Path) -> list[tuple[str, Problem]]:
   for folder in (path / "checkpoints", path, path.parent):
     only = int(path.name) if folder == path.parent and path.name.isdigit() else None
     steps = sorted(int(p.name) for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit())
@@ -65,14 +66,15 @@ def _steps(path: pathlib.Path) -> list[tuple[str, str | None]]:
 def _check_weights(path: pathlib.Path) -> None:
   """Of what others wrote only an .npz has checksums, those of a zip archive."""
   *_, record = weights.load_with_record(path)
-  checked = path.suffix == ".npz" or record["format"] == formats.CHECKPOINT
+  checked = path.suffix == ".npz" or record["format"] == formats.CHECKPOINT.name
   if not checked and not folders.is_ours(path.parent):
-    raise errors.UserError(folders.unknown(path))
+    raise folders.NoChecksums(folders.unknown(path))
 
 
-def _problem(check: Callable[[], Any]) -> str | None:
+def _problem(check: Callable[[], object]) -> Problem:
+  """Returns the error that a check raises, None where it raises none."""
   try:
     check()
   except (errors.UserError, ValueError, OSError) as e:
-    return str(e)
+    return e
   return None

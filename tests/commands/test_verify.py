@@ -156,7 +156,7 @@ def test_each_damage_to_each_file_of_a_written_folder_is_found(run, tmp_path, to
       continue
     for what in damages(path, rng, flips=30):
       ((_, problem),) = verification.verify(out)
-      assert problem is not None and path.name in problem, (path, what)
+      assert problem is not None and path.name in str(problem), (path, what)
       with pytest.raises(UserError, match=path.name):
         LOADERS[to](out)
   LOADERS[to](out)

@@ -302,9 +302,9 @@ def test_half_precision_views_and_averaged_weights(tmp_path, state):
   both = {"model": state, "model_ema": {n: t + 1 for n, t in state.items()}}
   path = saved(tmp_path / "ema.pth", both)
   for ema, more in ((False, 0), (True, 1)):
-    arrays, record = bare.read(path, ema=ema)
-    np.testing.assert_array_equal(arrays["norm.bias"], state["norm.bias"].numpy() + more)
-    assert any("--ema" in note for note in record["notes"])
+    content = bare.read(path, ema=ema)
+    np.testing.assert_array_equal(content.arrays["norm.bias"], state["norm.bias"].numpy() + more)
+    assert any("--ema" in note for note in content.notes)
 
 
 def test_a_hub_folder_with_pytorchs_file_only(timm_model, tmp_path):

@@ -142,7 +142,7 @@ def test_verify_reads_the_values_of_arrays(tmp_path):
   wrong = found._replace(arrays={**found.arrays, "state": {"step": 1}})
   manifest.write(folder, wrong)
   ((_, problem),) = verification.verify(tmp_path)
-  assert problem and "state step (1) are not what was written" in problem
+  assert problem and "state step (1) are not what was written" in str(problem)
 
 
 @pytest.mark.parametrize("fault", ["lost", "other"])

@@ -7,7 +7,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flexivit_jax.weights.stated import Size, Stated
+from flexivit_jax.sizes import Size
+from flexivit_jax.weights.stated import Stated
 from flexivit_jax.weights.timm import folder as timm_folder, images as timm_images
 from flexivit_jax.weights.transformers.images import CLIP
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
+from flexivit_jax.sizes import Size
 from flexivit_jax.weights import class_labels
-from flexivit_jax.weights.stated import FILTERS, Size, Stated
+from flexivit_jax.weights.stated import FILTERS, Stated
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 _CROP_PCT = 0.875

@@ -15,6 +15,7 @@ from flexivit_jax import errors, trees
 from flexivit_jax.models import vit
 from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import big_vision, torch_layout
+from flexivit_jax.weights.big_vision import Converted
 from flexivit_jax.weights.timm import shapes as timm_shapes
 
 # timm's names of the parts of a block and of attention pooling.
@@ -44,7 +45,7 @@ def is_timm(arrays: Arrays) -> bool:
   return any(name.startswith(("patch_embed.", "blocks.")) for name in arrays)
 
 
-def convert(arrays: Arrays, fields: Mapping[str, Any]) -> torch_layout.Converted:
+def convert(arrays: Arrays, fields: Mapping[str, Any]) -> Converted:
   """Turns a timm state dict into ours; `fields` are those given by the caller.
 
   Of them, `num_heads`, `posemb_size` and `pool_type` say what arrays leave open. A pool type of "gap" is for a class
@@ -66,7 +67,7 @@ def convert(arrays: Arrays, fields: Mapping[str, Any]) -> torch_layout.Converted
   lines = trees.diff(timm_shapes.expected(arrays, found), arrays, max_lines=len(arrays) * 4)
   if lines:
     raise errors.UserError("The arrays are not those of timm's ViT:\n  " + "\n  ".join(lines))
-  return torch_layout.Converted(_convert(arrays, found), found, notes + more)
+  return Converted(_convert(arrays, found), found, notes + more)
 
 
 def _renamed(arrays: Arrays) -> Arrays:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
+from flexivit_jax.sizes import Size
 from flexivit_jax.weights import class_labels, other_models
 from flexivit_jax.weights.transformers.families import FAMILIES, PROJECTION, Family, Head
 
 Config = Mapping[str, Any]
-Size = tuple[int, int]
 
 GELU = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "quick_gelu": "quick"}
 

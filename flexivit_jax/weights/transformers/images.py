@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
+from flexivit_jax.sizes import Size
 from flexivit_jax.weights import class_labels
-from flexivit_jax.weights.stated import FILTERS, Size, Stated
+from flexivit_jax.weights.stated import FILTERS, Stated
 from flexivit_jax.weights.timm import folder as timm_folder
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"

@@ -8,6 +8,7 @@ import numpy as np
 
 from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import torch_layout
+from flexivit_jax.weights.big_vision import Converted
 from flexivit_jax.weights.transformers import shapes as transformers_shapes
 from flexivit_jax.weights.transformers.config import Spec
 from flexivit_jax.weights.transformers.shapes import MAP, MASK, POOLER, REGISTERS
@@ -28,7 +29,7 @@ _LEFT_OUT = {
 }
 
 
-def convert(s: Spec, arrays: Arrays) -> torch_layout.Converted:
+def convert(s: Spec, arrays: Arrays) -> Converted:
   """Turns the arrays of a folder, float32 and by name, into ours; `s` is what its config.json says.
 
   Raises:
@@ -39,7 +40,7 @@ def convert(s: Spec, arrays: Arrays) -> torch_layout.Converted:
   prefix = base if any(name.startswith(base) for name in own) else ""
   transformers_shapes.check(s, own, prefix)
   a = {name.removeprefix(prefix): array for name, array in own.items()}
-  return torch_layout.Converted(_convert(a, s), s.fields, _notes(a, s, len(arrays) - len(own)))
+  return Converted(_convert(a, s), s.fields, _notes(a, s, len(arrays) - len(own)))
 
 
 def _notes(a: Arrays, s: Spec, others: int) -> list[str]:
