@@ -9,6 +9,7 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from flexivit_jax import errors, files, heartbeat
@@ -133,7 +134,7 @@ class Peers:
         return text
     return self.blame()
 
-  def _look(self, indices: Any) -> None:
+  def _look(self, indices: Iterable[int]) -> None:
     for index in indices:
       with contextlib.suppress(OSError, ValueError):
         about = json.loads((self._folder / f"{index}.json").read_text())

@@ -5,19 +5,20 @@ from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flexivit import resized_kernel
 from flexivit_jax.models.grid import which_patch
 from flexivit_jax.sizes import Size
+from flexivit_jax.trees import Params
 
 RESAMPLED = ("embedding/kernel", "pos_embedding")  # the parameters that `bake` changes
 
 
 def bake(
   model: FlexiViT,
-  params: dict,
+  params: Params,
   *,
   image_hw: Size,
   seqhw: int | None = None,
   grid_hw: Size | None = None,
   patch_hw: Size | None = None,
-) -> tuple[FlexiViT, dict]:
+) -> tuple[FlexiViT, Params]:
   """Returns (model, params) of the fixed ViT that gives the same logits for images of `image_hw` at this size.
 
   Its `patch_size` and `posemb_size` are those in use, so its forward pass resizes nothing. Bitwise the identity at

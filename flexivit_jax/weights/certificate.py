@@ -3,13 +3,14 @@
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.trees import Json, Params
 
 _TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ by less
 
@@ -41,7 +42,7 @@ def write(
   out: pathlib.Path,
   source: pathlib.Path,
   rows: Sequence[Row],
-  record: dict[str, Any],
+  record: Json,
   hw: tuple[int, int],
 ) -> None:
   """Writes the certificate of `out`, made of `source`, beside it."""
@@ -64,7 +65,7 @@ def write(
   path_of(out).write_text(json.dumps(certificate) + "\n")
 
 
-def image_hw(record: dict[str, Any], image_size: int | None) -> tuple[int, int]:
+def image_hw(record: Json, image_size: int | None) -> tuple[int, int]:
   """Returns pixels (h, w): a square of `image_size`, else what the record says, else 240."""
   if image_size:
     return image_size, image_size
@@ -86,7 +87,7 @@ def images(hw: tuple[int, int], channels: int) -> Float[np.ndarray, "2 h w c"]:
 
 
 def logits(
-  model: FlexiViT, params: dict, image: Float[np.ndarray, "n h w c"], seqhw: int | None
+  model: FlexiViT, params: Params, image: Float[np.ndarray, "n h w c"], seqhw: int | None
 ) -> Float[np.ndarray, "n k"]:
   """Runs the model in full precision; without `seqhw` at its own patch size."""
   with jax.default_matmul_precision("highest"):

@@ -1,10 +1,11 @@
 """Names of classes as files beside weights have them."""
 
 import math
-from typing import Any
+
+from flexivit_jax.trees import Json
 
 
-def in_order(where: str, given: Any, classes: int) -> tuple[list[str] | None, list[str]]:
+def in_order(where: str, given: object, classes: int) -> tuple[list[str] | None, list[str]]:
   """Returns the names in the order of the logits, or None and a note that says why there are none.
 
   Args:
@@ -25,12 +26,12 @@ def in_order(where: str, given: Any, classes: int) -> tuple[list[str] | None, li
   return given, []
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
   """Whether a value of a JSON file is a finite number; true and false are none."""
-  return type(value) in (int, float) and math.isfinite(value)
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _listed(given: dict[str, Any]) -> list[Any] | None:
+def _listed(given: Json) -> list[object] | None:
   """Names by number as a list, None where numbers are missing."""
   numbers = [str(i) for i in range(len(given))]
   return [given[n] for n in numbers] if set(numbers) == given.keys() else None

@@ -18,7 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, TextIO
 
 from flexivit_jax import errors, files, heartbeat
 
@@ -38,7 +38,7 @@ def fetch(
   *,
   folder: pathlib.Path | None = None,
   sha256: str | None = None,
-  progress: Any = None,
+  progress: TextIO | None = None,
   pause: float = 1.0,
 ) -> pathlib.Path:
   """Returns the file that stands at `url`; one that was fetched before is checked and asks for nothing.
@@ -125,7 +125,7 @@ def _hash_file(path: pathlib.Path) -> pathlib.Path:
 
 
 def _download(
-  url: str, path: pathlib.Path, sha256: str | None, stream: Any, pause: float
+  url: str, path: pathlib.Path, sha256: str | None, stream: TextIO, pause: float
 ) -> pathlib.Path:
   part = path.with_name(f"{path.name}.part")
   got = _retried(url, part, stream, pause)
@@ -141,7 +141,7 @@ def _download(
   return path
 
 
-def _retried(url: str, part: pathlib.Path, stream: Any, pause: float) -> str:
+def _retried(url: str, part: pathlib.Path, stream: TextIO, pause: float) -> str:
   for retry in range(_RETRIES + 1):
     try:
       return _attempt(url, part, stream)
@@ -154,7 +154,7 @@ def _retried(url: str, part: pathlib.Path, stream: Any, pause: float) -> str:
   ) from cause
 
 
-def _attempt(url: str, part: pathlib.Path, stream: Any) -> str:
+def _attempt(url: str, part: pathlib.Path, stream: TextIO) -> str:
   """Asks once for what is missing, and appends it to `part`; returns the sha256 of the whole."""
   size, version = _kept(part)
   with _open(url, part, size, version) as response:
@@ -219,7 +219,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
   """Follows to https, and from http to http: never to a scheme that is less safe."""
 
   def redirect_request(
-    self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    self,
+    req: urllib.request.Request,
+    fp: IO[bytes],
+    code: int,
+    msg: str,
+    headers: http.client.HTTPMessage,
+    newurl: str,
   ) -> urllib.request.Request | None:
     if urllib.parse.urlsplit(newurl).scheme not in ("https", req.type):
       fp.close()
@@ -292,7 +298,7 @@ def _connection_errors() -> Iterator[None]:
 class _Progress:
   """Shows how far a download is: a line that moves on a terminal, else one at the start and one at the end."""
 
-  def __init__(self, stream: Any, url: str, start: int, total: int | None):
+  def __init__(self, stream: TextIO, url: str, start: int, total: int | None):
     self._stream, self._name = stream, url.rpartition("/")[2]
     self._start, self._done, self._total = start, start, total
     self._moves = stream.isatty()

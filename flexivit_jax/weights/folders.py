@@ -9,10 +9,10 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
 from flexivit_jax import errors
 from flexivit_jax.running import manifest
+from flexivit_jax.trees import Json
 
 MANIFEST = "flexivit_manifest.txt"
 RECORD = "flexivit_record.json"
@@ -78,7 +78,7 @@ def check(folder: pathlib.Path, record: str = RECORD, *, more: bool = True) -> b
   return True
 
 
-def read_export(folder: pathlib.Path, format_: str) -> dict[str, Any]:
+def read_export(folder: pathlib.Path, format_: str) -> Json:
   """Returns the record of an export, whose files are as they were written.
 
   Raises:

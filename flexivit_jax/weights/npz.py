@@ -11,7 +11,7 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import IO
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +19,7 @@ import safetensors
 
 from flexivit_jax import errors, files, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.trees import Arrays
+from flexivit_jax.trees import Arrays, Json, Params
 from flexivit_jax.weights.export import artifact
 
 # The entry of an .npz that holds the record: JSON in UTF-8 as uint8. It stands beside "params/...", where big_vision's
@@ -30,7 +30,7 @@ _NO_WEIGHTS = ("opt/", "chrono")
 
 def read_npz(
   path: pathlib.Path, *, max_expansion: float = 20, always_allowed: int = 2**24
-) -> tuple[Arrays, dict[str, Any]]:
+) -> tuple[Arrays, Json]:
   """Returns (arrays by name, record) of an .npz; half precision is widened, an optimizer's arrays are left out.
 
   Args:
@@ -68,7 +68,7 @@ def has_record(path: pathlib.Path) -> bool:
     return False
 
 
-def read_safetensors(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
+def read_safetensors(path: pathlib.Path) -> tuple[Arrays, Json]:
   """Returns (arrays by name, {}) of a .safetensors file; half precision is widened.
 
   Raises:
@@ -81,15 +81,13 @@ def read_safetensors(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
     raise errors.UserError(f"{path} cannot be read as .safetensors: {e}") from e
 
 
-READERS: dict[str, Callable[[pathlib.Path], tuple[Arrays, dict[str, Any]]]] = {
+READERS: dict[str, Callable[[pathlib.Path], tuple[Arrays, Json]]] = {
   ".npz": read_npz,
   ".safetensors": read_safetensors,
 }
 
 
-def save_npz(
-  path: str | os.PathLike[str], model: FlexiViT, params: dict, record: dict[str, Any]
-) -> None:
+def save_npz(path: str | os.PathLike[str], model: FlexiViT, params: Params, record: Json) -> None:
   """Writes an .npz in big_vision's names ("params/..."), which `load` and big_vision's own loader read.
 
   The record, with the fields of the model, goes in as one more entry that big_vision does not look at. The file
@@ -114,7 +112,7 @@ def save_npz(
     seal(part)
 
 
-def encode(record: dict[str, Any]) -> np.ndarray:
+def encode(record: Json) -> np.ndarray:
   """The record as the array that `read_npz` reads back."""
   return np.frombuffer(json.dumps(record, allow_nan=False).encode(), np.uint8)
 
@@ -136,7 +134,7 @@ def widened(array: np.ndarray) -> np.ndarray:
   return array.astype(np.float32) if half else array
 
 
-def _decode(array: np.ndarray) -> dict[str, Any]:
+def _decode(array: np.ndarray) -> Json:
   record = json.loads(array.tobytes().decode())
   if not isinstance(record, dict):
     raise ValueError(f"{RECORD} holds no JSON object")
@@ -161,7 +159,7 @@ def _check_headers(path: pathlib.Path, max_expansion: float, always_allowed: int
     )
 
 
-def _said_bytes(file: Any) -> int:
+def _said_bytes(file: IO[bytes]) -> int:
   """Length of a .npy file by its own header; reads no more than that."""
   version = np.lib.format.read_magic(file)
   readers = {

@@ -4,8 +4,11 @@ import importlib
 import importlib.metadata
 import importlib.util
 import types
+from typing import Any
 
 from flexivit_jax import errors
+
+Foreign = Any  # an object of a package that may not be installed
 
 # Packages that a package imports late, in the middle of a conversion: an image library of another build than torch.
 _COMPANIONS = {"timm": ("torch", "torchvision"), "transformers": ("torch", "torchvision")}

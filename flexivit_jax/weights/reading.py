@@ -12,6 +12,7 @@ import numpy as np
 from flexivit_jax import errors, resize, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.sizes import Size
+from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import formats, registry, torch_layout
 from flexivit_jax.weights.formats import Weights
 
@@ -24,7 +25,7 @@ def load(
   flexify: tuple[Size, Size] | None = None,
   ema: bool = False,
   **fields: Any,
-) -> tuple[FlexiViT, dict]:
+) -> tuple[FlexiViT, Params]:
   """Returns (model, params) of a file with weights, a run folder, one of its checkpoints, or a published name.
 
   Files: `.npz`, `.safetensors`, and PyTorch's `.pth`, `.pt`, `.bin`, `.pth.tar` and `.ckpt`, in the names of
@@ -49,7 +50,7 @@ def load(
     UserError: if the file is not one of these, cannot be fetched, or its arrays are not those of the model, all
       differences listed.
   """
-  given: dict[str, Any] = dict(mean=mean, std=std, flexify=flexify, ema=ema)
+  given: Json = dict(mean=mean, std=std, flexify=flexify, ema=ema)
   model, params, _ = load_with_record(path, **given, **fields)
   return model, params
 
@@ -63,7 +64,7 @@ def load_with_record(
   ema: bool = False,
   finite: bool = True,
   **fields: Any,
-) -> tuple[FlexiViT, dict, dict[str, Any]]:
+) -> tuple[FlexiViT, Params, Json]:
   """As `load`, and a JSON-able record of what the arrays do not say; a run's also says what it was trained on.
 
   Keys: "format" (of this file), "source" (file and format that the weights came from), "model" (all fields),
@@ -100,7 +101,7 @@ def load_into(
   model: FlexiViT,
   *,
   new_head: bool = False,
-  accept: Callable[[FlexiViT, dict[str, Any]], None] = lambda model, record: None,
+  accept: Callable[[FlexiViT, Json], None] = lambda model, record: None,
   **given: Any,
 ) -> dict:
   """Parameters of a file for a model of the same architecture, whose kernel and grid may be of another size.
@@ -136,7 +137,7 @@ def load_into(
   return params
 
 
-def not_finite(params: dict) -> list[str]:
+def not_finite(params: Params) -> list[str]:
   """Names of arrays that hold a number that is not finite."""
   flat = trees.flatten(params)
   return [
@@ -146,7 +147,7 @@ def not_finite(params: dict) -> list[str]:
   ]
 
 
-def check_finite(params: dict, what: str) -> None:
+def check_finite(params: Params, what: str) -> None:
   """Raises a UserError that names the arrays which hold NaN or infinity: nothing computed with them means anything."""
   if names := not_finite(params):
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -193,7 +194,7 @@ _SAME = (
 )  # fmt: skip
 
 
-def check(model: FlexiViT, params: dict, what: str) -> None:
+def check(model: FlexiViT, params: Params, what: str) -> None:
   """Raises a UserError that lists every array that is missing, extra, or of another shape or dtype."""
   kernel = params.get("embedding", {}).get("kernel")
   channels = kernel.shape[2] if kernel is not None and kernel.ndim == 4 else 3
@@ -213,7 +214,7 @@ def _published(weights: Weights, published: registry.Published, file: pathlib.Pa
   return weights._replace(record=weights.record | origin)
 
 
-def _fields_of(model: FlexiViT) -> dict[str, Any]:
+def _fields_of(model: FlexiViT) -> Json:
   values = {name: getattr(model, name) for name in formats.FIELDS}
   return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 

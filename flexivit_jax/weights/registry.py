@@ -10,12 +10,12 @@ import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.weights import download
+from flexivit_jax.weights.big_vision import Fields
 
 
 class Published(NamedTuple):
@@ -32,7 +32,7 @@ class Published(NamedTuple):
 
   name: str
   url: str
-  expected: dict[str, Any]
+  expected: Fields
   note: str = ""
   timm: str = ""
   sha256: str | None = None
@@ -133,7 +133,7 @@ def _at(url: str) -> Published:
   return {p.url: p for p in PUBLISHED.values()}.get(url, Published(file.stem, url, {}))
 
 
-def differences(model: FlexiViT, expected: Mapping[str, Any]) -> list[str]:
+def differences(model: FlexiViT, expected: Fields) -> list[str]:
   """A line for each field in which a model is not as expected; a "variant" stands for its fields."""
   wanted = dict(expected)
   if "variant" in wanted:

@@ -2,11 +2,12 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
 from flexivit_jax.sizes import Size
+from flexivit_jax.trees import Json
 
 USUAL_SIDE = 240  # of FlexiViT's paper
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's number of each
@@ -84,7 +85,7 @@ class Stated(NamedTuple):
     return _NEXT[self.method]
 
 
-def of_record(record: Mapping[str, Any]) -> Stated | None:
+def of_record(record: Json) -> Stated | None:
   """Returns what a record says of the preparation, or None where it says nothing that can be taken apart.
 
   That is "images", which `keep` writes, if "pp" still says the same; else "pp" itself, if it resizes and cuts the
@@ -93,7 +94,7 @@ def of_record(record: Mapping[str, Any]) -> Stated | None:
   pp, images = record.get("pp"), record.get("images")
   if isinstance(images, dict) and images.keys() == set(Stated._fields):
     try:
-      values: dict[str, Any] = {k: tuple(v) if k in _PAIRS else v for k, v in images.items()}
+      values: Json = {k: tuple(v) if k in _PAIRS else v for k, v in images.items()}
       stated = Stated(**values)
       if pp == stated.pp():
         return stated
@@ -102,7 +103,7 @@ def of_record(record: Mapping[str, Any]) -> Stated | None:
   return of_pp(pp, str(record.get("source", {}).get("file"))) if isinstance(pp, str) else None
 
 
-def keep(stated: Stated) -> dict[str, Any]:
+def keep(stated: Stated) -> Json:
   """What goes into a record."""
   values = {k: list(v) if isinstance(v, tuple) else v for k, v in stated._asdict().items()}
   return {"pp": stated.pp(), "images": values}
@@ -142,14 +143,14 @@ def of_pp(pp: str, source: str) -> Stated | None:
   )
 
 
-def _arguments(op: Any) -> tuple[Any, dict[str, Any]]:
+def _arguments(op: Any) -> tuple[Any, Json]:
   """The size of an operation, and its other arguments by name; an image under another key has a size of its own."""
   names = ("size", "method") if "resize" in op.function.__name__ else ("size", "half", "fill")
   given = dict(zip(names, op.args, strict=False)) | op.kwargs
   return given.pop("size", None), given
 
 
-def preparation(record: Mapping[str, Any], image_size: int | Size | None = None) -> str:
+def preparation(record: Json, image_size: int | Size | None = None) -> str:
   """Returns the preprocessing string of one image for weights with this record; it ends in `value_range(-1, 1)`.
 
   A run's may make labels, too. Weights that state nothing get squashed images.
@@ -175,7 +176,7 @@ def preparation(record: Mapping[str, Any], image_size: int | Size | None = None)
   return pp or f"decode|resize({_shown((h, w))})|value_range(-1, 1)"
 
 
-def written_for(record: Mapping[str, Any], hw: Size) -> dict[str, Any]:
+def written_for(record: Json, hw: Size) -> Json:
   """Returns a record whose preparation is that of a model written for images of `hw`.
 
   A string that cannot be taken apart stays.
@@ -186,13 +187,13 @@ def written_for(record: Mapping[str, Any], hw: Size) -> dict[str, Any]:
   return {**record, **keep(stated.at(hw))}
 
 
-def print_notes(record: Mapping[str, Any]) -> None:
+def print_notes(record: Json) -> None:
   """Prints each note of a record to stderr, once."""
   for note in dict.fromkeys(record.get("notes") or []):
     print(f"note: {note}", file=sys.stderr)
 
 
-def _pair(size: Any) -> Size:
+def _pair(size: int | Sequence[int]) -> Size:
   return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 

@@ -3,15 +3,16 @@
 import importlib
 import pathlib
 import re
+import types
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
 from flexivit_jax import errors
-from flexivit_jax.trees import Arrays
+from flexivit_jax.trees import Arrays, Json
 from flexivit_jax.weights import optional
+from flexivit_jax.weights.optional import Foreign
 
 _DTYPES = (
   *("float64", "float32", "float16", "bfloat16", "bool"),
@@ -36,7 +37,7 @@ _NOT_WEIGHTS = re.compile(
 _LEVELS = 5  # of nested dicts; deeper ones are no weights
 
 
-def read_torch(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
+def read_torch(path: pathlib.Path) -> tuple[Arrays, Json]:
   """Returns (arrays by name, {}) of a file that torch.save wrote; half precision is widened.
 
   torch reads it with weights_only: no name in it is looked up that is not one of torch's own tensors or of `_HARMLESS`,
@@ -61,7 +62,7 @@ def read_torch(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
   return {n: _array(torch, tensor) for n, tensor in tensors.items()}, {}
 
 
-def _harmless() -> list[Any]:
+def _harmless() -> list[object]:
   """Classes that torch may make: `_HARMLESS`, and NumPy's numbers, as which many tools save a metric."""
   named = [getattr(importlib.import_module(m), n) for m, n in (x.rsplit(".", 1) for x in _HARMLESS)]
   kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "u4", "u8", "?")]
@@ -76,8 +77,8 @@ def _harmless() -> list[Any]:
 
 
 def _tensors(
-  path: pathlib.Path, torch: Any, content: Any, prefix: str = "", level: int = 0
-) -> Iterator[tuple[str, Any]]:
+  path: pathlib.Path, torch: types.ModuleType, content: object, prefix: str = "", level: int = 0
+) -> Iterator[tuple[str, Foreign]]:
   """The tensors of nested dicts with their joined names; those of an optimizer are left out."""
   if not isinstance(content, Mapping):
     kind = type(content).__name__
@@ -122,7 +123,9 @@ def _cause(error: Exception) -> str:
   return [*lines, type(error).__name__][0]
 
 
-def _check_tensors(path: pathlib.Path, torch: Any, tensors: dict[str, Any]) -> None:
+def _check_tensors(
+  path: pathlib.Path, torch: types.ModuleType, tensors: dict[str, Foreign]
+) -> None:
   """Raises a UserError for tensors that are no plain numbers, or larger than what is stored of them."""
   for name, tensor in tensors.items():
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -138,7 +141,7 @@ def _check_tensors(path: pathlib.Path, torch: Any, tensors: dict[str, Any]) -> N
     raise errors.UserError(f"{path}: {size} bytes would expand to {total}; no weights do that.")
 
 
-def _array(torch: Any, tensor: Any) -> np.ndarray:
+def _array(torch: types.ModuleType, tensor: Foreign) -> np.ndarray:
   """A copy, for the file is mapped into memory; half precision as float32."""
   half = tensor.dtype in (torch.bfloat16, torch.float16)
   return np.array((tensor.float() if half else tensor).detach().numpy())

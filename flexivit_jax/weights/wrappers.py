@@ -6,7 +6,7 @@ what is before is a wrapper. Where there are several of them, a rule chooses one
 
 import collections
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
@@ -64,14 +64,19 @@ _ANCHOR_INSIDE = re.compile(
 )
 
 
+Named = dict[
+  str, Any
+]  # arrays by name; of their values only the shapes of patch embeddings are read
+
+
 class Unwrapped(NamedTuple):
   """Arrays by their bare names, and notes for the user."""
 
-  arrays: dict[str, Any]
+  arrays: Named
   notes: list[str]
 
 
-def unwrap(arrays: Mapping[str, Any], *, ema: bool = False) -> Unwrapped:
+def unwrap(arrays: Named, *, ema: bool = False) -> Unwrapped:
   """Takes wrappers off the names of arrays; nothing of the arrays is read.
 
   Args:
@@ -104,7 +109,7 @@ def unwrap(arrays: Mapping[str, Any], *, ema: bool = False) -> Unwrapped:
 _COMMON = ("module", "_orig_mod", "state_dict", "model_state_dict", "model", "net")
 
 
-def strip_common(arrays: Mapping[str, Any]) -> Unwrapped:
+def strip_common(arrays: Named) -> Unwrapped:
   """Takes off wrappers that all names share, of a layout whose own names have a first part: that of transformers."""
   stripped, taken = dict(arrays), []
   while stripped:
@@ -117,7 +122,7 @@ def strip_common(arrays: Mapping[str, Any]) -> Unwrapped:
   return Unwrapped(stripped, [f"{prefix!r} is taken off the names of the arrays."] if taken else [])
 
 
-def without_other_base(arrays: Mapping[str, Any], base: str) -> Unwrapped:
+def without_other_base(arrays: Named, base: str) -> Unwrapped:
   """Takes off a word that all names share and that is the base of another model of transformers, not of this one."""
   firsts = {name.partition(".")[0] + "." for name in arrays}
   if len(firsts) == 1 and (first := firsts.pop()) != base and _BASE.fullmatch(first):
@@ -140,7 +145,7 @@ def _first_beside(name: str, prefix: str) -> str:
   return "".join(parts[: same + 1])
 
 
-def _prefixes(arrays: Mapping[str, Any]) -> list[str]:
+def _prefixes(arrays: Named) -> list[str]:
   """What stands before each Vision Transformer's names, e.g. "state_dict.module."."""
   found = {}
   for full in arrays:
@@ -155,7 +160,7 @@ def _prefixes(arrays: Mapping[str, Any]) -> list[str]:
   return list(found)
 
 
-def _without_inner(arrays: Mapping[str, Any]) -> Unwrapped:
+def _without_inner(arrays: Named) -> Unwrapped:
   """Takes off what tools put around modules inside the network; names that would become the same stay."""
   new = {name: _INNER.sub("", name) for name in arrays}
   words = sorted({word for name in arrays for word in _INNER.findall(name)})
@@ -165,7 +170,7 @@ def _without_inner(arrays: Mapping[str, Any]) -> Unwrapped:
   return Unwrapped({new[name]: array for name, array in arrays.items()}, [note])
 
 
-def _choose(arrays: Mapping[str, Any], prefixes: Sequence[str], ema: bool) -> tuple[str, list[str]]:
+def _choose(arrays: Named, prefixes: Sequence[str], ema: bool) -> tuple[str, list[str]]:
   averaged = [p for p in prefixes if _EMA.search(p)]
   if ema and not averaged:
     shown = ", ".join(repr(p) for p in prefixes) or "none"
@@ -202,13 +207,13 @@ def _choose(arrays: Mapping[str, Any], prefixes: Sequence[str], ema: bool) -> tu
   return candidates[0], notes
 
 
-def _own(arrays: Mapping[str, Any], prefix: str, prefixes: Sequence[str]) -> set[str]:
+def _own(arrays: Named, prefix: str, prefixes: Sequence[str]) -> set[str]:
   """The names of one network. Another may stand inside it, such as an EMA that is a module of the model."""
   inside = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
   return {name for name in arrays if name.startswith(prefix) and not name.startswith(inside)}
 
 
-def _size(arrays: Mapping[str, Any], own: Iterable[str], prefix: str) -> tuple[Any, int]:
+def _size(arrays: Named, own: Iterable[str], prefix: str) -> tuple[object, int]:
   """The shape of a network's patch embedding, and the number of its blocks."""
   anchor = next(n for n in sorted(own) if _ANCHOR_INSIDE.sub(ANCHORS[0], n).endswith(ANCHORS))
   shape = getattr(arrays[anchor], "shape", None)
@@ -220,7 +225,7 @@ def _role(prefix: str) -> str | None:
   return next((role for role in _ROLES if role and re.search(role, prefix)), None)
 
 
-def _without_training_only(arrays: Mapping[str, Any]) -> Unwrapped:
+def _without_training_only(arrays: Named) -> Unwrapped:
   """Leaves out what only pre-training uses, with a note for each kind."""
   kept, left = {}, collections.defaultdict(list)
   for name, array in arrays.items():
@@ -243,7 +248,7 @@ _BLOCK = re.compile(r"^.*?(blocks|layers?|encoder_layer_|encoderblock_)[._]?\d+(
 _CHUNKED = re.compile(r"blocks\.(\d+)\.(\d+)\.(.*)")
 
 
-def _renumbered(arrays: Mapping[str, Any]) -> Unwrapped:
+def _renumbered(arrays: Named) -> Unwrapped:
   """DINOv2's training keeps blocks in chunks, blocks.0.5.* is the sixth; others' names stay."""
   blocks = [name for name in arrays if name.startswith("blocks.")]
   chunked = {name: match for name in blocks if (match := _CHUNKED.fullmatch(name))}

@@ -159,7 +159,7 @@ ROOMS = {
   ),
   "torch_layout": _room(
     "weights/timm_layers.py weights/torch_layout.py",
-    "norm_from_timm dense_from_timm _mlp_from_timm _attention_from_timm _attention_to_timm",
+    "norm_from_torch dense_from_torch _mlp_from_torch _attention_from_torch _attention_to_torch",
     "test_timm_names.py timm/test_names.py test_torch_layout.py",
   ),
   "bake": _room(

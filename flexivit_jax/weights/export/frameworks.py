@@ -10,14 +10,18 @@ import os
 import pathlib
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
 from flexivit_jax import errors
+from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import optional
 from flexivit_jax.weights.export import onnx_graph
+from flexivit_jax.weights.optional import Foreign
+
+Program = Callable[[np.ndarray], np.ndarray]  # images [n, h, w, c] -> logits [n, k]
 
 COMPARING_ONNX = "Comparing an ONNX export with its source, which --no-verify leaves out,"
 
@@ -56,7 +60,7 @@ def transformers_logits(
   return output.numpy()
 
 
-def _pooled(model: Any, pixels: Any) -> Any:
+def _pooled(model: Foreign, pixels: Foreign) -> Foreign:
   """The one output of a model in transformers that stands for the whole image."""
   if hasattr(model, "get_image_features"):  # it has a tower for text, too
     return model.get_image_features(pixel_values=pixels).pooler_output
@@ -96,8 +100,8 @@ def save_onnx(
   path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _graph_proto(onnx: types.ModuleType, graph: onnx_graph.Graph, initializers: list) -> Any:
-  def described(name: str, shape: tuple[int | str, ...]) -> Any:
+def _graph_proto(onnx: types.ModuleType, graph: onnx_graph.Graph, initializers: list) -> Foreign:
+  def described(name: str, shape: tuple[int | str, ...]) -> Foreign:
     return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
 
   return onnx.helper.make_graph(
@@ -114,14 +118,14 @@ def check_onnx(path: pathlib.Path) -> None:
   optional.require("onnx", "Writing ONNX").checker.check_model(str(path), full_check=True)
 
 
-def onnx_program(path: pathlib.Path) -> Callable[[Any], np.ndarray]:
+def onnx_program(path: pathlib.Path) -> Program:
   """Returns the function from images [n, h, w, c] to logits [n, k] of an ONNX model, in onnxruntime on the CPU."""
   runtime = optional.require("onnxruntime", COMPARING_ONNX)
   session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
   return lambda image: session.run(None, {"image": image})[0]
 
 
-def timm_logits(model: Any, image: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n k"]:
+def timm_logits(model: Foreign, image: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n k"]:
   """Runs a timm model, or the one in a folder that `save_timm` wrote, on pixels as it takes them."""
   torch, timm = (optional.require(name, "Running a timm model") for name in ("torch", "timm"))
   if isinstance(model, (str, os.PathLike)):
@@ -133,8 +137,8 @@ def timm_logits(model: Any, image: Float[np.ndarray, "n h w c"]) -> Float[np.nda
 
 def save_tensorflow(
   folder: pathlib.Path,
-  shared: Mapping[str, np.ndarray],
-  programs: Mapping[str, tuple[Callable[..., Any], Mapping[str, np.ndarray]]],
+  shared: Arrays,
+  programs: Mapping[str, tuple[Callable[..., jax.Array], Arrays]],
   shape: tuple[int, ...],
 ) -> None:
   """Writes a SavedModel.
@@ -152,7 +156,7 @@ def save_tensorflow(
   image = tf.TensorSpec((None, *shape), tf.float32, name="image")
   shapes = [None, f"(n, {', '.join(map(str, shape))})"]
 
-  def signature(forward: Callable[..., Any], variables: Any) -> Any:
+  def signature(forward: Callable[..., jax.Array], variables: Foreign) -> Foreign:
     converted = jax2tf.convert(forward, polymorphic_shapes=shapes, with_gradient=False)
     run = tf.function(lambda image: {"logits": converted(variables, image)}, autograph=False)
     return run.get_concrete_function(image)
@@ -165,15 +169,13 @@ def save_tensorflow(
   tf.saved_model.save(module, str(folder), signatures=signatures)
 
 
-def tensorflow_programs(
-  folder: pathlib.Path, names: tuple[str, ...]
-) -> dict[str, Callable[[Any], np.ndarray]]:
+def tensorflow_programs(folder: pathlib.Path, names: tuple[str, ...]) -> dict[str, Program]:
   """Returns the functions from images to logits of a SavedModel's signatures."""
   tf = optional.require("tensorflow", COMPARING_SAVED_MODEL)
   loaded = tf.saved_model.load(str(folder))
 
-  def program(name: str) -> Callable[[Any], np.ndarray]:
-    def run(image: Any) -> np.ndarray:
+  def program(name: str) -> Program:
+    def run(image: np.ndarray) -> np.ndarray:
       return loaded.signatures[name](image=tf.constant(image))["logits"].numpy()
 
     return run

@@ -10,12 +10,14 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
+import jax
 import numpy as np
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, folders, optional, reading
 from flexivit_jax.weights.export import artifact, frameworks, onnx_graph
 
@@ -33,8 +35,8 @@ class Place(NamedTuple):
 def write(
   out: pathlib.Path,
   model: FlexiViT,
-  params: dict,
-  record: dict[str, Any],
+  params: Params,
+  record: Json,
   *,
   image_hw: tuple[int, int],
   sizes: Sequence[int],
@@ -68,7 +70,7 @@ def write(
     (part / folders.EXPORT_RECORD).write_text(json.dumps(described, allow_nan=False))
 
 
-def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_record(folder: str | os.PathLike[str]) -> Json:
   """Returns the record of an export and checks each of its files. Needs neither onnx nor onnxruntime.
 
   Raises:
@@ -97,7 +99,7 @@ def _check(out: pathlib.Path) -> None:
 def _write_graphs(
   folder: pathlib.Path,
   model: FlexiViT,
-  params: dict,
+  params: Params,
   image_hw: tuple[int, int],
   sizes: Sequence[int],
 ) -> list[onnx_graph.Graph]:
@@ -117,7 +119,7 @@ def _write_graphs(
   return graphs
 
 
-def _own(model: FlexiViT, params: dict) -> dict[str, Any]:
+def _own(model: FlexiViT, params: Params) -> Params:
   """The arrays that are one size's alone; sine-cosine positions, which no parameter holds, among them."""
   flat = trees.flatten(params)
   own = {name: flat[name] for name in baking.RESAMPLED if name in flat}
@@ -126,7 +128,7 @@ def _own(model: FlexiViT, params: dict) -> dict[str, Any]:
   return own
 
 
-def _append(file: BinaryIO, array: Any) -> Place:
+def _append(file: BinaryIO, array: jax.typing.ArrayLike) -> Place:
   """Writes an array, little-endian, to the end of the file."""
   array = np.ascontiguousarray(array, "<f4")
   # Files are mapped into memory by pages, which only larger arrays are worth.

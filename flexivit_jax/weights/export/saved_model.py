@@ -5,13 +5,14 @@ Written where TensorFlow is installed, by JAX's own jax2tf; TensorFlow runs the 
 
 import json
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from flexivit_jax import trees
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, folders
 from flexivit_jax.weights.export import artifact, frameworks
 
@@ -21,8 +22,8 @@ FORMAT = "flexivit saved model 1"
 def write(
   out: pathlib.Path,
   model: FlexiViT,
-  params: dict,
-  record: dict[str, Any],
+  params: Params,
+  record: Json,
   *,
   image_hw: tuple[int, int],
   sizes: Sequence[int],
@@ -77,6 +78,6 @@ def name_of(size: int) -> str:
   return f"seqhw_{size:02d}"
 
 
-def _forward(model: FlexiViT) -> Any:
+def _forward(model: FlexiViT) -> Callable[[Params, jax.Array], jax.Array]:
   """The forward pass at the model's own patch size, of arrays by name."""
   return lambda flat, image: model.apply({"params": trees.unflatten(flat)}, image)[0]

@@ -10,7 +10,6 @@ import json
 import pathlib
 import zipfile
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from jax import export
 from flexivit_jax import errors, trees
 from flexivit_jax.files import replacing
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, npz
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -28,8 +28,8 @@ FORMAT = "flexivit artifact 1"
 def write(
   out: pathlib.Path,
   model: FlexiViT,
-  params: dict,
-  record: dict[str, Any],
+  params: Params,
+  record: Json,
   *,
   image_hw: tuple[int, int],
   sizes: Sequence[int],
@@ -82,11 +82,11 @@ def _check(out: pathlib.Path, platforms: Sequence[str]) -> None:
 
 
 def _program(
-  model: FlexiViT, flat: dict[str, Any], shape: tuple[int, ...], platforms: Sequence[str]
+  model: FlexiViT, flat: Params, shape: tuple[int, ...], platforms: Sequence[str]
 ) -> export.Exported:
   """The forward pass at the model's own patch size, of arrays by name and a batch of any size."""
 
-  def forward(flat: dict[str, Any], image: Any) -> Any:
+  def forward(flat: Params, image: jax.Array) -> jax.Array:
     return model.apply({"params": trees.unflatten(flat)}, image)[0]
 
   arrays = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in flat.items()}
@@ -95,7 +95,7 @@ def _program(
   return export.export(jax.jit(forward, keep_unused=True), platforms=platforms)(arrays, image)
 
 
-def _npz(arrays: dict[str, Any]) -> bytes:
+def _npz(arrays: Params) -> bytes:
   file = io.BytesIO()
   np.savez(file, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
   return file.getvalue()

@@ -4,10 +4,11 @@ What it leaves out is OpenCLIP's default: CLIP's mean and std, bicubic, the shor
 """
 
 import pathlib
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flexivit_jax.sizes import Size
+from flexivit_jax.trees import Json
+from flexivit_jax.weights.big_vision import Fields
 from flexivit_jax.weights.stated import Stated
 from flexivit_jax.weights.timm import folder as timm_folder, images as timm_images
 from flexivit_jax.weights.transformers.images import CLIP
@@ -22,7 +23,7 @@ class Images(NamedTuple):
   stated: Stated
   mean: tuple[float, ...]
   std: tuple[float, ...]
-  fields: dict[str, Any]
+  fields: Fields
   notes: list[str]
 
 
@@ -53,6 +54,6 @@ def read(folder: pathlib.Path, native: Size, channels: int) -> Images:
   return Images(read_.stated, read_.mean, read_.std, fields, read_.notes)
 
 
-def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _part(config: Json, name: str) -> Json:
   value = config.get(name)
   return value if isinstance(value, dict) else {}

@@ -9,12 +9,11 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from flexivit_jax import errors
-from flexivit_jax.trees import Arrays
+from flexivit_jax.trees import Arrays, Json
 from flexivit_jax.weights import other_models
+from flexivit_jax.weights.big_vision import Fields
 from flexivit_jax.weights.timm import shapes as timm_shapes
 
 CONFIG = "config.json"
@@ -22,7 +21,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model
 ACTIVATIONS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 
 # What arrays do not tell and is not the usual: fields by a part of the architecture's name.
-_UNUSUAL: dict[str, dict[str, Any]] = {
+_UNUSUAL: dict[str, Fields] = {
   "quickgelu": {"gelu": "quick"},
   "_clip_": {"layer_norm_eps": 1e-5},
   "giantopt_patch16_siglip|so400m_patch16_siglip": {"gelu": "tanh"},
@@ -49,7 +48,7 @@ _NAMES = {
 _READ = {*_NAMES, "act_layer", "norm_layer", "global_pool", "pool_include_prefix"}
 
 
-def find(folder: pathlib.Path) -> dict[str, Any] | None:
+def find(folder: pathlib.Path) -> Json | None:
   """Returns the config of a folder that timm wrote, None for another folder (a run's has checkpoints/).
 
   Raises:
@@ -61,7 +60,7 @@ def find(folder: pathlib.Path) -> dict[str, Any] | None:
   return config if "architecture" in config else None
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> Json:
   """Returns the JSON object in a file; a UserError if there is none."""
   try:
     content = json.loads(path.read_bytes())
@@ -82,7 +81,7 @@ def weights_file(folder: pathlib.Path) -> pathlib.Path:
   )
 
 
-def told(where: pathlib.Path, config: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
+def told(where: pathlib.Path, config: Json, arrays: Arrays) -> Fields:
   """Returns the fields of the FlexiViT that the arrays are of, as the config says them.
 
   Raises:
@@ -105,12 +104,12 @@ def told(where: pathlib.Path, config: Mapping[str, Any], arrays: Arrays) -> dict
   return fields
 
 
-def pretrained_cfg(where: pathlib.Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def pretrained_cfg(where: pathlib.Path, config: Json) -> Json:
   """The part about images and classes; timm's oldest configs have one level, and it is then all."""
   return _mapping(where, config, "pretrained_cfg") or config
 
 
-def check_fit(where: pathlib.Path, fields: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_fit(where: pathlib.Path, fields: Fields, found: Fields) -> None:
   """Raises a Misfit if the config says other sizes than the arrays have."""
   lines = [
     f"{name} is {fields[name]}, and the weights have {found[name]}"
@@ -125,7 +124,7 @@ class Misfit(errors.UserError):
   """The config is of another model than the weights."""
 
 
-def _check_numbers(path: pathlib.Path, fields: Mapping[str, Any], arrays: Arrays) -> None:
+def _check_numbers(path: pathlib.Path, fields: Fields, arrays: Arrays) -> None:
   """The depth is compared here: before a model of any number of blocks that a file may claim is built."""
   for name in _NAMES.values():
     if not isinstance(fields.get(name, 0), int):
@@ -135,34 +134,34 @@ def _check_numbers(path: pathlib.Path, fields: Mapping[str, Any], arrays: Arrays
     raise Misfit(f"{path}: depth is {fields['depth']}, and the weights have {blocks} blocks.")
 
 
-def _by_architecture(path: pathlib.Path, name: Any) -> dict[str, Any]:
+def _by_architecture(path: pathlib.Path, name: object) -> Fields:
   if not isinstance(name, str) or not _KNOWN.fullmatch(name):
     if reason := other_models.kind(name):
       raise errors.UserError(other_models.refusal(f"{path}: architecture {name!r}", reason))
     raise errors.UserError(
       f"{path}: architecture {name!r} is no plain ViT; expected vit_*, deit_*, deit3_* or flexivit_*, without rope."
     )
-  fields: dict[str, Any] = {"gelu": "exact", "layer_norm_eps": 1e-6}
+  fields: Fields = {"gelu": "exact", "layer_norm_eps": 1e-6}
   for part, values in _UNUSUAL.items():
     fields |= values if re.search(part, name) else {}
   return fields
 
 
-def _mapping(where: pathlib.Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _mapping(where: pathlib.Path, config: Json, key: str) -> Json:
   value = config.get(key) or {}
   if not isinstance(value, dict):
     raise errors.UserError(f"{where / CONFIG}: {key} is {value!r}; expected a JSON object.")
   return value
 
 
-def _activation(path: pathlib.Path, args: Mapping[str, Any]) -> dict[str, Any]:
+def _activation(path: pathlib.Path, args: Json) -> Fields:
   name = args.get("act_layer")
   if name is not None and name not in list(ACTIVATIONS):
     raise errors.unknown(f"act_layer in {path}:", name, ACTIVATIONS)
   return {} if name is None else {"gelu": ACTIVATIONS[name]}
 
 
-def _norm(path: pathlib.Path, args: Mapping[str, Any]) -> dict[str, Any]:
+def _norm(path: pathlib.Path, args: Json) -> Fields:
   """A norm_layer given by name comes with timm's own epsilon, whatever the architecture's is."""
   name = args.get("norm_layer")
   if name is not None and str(name).replace("_", "").lower() not in ("layernorm", "layernormfp32"):
@@ -170,9 +169,7 @@ def _norm(path: pathlib.Path, args: Mapping[str, Any]) -> dict[str, Any]:
   return {} if name is None else {"layer_norm_eps": 1e-6}
 
 
-def _pool(
-  path: pathlib.Path, args: Mapping[str, Any], config: Mapping[str, Any], arrays: Mapping[str, Any]
-) -> dict[str, Any]:
+def _pool(path: pathlib.Path, args: Json, config: Json, arrays: Arrays) -> Fields:
   """The pool type, unless arrays tell it, as they do of two heads, or it leaves out tokens that a FlexiViT does not."""
   pool, whole = args.get("global_pool", config.get("global_pool")), args.get("pool_include_prefix")
   prefix = any(name in arrays for name in timm_shapes.TOKENS)
@@ -185,7 +182,7 @@ def _pool(
   return {"pool_type": names[pool]}
 
 
-def _grid(size: Any, arrays: Arrays) -> dict[str, Any]:
+def _grid(size: object, arrays: Arrays) -> Fields:
   """The position grid, if it accounts for all positions: sizes on the Hub are not always those of the weights."""
   kernel, position = arrays.get(timm_shapes.KERNEL), arrays.get("pos_embed")
   hw = [size, size] if isinstance(size, int) else size[-2:] if isinstance(size, list) else []

@@ -4,11 +4,12 @@ A value that is missing is timm's default, as `timm.data.resolve_data_config` ha
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors
 from flexivit_jax.sizes import Size
+from flexivit_jax.trees import Json
 from flexivit_jax.weights import class_labels
 from flexivit_jax.weights.stated import FILTERS, Stated
 
@@ -28,8 +29,8 @@ class Images(NamedTuple):
 
 def read(
   where: str,
-  config: Mapping[str, Any],
-  pretrained: Mapping[str, Any],
+  config: Json,
+  pretrained: Json,
   native: Size,
   channels: int,
 ) -> Images:
@@ -65,9 +66,7 @@ def read(
   return Images(stated, mean, std, notes)
 
 
-def labels(
-  where: str, config: Mapping[str, Any], pretrained: Mapping[str, Any], classes: int
-) -> tuple[dict[str, Any], list[str]]:
+def labels(where: str, config: Json, pretrained: Json, classes: int) -> tuple[Json, list[str]]:
   """Returns what the record says of the classes, and notes of names that cannot be used."""
 
   def said(name: str) -> Any:
@@ -83,7 +82,7 @@ def labels(
 
 
 def _numbers(
-  where: str, pretrained: Mapping[str, Any], name: str, channels: int, notes: list[str]
+  where: str, pretrained: Json, name: str, channels: int, notes: list[str]
 ) -> tuple[float, ...]:
   values = pretrained.get(name)
   if values is None or values == []:
@@ -102,8 +101,8 @@ def _numbers(
 
 def _input_size(
   where: str,
-  config: Mapping[str, Any],
-  pretrained: Mapping[str, Any],
+  config: Json,
+  pretrained: Json,
   native: Size,
   notes: list[str],
 ) -> Size:
@@ -122,7 +121,7 @@ def _input_size(
   return native
 
 
-def _crop_pct(where: str, pretrained: Mapping[str, Any], notes: list[str]) -> float:
+def _crop_pct(where: str, pretrained: Json, notes: list[str]) -> float:
   value = pretrained.get("crop_pct") or _CROP_PCT
   if class_labels.is_number(value) and 0.01 <= value <= 10:
     return float(value)
@@ -134,9 +133,9 @@ def _crop_pct(where: str, pretrained: Mapping[str, Any], notes: list[str]) -> fl
 
 def _known(
   where: str,
-  pretrained: Mapping[str, Any],
+  pretrained: Json,
   name: str,
-  known: Mapping[str, Any] | tuple[str, ...],
+  known: Iterable[str],
   default: str,
   notes: list[str],
 ) -> str:

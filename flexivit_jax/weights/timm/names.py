@@ -6,8 +6,7 @@ timm takes, into one on both tokens; the mean and standard deviation of the inpu
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from flexivit_jax import errors, trees
 from flexivit_jax.models import vit
 from flexivit_jax.trees import Arrays
 from flexivit_jax.weights import big_vision, torch_layout
-from flexivit_jax.weights.big_vision import Converted
+from flexivit_jax.weights.big_vision import Converted, Fields
 from flexivit_jax.weights.timm import shapes as timm_shapes
 
 # timm's names of the parts of a block and of attention pooling.
@@ -45,7 +44,7 @@ def is_timm(arrays: Arrays) -> bool:
   return any(name.startswith(("patch_embed.", "blocks.")) for name in arrays)
 
 
-def convert(arrays: Arrays, fields: Mapping[str, Any]) -> Converted:
+def convert(arrays: Arrays, fields: Fields) -> Converted:
   """Turns a timm state dict into ours; `fields` are those given by the caller.
 
   Of them, `num_heads`, `posemb_size` and `pool_type` say what arrays leave open. A pool type of "gap" is for a class
@@ -94,7 +93,7 @@ def _with_biases(arrays: Arrays) -> tuple[Arrays, list[str]]:
   ]
 
 
-def _refuse_other_poolings(a: Arrays, fields: Mapping[str, Any]) -> None:
+def _refuse_other_poolings(a: Arrays, fields: Fields) -> None:
   """Raises a UserError for the two poolings of timm that no FlexiViT has."""
   if "fc_norm.weight" in a and fields.get("pool_type") != "tok":
     raise errors.UserError(
@@ -110,7 +109,7 @@ def _refuse_other_poolings(a: Arrays, fields: Mapping[str, Any]) -> None:
     )
 
 
-def _infer(a: Arrays, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _infer(a: Arrays, fields: Fields) -> tuple[Fields, list[str]]:
   width, _, *patch_size = a[timm_shapes.KERNEL].shape
   heads, notes = _heads(width, fields)
   pool = _pool(a, fields)
@@ -144,7 +143,7 @@ def _infer(a: Arrays, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
   return found | {"posemb_size": tuple(grid)}, notes
 
 
-def _pool(a: Arrays, fields: Mapping[str, Any]) -> str:
+def _pool(a: Arrays, fields: Fields) -> str:
   if "dist_token" in a:
     return "tok+reg"
   default = "map" if timm_shapes.LATENT in a else "tok" if "cls_token" in a else "gap"
@@ -191,7 +190,7 @@ def _was_flexible(patch: Sequence[int], grid: Sequence[int], bare: bool, found: 
   return shapes and bare and found["pool_type"] == "tok" and found["width"] in (384, 768, 1024)
 
 
-def _heads(width: int, fields: Mapping[str, Any]) -> tuple[int, list[str]]:
+def _heads(width: int, fields: Fields) -> tuple[int, list[str]]:
   """Heads as given, or as in the published models of this width, or of 64 features each."""
   if heads := fields.get("num_heads"):
     if heads < 1 or width % heads:
@@ -206,7 +205,7 @@ def _heads(width: int, fields: Mapping[str, Any]) -> tuple[int, list[str]]:
   return heads, [f"{heads} heads: as usual for width {width}; the arrays do not say."]
 
 
-def _convert(a: Arrays, f: Mapping[str, Any]) -> Arrays:
+def _convert(a: Arrays, f: Fields) -> Arrays:
   flat = {
     "embedding/kernel": torch_layout.patches_from_torch(a[timm_shapes.KERNEL]),
     "embedding/bias": a.get("patch_embed.proj.bias", np.zeros(f["width"], np.float32)),
@@ -226,7 +225,7 @@ def _convert(a: Arrays, f: Mapping[str, Any]) -> Arrays:
   return flat | (_convert_head(a) if f["num_classes"] else {})
 
 
-def _convert_tokens(a: Arrays, f: Mapping[str, Any]) -> Arrays:
+def _convert_tokens(a: Arrays, f: Fields) -> Arrays:
   """Position grid, class token and registers, to which their own positions are added."""
   position, own = a["pos_embed"], "tok" in f["pool_type"]
   n = timm_shapes.with_position(a, f["posemb_size"])

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from flexivit_jax import errors
 from flexivit_jax.trees import Arrays
+from flexivit_jax.weights.big_vision import Fields
 
 KERNEL, FC1, LATENT = "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "attn_pool.latent"
 TOKENS = ("cls_token", "dist_token", "reg_token")  # in the order in which timm puts them
@@ -44,7 +44,7 @@ def with_position(a: Arrays, grid: Sequence[int]) -> int:
   return left if left in (min(1, prefix_length(a)), prefix_length(a)) else 0
 
 
-def expected(a: Arrays, f: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def expected(a: Arrays, f: Fields) -> dict[str, jax.ShapeDtypeStruct]:
   """The arrays, in timm's names, of a ViT with these fields."""
   d, k, grid = f["width"], f["num_classes"], f.get("posemb_size", (0, 0))
   tokens = {name: a[name].shape[1] if name == "reg_token" else 1 for name in TOKENS if name in a}

@@ -7,8 +7,6 @@ is asked for another size. It does so bilinearly, as the paper, for flexivit_*, 
 import json
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -16,7 +14,7 @@ import safetensors.numpy
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.sizes import Size
-from flexivit_jax.trees import Arrays
+from flexivit_jax.trees import Arrays, Json, Params
 from flexivit_jax.weights import (
   baking,
   folders,
@@ -39,8 +37,8 @@ _OTHERS = (
 def save_timm(
   out: str | os.PathLike[str],
   model: FlexiViT,
-  params: dict,
-  record: dict[str, Any],
+  params: Params,
+  record: Json,
   *,
   image_hw: Size,
   seqhw: int | None = None,
@@ -83,7 +81,7 @@ def save_timm(
   _write(out, arrays, described, record)
 
 
-def to_timm(model: FlexiViT, params: dict) -> Arrays:
+def to_timm(model: FlexiViT, params: Params) -> Arrays:
   """The parameters in timm's names and layout; sine-cosine positions are written out for the model's own grid."""
   flat = {n: np.asarray(a) for n, a in trees.flatten(vit.unstack_blocks(params)).items()}
   arrays = {"patch_embed.proj.weight": torch_layout.patches_to_torch(flat["embedding/kernel"])}
@@ -123,7 +121,7 @@ def _hw(model: FlexiViT) -> Size:
   return ph * gh, pw * gw
 
 
-def config(model: FlexiViT, arrays: Arrays, images: stated.Stated | None = None) -> dict[str, Any]:
+def config(model: FlexiViT, arrays: Arrays, images: stated.Stated | None = None) -> Json:
   """The config.json for a model whose kernel and grid are of the size in use; `images`: how they are prepared."""
   hw = list(_hw(model))
   channels = arrays["patch_embed.proj.weight"].shape[1]
@@ -165,7 +163,7 @@ def config(model: FlexiViT, arrays: Arrays, images: stated.Stated | None = None)
   }
 
 
-def _prepared(images: stated.Stated | None) -> dict[str, Any]:
+def _prepared(images: stated.Stated | None) -> Json:
   """What timm resizes and cuts; where nothing is known, what it does for its own FlexiViTs."""
   if images is None:
     return {"interpolation": "bilinear", "crop_pct": 0.95}
@@ -177,7 +175,7 @@ def _prepared(images: stated.Stated | None) -> dict[str, Any]:
   }
 
 
-def _labels(names: tuple[str, ...] | None, record: Mapping[str, Any]) -> dict[str, Any]:
+def _labels(names: tuple[str, ...] | None, record: Json) -> Json:
   """The names of the classes where timm looks for them: beside `pretrained_cfg`, into which it puts them."""
   if names is None:
     return {}
@@ -213,7 +211,7 @@ def _check(model: FlexiViT) -> None:
     )
 
 
-def _record(model: FlexiViT, record: dict[str, Any], image_hw: Size | None) -> dict[str, Any]:
+def _record(model: FlexiViT, record: Json, image_hw: Size | None) -> Json:
   """The record, which is now about the arrays that are written."""
   patch, grid = list(model.patch_size), list(model.posemb_size)
   about = {"native_patch_size": patch, "native_grid": grid, "position": formats.POSITIONS["learn"]}
@@ -223,9 +221,7 @@ def _record(model: FlexiViT, record: dict[str, Any], image_hw: Size | None) -> d
   return record | about | {"model": record["model"] | written}
 
 
-def _write(
-  out: pathlib.Path, arrays: Arrays, config: dict[str, Any], record: dict[str, Any]
-) -> None:
+def _write(out: pathlib.Path, arrays: Arrays, config: Json, record: Json) -> None:
   with folders.new(out) as part:
     safetensors.numpy.save_file(arrays, part / WEIGHTS, metadata={"format": "pt"})
     for name, content in ((timm_folder.CONFIG, config), (folders.RECORD, record)):

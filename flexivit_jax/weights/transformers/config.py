@@ -1,14 +1,14 @@
 """What the config.json of Hugging Face's `transformers` says: of what FlexiViT the arrays are, and their names."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flexivit_jax import errors
 from flexivit_jax.sizes import Size
+from flexivit_jax.trees import Json
 from flexivit_jax.weights import class_labels, other_models
+from flexivit_jax.weights.big_vision import Fields
 from flexivit_jax.weights.transformers.families import FAMILIES, PROJECTION, Family, Head
-
-Config = Mapping[str, Any]
 
 GELU = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "quick_gelu": "quick"}
 
@@ -21,14 +21,14 @@ class Spec(NamedTuple):
 
   family: Family
   head: Head
-  fields: dict[str, Any]
+  fields: Fields
   channels: int
   qkv_bias: bool
   pooler: int
   image_size: Size
 
 
-def spec(config: Config) -> Spec:
+def spec(config: Json) -> Spec:
   """Returns what config.json says; nothing is compared with the arrays yet.
 
   Raises:
@@ -51,7 +51,7 @@ def spec(config: Config) -> Spec:
   )
 
 
-def class_names(config: Config, classes: int) -> tuple[list[str] | None, list[str]]:
+def class_names(config: Json, classes: int) -> tuple[list[str] | None, list[str]]:
   """Returns the names of the classes in order, and notes of names that cannot be used.
 
   None where config.json has none but LABEL_0, LABEL_1, ..., which transformers makes itself.
@@ -61,7 +61,7 @@ def class_names(config: Config, classes: int) -> tuple[list[str] | None, list[st
   return (None if own else names), notes
 
 
-def _family(config: Config) -> Family:
+def _family(config: Json) -> Family:
   name = config.get("model_type")
   if name is None:
     raise errors.UserError(
@@ -78,7 +78,7 @@ def _family(config: Config) -> Family:
   return FAMILIES[_known("model_type", name, FAMILIES)]
 
 
-def _head(config: Config, family: Family) -> Head:
+def _head(config: Json, family: Family) -> Head:
   given = config.get("architectures")
   if not isinstance(given, list) or len(given) != 1:
     known = ", ".join(family.classes)
@@ -88,7 +88,7 @@ def _head(config: Config, family: Family) -> Head:
   return family.classes[_known("architecture", given[0], family.classes)]
 
 
-def _tower(config: Config, family: Family) -> dict[str, Any]:
+def _tower(config: Json, family: Family) -> Json:
   """The settings of the image tower, all of them; a model with two towers has them one level down."""
   given = config
   if family.nested:
@@ -101,7 +101,7 @@ def _tower(config: Config, family: Family) -> dict[str, Any]:
   return {name: given.get(name, default) for name, default in family.defaults.items()}
 
 
-def _check(tower: Config, head: Head) -> None:
+def _check(tower: Json, head: Head) -> None:
   if tower.get("use_swiglu_ffn"):
     raise errors.UserError(
       "use_swiglu_ffn=true in config.json (DINOv2 giant) is not supported: the MLP of a FlexiViT"
@@ -114,7 +114,7 @@ def _check(tower: Config, head: Head) -> None:
     )
 
 
-def _fields(tower: Config, family: Family) -> dict[str, Any]:
+def _fields(tower: Json, family: Family) -> Json:
   """The fields of the FlexiViT, but for its head."""
   width, heads = _whole(tower, "hidden_size"), _whole(tower, "num_attention_heads")
   if width % heads:
@@ -147,7 +147,7 @@ def _grid(image_size: Size, patch_size: Size) -> Size:
   return grid
 
 
-def _outputs(config: Config, tower: Config, head: Head) -> int:
+def _outputs(config: Json, tower: Json, head: Head) -> int:
   if not head.dense:
     return 0
   if head.dense == PROJECTION:
@@ -163,40 +163,40 @@ def _outputs(config: Config, tower: Config, head: Head) -> int:
   return len(config["id2label"])
 
 
-def _mlp_dim(tower: Config, width: int) -> int:
+def _mlp_dim(tower: Json, width: int) -> int:
   if "mlp_ratio" in tower:
     return int(width * _positive(tower, "mlp_ratio"))
   return _whole(tower, "intermediate_size")
 
 
-def _registers(tower: Config, family: Family) -> int:
+def _registers(tower: Json, family: Family) -> int:
   """Registers, or DeiT's distillation token, which is one once its position is folded in."""
   if "num_register_tokens" in tower:
     return _whole(tower, "num_register_tokens")
   return max(0, len(family.layout.tokens) - 1)
 
 
-def _known(kind: str, name: object, known: Mapping[str, Any]) -> str:
+def _known(kind: str, name: object, known: Mapping[str, object]) -> str:
   if not isinstance(name, str) or name not in known:
     raise errors.unknown(f"{kind} in config.json:", name, known)
   return name
 
 
-def _whole(config: Config, name: str) -> int:
+def _whole(config: Json, name: str) -> int:
   value = config[name]
   if type(value) is not int or value < 1:
     raise errors.UserError(f"config.json has {name}={value!r}; expected a whole number from 1.")
   return value
 
 
-def _positive(config: Config, name: str) -> float:
+def _positive(config: Json, name: str) -> float:
   value = config[name]
   if type(value) not in (int, float) or not value > 0:
     raise errors.UserError(f"config.json has {name}={value!r}; expected a number > 0.")
   return float(value)
 
 
-def _pair(config: Config, name: str) -> Size:
+def _pair(config: Json, name: str) -> Size:
   value = config[name]
   sides = value if isinstance(value, list) else [value, value]
   if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):

@@ -4,7 +4,9 @@ The names are those that `save_pretrained` writes, in version 4 and 5 alike; onl
 have a prefix in one and none in the other.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from flexivit_jax.trees import Json
 
 
 class Layout(NamedTuple):
@@ -36,7 +38,7 @@ class Family(NamedTuple):
 
   layout: Layout
   base: str
-  defaults: dict[str, Any]
+  defaults: Json
   classes: dict[str, Head]
   others: tuple[str, ...] = ()
 

@@ -5,10 +5,9 @@ Read with json and safetensors alone. Nothing is unpickled, and no name in a fil
 
 import pathlib
 import re
-from typing import Any
 
 from flexivit_jax import errors
-from flexivit_jax.trees import Arrays
+from flexivit_jax.trees import Arrays, Json
 from flexivit_jax.weights import npz
 from flexivit_jax.weights.timm import folder as timm_folder
 
@@ -32,7 +31,7 @@ def is_shard(path: pathlib.Path) -> bool:
   return index.is_file() and path.name in _weight_map(index).values()
 
 
-def read_config(path: pathlib.Path) -> dict[str, Any]:
+def read_config(path: pathlib.Path) -> Json:
   """What config.json says; a UserError if it cannot be read."""
   return timm_folder.read_json(path / CONFIG)
 

@@ -5,11 +5,11 @@ What they leave out is the default of the processor's class.
 """
 
 import pathlib
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flexivit_jax import errors
 from flexivit_jax.sizes import Size
+from flexivit_jax.trees import Json
 from flexivit_jax.weights import class_labels
 from flexivit_jax.weights.stated import FILTERS, Stated
 from flexivit_jax.weights.timm import folder as timm_folder
@@ -22,7 +22,7 @@ CLIP = {
 }
 _SHORTER = {"size": {"shortest_edge": 224}, "do_center_crop": True, "resample": 3}
 # Defaults of the classes that the supported families use.
-_DEFAULTS: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, Json] = {
   "ViT": {"size": 224, "resample": 2} | _HALF,
   "DeiT": {"size": 256, "resample": 3, "do_center_crop": True} | _HALF,
   "CLIP": _SHORTER | CLIP,
@@ -64,7 +64,7 @@ class Processor(NamedTuple):
   """The settings of an image processor, with the defaults of its class, and the file that they lie in."""
 
   path: pathlib.Path
-  settings: dict[str, Any]
+  settings: Json
   kind: str
 
   @property
@@ -128,7 +128,7 @@ def find(folder: pathlib.Path, family: str) -> Processor | None:
   return Processor(path, _DEFAULTS.get(kind, {}) | given, kind)
 
 
-def _kind(settings: Mapping[str, Any]) -> str:
+def _kind(settings: Json) -> str:
   """The class without what all have in their names: "ViTFeatureExtractor", "ViTImageProcessorFast" are "ViT"."""
   name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
   return str(name).partition("ImageProcessor")[0].partition("FeatureExtractor")[0]
@@ -219,7 +219,7 @@ def _crop(processor: Processor, notes: list[str]) -> Size | None:
   return pair
 
 
-def _pair(size: Any) -> Size | None:
+def _pair(size: object) -> Size | None:
   """Pixels (h, w) of one number, two, or a height and a width; None for what is none of these."""
   if isinstance(size, dict):
     size = [size.get("height"), size.get("width")] if size.keys() == {"height", "width"} else None

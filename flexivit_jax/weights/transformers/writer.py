@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from safetensors import numpy as safetensors
@@ -12,7 +11,7 @@ from safetensors import numpy as safetensors
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.sizes import Size
-from flexivit_jax.trees import Arrays
+from flexivit_jax.trees import Arrays, Json, Params
 from flexivit_jax.weights import folders, stated, torch_layout
 from flexivit_jax.weights.baking import bake
 from flexivit_jax.weights.transformers import (
@@ -29,8 +28,8 @@ _BILINEAR = 2  # Pillow's number
 def save_transformers(
   out: str | os.PathLike[str],
   model: FlexiViT,
-  params: dict,
-  record: dict[str, Any],
+  params: Params,
+  record: Json,
   *,
   image_hw: Size,
   seqhw: int | None = None,
@@ -113,9 +112,7 @@ def _arrays(model: FlexiViT, flat: Arrays) -> Arrays:
   return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def _config(
-  model: FlexiViT, channels: int, hw: Size, names: Sequence[str] | None
-) -> dict[str, Any]:
+def _config(model: FlexiViT, channels: int, hw: Size, names: Sequence[str] | None) -> Json:
   config = {
     "model_type": "vit",
     "architectures": ["ViTForImageClassification" if model.num_classes else "ViTModel"],
@@ -148,7 +145,7 @@ def _one_or_two(size: Size) -> int | list[int]:
   return size[0] if size[0] == size[1] else list(size)
 
 
-def _preprocessor(hw: Size, channels: int) -> dict[str, Any]:
+def _preprocessor(hw: Size, channels: int) -> Json:
   return {
     "image_processor_type": "ViTImageProcessor",
     "do_resize": True,
@@ -162,7 +159,7 @@ def _preprocessor(hw: Size, channels: int) -> dict[str, Any]:
   }
 
 
-def _resize(images: stated.Stated | None) -> dict[str, Any]:
+def _resize(images: stated.Stated | None) -> Json:
   """What is to be resized and cut, by the class of transformers that can do it; nothing where nothing is known."""
   if images is None:
     return {}
@@ -183,7 +180,7 @@ def _resize(images: stated.Stated | None) -> dict[str, Any]:
   return known | crop | {"image_processor_type": kind, "size": size}
 
 
-def _record(record: dict[str, Any], model: FlexiViT, hw: Size) -> dict[str, Any]:
+def _record(record: Json, model: FlexiViT, hw: Size) -> Json:
   """The source's record, and what was made of it."""
   return record | {
     "format": "transformers folder, vit, written by flexivit",
@@ -193,7 +190,7 @@ def _record(record: dict[str, Any], model: FlexiViT, hw: Size) -> dict[str, Any]
   }
 
 
-def _json(content: dict[str, Any]) -> bytes:
+def _json(content: Json) -> bytes:
   return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
