@@ -53,8 +53,8 @@ def start(
   Raises:
     UserError: some of the three but not all; a process that did not come.
   """
-  given = dict(zip(FLAGS, (coordinator_address, num_processes, process_id), strict=True))
-  explicit = [name for name, value in given.items() if value is not None]
+  flags = dict(zip(FLAGS, (coordinator_address, num_processes, process_id), strict=True))
+  explicit = [name for name, value in flags.items() if value is not None]
   if explicit and len(explicit) < len(FLAGS):
     missing = ", ".join(f"--{name}" for name in FLAGS if name not in explicit)
     raise errors.UserError(f"Got --{explicit[0]} without {missing}; give all three, or none.")
@@ -166,8 +166,8 @@ def on_first(call: Callable[[], int | None], what: str) -> int | None:
   answer = 0
   if jax.process_index() == 0:
     try:
-      found = call()
-      answer = -1 if found is None else found
+      value = call()
+      answer = -1 if value is None else value
     except errors.UserError as e:
       failed, answer = e, -2
   answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
@@ -190,11 +190,11 @@ def agree(step: int, facts: Mapping[str, Any]) -> None:
   """
   if not is_on():
     return
-  own = np.array(
+  hashes = np.array(
     [xxhash.xxh32_intdigest(repr(value).encode()) for value in facts.values()], np.uint32
   )
-  found = np.asarray(multihost_utils.process_allgather(own))
-  for name, column in zip(facts, found.T, strict=True):
+  gathered_hashes = np.asarray(multihost_utils.process_allgather(hashes))
+  for name, column in zip(facts, gathered_hashes.T, strict=True):
     others = np.flatnonzero(column != column[0])
     if others.size:
       named = ", ".join(map(str, others[:8]))
@@ -204,16 +204,16 @@ def agree(step: int, facts: Mapping[str, Any]) -> None:
       )
 
 
-def texts(own: str) -> list[str]:
+def texts(text: str) -> list[str]:
   """What each process says, in their order; all have to ask."""
   if not is_on():
-    return [own]
-  said = np.frombuffer(own.encode(), np.uint8)
-  lengths = np.asarray(multihost_utils.process_allgather(np.int32(said.size))).reshape(-1)
+    return [text]
+  data = np.frombuffer(text.encode(), np.uint8)
+  lengths = np.asarray(multihost_utils.process_allgather(np.int32(data.size))).reshape(-1)
   padded = np.zeros(max(1, lengths.max()), np.uint8)
-  padded[: said.size] = said
-  found = np.asarray(multihost_utils.process_allgather(padded))
-  return [row[:n].tobytes().decode() for row, n in zip(found, lengths, strict=True)]
+  padded[: data.size] = data
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
 
 
 def smallest(value: float) -> float:

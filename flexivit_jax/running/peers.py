@@ -52,10 +52,10 @@ def sees(folder: pathlib.Path, number: int) -> bool:
     time.sleep(0.2)
 
 
-def leave_word(folder: pathlib.Path, index: int, said: str) -> None:
+def leave_word(folder: pathlib.Path, index: int, reason: str) -> None:
   """Writes why a process ends, for the others to say."""
   with contextlib.suppress(OSError):
-    (folder / f"{index}.ended").write_text(said)
+    (folder / f"{index}.ended").write_text(reason)
 
 
 class Peers:
@@ -144,8 +144,8 @@ class Peers:
   def _ended(self) -> str:
     """What the first that left word has said; the others may have ended because it did."""
     words = [(f.stat().st_mtime, int(f.stem), f.read_text()) for f in self._folder.glob("*.ended")]
-    own = [word for word in sorted(words) if word[1] != self._index]
-    return f"process {own[0][1]} has ended: {own[0][2]:.500}" if own else ""
+    others = [word for word in sorted(words) if word[1] != self._index]
+    return f"process {others[0][1]} has ended: {others[0][2]:.500}" if others else ""
 
   def _missing(self) -> dict[int, str]:
     unseen = (i for i in range(self._count) if i not in self._seen)

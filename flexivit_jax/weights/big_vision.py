@@ -44,8 +44,8 @@ def convert(arrays: Arrays, fields: Fields) -> Converted:
     UserError: an array that tells the architecture is missing.
   """
   flat = plain(arrays)
-  told = infer_fields(trees.unflatten(flat), fields)
-  return Converted(flat, told, _assumed(told, fields))
+  inferred = infer_fields(trees.unflatten(flat), fields)
+  return Converted(flat, inferred, _assumed(inferred, fields))
 
 
 def plain(arrays: Arrays) -> Arrays:
@@ -63,19 +63,19 @@ def convert_original(arrays: Arrays, fields: Fields) -> Converted:
   """As `convert`, for the names of an original ViT."""
   arrays, notes = without_pre_logits(arrays)
   flat = from_original(arrays, fields.get("posemb_size"))
-  told = infer_fields(trees.unflatten(flat), fields)
-  notes += _assumed(told, fields)
+  inferred = infer_fields(trees.unflatten(flat), fields)
+  notes += _assumed(inferred, fields)
   is_bare = "cls" in arrays and arrays[ORIGINAL_POSITION].shape == flat["pos_embedding"].shape
   if is_bare and "posemb_size" not in fields:
-    notes += assumed_bare(told["posemb_size"])
-  return Converted(flat, told, notes)
+    notes += assumed_bare(inferred["posemb_size"])
+  return Converted(flat, inferred, notes)
 
 
-def _assumed(told: Fields, fields: Fields) -> list[str]:
+def _assumed(inferred: Fields, fields: Fields) -> list[str]:
   """A note where the position grid is assumed to be square."""
-  if "posemb_size" not in told or "posemb_size" in fields:
+  if "posemb_size" not in inferred or "posemb_size" in fields:
     return []
-  return assumed_square(told["posemb_size"])
+  return assumed_square(inferred["posemb_size"])
 
 
 def from_original(arrays: Arrays, posemb_size: tuple[int, int] | None = None) -> Arrays:

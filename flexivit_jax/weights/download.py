@@ -18,7 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from typing import IO, TextIO
+from typing import Any
 
 from flexivit_jax import errors, files, heartbeat
 
@@ -27,6 +27,8 @@ _TIMEOUT = 30.0  # seconds without a byte
 _RETRIES = 3
 _BUSY = (408, 429, 500, 502, 503, 504)
 _PAGES = ("text/html", "application/xhtml+xml", "text/xml", "application/xml")
+
+Stream = Any  # of text, as sys.stderr: anything that print writes to and that has isatty
 
 
 class _BrokenError(Exception):
@@ -38,7 +40,7 @@ def fetch(
   *,
   folder: pathlib.Path | None = None,
   sha256: str | None = None,
-  progress: TextIO | None = None,
+  progress: Stream | None = None,
   pause: float = 1.0,
 ) -> pathlib.Path:
   """Returns the file that stands at `url`; one that was fetched before is checked and asks for nothing.
@@ -110,11 +112,11 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
 
 def _checked(path: pathlib.Path, url: str, sha256: str | None) -> pathlib.Path:
   beside = _hash_file(path)
-  said = sha256 or (beside.read_text().partition(" ")[0] if beside.exists() else "not known")
+  expected = sha256 or (beside.read_text().partition(" ")[0] if beside.exists() else "not known")
   got = files.sha256(path)
-  if got != said:
+  if got != expected:
     raise errors.UserError(
-      f"{path} is not what was fetched from {url}: its sha256 is {got}, expected {said}. Delete it"
+      f"{path} is not what was fetched from {url}: its sha256 is {got}, expected {expected}. Delete it"
       " to have it fetched again."
     )
   return path
@@ -125,7 +127,7 @@ def _hash_file(path: pathlib.Path) -> pathlib.Path:
 
 
 def _download(
-  url: str, path: pathlib.Path, sha256: str | None, stream: TextIO, pause: float
+  url: str, path: pathlib.Path, sha256: str | None, stream: Stream, pause: float
 ) -> pathlib.Path:
   part = path.with_name(f"{path.name}.part")
   got = _retried(url, part, stream, pause)
@@ -141,7 +143,7 @@ def _download(
   return path
 
 
-def _retried(url: str, part: pathlib.Path, stream: TextIO, pause: float) -> str:
+def _retried(url: str, part: pathlib.Path, stream: Stream, pause: float) -> str:
   for retry in range(_RETRIES + 1):
     try:
       return _attempt(url, part, stream)
@@ -154,7 +156,7 @@ def _retried(url: str, part: pathlib.Path, stream: TextIO, pause: float) -> str:
   ) from cause
 
 
-def _attempt(url: str, part: pathlib.Path, stream: TextIO) -> str:
+def _attempt(url: str, part: pathlib.Path, stream: Stream) -> str:
   """Asks once for what is missing, and appends it to `part`; returns the sha256 of the whole."""
   size, version = _kept(part)
   with _open(url, part, size, version) as response:
@@ -199,14 +201,14 @@ def _open(url: str, part: pathlib.Path, size: int, version: str) -> http.client.
     return opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
   except urllib.error.HTTPError as e:
     with e:
-      said = f"the server answers {e.code} {e.reason}"
+      answer = f"the server answers {e.code} {e.reason}"
     if e.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
       _drop(part)  # it is longer than the file, which is another one then
     elif e.code not in _BUSY:
       raise errors.UserError(
-        f"{url}: {said}, expected the file; is the address right, and open to all?"
+        f"{url}: {answer}, expected the file; is the address right, and open to all?"
       ) from e
-    raise _BrokenError(said) from e
+    raise _BrokenError(answer) from e
   except urllib.error.URLError as e:
     if not size:  # never reached: more attempts would only make the user wait
       raise errors.UserError(f"{url} cannot be reached: {e.reason}. Is there a network?") from e
@@ -221,7 +223,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
   def redirect_request(
     self,
     req: urllib.request.Request,
-    fp: IO[bytes],
+    fp: Any,
     code: int,
     msg: str,
     headers: http.client.HTTPMessage,
@@ -237,8 +239,8 @@ def _extent(response: http.client.HTTPResponse) -> tuple[int, int | None]:
   """(first byte, length of the whole file) of a response: -1 or None where it does not say."""
   if response.status != http.HTTPStatus.PARTIAL_CONTENT:
     return 0, response.length
-  said = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-  return (int(said[1]), int(said[2])) if said else (-1, None)
+  extent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+  return (int(extent[1]), int(extent[2])) if extent else (-1, None)
 
 
 def _version(response: http.client.HTTPResponse) -> str:
@@ -298,7 +300,7 @@ def _connection_errors() -> Iterator[None]:
 class _Progress:
   """Shows how far a download is: a line that moves on a terminal, else one at the start and one at the end."""
 
-  def __init__(self, stream: TextIO, url: str, start: int, total: int | None):
+  def __init__(self, stream: Stream, url: str, start: int, total: int | None):
     self._stream, self._name = stream, url.rpartition("/")[2]
     self._start, self._done, self._total = start, start, total
     self._moves = stream.isatty()

@@ -89,9 +89,9 @@ def read_export(folder: pathlib.Path, format_: str) -> Json:
     raise errors.UserError(f"{folder} is no export of ours: it has no {EXPORT_RECORD}.")
   try:
     record = json.loads((folder / EXPORT_RECORD).read_bytes())
-    found, sizes = record["format"], [int(size) for size in record["sizes"]]
+    got, sizes = record["format"], [int(size) for size in record["sizes"]]
   except (OSError, LookupError, TypeError, ValueError) as e:
     raise errors.UserError(f"{folder / EXPORT_RECORD} cannot be read: {e!r}") from e
-  if found != format_:
-    raise errors.UserError(f"{folder}: its format is {found!r}; expected {format_!r}.")
+  if got != format_:
+    raise errors.UserError(f"{folder}: its format is {got!r}; expected {format_!r}.")
   return record | {"sizes": sizes}

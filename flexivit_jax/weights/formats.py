@@ -284,28 +284,28 @@ def _timm_file(
   """
   folder = path.parent
   where = f"{folder.resolve().name}/{timm_folder.CONFIG}"
-  told = timm_folder.told(folder, config, content.arrays)
-  weights = _of_arrays(path, content, {**told, **fields})
-  timm_folder.check_fit(folder, told, weights.fields)
+  stated_fields = timm_folder.told(folder, config, content.arrays)
+  weights = _of_arrays(path, content, {**stated_fields, **fields})
+  timm_folder.check_fit(folder, stated_fields, weights.fields)
   record, channels = weights.record, _channels(weights)
   if whole:
     format_ = f"folder with {record['format']}"
     record |= {"format": format_, "source": {"file": folder.name, "format": format_}}
   if ours:
-    own = timm_folder.read_json(folder / folders.RECORD)
-    record = record | {"notes": []} | own | {"format": record["format"]}
+    own_record = timm_folder.read_json(folder / folders.RECORD)
+    record = record | {"notes": []} | own_record | {"format": record["format"]}
     half = [0.5] * channels
     record["input"] = input_record(half, half, where)  # as it was written
     return Weights(
       weights.params,
-      _fields_of_record(folder, own) | told,
+      _fields_of_record(folder, own_record) | stated_fields,
       record,
-      takes_normalisation=_has_input(own),
+      takes_normalisation=_has_input(own_record),
     )
   pretrained = timm_folder.pretrained_cfg(folder, config)
   h, w = record["image_size"]
   images = timm_images.read(where, config, pretrained, (h, w), channels)
-  all_fields = weights.fields | told
+  all_fields = weights.fields | stated_fields
   classes = FlexiViT(**all_fields).num_classes
   labels, label_notes = timm_images.labels(where, config, pretrained, classes)
   record |= stated.keep(images.stated) | labels

@@ -11,7 +11,6 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import IO
 
 import ml_dtypes
 import numpy as np
@@ -148,10 +147,9 @@ def _check_headers(path: pathlib.Path, max_expansion: float, always_allowed: int
     if twice := [name for name, n in times.items() if n > 1]:
       raise ValueError(f"{', '.join(twice)} stands there twice")
     for member in members:
-      with archive.open(member) as file:
-        said = _said_bytes(file)
-      if said != member.file_size:
-        raise ValueError(f"{member.filename} says {said} bytes and has {member.file_size}")
+      size = _promised_bytes(archive, member)
+      if size != member.file_size:
+        raise ValueError(f"{member.filename} says {size} bytes and has {member.file_size}")
   total, packed = sum(m.file_size for m in members), path.stat().st_size
   if total > max(max_expansion * packed, always_allowed):
     raise ValueError(
@@ -159,16 +157,17 @@ def _check_headers(path: pathlib.Path, max_expansion: float, always_allowed: int
     )
 
 
-def _said_bytes(file: IO[bytes]) -> int:
-  """Length of a .npy file by its own header; reads no more than that."""
-  version = np.lib.format.read_magic(file)
-  readers = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-  }
-  if version not in readers:
-    raise ValueError(f"version {version} of the .npy format holds no plain numbers")
-  shape, _, dtype = readers[version](file)
-  if dtype.hasobject:
-    raise ValueError("Object arrays would have to be unpickled; save plain numbers")
-  return file.tell() + math.prod(shape) * dtype.itemsize
+def _promised_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+  """Returns the length of a .npy file by its own header; reads no more than that."""
+  with archive.open(member) as file:
+    version = np.lib.format.read_magic(file)
+    readers = {
+      (1, 0): np.lib.format.read_array_header_1_0,
+      (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+      raise ValueError(f"version {version} of the .npy format holds no plain numbers")
+    shape, _, dtype = readers[version](file)
+    if dtype.hasobject:
+      raise ValueError("Object arrays would have to be unpickled; save plain numbers")
+    return file.tell() + math.prod(shape) * dtype.itemsize

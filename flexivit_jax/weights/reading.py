@@ -50,8 +50,8 @@ def load(
     UserError: if the file is not one of these, cannot be fetched, or its arrays are not those of the model, all
       differences listed.
   """
-  given: Json = dict(mean=mean, std=std, flexify=flexify, ema=ema)
-  model, params, _ = load_with_record(path, **given, **fields)
+  options: Json = dict(mean=mean, std=std, flexify=flexify, ema=ema)
+  model, params, _ = load_with_record(path, **options, **fields)
   return model, params
 
 
@@ -102,14 +102,14 @@ def load_into(
   *,
   new_head: bool = False,
   accept: Callable[[FlexiViT, Json], None] = lambda model, record: None,
-  **given: Any,
+  **options: Any,
 ) -> dict:
   """Parameters of a file for a model of the same architecture, whose kernel and grid may be of another size.
 
   A kernel is then PI-resized and a grid zoomed with its corners in place, as with `flexify` in `load`.
 
   Args:
-    path, given: as in `load`.
+    path, options: as in `load`.
     model: says which size the buffers are to have, and whether blocks are stacked.
     new_head: leave the file's head away, if it has one, and return all but the head.
     accept: is given the file's own model, if it is of this architecture, and its record; may raise a UserError.
@@ -118,19 +118,19 @@ def load_into(
     OtherModel: the file's model is of another shape, or computes something else, e.g. another GELU.
     UserError: see `load`.
   """
-  found, params, record = load_with_record(path, scan=model.scan, **given)
-  _check_same(path, found, model, _SAME)
-  accept(found, record)
-  if model.num_classes and not found.num_classes and not new_head:
+  source, params, record = load_with_record(path, scan=model.scan, **options)
+  _check_same(path, source, model, _SAME)
+  accept(source, record)
+  if model.num_classes and not source.num_classes and not new_head:
     raise errors.UserError(
       f"{path} has no head, and the model has {model.num_classes} classes; give new_head=True (in a config"
       " init.new_head=True), by which the model's own head is a new one."
     )
   if not new_head:
-    _check_same(path, found, model, ("num_classes",))
+    _check_same(path, source, model, ("num_classes",))
   sizes = model.patch_size, model.posemb_size
-  if (found.patch_size, found.posemb_size) != sizes and model.posemb == "learn":
-    found, params = load(path, scan=model.scan, flexify=sizes, **given)
+  if (source.patch_size, source.posemb_size) != sizes and model.posemb == "learn":
+    source, params = load(path, scan=model.scan, flexify=sizes, **options)
   if new_head:
     params, model = {k: v for k, v in params.items() if k != "head"}, model.clone(num_classes=0)
   check(model, params, str(path))
@@ -173,13 +173,13 @@ def native_side(path: str | os.PathLike[str]) -> int:
 
 
 def _check_same(
-  path: str | os.PathLike[str], found: FlexiViT, model: FlexiViT, names: Sequence[str]
+  path: str | os.PathLike[str], source: FlexiViT, model: FlexiViT, names: Sequence[str]
 ) -> None:
   """Raises an OtherModel that lists the fields in which a file's model differs from the one that is to be filled."""
   lines = [
-    f"{name}: {getattr(found, name)!r} in the file, {getattr(model, name)!r} in the model"
+    f"{name}: {getattr(source, name)!r} in the file, {getattr(model, name)!r} in the model"
     for name in names
-    if getattr(found, name) != getattr(model, name)
+    if getattr(source, name) != getattr(model, name)
   ]
   if lines:
     raise OtherModel(f"{path} is of another model:\n  " + "\n  ".join(lines))
@@ -243,8 +243,8 @@ def _say_input(
   """Puts the mean and std of the input into the record, and a note where they are only assumed."""
   record = weights.record
   if mean is not None and std is not None:
-    said = formats.input_record(mean, std, "given")
-    return weights._replace(record=record | {"input": said})
+    input_ = formats.input_record(mean, std, "given")
+    return weights._replace(record=record | {"input": input_})
   if not weights.takes_normalisation or "input" in record or "folded_input" in record:
     return weights
   half = [0.5] * weights.params["embedding"]["kernel"].shape[2]
@@ -253,8 +253,8 @@ def _say_input(
     f"Nothing beside {file} says the input's mean and std: 0.5 and 0.5 are assumed. If it was trained with others, read"
     f" {file} with --mean and --std (in Python mean=, std=; to train from it --config.init.mean=, --config.init.std=)."
   )
-  said = formats.input_record(half, half, "assumed")
-  return weights._replace(record=record | {"input": said, "notes": [*record["notes"], note]})
+  input_ = formats.input_record(half, half, "assumed")
+  return weights._replace(record=record | {"input": input_, "notes": [*record["notes"], note]})
 
 
 def _flexify(weights: Weights, patch_size: Size, posemb_size: Size) -> Weights:

@@ -66,13 +66,13 @@ class Stated(NamedTuple):
   def words(self) -> str:
     """A line for people: what is done, and which file says it."""
     crop = "" if self.resize == "squash" and self.to == self.hw else f", centre {_by(self.hw)}"
-    kept = {
+    how = {
       "squash": f"squashed to {_by(self.to)}",
       "shorter": f"shorter side to {self.to[0]}",
       "cover": f"resized to cover {_by(self.to)}",
       "contain": f"resized into {_by(self.to)}",
     }[self.resize]
-    return f"{kept} pixels, {_NEXT[self.method]}{crop} ({self.source})"
+    return f"{how} pixels, {_NEXT[self.method]}{crop} ({self.source})"
 
   def one_crop_pct(self) -> float:
     """The one number of which timm makes `to` again, by `floor(hw / crop_pct)`."""
@@ -113,21 +113,23 @@ def of_pp(pp: str, source: str) -> Stated | None:
   """Takes a preprocessing string apart; None where it does more than to resize and to cut the centre."""
   from flexivit_jax import data  # imports OpenCV, which `import flexivit_jax` does without
 
-  known = data.OPS
-  others = [known[name] for name in ("decode", "value_range", "onehot", "multihot", "keep")]
+  ops_by_name = data.OPS
+  others = [ops_by_name[name] for name in ("decode", "value_range", "onehot", "multihot", "keep")]
   try:
     ops = [op for op in data.parse(pp).ops if op.function not in others]
   except errors.UserError:
     return None  # of another version
   if any((op.inkey, op.outkey) != ("image", "image") for op in ops):
     return None
-  names = [next(name for name, function in known.items() if function is op.function) for op in ops]
-  given = [_arguments(op) for op in ops]
+  names = [
+    next(name for name, function in ops_by_name.items() if function is op.function) for op in ops
+  ]
+  arguments = [_arguments(op) for op in ops]
   if names == ["resize"]:
-    given.append((given[0][0], {}))  # nothing is cut
+    arguments.append((arguments[0][0], {}))  # nothing is cut
   elif names not in (["resize", "central_crop"], ["resize_small", "central_crop"]):
     return None
-  (size, more), (hw, cut) = given
+  (size, more), (hw, cut) = arguments
   resize = "squash" if names[0] == "resize" else "shorter"
   default = "linear" if resize == "squash" else "area"
   hw, to = _pair(hw), _pair(size)
@@ -146,8 +148,8 @@ def of_pp(pp: str, source: str) -> Stated | None:
 def _arguments(op: Any) -> tuple[Any, Json]:
   """The size of an operation, and its other arguments by name; an image under another key has a size of its own."""
   names = ("size", "method") if "resize" in op.function.__name__ else ("size", "half", "fill")
-  given = dict(zip(names, op.args, strict=False)) | op.kwargs
-  return given.pop("size", None), given
+  arguments = dict(zip(names, op.args, strict=False)) | op.kwargs
+  return arguments.pop("size", None), arguments
 
 
 def preparation(record: Json, image_size: int | Size | None = None) -> str:

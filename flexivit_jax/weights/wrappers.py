@@ -93,16 +93,16 @@ def unwrap(arrays: Named, *, ema: bool = False) -> Unwrapped:
   if not prefixes and not ema:
     return strip_common(arrays)
   prefix, notes = _choose(arrays, prefixes, ema)
-  own = _own(arrays, prefix, prefixes)
-  outside = [name for name in arrays if name not in own]
-  bare = {name.removeprefix(prefix): array for name, array in arrays.items() if name in own}
+  inside = _own(arrays, prefix, prefixes)
+  outside = [name for name in arrays if name not in inside]
+  bare = {name.removeprefix(prefix): array for name, array in arrays.items() if name in inside}
   if prefix not in ("", "params/"):
     notes = [f"{prefix!r} is taken off the names of the arrays.", *notes]
   if outside:
     notes.append(f"Left out: {groups(outside, prefix)}.")
   bare, inner = _without_inner(bare)
-  kept, more = _without_training_only(bare)
-  flat, renumbered = _renumbered(kept)
+  network, more = _without_training_only(bare)
+  flat, renumbered = _renumbered(network)
   return Unwrapped(flat, notes + inner + more + renumbered)
 
 
@@ -147,7 +147,7 @@ def _first_beside(name: str, prefix: str) -> str:
 
 def _prefixes(arrays: Named) -> list[str]:
   """What stands before each Vision Transformer's names, e.g. "state_dict.module."."""
-  found = {}
+  prefixes = {}
   for full in arrays:
     name = _ANCHOR_INSIDE.sub(ANCHORS[0], full)
     for anchor in ANCHORS:
@@ -156,8 +156,8 @@ def _prefixes(arrays: Named) -> list[str]:
         continue
       if anchor in _OPEN_CLIP and any(f"{prefix}{other}" not in arrays for other in _OPEN_CLIP):
         continue
-      found[_BASE.sub("", prefix) if anchor.startswith("embeddings.") else prefix] = True
-  return list(found)
+      prefixes[_BASE.sub("", prefix) if anchor.startswith("embeddings.") else prefix] = True
+  return list(prefixes)
 
 
 def _without_inner(arrays: Named) -> Unwrapped:
@@ -213,11 +213,11 @@ def _own(arrays: Named, prefix: str, prefixes: Sequence[str]) -> set[str]:
   return {name for name in arrays if name.startswith(prefix) and not name.startswith(inside)}
 
 
-def _size(arrays: Named, own: Iterable[str], prefix: str) -> tuple[object, int]:
+def _size(arrays: Named, names: Iterable[str], prefix: str) -> tuple[object, int]:
   """The shape of a network's patch embedding, and the number of its blocks."""
-  anchor = next(n for n in sorted(own) if _ANCHOR_INSIDE.sub(ANCHORS[0], n).endswith(ANCHORS))
+  anchor = next(n for n in sorted(names) if _ANCHOR_INSIDE.sub(ANCHORS[0], n).endswith(ANCHORS))
   shape = getattr(arrays[anchor], "shape", None)
-  blocks = {m[0] for name in own if (m := _BLOCK.search(name.removeprefix(prefix)))}
+  blocks = {m[0] for name in names if (m := _BLOCK.search(name.removeprefix(prefix)))}
   return shape, len(blocks)
 
 
@@ -227,7 +227,7 @@ def _role(prefix: str) -> str | None:
 
 def _without_training_only(arrays: Named) -> Unwrapped:
   """Leaves out what only pre-training uses, with a note for each kind."""
-  kept, left = {}, collections.defaultdict(list)
+  network, left = {}, collections.defaultdict(list)
   for name, array in arrays.items():
     part = next((p for p in _TRAINING_ONLY if name.startswith(p)), None)
     if re.match(r"head\.mlp\.(\d|weight|bias)", name):  # SigLIP's pooling has head.mlp.fc1
@@ -237,11 +237,11 @@ def _without_training_only(arrays: Named) -> Unwrapped:
     elif re.match(r"head\.\d", name):
       left["for a FlexiViT has one layer there: a head of several layers"].append(name)
     else:
-      kept[name] = array
+      network[name] = array
   notes = [
     f"Left out, {what} ({names[0]}{', ...' * (len(names) > 1)})." for what, names in left.items()
   ]
-  return Unwrapped(kept, notes)
+  return Unwrapped(network, notes)
 
 
 _BLOCK = re.compile(r"^.*?(blocks|layers?|encoder_layer_|encoderblock_)[._]?\d+(\.\d+)?(?=[./])")

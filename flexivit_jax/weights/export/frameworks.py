@@ -48,9 +48,9 @@ def transformers_logits(
   torch, transformers = optional.require("torch", why), optional.require("transformers", why)
   config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
   name = config.architectures[0]
-  given = {"add_pooling_layer": False} if name in ("ViTModel", "DeiTModel") else {}
+  options = {"add_pooling_layer": False} if name in ("ViTModel", "DeiTModel") else {}
   model, loaded = getattr(transformers, name).from_pretrained(
-    folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **given
+    folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
   )
   if lacking := sorted(loaded["missing_keys"]):
     raise errors.UserError(f"{folder} lacks arrays of {name}: {', '.join(lacking)}.")
@@ -162,8 +162,8 @@ def save_tensorflow(
     return run.get_concrete_function(image)
 
   signatures = {}
-  for name, (forward, own) in programs.items():
-    variables = module.shared | {n: tf.Variable(a, trainable=False) for n, a in own.items()}
+  for name, (forward, resampled) in programs.items():
+    variables = module.shared | {n: tf.Variable(a, trainable=False) for n, a in resampled.items()}
     setattr(module, name, variables)  # what a module holds is what is saved
     signatures[name] = signature(forward, variables)
   tf.saved_model.save(module, str(folder), signatures=signatures)

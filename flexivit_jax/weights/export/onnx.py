@@ -111,9 +111,9 @@ def _write_graphs(
     shared = {n: _append(file, a) for n, a in flat.items() if n not in baking.RESAMPLED}
     for size in sizes:
       fixed, baked = baking.bake(model, params, image_hw=image_hw, seqhw=size)
-      own = {name: _append(file, array) for name, array in _own(fixed, baked).items()}
+      resampled = {name: _append(file, array) for name, array in _own(fixed, baked).items()}
       graphs.append(onnx_graph.describe(fixed, channels))
-      frameworks.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | own)
+      frameworks.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | resampled)
   for size in sizes:
     frameworks.check_onnx(folder / name_of(size))
   return graphs
@@ -122,10 +122,10 @@ def _write_graphs(
 def _own(model: FlexiViT, params: Params) -> Params:
   """The arrays that are one size's alone; sine-cosine positions, which no parameter holds, among them."""
   flat = trees.flatten(params)
-  own = {name: flat[name] for name in baking.RESAMPLED if name in flat}
+  resampled = {name: flat[name] for name in baking.RESAMPLED if name in flat}
   if model.posemb == "sincos2d":
-    own["pos_embedding"] = vit.sincos2d(model.posemb_size, model.width)
-  return own
+    resampled["pos_embedding"] = vit.sincos2d(model.posemb_size, model.width)
+  return resampled
 
 
 def _append(file: BinaryIO, array: jax.typing.ArrayLike) -> Place:

@@ -47,11 +47,11 @@ class Graph:
   ) -> str:
     """Adds a node and returns the name of its output. Numbers among its inputs become constants."""
     names = []
-    for i, given in enumerate(inputs):
-      names.append(given if isinstance(given, str) else f"{name}/input_{i}")
-      if not isinstance(given, str):
-        dtype = np.float32 if isinstance(given, float) else np.int64
-        self.constants[names[-1]] = np.asarray(given, dtype)
+    for i, value in enumerate(inputs):
+      names.append(value if isinstance(value, str) else f"{name}/input_{i}")
+      if not isinstance(value, str):
+        dtype = np.float32 if isinstance(value, float) else np.int64
+        self.constants[names[-1]] = np.asarray(value, dtype)
     self.nodes.append(Node(op, name, tuple(names), attributes))
     return name
 

@@ -46,8 +46,8 @@ def write(
   for size in sizes:
     fixed, baked = baking.bake(model, params, image_hw=image_hw, seqhw=size)
     flat = trees.flatten(baked)
-    own = {n: np.asarray(flat[n]) for n in baking.RESAMPLED if n in flat}
-    programs[name_of(size)] = (_forward(fixed), own)
+    resampled = {n: np.asarray(flat[n]) for n in baking.RESAMPLED if n in flat}
+    programs[name_of(size)] = (_forward(fixed), resampled)
   with folders.new(out) as part:
     frameworks.save_tensorflow(part, shared, programs, shape)
     described = record | {

@@ -109,12 +109,12 @@ def pretrained_cfg(where: pathlib.Path, config: Json) -> Json:
   return _mapping(where, config, "pretrained_cfg") or config
 
 
-def check_fit(where: pathlib.Path, fields: Fields, found: Fields) -> None:
+def check_fit(where: pathlib.Path, fields: Fields, inferred: Fields) -> None:
   """Raises a Misfit if the config says other sizes than the arrays have."""
   lines = [
-    f"{name} is {fields[name]}, and the weights have {found[name]}"
+    f"{name} is {fields[name]}, and the weights have {inferred[name]}"
     for name in ("width", "depth", "num_classes")
-    if fields.get(name, found[name]) != found[name]
+    if fields.get(name, inferred[name]) != inferred[name]
   ]
   if lines:
     raise Misfit(f"{where / CONFIG}: {'; '.join(lines)}.")

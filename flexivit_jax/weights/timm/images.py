@@ -135,14 +135,14 @@ def _known(
   where: str,
   pretrained: Json,
   name: str,
-  known: Iterable[str],
+  choices: Iterable[str],
   default: str,
   notes: list[str],
 ) -> str:
   value = pretrained.get(name) or default
-  if isinstance(value, str) and value in known:
+  if isinstance(value, str) and value in choices:
     return value
   notes.append(
-    f"{name} in {where} is {value!r}, not one of {', '.join(known)}: {default} is taken."
+    f"{name} in {where} is {value!r}, not one of {', '.join(choices)}: {default} is taken."
   )
   return default

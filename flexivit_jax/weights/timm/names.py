@@ -62,11 +62,11 @@ def convert(arrays: Arrays, fields: Fields) -> Converted:
   }
   big_vision.require(arrays, axes, "a Vision Transformer in timm's")
   _refuse_other_poolings(arrays, fields)
-  found, more = _infer(arrays, fields)
-  lines = trees.diff(timm_shapes.expected(arrays, found), arrays, max_lines=len(arrays) * 4)
+  inferred, more = _infer(arrays, fields)
+  lines = trees.diff(timm_shapes.expected(arrays, inferred), arrays, max_lines=len(arrays) * 4)
   if lines:
     raise errors.UserError("The arrays are not those of timm's ViT:\n  " + "\n  ".join(lines))
-  return Converted(_convert(arrays, found), found, notes + more)
+  return Converted(_convert(arrays, inferred), inferred, notes + more)
 
 
 def _renamed(arrays: Arrays) -> Arrays:
@@ -113,7 +113,7 @@ def _infer(a: Arrays, fields: Fields) -> tuple[Fields, list[str]]:
   width, _, *patch_size = a[timm_shapes.KERNEL].shape
   heads, notes = _heads(width, fields)
   pool = _pool(a, fields)
-  found = dict(
+  fields_ = dict(
     patch_size=tuple(patch_size),
     width=width,
     depth=len({name.split(".")[1] for name in a if name.startswith("blocks.")}),
@@ -130,17 +130,17 @@ def _infer(a: Arrays, fields: Fields) -> tuple[Fields, list[str]]:
   )
   notes += [note for told, note in _assumed(a) if told not in fields]
   if "pos_embed" not in a:
-    return found, notes
+    return fields_, notes
   grid = fields.get("posemb_size")
   if grid is None:
     grid = timm_shapes.square_grid(a["pos_embed"].shape[1], timm_shapes.prefix_length(a))
     notes += big_vision.assumed_square(grid)
     if timm_shapes.prefix_length(a) and not timm_shapes.with_position(a, grid):
       notes += big_vision.assumed_bare(grid)
-  if _was_flexible(patch_size, grid, timm_shapes.with_position(a, grid) == 0, found):
-    found |= {"kernel_operator": "linear", "grid_operator": "linear_antialias"}
+  if _was_flexible(patch_size, grid, timm_shapes.with_position(a, grid) == 0, fields_):
+    fields_ |= {"kernel_operator": "linear", "grid_operator": "linear_antialias"}
     notes.append(_ALREADY_RESIZED)
-  return found | {"posemb_size": tuple(grid)}, notes
+  return fields_ | {"posemb_size": tuple(grid)}, notes
 
 
 def _pool(a: Arrays, fields: Fields) -> str:
@@ -152,7 +152,7 @@ def _pool(a: Arrays, fields: Fields) -> str:
 
 def _assumed(a: Arrays) -> list[tuple[str, str]]:
   """What arrays leave open: pairs of (the field that would say it, a note)."""
-  found = {
+  notes = {
     ".ls1.": (
       "",
       "LayerScale is folded into the projections. DeiT-III and DINOv2 expect mean=(0.485,0.456,0.406),"
@@ -172,7 +172,7 @@ def _assumed(a: Arrays) -> list[tuple[str, str]]:
       "A distilled DeiT: the head takes both tokens, as timm takes the mean of two heads.",
     ),
   }
-  return [note for part, note in found.items() if any(part in name for name in a)]
+  return [note for part, note in notes.items() if any(part in name for name in a)]
 
 
 _ALREADY_RESIZED = (
@@ -196,12 +196,12 @@ def _heads(width: int, fields: Fields) -> tuple[int, list[str]]:
     if heads < 1 or width % heads:
       raise errors.UserError(f"num_heads={heads} does not divide the width {width}.")
     return heads, []
-  known = {shape.width: shape.num_heads for shape in vit.VARIANTS.values()}
-  if width not in known and width % 64:
+  usual = {shape.width: shape.num_heads for shape in vit.VARIANTS.values()}
+  if width not in usual and width % 64:
     raise errors.UserError(
       f"The number of heads cannot be told from width {width}; give num_heads."
     )
-  heads = known.get(width, width // 64)
+  heads = usual.get(width, width // 64)
   return heads, [f"{heads} heads: as usual for width {width}; the arrays do not say."]
 
 
@@ -227,7 +227,7 @@ def _convert(a: Arrays, f: Fields) -> Arrays:
 
 def _convert_tokens(a: Arrays, f: Fields) -> Arrays:
   """Position grid, class token and registers, to which their own positions are added."""
-  position, own = a["pos_embed"], "tok" in f["pool_type"]
+  position, has_class = a["pos_embed"], "tok" in f["pool_type"]
   n = timm_shapes.with_position(a, f["posemb_size"])
   flat = {"pos_embedding": position[:, n:]}
   present = [a[name] for name in timm_shapes.TOKENS if name in a]
@@ -235,8 +235,8 @@ def _convert_tokens(a: Arrays, f: Fields) -> Arrays:
     return flat
   tokens = np.concatenate(present, axis=1)
   tokens[:, :n] += position[:, :n]
-  flat |= {"cls": tokens[:, :1]} if own else {}
-  return flat | ({"registers": tokens[:, own:]} if f["registers"] else {})
+  flat |= {"cls": tokens[:, :1]} if has_class else {}
+  return flat | ({"registers": tokens[:, has_class:]} if f["registers"] else {})
 
 
 def _convert_head(a: Arrays) -> Arrays:

@@ -57,8 +57,8 @@ def class_names(config: Json, classes: int) -> tuple[list[str] | None, list[str]
   None where config.json has none but LABEL_0, LABEL_1, ..., which transformers makes itself.
   """
   names, notes = class_labels.in_order("id2label of config.json", config.get("id2label"), classes)
-  own = names == [f"LABEL_{i}" for i in range(classes)]
-  return (None if own else names), notes
+  is_default = names == [f"LABEL_{i}" for i in range(classes)]
+  return (None if is_default else names), notes
 
 
 def _family(config: Json) -> Family:
@@ -79,26 +79,26 @@ def _family(config: Json) -> Family:
 
 
 def _head(config: Json, family: Family) -> Head:
-  given = config.get("architectures")
-  if not isinstance(given, list) or len(given) != 1:
-    known = ", ".join(family.classes)
+  architectures = config.get("architectures")
+  if not isinstance(architectures, list) or len(architectures) != 1:
+    expected = ", ".join(family.classes)
     raise errors.UserError(
-      f"config.json has architectures={given!r}; expected a list with one of {known}."
+      f"config.json has architectures={architectures!r}; expected a list with one of {expected}."
     )
-  return family.classes[_known("architecture", given[0], family.classes)]
+  return family.classes[_known("architecture", architectures[0], family.classes)]
 
 
 def _tower(config: Json, family: Family) -> Json:
   """The settings of the image tower, all of them; a model with two towers has them one level down."""
-  given = config
+  settings = config
   if family.nested:
     # Where an old CLIP has both, transformers lets the second win.
-    given = config.get("vision_config_dict") or config.get("vision_config") or {}
-    if not isinstance(given, dict):
-      raise errors.UserError(f"config.json has vision_config={given!r}; expected an object.")
-    given = {k: v for k, v in given.items() if k != "projection_dim"}
-    given |= {k: config[k] for k in ("projection_dim",) if k in config}
-  return {name: given.get(name, default) for name, default in family.defaults.items()}
+    settings = config.get("vision_config_dict") or config.get("vision_config") or {}
+    if not isinstance(settings, dict):
+      raise errors.UserError(f"config.json has vision_config={settings!r}; expected an object.")
+    settings = {k: v for k, v in settings.items() if k != "projection_dim"}
+    settings |= {k: config[k] for k in ("projection_dim",) if k in config}
+  return {name: settings.get(name, default) for name, default in family.defaults.items()}
 
 
 def _check(tower: Json, head: Head) -> None:
@@ -176,9 +176,9 @@ def _registers(tower: Json, family: Family) -> int:
   return max(0, len(family.layout.tokens) - 1)
 
 
-def _known(kind: str, name: object, known: Mapping[str, object]) -> str:
-  if not isinstance(name, str) or name not in known:
-    raise errors.unknown(f"{kind} in config.json:", name, known)
+def _known(kind: str, name: object, choices: Mapping[str, object]) -> str:
+  if not isinstance(name, str) or name not in choices:
+    raise errors.unknown(f"{kind} in config.json:", name, choices)
   return name
 
 

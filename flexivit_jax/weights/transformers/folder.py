@@ -68,9 +68,9 @@ def _shards(index: pathlib.Path) -> Arrays:
   arrays: Arrays = {}
   for shard in shards:
     part, _ = npz.read_safetensors(index.parent / shard)
-    said = {name for name, place in shard_of.items() if place == shard}
-    lines = [f"missing {name}" for name in sorted(said - part.keys())]
-    lines += [f"extra {name}" for name in sorted(part.keys() - said)]
+    expected = {name for name, place in shard_of.items() if place == shard}
+    lines = [f"missing {name}" for name in sorted(expected - part.keys())]
+    lines += [f"extra {name}" for name in sorted(part.keys() - expected)]
     if lines:
       raise errors.UserError(f"{shard} does not hold what {index} says:\n  " + "\n  ".join(lines))
     arrays |= part

@@ -124,8 +124,8 @@ def find(folder: pathlib.Path, family: str) -> Processor | None:
   else:
     return None
   kind = _kind(settings) or _OF_FAMILY[family]
-  given = {name: value for name, value in settings.items() if value is not None}
-  return Processor(path, _DEFAULTS.get(kind, {}) | given, kind)
+  explicit = {name: value for name, value in settings.items() if value is not None}
+  return Processor(path, _DEFAULTS.get(kind, {}) | explicit, kind)
 
 
 def _kind(settings: Json) -> str:

@@ -35,12 +35,12 @@ def convert(s: Spec, arrays: Arrays) -> Converted:
   Raises:
     UserError: arrays that are not those of config.json, all differences listed.
   """
-  own = {name: a for name, a in arrays.items() if not name.startswith(s.family.others)}
+  tower = {name: a for name, a in arrays.items() if not name.startswith(s.family.others)}
   base = s.family.base
-  prefix = base if any(name.startswith(base) for name in own) else ""
-  transformers_shapes.check(s, own, prefix)
-  a = {name.removeprefix(prefix): array for name, array in own.items()}
-  return Converted(_convert(a, s), s.fields, _notes(a, s, len(arrays) - len(own)))
+  prefix = base if any(name.startswith(base) for name in tower) else ""
+  transformers_shapes.check(s, tower, prefix)
+  a = {name.removeprefix(prefix): array for name, array in tower.items()}
+  return Converted(_convert(a, s), s.fields, _notes(a, s, len(arrays) - len(tower)))
 
 
 def _notes(a: Arrays, s: Spec, others: int) -> list[str]:

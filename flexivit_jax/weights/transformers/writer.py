@@ -60,8 +60,8 @@ def save_transformers(
   # Here, for it imports OpenCV, which `import flexivit_jax` does without.
   from flexivit_jax.data import class_names
 
-  known = class_names.of_record(record, model.num_classes, f"what is to be written to {out}")
-  config = _config(fixed, channels, image_hw, known.names)
+  labels = class_names.of_record(record, model.num_classes, f"what is to be written to {out}")
+  config = _config(fixed, channels, image_hw, labels.names)
   record = stated.written_for(record, image_hw)
   _write(
     out,
@@ -168,16 +168,16 @@ def _resize(images: stated.Stated | None) -> Json:
       "transformers cannot put borders around an image, as the source does: images are squashed."
     )
     stated.print_notes({"notes": [note]})
-  known = {"resample": stated.FILTERS.index(images.filter)}
+  filter_ = {"resample": stated.FILTERS.index(images.filter)}
   (h, w), (crop_h, crop_w) = images.to, images.hw
   if images.resize == "contain" or (images.resize == "squash" and images.to == images.hw):
-    return known
+    return filter_
   crop = {"do_center_crop": True, "crop_size": {"height": crop_h, "width": crop_w}}
   if images.resize == "squash":
     kind, size = "DeiTImageProcessor", {"height": h, "width": w}
   else:
     kind, size = "CLIPImageProcessor", {"shortest_edge": h}
-  return known | crop | {"image_processor_type": kind, "size": size}
+  return filter_ | crop | {"image_processor_type": kind, "size": size}
 
 
 def _record(record: Json, model: FlexiViT, hw: Size) -> Json:
