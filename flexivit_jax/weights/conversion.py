@@ -16,6 +16,8 @@ import numpy as np
 from flexivit_jax import errors, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.grid import common_divisors
+from flexivit_jax.sizes import Size
+from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import certificate, optional
 from flexivit_jax.weights.export import frameworks
 
@@ -45,7 +47,7 @@ def convert_to(
   seqhw: int | None = None,
   image_size: int | None = None,
   verify: bool = True,
-  **given: Any,
+  **options: Any,
 ) -> tuple[list[certificate.Row], str]:
   """Writes a folder for another framework, and returns the certificate's row and what it was compared in.
 
@@ -56,14 +58,14 @@ def convert_to(
     seqhw: tokens per side; without it the kernel and the positions are written as they are stored.
     image_size: pixels a side; by default the model's own, or 240.
     verify: compare; without it there is no certificate.
-    **given: as in `weights.load`.
+    **options: as in `weights.load`.
 
   Raises:
     UserError: see `weights.load`, `weights.save_timm` and `weights.save_transformers`; or logits that differ, and then
       nothing is left behind.
   """
   save, execute, package = FRAMEWORKS[framework]
-  model, params, record = weights.load_with_record(source, **{"dtype": "float32", **given})
+  model, params, record = weights.load_with_record(source, **{"dtype": "float32", **options})
   weights.print_notes(record)
   hw = certificate.image_hw(record, image_size)
   if seqhw is None:
@@ -103,7 +105,7 @@ def convert(
   verify: bool = True,
   mean: Sequence[float] | None = None,
   std: Sequence[float] | None = None,
-  flexify: Any = None,
+  flexify: tuple[Size, Size] | None = None,
   **fields: Any,
 ) -> list[certificate.Row]:
   """Writes `out` and the certificate beside it, and returns the certificate's rows.
@@ -118,15 +120,15 @@ def convert(
   Raises:
     UserError: see `weights.load` and `weights.save_npz`; or logits that differ, and then nothing is left behind.
   """
-  given = dict(mean=mean, std=std, flexify=flexify, **fields)
-  model, params, record = weights.load_with_record(source, **given)
+  options = dict(mean=mean, std=std, flexify=flexify, **fields)
+  model, params, record = weights.load_with_record(source, **options)
   weights.print_notes(record)
   weights.save_npz(out, model, params, record)
   if not verify:
     return []
   try:
     folded = _folded(record)
-    plain: dict[str, Any] = {name: [0.5] * len(values) for name, values in folded.items()}
+    plain: Json = {name: [0.5] * len(values) for name, values in folded.items()}
     published, target = weights.load(source, **plain, **fields), weights.load(out)
     hw = certificate.image_hw(record, image_size)
     rows = compare(published, target, hw, folded.get("mean"), folded.get("std"))
@@ -139,9 +141,9 @@ def convert(
 
 
 def compare(
-  source: tuple[FlexiViT, dict],
-  target: tuple[FlexiViT, dict],
-  hw: tuple[int, int],
+  source: tuple[FlexiViT, Params],
+  target: tuple[FlexiViT, Params],
+  hw: Size,
   mean: Sequence[float] | None,
   std: Sequence[float] | None,
 ) -> list[certificate.Row]:
@@ -158,14 +160,14 @@ def compare(
   ]
 
 
-def _folded(record: dict[str, Any]) -> dict[str, Any]:
+def _folded(record: Json) -> Json:
   """Mean and std that were folded in when the source was read; not those of a file that has them folded already."""
   as_published = record["format"] == record["source"]["format"]
   return record.get("folded_input", {}) if as_published else {}
 
 
 def _judge(
-  rows: list[certificate.Row], hw: tuple[int, int], model: FlexiViT, exact: bool, folded: bool
+  rows: list[certificate.Row], hw: Size, model: FlexiViT, exact: bool, folded: bool
 ) -> None:
   for row in rows:
     native = model.patch_size == (hw[0] // row.seqhw, hw[1] // row.seqhw)
@@ -177,12 +179,12 @@ def _judge(
       )
 
 
-def _sizes(hw: tuple[int, int], native: tuple[int, int], most: int = 5) -> list[int]:
+def _sizes(hw: Size, native: Size, most: int = 5) -> list[int]:
   """Up to five grids that divide the image, from 2 to 32 tokens a side, the native one among them."""
   fitting = [s for s in common_divisors(hw) if 2 <= s <= 32]
   if not fitting:
     raise errors.UserError(f"No patch size divides an image of {hw}; give --image_size.")
-  own = [s for s in fitting if (hw[0] // s, hw[1] // s) == native]
-  others = [s for s in fitting if s not in own]
-  ends = np.linspace(0, len(others) - 1, min(most - len(own), len(others)))
-  return sorted([*own, *(others[round(i)] for i in ends)])
+  stored = [s for s in fitting if (hw[0] // s, hw[1] // s) == native]
+  others = [s for s in fitting if s not in stored]
+  ends = np.linspace(0, len(others) - 1, min(most - len(stored), len(others)))
+  return sorted([*stored, *(others[round(i)] for i in ends)])

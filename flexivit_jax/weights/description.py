@@ -1,10 +1,11 @@
 """What a file with weights holds, and what its arrays do not say, as lines for a reader."""
 
-from typing import Any
+from collections.abc import Sequence
 
 from flexivit_jax import trees, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.grid import common_divisors
+from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import registry, stated
 
 _SHOWN = 5  # names of classes
@@ -23,7 +24,7 @@ def listing() -> list[str]:
   return [f"{name:24} {timm:28} {classes:>7}  {url}" for name, timm, classes, url in rows]
 
 
-def describe(model: FlexiViT, params: dict, record: dict[str, Any]) -> list[str]:
+def describe(model: FlexiViT, params: Params, record: Json) -> list[str]:
   """Returns a line for each thing to know."""
   head = f"{model.num_classes} classes" if model.num_classes else "no head"
   size = f"width {model.width}, depth {model.depth}, mlp {model.mlp_dim}, {model.num_heads} heads"
@@ -60,7 +61,7 @@ def _image(size: list[int] | None) -> str:
   return f"{_by(size[:2])}; seqhw that divide it: {sizes}"
 
 
-def _input(record: dict[str, Any]) -> str:
+def _input(record: Json) -> str:
   """With which mean and std pixels enter, and what says so."""
   said = record.get("input") or record.get("folded_input")
   if not isinstance(said, dict):
@@ -74,7 +75,7 @@ def _input(record: dict[str, Any]) -> str:
   return f"{values} ({ground})"
 
 
-def _prepared(record: dict[str, Any]) -> str:
+def _prepared(record: Json) -> str:
   """How an image becomes what the model gets, and which file says so."""
   images = stated.of_record(record) if "images" in record else None
   if images is not None:
@@ -96,5 +97,5 @@ def _commas(values: list[float]) -> str:
   return ",".join(f"{value:.5g}" for value in (values[:1] if same else values))
 
 
-def _by(size: Any) -> str:
+def _by(size: Sequence[int]) -> str:
   return "x".join(map(str, size))

@@ -37,8 +37,8 @@ def verify(path: pathlib.Path) -> list[tuple[str, Problem]]:
 
 def _checkpoints(path: pathlib.Path) -> list[tuple[str, Problem]]:
   """Those of a run, the best one too; of its folder with checkpoints or with the best; or one."""
-  found = _steps(path)
-  return [*found, *_steps(path / BEST)] if (path / "checkpoints").is_dir() else found
+  steps = _steps(path)
+  return [*steps, *_steps(path / BEST)] if (path / "checkpoints").is_dir() else steps
 
 
 def _steps(path: pathlib.Path) -> list[tuple[str, Problem]]:
@@ -49,13 +49,13 @@ def _steps(path: pathlib.Path) -> list[tuple[str, Problem]]:
     if steps and (folder.name == "checkpoints" or best or only is not None):
       checkpoints = Checkpoints(folder, read_only=True)
       try:
-        found = [
+        checked = [
           (folder / str(step), _problem(functools.partial(checkpoints.verify_arrays, step)))
           for step in steps
           if only in (None, step)
         ]
         # A run that is at work may have put a newer one in the place of one meanwhile.
-        return [(str(path), problem) for path, problem in found if path.is_dir()]
+        return [(str(path), problem) for path, problem in checked if path.is_dir()]
       finally:
         checkpoints.close()
   if (path / "checkpoints").is_dir():
