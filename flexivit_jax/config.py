@@ -23,6 +23,9 @@ import ml_collections
 
 from flexivit_jax import errors
 
+# A section of a config: keyword arguments of one function, which checks their types.
+Section = Mapping[str, Any]
+
 # Sections that a config may leave out, and an override may begin.
 OPTIONAL = (
   "checkpoint", "early_stopping", "evals", "flexi", "init", "mesh", "objective", "token_budget", "wandb",
@@ -124,10 +127,10 @@ def _parts(arg: str) -> Iterator[tuple[str, str | None]]:
   """The names in an argument with their values; None for a name that stands alone."""
   at = 0
   while at < len(arg):
-    found = _PART.match(arg, at)
-    at = found.end()
-    if found[1] or found[2] is not None:
-      yield found[1], found[2]
+    match = _PART.match(arg, at)
+    at = match.end()
+    if match[1] or match[2] is not None:
+      yield match[1], match[2]
 
 
 def _quotes(before: tuple[str, str] | None) -> str:
@@ -155,13 +158,13 @@ def grids(side: int, least: int = 8, most: int = 48) -> tuple[int, ...]:
   Raises:
     UserError: there are none.
   """
-  found = tuple(n for n in range(-(-side // most), side // least + 1) if n > 0 and side % n == 0)
-  if not found:
+  sides = tuple(n for n in range(-(-side // most), side // least + 1) if n > 0 and side % n == 0)
+  if not sides:
     raise errors.UserError(
       f"res={side}: no patch of {least} to {most} pixels divides an image of {side} pixels; take a multiple of"
       f" {least}, like 224 or 240."
     )
-  return found
+  return sides
 
 
 def check(
@@ -317,13 +320,13 @@ def _find(path: str) -> pathlib.Path:
   for candidate in (file, *(folder / f"{file.stem}.py" for folder in by_name)):
     if candidate.is_file():
       return candidate
-  known = sorted(
+  names = sorted(
     f.stem
     for folder in shipped
     for f in folder.glob("*.py")
     if f.stem not in ("__init__", "common")
   )
-  raise errors.unknown("config", path, known)
+  raise errors.unknown("config", path, names)
 
 
 def _override(config: ml_collections.ConfigDict, override: str) -> None:

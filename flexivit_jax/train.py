@@ -10,7 +10,6 @@ import functools
 import importlib
 import pathlib
 import sys
-from typing import Any
 
 from flexivit_jax import experiment, heartbeat
 from flexivit_jax.data import TrainBatches
@@ -22,10 +21,11 @@ from flexivit_jax.running.session import note
 from flexivit_jax.sizes import size_name
 from flexivit_jax.training import patch_schedule, steps
 from flexivit_jax.training.patch_schedule import State as Schedule
+from flexivit_jax.trees import Json
 
 
 def train(
-  settings: dict[str, Any],
+  settings: Json,
   workdir: pathlib.Path,
   *,
   resume: str = "latest",
@@ -172,7 +172,7 @@ def report_costs(exp: experiment.Experiment) -> None:
   """Prints how long the run is, what its schedule of sizes costs, and what the user should know of its classes."""
   epochs = exp.total_steps / exp.steps_per_epoch
   note(f"{exp.name}: {exp.total_steps} steps of {exp.batch_size} ({epochs:.1f} epochs)")
-  for line in [*_costs(exp), *exp.says(), *(f"note: {text}" for text in exp.notes)]:
+  for line in [*_costs(exp), *exp.class_lines(), *(f"note: {text}" for text in exp.notes)]:
     note(line)
 
 

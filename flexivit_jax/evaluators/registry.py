@@ -22,7 +22,7 @@ EVALUATORS: dict[str, Callable[..., Any]] = {
 
 _CLASSIFIED = {"top1": "max", "top5": "max", "loss": "min"}
 # Of each the metrics that training changes, the headline first, and whether larger or smaller values are better. Some
-# are there only with an option: `monitor.known`.
+# are there only with an option: `monitor.metrics_of`.
 METRICS: dict[str, dict[str, str]] = {
   "classification": {**_CLASSIFIED, "top1_macro": "max"},
   "distance": {

@@ -3,10 +3,10 @@
 from flexivit_jax.experiment.build import (
   Experiment,
   check,
-  example_shapes,
   from_config,
   without_evaluations,
 )
+from flexivit_jax.experiment.checks import example_shapes
 from flexivit_jax.experiment.evaluation import Evaluation, build_evaluation, classes_of_tables
 from flexivit_jax.experiment.loaders import REAL, Opening
 from flexivit_jax.experiment.settings import Settings

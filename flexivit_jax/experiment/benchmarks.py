@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexivit_jax import errors, experiment, trees, weights
+from flexivit_jax.config import Section
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT
@@ -27,6 +28,7 @@ from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.objectives.supervised import supervised
 from flexivit_jax.sizes import size_key
 from flexivit_jax.training import optim, step_programs, steps
+from flexivit_jax.trees import Params
 
 Row = dict[str, Any]
 PASSES = {"infer": 1, "train": 3}  # FLOPs in forward passes; a backward pass is two
@@ -60,7 +62,7 @@ def forward(model: FlexiViT, sizes: Sequence[int], setting: Setting) -> list[Row
     fixed, baked = weights.bake(model, params, image_hw=hw, seqhw=seqhw)
     baked = jax.device_put(baked)
 
-    def apply(params: Any, image: jax.Array, model: FlexiViT = fixed) -> jax.Array:
+    def apply(params: Params, image: jax.Array, model: FlexiViT = fixed) -> jax.Array:
       return model.apply({"params": params}, image)[0]
 
     (programs[seqhw],) = compilation.compile_each(apply, (baked, image), [{}]).values()
@@ -104,11 +106,11 @@ def training(
     A function that makes a step at a size and returns what it measured, the first state's shapes, and the programs.
   """
   params = _params(model, image_size)
-  made = optim.make(
+  optimizer = optim.make(
     params, total_steps=1000, lr=1e-3, wd=1e-4, clip=1.0, schedule=dict(decay_type="cosine")
   )
   objective = supervised()
-  state = steps.init_state(params, made.tx, objective)
+  state = steps.init_state(params, optimizer.tx, objective)
   labels = jax.nn.one_hot(jnp.arange(batch_size) % model.num_classes, model.num_classes)
   batch = {"image": _image(batch_size, image_size), "labels": labels}
   mesh = sharding.make_mesh()
@@ -126,7 +128,7 @@ def training(
     mesh,
     model=model,
     objective=objective,
-    tx=made.tx,
+    tx=optimizer.tx,
     report=report,
     **fit,
   )
@@ -148,11 +150,11 @@ def alternate(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, l
   for name, once in runs.items():
     jax.block_until_ready(once())
     calls[name] = max(1, round(0.05 / max(_seconds(once, 1), 1e-6)))
-  found: dict[Any, list[float]] = {name: [] for name in runs}
+  times: dict[Any, list[float]] = {name: [] for name in runs}
   for _ in range(rounds):
     for name, once in runs.items():
-      found[name].append(_seconds(once, calls[name]))
-  return found
+      times[name].append(_seconds(once, calls[name]))
+  return times
 
 
 def _seconds(once: Callable[[], Any], calls: int) -> float:
@@ -211,7 +213,7 @@ def compiling(
   return rows
 
 
-def reading(settings: Mapping[str, Any], seconds: float = 10.0) -> Row:
+def reading(settings: Section, seconds: float = 10.0) -> Row:
   """Images per second of a config's training input, and per second of CPU time: what one core would do."""
   exp = experiment.from_config(experiment.without_evaluations(settings))
   with exp.batches(0) as batches:
@@ -252,9 +254,9 @@ def _first_step(spec: str, folder: str, name: str) -> float:
   rows = pathlib.Path(folder, name, "metrics.jsonl")  # a step's row reaches it at once
   begin = time.perf_counter()
   with (
-    tempfile.TemporaryFile("w+") as said,
+    tempfile.TemporaryFile("w+") as stderr,
     subprocess.Popen(
-      [sys.executable, "-m", "flexivit_jax.cli", *command[1:]], env=environment, stderr=said
+      [sys.executable, "-m", "flexivit_jax.cli", *command[1:]], env=environment, stderr=stderr
     ) as process,
   ):
     while process.poll() is None:
@@ -263,8 +265,8 @@ def _first_step(spec: str, folder: str, name: str) -> float:
         process.kill()
         return seconds
       time.sleep(0.01)
-    said.seek(0)
-    last = "".join(said.readlines()[-3:])
+    stderr.seek(0)
+    last = "".join(stderr.readlines()[-3:])
   raise errors.UserError(f"{' '.join(command)} ended before its first step: {last}")
 
 
@@ -331,5 +333,5 @@ def _text(value: Any) -> str:
 
 def write(file: pathlib.Path, tables: Mapping[str, Sequence[Row]]) -> None:
   """One CSV of all tables, with a column "bench" that tells them apart."""
-  rows = [{"bench": name, **row} for name, made in tables.items() for row in made]
+  rows = [{"bench": name, **row} for name, table in tables.items() for row in table]
   results.write_csv(file, rows)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 
 from flexivit_jax import config, data, errors
+from flexivit_jax.config import Section
 from flexivit_jax.data import class_names
-from flexivit_jax.experiment import class_weights, evaluation, labelling, monitor, sections
+from flexivit_jax.experiment import checks, class_weights, evaluation, labelling, monitor, sections
 from flexivit_jax.experiment.evaluation import Evaluation
 from flexivit_jax.experiment.loaders import (
   REAL,
@@ -28,27 +29,52 @@ from flexivit_jax.models import UNNAMED, Model, flops
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
+from flexivit_jax.sizes import SizeArgs
 from flexivit_jax.training import patch_schedule, schedules, steps, token_budget as token_budgets
 from flexivit_jax.training.optim import Optimizer, make as _make_optimizer
+from flexivit_jax.trees import Json, Params
 
 
 class Experiment(NamedTuple):
   """Everything that a config says, built and checked. Durations are in steps.
 
-  `input_shapes` are those of one example, for each input of the objective and its teachers; `step_flops` gives those of
-  a step at a size; `init` are parameters to start from, or None for random ones; `frozen_digests` say which teachers
-  those of the objective are, and `drawn` all that their targets depend on. `batches_of` says how many batches a step
-  at a size takes, `images_per_step` are the mean of that in images, and `update_scale` says by what its update is
-  multiplied; None without a token budget. `class_names` are those of the logits, `data_classes` those of the training
-  data by their own labels; `notes` are what the user should know of them; `says` are lines on
-  how many examples each class has, and what it will weigh. `best` is the metric whose best checkpoint is kept, `early`
-  says when the run ends early.
+  Attributes:
+    name, seed: of the run.
+    model, model_record: the network, and the JSON-able record from which it is built again.
+    input_shapes: shape of one example for each input of the objective and its teachers.
+    objective, optimizer: what a step minimises, and how.
+    flexi: the schedule of sizes.
+    step_flops: FLOPs of a step at a size.
+    evaluations: the evaluators by name.
+    batches: `batches(start_step)` opens the training data.
+    batch_size: examples of a batch.
+    steps_per_epoch, total_steps: lengths.
+    images_per_step: mean over the sizes; more than batch_size with a token budget.
+    batches_of: how many batches a step at a size takes.
+    update_scale: factor of the update at a size; None: no token budget.
+    accumulate: gradient-accumulation microbatches, or "auto".
+    memory_gib: memory of a device for accumulate="auto".
+    head_bias: initial bias of the head.
+    init: parameters to start from; None: random ones.
+    frozen_digests: sha256 of the objective's teachers by name.
+    drawn: everything that the teachers' logits depend on; the key of their cache.
+    teacher_cache: folder of the teachers' logits.
+    save_every, keep: steps between checkpoints, and how many stay.
+    log_every: steps between reads from the devices.
+    skip_above, skip_limit: gradient norm above which a step is skipped; skipped steps in a row that end the run.
+    mesh: arguments of `sharding.make_mesh`.
+    class_names: names of the logits.
+    data_classes: names of the training data's labels.
+    notes: what the user should know of the classes.
+    class_lines: returns lines on the number of examples of each class, and on class weights.
+    best, early: metric whose best checkpoint stays; when the run ends early.
+    wandb: arguments of `wandb_run.open_run`; None: no Weights & Biases.
   """
 
   name: str
   seed: int
   model: Model
-  model_record: dict[str, Any]
+  model_record: Json
   input_shapes: dict[str, tuple[int, ...]]
   objective: Objective
   optimizer: Optimizer
@@ -60,28 +86,28 @@ class Experiment(NamedTuple):
   steps_per_epoch: float
   total_steps: int
   images_per_step: float
-  batches_of: Callable[[Mapping[str, Any]], int]
-  update_scale: Callable[[Mapping[str, Any]], float] | None
+  batches_of: Callable[[SizeArgs], int]
+  update_scale: Callable[[SizeArgs], float] | None
   accumulate: int | str
   memory_gib: float | None
   head_bias: float | None
-  init: Any
+  init: Params | None
   frozen_digests: dict[str, str]
-  drawn: dict[str, Any]
+  drawn: Json
   teacher_cache: str | None
   save_every: int
   keep: int | None
   log_every: int
   skip_above: float | None
   skip_limit: int
-  mesh: dict[str, Any]
+  mesh: Json
   class_names: tuple[str, ...] | None
   data_classes: tuple[str, ...] | None
   notes: list[str]
-  says: Callable[[], Sequence[str]] = tuple
+  class_lines: Callable[[], Sequence[str]] = tuple
   best: monitor.Metric | None = None
   early: monitor.EarlyStopping | None = None
-  wandb: Mapping[str, Any] | None = None
+  wandb: Section | None = None
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -94,13 +120,13 @@ class _Learner(NamedTuple):
 
   source: data.Source
   model: Model
-  record: dict[str, Any]
+  record: Json
   objective: Objective
-  objective_section: Mapping[str, Any]
+  objective_section: Section
   teachers: Mapping[str, Teacher]
   init: Init
   labelled: labelling.Labelled
-  input: Mapping[str, Any]
+  input: Section
   shapes: dict[str, tuple[int, ...]]
 
 
@@ -109,8 +135,8 @@ class _Sizes(NamedTuple):
 
   flexi: patch_schedule.Flexi
   step_flops: patch_schedule.Cost
-  batches_of: Callable[[Mapping[str, Any]], int]
-  update_scale: Callable[[Mapping[str, Any]], float] | None
+  batches_of: Callable[[SizeArgs], int]
+  update_scale: Callable[[SizeArgs], float] | None
 
 
 class _Lengths(NamedTuple):
@@ -120,13 +146,27 @@ class _Lengths(NamedTuple):
   images_per_step: float
   examples: int
 
-  def units(self) -> dict[str, Any]:
+  def units(self) -> Json:
     """What turns epochs and examples into steps."""
     return {"batch_size": self.images_per_step, "dataset_size": self.examples}
 
 
+# Settings that an experiment hands on as they are.
+_RELAYED = (
+  "name",
+  "seed",
+  "accumulate",
+  "memory_gib",
+  "teacher_cache",
+  "log_every",
+  "skip_above",
+  "skip_limit",
+  "wandb",
+)
+
+
 def from_config(
-  settings: Mapping[str, Any],
+  settings: Section,
   *,
   name: str = "",
   opening: Opening | None = None,
@@ -148,7 +188,6 @@ def from_config(
   checked = check(settings, name)
   flexi = patch_schedule.parse(checked.flexi)
   best, early = _followed(checked)
-  _check_ranges(checked)
 
   # Data, model, objective.
   opening = sharing(opening or REAL)
@@ -157,7 +196,7 @@ def from_config(
   # Patch sizes and durations.
   sizes = _sizes(checked, learner, flexi)
   lengths = _lengths(checked, learner, sizes)
-  check_accumulate(
+  checks.check_accumulate(
     checked.accumulate, checked.memory_gib, learner.input["batch_size"], learner.model
   )
   digests = {name: opening.digest(teacher.params) for name, teacher in learner.teachers.items()}
@@ -173,35 +212,25 @@ def from_config(
     _train_batches, learner.source, learner.input, checked.seed, lengths.total_steps * largest
   )
   return Experiment(
-    name=checked.name,
-    seed=checked.seed,
+    **{key: getattr(checked, key) for key in _RELAYED},
+    **sizes._asdict(),
     model=learner.model,
     model_record=learner.record,
     input_shapes=learner.shapes,
     objective=learner.objective,
     optimizer=optimizer,
-    flexi=sizes.flexi,
-    step_flops=sizes.step_flops,
     evaluations=evaluations,
     batches=batches,
     batch_size=learner.input["batch_size"],
     steps_per_epoch=lengths.examples / lengths.images_per_step,
     total_steps=lengths.total_steps,
     images_per_step=lengths.images_per_step,
-    batches_of=sizes.batches_of,
-    update_scale=sizes.update_scale,
-    accumulate=checked.accumulate,
-    memory_gib=checked.memory_gib,
     head_bias=checked.init_head_bias,
     init=learner.init.params,
     frozen_digests=digests,
     drawn=_drawn(checked, learner, digests),
-    teacher_cache=checked.teacher_cache,
     save_every=saving,
     keep=checked.checkpoint.get("keep", 1),
-    log_every=checked.log_every,
-    skip_above=checked.skip_above,
-    skip_limit=checked.skip_limit,
     mesh=dict(checked.mesh or {}),
     class_names=learner.labelled.model.names,
     data_classes=learner.labelled.data_names,
@@ -209,14 +238,13 @@ def from_config(
       *learner.labelled.notes,
       *(f"evals.{key}: {n}" for key, e in evaluations.items() for n in e.notes),
     ],
-    says=functools.partial(_class_lines, learner),
+    class_lines=functools.partial(_class_lines, learner),
     best=best,
     early=early,
-    wandb=checked.wandb,
   )
 
 
-def check(settings: Mapping[str, Any], name: str = "") -> Settings:
+def check(settings: Section, name: str = "") -> Settings:
   """Returns the settings, every key and type checked; opens nothing.
 
   Raises:
@@ -225,6 +253,7 @@ def check(settings: Mapping[str, Any], name: str = "") -> Settings:
   config.check("", settings, Settings)
   checked = _filled(Settings(**{"name": name, **settings}))
   sections.check_sections(checked)
+  checks.check_ranges(checked)
   return checked
 
 
@@ -269,8 +298,8 @@ def _learner(settings: Settings, opening: Opening, trained: class_names.Trained 
     objective = _weighted(objective, source, network.num_classes)
     goal = build_objective(objective, teachers)
   skip = section.get("on_error", "raise")
-  shapes = example_shapes(source, section["pp"], _inputs(goal), network.num_classes, skip)
-  check_teachers(teachers, shapes, network.num_classes)
+  shapes = checks.example_shapes(source, section["pp"], _inputs(goal), network.num_classes, skip)
+  checks.check_teachers(teachers, shapes, network.num_classes)
   return _Learner(
     source, network, record, goal, objective, teachers, init, labelled, section, shapes
   )
@@ -284,16 +313,16 @@ def _sizes(settings: Settings, learner: _Learner, flexi: patch_schedule.Flexi) -
   )
   batch_size, also = learner.input["batch_size"], learner.objective.also
 
-  def cost(size: Mapping[str, Any]) -> float:
+  def cost(size: SizeArgs) -> float:
     one = flops.step_flops(network, shapes, learner.teachers, also, size, batch_size=batch_size)
     return one * batches_of(size)
 
   flexi = patch_schedule.weigh(flexi, cost)
   for size in patch_schedule.all_static(flexi):
-    check_size(network, shapes["image"], size)
+    checks.check_size(network, shapes["image"], size)
   for fixed in also:
     with config.naming("objective.size"):
-      check_size(network, shapes["image"], fixed)
+      checks.check_size(network, shapes["image"], dict(fixed))
   return _Sizes(flexi, cost, batches_of, update_scale)
 
 
@@ -320,7 +349,7 @@ def _optimizer(settings: Settings, learner: _Learner, lengths: _Lengths) -> Opti
   params = jax.eval_shape(
     lambda: steps.init_params(learner.model, image_shape, settings.seed, settings.init_head_bias)
   )
-  _check_channels(learner.init.params, image_shape)
+  checks.check_channels(learner.init.params, image_shape)
   return _make_optimizer(
     params, total_steps=lengths.total_steps, **lengths.units(), **settings.optim
   )
@@ -369,16 +398,16 @@ def _followed(settings: Settings) -> tuple[monitor.Metric | None, monitor.EarlyS
   )
 
 
-def without_evaluations(settings: Mapping[str, Any]) -> dict[str, Any]:
+def without_evaluations(settings: Section) -> Json:
   """A config that only trains, with nothing that goes by an evaluation."""
-  kept = {k: v for k, v in settings.items() if k not in ("evals", "early_stopping")}
+  training = {k: v for k, v in settings.items() if k not in ("evals", "early_stopping")}
   checkpoint = dict(settings.get("checkpoint") or {})
-  return kept | {"checkpoint": {k: v for k, v in checkpoint.items() if not k.startswith("best")}}
+  return training | {
+    "checkpoint": {k: v for k, v in checkpoint.items() if not k.startswith("best")}
+  }
 
 
-def _weighted(
-  objective: Mapping[str, Any], source: data.Source, num_classes: int
-) -> Mapping[str, Any]:
+def _weighted(objective: Section, source: data.Source, num_classes: int) -> Section:
   """The section with its class weights as numbers."""
   if objective.get("class_weights") is None:
     return objective
@@ -386,9 +415,7 @@ def _weighted(
   return {**objective, "class_weights": weights}
 
 
-def _rare(
-  objective: Mapping[str, Any], section: Mapping[str, Any], source: data.Source
-) -> tuple[str, ...]:
+def _rare(objective: Section, section: Section, source: data.Source) -> tuple[str, ...]:
   """Lines about class weights and balanced sampling."""
   lines = []
   if objective.get("class_weights") is not None:
@@ -406,7 +433,7 @@ def _rare(
 def _classes(
   source: data.Source,
   model: Model,
-  init: Mapping[str, Any] | None,
+  init: Section | None,
   teachers: Mapping[str, Teacher],
   labels: bool,
   opening: Opening,
@@ -424,45 +451,13 @@ def _classes(
   return start, labelled
 
 
-def _check_channels(params: Any, image_shape: Sequence[int]) -> None:
-  """Raises a UserError where weights to start from take images of another number of channels than there are."""
-  kernel = None if params is None else params.get("embedding", {}).get("kernel")
-  if kernel is not None and kernel.shape[2] != image_shape[-1]:
-    raise errors.UserError(
-      f"init: the weights take images of {kernel.shape[2]} channels, the data's have {image_shape[-1]}; start from"
-      f" weights for {image_shape[-1]}."
-    )
-
-
-def _check_ranges(settings: Settings) -> None:
-  """Raises a UserError for a number that is out of its range; None is none."""
-  keep = settings.checkpoint.get("keep", 1)
-  counts = {
-    "log_every": settings.log_every,
-    "skip_limit": settings.skip_limit,
-    "checkpoint.keep": keep,
-  }
-  for key, count in counts.items():
-    if count is not None and count < 1:
-      raise errors.UserError(f"{key}={count}; expected at least 1.")
-  limits = {"hang_after": settings.hang_after, "skip_above": settings.skip_above}
-  for key, limit in limits.items():
-    if limit is not None and not limit > 0:
-      raise errors.UserError(f"{key}={limit}; expected more than 0, or None.")
-  bias, seed = settings.init_head_bias, settings.seed
-  if not math.isfinite(bias or 0.0):
-    raise errors.UserError(f"init_head_bias={bias}; expected a finite number.")
-  if not 0 <= seed < 2**32:
-    raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
-
-
 def _budget(
-  section: Mapping[str, Any] | None,
+  section: Section | None,
   flexi: patch_schedule.Flexi,
   model: Model,
   image_shape: Sequence[int],
   taught: bool,
-) -> tuple[Callable[[Mapping[str, Any]], int], Callable[[Mapping[str, Any]], float] | None]:
+) -> tuple[Callable[[SizeArgs], int], Callable[[SizeArgs], float] | None]:
   """Returns how many batches a step at a size takes, and by what its update is multiplied."""
   if section is None:
     return lambda size: 1, None
@@ -470,7 +465,7 @@ def _budget(
     raise errors.UserError("token_budget with teachers, whose batches are all alike; remove one.")
   budget = token_budgets.make(**section)
 
-  def tokens(size: Mapping[str, Any]) -> int:
+  def tokens(size: SizeArgs) -> int:
     rows, columns = model.grid(tuple(image_shape[:2]), **size).grid_hw
     return rows * columns
 
@@ -480,42 +475,17 @@ def _budget(
   return batches_of, lambda size: budget.update_scale(batches_of(size))
 
 
-def check_accumulate(
-  accumulate: int | str, memory_gib: float | None, batch_size: int, model: Model
-) -> None:
-  """Raises a UserError for parts that do not divide the batch, and for "auto" where the result would depend on it."""
-  if accumulate == "auto":
-    if getattr(model, "dropout", 0.0):
-      raise errors.UserError(
-        "accumulate='auto' with dropout: its masks would depend on the memory of the device; give accumulate a number."
-      )
-    if memory_gib is not None and not memory_gib > 0:
-      raise errors.UserError(f"memory_gib={memory_gib}; expected more than 0.")
-    return
-  if not isinstance(accumulate, int) or accumulate < 1 or batch_size % accumulate:
-    raise errors.UserError(
-      f"Got accumulate={accumulate!r}, batch_size={batch_size}; expected a divisor of batch_size, or 'auto'."
-    )
-  if memory_gib is not None:
-    raise errors.UserError(f"memory_gib={memory_gib} has no effect without accumulate='auto'.")
-
-
-def build_objective(section: Mapping[str, Any], teachers: Mapping[str, Teacher]) -> Objective:
+def build_objective(section: Section, teachers: Mapping[str, Teacher]) -> Objective:
   """Returns the objective that a section names; one that distils takes the teachers, loaded."""
-  given = {k: v for k, v in section.items() if k not in ("name", "teachers")}
-  given |= {"teachers": teachers} if "teachers" in section else {}
-  return OBJECTIVES[section.get("name", "supervised")](**given)
+  arguments = {k: v for k, v in section.items() if k not in ("name", "teachers")}
+  arguments |= {"teachers": teachers} if "teachers" in section else {}
+  return OBJECTIVES[section.get("name", "supervised")](**arguments)
 
 
-def check_size(model: Model, image_shape: Sequence[int], size: Mapping[str, Any]) -> None:
-  """Raises a UserError if a model cannot run images (h, w, c) with these static arguments."""
-  model.grid(tuple(image_shape[:2]), **size)
-
-
-def _total_steps(by_flops: float | None, **given: Any) -> int:
+def _total_steps(by_flops: float | None, **durations: Any) -> int:
   if by_flops is None:
-    return schedules.to_steps("total", **given)
-  units = {k: given[k] for k in ("steps", "epochs", "examples") if given[k] is not None}
+    return schedules.to_steps("total", **durations)
+  units = {k: durations[k] for k in ("steps", "epochs", "examples") if durations[k] is not None}
   if units:
     raise errors.UserError(f"Got total_flops and total_{next(iter(units))}; give one of them.")
   if not math.isfinite(by_flops):
@@ -529,7 +499,7 @@ def _inputs(objective: Objective) -> tuple[str, ...]:
   return tuple(dict.fromkeys((*objective.inputs, *taught)))
 
 
-def _drawn(settings: Settings, learner: _Learner, digests: Mapping[str, str]) -> dict[str, Any]:
+def _drawn(settings: Settings, learner: _Learner, digests: Mapping[str, str]) -> Json:
   """What the teachers' logits depend on: images, their draws and mixup, and the teachers."""
   section, objective = learner.input, learner.objective_section
   sampler = {} if section.get("sampler") != "balanced" else {"sampler": "balanced"}
@@ -549,50 +519,14 @@ def _drawn(settings: Settings, learner: _Learner, digests: Mapping[str, str]) ->
   )
 
 
-def _fields(model: Model) -> dict[str, Any]:
+def _fields(model: Model) -> Json:
   """What two models of the same parameters may differ in: num_heads, gelu and the like."""
   names = (field.name for field in dataclasses.fields(model) if field.init)
   return {name: getattr(model, name) for name in names if name not in UNNAMED}
 
 
-def check_teachers(
-  teachers: Mapping[str, Teacher], shapes: Mapping[str, tuple[int, ...]], num_classes: int
-) -> None:
-  """Raises a UserError for a teacher of other classes, or whose size does not divide its image."""
-  for name, teacher in teachers.items():
-    if teacher.model.num_classes != num_classes:
-      raise errors.UserError(
-        f"objective.teachers.{name} has {teacher.model.num_classes} classes, the model {num_classes}."
-      )
-    teacher.model.grid(shapes[teacher.image][:2], **teacher.size)
-
-
-def example_shapes(
-  source: data.Source, pp: str, inputs: Sequence[str], num_classes: int, on_error: str = "raise"
-) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of what the preprocessing makes of the first example; labels have to fit the model."""
-  with config.naming("input"):
-    first = data.eval_batches(source, pp, batch_size=1, threads=0, on_error=on_error)
-    example = next(iter(first))
-  for name in inputs:
-    if name == "labels":
-      continue
-    if name not in example or example[name].ndim != 4:
-      got = (
-        f"no {name!r}" if name not in example else f"an image of shape {example[name].shape[1:]}"
-      )
-      raise errors.UserError(f"input.pp gives {got}; expected [h, w, c] under the key {name!r}.")
-  labels = example.get("labels")
-  if "labels" in inputs and (labels is None or labels.shape[1:] != (num_classes,)):
-    got = "no 'labels'" if labels is None else f"labels of shape {labels.shape[1:]}"
-    fix = f"use onehot({num_classes}), or onehot(), which counts them, and keep 'labels'"
-    fix += " (configs/folder.py: leave num_classes out)"
-    raise errors.UserError(f"input.pp gives {got}; the model has {num_classes} classes: {fix}.")
-  return {name: example[name].shape[1:] for name in inputs}
-
-
 def _train_batches(
-  source: data.Source, section: Mapping[str, Any], seed: int, total: int, start_step: int
+  source: data.Source, section: Section, seed: int, total: int, start_step: int
 ) -> data.TrainBatches:
   process = dict(process_index=jax.process_index(), process_count=jax.process_count())
   options = {k: v for k, v in section.items() if k not in ("data", "pp")}
@@ -601,11 +535,11 @@ def _train_batches(
   )
 
 
-def _every(
-  where: str, section: Mapping[str, Any], *, default: int, sizes: Mapping[str, Any], total: int
-) -> int:
-  given = {unit: section[f"every_{unit}"] for unit in DURATIONS if f"every_{unit}" in section}
-  every = schedules.to_steps(f"{where}.every", **given, **sizes, total_steps=total, default=default)
+def _every(where: str, section: Section, *, default: int, sizes: Json, total: int) -> int:
+  durations = {unit: section[f"every_{unit}"] for unit in DURATIONS if f"every_{unit}" in section}
+  every = schedules.to_steps(
+    f"{where}.every", **durations, **sizes, total_steps=total, default=default
+  )
   if every < 1:
     raise errors.UserError(f"{where}: every 0 steps is never; give at least 1, or leave it out.")
   return every

@@ -1,4 +1,4 @@
-"""What an example's loss is multiplied by, from what a config says of classes: `objective.class_weights`."""
+"""Class weights: the factors of the examples' losses, from `objective.class_weights`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,25 +13,25 @@ from flexivit_jax.data.balanced import labels_of
 _KEY = "class_weights"
 
 
-def resolve(given: Any, source: data.Source, num_classes: int) -> tuple[float, ...]:
+def resolve(setting: Any, source: data.Source, num_classes: int) -> tuple[float, ...]:
   """Returns a weight for each class of the model.
 
   Args:
-    given: "balanced": n / (c * n_k) for class k with n_k of the n training images and c classes that have any, the mean
-      of which over all images is 1; a class without images, and of an image of several labels each, count likewise. A
-      number for each class; or numbers by name or number of the class, and 1 for those that are not named.
+    setting: "balanced": n / (c * n_k) for class k with n_k of the n labels, where c classes have any; the mean over
+      all labels is 1, and a class without images weighs 1. Or a number for each class. Or numbers by name or number
+      of the class, and 1 for those that are not named.
     source: the training images.
     num_classes: of the model.
 
   Raises:
     UserError: a class that does not exist, another number of weights than classes, one that is negative or not finite.
   """
-  if given == "balanced":
+  if setting == "balanced":
     weights = balanced(source, num_classes)
-  elif isinstance(given, Mapping):
-    weights = _by_name(given, source, num_classes)
+  elif isinstance(setting, Mapping):
+    weights = _by_name(setting, source, num_classes)
   else:
-    weights = list(given)
+    weights = list(setting)
     if len(weights) != num_classes:
       raise errors.UserError(
         f"{_KEY} has {len(weights)} numbers, the model {num_classes} classes; expected one for each, or numbers by"
@@ -57,7 +57,7 @@ def balanced(source: data.Source, num_classes: int) -> list[float]:
 
 
 def note(weights: Sequence[float], source: data.Source) -> str:
-  """A line that says the largest and the smallest of them."""
+  """Returns a line with the three largest and the three smallest weights."""
   order = sorted(range(len(weights)), key=lambda k: -weights[k])
   shown = order if len(order) <= 6 else [*order[:3], *order[-3:]]
   parts = [f"{_name(source, k)} {weights[k]:.3g}" for k in shown]
@@ -66,18 +66,18 @@ def note(weights: Sequence[float], source: data.Source) -> str:
   return f"class weights: {', '.join(parts)}"
 
 
-def _by_name(given: Mapping[Any, Any], source: data.Source, num_classes: int) -> list[Any]:
+def _by_name(weights_of: Mapping[Any, Any], source: data.Source, num_classes: int) -> list[Any]:
   names = source.class_names or ()
   numbers = {class_names.plain(name): k for k, name in enumerate(names)}
   weights: list[Any] = [1.0] * num_classes
   chosen: dict[int, Any] = {}
-  for key, weight in given.items():
+  for key, weight in weights_of.items():
     k = numbers.get(class_names.plain(str(key)))
     if k is None and str(key).isdecimal() and int(key) < num_classes:
       k = int(key)
     if k is None:
-      known = names or [f"0..{num_classes - 1}"]
-      raise errors.unknown(f"class in {_KEY}", key, known[:50])
+      expected = names or [f"0..{num_classes - 1}"]
+      raise errors.unknown(f"class in {_KEY}", key, expected[:50])
     if k in chosen:
       raise errors.UserError(
         f"{_KEY} names the class {_name(source, k)} twice: {chosen[k]!r}, {key!r}."

@@ -1,6 +1,6 @@
 """What a config will cost, before anything is there: no data, no weights, no accelerator.
 
-What can be wrong with shapes is found: the config is built with stand-ins of the right size, and the training step of
+Mistakes in shapes are found: the config is built with stand-ins of the right size, and the training step of
 each size is traced and lowered for meshes of devices that do not exist. Nothing is compiled, nothing computed.
 """
 
@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from flexivit_jax import data, experiment, trees, weights
+from flexivit_jax.config import Section
 from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
+from flexivit_jax.models.base import Model
 from flexivit_jax.objectives.distill import Teacher
-from flexivit_jax.sizes import size_name
+from flexivit_jax.sizes import SizeArgs, size_name
 from flexivit_jax.training import patch_schedule, steps
+from flexivit_jax.trees import Json
 
 
 class Machine(NamedTuple):
@@ -37,22 +40,18 @@ MACHINES = {
 MESHES = (1, 8, 32)
 
 
-def plan(
-  settings: Mapping[str, Any], *, utilisation: float = 0.4, meshes: Sequence[int] = MESHES
-) -> dict[str, Any]:
+def plan(settings: Section, *, utilisation: float = 0.4, meshes: Sequence[int] = MESHES) -> Json:
   """Returns `costs`, and under "lowered" what `lowered` says of the meshes of more than one device."""
-  found = costs(settings, utilisation=utilisation, meshes=meshes)
-  return found | {"lowered": lowered(settings, several(meshes))}
+  summary = costs(settings, utilisation=utilisation, meshes=meshes)
+  return summary | {"lowered": lowered(settings, several(meshes))}
 
 
 def several(meshes: Sequence[int]) -> list[int]:
-  """Returns the numbers that are more than one device: only these send anything."""
+  """Returns the numbers of more than one device: only these send anything."""
   return [n for n in meshes if n > 1]
 
 
-def costs(
-  settings: Mapping[str, Any], *, utilisation: float = 0.4, meshes: Sequence[int] = MESHES
-) -> dict[str, Any]:
+def costs(settings: Section, *, utilisation: float = 0.4, meshes: Sequence[int] = MESHES) -> Json:
   """Returns what a config will cost, JSON-able.
 
   Args:
@@ -88,7 +87,7 @@ def costs(
   }
 
 
-def training_flops(settings: Mapping[str, Any]) -> float:
+def training_flops(settings: Section) -> float:
   """Returns what `costs` says of training, sooner: teachers have no parameters here, blocks are a loop."""
   teacher = functools.partial(_planned_teacher, shapes=False)
   exp = _looped(settings, PLANNED._replace(teacher=teacher))
@@ -105,25 +104,25 @@ def _training_flops(exp: experiment.Experiment) -> float:
 def _planned_teacher(
   *,
   checkpoint: str | None = None,
-  model: Mapping[str, Any] | None = None,
+  model: Section | None = None,
   shapes: bool = True,
-  **given: Any,
+  **options: Any,
 ) -> Teacher:
   """As `load_teacher`, of shapes only where the config names the model, or without those."""
   if model is None:
-    return loaders.load_teacher(checkpoint=checkpoint, **given)
+    return loaders.load_teacher(checkpoint=checkpoint, **options)
   network, _ = loaders.build_model(model, num_classes=0)
   init = functools.partial(steps.init_params, network, (8, 8, 3), seed=0)
   params = jax.eval_shape(init) if shapes else {}
-  size = {} if given.get("seqhw") is None else {"seqhw": given["seqhw"]}
-  return Teacher(network, params, given.get("image", "image"), size)
+  size = {} if options.get("seqhw") is None else {"seqhw": options["seqhw"]}
+  return Teacher(network, params, options.get("image", "image"), size)
 
 
-def _planned_fields(checkpoint: str, **given: Any) -> dict[str, Any]:
+def _planned_fields(checkpoint: str, **options: Any) -> Json:
   """As `loaders.fields_of`; of a published file that is not here, what is known of it."""
   if checkpoint in weights.PUBLISHED and not weights.is_here(checkpoint):
     return {k: v for k, v in weights.PUBLISHED[checkpoint].expected.items() if k != "num_classes"}
-  return loaders.fields_of(checkpoint, **given)
+  return loaders.fields_of(checkpoint, **options)
 
 
 PLANNED = loaders.Opening(
@@ -146,12 +145,12 @@ def state_of(exp: experiment.Experiment) -> steps.TrainState:
   return jax.eval_shape(init)
 
 
-def _sizes(exp: experiment.Experiment) -> list[dict[str, Any]]:
+def _sizes(exp: experiment.Experiment) -> list[Json]:
   h, w, c = exp.image_shape
   mean = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
   rows = []
   for size, share, cost in patch_schedule.shares(exp.flexi, exp.step_flops):
-    args: dict[str, Any] = dict(size)
+    args: SizeArgs = dict(size)
     grid = exp.model.grid((h, w), **args).grid_hw
     rows.append(
       {
@@ -214,10 +213,10 @@ def _sent(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> 
 # --- lowering ---
 
 
-def lowered(settings: Mapping[str, Any], meshes: Sequence[int]) -> dict[str, str]:
+def lowered(settings: Section, meshes: Sequence[int]) -> dict[str, str]:
   """Traces and lowers every training step for each number of devices; returns a line about each."""
   exp = _looped(settings)
-  # Of each function one object, whose trace is then found again for the next mesh.
+  # One object per function, so that its trace serves the next mesh too.
   teach = None
   if exp.objective.teaching is not None:
     teach = jax.jit(
@@ -228,7 +227,7 @@ def lowered(settings: Mapping[str, Any], meshes: Sequence[int]) -> dict[str, str
   return {str(n): _lower_for(n, exp, teach, train, update) for n in meshes}
 
 
-def _gradients(exp: experiment.Experiment, model: Any) -> list[Any]:
+def _gradients(exp: experiment.Experiment, model: Model) -> list[Any]:
   """The first program of a step at each size."""
   gradients = functools.partial(
     steps.gradients, model=model, objective=exp.objective, **_common(exp)
@@ -237,7 +236,7 @@ def _gradients(exp: experiment.Experiment, model: Any) -> list[Any]:
   return [jax.jit(functools.partial(gradients, **size)) for size in sizes]
 
 
-def _common(exp: experiment.Experiment) -> dict[str, Any]:
+def _common(exp: experiment.Experiment) -> Json:
   return {"seed": exp.seed, "accumulate": _parts(exp)}
 
 
@@ -264,7 +263,7 @@ def _lower_for(
   shapes = {k: (exp.batch_size, *shape) for k, shape in exp.input_shapes.items()}
   specs = {k: split(jax.ShapeDtypeStruct(shape, jnp.float32)) for k, shape in shapes.items()}
   state = whole(state_of(exp))
-  batch: dict[str, Any] = {k: specs[k] for k in exp.objective.inputs}
+  batch: Json = {k: specs[k] for k in exp.objective.inputs}
   if teach is not None:
     taught = {k: specs[k] for k in exp.objective.teaching.inputs}
     args = (state.step, taught, whole(exp.objective.teaching.frozen))
@@ -272,8 +271,8 @@ def _lower_for(
     batch["targets"] = split(jax.eval_shape(teach, *args))
   for gradients in train:
     gradients.trace(state, batch).lower(lowering_platforms=("tpu",))
-  found = whole(jax.eval_shape(train[0], state, batch))
-  update.trace(state, *found).lower(lowering_platforms=("tpu",))
+  gradients_out = whole(jax.eval_shape(train[0], state, batch))
+  update.trace(state, *gradients_out).lower(lowering_platforms=("tpu",))
   return f"{len(train)} training steps lowered"
 
 
@@ -291,14 +290,12 @@ def _mesh(exp: experiment.Experiment, devices: int) -> Any:
   return None if devices % fsdp else sharding.abstract_mesh(devices, fsdp=fsdp)
 
 
-def on_accelerator(settings: Mapping[str, Any]) -> dict[str, Any]:
+def on_accelerator(settings: Section) -> Json:
   """A config with the dtype that it has there, whatever this machine is."""
   return {**settings, "model": {"dtype": "bfloat16", **settings["model"]}}
 
 
-def _looped(
-  settings: Mapping[str, Any], opening: loaders.Opening = PLANNED
-) -> experiment.Experiment:
+def _looped(settings: Section, opening: loaders.Opening = PLANNED) -> experiment.Experiment:
   """The experiment with its blocks as one loop: no shape of a step changes, and one block is traced, not a dozen; and
   with the attention of accelerators, which this machine would not choose for itself.
 

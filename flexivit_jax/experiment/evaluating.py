@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -14,8 +13,9 @@ from flexivit_jax.running import distributed, metrics_writer
 from flexivit_jax.running.session import Session, note
 from flexivit_jax.sizes import size_label
 from flexivit_jax.training import patch_schedule, steps
+from flexivit_jax.trees import Json, Params
 
-Record = Callable[[int, patch_schedule.State], dict[str, Any]]
+Record = Callable[[int, patch_schedule.State], Json]
 
 
 class Evaluating:
@@ -29,9 +29,7 @@ class Evaluating:
     early: state of early stopping, from the checkpoint that the run resumes from.
   """
 
-  def __init__(
-    self, run: Session, exp: Experiment, mesh: Mesh, record: Record, early: dict[str, Any]
-  ):
+  def __init__(self, run: Session, exp: Experiment, mesh: Mesh, record: Record, early: Json):
     self._run, self._exp, self._record, self._early = run, exp, record, early
     self._evaluators = {
       name: e.make(exp.model, mesh, run.watchdog.data) for name, e in exp.evaluations.items()
@@ -43,7 +41,7 @@ class Evaluating:
     """Whether early stopping has ended the run."""
     return self._follow.ended
 
-  def compile(self, params: Any) -> None:
+  def compile(self, params: Params) -> None:
     """Compiles each at its sizes."""
     report = preparation.report_of("eval", self._exp)
     for evaluator in self._evaluators.values():
@@ -110,7 +108,7 @@ class Evaluating:
       file = results.file_of(self._run.workdir / "eval.json", name, self._evaluators)
       results.write(file, about, rows)
 
-  def state(self) -> dict[str, Any]:
+  def state(self) -> Json:
     """Returns what the record of a checkpoint holds of the metrics that are followed."""
     return self._follow.record()
 
@@ -121,7 +119,7 @@ class Evaluating:
   def _see(
     self,
     name: str,
-    rows: list[dict[str, Any]],
+    rows: list[Json],
     state: steps.TrainState,
     schedule: patch_schedule.State,
     *,
@@ -130,7 +128,7 @@ class Evaluating:
     record = functools.partial(self._record, int(state.step), schedule)
     self._follow.see(name, rows, state, record, final=final)
 
-  def _write_rows(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
+  def _write_rows(self, name: str, step: int, rows: list[Json]) -> None:
     # All sizes at once: a stop between two would leave some, and the evaluation would count as made.
     values = {
       f"{name}/{k}/seqhw={size_label(row)}": row[k] for row in rows for k in results.metrics_of(row)

@@ -2,18 +2,21 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from flexivit_jax import config, data, errors
+from flexivit_jax.config import Section
 from flexivit_jax.data import class_names
 from flexivit_jax.evaluators.classification import table_classes
 from flexivit_jax.evaluators.registry import EVALUATORS
 from flexivit_jax.experiment import labelling, sections
 from flexivit_jax.experiment.loaders import REAL, Opening
 from flexivit_jax.models import Model
+from flexivit_jax.trees import Json
 
 Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -30,13 +33,13 @@ class Evaluation(NamedTuple):
   every: int
   source: data.Source
   pp: str
-  section: Mapping[str, Any]
+  section: Section
   notes: tuple[str, ...] = ()
 
 
 def build_evaluation(
   where: str,
-  section: Mapping[str, Any],
+  section: Section,
   every: int,
   opening: Opening | None = None,
   classes: Sequence[class_names.Classes] = (),
@@ -60,7 +63,7 @@ def build_evaluation(
 
 
 def _open(
-  section: Mapping[str, Any],
+  section: Section,
   every: int,
   opening: Opening,
   classes: Sequence[class_names.Classes],
@@ -82,7 +85,7 @@ def _open(
     training = opening.shots(training, **_arguments(section, data.few_shots))
   loading = _arguments(section, data.eval_batches) | process
 
-  def of(model: Model, mesh: Any, waiting: Waiting, loading: Mapping[str, Any]) -> Any:
+  def of(model: Model, mesh: Mesh | None, waiting: Waiting, loading: Section) -> Any:
     scoring = _arguments(section, evaluator)
     if training:
       batches = data.eval_batches(training, **loading)
@@ -92,7 +95,7 @@ def _open(
     batches.waiting = waiting
     return evaluator(model, batches, mesh, **scoring)
 
-  def make(model: Model, mesh: Any, waiting: Waiting = contextlib.nullcontext) -> Any:
+  def make(model: Model, mesh: Mesh | None, waiting: Waiting = contextlib.nullcontext) -> Any:
     return of(model, mesh, waiting, loading)
 
   def check(model: Model) -> None:
@@ -108,23 +111,21 @@ def check_evaluation(evaluation: Evaluation, model: Model, training: data.Source
   as the evaluator does on its first example.
   """
   section, classes = evaluation.section, evaluation.source.num_classes
-  known = {model.num_classes, training.num_classes}
-  own = section.get("type", "classification") == "classification"
-  if own and section.get("label_map") is None and classes not in known:
+  expected = {model.num_classes, training.num_classes}
+  scores_logits = section.get("type", "classification") == "classification"
+  if scores_logits and section.get("label_map") is None and classes not in expected:
     raise errors.UserError(
-      f"data has {classes} classes, the model {' or '.join(map(str, known))}; give data of the same classes, or a"
+      f"data has {classes} classes, the model {' or '.join(map(str, expected))}; give data of the same classes, or a"
       " label_map."
     )
   evaluation.check(model)
 
 
-def _arguments(section: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+def _arguments(section: Section, function: Callable[..., Any]) -> Json:
   return {k: section[k] for k in inspect.signature(function).parameters if k in section}
 
 
-def classes_of_tables(
-  evaluation: Evaluation, rows: Sequence[Mapping[str, Any]]
-) -> list[str] | None:
+def classes_of_tables(evaluation: Evaluation, rows: Sequence[Section]) -> list[str] | None:
   """The names of the classes of the tables in an evaluation's rows; None: there are none."""
   if not rows or "confusion" not in rows[0]:
     return None

@@ -1,15 +1,14 @@
-"""What a run does about a metric: RUN/best keeps the checkpoint of its best value, and early stopping ends the run.
+"""Follows a metric: RUN/best keeps the checkpoint of its best value, and early stopping ends the run.
 
-RUN/best/STEP is a checkpoint without the optimizer's state. Its record says of which value it is, so that a run which
-goes on needs to know nothing else. It is on disk before a later checkpoint of the run is: whatever a run goes on from,
-no evaluation before that is lost. The state of early stopping is in the record of each checkpoint; a checkpoint of a
+RUN/best/STEP is a checkpoint without the optimizer's state. Its record holds the value, so that a
+resumed run needs nothing else. It is on disk before a later checkpoint of the run: wherever a run resumes, no
+evaluation before that step is lost. The state of early stopping is in the record of each checkpoint; a checkpoint of a
 step that is evaluated is written after the evaluation.
 """
 
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from flexivit_jax.experiment import preparation
 from flexivit_jax.experiment.monitor import EarlyStopping, Metric
@@ -17,16 +16,17 @@ from flexivit_jax.running import distributed, manifest
 from flexivit_jax.running.checkpoint import BEST, Checkpoints
 from flexivit_jax.running.session import note
 from flexivit_jax.training import steps
+from flexivit_jax.trees import Json
 
 
 class Following:
-  """The metrics that a run goes by.
+  """The metrics that a run follows.
 
   Args:
     checkpoints: RUN/best, or None without `best`.
-    best: of which the checkpoint of the best value is kept.
+    best: metric whose best checkpoint is kept.
     early: when the run ends early.
-    state: of early stopping, from the record of the checkpoint that the run goes on from.
+    state: of early stopping, from the record of the checkpoint that the run resumes from.
   """
 
   def __init__(
@@ -34,7 +34,7 @@ class Following:
     checkpoints: Checkpoints | None,
     best: Metric | None,
     early: EarlyStopping | None,
-    state: dict[str, Any] | None,
+    state: Json | None,
   ):
     self._checkpoints, self._best, self._early = checkpoints, best, early
     self._state = state or {}
@@ -42,7 +42,7 @@ class Following:
 
   @property
   def evaluators(self) -> set[str]:
-    """The names of the evaluators whose metrics they are."""
+    """Names of the evaluators that give these metrics."""
     metrics = (self._best, self._early and self._early.metric)
     return {metric.evaluator for metric in metrics if metric is not None}
 
@@ -52,7 +52,7 @@ class Following:
     return self._early is not None and self._early.ends(self._state)
 
   def reason(self) -> str:
-    """Why it has."""
+    """Returns why early stopping has ended the run."""
     return self._early.reason(self._state)
 
   def lacks(self, name: str, step: int) -> bool:
@@ -61,20 +61,20 @@ class Following:
       return False
     return not self._early.is_of(self._state) or self._state["step"] < step
 
-  def record(self) -> dict[str, Any]:
-    """What the record of a checkpoint holds of it."""
+  def record(self) -> Json:
+    """Returns the state of early stopping for the record of a checkpoint."""
     return {} if self._early is None else {"early_stopping": self._state}
 
   def see(
     self,
     name: str,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Json],
     state: steps.TrainState,
-    record: Callable[[], dict[str, Any]],
+    record: Callable[[], Json],
     *,
     final: bool = False,
   ) -> None:
-    """Takes note of an evaluation.
+    """Updates the state of early stopping and saves RUN/best after an evaluation.
 
     Args:
       name: of the evaluator.
@@ -94,20 +94,20 @@ class Following:
   def _keep(
     self,
     best: Metric,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Json],
     state: steps.TrainState,
     step: int,
-    record: Callable[[], dict[str, Any]],
+    record: Callable[[], Json],
   ) -> None:
     value = best.value(rows)
     if not best.better(value, self._value):
       return
     self._value = value
-    # Later ones are of a way that the run did not go again: of another metric, or of a config that has changed.
+    # Later checkpoints come from an earlier start: of another metric, or of a config that has changed.
     self._checkpoints.delete_from(step)
-    kept = {k: v for k, v in preparation.rest(state).items() if k != "opt_state"}
+    rest = {k: v for k, v in preparation.rest(state).items() if k != "opt_state"}
     of = {"metric": str(best), "mode": best.mode, "value": value}
-    self._checkpoints.save(step, state.params, kept, {**record(), "best": of})
+    self._checkpoints.save(step, state.params, rest, {**record(), "best": of})
     note(f"step {step}: {best} {value:.4g} is the best so far, kept in {BEST}/{step}")
 
   def wait(self) -> None:
@@ -117,7 +117,7 @@ class Following:
 
 
 def open_best(workdir: pathlib.Path, best: Metric | None, *, begun: bool) -> Checkpoints | None:
-  """Opens RUN/best, where a config asks for it; of a run that begins anew what is there is deleted."""
+  """Opens RUN/best where a config asks for it; a run that begins anew deletes an old one."""
   if best is None:
     return None
   folder = workdir / BEST
@@ -132,7 +132,7 @@ def open_best(workdir: pathlib.Path, best: Metric | None, *, begun: bool) -> Che
 
 
 def _value(checkpoints: Checkpoints, best: Metric | None) -> float | None:
-  """The value of the metric of which a checkpoint is kept; None where there is none."""
+  """Returns the metric's value of the kept checkpoint; None: there is none."""
   step = checkpoints.latest_step()
   if step is None or best is None:
     return None

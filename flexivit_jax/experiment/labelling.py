@@ -1,9 +1,10 @@
 """Which classes the labels, the logits and the teachers of a run are: all of one list of names, in one order."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flexivit_jax import data, errors
+from flexivit_jax.config import Section
 from flexivit_jax.data import class_names, label_maps
 from flexivit_jax.data.class_names import Classes, Trained
 from flexivit_jax.objectives.distill import Teacher, reordered
@@ -95,10 +96,10 @@ def fit(
   if model.names is None and model.by_text and source.name == "folder":
     return _in_text_order(source), None
   ours = classes_of(source, where)
-  found = class_names.match(ours, model, advice=f"{advice} {_advice(ours, model)}".strip())
-  if found.labels is None or model.names is None:
-    return source, found.note
-  return data.renumber(source, found.labels, model.number, model.names), found.note
+  match = class_names.match(ours, model, advice=f"{advice} {_advice(ours, model)}".strip())
+  if match.labels is None or model.names is None:
+    return source, match.note
+  return data.renumber(source, match.labels, model.number, model.names), match.note
 
 
 def teacher_in_order(teacher: Teacher, model: Classes, where: str) -> tuple[Teacher, str | None]:
@@ -112,14 +113,14 @@ def teacher_in_order(teacher: Teacher, model: Classes, where: str) -> tuple[Teac
     return teacher, None  # refused elsewhere, where no evaluator takes it
   theirs = Classes(teacher.class_names, number, f"the teacher of {where}")
   again = "If they are the same classes in the same order, add by_number=True to the teacher."
-  found = class_names.match(model, theirs, advice=again)
-  if found.labels is None:
-    return teacher, found.note
-  return reordered(teacher, found.labels, model.names), found.note
+  match = class_names.match(model, theirs, advice=again)
+  if match.labels is None:
+    return teacher, match.note
+  return reordered(teacher, match.labels, model.names), match.note
 
 
 def of_evaluation(
-  section: Mapping[str, Any], source: data.Source, classes: Sequence[Classes]
+  section: Section, source: data.Source, classes: Sequence[Classes]
 ) -> tuple[data.Source, Teacher | None, tuple[str, ...]]:
   """Returns an evaluation's data with labels of the model's classes, its teacher (None: it has none), and notes.
 
@@ -189,10 +190,10 @@ def _as_trained(
   source: data.Source, num_classes: int, trained: Trained, labels: bool
 ) -> data.Source:
   """The training data in the order that they had, where the checkpoint does not say it by the model's classes."""
-  known = trained.data
+  names = trained.data
   if not trained.recorded and labels and source.num_classes == num_classes:
-    known = trained.model.names
-  class_names.check_unchanged(classes_of(source, "input.data"), trained._replace(data=known))
+    names = trained.model.names
+  class_names.check_unchanged(classes_of(source, "input.data"), trained._replace(data=names))
   if trained.model.names is not None or source.class_names is None:
     return source
   if not trained.recorded:
@@ -220,10 +221,10 @@ def _model(
     for name, t in teachers.items()
     if t.class_names is not None and t.model.num_classes == num_classes
   ]
-  own = source.class_names is not None and source.num_classes == num_classes
-  if taught and not (labels and own):
+  named = source.class_names is not None and source.num_classes == num_classes
+  if taught and not (labels and named):
     return taught[0]
-  return Classes(source.class_names if own else None, num_classes, "the model")
+  return Classes(source.class_names if named else None, num_classes, "the model")
 
 
 def _in_text_order(source: data.Source) -> data.Source:
@@ -246,8 +247,8 @@ def _advice(ours: Classes, model: Classes) -> str:
   maps = [
     f"label_map={name!r}"
     for name in label_maps.LABEL_MAPS
-    if (found := label_maps.label_map(name)).model_classes == model.number
-    and ours.number in found.labels
+    if (table := label_maps.label_map(name)).model_classes == model.number
+    and ours.number in table.labels
     and ours.number != model.number
   ]
   advice = f"If they are classes of ImageNet, evaluate with {' or '.join(maps)}. " if maps else ""

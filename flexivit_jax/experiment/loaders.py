@@ -1,31 +1,33 @@
-"""What a config names that lies in files: data, teachers, weights to start from. Opened really, or only in shape."""
+"""Opens the files a config refers to: data sets, teachers, initial weights. `plan` replaces these by stand-ins."""
 
 import dataclasses
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from flexivit_jax import data, errors, trees, weights
+from flexivit_jax.config import Section
 from flexivit_jax.data import class_names
 from flexivit_jax.data.class_names import Classes
 from flexivit_jax.models import MODELS, UNNAMED, FlexiViT, Model
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.training import steps
+from flexivit_jax.trees import Json, Params
 
 
 class Init(NamedTuple):
   """Parameters to start from, and the classes of their head; None: they have no head that is used."""
 
-  params: Any
+  params: Params | None
   classes: Classes | None
 
 
 class Opening(NamedTuple):
-  """How what lies in files is opened: really, or only as far as shapes need it.
+  """How files are opened: really, or only as far as shapes need it.
 
   Attributes:
     source: as `data.make_source`.
@@ -39,13 +41,13 @@ class Opening(NamedTuple):
   source: Callable[..., data.Source]
   teacher: Callable[..., Teacher]
   init: Callable[..., Init]
-  fields: Callable[..., dict[str, Any]]
-  digest: Callable[[Any], str]
+  fields: Callable[..., Json]
+  digest: Callable[[Params], str]
   shots: Callable[..., data.Source]
 
 
 def sharing(opening: Opening) -> Opening:
-  """The same, but a teacher that several sections name is opened once."""
+  """Returns loaders that open a teacher once, however many sections name it."""
   opened: dict[str, Teacher] = {}
 
   def teacher(**section: Any) -> Teacher:
@@ -57,35 +59,35 @@ def sharing(opening: Opening) -> Opening:
   return opening._replace(teacher=teacher)
 
 
-def build_model(section: Mapping[str, Any], num_classes: int) -> tuple[Model, dict[str, Any]]:
+def build_model(section: Section, num_classes: int) -> tuple[Model, Json]:
   """Returns the model, and the JSON-able record from which it can be built again."""
   record = {"name": "flexivit", "num_classes": num_classes, **section}
   return MODELS[record["name"]](**{k: v for k, v in record.items() if k != "name"}), record
 
 
-# What a run chooses for itself, whatever file its model is like.
+# Fields that a run chooses for itself, whatever file its model is like.
 _OWN = (
   "num_classes", "variant", "dtype", "scan", "remat", "attention", "dropout", "head_zeroinit",
 )  # fmt: skip
 
 
-def fields_of(checkpoint: str, **given: Any) -> dict[str, Any]:
+def fields_of(checkpoint: str, **options: Any) -> Json:
   """Returns the fields of the model in a file, without those that a run chooses for itself.
 
   Args:
     checkpoint: what `weights.load` takes.
     **given: arguments of `weights.load`.
   """
-  model, _ = weights.load(checkpoint, **given)
+  model, _ = weights.load(checkpoint, **options)
   names = (f.name for f in dataclasses.fields(model) if f.init)
   return {name: getattr(model, name) for name in names if name not in (*_OWN, *UNNAMED)}
 
 
 def model_like(
-  section: Mapping[str, Any],
-  init: Mapping[str, Any] | None,
-  fields: Callable[..., dict[str, Any]] = fields_of,
-) -> dict[str, Any]:
+  section: Section,
+  init: Section | None,
+  fields: Callable[..., Json] = fields_of,
+) -> Json:
   """Returns a config's section of a model, in which the fields of the file under `like` stand in its place.
 
   Args:
@@ -96,19 +98,19 @@ def model_like(
   Raises:
     UserError: see `weights.load`; a variant beside `like`.
   """
-  own = {k: v for k, v in section.items() if k != "like"}
+  chosen = {k: v for k, v in section.items() if k != "like"}
   like = section.get("like")
   if like is None:
-    return own
-  if "variant" in own:
+    return chosen
+  if "variant" in chosen:
     raise errors.UserError(
-      f"Got variant={own['variant']!r} and like={like!r}, which both say what model it is; give one of them."
+      f"Got variant={chosen['variant']!r} and like={like!r}, which both say what model it is; give one of them."
     )
   same = init is not None and init.get("checkpoint") == like
   reading = {k: v for k, v in (init or {}).items() if same and k not in _NOT_READING}
-  if "num_heads" in own:
-    reading["num_heads"] = own["num_heads"]
-  return fields(like, **{k: v for k, v in reading.items() if v is not None}) | own
+  if "num_heads" in chosen:
+    reading["num_heads"] = chosen["num_heads"]
+  return fields(like, **{k: v for k, v in reading.items() if v is not None}) | chosen
 
 
 _NOT_READING = ("checkpoint", "new_head", "by_number")
@@ -122,7 +124,7 @@ def default_dtype() -> str:
 def load_teacher(
   *,
   checkpoint: str | None = None,
-  model: Mapping[str, Any] | None = None,
+  model: Section | None = None,
   image: str = "image",
   seqhw: int | None = None,
   num_heads: int | None = None,
@@ -150,8 +152,8 @@ def load_teacher(
   names = None
   network: Model
   if checkpoint is not None:
-    given = _given(num_heads, gelu, posemb_size, mean, std, ema)
-    network, params, record = weights.load_with_record(checkpoint, **given)
+    options = _given(num_heads, gelu, posemb_size, mean, std, ema)
+    network, params, record = weights.load_with_record(checkpoint, **options)
     _print_notes(record)
     names = class_names.of_record(record, network.num_classes, str(checkpoint)).names
     _check_model(network, model or {}, checkpoint)
@@ -165,17 +167,17 @@ def load_teacher(
   return Teacher(network, jax.tree.map(np.asarray, params), image, size, names)
 
 
-def _check_model(found: Model, section: Mapping[str, Any], checkpoint: str) -> None:
+def _check_model(stored: Model, section: Section, checkpoint: str) -> None:
   """Raises a UserError that lists the fields in which a model is not the one that a config names."""
   names = (
     {"width", "depth", "mlp_dim", "num_heads", "patch_size"} if "variant" in section else set()
   )
   names |= section.keys() - {"variant", "name"}
-  want = build_model({**section}, num_classes=0)[0] if section else found
+  want = build_model({**section}, num_classes=0)[0] if section else stored
   lines = [
-    f"{name}: {getattr(found, name)!r} in the file, {getattr(want, name)!r} in the config"
+    f"{name}: {getattr(stored, name)!r} in the file, {getattr(want, name)!r} in the config"
     for name in sorted(names)
-    if getattr(found, name) != getattr(want, name)
+    if getattr(stored, name) != getattr(want, name)
   ]
   if lines:
     raise errors.UserError(f"{checkpoint} is not the model of the config:\n  " + "\n  ".join(lines))
@@ -214,26 +216,26 @@ def load_init(
     )
   classes: list[Classes] = []
 
-  def accept(found: Model, record: dict[str, Any]) -> None:
+  def accept(stored: Model, record: Json) -> None:
     _print_notes(record)
     of = f"init ({checkpoint})"
-    if new_head or not found.num_classes:
+    if new_head or not stored.num_classes:
       return
-    known = class_names.of_record(record, found.num_classes, of)
-    classes.append(known._replace(names=None) if by_number else known)
+    head = class_names.of_record(record, stored.num_classes, of)
+    classes.append(head._replace(names=None) if by_number else head)
     if labels is not None:
       class_names.match(labels, classes[0], advice=_NEW_HEAD)
 
-  given = _given(num_heads, gelu, posemb_size, mean, std, ema)
+  options = _given(num_heads, gelu, posemb_size, mean, std, ema)
   try:
-    params = weights.load_into(checkpoint, model, new_head=new_head, accept=accept, **given)
+    params = weights.load_into(checkpoint, model, new_head=new_head, accept=accept, **options)
   except weights.OtherModel as e:
     raise errors.UserError(f"{e}\n{_how_to_fit(checkpoint)}") from e
   return Init(jax.tree.map(np.asarray, params), classes[0] if classes else None)
 
 
 def _how_to_fit(checkpoint: str) -> str:
-  """What to do where the model of a config is not that of the weights that it starts from."""
+  """Returns what to do where the config's model is not that of its initial weights."""
   like = f"--config.model={ {'like': checkpoint} }"
   like = f'"{like}"' if not set('"$`\\!') & set(checkpoint) else shlex.quote(like)
   return (
@@ -248,10 +250,10 @@ _NEW_HEAD = (
 )
 
 
-_printed: set[str] = set()  # of this process: init and teacher may be one file
+_printed: set[str] = set()  # per process: init and teacher may be one file
 
 
-def _print_notes(record: Mapping[str, Any]) -> None:
+def _print_notes(record: Section) -> None:
   """Prints what a user should know of weights, each note once, from the first process."""
   notes = [note for note in record.get("notes") or [] if note not in _printed]
   _printed.update(notes)
@@ -266,8 +268,8 @@ def _given(
   mean: tuple[float, ...] | None,
   std: tuple[float, ...] | None,
   ema: bool,
-) -> dict[str, Any]:
-  """What a section says of reading weights, as keyword arguments of `weights.load`."""
+) -> Json:
+  """Returns the options of a section for reading weights, as keyword arguments of `weights.load`."""
   values = dict(num_heads=num_heads, gelu=gelu, posemb_size=posemb_size, mean=mean, std=std)
   options = {name: value for name, value in values.items() if value is not None}
   return options | ({"ema": True} if ema else {})

@@ -2,16 +2,18 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from flexivit_jax import errors
+from flexivit_jax.config import Section
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.registry import METRICS
 from flexivit_jax.sizes import size_label, size_text
+from flexivit_jax.trees import Json
 
 Mode = Literal["max", "min"]
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Section]
 
 
 class Metric(NamedTuple):
@@ -37,7 +39,7 @@ class Metric(NamedTuple):
       return True
     return value > best + by if self.mode == "max" else value < best - by
 
-  def _has(self, row: Mapping[str, Any]) -> bool:
+  def _has(self, row: Section) -> bool:
     whole = size_label(dict(row))
     return self.size is None or self.size == whole or self.size in whole.split(" ")
 
@@ -49,7 +51,7 @@ class EarlyStopping(NamedTuple):
   patience: int
   min_delta: float
 
-  def update(self, state: Mapping[str, Any], step: int, rows: Rows) -> dict[str, Any]:
+  def update(self, state: Section, step: int, rows: Rows) -> Json:
     """Returns the state after an evaluation; {} is that before the first, or of another metric."""
     value = self.metric.value(rows)
     if not self.is_of(state):
@@ -58,15 +60,15 @@ class EarlyStopping(NamedTuple):
       return {**state, "step": step, "best": value, "best_step": step, "bad": 0}
     return {**state, "step": step, "bad": state["bad"] + 1}
 
-  def is_of(self, state: Mapping[str, Any]) -> bool:
+  def is_of(self, state: Section) -> bool:
     """Whether the state is of this metric."""
     return bool(state) and (state["metric"], state["mode"]) == (str(self.metric), self.metric.mode)
 
-  def ends(self, state: Mapping[str, Any]) -> bool:
+  def ends(self, state: Section) -> bool:
     """Whether a run of this state has ended."""
     return self.is_of(state) and state["bad"] >= self.patience
 
-  def reason(self, state: Mapping[str, Any]) -> str:
+  def reason(self, state: Section) -> str:
     """Why a run of this state has ended."""
     best = f"{state['best']:.4g} at step {state['best_step']}" if state["best"] is not None else "-"
     return (
@@ -77,7 +79,7 @@ class EarlyStopping(NamedTuple):
 
 def early_stopping(
   *,
-  evals: Mapping[str, Any],
+  evals: Section,
   metric: str | None = None,
   patience: int = 3,
   min_delta: float = 0.0,
@@ -101,25 +103,23 @@ def early_stopping(
     )
   if metric is None and evals:
     main = results.main_of(evals)
-    metric = f"{main}/{next(iter(known(evals[main])), 'top1')}"
+    metric = f"{main}/{next(iter(metrics_of(evals[main])), 'top1')}"
   return EarlyStopping(
     parse("early_stopping.metric", metric or "", evals, mode), patience, float(min_delta)
   )
 
 
-def known(section: Mapping[str, Any]) -> dict[str, str]:
-  """The metrics of an evaluator's section that training changes, the first one in front, and which of their values are
-  better.
-  """
-  found = dict(METRICS[section.get("type", "classification")])
+def metrics_of(section: Section) -> dict[str, str]:
+  """Returns the metrics of an evaluator that training changes, the main one first, and "max" or "min" for each."""
+  metrics = dict(METRICS[section.get("type", "classification")])
   if not section.get("per_class"):
-    found.pop("top1_macro", None)
+    metrics.pop("top1_macro", None)
   if section.get("type") == "distance" and not section.get("labels"):
-    found = {k: v for k, v in found.items() if k not in METRICS["classification"]}
-  return found
+    metrics = {k: v for k, v in metrics.items() if k not in METRICS["classification"]}
+  return metrics
 
 
-def parse(where: str, text: str, evals: Mapping[str, Any], mode: Mode | None = None) -> Metric:
+def parse(where: str, text: str, evals: Section, mode: Mode | None = None) -> Metric:
   """Reads "test/top1", the mean over all sizes, or "test/top1@8", at one of them.
 
   Args:
@@ -139,14 +139,14 @@ def parse(where: str, text: str, evals: Mapping[str, Any], mode: Mode | None = N
   evaluator, slash, rest = text.partition("/")
   if not slash or "/" in rest:
     main = results.main_of(evals)
-    example = f"{main}/{next(iter(known(evals[main])), 'top1')}"
+    example = f"{main}/{next(iter(metrics_of(evals[main])), 'top1')}"
     raise errors.UserError(
       f"{where} is {text!r}; expected EVALUATOR/METRIC or EVALUATOR/METRIC@SIZE, e.g. {example!r}."
     )
   if evaluator not in evals:
     raise errors.unknown(f"evaluator in {where}", evaluator, evals)
   name, at, size = rest.partition("@")
-  metrics, kind = known(evals[evaluator]), evals[evaluator].get("type", "classification")
+  metrics, kind = metrics_of(evals[evaluator]), evals[evaluator].get("type", "classification")
   if not metrics:
     raise errors.UserError(
       f"{where} is {text!r}, but training changes nothing that a {kind!r} measures; give another evaluator."
@@ -161,7 +161,7 @@ def parse(where: str, text: str, evals: Mapping[str, Any], mode: Mode | None = N
   return Metric(evaluator, name, size if at else None, mode or metrics[name])
 
 
-def _sizes(section: Mapping[str, Any]) -> list[str]:
+def _sizes(section: Section) -> list[str]:
   """The names of an evaluator's sizes, as far as its section tells, and their parts."""
   grids = [str(size_text(_square(size))) for size in section.get("seqhw") or ()]
   grids += [f"stride={s}" for s in section.get("stride") or ()]

@@ -1,9 +1,9 @@
-"""What a run's steps need before the first: the mesh, the state, the teachers, the programs."""
+"""Prepares the steps of a run: the mesh, the first state, the teachers, the compiled programs."""
 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from flexivit_jax.running.session import note
 from flexivit_jax.sizes import SizeArgs, size_key, size_name
 from flexivit_jax.training import patch_schedule, step_programs, steps, teaching
 from flexivit_jax.training.teacher_cache import TeacherCache
+from flexivit_jax.trees import Json, Params
 
 Hold = Callable[[contextlib.AbstractContextManager[Any]], Any]
 
@@ -34,7 +35,7 @@ def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Mesh]:
 
 
 def _parts(exp: experiment.Experiment, mesh: Mesh) -> tuple[list[int], float]:
-  """Into how many parts a batch may be divided, and the bytes of each device into which a step has to fit."""
+  """Returns the candidate numbers of microbatches, and the bytes of each device that a step may use."""
   if exp.accumulate != "auto":
     return [int(exp.accumulate)], math.inf
   if exp.memory_gib is not None:
@@ -49,12 +50,12 @@ def abstract_state(exp: experiment.Experiment) -> steps.TrainState:
 
 
 def first_state(exp: experiment.Experiment, mesh: Mesh) -> steps.TrainState:
-  """The state before the first step, made where it lives: what is divided is never whole on a device."""
+  """Returns the state before the first step, made on its devices: a divided array is never whole on one."""
   init = jax.jit(functools.partial(_init, exp))
-  given = None if exp.init is None else jax.device_put(exp.init, sharding.divided(exp.init, mesh))
+  weights = None if exp.init is None else jax.device_put(exp.init, sharding.divided(exp.init, mesh))
   seed = np.uint32(exp.seed)
-  where = sharding.divided(jax.eval_shape(init, given, seed), mesh)
-  state = jax.jit(init, out_shardings=where)(given, seed)
+  where = sharding.divided(jax.eval_shape(init, weights, seed), mesh)
+  state = jax.jit(init, out_shardings=where)(weights, seed)
   note(
     f"{trees.count(state.params):,} parameters on {mesh.size} x {jax.devices()[0].device_kind}"
     + (f", divided by {mesh.shape['fsdp']}" if mesh.shape["fsdp"] > 1 else "")
@@ -62,20 +63,20 @@ def first_state(exp: experiment.Experiment, mesh: Mesh) -> steps.TrainState:
   return state
 
 
-def _init(exp: experiment.Experiment, given: Any, seed: jax.Array) -> steps.TrainState:
+def _init(exp: experiment.Experiment, weights: Params | None, seed: jax.Array) -> steps.TrainState:
   params = steps.init_params(exp.model, exp.image_shape, seed, exp.head_bias)
-  params = {**params, **(given or {})}  # what is given may lack the head
+  params = {**params, **(weights or {})}  # loaded weights may lack the head
   return steps.init_state(params, exp.optimizer.tx, exp.objective)
 
 
-def rest(state: steps.TrainState) -> dict[str, Any]:
-  """What a checkpoint holds beside the parameters."""
-  found = {k: v for k, v in state._asdict().items() if k != "params"}
-  return {k: v for k, v in found.items() if v is not None}
+def rest(state: steps.TrainState) -> Json:
+  """Returns the arrays of a checkpoint other than the parameters."""
+  items = {k: v for k, v in state._asdict().items() if k != "params"}
+  return {k: v for k, v in items.items() if v is not None}
 
 
 def constants(exp: experiment.Experiment, mesh: Mesh) -> dict[str, jax.Array]:
-  """What is the same in all steps of a run, and other in another run of the same programs."""
+  """Returns the arrays constant within a run that differ between runs of the same compiled programs."""
   numbers = {"seed": np.uint32(exp.seed), "total_steps": np.int32(exp.total_steps)}
   return jax.device_put(numbers, sharding.replicated(mesh))
 
@@ -103,9 +104,7 @@ class Step(NamedTuple):
     """Makes step `number`, counted from 1, at a size. The memory of `state` is taken."""
     return self.programs(size, state, self.put(number, state, batch), self.constants)
 
-  def put(
-    self, number: int, state: steps.TrainState, batch: dict[str, np.ndarray]
-  ) -> dict[str, Any]:
+  def put(self, number: int, state: steps.TrainState, batch: dict[str, np.ndarray]) -> Json:
     """Returns the inputs of a step on the devices, with the teachers' logits."""
     on_device = sharding.put_batch({k: batch[k] for k in self.inputs}, self.mesh)
     if self.teachers is not None:
@@ -155,7 +154,7 @@ def targets(
   parts: Sequence[int] = (1,),
   memory: float = math.inf,
 ) -> teaching.Targets | None:
-  """What the teachers say of each step that is left; None without teachers."""
+  """Returns the source of the teachers' logits for the steps that are left; None without teachers."""
   if exp.objective.teaching is None:
     return None
   cache = None
@@ -163,7 +162,7 @@ def targets(
     process = (jax.process_index(), jax.process_count())
     cache = TeacherCache(exp.teacher_cache, exp.drawn, process)
     hold(contextlib.closing(cache))
-  found = teaching.Targets(
+  teachers = teaching.Targets(
     exp.objective.teaching,
     _specs(exp, exp.objective.teaching.inputs, mesh),
     mesh,
@@ -175,9 +174,9 @@ def targets(
     parts=parts,
     memory=memory,
   )
-  if found.complete:
+  if teachers.complete:
     note(f"teachers: their logits of all steps are in {exp.teacher_cache}")
-  return found
+  return teachers
 
 
 def programs(
@@ -194,7 +193,7 @@ def programs(
   if taught is not None:
     batch["targets"] = taught.specs
   sizes = sorted(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
-  made = step_programs.compile_steps(
+  compiled = step_programs.compile_steps(
     sizes,
     state,
     batch,
@@ -210,18 +209,18 @@ def programs(
     parts=parts,
     memory=memory,
   )
-  note(f"{len(sizes)} sizes and the update compiled in {made.seconds:.1f} s")
-  return made
+  note(f"{len(sizes)} sizes and the update compiled in {compiled.seconds:.1f} s")
+  return compiled
 
 
-def _specs(exp: experiment.Experiment, inputs: Any, mesh: Mesh) -> dict[str, Any]:
+def _specs(exp: experiment.Experiment, inputs: Iterable[str], mesh: Mesh) -> Json:
   local = exp.batch_size // jax.process_count()
   shapes = {name: (local, *exp.input_shapes[name]) for name in inputs}
   return sharding.specs({k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()}, mesh)
 
 
 def report_of(kind: str, exp: experiment.Experiment) -> Any:
-  """Returns what says a line about each program that was compiled."""
+  """Returns a function that prints a line about each compiled program."""
 
   def report(size: dict, program: compilation.Program, parts: int = 1) -> None:
     if not size:

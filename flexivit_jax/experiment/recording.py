@@ -1,6 +1,6 @@
 """What is read from the devices: the numbers of the steps, at each log; and what follows from them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from flexivit_jax.running.progress import Progress
 from flexivit_jax.running.session import Session
 from flexivit_jax.sizes import SizeArgs, size_name, size_text
 from flexivit_jax.training import patch_schedule
+from flexivit_jax.trees import Json
 
 
 class Pending(NamedTuple):
@@ -19,7 +20,7 @@ class Pending(NamedTuple):
 
   step: int
   size: SizeArgs
-  measured: dict[str, Any]
+  measured: Json
   ids: np.ndarray | None
 
 
@@ -87,8 +88,8 @@ class Recorder:
         raise self._bad_step(row, problems)
     return rows
 
-  def _values(self, row: Pending) -> dict[str, Any]:
-    values: dict[str, Any] = {k: size_text(v) for k, v in row.size.items()}
+  def _values(self, row: Pending) -> Json:
+    values: Json = {k: size_text(v) for k, v in row.size.items()}
     values |= {**row.measured, "epoch": row.step / self._exp.steps_per_epoch}
     return values | {
       f"schedule/{k}" if k != ".*" else "schedule": f(row.step - 1)

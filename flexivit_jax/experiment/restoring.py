@@ -4,8 +4,7 @@ import contextlib
 import json
 import pathlib
 import shlex
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from clu import parameter_overview
 from jax.sharding import Mesh
@@ -19,6 +18,7 @@ from flexivit_jax.running import checkpoint, distributed, run_folder
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.session import Session, note
 from flexivit_jax.training import patch_schedule, steps
+from flexivit_jax.trees import Json
 
 
 class Start(NamedTuple):
@@ -33,7 +33,7 @@ class Start(NamedTuple):
 
   state: steps.TrainState
   schedule: patch_schedule.State
-  early: dict[str, Any]
+  early: Json
   resumed: bool
 
 
@@ -48,7 +48,7 @@ def start(
   exp: Experiment,
   mesh: Mesh,
   batches: data.TrainBatches,
-  settings: dict[str, Any],
+  settings: Json,
   *,
   resume: str = "latest",
   allow_change: bool = False,
@@ -98,7 +98,7 @@ def _misfit(
   latest: int,
   state: steps.TrainState,
   batches: data.TrainBatches,
-  settings: dict[str, Any],
+  settings: Json,
 ) -> str | None:
   """Returns why a run of this config cannot resume from a checkpoint, whatever the user allows; None: it can."""
   record, where = checkpoints.record(latest), checkpoints.folder / str(latest)
@@ -138,7 +138,7 @@ def _first_or_restored(
 
 def write_start(
   workdir: pathlib.Path,
-  settings: dict[str, Any],
+  settings: Json,
   difference: run_folder.Start | None,
   state: steps.TrainState,
 ) -> None:
@@ -155,7 +155,7 @@ def write_start(
 
 def record(
   exp: Experiment, step: int, schedule: patch_schedule.State, batches: data.TrainBatches
-) -> dict[str, Any]:
+) -> Json:
   """Returns what a checkpoint records of itself: enough to resume training, and to predict without the config."""
   main = exp.evaluations.get(results.main_of(exp.evaluations))
   # An evaluator that fits its own classifier, or a label map, may be of other classes than the model.
@@ -186,9 +186,7 @@ def check_frozen(exp: Experiment, stored: dict[str, str], where: pathlib.Path) -
     )
 
 
-def check_data(
-  own: Mapping[str, Any], stored: Mapping[str, Any], data: Mapping[str, Any], where: pathlib.Path
-) -> None:
+def check_data(own: Json, stored: Json, data: Json, where: pathlib.Path) -> None:
   """Compares where in the data a checkpoint was with what this config's data are.
 
   Args:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flexivit_jax import config, data, errors
+from flexivit_jax.config import Section
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.registry import EVALUATORS
 from flexivit_jax.experiment import monitor
@@ -98,9 +99,7 @@ def check_teacher(where: str, section: Any) -> None:
     config.check(f"{where}.model", section["model"], model, given=UNNAMED, optional=_NAME)
 
 
-def _named(
-  where: str, section: Mapping[str, Any], table: Mapping[str, Any], default: str, key: str = "name"
-) -> Any:
+def _named(where: str, section: Section, table: Section, default: str, key: str = "name") -> Any:
   name = section.get(key, default)
   if not isinstance(name, str) or name not in table:
     raise errors.unknown(f"{where}.{key}", name, table)

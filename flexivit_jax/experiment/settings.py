@@ -1,8 +1,8 @@
 """The keys of a config: their types, their defaults, what they mean."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+
+from flexivit_jax.config import Section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,27 +58,27 @@ class Settings:
 
   name: str = ""
   seed: int = 0
-  input: Mapping[str, Any]
-  model: Mapping[str, Any]
-  optim: Mapping[str, Any]
-  objective: Mapping[str, Any] | None = None
-  flexi: Mapping[str, Any] | None = None
-  evals: Mapping[str, Any] | None = None
-  checkpoint: Mapping[str, Any] | None = None
+  input: Section
+  model: Section
+  optim: Section
+  objective: Section | None = None
+  flexi: Section | None = None
+  evals: Section | None = None
+  checkpoint: Section | None = None
   total_steps: int | None = None
   total_epochs: float | None = None
   total_examples: float | None = None
   total_flops: float | None = None
   accumulate: int | str = 1
   memory_gib: float | None = None
-  token_budget: Mapping[str, Any] | None = None
-  init: Mapping[str, Any] | None = None
+  token_budget: Section | None = None
+  init: Section | None = None
   teacher_cache: str | None = None
   init_head_bias: float | None = None
   log_every: int = 50
-  early_stopping: int | Mapping[str, Any] | None = None
+  early_stopping: int | Section | None = None
   hang_after: float | None = 1800.0
   skip_above: float | None = None
   skip_limit: int = 10
-  mesh: Mapping[str, Any] | None = None
-  wandb: Mapping[str, Any] | None = None
+  mesh: Section | None = None
+  wandb: Section | None = None

@@ -23,8 +23,8 @@ def features(
   result: tuple[Float[Array, "n k"], dict[str, Any]], normalize: bool = False
 ) -> Float[Array, "n d"]:
   """The pre-logits of a model's result; with `normalize` of length 1 each."""
-  found = result[1]["pre_logits"]
-  return found / jnp.linalg.norm(found, axis=-1, keepdims=True) if normalize else found
+  vectors = result[1]["pre_logits"]
+  return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True) if normalize else vectors
 
 
 class Writer(Protocol):

@@ -77,17 +77,17 @@ def predictions(
 ) -> Generator[tuple[str, list[Prediction]], None, None]:
   """Yields (file, its predictions at each size) in order; of a bad file a single one, with its error."""
   model, record = loaded.model, loaded.record
-  known = class_names.of_record(record, model.num_classes, f"the checkpoint {loaded.name}").names
-  names = known or [""] * model.num_classes
+  recorded = class_names.of_record(record, model.num_classes, f"the checkpoint {loaded.name}").names
+  names = recorded or [""] * model.num_classes
   with contextlib.closing(
     predictor.outcomes(loaded, _probabilities, inputs, sizes, batch_size=batch_size, timed=timed)
   ) as outcomes:
-    for file, found, error, ms in outcomes:
+    for file, outputs, error, ms in outcomes:
       if error is not None:
         yield file, [Prediction(file, error=error)]
         continue
       times = ms or [None] * len(sizes)
-      tops = [_top(probabilities, names, k) for probabilities in found]
+      tops = [_top(probabilities, names, k) for probabilities in outputs]
       yield file, [Prediction(file, *row) for row in zip(sizes, tops, times, strict=True)]
 
 

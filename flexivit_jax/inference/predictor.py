@@ -80,18 +80,18 @@ def sizes_of(text: str | None, loaded: Loaded) -> tuple[SeqHw, ...]:
     UserError: it names none, or "all" of a model that does not say.
   """
   trained = loaded.record.get("trained", {}).get("seqhw") or ()
-  known = tuple(tuple(s) if isinstance(s, list) else s for s in trained)
-  shown = ",".join(str(size_text(size)) for size in known)
+  trained_at = tuple(tuple(s) if isinstance(s, list) else s for s in trained)
+  shown = ",".join(str(size_text(size)) for size in trained_at)
   if text is None:
-    of = f"{loaded.name} was trained at {shown}" if known else "e.g. --seqhw=8"
+    of = f"{loaded.name} was trained at {shown}" if trained_at else "e.g. --seqhw=8"
     raise errors.UserError(f"Give --seqhw, the tokens per side: more is finer and slower; {of}.")
   if text != "all":
     return tuple(dict.fromkeys(sizes.parse(text)))
-  if not known:
+  if not trained_at:
     raise errors.UserError(
       f"--seqhw=all: {loaded.name} does not say at which sizes it was trained; give them, e.g. --seqhw=5,8."
     )
-  return known
+  return trained_at
 
 
 # --- one image ---
@@ -195,8 +195,8 @@ def outcomes(
           loaded.model.grid(shape[:2], **size_args(size))
         images = np.zeros((n, *shape), np.float32)
         times[shape] = tuple(_ms(p, loaded.params, images) for p in programs) if timed else ()
-      found = _run(loaded.params, programs, batch.rows, n) if shape else ()
-      yield from _by_file(batch.files, found, times.get(shape, ()))
+      results = _run(loaded.params, programs, batch.rows, n) if shape else ()
+      yield from _by_file(batch.files, results, times.get(shape, ()))
 
 
 def default_batch_size() -> int:
@@ -220,14 +220,14 @@ def _run(
 
 
 def _by_file(
-  files: Iterable[Input], found: Sequence[np.ndarray], ms: tuple[float, ...]
+  files: Iterable[Input], results: Sequence[np.ndarray], ms: tuple[float, ...]
 ) -> Iterator[Outcome]:
   row = 0
   for path, error in files:
     if error is not None:
       yield Outcome(path, error=error)
       continue
-    outputs = tuple(output[row] for output in found)
+    outputs = tuple(output[row] for output in results)
     row += 1
     if all(np.isfinite(output).all() for output in outputs):
       yield Outcome(path, outputs, ms=ms)

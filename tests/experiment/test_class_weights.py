@@ -106,7 +106,7 @@ def test_an_objective_refuses_weights_that_it_would_not_use(name):
 def test_a_run_resolves_them_from_its_training_images():
   settings = config.load("digits:debug", ["objective.class_weights=balanced"])
   exp = experiment.from_config(settings)
-  assert any(line.startswith("class weights: ") for line in exp.says())
+  assert any(line.startswith("class weights: ") for line in exp.class_lines())
   plain = experiment.from_config(config.load("digits:debug", []))
   labels = jnp.eye(10)
   logits = jnp.zeros((10, 10))

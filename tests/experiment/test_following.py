@@ -307,4 +307,4 @@ def test_early_stopping_counts_the_evaluations_since_the_last_that_was_better_by
 def test_every_evaluator_says_its_metrics(whole):
   assert METRICS.keys() == EVALUATORS.keys()
   found = {key.split("/")[1] for row in rows(whole) for key in row if key.startswith("test/")}
-  assert found == set(monitor.known({}))
+  assert found == set(monitor.metrics_of({}))

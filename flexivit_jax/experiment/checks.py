@@ -1,0 +1,104 @@
+"""What a config may not say although each of its values is of the right type: the parts do not fit together."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from flexivit_jax import config, data, errors
+from flexivit_jax.experiment.settings import Settings
+from flexivit_jax.models.base import Model
+from flexivit_jax.objectives.distill import Teacher
+from flexivit_jax.sizes import SizeArgs
+from flexivit_jax.trees import Params
+
+
+def check_channels(params: Params | None, image_shape: Sequence[int]) -> None:
+  """Raises a UserError where weights to start from take images of another number of channels than there are."""
+  kernel = None if params is None else params.get("embedding", {}).get("kernel")
+  if kernel is not None and kernel.shape[2] != image_shape[-1]:
+    raise errors.UserError(
+      f"init: the weights take images of {kernel.shape[2]} channels, the data's have {image_shape[-1]}; start from"
+      f" weights for {image_shape[-1]}."
+    )
+
+
+def check_ranges(settings: Settings) -> None:
+  """Raises a UserError for a number that is out of its range; None is none."""
+  keep = settings.checkpoint.get("keep", 1)
+  counts = {
+    "log_every": settings.log_every,
+    "skip_limit": settings.skip_limit,
+    "checkpoint.keep": keep,
+  }
+  for key, count in counts.items():
+    if count is not None and count < 1:
+      raise errors.UserError(f"{key}={count}; expected at least 1.")
+  limits = {"hang_after": settings.hang_after, "skip_above": settings.skip_above}
+  for key, limit in limits.items():
+    if limit is not None and not limit > 0:
+      raise errors.UserError(f"{key}={limit}; expected more than 0, or None.")
+  bias, seed = settings.init_head_bias, settings.seed
+  if not math.isfinite(bias or 0.0):
+    raise errors.UserError(f"init_head_bias={bias}; expected a finite number.")
+  if not 0 <= seed < 2**32:
+    raise errors.UserError(f"seed={seed}; expected 0 to {2**32 - 1}.")
+
+
+def check_accumulate(
+  accumulate: int | str, memory_gib: float | None, batch_size: int, model: Model
+) -> None:
+  """Raises a UserError for parts that do not divide the batch, and for "auto" where the result would depend on it."""
+  if accumulate == "auto":
+    if getattr(model, "dropout", 0.0):
+      raise errors.UserError(
+        "accumulate='auto' with dropout: its masks would depend on the memory of the device; give accumulate a number."
+      )
+    if memory_gib is not None and not memory_gib > 0:
+      raise errors.UserError(f"memory_gib={memory_gib}; expected more than 0.")
+    return
+  if not isinstance(accumulate, int) or accumulate < 1 or batch_size % accumulate:
+    raise errors.UserError(
+      f"Got accumulate={accumulate!r}, batch_size={batch_size}; expected a divisor of batch_size, or 'auto'."
+    )
+  if memory_gib is not None:
+    raise errors.UserError(f"memory_gib={memory_gib} has no effect without accumulate='auto'.")
+
+
+def check_size(model: Model, image_shape: Sequence[int], size: SizeArgs) -> None:
+  """Raises a UserError if a model cannot run images (h, w, c) with these static arguments."""
+  model.grid(tuple(image_shape[:2]), **size)
+
+
+def check_teachers(
+  teachers: Mapping[str, Teacher], shapes: Mapping[str, tuple[int, ...]], num_classes: int
+) -> None:
+  """Raises a UserError for a teacher of other classes, or whose size does not divide its image."""
+  for name, teacher in teachers.items():
+    if teacher.model.num_classes != num_classes:
+      raise errors.UserError(
+        f"objective.teachers.{name} has {teacher.model.num_classes} classes, the model {num_classes}."
+      )
+    teacher.model.grid(shapes[teacher.image][:2], **teacher.size)
+
+
+def example_shapes(
+  source: data.Source, pp: str, inputs: Sequence[str], num_classes: int, on_error: str = "raise"
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of what the preprocessing makes of the first example; labels have to fit the model."""
+  with config.naming("input"):
+    first = data.eval_batches(source, pp, batch_size=1, threads=0, on_error=on_error)
+    example = next(iter(first))
+  for name in inputs:
+    if name == "labels":
+      continue
+    if name not in example or example[name].ndim != 4:
+      got = (
+        f"no {name!r}" if name not in example else f"an image of shape {example[name].shape[1:]}"
+      )
+      raise errors.UserError(f"input.pp gives {got}; expected [h, w, c] under the key {name!r}.")
+  labels = example.get("labels")
+  if "labels" in inputs and (labels is None or labels.shape[1:] != (num_classes,)):
+    got = "no 'labels'" if labels is None else f"labels of shape {labels.shape[1:]}"
+    fix = f"use onehot({num_classes}), or onehot(), which counts them, and keep 'labels'"
+    fix += " (configs/folder.py: leave num_classes out)"
+    raise errors.UserError(f"input.pp gives {got}; the model has {num_classes} classes: {fix}.")
+  return {name: example[name].shape[1:] for name in inputs}
