@@ -1,6 +1,6 @@
 """Patch sizes: their types, the grammar of `--seqhw`, and how they are named. Imports no JAX."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flexivit_jax import errors
@@ -14,20 +14,54 @@ SizeKey = tuple[tuple[str, Any], ...]  # a hashable SizeArgs, see `size_key`
 # --- text -> sizes ---
 
 
-def parse(text: str) -> tuple[SeqHw, ...]:
-  """Parses "5,8,4x6" as (5, 8, (4, 6)): tokens per side, or (rows, columns) of tokens.
+def parse(
+  text: str, every: Iterable[SeqHw] = (), lacking: str = "it names no sizes here"
+) -> tuple[SeqHw, ...]:
+  """Parses "5,8,4x6" as (5, 8, (4, 6)): tokens per side, or (rows, columns) of tokens; "all" is `every`.
+
+  Args:
+    text: what stands after `--seqhw`.
+    every: the sizes that "all" stands for; none where it stands for nothing.
+    lacking: why there are none, for the error.
 
   Raises:
-    UserError: if an entry is neither a positive integer nor a pair of them.
+    UserError: if an entry is neither a positive integer nor a pair of them; "all" where `every` is empty.
   """
-  return tuple(_parse_one(entry) for entry in text.split(","))
+  if text != "all":
+    return tuple(_parse_entry(entry) for entry in text.split(","))
+  if not (sizes := tuple(every)):
+    raise errors.UserError(f"--seqhw=all: {lacking}; give them, e.g. --seqhw=5,8.")
+  return sizes
 
 
-def _parse_one(entry: str) -> SeqHw:
-  numbers = entry.split("x")
+def parse_one(text: str, why: str) -> SeqHw:
+  """As `parse`, for exactly one size; `why` says why there is only one.
+
+  Raises:
+    UserError: several sizes, "all", or what `parse` refuses.
+  """
+  sizes = () if text == "all" else parse(text)
+  if len(sizes) != 1:
+    raise errors.UserError(f"--seqhw={text}: {why}; give one size, e.g. --seqhw=8 or 4x6.")
+  return sizes[0]
+
+
+def from_text(size: int | str) -> SeqHw:
+  """The inverse of `size_text`: 8 as it is, "4x6" as (4, 6)."""
+  return _parse_entry(str(size))
+
+
+def _parse_entry(entry: str) -> SeqHw:
+  numbers = [number.strip() for number in entry.split("x")]
   if len(numbers) > 2 or not all(n.isascii() and n.isdigit() and int(n) for n in numbers):
     raise errors.UserError(f"--seqhw: {entry!r} is no size; expected 'all', or e.g. 5,8,15 or 4x6.")
-  return int(entry) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
+  return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
+
+
+def trained(record: Mapping[str, Any]) -> tuple[SeqHw, ...]:
+  """The sizes at which a model was trained, as the record of its weights says; () where it does not."""
+  sizes = record.get("trained", {}).get("seqhw") or ()
+  return tuple((s[0], s[1]) if isinstance(s, (list, tuple)) else int(s) for s in sizes)
 
 
 # --- sizes -> arguments of the model ---

@@ -5,10 +5,34 @@ from flexivit_jax.sizes import size_args, size_key, size_name, size_text
 
 
 def test_sizes_on_the_command_line():
-  assert sizes.parse("5,8,4x6") == (5, 8, (4, 6))
+  assert sizes.parse("5, 8,4x6") == (5, 8, (4, 6))
   for bad in ("", "5,", "0", "4x", "1x2x3", "-5", "x"):
     with pytest.raises(errors.UserError, match="no size"):
       sizes.parse(bad)
+
+
+def test_all_is_every_size_that_is_known_here_or_an_error_that_says_what_to_give():
+  assert sizes.parse("all", [5, (4, 6)]) == (5, (4, 6))
+  assert sizes.parse("8", [5]) == (8,)
+  with pytest.raises(errors.UserError, match=r"--seqhw=all: x lists none; give them, e.g. --seqhw"):
+    sizes.parse("all", (), "x lists none")
+  with pytest.raises(errors.UserError, match="'all' is no size"):
+    sizes.parse("5,all", [5])
+
+
+def test_one_size():
+  assert sizes.parse_one("4x6", "") == (4, 6)
+  for text in ("4,6", "all"):
+    with pytest.raises(
+      errors.UserError, match=f"--seqhw={text}: a folder holds one; give one size"
+    ):
+      sizes.parse_one(text, "a folder holds one")
+
+
+def test_sizes_of_a_record_and_of_a_file_are_those_that_were_written():
+  assert sizes.trained({"trained": {"seqhw": [5, [4, 6]]}}) == (5, (4, 6))
+  assert sizes.trained({}) == sizes.trained({"trained": {"seqhw": None}}) == ()
+  assert [sizes.from_text(size_text(s)) for s in (5, (4, 6))] == [5, (4, 6)]
 
 
 @pytest.mark.parametrize(

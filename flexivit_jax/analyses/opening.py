@@ -62,7 +62,7 @@ def open_checkpoint(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, 
     made.error(f"unknown argument {unknown[0]}")
   given = config.load(args.config, [a.removeprefix("--config.") for a in rest])
   section = main_section(given)
-  seqhw = section["seqhw"] if args.seqhw == "all" else sizes.parse(args.seqhw)
+  seqhw = sizes.parse(args.seqhw, section.get("seqhw", ()), "the evaluation lists none")
   model, params, record = weights.load_with_record(args.checkpoint)
   classes = class_names.known_of(record, model.num_classes, f"the checkpoint {args.checkpoint}")
   mesh = sharding.make_mesh()

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from flexivit_jax import errors
+from flexivit_jax import errors, sizes
 from flexivit_jax.commands import options
 
 HELP = "what each patch size costs on this machine"
@@ -20,10 +20,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument("--batch_size", type=int, default=8, help="default 8")
   p.add_argument("--image_size", type=int, default=240, help="pixels a side (default 240)")
   p.add_argument(
-    "--seqhw",
-    type=options.whole_numbers,
-    metavar="N,N",
-    help="tokens a side (default: patches of 8 to 48)",
+    "--seqhw", help="tokens per side, e.g. 5,8,4x6 (default: 'all', patches of 8 to 48 pixels)"
   )
   p.add_argument("--dtype", help="float32 or bfloat16 (default: float32 on CPUs)")
   p.add_argument(
@@ -46,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
   from flexivit_jax import config
   from flexivit_jax.experiment import benchmarks
   from flexivit_jax.experiment.loaders import default_dtype
-  from flexivit_jax.models import FlexiViT
+  from flexivit_jax.models import FlexiViT, grid
 
   for name in ("batch_size", "image_size", "rounds"):
     if getattr(args, name) < 1:
@@ -59,19 +56,21 @@ def run(args: argparse.Namespace) -> None:
       dtype=args.dtype or default_dtype(),
       attention=args.attention,
     )
-    sizes = args.seqhw or benchmarks.paper_sizes(args.image_size)
+    every = grid.paper_sizes(args.image_size)
+    lacking = f"no patch of 8 to 48 pixels divides {args.image_size} pixels"
+    seqhw = sizes.parse(args.seqhw or "all", every, lacking)
     peak = benchmarks.matmul_peak(model.dtype)
     setting = benchmarks.Setting(args.batch_size, args.image_size, args.rounds, peak)
     print(
       f"{jax.devices()[0].device_kind}: {peak / 1e9:.4g} GFLOP/s in a {model.dtype} matrix product"
     )
     if args.forward:
-      tables["forward"] = benchmarks.forward(model, sizes, setting)
+      tables["forward"] = benchmarks.forward(model, seqhw, setting)
     if args.train:
-      tables["train"] = benchmarks.train(model, sizes, setting, args.memory_gib)
+      tables["train"] = benchmarks.train(model, seqhw, setting, args.memory_gib)
     if args.compile:
       tables["compile"] = benchmarks.compiling(
-        model, sizes, args.batch_size, args.image_size, args.memory_gib
+        model, seqhw, args.batch_size, args.image_size, args.memory_gib
       )
   if args.input:
     tables["input"] = [benchmarks.reading(config.load(args.input, args.overrides))]

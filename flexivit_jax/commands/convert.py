@@ -5,7 +5,7 @@ What is written and compared is told in `weights.conversion`.
 
 import argparse
 
-from flexivit_jax import errors
+from flexivit_jax import errors, sizes
 from flexivit_jax.commands import options
 
 HELP = "weights of other projects as big_vision's .npz, verified"
@@ -19,7 +19,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     "--to", default="big_vision", help="big_vision (the default), timm or transformers"
   )
   p.add_argument(
-    "--seqhw", type=int, help="tokens per side, with --to (default: buffers as they are stored)"
+    "--seqhw",
+    help="one size, tokens per side, with --to: 8 or 4x6 (default: buffers as they are stored)",
   )
   p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
   options.add_no_verify(p)
@@ -41,10 +42,13 @@ def run(args: argparse.Namespace) -> None:
     compared = "flexivit_jax"
     rows = conversion.convert(args.file, args.out, exact=not args.flexify, **values)
   else:
-    rows, compared = conversion.convert_to(args.to, args.file, args.out, seqhw=args.seqhw, **values)
+    why = f"a folder for {args.to} holds one size"
+    seqhw = None if args.seqhw is None else sizes.parse_one(args.seqhw, why)
+    rows, compared = conversion.convert_to(args.to, args.file, args.out, seqhw=seqhw, **values)
   for row in rows:
     print(
-      f"seqhw {row.seqhw:3}: largest difference of the logits {row.difference:.1e}, in {compared}"
+      f"seqhw {sizes.size_text(row.seqhw)!s:>3}: largest difference of the logits"
+      f" {row.difference:.1e}, in {compared}"
     )
   if args.verify:
     print(f"wrote {args.out} and {certificate.path_of(args.out)}")

@@ -15,7 +15,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   options.add_config(p)
   options.add_checkpoint(p)
   p.add_argument(
-    "--seqhw", default="all", help="'all' (those of the config) or e.g. 5,8,15: tokens per side"
+    "--seqhw", default="all", help="'all' (those of the config) or e.g. 5,8,4x6: tokens per side"
   )
   p.add_argument(
     "--out",

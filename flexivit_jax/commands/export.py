@@ -6,6 +6,7 @@ How each kind is written is told in `weights/export/stablehlo.py`, `onnx.py` and
 import argparse
 
 from flexivit_jax.commands import options
+from flexivit_jax.sizes import size_text
 
 HELP = "one model at several patch sizes, to run elsewhere"
 
@@ -23,9 +24,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--seqhw",
     required=True,
-    type=options.whole_numbers,
-    metavar="N,N",
-    help="tokens per side, e.g. 8,15,30",
+    help="tokens per side, e.g. 8,15,30 or 4x6; 'all': those that a run was trained at",
   )
   p.add_argument(
     "--platforms",
@@ -45,14 +44,16 @@ def run(args: argparse.Namespace) -> None:
     args.checkpoint,
     args.out,
     to=args.to,
-    sizes=args.seqhw,
+    seqhw=args.seqhw,
     image_size=args.image_size,
     platforms=args.platforms,
     verified=args.verify,
     loading=options.loading(args),
   )
   for row in rows:
-    print(f"seqhw {row.seqhw:3}: largest difference of the logits {row.difference:.1e}")
+    print(
+      f"seqhw {size_text(row.seqhw)!s:>3}: largest difference of the logits {row.difference:.1e}"
+    )
   if rows:
     print(f"wrote {args.out} and {certificate.path_of(args.out)}")
   elif args.verify:

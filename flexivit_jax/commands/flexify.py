@@ -2,6 +2,7 @@
 
 import argparse
 
+from flexivit_jax import sizes
 from flexivit_jax.commands import options
 
 HELP = "make a fixed model work at every patch size, unlabelled"
@@ -19,9 +20,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument("--out", required=True, type=options.path, help="folder to write to, or go on in")
   p.add_argument("--epochs", type=float, help="passes over the images (default 10; 0: only resize)")
   p.add_argument("--image_size", type=int, help="pixels a side (default 240)")
-  p.add_argument(
-    "--seqhw", type=options.whole_numbers, metavar="N,N", help="tokens per side, e.g. 5,8,15"
-  )
+  p.add_argument("--seqhw", help="tokens per side, e.g. 5,8,4x6; 'all': patches of 8 to 48 pixels")
   p.add_argument("--batch_size", type=int, help="default 16")
   p.add_argument("--lr", type=float, help="default 3e-5")
   p.add_argument("--seed", type=int, help="default 0")
@@ -46,11 +45,16 @@ def run(args: argparse.Namespace) -> None:
   """Flexifies args.init and prints what is left of it at each size."""
   from flexivit_jax.devices import compilation
   from flexivit_jax.flexify import flexify, retention
+  from flexivit_jax.models.grid import paper_sizes
 
   compilation.keep_programs()
   values = options.chosen(
-    args, "epochs", "image_size", "seqhw", "batch_size", "lr", "seed", "buffers", "on_error"
+    args, "epochs", "image_size", "batch_size", "lr", "seed", "buffers", "on_error"
   )
+  if args.seqhw is not None:
+    side = args.image_size or 240
+    lacking = f"no patch of 8 to 48 pixels divides {side} pixels"
+    values["seqhw"] = sizes.parse(args.seqhw, paper_sizes(side), lacking)
   kept = flexify(
     args.init,
     args.data,

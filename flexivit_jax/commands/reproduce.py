@@ -26,7 +26,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     help="one of the item's, NAME=FILE that stands for one, or a file; again for more (default: all, fetched)",
   )
   p.add_argument("--sets", help="e.g. val,v2 (default: the item's)")
-  p.add_argument("--seqhw", help="'all' (the default: the item's) or e.g. 5,15,30")
+  p.add_argument("--seqhw", help="e.g. 5,15,30 or 4x6 (default: 'all', the item's)")
   p.add_argument("--protocol", help="paper, timm, ... (default: the item's)")
   p.add_argument("--batch_size", type=int, help="images at a time (default 256)")
   p.add_argument(

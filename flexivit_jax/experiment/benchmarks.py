@@ -24,9 +24,8 @@ from flexivit_jax.config import Section
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.objectives.supervised import supervised
-from flexivit_jax.sizes import size_key
+from flexivit_jax.sizes import SeqHw, SizeArgs, size_args, size_key, size_text
 from flexivit_jax.training import optim, step_programs, steps
 from flexivit_jax.trees import Params
 
@@ -43,23 +42,18 @@ class Setting(NamedTuple):
   peak: float
 
 
-def paper_sizes(image_size: int) -> list[int]:
-  """Tokens a side whose patches are 48 to 8 pixels: at 240 pixels the paper's ten."""
-  return [n for n in common_divisors((image_size,)) if 8 <= image_size // n <= 48]
-
-
 # --- speed ---
 
 
-def forward(model: FlexiViT, sizes: Sequence[int], setting: Setting) -> list[Row]:
+def forward(model: FlexiViT, sizes: Sequence[SeqHw], setting: Setting) -> list[Row]:
   """Inference at each size, the kernel and the grid resized once beforehand."""
   image = _image(setting.batch_size, setting.image_size)
   params = _params(model, setting.image_size)
   hw = (setting.image_size, setting.image_size)
-  runs: dict[int, Callable[[], Any]] = {}
-  programs: dict[int, compilation.Program] = {}
+  runs: dict[SeqHw, Callable[[], Any]] = {}
+  programs: dict[SeqHw, compilation.Program] = {}
   for seqhw in sizes:
-    fixed, baked = weights.bake(model, params, image_hw=hw, seqhw=seqhw)
+    fixed, baked = weights.bake(model, params, image_hw=hw, **size_args(seqhw))
     baked = jax.device_put(baked)
 
     def apply(params: Params, image: jax.Array, model: FlexiViT = fixed) -> jax.Array:
@@ -72,7 +66,7 @@ def forward(model: FlexiViT, sizes: Sequence[int], setting: Setting) -> list[Row
 
 
 def train(
-  model: FlexiViT, sizes: Sequence[int], setting: Setting, memory_gib: float | None = None
+  model: FlexiViT, sizes: Sequence[SeqHw], setting: Setting, memory_gib: float | None = None
 ) -> list[Row]:
   """A training step at each size: forward, backward, clipping, Adam with decoupled weight decay.
 
@@ -84,7 +78,7 @@ def train(
   times = alternate({n: functools.partial(step, n) for n in sizes}, setting.rounds)
   rows = []
   for n in sizes:
-    key = size_key({"seqhw": n})
+    key = size_key(size_args(n))
     held = trees.size_in_bytes(state.opt_state)
     row = _row("train", model, n, setting, times[n], programs.gradients[key], held)
     rows.append(row | {"parts": programs.parts[key]})
@@ -93,13 +87,13 @@ def train(
 
 def training(
   model: FlexiViT,
-  sizes: Sequence[int],
+  sizes: Sequence[SeqHw],
   batch_size: int,
   image_size: int,
   *,
   memory_gib: float | None = None,
   report: step_programs.Report = lambda size, program, parts: None,
-) -> tuple[Callable[[int], Any], steps.TrainState, step_programs.StepPrograms]:
+) -> tuple[Callable[[SeqHw], Any], steps.TrainState, step_programs.StepPrograms]:
   """Supervised training on random images, compiled.
 
   Returns:
@@ -121,7 +115,7 @@ def training(
   if memory_gib is not None:
     fit = {"parts": sharding.possible_parts(batch_size, mesh), "memory": memory_gib * 2**30}
   programs = step_programs.compile_steps(
-    [{"seqhw": n} for n in sizes],
+    [size_args(n) for n in sizes],
     state,
     batch,
     run,
@@ -134,8 +128,8 @@ def training(
   )
   held = [state]
 
-  def step(seqhw: int) -> Any:
-    held[0], measured = programs({"seqhw": seqhw}, held[0], batch, run)
+  def step(seqhw: SeqHw) -> Any:
+    held[0], measured = programs(size_args(seqhw), held[0], batch, run)
     return measured
 
   return step, jax.eval_shape(lambda: state), programs
@@ -179,7 +173,7 @@ def matmul_peak(dtype: str) -> float:
 
 def compiling(
   model: FlexiViT,
-  sizes: Sequence[int],
+  sizes: Sequence[SeqHw],
   batch_size: int,
   image_size: int,
   memory_gib: float | None = None,
@@ -191,11 +185,11 @@ def compiling(
   """
   rows: list[Row] = []
 
-  def report(size: dict, program: compilation.Program, parts: int) -> None:
+  def report(size: SizeArgs, program: compilation.Program, parts: int) -> None:
     names = {"model": f"FlexiViT-{model.variant}", "img_size": image_size}
     names |= {"patch_size": "all", "tokens": "all"}
     rows.append(
-      (_names(model, size["seqhw"], image_size) if size else names)
+      (_names(model, size, image_size) if size else names)
       | {
         "trace_s": program.trace_seconds,
         "compile_s": program.seconds - program.trace_seconds,
@@ -281,28 +275,29 @@ def _params(model: FlexiViT, image_size: int) -> Any:
   return jax.jit(lambda: steps.init_params(model, (image_size, image_size, 3), seed=0))()
 
 
-def _names(model: FlexiViT, seqhw: int, image_size: int) -> Row:
+def _names(model: FlexiViT, size: SizeArgs, image_size: int) -> Row:
+  patch, _, grid = model.grid((image_size, image_size), **size)
   return {
     "model": f"FlexiViT-{model.variant}",
     "img_size": image_size,
-    "patch_size": image_size // seqhw,
-    "tokens": seqhw**2,
+    "patch_size": patch[0] if patch[0] == patch[1] else size_text(patch),
+    "tokens": grid[0] * grid[1],
   }
 
 
 def _row(
   kind: str,
   model: FlexiViT,
-  seqhw: int,
+  seqhw: SeqHw,
   setting: Setting,
   times: Sequence[float],
   program: compilation.Program,
   held: int = 0,
 ) -> Row:
   size, median = setting.image_size, statistics.median(times)
-  macs = model.gmacs((size, size), seqhw=seqhw)
+  macs = model.gmacs((size, size), **size_args(seqhw))
   flops = 2e9 * PASSES[kind] * macs * setting.batch_size / median
-  return _names(model, seqhw, size) | {
+  return _names(model, size_args(seqhw), size) | {
     f"{kind}_batch_size": setting.batch_size,
     f"{kind}_samples_per_sec": setting.batch_size / median,
     f"{kind}_step_time": median * 1e3,

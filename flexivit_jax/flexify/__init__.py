@@ -17,6 +17,7 @@ from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import loaders
 from flexivit_jax.flexify import card, layout, recipe, retention
 from flexivit_jax.running import session
+from flexivit_jax.sizes import SeqHw
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
 
@@ -40,7 +41,7 @@ def flexify(
   *,
   epochs: float = 10,
   image_size: int = 240,
-  seqhw: Sequence[int] = SIZES,
+  seqhw: Sequence[SeqHw] = SIZES,
   batch_size: int = 16,
   lr: float = 3e-5,
   seed: int = 0,
@@ -57,7 +58,7 @@ def flexify(
     out: a folder; the same command continues a run that was stopped.
     epochs: passes over the training images; 0 resizes and measures, and trains nothing.
     image_size: pixels a side of the student's images; the teacher's have its own.
-    seqhw: tokens per side, what is drawn and measured.
+    seqhw: tokens per side or (per column, per row), what is drawn and measured.
     batch_size, lr, seed: of the training.
     buffers: sides of the stored kernel (pixels) and position grid (cells); default: the model's own, with which it
       stays what it was at its native size.

@@ -4,6 +4,7 @@ from typing import Any
 
 from flexivit_jax.flexify import recipe, retention
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.sizes import size_text
 
 _TEXT = """# {title}
 
@@ -52,8 +53,8 @@ def text(
     init=facts["init"],
     how=trained,
     table=retention.table(kept),
-    seqhw=plan.seqhw[len(plan.seqhw) // 2],
-    sizes=", ".join(map(str, plan.seqhw)),
+    seqhw=size_text(plan.seqhw[len(plan.seqhw) // 2]),
+    sizes=", ".join(str(size_text(size)) for size in plan.seqhw),
     side=plan.sides[0],
     facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
     kernel="x".join(map(str, student.patch_size)),

@@ -8,6 +8,7 @@ import numpy as np
 from flexivit_jax import data, errors, resize
 from flexivit_jax.data import class_names
 from flexivit_jax.models import UNNAMED, FlexiViT
+from flexivit_jax.sizes import SeqHw
 
 TEACHER_IMAGE = "teacher_image"
 _CROP = 0.9  # of the shorter side, in the evaluation: as AugReg and timm do
@@ -21,7 +22,7 @@ class FlexifyRecipe(NamedTuple):
     sources: arguments of `data.make_source`, "train" and "test".
     num_classes: of teacher and student.
     sides: pixels a side of the student's and the teacher's images.
-    seqhw: tokens per side.
+    seqhw: tokens per side, or (per column, per row).
     batch_size: of training and evaluation.
     known: the classes of teacher and student; None: they are known by number.
     on_error: what a damaged image does, "raise" or "skip".
@@ -31,7 +32,7 @@ class FlexifyRecipe(NamedTuple):
   sources: dict[str, dict[str, Any]]
   num_classes: int
   sides: tuple[int, int]
-  seqhw: tuple[int, ...]
+  seqhw: tuple[SeqHw, ...]
   batch_size: int
   known: class_names.Classes | None = None
   on_error: str = "raise"
@@ -128,10 +129,18 @@ def settings(
     objective=dict(name="distill", teachers=dict(original=plan.teacher), mixup_p=1.0),
     # Each size costs the same in the long run. Coarse ones are then drawn more often: they are the cheap ones and,
     # furthest from what the model knows, those with most to learn.
-    flexi=dict(seqhw=dict(v=plan.seqhw, share="flops")),
+    flexi=_flexi(plan.seqhw),
     optim=dict(lr=lr, wd=lr / 10, clip=1.0, schedule=dict(warmup_percent=0.05)),
     checkpoint=dict(every_percent=0.1),
   )
+
+
+def _flexi(sizes: tuple[SeqHw, ...]) -> dict[str, Any]:
+  """The section of the sizes; where one is not square, all are grids."""
+  if not any(isinstance(size, tuple) for size in sizes):
+    return dict(seqhw=dict(v=sizes, share="flops"))
+  grids = tuple(size if isinstance(size, tuple) else (size, size) for size in sizes)
+  return dict(grid_hw=dict(v=grids, share="flops"))
 
 
 def _without_image(teacher: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,7 +204,9 @@ def describe(
     "image_size": [side, side],
     "image_shape": [side, side, 3],
     "pp": f"decode|{central(side)}",
-    "trained": {"seqhw": list(plan.seqhw)} if trained else {},
+    "trained": {"seqhw": [list(s) if isinstance(s, tuple) else s for s in plan.seqhw]}
+    if trained
+    else {},
     "flexified_from": {
       "patch_size": list(record["native_patch_size"]),
       "grid": list(record["native_grid"]),

@@ -6,6 +6,7 @@ from flexivit_jax import experiment
 from flexivit_jax.flexify import recipe
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.distill import Teacher
+from flexivit_jax.sizes import Size, size_args, size_text
 
 Rows = list[dict[str, Any]]
 
@@ -13,7 +14,13 @@ Rows = list[dict[str, Any]]
 def measure(plan: recipe.FlexifyRecipe, model: FlexiViT, params: Any, mesh: Any) -> Rows:
   """Returns a row for each size: seqhw, patch, agree1, agree5, kl, ..., n, and top1 where labels are known."""
   scores = _evaluation(plan, recipe.evaluation(plan)).make(model, mesh).run(params)
-  return [{"patch": plan.sides[0] // s, **row} for s, row in zip(plan.seqhw, scores, strict=True)]
+  side = plan.sides[0]
+  patches = (model.grid((side, side), **size_args(size)).patch_hw for size in plan.seqhw)
+  return [{"patch": _text(p), **row} for p, row in zip(patches, scores, strict=True)]
+
+
+def _text(patch: Size) -> int | str:
+  return patch[0] if patch[0] == patch[1] else size_text(patch)
 
 
 def original(plan: recipe.FlexifyRecipe, teacher: Teacher, mesh: Any) -> dict[str, Any]:
@@ -46,8 +53,12 @@ def table(kept: dict[str, Any]) -> str:
   lines = [head, "|---" * (2 + len(columns)) + "|"]
   for i, row in enumerate(kept["before"]):
     cells = [f"{100 * kept[stage][i][key]:.1f}" for stage, key, _ in columns]
-    lines.append(f"| {row['patch']} | {row['seqhw']}x{row['seqhw']} | " + " | ".join(cells) + " |")
+    lines.append(f"| {row['patch']} | {_grid(row['seqhw'])} | " + " | ".join(cells) + " |")
   return "\n".join([*lines, "", summary(kept)])
+
+
+def _grid(seqhw: int | str) -> str:
+  return seqhw if isinstance(seqhw, str) else f"{seqhw}x{seqhw}"
 
 
 def summary(kept: dict[str, Any]) -> str:

@@ -79,19 +79,13 @@ def sizes_of(text: str | None, loaded: Loaded) -> tuple[SeqHw, ...]:
   Raises:
     UserError: it names none, or "all" of a model that does not say.
   """
-  trained = loaded.record.get("trained", {}).get("seqhw") or ()
-  trained_at = tuple(tuple(s) if isinstance(s, list) else s for s in trained)
+  trained_at = sizes.trained(loaded.record)
   shown = ",".join(str(size_text(size)) for size in trained_at)
   if text is None:
     of = f"{loaded.name} was trained at {shown}" if trained_at else "e.g. --seqhw=8"
     raise errors.UserError(f"Give --seqhw, the tokens per side: more is finer and slower; {of}.")
-  if text != "all":
-    return tuple(dict.fromkeys(sizes.parse(text)))
-  if not trained_at:
-    raise errors.UserError(
-      f"--seqhw=all: {loaded.name} does not say at which sizes it was trained; give them, e.g. --seqhw=5,8."
-    )
-  return trained_at
+  lacking = f"{loaded.name} does not say at which sizes it was trained"
+  return tuple(dict.fromkeys(sizes.parse(text, trained_at, lacking)))
 
 
 # --- one image ---

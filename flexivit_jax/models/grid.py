@@ -111,6 +111,11 @@ def common_divisors(sides: tuple[int, ...]) -> list[int]:
   return [i for i in range(1, min(sides) + 1) if not any(side % i for side in sides)]
 
 
+def paper_sizes(image_size: int) -> list[int]:
+  """Tokens a side whose patches are 48 to 8 pixels: at 240 pixels the paper's ten."""
+  return [n for n in common_divisors((image_size,)) if 8 <= image_size // n <= 48]
+
+
 def _divisors(image_hw: tuple[int, ...], square: bool) -> str:
   each = [common_divisors((side,)) for side in image_hw]
   if square:

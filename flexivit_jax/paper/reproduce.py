@@ -92,7 +92,7 @@ def reproduce(args: argparse.Namespace) -> list[str]:
     args.sets.split(",") if args.sets else item.evaluation.sets,
     protocol,
     data_dir=args.data_dir,
-    seqhw=item.evaluation.seqhw if args.seqhw is None else sizes.parse(args.seqhw),
+    seqhw=sizes.parse(args.seqhw or "all", item.evaluation.seqhw),
     **({} if args.batch_size is None else {"batch_size": args.batch_size}),
   )
   measured = measuring.measure(checkpoints, sets, args.out)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.sizes import SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 
 _TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ by less
@@ -18,7 +19,7 @@ _TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ 
 class Row(NamedTuple):
   """Logits [n, k] at one patch size and their largest difference."""
 
-  seqhw: int
+  seqhw: SeqHw
   source: Float[np.ndarray, "n k"]
   target: Float[np.ndarray, "n k"]
 
@@ -54,7 +55,7 @@ def write(
     "images": f"2 seeded ones of {hw[0]}x{hw[1]} pixels: smooth colours and noise",
     "rows": [
       {
-        "seqhw": row.seqhw,
+        "seqhw": size_text(row.seqhw),
         "largest_difference": row.difference,
         "source_logits": row.source.tolist(),
         "target_logits": row.target.tolist(),
@@ -87,10 +88,9 @@ def images(hw: tuple[int, int], channels: int) -> Float[np.ndarray, "2 h w c"]:
 
 
 def logits(
-  model: FlexiViT, params: Params, image: Float[np.ndarray, "n h w c"], seqhw: int | None
+  model: FlexiViT, params: Params, image: Float[np.ndarray, "n h w c"], seqhw: SeqHw | None
 ) -> Float[np.ndarray, "n k"]:
   """Runs the model in full precision; without `seqhw` at its own patch size."""
+  size = {} if seqhw is None else size_args(seqhw)
   with jax.default_matmul_precision("highest"):
-    return np.asarray(
-      jax.jit(lambda p, x: model.apply({"params": p}, x, seqhw=seqhw)[0])(params, image)
-    )
+    return np.asarray(jax.jit(lambda p, x: model.apply({"params": p}, x, **size)[0])(params, image))

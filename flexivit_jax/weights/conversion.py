@@ -16,7 +16,7 @@ import numpy as np
 from flexivit_jax import errors, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.grid import common_divisors
-from flexivit_jax.sizes import Size
+from flexivit_jax.sizes import SeqHw, Size, size_args, size_text
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import certificate, optional
 from flexivit_jax.weights.export import frameworks
@@ -44,7 +44,7 @@ def convert_to(
   source: pathlib.Path,
   out: pathlib.Path,
   *,
-  seqhw: int | None = None,
+  seqhw: SeqHw | None = None,
   image_size: int | None = None,
   verify: bool = True,
   **options: Any,
@@ -55,7 +55,7 @@ def convert_to(
     framework: a name in `FRAMEWORKS`.
     source: what `weights.load` takes.
     out: a folder that is not there yet.
-    seqhw: tokens per side; without it the kernel and the positions are written as they are stored.
+    seqhw: tokens per side, or (per column, per row); None: the kernel and the positions as they are stored.
     image_size: pixels a side; by default the model's own, or 240.
     verify: compare; without it there is no certificate.
     **options: as in `weights.load`.
@@ -76,7 +76,7 @@ def convert_to(
     return [], ""
   try:
     image = certificate.images(hw, params["embedding"]["kernel"].shape[2])
-    size = seqhw or hw[0] // model.patch_size[0]
+    size = seqhw or _square(model.grid(hw).grid_hw)
     compared = optional.version(package) or "flexivit_jax, for it is not installed"
     target = execute(out, image) if optional.version(package) else _read_back(out, image)
     row = certificate.Row(size, certificate.logits(model, params, image, seqhw), target)
@@ -90,6 +90,10 @@ def convert_to(
     raise
   certificate.write(out, source, [row], record | {"compared_in": compared}, hw)
   return [row], compared
+
+
+def _square(size: Size) -> SeqHw:
+  return size[0] if size[0] == size[1] else size
 
 
 def _read_back(out: pathlib.Path, image: np.ndarray) -> np.ndarray:
@@ -170,11 +174,11 @@ def _judge(
   rows: list[certificate.Row], hw: Size, model: FlexiViT, exact: bool, folded: bool
 ) -> None:
   for row in rows:
-    native = model.patch_size == (hw[0] // row.seqhw, hw[1] // row.seqhw)
+    native = model.patch_size == model.grid(hw, **size_args(row.seqhw)).patch_hw
     # Where its kernel shrinks, a folded input is exact only nearly; a flexified model, nowhere.
     if exact and (native or not folded) and not row.difference <= row.limit:
       raise errors.UserError(
-        f"The converted model differs at seqhw={row.seqhw} by {row.difference:.1e}, more than"
+        f"The converted model differs at seqhw={size_text(row.seqhw)} by {row.difference:.1e}, more than"
         f" {row.limit:.1e}; nothing is written. Please report this."
       )
 

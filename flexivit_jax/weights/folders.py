@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from flexivit_jax import errors
 from flexivit_jax.running import manifest
+from flexivit_jax.sizes import from_text
 from flexivit_jax.trees import Json
 
 MANIFEST = "flexivit_manifest.txt"
@@ -79,7 +80,7 @@ def check(folder: pathlib.Path, record: str = RECORD, *, more: bool = True) -> b
 
 
 def read_export(folder: pathlib.Path, format_: str) -> Json:
-  """Returns the record of an export, whose files are as they were written.
+  """Returns the record of an export, whose files are as they were written; "sizes" are `sizes.SeqHw`.
 
   Raises:
     UserError: no such export, one of another format.
@@ -89,7 +90,7 @@ def read_export(folder: pathlib.Path, format_: str) -> Json:
     raise errors.UserError(f"{folder} is no export of ours: it has no {EXPORT_RECORD}.")
   try:
     record = json.loads((folder / EXPORT_RECORD).read_bytes())
-    got, sizes = record["format"], [int(size) for size in record["sizes"]]
+    got, sizes = record["format"], [from_text(size) for size in record["sizes"]]
   except (OSError, LookupError, TypeError, ValueError) as e:
     raise errors.UserError(f"{folder / EXPORT_RECORD} cannot be read: {e!r}") from e
   if got != format_:

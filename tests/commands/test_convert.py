@@ -84,20 +84,27 @@ def test_predict_prepares_images_as_a_fixed_model_wants_them(file, tmp_path):
     predictions.predict([tmp_path / "image.png"], file, seqhw=32, image_size=240)
 
 
-@pytest.mark.parametrize("seqhw", [None, 8])
-@pytest.mark.parametrize("to", ["timm", "transformers"])
-def test_another_frameworks_folder_gives_the_sources_logits(file, tmp_path, capsys, to, seqhw):
+@pytest.mark.parametrize(
+  ("to", "seqhw", "patch"),
+  [
+    *(("timm", None, (8, 8)), ("timm", "8x4", (4, 8))),
+    *(("transformers", None, (8, 8)), ("transformers", "8", (4, 4))),
+  ],
+)
+def test_another_frameworks_folder_gives_the_sources_logits(
+  file, tmp_path, capsys, to, seqhw, patch
+):
   out = tmp_path / "out"
   size = [] if seqhw is None else [f"--seqhw={seqhw}"]
   assert cli.main(["convert", str(file), str(out), f"--to={to}", "--num_heads=4", *size]) == 0
   printed = capsys.readouterr().out
   certificate = json.loads((tmp_path / "out.certificate.json").read_text())
   (row,) = certificate["rows"]
-  assert row["seqhw"] == (seqhw or 4) and row["largest_difference"] < 1e-4
+  assert str(row["seqhw"]) == (seqhw or "4") and row["largest_difference"] < 1e-4
   assert certificate["record"]["compared_in"] in printed
   assert np.std(row["source_logits"]) > 0.1
   model, _ = weights.load(out)
-  assert model.patch_size == ((8, 8) if seqhw is None else (4, 4)) and model.gelu == "exact"
+  assert model.patch_size == patch and model.gelu == "exact"
 
 
 def test_a_framework_that_gives_other_logits_leaves_nothing(file, tmp_path, monkeypatch):
@@ -123,6 +130,9 @@ def test_no_verify_writes_no_certificate(file, tmp_path, to, capsys):
 def test_mistakes_in_where_to_are_errors(file, tmp_path, capsys):
   assert cli.main(["convert", str(file), str(tmp_path / "out"), "--to=tim"]) == 2
   assert "Did you mean 'timm'" in capsys.readouterr().err
+  for text in ("2,4", "all"):
+    assert cli.main(["convert", str(file), str(tmp_path), "--to=timm", f"--seqhw={text}"]) == 2
+    assert f"--seqhw={text}: a folder for timm holds one size; give one" in capsys.readouterr().err
   assert cli.main(["convert", str(file), str(tmp_path / "out.npz"), "--seqhw=8"]) == 2
   assert "holds the model for all sizes" in capsys.readouterr().err
 

@@ -30,16 +30,17 @@ def export(file, tmp_path):
 
 
 def test_the_artifact_gives_the_sources_logits(export, file, tmp_path, capsys):
-  assert export("--seqhw=2,4,2") == 0
-  assert "seqhw   4: largest difference" in capsys.readouterr().out
+  assert export("--seqhw=2,4x2,2") == 0
+  assert "seqhw 4x2: largest difference" in capsys.readouterr().out
   loaded = artifact.load_artifact(tmp_path / "vit.zip")
-  assert loaded.sizes == (2, 4)
+  assert loaded.sizes == (2, (4, 2))
   model, params = weights.load(file, num_heads=4)
   image = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32)
-  want, _ = model.apply({"params": params}, image, seqhw=2)
-  np.testing.assert_allclose(loaded.predict(image, 2), want, atol=1e-5)
+  for size, grid_hw in ((2, (2, 2)), ((4, 2), (4, 2))):
+    want, _ = model.apply({"params": params}, image, grid_hw=grid_hw)
+    np.testing.assert_allclose(loaded.predict(image, size), want, atol=1e-5)
   rows = json.loads((tmp_path / "vit.certificate.json").read_text())["rows"]
-  assert [row["seqhw"] for row in rows] == [2, 4]
+  assert [row["seqhw"] for row in rows] == [2, "4x2"]
   assert max(row["largest_difference"] for row in rows) < 1e-5
 
 
@@ -77,6 +78,7 @@ def test_where_jax_is_told_to_leave_out_the_cpu_it_is_not_compared(export, capsy
 @pytest.mark.parametrize(
   ("options", "message"),
   [
+    (["--seqhw=all"], "vit.safetensors does not say at which sizes it was trained; give them"),
     (["--seqhw=5"], "sizes that do: 1, 2, 4, 8, 16, 32"),
     (["--seqhw=2", "--platforms=cpu,gpu"], "Unknown platform 'gpu'; known: cpu, cuda, rocm, tpu"),
   ],

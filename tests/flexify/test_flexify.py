@@ -95,12 +95,25 @@ def test_labels_of_held_out_images_measure_accuracy(init, tmp_path):
     draw(tmp_path / "photos" / "train" / str(label), 2, seed=label)
     draw(tmp_path / "photos" / "val" / str(label), 1, seed=label + 7)
   kept = flexify(
-    init, tmp_path / "photos", tmp_path / "out", epochs=0, image_size=32, seqhw=(2, 4),
-    batch_size=4, loading=dict(num_heads=4),
+    init, tmp_path / "photos", tmp_path / "out", epochs=0, image_size=32,
+    seqhw=(2, 4, (4, 2)), batch_size=4, loading=dict(num_heads=4),
   )  # fmt: skip
   assert kept["original"]["n"] == 7 and kept["original"]["patch"] == 8
   assert kept["before"][1]["top1"] == kept["original"]["top1"]
   assert "| patch | grid | agreement before | top-1 before |" in retention.table(kept)
+  assert "\n| 8x16 | 4x2 |" in retention.table(kept)
+
+
+def test_sizes_that_are_not_square_are_drawn_as_grids():
+  square, mixed = (
+    recipe.settings(
+      recipe.FlexifyRecipe({}, dict(train={}), 7, (32, 32), seqhw, 4), FlexiViT(num_classes=7, variant="mu"),
+      epochs=1, lr=1e-3, seed=0,
+    )["flexi"] for seqhw in ((2, 4), (2, (4, 2)))
+  )  # fmt: skip
+  assert square == dict(seqhw=dict(v=(2, 4), share="flops"))
+  assert mixed == dict(grid_hw=dict(v=((2, 2), (4, 2)), share="flops"))
+  assert patch_schedule.all_static(patch_schedule.parse(mixed))[1] == {"grid_hw": (4, 2)}
 
 
 def test_labels_of_other_classes_are_not_used(init, tmp_path):

@@ -25,6 +25,7 @@ from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.flexify import recipe
+from flexivit_jax.models import grid
 
 TIMM = dict(kernel_operator="cubic_antialias", grid_operator="cubic_antialias")
 PAPER = dict(kernel_operator="linear", grid_operator="linear_antialias")
@@ -68,7 +69,7 @@ def settings(args: argparse.Namespace, kernel: Sequence[int]) -> list[tuple[int,
       raise errors.UserError("--patches goes with --grid; without it give --seqhw.")
     given = "5,6,8,10,12,15,16,20,24,30" if args.seqhw is None else args.seqhw
     side = 240 if args.image_size is None else args.image_size
-    return [(side, side, sizes.parse(given))]
+    return [(side, side, sizes.parse(given, grid.paper_sizes(side)))]
   if args.seqhw is not None or args.image_size is not None:
     raise errors.UserError(
       "With --grid the image follows the patch: give --patches, no --seqhw or --image_size."
@@ -78,7 +79,7 @@ def settings(args: argparse.Namespace, kernel: Sequence[int]) -> list[tuple[int,
       f"--grid is for a square kernel; that of the model has {tuple(kernel)} pixels."
     )
   given = "8,12,16,24,32" if args.patches is None else args.patches
-  patches = sizes.parse(given)
+  patches = sizes.parse(given, lacking="--patches takes pixels of a side")
   return [(args.grid * kernel[0], args.grid * patch, (args.grid,)) for patch in patches]
 
 

@@ -28,6 +28,7 @@ from flexivit_jax.data import label_maps
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
+from flexivit_jax.models import grid
 from flexivit_jax.sizes import size_label
 
 PP = "decode|resize_small({small})|central_crop({size})|value_range(-1, 1)|keep('image')"
@@ -121,13 +122,15 @@ def main() -> None:
   parser.add_argument("checkpoint", type=pathlib.Path)
   parser.add_argument("images", type=pathlib.Path)
   parser.add_argument("--out", type=pathlib.Path, required=True)
-  parser.add_argument("--seqhw", default="5,8,15,30")
+  parser.add_argument(
+    "--seqhw", default="5,8,15,30", help="or e.g. 4x6; 'all': patches of 8 to 48 pixels"
+  )
   parser.add_argument("--size", type=int, default=240, help="pixels of an image's side")
   args = parser.parse_args()
   categories = label_maps.cue_conflict()
   images = cue_conflict.conflicts(args.images, list(categories))
   model, params = weights.load(args.checkpoint)
-  seqhw = sizes.parse(args.seqhw)
+  seqhw = sizes.parse(args.seqhw, grid.paper_sizes(args.size))
   rows = measure(model, params, images, categories, seqhw=seqhw, size=args.size)
   args.out.mkdir(parents=True, exist_ok=True)
   (args.out / "shape_texture.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -90,7 +90,8 @@ def main() -> None:
   args, (model, params, data, mesh, *_) = opening.open_checkpoint(parser)
   first = next(iter(data))
   images = np.asarray(first["image"][:IMAGES])
-  given = sizes.parse(f"{args.seqhw},{args.others}")
+  sought = sizes.parse_one(args.seqhw, "the tokens of one grid are looked for")
+  given = (sought, *sizes.parse(args.others, lacking="--with takes the other grids"))
   if len(set(given)) != len(given):
     raise errors.UserError(f"--seqhw {args.seqhw} --with {args.others}: a size stands there twice.")
   static = sizes_of(given)

@@ -18,19 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+Size = int | tuple[int, int]
+
 
 class Artifact(NamedTuple):
   """The record, and for each size a function from images [n, h, w, c] to logits [n, k]."""
 
   record: dict[str, Any]
-  programs: dict[int, Callable[[Any], Any]]
+  programs: dict[Size, Callable[[Any], Any]]
 
   @property
-  def sizes(self) -> tuple[int, ...]:
-    """Tokens per side that `predict` takes."""
+  def sizes(self) -> tuple[Size, ...]:
+    """Tokens per side, or (per column, per row), that `predict` takes."""
     return tuple(self.programs)
 
-  def predict(self, image: Any, size: int) -> np.ndarray:
+  def predict(self, image: Any, size: Size) -> np.ndarray:
     """Logits [n, k] of images [n, h, w, c] in [-1, 1]; ValueError for another size or shape of image."""
     if size not in self.programs:
       raise ValueError(f"size={size} is not in this artifact; it has {self.sizes}.")
@@ -58,7 +60,15 @@ def load_artifact(path: Any) -> Artifact:
   if not whole:  # but for what no part is made of, such as dates
     raise ValueError(f"{path} is damaged (wrong sha256); copy or export it again.")
   weights = _arrays(parts["weights.npz"])
-  return Artifact(record, {s: _program(parts, weights, record, s) for s in record["sizes"]})
+  return Artifact(record, {_size(s): _program(parts, weights, record, s) for s in record["sizes"]})
+
+
+def _size(text: int | str) -> Size:
+  """A size as the record has it: 8, or "4x6"."""
+  if isinstance(text, int):
+    return text
+  rows, columns = map(int, text.split("x"))
+  return rows, columns
 
 
 def is_sealed(path: Any) -> bool:
@@ -71,7 +81,9 @@ def _arrays(part: bytes) -> dict[str, jax.Array]:
   return {k: jnp.asarray(v) for k, v in np.load(io.BytesIO(part), allow_pickle=False).items()}
 
 
-def _program(parts: dict[str, bytes], weights: Any, record: Any, size: int) -> Callable[[Any], Any]:
+def _program(
+  parts: dict[str, bytes], weights: Any, record: Any, size: int | str
+) -> Callable[[Any], Any]:
   """The StableHLO of one size in place of that of an empty function with the same signature."""
   weights = weights | _arrays(parts[f"{size}/embedding.npz"])
   image = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *record["image_shape"]), np.float32)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexivit_jax import errors, weights
+from flexivit_jax import errors, sizes, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights import certificate, optional
 from flexivit_jax.weights.export import (
@@ -37,7 +37,7 @@ def export(
   out: pathlib.Path,
   *,
   to: str,
-  sizes: Sequence[int],
+  seqhw: str,
   image_size: int | None = None,
   platforms: Sequence[str] | None = None,
   verified: bool = True,
@@ -49,7 +49,7 @@ def export(
     source: what `weights.load` takes.
     out: a .zip of a StableHLO export, a folder of the others; not there yet.
     to: a name in `WRITERS`.
-    sizes: tokens per side, a program each.
+    seqhw: the sizes as on a command line, see `sizes.parse`; a program each. "all" are those of the training.
     image_size: pixels a side; by default the model's own, or 240.
     platforms: where a StableHLO export is to run; None: its defaults.
     verified: compare with the source; without it there is no certificate.
@@ -58,6 +58,8 @@ def export(
   Raises:
     UserError: an unknown kind, a framework that is not installed; see also the writers and `verify`.
   """
+  if seqhw != "all":
+    sizes.parse(seqhw)  # before the checkpoint is read
   writing = _options(to, platforms, verified)
   model, params, record = weights.load_with_record(source, **loading)
   model = model.clone(attention="einsum")  # what runs everywhere, and is not this machine's choice
@@ -66,7 +68,9 @@ def export(
   weights.print_notes(record)
   hw = certificate.image_hw(record, image_size)
   record = weights.written_for(record, hw)
-  WRITERS[to](out, model, params, record, image_hw=hw, sizes=sizes, **writing)
+  lacking = f"{source} does not say at which sizes it was trained"
+  chosen = sizes.parse(seqhw, sizes.trained(record), lacking)
+  WRITERS[to](out, model, params, record, image_hw=hw, sizes=chosen, **writing)
   rows = verify(out, model, params, to=to) if verified else []
   if rows:
     certificate.write(out, pathlib.Path(source), rows, record, hw)
@@ -86,7 +90,7 @@ def verify(
     for row in rows:
       if not row.difference <= row.limit:
         raise errors.UserError(
-          f"The artifact differs at seqhw={row.seqhw} by {row.difference:.1e}, more than"
+          f"The artifact differs at seqhw={sizes.size_text(row.seqhw)} by {row.difference:.1e}, more than"
           f" {row.limit:.1e}; nothing is written. Please report this."
         )
   except Exception:

@@ -17,6 +17,7 @@ import numpy as np
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.sizes import SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, folders, optional, reading
 from flexivit_jax.weights.export import artifact, frameworks, onnx_graph
@@ -39,7 +40,7 @@ def write(
   record: Json,
   *,
   image_hw: tuple[int, int],
-  sizes: Sequence[int],
+  sizes: Sequence[SeqHw],
 ) -> None:
   """Writes a folder for images of `image_hw`; it appears under its name only when it is complete. Needs onnx.
 
@@ -47,7 +48,7 @@ def write(
     out: a name that is not there yet and does not end in .zip.
     model, params, record: what `weights.load_with_record` returns; the record goes into the folder.
     image_hw: pixels.
-    sizes: tokens per side (`seqhw`), a graph each.
+    sizes: tokens per side or (per column, per row), a graph each.
 
   Raises:
     UserError: a size that does not divide the image, parameters that are not the model's, matrix products in
@@ -61,7 +62,7 @@ def write(
     graphs = _write_graphs(part, model, params, image_hw, sizes)
     described = record | {
       "format": FORMAT,
-      "sizes": sizes,
+      "sizes": [size_text(size) for size in sizes],
       "image_size": list(image_hw),
       "image_shape": list(shape),
       "outputs": graphs[0].outputs,
@@ -86,9 +87,10 @@ def load(folder: pathlib.Path) -> artifact.Artifact:
   return artifact.Artifact(record, programs)
 
 
-def name_of(size: int) -> str:
-  """The file of the graph for `size` tokens per side."""
-  return f"seqhw_{size:02d}.onnx"
+def name_of(size: SeqHw) -> str:
+  """The file of a size's graph: "seqhw_08.onnx", "seqhw_04x06.onnx"."""
+  numbers = size if isinstance(size, tuple) else (size,)
+  return f"seqhw_{'x'.join(f'{n:02d}' for n in numbers)}.onnx"
 
 
 def _check(out: pathlib.Path) -> None:
@@ -101,7 +103,7 @@ def _write_graphs(
   model: FlexiViT,
   params: Params,
   image_hw: tuple[int, int],
-  sizes: Sequence[int],
+  sizes: Sequence[SeqHw],
 ) -> list[onnx_graph.Graph]:
   """Writes the weights and the graphs, and has onnx check each."""
   model, params = model.clone(scan=False), vit.unstack_blocks(params)
@@ -110,7 +112,7 @@ def _write_graphs(
     flat = trees.flatten(params)
     shared = {n: _append(file, a) for n, a in flat.items() if n not in baking.RESAMPLED}
     for size in sizes:
-      fixed, baked = baking.bake(model, params, image_hw=image_hw, seqhw=size)
+      fixed, baked = baking.bake(model, params, image_hw=image_hw, **size_args(size))
       resampled = {name: _append(file, array) for name, array in _own(fixed, baked).items()}
       graphs.append(onnx_graph.describe(fixed, channels))
       frameworks.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | resampled)

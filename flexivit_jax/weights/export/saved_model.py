@@ -12,6 +12,7 @@ import numpy as np
 
 from flexivit_jax import trees
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.sizes import SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, folders
 from flexivit_jax.weights.export import artifact, frameworks
@@ -26,7 +27,7 @@ def write(
   record: Json,
   *,
   image_hw: tuple[int, int],
-  sizes: Sequence[int],
+  sizes: Sequence[SeqHw],
 ) -> None:
   """Writes a SavedModel for images of `image_hw`; it appears under its name only when it is complete.
 
@@ -34,7 +35,7 @@ def write(
     out: a folder that is not there yet.
     model, params, record: what `weights.load_with_record` returns; the record goes into the folder.
     image_hw: pixels.
-    sizes: tokens per side (`seqhw`), a signature each: `seqhw_08` and so on.
+    sizes: tokens per side or (per column, per row), a signature each: `seqhw_08`, `seqhw_04x06`.
 
   Raises:
     UserError: a size that does not divide the image, a folder that is there, TensorFlow that is not.
@@ -44,7 +45,7 @@ def write(
   shared = {n: np.asarray(a) for n, a in trees.flatten(params).items() if n not in baking.RESAMPLED}
   programs = {}
   for size in sizes:
-    fixed, baked = baking.bake(model, params, image_hw=image_hw, seqhw=size)
+    fixed, baked = baking.bake(model, params, image_hw=image_hw, **size_args(size))
     flat = trees.flatten(baked)
     resampled = {n: np.asarray(flat[n]) for n in baking.RESAMPLED if n in flat}
     programs[name_of(size)] = (_forward(fixed), resampled)
@@ -52,7 +53,7 @@ def write(
     frameworks.save_tensorflow(part, shared, programs, shape)
     described = record | {
       "format": FORMAT,
-      "sizes": list(sizes),
+      "sizes": [size_text(size) for size in sizes],
       "image_size": list(image_hw),
       "image_shape": list(shape),
     }
@@ -73,9 +74,9 @@ def load(folder: pathlib.Path) -> artifact.Artifact:
   return artifact.Artifact(record, {size: programs[name] for size, name in names.items()})
 
 
-def name_of(size: int) -> str:
-  """The signature for `size` tokens per side."""
-  return f"seqhw_{size:02d}"
+def name_of(size: SeqHw) -> str:
+  """The signature of a size: "seqhw_08", "seqhw_04x06"."""
+  return "seqhw_" + "x".join(f"{n:02d}" for n in (size if isinstance(size, tuple) else (size,)))
 
 
 def _forward(model: FlexiViT) -> Callable[[Params, jax.Array], jax.Array]:

@@ -18,6 +18,7 @@ from jax import export
 from flexivit_jax import errors, trees
 from flexivit_jax.files import replacing
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.sizes import SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, npz
 
@@ -32,7 +33,7 @@ def write(
   record: Json,
   *,
   image_hw: tuple[int, int],
-  sizes: Sequence[int],
+  sizes: Sequence[SeqHw],
   platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> None:
   """Writes an artifact for images of `image_hw`; it appears under its name only when it is complete.
@@ -41,7 +42,7 @@ def write(
     out: a name that ends in .zip and is not there yet.
     model, params, record: what `weights.load_with_record` returns; the record goes into the file.
     image_hw: pixels.
-    sizes: tokens per side (`seqhw`), a program each.
+    sizes: tokens per side or (per column, per row), a program each; in the file (4, 6) is "4x6".
     platforms: where it is to run, of `PLATFORMS`.
 
   Raises:
@@ -52,14 +53,16 @@ def write(
   shared = {n: a for n, a in trees.flatten(params).items() if n not in baking.RESAMPLED}
   parts = {"weights.npz": _npz(shared)}
   for size in dict.fromkeys(sizes):
-    fixed, baked = baking.bake(model, params, image_hw=image_hw, seqhw=size)
+    fixed, baked = baking.bake(model, params, image_hw=image_hw, **size_args(size))
     flat = trees.flatten(baked)
     program = _program(fixed, flat, shape, platforms)
-    parts[f"{size}/embedding.npz"] = _npz({n: flat[n] for n in baking.RESAMPLED if n in flat})
-    parts[f"{size}/program.mlirbc"] = program.mlir_module_serialized
+    parts[f"{size_text(size)}/embedding.npz"] = _npz(
+      {n: flat[n] for n in baking.RESAMPLED if n in flat}
+    )
+    parts[f"{size_text(size)}/program.mlirbc"] = program.mlir_module_serialized
   described = record | {
     "format": FORMAT,
-    "sizes": list(dict.fromkeys(sizes)),
+    "sizes": [size_text(size) for size in dict.fromkeys(sizes)],
     "image_size": list(image_hw),
     "image_shape": list(shape),
     "outputs": model.num_classes or model.features,

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.sizes import Size
+from flexivit_jax.sizes import SeqHw, Size, size_args
 from flexivit_jax.trees import Arrays, Json, Params
 from flexivit_jax.weights import (
   baking,
@@ -41,7 +41,7 @@ def save_timm(
   record: Json,
   *,
   image_hw: Size,
-  seqhw: int | None = None,
+  seqhw: SeqHw | None = None,
 ) -> None:
   """Writes a folder with config.json, model.safetensors and our record; it appears only when it is complete.
 
@@ -54,7 +54,7 @@ def save_timm(
     out: a name that is not there yet.
     model, params, record: what `weights.load_with_record` returns; `class_names` become `label_names`.
     image_hw: pixels of the images, with seqhw.
-    seqhw: tokens per side, or None for all sizes.
+    seqhw: tokens per side, or (per column, per row); None for all sizes.
 
   Raises:
     UserError: the name is there already; parameters that are not the model's; a model that timm cannot hold;
@@ -68,7 +68,7 @@ def save_timm(
   names = class_names.of_record(record, model.num_classes, f"what is to be written to {out}").names
   reading.check(model, params, f"What is to be written to {out}")
   if seqhw is not None:
-    model, params = baking.bake(model, params, image_hw=image_hw, seqhw=seqhw)
+    model, params = baking.bake(model, params, image_hw=image_hw, **size_args(seqhw))
   elif (model.posemb, model.kernel_resize) != ("learn", "pi"):
     raise errors.UserError(
       f"posemb={model.posemb!r}, kernel_resize={model.kernel_resize!r}: timm resizes learned positions, and kernels by"

@@ -10,7 +10,7 @@ from safetensors import numpy as safetensors
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import FlexiViT, vit
-from flexivit_jax.sizes import Size
+from flexivit_jax.sizes import SeqHw, Size, size_args
 from flexivit_jax.trees import Arrays, Json, Params
 from flexivit_jax.weights import folders, stated, torch_layout
 from flexivit_jax.weights.baking import bake
@@ -32,7 +32,7 @@ def save_transformers(
   record: Json,
   *,
   image_hw: Size,
-  seqhw: int | None = None,
+  seqhw: SeqHw | None = None,
 ) -> None:
   """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel` where there is no head.
 
@@ -45,7 +45,7 @@ def save_transformers(
     out: the folder; must not be there.
     model, params, record: what `weights.load_with_record` returns; `class_names` become the labels.
     image_hw: pixels of the images that the written model takes.
-    seqhw: tokens per side; by default those of the kernel's own size.
+    seqhw: tokens per side, or (per column, per row); by default those of the kernel's own size.
 
   Raises:
     UserError: a model that is no ViT of transformers, a size that does not divide the image, class names that are not
@@ -53,7 +53,8 @@ def save_transformers(
   """
   out = pathlib.Path(out)
   _check(model)
-  fixed, baked = bake(model, params, image_hw=image_hw, seqhw=seqhw)
+  size = {} if seqhw is None else size_args(seqhw)
+  fixed, baked = bake(model, params, image_hw=image_hw, **size)
   flat = {name: np.asarray(a) for name, a in trees.flatten(vit.unstack_blocks(baked)).items()}
   weights = safetensors.save(_arrays(fixed, flat), metadata={"format": "pt"})
   channels = flat["embedding/kernel"].shape[2]
