@@ -1,14 +1,16 @@
-"""Training on eight devices is training on one."""
+"""Training on eight devices is training on one, and stores what it should for the backward pass."""
 
 import contextlib
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
+from flexivit_jax.models import vit
 
 
 def train_and_evaluate(path: str) -> None:
@@ -139,3 +141,38 @@ def test_a_teacher_may_be_divided_otherwise_than_the_student(tmp_path, on_eight_
     np.testing.assert_allclose(divided, copies, rtol=1e-5, atol=1e-6)
     assert np.abs(copies).max() > 0.1
     assert found["bytes_each"][0] < 0.75 * found["bytes_each"][1]
+
+
+# --- what is stored for the backward pass ---
+
+
+def _residuals(fn, params, x):
+  """Shapes of all arrays that the forward pass stores for the backward pass, traced only."""
+  backward = jax.eval_shape(lambda params, x: jax.vjp(fn, params, x)[1], params, x)
+  return [leaf.shape for leaf in jax.tree.leaves(backward)]
+
+
+@pytest.mark.parametrize("form", ["einsum", "heads_first", "one_by_one"])
+def test_a_divided_block_stores_its_activations_and_no_gathered_weight(form, monkeypatch):
+  """The policy tells activations from weights by shape, and a wrong guess changes no number, only the memory."""
+  block = vit.EncoderBlock(vit.BlockConfig(mlp_dim=256, num_heads=4, attention=form))
+  x = jax.ShapeDtypeStruct((8, 10, 128), jnp.float32)
+  params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+  whole = {leaf.shape for leaf in jax.tree.leaves(params)}
+  apply = lambda params, x: block.apply({"params": params}, x)[0]  # noqa: E731
+  divided = sharding.over_divided(apply, sharding.abstract_mesh(4, fsdp=2))
+
+  def activations(shapes):
+    return sum(len(shape) > 1 and shape[0] % 8 == 0 and 10 in shape for shape in shapes)
+
+  stored = _residuals(divided, params, x)
+  plain = _residuals(apply, params, x)
+  # Of a division over devices each stores its piece: a gathered weight would be counted once a device.
+  assert [s for s in stored if not (activations([s]) or s in whole or s == (8, 10))] == []
+  assert abs(activations(stored) - activations(plain)) <= 1
+  assert activations(stored) > 20
+
+  monkeypatch.setattr(sharding, "_of_tokens", lambda *_, **__: False)
+  assert activations(_residuals(divided, params, x)) == 1  # the block's input
+  monkeypatch.setattr(sharding, "_of_tokens", lambda *_, **__: True)
+  assert (4 * 128, 256) in _residuals(divided, params, x)
