@@ -1,28 +1,32 @@
 """Top-1, top-5 and loss at every patch size."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flexivit_jax import errors
 from flexivit_jax.data import label_maps
+from flexivit_jax.evaluators.base import Batches
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.evaluators.sums import Sums, masked_sums
 from flexivit_jax.models import Model
 from flexivit_jax.objectives import losses
+from flexivit_jax.objectives.base import Batch
 from flexivit_jax.sizes import SeqHw
+from flexivit_jax.trees import Params
 
 MAX_CLASSES = 1000  # of `per_class`
 
 
 def eval_step(
-  params: Any,
-  batch: dict[str, jax.Array],
+  params: Params,
+  batch: Batch,
   *,
   model: Model,
   loss: str,
@@ -78,8 +82,8 @@ def scores(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.Arr
 
 def classification(
   model: Model,
-  batches: Iterable[dict],
-  mesh: Any,
+  batches: Batches,
+  mesh: Mesh | None,
   *,
   seqhw: Sequence[SeqHw] = (),
   stride: Sequence[int] = (),

@@ -1,22 +1,26 @@
 """How far a model is from a frozen teacher at every patch size: agreement and distances of their logits."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from flexivit_jax import errors
+from flexivit_jax.evaluators.base import Batches
 from flexivit_jax.evaluators.classification import scores
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.evaluators.sums import Sums, masked_sums
 from flexivit_jax.models import Model
 from flexivit_jax.objectives import losses
+from flexivit_jax.objectives.base import Batch
 from flexivit_jax.objectives.distill import Teacher, teach
 from flexivit_jax.sizes import SeqHw
+from flexivit_jax.trees import Params
 
 
-def eval_step(params: Any, batch: dict[str, jax.Array], *, model: Model, **size: Any) -> Sums:
+def eval_step(params: Params, batch: Batch, *, model: Model, **size: Any) -> Sums:
   """Masked sums over one batch: agree1, agree5 (the teacher's class is among the first 1, 5), and `DISTANCES`.
 
   Where the batch has labels also top1, top5 and loss, as in `classification`.
@@ -33,8 +37,8 @@ def eval_step(params: Any, batch: dict[str, jax.Array], *, model: Model, **size:
 
 def distance(
   model: Model,
-  batches: Iterable[dict],
-  mesh: Any,
+  batches: Batches,
+  mesh: Mesh | None,
   *,
   teacher: Teacher,
   seqhw: Sequence[SeqHw] = (),
@@ -75,9 +79,7 @@ def distance(
   )
 
 
-def _with_target(
-  teacher: Teacher, frozen: Any, batch: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
+def _with_target(teacher: Teacher, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
   """The batch with the teacher's logits under "target"; its image is not needed any more."""
   kept = {k: v for k, v in batch.items() if k != teacher.image or k == "image"}
   return kept | {"target": teach(teacher, frozen, batch)}

@@ -8,13 +8,15 @@ The model's own head is not used, so that the data may have other classes than t
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from flexivit_jax import errors
+from flexivit_jax.evaluators.base import Batches
 from flexivit_jax.evaluators.probing import Classify, Probing
 from flexivit_jax.models import Model
 from flexivit_jax.sizes import SeqHw
@@ -97,10 +99,10 @@ def fit(
 
 def fewshot(
   model: Model,
-  batches: Iterable[dict],
-  mesh: Any,
+  batches: Batches,
+  mesh: Mesh | None,
   *,
-  train_batches: Iterable[dict],
+  train_batches: Batches,
   num_classes: int,
   seqhw: Sequence[SeqHw] = (),
   stride: Sequence[int] = (),

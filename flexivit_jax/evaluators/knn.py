@@ -8,15 +8,17 @@ ImageNet-1k and a ViT-B 3.9 GB), their labels, n * classes bytes (1.3 GB), and `
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from flexivit_jax import errors, heartbeat
+from flexivit_jax.evaluators.base import Batches
 from flexivit_jax.evaluators.probing import Classify, Probing
 from flexivit_jax.models import Model
 from flexivit_jax.sizes import SeqHw
@@ -26,10 +28,10 @@ BLOCK = 2**26  # similarities, or votes, of one part of the test images: 256 MiB
 
 def knn(
   model: Model,
-  batches: Iterable[dict],
-  mesh: Any,
+  batches: Batches,
+  mesh: Mesh | None,
   *,
-  train_batches: Iterable[dict],
+  train_batches: Batches,
   num_classes: int,
   seqhw: Sequence[SeqHw] = (),
   stride: Sequence[int] = (),

@@ -2,19 +2,22 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from flexivit_jax import errors, heartbeat
 from flexivit_jax.data import label_maps
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.sums import Sums, means
 from flexivit_jax.models import Model
 from flexivit_jax.sizes import SeqHw, SizeArgs, SizeKey, size_args, size_key, size_text
+from flexivit_jax.trees import Params
 
 
 @final
@@ -39,8 +42,8 @@ class PerSize:
     self,
     fn: Callable[..., Any],
     model: Model,
-    batches: Iterable[dict],
-    mesh: Any,
+    batches: Batches,
+    mesh: Mesh | None,
     *,
     sizes: Sequence[SizeArgs],
     inputs: Sequence[str],
@@ -66,7 +69,7 @@ class PerSize:
     for size in self.sizes.values():
       self.model.grid(self._image_hw, **size)
 
-  def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
+  def compile(self, params: Params, report: Report = silent) -> None:
     """Compiles one program for each size; nothing is compiled later.
 
     Raises:
@@ -83,7 +86,7 @@ class PerSize:
       self.fn, (params, specs), self.sizes.values(), report=report
     )
 
-  def run(self, params: Any) -> list[dict[str, Any]]:
+  def run(self, params: Params) -> list[Row]:
     """Returns for each size {"seqhw", the mean of each metric, "n"}; accuracies are fractions.
 
     With tables also what `per_class` makes of "confusion".
@@ -102,7 +105,7 @@ class PerSize:
     found = (jax.device_get(tables[key])["confusion"] for key in self.sizes)
     return [row | per_class(counts) for row, counts in zip(rows, found, strict=True)]
 
-  def rows(self, sums: Mapping[SizeKey, Sequence[Sums]]) -> list[dict[str, Any]]:
+  def rows(self, sums: Mapping[SizeKey, Sequence[Sums]]) -> list[Row]:
     """Returns for each size what names it, the means of its metrics over all batches, and "n", how many examples."""
     rows = []
     for key, parts in sums.items():
@@ -110,7 +113,7 @@ class PerSize:
       rows.append({**self.names(self.sizes[key]), **means(*parts), "n": n})
     return rows
 
-  def outputs(self, params: Any, batches: Iterable[dict]) -> Iterator[dict[SizeKey, Any]]:
+  def outputs(self, params: Params, batches: Batches) -> Iterator[dict[SizeKey, Any]]:
     """Yields for each batch what `fn` returns at each size, without waiting for the device.
 
     Args:
@@ -124,7 +127,7 @@ class PerSize:
       yield {key: self._programs[key].run(params, on_device) for key in self.sizes}
       heartbeat.beat()
 
-  def costs(self, params: Any, repeats: int = 5) -> list[dict[str, Any]]:
+  def costs(self, params: Params, repeats: int = 5) -> list[Row]:
     """Returns for each size {"patch", "tokens", "gflops", "ms"}; call after `compile` or `run`.
 
     "ms" is the median time of a batch divided by its images; "gflops" two per multiply-add, of one image.
@@ -152,14 +155,14 @@ class PerSize:
     others: SizeArgs = {k: size[k] for k in ("stride", "depth") if k in size}
     return {"seqhw": size_text(grid) if grid[0] != grid[1] else grid[0], **others}
 
-  def _on_device(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  def _on_device(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     arrays = sharding.put_batch(batch, self.mesh)
     if not self.once:
       return arrays
     made = self.once(self.frozen, arrays)
     return jax.device_put(made, sharding.batch_split(self.mesh))
 
-  def _model_inputs(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  def _model_inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     missing = set(self.inputs) - set(batch)
     if missing:
       message = f"The evaluation's batches lack {sorted(missing)}, they have {sorted(batch)}"

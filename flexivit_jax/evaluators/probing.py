@@ -1,26 +1,30 @@
 """What probes share: frozen features of labelled images at every patch size, a classifier of them, and its rows."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Integer
 
 from flexivit_jax import errors
 from flexivit_jax.devices import sharding
+from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.evaluators.sums import Sums
 from flexivit_jax.models import Model
+from flexivit_jax.objectives.base import Batch
 from flexivit_jax.sizes import SeqHw, SizeKey, size_name
+from flexivit_jax.trees import Params
 
 Classify = Callable[[np.ndarray], np.ndarray]  # features [n, d] -> the class of each, [n]
 
 
 def features_step(
-  params: Any, batch: dict[str, jax.Array], *, model: Model, mesh: Any, **size: Any
+  params: Params, batch: Batch, *, model: Model, mesh: Mesh | None, **size: Any
 ) -> dict[str, jax.Array]:
   """The pre-logits, labels and mask of one batch, whole on every device, so that every process can read them."""
   _, out = model.apply({"params": params}, batch["image"], **size)
@@ -49,10 +53,10 @@ class Probing:
   def __init__(
     self,
     model: Model,
-    batches: Iterable[dict],
-    mesh: Any,
+    batches: Batches,
+    mesh: Mesh | None,
     *,
-    train_batches: Iterable[dict],
+    train_batches: Batches,
     fit: Callable[[np.ndarray, np.ndarray], tuple[Classify, dict[str, Any]]],
     num_classes: int,
     seqhw: Sequence[SeqHw],
@@ -71,11 +75,11 @@ class Probing:
     """See `PerSize.check`."""
     self.features.check()
 
-  def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
+  def compile(self, params: Params, report: Report = silent) -> None:
     """Compiles one program for each size; see `PerSize.compile`."""
     self.features.compile(params, report)
 
-  def run(self, params: Any) -> list[dict[str, Any]]:
+  def run(self, params: Params) -> list[Row]:
     """Returns for each size {"seqhw", "top1", "n" (images scored)} and what `fit` notes; accuracies are fractions."""
     known, labels = gather(self.features, params, self.train_batches)
     check_seen(labels)
@@ -88,13 +92,13 @@ class Probing:
       notes.append(noted)
     return [row | noted for row, noted in zip(self.features.rows(sums), notes, strict=True)]
 
-  def costs(self, params: Any, repeats: int = 5) -> list[dict[str, Any]]:
+  def costs(self, params: Params, repeats: int = 5) -> list[Row]:
     """Returns what the model without a head costs at each size; see `PerSize.costs`."""
     return self.features.costs(params, repeats)
 
 
 def gather(
-  features: PerSize, params: Any, batches: Iterable[dict]
+  features: PerSize, params: Params, batches: Batches
 ) -> tuple[dict[SizeKey, np.ndarray], np.ndarray]:
   """The features [n, d] at each size, and the labels [n, k] (bool), of the examples that are no padding.
 

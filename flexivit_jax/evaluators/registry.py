@@ -4,15 +4,15 @@ Not in `__init__.py`: that would import JAX for `flexivit report`, which needs `
 """
 
 from collections.abc import Callable
-from typing import Any
 
+from flexivit_jax.evaluators.base import Evaluator
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.distance import distance
 from flexivit_jax.evaluators.fewshot import fewshot
 from flexivit_jax.evaluators.knn import knn
 from flexivit_jax.evaluators.teacher import teacher
 
-EVALUATORS: dict[str, Callable[..., Any]] = {
+EVALUATORS: dict[str, Callable[..., Evaluator]] = {
   "classification": classification,
   "distance": distance,
   "fewshot": fewshot,

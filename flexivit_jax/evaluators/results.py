@@ -10,6 +10,8 @@ from typing import Any
 import jax
 
 from flexivit_jax import errors, files, trees
+from flexivit_jax.evaluators.base import Evaluator, Row
+from flexivit_jax.trees import Params
 
 # What a row holds besides its evaluator's metrics.
 COLUMNS = ("seqhw", "stride", "depth", "patch", "tokens", "gflops", "ms", "n")
@@ -39,7 +41,7 @@ def file_of(main_file: pathlib.Path, name: str, names: Collection[str]) -> pathl
   return main_file.with_name(f"{main_file.stem}_{name}{main_file.suffix}")
 
 
-def measure(evaluator: Any, params: Any) -> list[dict[str, Any]]:
+def measure(evaluator: Evaluator, params: Params) -> list[Row]:
   """Returns a row for each size: `COLUMNS` and the evaluator's metrics."""
   scores = evaluator.run(params)
   return [score | cost for score, cost in zip(scores, evaluator.costs(params), strict=True)]

@@ -1,46 +1,49 @@
 """A teacher's own accuracy, once: it never changes."""
 
-from collections.abc import Callable, Iterable
 from typing import Any, final
 
+from jax.sharding import Mesh
+
+from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.per_size import PerSize
 from flexivit_jax.models import Model
 from flexivit_jax.objectives.distill import Teacher
+from flexivit_jax.trees import Params
 
 
 @final
 class Once:
   """An evaluator of other parameters than those in training, which runs the first time it is asked."""
 
-  def __init__(self, evaluator: PerSize, params: Any):
+  def __init__(self, evaluator: PerSize, params: Params):
     self._evaluator, self._params = evaluator, params
-    self._rows: list[dict[str, Any]] | None = None
+    self._rows: list[Row] | None = None
 
   def check(self) -> None:
     """As of `PerSize`."""
     self._evaluator.check()
 
-  def compile(self, params: Any, report: Callable = lambda size, program: None) -> None:
+  def compile(self, params: Params, report: Report = silent) -> None:
     """As of `PerSize`; nothing where the result is known already."""
     if self._rows is None:
       self._evaluator.compile(self._params, report)
 
-  def run(self, params: Any) -> list[dict[str, Any]]:
+  def run(self, params: Params) -> list[Row]:
     """The rows of the other parameters, whatever `params` are."""
     if self._rows is None:
       self._rows = self._evaluator.run(self._params)
     return self._rows
 
-  def costs(self, params: Any, repeats: int = 5) -> list[dict[str, Any]]:
+  def costs(self, params: Params, repeats: int = 5) -> list[Row]:
     """As of `PerSize`."""
     return self._evaluator.costs(self._params, repeats)
 
 
 def teacher(
   model: Model,
-  batches: Iterable[dict],
-  mesh: Any,
+  batches: Batches,
+  mesh: Mesh | None,
   *,
   teacher: Teacher,
   loss: str = "softmax_xent",
@@ -64,7 +67,7 @@ def teacher(
 class _Renamed:
   """Batches with one image under "image"."""
 
-  def __init__(self, batches: Iterable[dict], key: str):
+  def __init__(self, batches: Batches, key: str):
     self._batches, self._key = batches, key
 
   def __iter__(self) -> Any:
