@@ -633,7 +633,7 @@ def tests_of(checkout: pathlib.Path, room: str) -> tuple[list[pathlib.Path], lis
   return first, [path for path in further if path not in first]
 
 
-PACKAGES = {"models", "weights", "objectives", "data"}  # give the names of their modules on
+PACKAGES = {"models", "weights", "objectives"}  # give the names of their modules on
 
 
 def imports(path: pathlib.Path) -> set[str]:
