@@ -150,3 +150,51 @@ def test_make_faults_runs_every_test_that_the_reliability_page_names(repository)
   for name in named:
     text = (repository / "tests" / name).read_text()
     assert "\npytestmark = pytest.mark.faults\n" in text, f"{name} lacks the mark `faults`"
+
+
+def tree_of(text: str) -> dict[str, set[str]]:
+  """The first ```text block that begins with a folder: {folder: the names that its lines begin with}."""
+  block = re.search(r"```text\n(\w+/\n.*?)```", text, re.DOTALL)[1]
+  tree = {}
+  for line in block.splitlines():
+    if not line.startswith(" "):
+      folder = line.split()[0]
+      tree[folder] = set()
+    else:
+      tree[folder] |= set(re.match(r" +((?:\w+(?:\.\w+|/)(?: |$))+)", line)[1].split())
+  return tree
+
+
+def test_the_tree_in_the_readme_is_what_ls_shows(repository):
+  tree = tree_of((repository / "README.md").read_text())
+  assert all((repository / folder).is_dir() for folder in tree)
+  for folder in ("flexivit_jax", "configs", "tools", "docs"):
+    there = {p.name + "/" * p.is_dir() for p in (repository / folder).iterdir()}
+    there = {name for name in there if name != "__pycache__/" and not name.startswith(".")}
+    assert tree[f"{folder}/"] == there, folder
+
+
+def test_the_index_of_the_docs_links_every_page_once(repository):
+  links = re.findall(r"\]\((\w+\.md)\)", (repository / "docs" / "README.md").read_text())
+  pages = {page.name for page in (repository / "docs").glob("*.md")}
+  assert sorted(links) == sorted(pages - {"README.md"})
+
+
+def test_the_import_order_on_the_page_is_the_one_that_is_checked(setup_cfg, repository):
+  page = (repository / "docs" / "architecture.md").read_text()
+  shown = re.search(r"```text\n(cli\n.*?)```", page, re.DOTALL)[1]
+  assert lines(shown) == lines(setup_cfg["importlinter:contract:layers"]["layers"])
+
+
+def test_every_file_that_the_docs_name_exists(repository):
+  pages = [*repository.glob("*.md"), *(repository / "docs").glob("*.md")]
+  # These two tell of the past.
+  pages = [page for page in pages if page.name not in ("CHANGELOG.md", "log.md")]
+  roots = [repository, repository / "flexivit_jax", repository / "tests"]
+  missing = {
+    (page.name, name)
+    for page in pages
+    for name in re.findall(r"[\w.]+(?:/[\w.]+)+\.(?:py|toml|csv|sh)\b", page.read_text())
+    if not name.startswith("big_vision/") and not any((root / name).is_file() for root in roots)
+  }
+  assert not missing
