@@ -155,7 +155,7 @@ def page_or_full(page: Path):
   return pytest.param(page, id=page.name, marks=pytest.mark.full if long else ())
 
 
-@pytest.mark.parametrize("page", map(page_or_full, PAGES))
+@pytest.mark.parametrize("page", [page_or_full(page) for page in PAGES])
 def test_page_does_what_it_says(page: Path, copy: Path):
   printed = None
   for fence in fences(page):
