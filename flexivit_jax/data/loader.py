@@ -28,6 +28,9 @@ from flexivit_jax.data.stream import (
 )
 from flexivit_jax.errors import UserError, unknown
 
+# Entered while a batch is awaited: in a run, the watchdog says what it is waiting for.
+Waiting = Callable[[], contextlib.AbstractContextManager[None]]
+
 SAMPLERS = ("shuffle", "balanced")
 _LOG = logging.getLogger(__name__)
 _CHUNK = 32  # Examples per task: large enough to hide Grain's overhead, small enough to share out.
@@ -116,16 +119,17 @@ def eval_batches(
   on_error: str = "raise",
   max_errors: int = 100,
   keep_mb: int = 512,
+  waiting: Waiting = contextlib.nullcontext,
 ) -> "EvalBatches":
   """Every example once, in order; the same number of batches on every process.
 
-  The arguments are those of `train_batches`. Batches have `_mask` too (float32 [n], 0 for padding
-  and for what "skip" left out; such entries are zeros and their `_id` is -1).
+  The arguments are those of `train_batches`, and `waiting`, a context that is entered while a batch is awaited. Batches
+  have `_mask` too (float32 [n], 0 for padding and for what "skip" left out; such entries are zeros, their `_id` is -1).
   """
   options = _options(threads, workers, prefetch, keep_mb)
   plan = _plan(source, pp, None, batch_size, process_index, process_count, on_error, max_errors)
   plan = plan._replace(kept=None if workers else room(source, plan.pp, keep_mb))
-  return EvalBatches(plan, options)
+  return EvalBatches(plan, options, waiting)
 
 
 @final
@@ -214,13 +218,12 @@ class EvalBatches:
 
   Attributes:
     errors: example index -> what was wrong, for each bad example left out in the latest pass.
-    waiting: what is entered while a batch is awaited; of a run, the watchdog's.
   """
 
-  def __init__(self, plan: BatchPlan, options: Options):
+  def __init__(self, plan: BatchPlan, options: Options, waiting: Waiting):
     self.errors: Bad = {}
     self._noticed = _Noticed(plan.source)
-    self.waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    self._waiting = waiting
     self._plan = plan
     self._options = options
 
@@ -233,7 +236,7 @@ class EvalBatches:
     atexit.register(batches.close)  # For a pass that is never finished.
     try:
       while True:
-        with self.waiting():
+        with self._waiting():
           found = next(batches, None)
         if found is None:
           break

@@ -11,14 +11,13 @@ from jax.sharding import Mesh
 from flexivit_jax import config, data, errors
 from flexivit_jax.config import Section
 from flexivit_jax.data import class_names
+from flexivit_jax.data.loader import Waiting
 from flexivit_jax.evaluators.classification import table_classes
 from flexivit_jax.evaluators.registry import EVALUATORS
 from flexivit_jax.experiment import labelling, sections
 from flexivit_jax.experiment.loaders import REAL, Opening
 from flexivit_jax.models import Model
 from flexivit_jax.trees import Json
-
-Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class Evaluation(NamedTuple):
@@ -88,11 +87,9 @@ def _open(
   def of(model: Model, mesh: Mesh | None, waiting: Waiting, loading: Section) -> Any:
     scoring = _arguments(section, evaluator)
     if training:
-      batches = data.eval_batches(training, **loading)
-      batches.waiting = waiting
+      batches = data.eval_batches(training, waiting=waiting, **loading)
       scoring |= {"train_batches": batches, "num_classes": source.num_classes}
-    batches = data.eval_batches(source, **loading)
-    batches.waiting = waiting
+    batches = data.eval_batches(source, waiting=waiting, **loading)
     return evaluator(model, batches, mesh, **scoring)
 
   def make(model: Model, mesh: Mesh | None, waiting: Waiting = contextlib.nullcontext) -> Any:

@@ -69,7 +69,7 @@ def check_sections(settings: Settings) -> None:
 
 def check_evaluation(where: str, section: Any) -> None:
   """Raises a UserError for the first wrong key or type of a value in a section of `evals`."""
-  given = (*_GIVEN_EVALS, "process_index", "process_count")
+  given = (*_GIVEN_EVALS, "process_index", "process_count", "waiting")
   every: list[Callable[..., Any]] = [data.eval_batches, data.few_shots, *EVALUATORS.values()]
   optional = {"type": str, **_EVERY}
   # First what no evaluator has: a misspelt "type" is not the fault of the keys that belong to its value.
