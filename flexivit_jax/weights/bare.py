@@ -24,7 +24,7 @@ class Content(NamedTuple):
 
 
 def has_reader(path: pathlib.Path) -> bool:
-  """Whether `read` takes files with this suffix."""
+  """Tells whether `read` takes a file with this suffix."""
   return path.suffix.lower() in READERS
 
 
@@ -51,5 +51,5 @@ def read(path: pathlib.Path, *, ema: bool = False) -> Content:
 
 @functools.cache
 def suffixes() -> str:
-  """The suffixes of files with weights, for messages."""
+  """Returns the suffixes of files with weights, for messages."""
   return ", ".join(sorted(READERS))

@@ -55,12 +55,12 @@ def plain(arrays: Arrays) -> Arrays:
 
 
 def is_original(arrays: Arrays) -> bool:
-  """Whether the names are those of an original ViT."""
+  """Tells whether the names are those of an original ViT."""
   return ORIGINAL_POSITION in arrays
 
 
 def convert_original(arrays: Arrays, fields: Fields) -> Converted:
-  """As `convert`, for the names of an original ViT."""
+  """Does what `convert` does, for the names of an original ViT."""
   arrays, notes = without_pre_logits(arrays)
   flat = from_original(arrays, fields.get("posemb_size"))
   inferred = infer_fields(trees.unflatten(flat), fields)
@@ -138,7 +138,7 @@ def infer_fields(params: Params, fields: Fields) -> Fields:
 
 
 def assumed_square(grid: tuple[int, int]) -> list[str]:
-  """A note for a grid that was taken to be square, where an image of usual proportions has as many patches."""
+  """Returns a note if an image of usual proportions, not square, has as many patches as this square grid."""
   cells = math.prod(grid)
   if not (others := _rectangles(cells)):
     return []
@@ -149,7 +149,7 @@ def assumed_square(grid: tuple[int, int]) -> list[str]:
 
 
 def assumed_bare(grid: tuple[int, int]) -> list[str]:
-  """The note for a square grid and a class token without a position, where one may be that of the class token."""
+  """Returns a note if one position of this square grid may be the class token's, which is assumed to have none."""
   cells = math.prod(grid)
   if not (others := _rectangles(cells - 1)):
     return []

@@ -25,17 +25,17 @@ class Row(NamedTuple):
 
   @property
   def difference(self) -> float:
-    """The largest one between source and target."""
+    """Returns the largest difference between source and target."""
     return float(np.abs(self.source - self.target).max())
 
   @property
   def limit(self) -> float:
-    """What rounding can explain of the difference."""
+    """Returns the largest difference that rounding can explain."""
     return _TOLERANCE * max(1.0, float(np.abs(self.source).max()))
 
 
 def path_of(out: pathlib.Path) -> pathlib.Path:
-  """OUT.certificate.json, beside the file that it is about."""
+  """Returns OUT.certificate.json, beside the file that it is about."""
   return out.with_name(f"{out.stem}.certificate.json")
 
 
@@ -75,7 +75,7 @@ def image_hw(record: Json, image_size: int | None) -> tuple[int, int]:
 
 
 def images(hw: tuple[int, int], channels: int) -> Float[np.ndarray, "2 h w c"]:
-  """Smooth colours with noise on top, in [-1, 1]: structure at every patch size."""
+  """Returns smooth colours with noise on top, in [-1, 1]: they have structure at every patch size."""
   rng = np.random.default_rng(0)
   y, x = (np.linspace(0, 1, side) for side in hw)
   phase, turns = rng.uniform(0, 6.3, (2, channels)), rng.uniform(1, 9, (2, 2, channels))

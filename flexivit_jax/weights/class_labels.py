@@ -27,7 +27,7 @@ def in_order(where: str, names: object, classes: int) -> tuple[list[str] | None,
 
 
 def is_number(value: object) -> bool:
-  """Whether a value of a JSON file is a finite number; true and false are none."""
+  """Tells whether a value of a JSON file is a finite number; true and false are none."""
   return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -14,7 +14,7 @@ _ADVICE = (
 
 
 def kind(path: pathlib.Path) -> str | None:
-  """The kind of a file, one of the constants above; None for a file of no known kind, or a damaged one."""
+  """Returns the kind of a file, one of the constants above, or None for an unknown kind or a damaged file."""
   with path.open("rb") as file:
     start = file.read(9)
   # A .safetensors file starts with the length of its header, which is JSON.

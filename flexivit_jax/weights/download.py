@@ -69,7 +69,7 @@ def fetch(
 
 
 def is_kept(url: str, folder: pathlib.Path | None = None) -> bool:
-  """Whether `fetch` would find the file, which is not looked into, without the network."""
+  """Tells whether `fetch` finds the file without the network; does not read it."""
   return _place(url, folder or files.cache_folder()).is_file()
 
 

@@ -22,7 +22,7 @@ EXPORT_RECORD = "record.json"
 
 @contextlib.contextmanager
 def new(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A hidden folder to write into; at the end it gets a manifest and the name `out`. After an error nothing is left.
+  """Yields a hidden folder to write into, then adds a manifest and renames it to `out`; removes it after an error.
 
   Raises:
     UserError: there is something of that name already.
@@ -45,22 +45,22 @@ class NoChecksums(errors.UserError):
 
 
 def unknown(path: pathlib.Path) -> str:
-  """What is said of others' files."""
+  """Returns the note on files of other projects."""
   return f"No checksums were written beside {path.name}: damage to it would not be noticed."
 
 
 def is_ours(folder: pathlib.Path, record: str = RECORD) -> bool:
-  """Whether `new` wrote it: a manifest or a record is there."""
+  """Tells whether `new` wrote a folder: it has a manifest or a record."""
   return any((folder / name).is_file() for name in (MANIFEST, record))
 
 
 def check(folder: pathlib.Path, record: str = RECORD, *, more: bool = True) -> bool:
-  """Compares the files of a folder with its manifest; False for a folder that is not ours.
+  """Compares the files of a folder with its manifest; returns False for a folder that is not ours.
 
   Args:
     folder: with or without a manifest.
     record: the name of its record.
-    more: files that were not there are let pass, such as a README.md.
+    more: files that the manifest does not name may be there, such as a README.md.
 
   Raises:
     Damaged: files that differ or are missing, all of them named; or the manifest is.

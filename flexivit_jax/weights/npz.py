@@ -59,7 +59,7 @@ def read_npz(
 
 
 def has_record(path: pathlib.Path) -> bool:
-  """Whether a file is an .npz with a record, which `save_npz` writes; reads no array."""
+  """Tells whether a file is an .npz with a record, as `save_npz` writes it; reads no array."""
   try:
     with zipfile.ZipFile(path) as archive:
       return path.suffix.lower() == ".npz" and f"{RECORD}.npy" in archive.namelist()
@@ -112,7 +112,7 @@ def save_npz(path: str | os.PathLike[str], model: FlexiViT, params: Params, reco
 
 
 def encode(record: Json) -> np.ndarray:
-  """The record as the array that `read_npz` reads back."""
+  """Returns a record as the array that `read_npz` reads back."""
   return np.frombuffer(json.dumps(record, allow_nan=False).encode(), np.uint8)
 
 
@@ -126,7 +126,7 @@ def seal(path: pathlib.Path) -> None:
 
 
 def widened(array: np.ndarray) -> np.ndarray:
-  """Half precision as float32, exactly; other arrays as they are. NumPy files hold bfloat16 as two raw bytes."""
+  """Widens half precision to float32, exactly; leaves other arrays. NumPy files hold bfloat16 as two raw bytes."""
   if array.dtype.kind == "V" and array.dtype.itemsize == 2:
     array = array.view(ml_dtypes.bfloat16)
   half = array.dtype in (np.float16, ml_dtypes.bfloat16)

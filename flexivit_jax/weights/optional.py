@@ -16,7 +16,7 @@ _ADVICE = "pip install -r requirements-convert.txt has the versions that are tes
 
 
 def version(package: str) -> str:
-  """E.g. "timm 1.0.31"; an empty string where it is not installed."""
+  """Returns name and version, e.g. "timm 1.0.31", or "" if the package is not installed."""
   try:
     return f"{package} {importlib.metadata.version(package)}"
   except importlib.metadata.PackageNotFoundError:

@@ -52,7 +52,7 @@ _FIRST = ("rotary positions", "relative positions")  # of these transformers has
 
 
 def layout(names: Iterable[str]) -> str | None:
-  """What names are that are not read, and what to do; None for others."""
+  """Says whose names these are if no reader knows them, and what to do; None for others."""
   names = list(names)
   if (what := feature(names)) and what.startswith(_FIRST):
     return None
@@ -64,7 +64,7 @@ def layout(names: Iterable[str]) -> str | None:
 
 
 def feature(names: Iterable[str]) -> str | None:
-  """What arrays of these names belong to that no plain ViT has, with the name of one; None for nothing."""
+  """Returns the part of the model that no plain ViT has, with one name that shows it, or None."""
   names = list(names)
   for pattern, what in _FEATURES.items():
     name = next((n for n in names if re.search(pattern, n)), None)
@@ -74,13 +74,13 @@ def feature(names: Iterable[str]) -> str | None:
 
 
 def kind(model: object) -> str | None:
-  """What a model has that no plain ViT has, by its name in a config.json; None where it is not known."""
+  """Returns what a model of this name in a config.json has that no plain ViT has, or None if it is unknown."""
   text = str(model).lower()
   return next((what for name, what in KINDS.items() if text.startswith(name)), None)
 
 
 def refusal(what: str, reason: str) -> str:
-  """One line about a model that cannot be read."""
+  """Returns the message on a model that cannot be read."""
   return (
     f"{what} has {reason}, which a FlexiViT does not have. Only plain Vision Transformers can be read: learned"
     " positions or sine-cosine, one kind of block (ViT, DeiT, DINO, DINOv2, CLIP, SigLIP, MAE)."

@@ -1,4 +1,4 @@
-"""Weights in: one function for the files that hold them."""
+"""Weights in: `load` turns any file or folder that holds weights into a model and its parameters."""
 
 import os
 import pathlib
@@ -65,7 +65,7 @@ def load_with_record(
   finite: bool = True,
   **fields: Any,
 ) -> tuple[FlexiViT, Params, Json]:
-  """As `load`, and a JSON-able record of what the arrays do not say; a run's also says what it was trained on.
+  """Does what `load` does, and returns a record of what the arrays do not tell; a run's also tells its data.
 
   Keys: "format" (of this file), "source" (file and format that the weights came from), "model" (all fields),
   "position", "image_size" (pixels, None where any will do), "native_patch_size", "native_grid",
@@ -104,7 +104,7 @@ def load_into(
   accept: Callable[[FlexiViT, Json], None] = lambda model, record: None,
   **options: Any,
 ) -> dict:
-  """Parameters of a file for a model of the same architecture, whose kernel and grid may be of another size.
+  """Returns the parameters of a file for a model of the same architecture, at the model's kernel and grid size.
 
   A kernel is then PI-resized and a grid zoomed with its corners in place, as with `flexify` in `load`.
 
@@ -138,7 +138,7 @@ def load_into(
 
 
 def not_finite(params: Params) -> list[str]:
-  """Names of arrays that hold a number that is not finite."""
+  """Returns the names of arrays that hold a number that is not finite."""
   flat = trees.flatten(params)
   return [
     name
@@ -158,7 +158,7 @@ def check_finite(params: Params, what: str) -> None:
 
 
 def native_side(path: str | os.PathLike[str]) -> int:
-  """Pixels a side of the images that a model was made for; 240, as in the paper, where any will do.
+  """Returns the pixels per side of a model's own images; 240, as in the paper, where it takes any size.
 
   Raises:
     UserError: see `load`; images that are not square.

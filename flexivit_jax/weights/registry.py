@@ -119,14 +119,14 @@ def find(path: str | os.PathLike[str]) -> tuple[pathlib.Path, Published | None]:
 
 
 def is_here(name: str) -> bool:
-  """Whether a published checkpoint has been fetched; a name that none has is here if it is a file or folder."""
+  """Tells whether a published checkpoint is in the cache; other names are here if they are files or folders."""
   if name not in PUBLISHED or pathlib.Path(name).exists():
     return pathlib.Path(name).exists()
   return download.is_kept(PUBLISHED[name].url)
 
 
 def _at(url: str) -> Published:
-  """The published file at an address, or one of which nothing is expected."""
+  """Returns the published file at an address, or one of which nothing is expected."""
   file = pathlib.PurePosixPath(urllib.parse.urlsplit(url).path)
   if file.suffix not in (".npz", ".safetensors"):
     raise errors.UserError(f"{url}: expected the address of an .npz or .safetensors file.")
@@ -134,7 +134,7 @@ def _at(url: str) -> Published:
 
 
 def differences(model: FlexiViT, expected: Fields) -> list[str]:
-  """A line for each field in which a model is not as expected; a "variant" stands for its fields."""
+  """Returns a line for each field in which a model differs from what is expected; "variant" stands for its fields."""
   wanted = dict(expected)
   if "variant" in wanted:
     wanted |= vit.decode_variant(wanted.pop("variant"))

@@ -40,14 +40,14 @@ class Stated(NamedTuple):
   source: str
 
   def at(self, hw: Size) -> "Stated":
-    """The same for images of another size: `to` is `floor(hw / crop_pct)`, as in timm."""
+    """Returns the same for images of another size: `to` is `floor(hw / crop_pct)`, as in timm."""
     if hw == self.hw:
       return self
     to = math.floor(hw[0] / self.crop_pct[0]), math.floor(hw[1] / self.crop_pct[1])
     return self._replace(hw=hw, to=to)
 
   def operations(self) -> str:
-    """The part of the preprocessing string between `decode` and `value_range`."""
+    """Returns the part of the preprocessing string between `decode` and `value_range`."""
     to, method = _shown(self.to), f"method={self.method!r}"
     first = {
       "squash": f"resize({to}, {method})",
@@ -60,11 +60,11 @@ class Stated(NamedTuple):
     return f"{first}|central_crop({_shown(self.hw)}, {self.half!r}, fill={self.fill})"
 
   def pp(self) -> str:
-    """The whole preprocessing string."""
+    """Returns the whole preprocessing string."""
     return f"decode|{self.operations()}|value_range(-1, 1)"
 
   def words(self) -> str:
-    """A line for people: what is done, and which file says it."""
+    """Returns a line for people: how images are prepared, and which file says so."""
     crop = "" if self.resize == "squash" and self.to == self.hw else f", centre {_by(self.hw)}"
     how = {
       "squash": f"squashed to {_by(self.to)}",
@@ -75,13 +75,13 @@ class Stated(NamedTuple):
     return f"{how} pixels, {_NEXT[self.method]}{crop} ({self.source})"
 
   def one_crop_pct(self) -> float:
-    """The one number of which timm makes `to` again, by `floor(hw / crop_pct)`."""
+    """Returns the number from which timm computes `to`, by `floor(hw / crop_pct)`."""
     hw, to, pct = self.hw[0], self.to[0], self.crop_pct[0]
     return pct if math.floor(hw / pct) == to else hw / (to + 0.5)
 
   @property
   def filter(self) -> str:
-    """Pillow's name of the filter, or of the one that is next to it."""
+    """Returns Pillow's name of the filter, or of the nearest one."""
     return _NEXT[self.method]
 
 
@@ -104,7 +104,7 @@ def of_record(record: Json) -> Stated | None:
 
 
 def keep(stated: Stated) -> Json:
-  """What goes into a record."""
+  """Returns the entries of a record."""
   values = {k: list(v) if isinstance(v, tuple) else v for k, v in stated._asdict().items()}
   return {"pp": stated.pp(), "images": values}
 

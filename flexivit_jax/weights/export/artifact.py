@@ -72,7 +72,7 @@ def _size(text: int | str) -> Size:
 
 
 def is_sealed(path: Any) -> bool:
-  """Whether the last 64 bytes of a file, a zip's comment, are the sha256 of those before."""
+  """Tells whether the last 64 bytes of a file, a zip's comment, are the sha256 of those before."""
   content = memoryview(pathlib.Path(path).read_bytes())
   return hashlib.sha256(content[:-64]).hexdigest().encode() == content[-64:]
 

@@ -61,7 +61,7 @@ def transformers_logits(
 
 
 def _pooled(model: Foreign, pixels: Foreign) -> Foreign:
-  """The one output of a model in transformers that stands for the whole image."""
+  """Returns the output of a transformers model that stands for the whole image."""
   if hasattr(model, "get_image_features"):  # it has a tower for text, too
     return model.get_image_features(pixel_values=pixels).pooler_output
   out = model(pixel_values=pixels)

@@ -88,7 +88,7 @@ def load(folder: pathlib.Path) -> artifact.Artifact:
 
 
 def name_of(size: SeqHw) -> str:
-  """The file of a size's graph: "seqhw_08.onnx", "seqhw_04x06.onnx"."""
+  """Returns the file name of a size's graph: "seqhw_08.onnx", "seqhw_04x06.onnx"."""
   numbers = size if isinstance(size, tuple) else (size,)
   return f"seqhw_{'x'.join(f'{n:02d}' for n in numbers)}.onnx"
 

@@ -75,7 +75,7 @@ def load(folder: pathlib.Path) -> artifact.Artifact:
 
 
 def name_of(size: SeqHw) -> str:
-  """The signature of a size: "seqhw_08", "seqhw_04x06"."""
+  """Returns the name of a size's signature: "seqhw_08", "seqhw_04x06"."""
   return "seqhw_" + "x".join(f"{n:02d}" for n in (size if isinstance(size, tuple) else (size,)))
 
 

@@ -28,7 +28,7 @@ NOTE = (
 
 
 def is_open_clip(arrays: Arrays) -> bool:
-  """Whether the names are those of the tower, what is before them taken off."""
+  """Tells whether the names, without prefixes, are those of the image tower."""
   return "conv1.weight" in arrays and "class_embedding" in arrays
 
 

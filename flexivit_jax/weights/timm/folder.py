@@ -72,7 +72,7 @@ def read_json(path: pathlib.Path) -> Json:
 
 
 def weights_file(folder: pathlib.Path) -> pathlib.Path:
-  """The file with the weights, as timm chooses it; a UserError if there is none."""
+  """Returns the file with the weights, as timm chooses it; raises a UserError if there is none."""
   for name in WEIGHTS:
     if (folder / name).is_file():
       return folder / name
@@ -105,7 +105,7 @@ def told(where: pathlib.Path, config: Json, arrays: Arrays) -> Fields:
 
 
 def pretrained_cfg(where: pathlib.Path, config: Json) -> Json:
-  """The part about images and classes; timm's oldest configs have one level, and it is then all."""
+  """Returns the section about images and classes: the whole config where it has one level, as timm's oldest have."""
   return _mapping(where, config, "pretrained_cfg") or config
 
 

@@ -40,7 +40,7 @@ POOL = {
 
 
 def is_timm(arrays: Arrays) -> bool:
-  """Whether the names are those of a timm Vision Transformer, or nearly."""
+  """Tells whether the names are those of a timm Vision Transformer, or nearly."""
   return any(name.startswith(("patch_embed.", "blocks.")) for name in arrays)
 
 

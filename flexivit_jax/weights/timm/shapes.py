@@ -17,12 +17,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def prefix_length(a: Arrays) -> int:
-  """Tokens before those of the patches."""
+  """Returns the number of tokens before those of the patches."""
   return sum(a[name].shape[1] for name in TOKENS if name in a and a[name].ndim == 3)
 
 
 def square_grid(length: int, prefix: int) -> tuple[int, int]:
-  """The square grid of so many positions, which all, none or (DINOv2's own files) the first of the prefix have."""
+  """Returns the square grid of `length` positions; all, none or (DINOv2's files) the first prefix token has one."""
   left = [length - n for n in sorted({0, min(1, prefix), prefix}) if length > n]
   fits = [cells for cells in left if math.isqrt(cells) ** 2 == cells]
   if len(fits) > 1:
@@ -39,13 +39,13 @@ def square_grid(length: int, prefix: int) -> tuple[int, int]:
 
 
 def with_position(a: Arrays, grid: Sequence[int]) -> int:
-  """How many of the tokens before the grid have a position."""
+  """Returns how many of the tokens before the grid have a position."""
   left = a["pos_embed"].shape[1] - math.prod(grid)
   return left if left in (min(1, prefix_length(a)), prefix_length(a)) else 0
 
 
 def expected(a: Arrays, f: Fields) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays, in timm's names, of a ViT with these fields."""
+  """Returns names and shapes of the arrays, in timm's names, of a ViT with these fields."""
   d, k, grid = f["width"], f["num_classes"], f.get("posemb_size", (0, 0))
   tokens = {name: a[name].shape[1] if name == "reg_token" else 1 for name in TOKENS if name in a}
   tokens |= {"cls_token": 1} if "tok" in f["pool_type"] else {}
@@ -87,5 +87,5 @@ def _norm_shapes(d: int, norms: Sequence[str]) -> Shapes:
 
 
 def final_norm(a: Arrays) -> str:
-  """After the blocks; of one token it makes no difference whether it comes before the pooling or after."""
+  """Returns the name of the norm after the blocks; before or after the pooling is the same for one token."""
   return "fc_norm" if "fc_norm.weight" in a else "norm"

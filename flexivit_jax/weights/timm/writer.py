@@ -82,7 +82,7 @@ def save_timm(
 
 
 def to_timm(model: FlexiViT, params: Params) -> Arrays:
-  """The parameters in timm's names and layout; sine-cosine positions are written out for the model's own grid."""
+  """Returns the parameters in timm's names and layout, sine-cosine positions as numbers for the model's own grid."""
   flat = {n: np.asarray(a) for n, a in trees.flatten(vit.unstack_blocks(params)).items()}
   arrays = {"patch_embed.proj.weight": torch_layout.patches_to_torch(flat["embedding/kernel"])}
   arrays |= _positions(model, flat)
@@ -122,7 +122,7 @@ def _hw(model: FlexiViT) -> Size:
 
 
 def config(model: FlexiViT, arrays: Arrays, images: stated.Stated | None = None) -> Json:
-  """The config.json for a model whose kernel and grid are of the size in use; `images`: how they are prepared."""
+  """Returns the config.json of a model at its own kernel and grid size; `images` states their preparation."""
   hw = list(_hw(model))
   channels = arrays["patch_embed.proj.weight"].shape[1]
   args = {

@@ -21,7 +21,7 @@ NOTE = "A Vision Transformer of torchvision, which is timm's under other names."
 
 
 def is_torchvision(arrays: Arrays) -> bool:
-  """Whether the names are torchvision's, what is before them taken off."""
+  """Tells whether the names, without prefixes, are torchvision's."""
   return "conv_proj.weight" in arrays and "encoder.pos_embedding" in arrays
 
 

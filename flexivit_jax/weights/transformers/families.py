@@ -44,7 +44,7 @@ class Family(NamedTuple):
 
   @property
   def nested(self) -> bool:
-    """Whether config.json has the tower's settings one level down."""
+    """Tells whether config.json has the tower's settings one level down."""
     return bool(self.others)
 
 

@@ -17,7 +17,7 @@ _SAVE = "load the model with transformers and save it with `save_pretrained`, wh
 
 
 def is_folder(path: pathlib.Path) -> bool:
-  """Whether `path` looks like such a folder. A run's has a config.json too, but no weights beside it."""
+  """Tells whether `path` looks like such a folder. A run's has a config.json too, but no weights beside it."""
   config = path / CONFIG
   if not config.is_file() or (path / "checkpoints").is_dir():
     return False
@@ -26,18 +26,18 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 def is_shard(path: pathlib.Path) -> bool:
-  """Whether the index beside a file names it."""
+  """Tells whether the index beside a file names it."""
   index = path.parent / INDEX
   return index.is_file() and path.name in _weight_map(index).values()
 
 
 def read_config(path: pathlib.Path) -> Json:
-  """What config.json says; a UserError if it cannot be read."""
+  """Reads config.json; raises a UserError if it cannot be read."""
   return timm_folder.read_json(path / CONFIG)
 
 
 def read_arrays(path: pathlib.Path) -> Arrays:
-  """The arrays by name; half precision is widened.
+  """Returns the arrays by name; widens half precision.
 
   Raises:
     UserError: a file that is missing, broken or pickled, or shards that do not hold each array once.

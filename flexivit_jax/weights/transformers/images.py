@@ -69,7 +69,7 @@ class Processor(NamedTuple):
 
   @property
   def where(self) -> str:
-    """The file, as it is to be shown."""
+    """Returns folder and file name, for messages."""
     return f"{self.path.parent.resolve().name}/{self.path.name}"
 
 
@@ -135,7 +135,7 @@ def _kind(settings: Json) -> str:
 
 
 def normalisation(processor: Processor) -> Normalisation | None:
-  """What is done to 8-bit pixels, as mean and std of pixels in [0, 1]; None if the file does not say it.
+  """Returns how pixels are normalised, as mean and std of pixels in [0, 1]; None if no file states it.
 
   Raises:
     UserError: a value that is no number.
