@@ -3,6 +3,7 @@
 import json
 import pathlib
 import resource
+import runpy
 import subprocess
 import sys
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, errors
+from flexivit_jax import cli, errors, train
 from flexivit_jax.running import exit_codes
 
 pytestmark = pytest.mark.faults
 
+REPOSITORY = pathlib.Path(__file__).parents[1]
 DEMO = ["--config.total_steps=20", "--config.model.depth=1", "--config.model.width=16"]
 DEMO += ["--config.checkpoint.every_steps=20", "--config.optim.schedule.warmup_steps=2"]
 
@@ -225,3 +227,21 @@ def test_a_path_that_no_file_system_takes_is_one_line(argv, tmp_path, monkeypatc
 def test_bench_of_nothing_is_refused(option, capsys):
   assert cli.main(["bench", "--forward", f"--{option}=0"]) == 2
   assert f"--{option}=0; expected at least 1" in capsys.readouterr().err
+
+
+def test_python_m_flexivit_jax_train_is_the_command_train(tmp_path, monkeypatch, capsys):
+  """A user's mistake ends it with code 2 and one line, as `flexivit train`."""
+  monkeypatch.setattr(sys, "argv", ["train.py", "--config=none.py", f"--workdir={tmp_path}"])
+  with pytest.raises(SystemExit) as end:
+    runpy.run_path(train.__file__, run_name="__main__")
+  assert end.value.code == exit_codes.ERROR
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("flexivit: error: ") and "none" in line
+
+
+def test_exit_codes_are_those_of_the_documented_table():
+  page = (REPOSITORY / "docs" / "reliability.md").read_text()
+  table = page[page.index("| code | meaning |") :].split("\n\n")[0]
+  documented = {line.split("|")[1].strip() for line in table.splitlines()[2:]}
+  codes = {str(v) for k, v in vars(exit_codes).items() if k.isupper()}
+  assert documented == codes | {"1", "128 + n"}
