@@ -7,6 +7,7 @@ from typing import Any
 
 from flexivit_jax import errors
 from flexivit_jax.commands import options
+from flexivit_jax.tables import aligned
 
 HELP = "what a config will cost; needs no data and no device"
 
@@ -45,13 +46,13 @@ def text(found: Mapping[str, Any]) -> list[str]:
     f"{found['name']}: {found['parameters']:,} parameters; {found['steps']:,} steps of {found['batch_size']}"
     f" ({found['epochs']:.1f} epochs)",
     "",
-    "            size  tokens    GMACs  TFLOPs/step  of steps  of FLOPs",
   ]
+  cells = [["size", "tokens", "GMACs", "TFLOPs/step", "of steps", "of FLOPs"]]
   for s in found["sizes"]:
-    lines.append(
-      f"{s['size']:>16} {s['tokens']:>7} {s['gmacs']:>8.2f} {s['step_flops'] / 1e12:>12.4g}"
-      f" {s['share_of_steps']:>9.1%} {s['share_of_flops']:>9.1%}"
-    )
+    numbers = [f"{s['gmacs']:.2f}", f"{s['step_flops'] / 1e12:.4g}"]
+    shares = [f"{s['share_of_steps']:.1%}", f"{s['share_of_flops']:.1%}"]
+    cells.append([s["size"], str(s["tokens"]), *numbers, *shares])
+  lines += aligned(cells, gap=" ", least=(16, 7, 8, 12, 9, 9))
   lines += [
     "",
     f"{found['training_flops']:.3g} FLOPs to train, {found['evaluation_flops']:.3g} to evaluate",

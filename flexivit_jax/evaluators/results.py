@@ -11,6 +11,7 @@ import jax
 
 from flexivit_jax import errors, files, trees
 from flexivit_jax.evaluators.base import Evaluator, Row
+from flexivit_jax.tables import aligned
 from flexivit_jax.trees import Params
 
 # What a row holds besides its evaluator's metrics.
@@ -117,11 +118,7 @@ def table(rows: list[dict[str, Any]]) -> str:
   names = [*(name for name in COLUMNS[:-1] if name in rows[0])]
   names += [*metrics_of(rows[0]), "n"]
   cells = [[_heading(n) for n in names], *([_cell(n, row[n]) for n in names] for row in rows)]
-  widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-  return "\n".join(
-    "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-    for line in cells
-  )
+  return "\n".join(aligned(cells))
 
 
 _HEADINGS = {"gflops": "GFLOPs", "top1": "top-1", "top5": "top-5", "top1_macro": "macro"}

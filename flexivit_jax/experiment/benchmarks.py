@@ -26,6 +26,7 @@ from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.supervised import supervised
 from flexivit_jax.sizes import SeqHw, SizeArgs, size_args, size_key, size_text
+from flexivit_jax.tables import aligned
 from flexivit_jax.training import optim, step_programs, steps
 from flexivit_jax.trees import Params
 
@@ -317,9 +318,8 @@ def _shapes(model: FlexiViT, image_size: int) -> Any:
 
 def table(rows: Sequence[Row]) -> str:
   """Rows of the same keys as columns of equal width."""
-  texts = [list(rows[0]), *([_text(v) for v in row.values()] for row in rows)]
-  widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-  return "\n".join("  ".join(t.rjust(w) for t, w in zip(row, widths, strict=True)) for row in texts)
+  cells = [list(rows[0]), *([_text(v) for v in row.values()] for row in rows)]
+  return "\n".join(aligned(cells))
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from flexivit_jax.evaluators.intervals import bootstrap
 from flexivit_jax.report import pareto
 from flexivit_jax.report.runs import EvalRow, ReportRun, SizeText, is_trained, order, sides
+from flexivit_jax.tables import aligned
 
 DOMINATED = "▼"
 # (patch, seqhw): the two tell rows of different image sizes apart.
@@ -75,22 +76,21 @@ def text(runs: Sequence[ReportRun]) -> str:
   """Returns top-1 in percent, a line a run and a column a patch size; `*` marks trained sizes."""
   keys, cells = _pivot(runs)
   names = [shorten(run.name, 40, "...") for run in runs]
-  left = max(len(name) for name in [*names, "top-1 in %"])
-  heads = [[f"patch {patch}", grid(seqhw).replace("×", "x")] for patch, seqhw in keys]
-  widths = [max(len(head[0]), len(head[1]), 6) for head in heads]
-  lines = [f"{'top-1 in %':<{left}}", f"{'grid':<{left}}"]
-  for i, _ in enumerate(lines):
-    lines[i] += "".join(f"  {head[i]:>{width}} " for head, width in zip(heads, widths, strict=True))
-  lines.append("-" * max(len(line.rstrip()) for line in lines))
-  for run, name in zip(runs, names, strict=True):
-    row = "".join(
-      f"  {_cell_text(run, cells.get((run.name, key))):>{width + 1}}"
-      for key, width in zip(keys, widths, strict=True)
-    )
-    lines.append(f"{name:<{left}}{row}")
+  # A mark, or a space in its place, ends each cell.
+  heads = [("top-1 in %", "grid"), *((f"patch {p} ", f"{_plain(s)} ") for p, s in keys)]
+  body = (
+    [name, *(_cell_text(run, cells.get((run.name, key))) for key in keys)]
+    for run, name in zip(runs, names, strict=True)
+  )
+  lines = aligned([*zip(*heads, strict=True), *body], "<>", least=[0, *(7 for _ in keys)])
+  lines.insert(2, "-" * max(map(len, lines[:2])))
   if any(run.trained is not None for run in runs):
     lines.append("* trained at this size")
-  return "\n".join(line.rstrip() for line in lines)
+  return "\n".join(lines)
+
+
+def _plain(seqhw: SizeText) -> str:
+  return grid(seqhw).replace("×", "x")
 
 
 def _cell_text(run: ReportRun, row: EvalRow | None) -> str:

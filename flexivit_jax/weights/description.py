@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from flexivit_jax import trees, weights
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.grid import common_divisors
+from flexivit_jax.tables import aligned
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import registry, stated
 
@@ -21,7 +22,8 @@ def listing() -> list[str]:
     (p.name, p.timm, p.expected.get("num_classes", ""), p.url) for p in registry.PUBLISHED.values()
   )
   rows = [("name", "in timm", "classes", "address"), *files]
-  return [f"{name:24} {timm:28} {classes:>7}  {url}" for name, timm, classes, url in rows]
+  cells = [[str(cell) for cell in row] for row in rows]
+  return aligned(cells, "<<><", least=(23, 27))
 
 
 def describe(model: FlexiViT, params: Params, record: Json) -> list[str]:
@@ -50,7 +52,7 @@ def describe(model: FlexiViT, params: Params, record: Json) -> list[str]:
     rows["fetched from"] = record["url"]
   if "flexified_from" in record:
     rows["flexified"] = f"kernel {_by(model.patch_size)} pixels, grid {_by(model.posemb_size)}"
-  lines = [f"{name:13} {value}" for name, value in rows.items()]
+  lines = aligned([(name, str(value)) for name, value in rows.items()], "<", gap=" ", least=(13,))
   return lines + [f"note: {note}" for note in record["notes"]]
 
 
