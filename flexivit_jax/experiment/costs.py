@@ -5,6 +5,7 @@ each size is traced and lowered for meshes of devices that do not exist. Nothing
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from flexivit_jax.config import Section
 from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
-from flexivit_jax.models.base import Model
+from flexivit_jax.models import MODELS, FlexiViT, Model
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import SizeArgs, size_name
 from flexivit_jax.training import patch_schedule, steps
@@ -253,7 +254,8 @@ def _lower_for(
   mesh = _mesh(exp, devices)
   if mesh is None:
     return f"not possible: mesh.fsdp={exp.mesh['fsdp']} does not divide them"
-  if mesh.shape["fsdp"] > 1:  # its blocks gather what is divided over this mesh
+  # Blocks of a model with this field gather what is divided over the mesh; XLA does it for other models.
+  if mesh.shape["fsdp"] > 1 and hasattr(exp.model, "fsdp"):
     train = _gradients(exp, exp.model.clone(fsdp=mesh))
   split = functools.partial(_placed, sharding.batch_split(mesh))
 
@@ -304,7 +306,12 @@ def _looped(settings: Section, opening: loaders.Opening = PLANNED) -> experiment
   optim = settings["optim"]
   named = optim.get("lr_mults") or not isinstance(optim.get("schedule", {}), Mapping)
   settings = on_accelerator(settings)
-  model = {"attention": "einsum", **settings["model"], **({} if named else {"scan": True})}
+  network = MODELS.get(settings["model"].get("name", "flexivit"), FlexiViT)
+  lowered = {"attention": "einsum", **settings["model"], **({} if named else {"scan": True})}
+  own = inspect.signature(
+    network
+  ).parameters  # a model without attention or blocks is lowered as it is
+  model = {k: v for k, v in lowered.items() if k in settings["model"] or k in own}
   return experiment.from_config(
     experiment.without_evaluations({**settings, "model": model}), opening=opening
   )

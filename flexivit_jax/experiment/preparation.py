@@ -29,7 +29,7 @@ def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Mesh]:
   sharding.check_divides(exp.batch_size // whole, mesh)
   for name, evaluation in exp.evaluations.items():
     sharding.check_divides(evaluation.section["batch_size"], mesh, f"evals.{name}.batch_size")
-  if mesh.shape["fsdp"] > 1:
+  if mesh.shape["fsdp"] > 1 and hasattr(exp.model, "fsdp"):
     exp = exp._replace(model=exp.model.clone(fsdp=mesh))
   return exp, mesh
 

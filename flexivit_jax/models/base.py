@@ -21,11 +21,15 @@ class Model(Protocol):
   number in `optim.freeze` is to work, and the head's are "head/kernel" and "head/bias". A module with a field `fsdp`
   gets the mesh there if the mesh divides parameters.
 
+  Files of weights (`weights.load`, so `init`, a teacher's checkpoint, `flexivit eval` and `predict`) hold a FlexiViT.
+
   Attributes:
-    num_classes: length of the logits.
+    num_classes: length of the logits; a field of the module.
+    dtype: of the matrix products, "float32" or "bfloat16"; a field: a run sets it to what the device is fast in.
   """
 
   num_classes: int
+  dtype: str
   __dataclass_fields__: ClassVar[dict[str, Any]]  # every Flax module is a dataclass
 
   def init(self, rngs: jax.Array, image: jax.Array, *args: Any, **size: Any) -> dict[str, Params]:
