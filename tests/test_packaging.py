@@ -182,7 +182,7 @@ def test_the_index_of_the_docs_links_every_page_once(repository):
 
 def test_the_import_order_on_the_page_is_the_one_that_is_checked(setup_cfg, repository):
   page = (repository / "docs" / "architecture.md").read_text()
-  shown = re.search(r"```text\n(cli\n.*?)```", page, re.DOTALL)[1]
+  shown = re.search(r"```text\n(__main__\n.*?)```", page, re.DOTALL)[1]
   assert lines(shown) == lines(setup_cfg["importlinter:contract:layers"]["layers"])
 
 
