@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import vit
+from flexivit_jax.sizes import Size
 from flexivit_jax.trees import Arrays, Params
 
 Fields = dict[str, Any]  # of a FlexiViT, by name
@@ -78,7 +79,7 @@ def _assumed(inferred: Fields, fields: Fields) -> list[str]:
   return assumed_square(inferred["posemb_size"])
 
 
-def from_original(arrays: Arrays, posemb_size: tuple[int, int] | None = None) -> Arrays:
+def from_original(arrays: Arrays, posemb_size: Size | None = None) -> Arrays:
   """Returns big_vision's names and arrays for those of an original ViT; the class token takes its position in."""
   flat = {_renamed(name): array for name, array in arrays.items()}
   position = flat.pop(ORIGINAL_POSITION)
@@ -96,7 +97,7 @@ def _renamed(name: str) -> str:
 def split_position(
   position: Float[np.ndarray, "1 l d"],
   cls: Float[np.ndarray, "1 1 d"] | None,
-  posemb_size: tuple[int, int] | None = None,
+  posemb_size: Size | None = None,
 ) -> tuple[Float[np.ndarray, "1 cells d"], Float[np.ndarray, "1 1 d"] | None]:
   """Returns (position of the grid, class token plus its position); without such a position both as they are."""
   cells = position.shape[1]
@@ -196,7 +197,7 @@ def require(flat: Arrays, names: Mapping[str, int], what: str) -> None:
       raise errors.UserError(f"{name}: expected {axes} axes, got shape {flat[name].shape}.")
 
 
-def square(cells: int) -> tuple[int, int]:
+def square(cells: int) -> Size:
   """Returns (side, side) of a square position grid; a UserError for another one."""
   side = math.isqrt(cells)
   if side * side != cells:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from flexivit_jax.models import FlexiViT
-from flexivit_jax.sizes import SeqHw, size_args, size_text
+from flexivit_jax.sizes import SeqHw, Size, size_args, size_text
 from flexivit_jax.trees import Json, Params
 
 _TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ by less
@@ -66,7 +66,7 @@ def write(
   path_of(out).write_text(json.dumps(certificate) + "\n")
 
 
-def image_hw(record: Json, image_size: int | None) -> tuple[int, int]:
+def image_hw(record: Json, image_size: int | None) -> Size:
   """Returns pixels (h, w): a square of `image_size`, else what the record says, else 240."""
   if image_size:
     return image_size, image_size

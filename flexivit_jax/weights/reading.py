@@ -13,8 +13,8 @@ from flexivit_jax import errors, resize, trees
 from flexivit_jax.models import FlexiViT, vit
 from flexivit_jax.sizes import Size
 from flexivit_jax.trees import Json, Params
-from flexivit_jax.weights import formats, registry, torch_layout
-from flexivit_jax.weights.formats import Weights
+from flexivit_jax.weights import formats, layouts, registry, torch_layout
+from flexivit_jax.weights.layouts import Weights
 
 
 def load(
@@ -215,7 +215,7 @@ def _published(weights: Weights, published: registry.Published, file: pathlib.Pa
 
 
 def _fields_of(model: FlexiViT) -> Json:
-  values = {name: getattr(model, name) for name in formats.FIELDS}
+  values = {name: getattr(model, name) for name in layouts.FIELDS}
   return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -243,7 +243,7 @@ def _say_input(
   """Puts the mean and std of the input into the record, and a note where they are only assumed."""
   record = weights.record
   if mean is not None and std is not None:
-    input_ = formats.input_record(mean, std, "given")
+    input_ = layouts.input_record(mean, std, "given")
     return weights._replace(record=record | {"input": input_})
   if not weights.takes_normalisation or "input" in record or "folded_input" in record:
     return weights
@@ -253,7 +253,7 @@ def _say_input(
     f"Nothing beside {file} says the input's mean and std: 0.5 and 0.5 are assumed. If it was trained with others, read"
     f" {file} with --mean and --std (in Python mean=, std=; to train from it --config.init.mean=, --config.init.std=)."
   )
-  input_ = formats.input_record(half, half, "assumed")
+  input_ = layouts.input_record(half, half, "assumed")
   return weights._replace(record=record | {"input": input_, "notes": [*record["notes"], note]})
 
 

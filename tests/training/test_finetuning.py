@@ -45,7 +45,7 @@ def write(folder: pathlib.Path, kind: str, **more) -> tuple[pathlib.Path, FlexiV
   rng, image = np.random.default_rng(0), jax.ShapeDtypeStruct((1, *model.patch_size, 3), "float32")
   shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-  fields = {name: getattr(model, name) for name in weights.formats.FIELDS}
+  fields = {name: getattr(model, name) for name in weights.layouts.FIELDS}
   file, record = folder / "weights", {"notes": [], "model": fields}
   if kind.startswith("npz"):
     file = file.with_suffix(".npz")

@@ -113,7 +113,7 @@ def _infer(a: Arrays, fields: Fields) -> tuple[Fields, list[str]]:
   width, _, *patch_size = a[timm_shapes.KERNEL].shape
   heads, notes = _heads(width, fields)
   pool = _pool(a, fields)
-  fields_ = dict(
+  inferred = dict(
     patch_size=tuple(patch_size),
     width=width,
     depth=len({name.split(".")[1] for name in a if name.startswith("blocks.")}),
@@ -130,17 +130,17 @@ def _infer(a: Arrays, fields: Fields) -> tuple[Fields, list[str]]:
   )
   notes += [note for told, note in _assumed(a) if told not in fields]
   if "pos_embed" not in a:
-    return fields_, notes
+    return inferred, notes
   grid = fields.get("posemb_size")
   if grid is None:
     grid = timm_shapes.square_grid(a["pos_embed"].shape[1], timm_shapes.prefix_length(a))
     notes += big_vision.assumed_square(grid)
     if timm_shapes.prefix_length(a) and not timm_shapes.with_position(a, grid):
       notes += big_vision.assumed_bare(grid)
-  if _was_flexible(patch_size, grid, timm_shapes.with_position(a, grid) == 0, fields_):
-    fields_ |= {"kernel_operator": "linear", "grid_operator": "linear_antialias"}
+  if _was_flexible(patch_size, grid, timm_shapes.with_position(a, grid) == 0, inferred):
+    inferred |= {"kernel_operator": "linear", "grid_operator": "linear_antialias"}
     notes.append(_ALREADY_RESIZED)
-  return fields_ | {"posemb_size": tuple(grid)}, notes
+  return inferred | {"posemb_size": tuple(grid)}, notes
 
 
 def _pool(a: Arrays, fields: Fields) -> str:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors
+from flexivit_jax.sizes import Size
 from flexivit_jax.trees import Arrays
 from flexivit_jax.weights.big_vision import Fields
 
@@ -21,7 +22,7 @@ def prefix_length(a: Arrays) -> int:
   return sum(a[name].shape[1] for name in TOKENS if name in a and a[name].ndim == 3)
 
 
-def square_grid(length: int, prefix: int) -> tuple[int, int]:
+def square_grid(length: int, prefix: int) -> Size:
   """Returns the square grid of `length` positions; all, none or (DINOv2's files) the first prefix token has one."""
   left = [length - n for n in sorted({0, min(1, prefix), prefix}) if length > n]
   fits = [cells for cells in left if math.isqrt(cells) ** 2 == cells]

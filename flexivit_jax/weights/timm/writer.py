@@ -18,7 +18,7 @@ from flexivit_jax.trees import Arrays, Json, Params
 from flexivit_jax.weights import (
   baking,
   folders,
-  formats,
+  layouts,
   reading,
   stated,
   torch_layout,
@@ -214,7 +214,7 @@ def _check(model: FlexiViT) -> None:
 def _record(model: FlexiViT, record: Json, image_hw: Size | None) -> Json:
   """The record, which is now about the arrays that are written."""
   patch, grid = list(model.patch_size), list(model.posemb_size)
-  about = {"native_patch_size": patch, "native_grid": grid, "position": formats.POSITIONS["learn"]}
+  about = {"native_patch_size": patch, "native_grid": grid, "position": layouts.POSITIONS["learn"]}
   about |= {} if image_hw is None else {"image_size": list(image_hw)}
   written = {"patch_size": patch, "posemb_size": grid, "posemb": "learn", "scan": False}
   written["kernel_moment"] = None if model.kernel_moment is None else list(model.kernel_moment)
