@@ -307,7 +307,8 @@ def test_rows_say_stride_and_depth():
     num_classes=7, patch_size=(6, 6), posemb_size=(2, 2), width=8, depth=2, mlp_dim=8,
     num_heads=2, head_zeroinit=False,
   )  # fmt: skip
-  params, batches = steps.init_params(model, (12, 12, 3), seed=0), make_batches()
+  params = jax.jit(lambda: steps.init_params(model, (12, 12, 3), seed=0))()
+  batches = make_batches()
   evaluator = classification(
     model, batches, sharding.make_mesh(), seqhw=(), stride=[3], depth=[1, 2]
   )

@@ -104,9 +104,10 @@ def test_a_model_gives_the_same_logits_with_every_form(pool_type):
   )
   image = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 12, 3)), jnp.float32)
   model = FlexiViT(**fields, head_zeroinit=False)
-  params = model.init(jax.random.key(0), image)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), image)["params"]
   made = {
-    form: model.clone(attention=form).apply({"params": params}, image)[0] for form in ("auto", *CPU)
+    form: jax.jit(model.clone(attention=form).apply)({"params": params}, image)[0]
+    for form in ("auto", *CPU)
   }
   for logits in made.values():
     np.testing.assert_allclose(logits, made["einsum"], atol=1e-6)

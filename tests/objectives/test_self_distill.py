@@ -26,7 +26,7 @@ FIELDS = dict(
 def made(seed=0):
   """Returns (model, parameters), every array random."""
   model = FlexiViT(**FIELDS)
-  params = steps.init_params(model, (12, 12, 3), seed=seed)
+  params = jax.eval_shape(lambda: steps.init_params(model, (12, 12, 3), seed=seed))
   rng = np.random.default_rng(seed)
   return model, jax.tree.map(lambda a: jnp.float32(rng.normal(size=a.shape) * 0.3), params)
 

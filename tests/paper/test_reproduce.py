@@ -204,7 +204,7 @@ def checkpoints(tmp_path_factory):
 
 def write_random(path, model, seed=0):
   model = model.clone(head_zeroinit=False)
-  params = model.init(jax.random.key(seed), np.zeros((1, 32, 32, 3), np.float32))["params"]
+  params = jax.jit(model.init)(jax.random.key(seed), np.zeros((1, 32, 32, 3), np.float32))["params"]
   np.savez(path, **{f"params/{k}": np.asarray(v) for k, v in trees.flatten(params).items()})
 
 

@@ -121,7 +121,7 @@ assert seen, "the hook sees nothing"
 
 def _save_run(folder):
   fields = dict(width=16, depth=1, mlp_dim=24, num_heads=4, patch_size=(4, 4), num_classes=3)
-  params = FlexiViT(**fields).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+  params = jax.jit(FlexiViT(**fields).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
   checkpoints.save(1, params, {"step": jnp.int32(1)}, {"model": {"name": "flexivit", **fields}})
   checkpoints.close()

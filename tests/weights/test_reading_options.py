@@ -40,7 +40,7 @@ def test_what_a_command_reads_weights_with_a_config_can_say_of_init_and_teachers
 def test_a_rectangular_grid_and_the_ema_are_read_into_a_model_of_another_grid(tmp_path):
   fields = dict(width=8, depth=1, mlp_dim=16, num_heads=2, patch_size=(2, 2), num_classes=0)
   wide = FlexiViT(**fields, posemb_size=(2, 4), pool_type="gap", gelu="quick")
-  params = wide.init(jax.random.key(0), jnp.zeros((1, 4, 8, 3)))["params"]
+  params = jax.jit(wide.init)(jax.random.key(0), jnp.zeros((1, 4, 8, 3)))["params"]
   raw = {f"params/{name}": np.asarray(a) for name, a in trees.flatten(params).items()}
   averaged = {f"ema_params/{name.removeprefix('params/')}": a + 1 for name, a in raw.items()}
   np.savez(tmp_path / "w.npz", **raw, **averaged)

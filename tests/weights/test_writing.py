@@ -19,7 +19,7 @@ FIELDS = dict(
 
 def made(**fields):
   model = FlexiViT(**FIELDS, gelu="exact", kernel_operator="cubic_antialias", **fields)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 6, 4, 3)))["params"]
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 6, 4, 3)))["params"]
   return model, params
 
 

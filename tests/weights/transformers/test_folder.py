@@ -123,7 +123,7 @@ def test_a_broken_config_is_an_error(tmp_path, content, message):
 
 def test_a_run_folder_is_not_taken_for_one(tmp_path):
   fields = dict(width=16, depth=1, mlp_dim=24, num_heads=4, patch_size=(4, 4), num_classes=3)
-  params = FlexiViT(**fields).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+  params = jax.jit(FlexiViT(**fields).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
   write(tmp_path, config__json={"model": {"variant": "mu"}})
   with pytest.raises(UserError, match="No checkpoint in"):  # a run that was stopped too early
     weights.load(tmp_path)
