@@ -11,6 +11,7 @@ import pytest
 import scipy.special
 
 from flexivit_jax import errors, experiment, train as train_lib, weights
+from flexivit_jax.devices import sharding
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import self_distill, supervised
 from flexivit_jax.running import metrics_writer
@@ -188,7 +189,7 @@ CONFIG = dict(
 def saved(run, step):
   """(parameters, the rest of the state) of a checkpoint, as NumPy arrays."""
   exp = experiment.from_config(CONFIG)
-  state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
+  state = train_lib.preparation.first_state(exp, sharding.make_mesh())
   checkpoints = Checkpoints(run / "checkpoints", keep=None)
   params, rest, _ = checkpoints.restore(step, state.params, train_lib.preparation.rest(state))
   checkpoints.close()
@@ -203,7 +204,7 @@ def whole(tmp_path_factory):
 
 def test_a_checkpoint_holds_the_mean_of_the_weights_until_then(whole):
   exp = experiment.from_config(CONFIG)
-  first = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh()).params
+  first = train_lib.preparation.first_state(exp, sharding.make_mesh()).params
   states = [saved(whole, step) for step in range(1, 5)]
   for n, (_, rest) in enumerate(states, start=1):
     want = mean_of([first, *(params for params, _ in states[:n])], decay=0.5)

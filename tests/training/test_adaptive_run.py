@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from flexivit_jax import experiment, train as train_lib
+from flexivit_jax.devices import sharding
+from flexivit_jax.experiment import preparation
 from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints
 
@@ -38,7 +40,7 @@ def final(settings, workdir):
   """All arrays of the last checkpoint, and the state of the schedule in it."""
   exp = experiment.from_config(settings)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
-  state = train_lib.preparation.first_state(exp, train_lib.sharding.make_mesh())
+  state = preparation.first_state(exp, sharding.make_mesh())
   assert checkpoints.latest_step() == STEPS
   rest = {"step": state.step, "opt_state": state.opt_state}
   *arrays, record = checkpoints.restore(STEPS, state.params, rest)

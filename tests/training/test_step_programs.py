@@ -14,6 +14,7 @@ from flexivit_jax.experiment import preparation
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import supervised
 from flexivit_jax.running import metrics_writer
+from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.training import optim, step_programs, steps, token_budget
 
 SIZES = [{"seqhw": 2}, {"seqhw": 4}, {"seqhw": 8}]
@@ -209,7 +210,7 @@ def test_a_run_with_a_budget_reads_as_many_images_and_resumes(tmp_path, train_un
 
 
 def saved(exp, run):
-  checkpoints = train.Checkpoints(run / "checkpoints", keep=None)
+  checkpoints = Checkpoints(run / "checkpoints", keep=None)
   state = preparation.first_state(exp, sharding.make_mesh())
   try:
     return checkpoints.restore(checkpoints.latest_step(), state.params, preparation.rest(state))
