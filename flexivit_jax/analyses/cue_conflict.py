@@ -7,7 +7,7 @@ The protocol of Geirhos et al. 2019 (arXiv 1811.12231), with the mean over class
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -64,7 +64,7 @@ def decide(
 
 def rows(
   images: Sequence[Conflict], decisions: Int[np.ndarray, "n"], categories: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> list[dict[str, str | int | float | None]]:
   """A row over all images, and one for each category that is the shape of some.
 
   Returns:
@@ -80,10 +80,17 @@ def rows(
   return [_row(name, (said == shape)[own], (said == texture)[own]) for name, own in chosen.items()]
 
 
-def _row(category: str, by_shape: np.ndarray, by_texture: np.ndarray) -> dict[str, Any]:
+def _row(
+  category: str, by_shape: np.ndarray, by_texture: np.ndarray
+) -> dict[str, str | int | float | None]:
   shape, texture = int(by_shape.sum()), int(by_texture.sum())
   either, n = shape + texture, len(by_shape)
-  row: dict[str, Any] = {"category": category, "n": n, "shape": shape, "texture": texture}
+  row: dict[str, str | int | float | None] = {
+    "category": category,
+    "n": n,
+    "shape": shape,
+    "texture": texture,
+  }
   bias = shape / either if either else None
   low, high = intervals.wilson(shape, either) if either else (None, None)
   return row | {"accuracy": either / n, "shape_bias": bias, "low": low, "high": high}

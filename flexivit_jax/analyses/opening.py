@@ -2,14 +2,19 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 from flexivit_jax import config, errors, experiment, sizes, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import results
+from flexivit_jax.models.flexivit import FlexiViT
+from flexivit_jax.sizes import SeqHw
+from flexivit_jax.trees import Json, Params
 
 
 class Opened(NamedTuple):
@@ -18,13 +23,13 @@ class Opened(NamedTuple):
   `section` is the config's section of the evaluation, `training` its section of training data; None: it has none.
   """
 
-  model: Any
-  params: Any
-  data: Iterable[dict[str, Any]]
-  mesh: Any
-  seqhw: Sequence[Any]
-  section: dict[str, Any]
-  training: dict[str, Any] | None
+  model: FlexiViT
+  params: Params
+  data: Iterable[Json]
+  mesh: Mesh
+  seqhw: Sequence[SeqHw]
+  section: Json
+  training: Json | None
 
 
 def parser(doc: str | None, **seqhw: Any) -> argparse.ArgumentParser:
@@ -40,7 +45,7 @@ def parser(doc: str | None, **seqhw: Any) -> argparse.ArgumentParser:
   return made
 
 
-def main_section(given: Mapping[str, Any]) -> dict[str, Any]:
+def main_section(given: Json) -> Json:
   """The section of a config's main evaluation: "test", or the first that classifies.
 
   Raises:

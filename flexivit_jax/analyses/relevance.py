@@ -19,6 +19,7 @@ from flexivit_jax import errors
 from flexivit_jax.models import vit
 from flexivit_jax.models.flexivit import FlexiViT
 from flexivit_jax.models.grid import which_depth
+from flexivit_jax.trees import Params
 
 POOLS = ("tok", "gap", "tok+gap")
 PerHead = Float[Array, "n heads l l"]
@@ -33,7 +34,7 @@ class Relevance(NamedTuple):
 
 def relevance(
   model: FlexiViT,
-  params: Any,
+  params: Params,
   image: Float[Array | np.ndarray, "n h w c"],
   classes: Int[Array | np.ndarray, " n"] | None = None,
   **size: Any,
@@ -108,7 +109,7 @@ def rule(
 
 def with_gradients(
   model: FlexiViT,
-  params: Any,
+  params: Params,
   image: Float[Array | np.ndarray, "n h w c"],
   classes: Int[Array | np.ndarray, " n"] | None = None,
   **size: Any,
@@ -131,7 +132,7 @@ def with_gradients(
 
 def nudged(
   model: FlexiViT,
-  params: Any,
+  params: Params,
   image: Float[Array | np.ndarray, "n h w c"],
   nudges: Sequence[PerHead],
   **size: Any,
@@ -169,7 +170,7 @@ def _encode(encoder: vit.Encoder, x: Array, train: bool, depth: int) -> tuple[Ar
 
 
 def _attend(
-  params: Any, x: Float[Array, "n l d"], nudge: PerHead
+  params: Params, x: Float[Array, "n l d"], nudge: PerHead
 ) -> tuple[Float[Array, "n l d"], PerHead]:
   """What `vit.Attention` of `x` over itself computes where `nudge` is added to the weights; and the weights."""
   query, key, value = (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexivit_jax.data.sources import SOURCES, Record, Source, make_source
+from flexivit_jax.data.sources import SOURCES, Label, Record, Source, make_source
 from flexivit_jax.data.splits import parse_split
 from flexivit_jax.errors import UserError
 
@@ -59,6 +59,6 @@ def planned_source(*, name: str, split: str, **options: Any) -> Source:
   return Source(name, split, known.num_classes, None, size, _grey(label), lambda: [label] * size)
 
 
-def _grey(label: Any) -> Callable[..., list[Record]]:
+def _grey(label: Label) -> Callable[..., list[Record]]:
   image = np.full((*_HW, 3), 128, np.uint8)
   return lambda indices: [{"image": image, "label": label, "id": str(i)} for i in indices]

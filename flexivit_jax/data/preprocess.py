@@ -19,6 +19,7 @@ from flexivit_jax.data.randaug import randaug
 from flexivit_jax.errors import UserError, nearest, unknown
 
 Image = Shaped[np.ndarray, "h w c"]
+Example = dict[str, Any]  # "image", "label" and so on; values of any kind
 Resized = Shaped[np.ndarray, "_ _ c"]  # Of another size, with the same channels.
 PixelSize = int | tuple[int, int] | list[int]
 
@@ -232,13 +233,13 @@ def value_range(
 
 
 def onehot(
-  record: dict[str, Any],
+  record: Example,
   depth: int,
   key: str = "label",
   key_result: str = "labels",
   on: float = 1.0,
   off: float = 0.0,
-) -> dict[str, Any]:
+) -> Example:
   """Class index under `key` -> float32 [depth] under `key_result`; errors when out of range.
 
   In a config `onehot()` counts the classes, see `counted`.
@@ -255,8 +256,8 @@ def onehot(
 
 
 def multihot(
-  record: dict[str, Any], depth: int, key: str = "label", key_result: str = "labels"
-) -> dict[str, Any]:
+  record: Example, depth: int, key: str = "label", key_result: str = "labels"
+) -> Example:
   """Class indices under `key`, any number of them -> float32 [depth] of zeros and ones under `key_result`.
 
   No index gives zeros, which the evaluator's `skip_unlabelled` leaves out. Errors when one is out of range.
@@ -270,12 +271,12 @@ def multihot(
   return record | {key_result: vector}
 
 
-def copy(record: dict[str, Any], inkey: str, outkey: str) -> dict[str, Any]:
+def copy(record: Example, inkey: str, outkey: str) -> Example:
   """Puts the value of `inkey` under `outkey` too."""
   return record | {outkey: _get(record, inkey)}
 
 
-def keep(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+def keep(record: Example, *keys: str) -> Example:
   """Keeps these keys only; errors when one is missing."""
   return {key: _get(record, key) for key in keys}
 
@@ -337,7 +338,7 @@ class Preprocess(NamedTuple):
 
     return self._replace(ops=tuple(map(turning, self.ops)))
 
-  def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
+  def __call__(self, record: Example, rng: np.random.Generator | None) -> Example:
     """Returns a new record; `rng` may be None where `random` is False.
 
     Errors: what an operation raises, with a note that names the operation.
@@ -370,7 +371,7 @@ def counted(pp: str, num_classes: int) -> str:
   return re.sub(r"\bonehot\(\s*\)", f"onehot({num_classes})", pp)
 
 
-def _apply(op: Op, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
+def _apply(op: Op, record: Example, rng: np.random.Generator | None) -> Example:
   draws = {"rng": rng} if op.random else {}
   value = record if op.inkey is None else _get(record, op.inkey)
   result = op.function(value, *op.args, **op.kwargs, **draws)
@@ -439,7 +440,7 @@ def _make_op(
   return Op(text, function, args, kwargs, inkey, outkey, op_random)
 
 
-def _get(record: dict[str, Any], key: str) -> Any:
+def _get(record: Example, key: str) -> Any:
   if key not in record:
     raise unknown("key of an example", key, record)
   return record[key]

@@ -7,14 +7,14 @@ state there is. A balanced stream is another such function of the position, see 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from flexivit_jax.data import images
 from flexivit_jax.data.balanced import Balanced, Place, place, shuffled
-from flexivit_jax.data.preprocess import Preprocess
-from flexivit_jax.data.sources import Source
+from flexivit_jax.data.preprocess import Example, Preprocess
+from flexivit_jax.data.sources import Record, Source
 from flexivit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -69,7 +69,7 @@ class Kept(NamedTuple):
 
   fixed: Preprocess
   rest: Preprocess
-  examples: dict[int, dict[str, Any]]
+  examples: dict[int, Example]
 
 
 class Chunk(NamedTuple):
@@ -115,7 +115,7 @@ def place_of(plan: BatchPlan, position: int, ahead: int = 0) -> Place:
   return Place(epoch, shuffled((slot + ahead) % size, size, (plan.seed, epoch)))
 
 
-def _read(source: Source, indices: Sequence[int]) -> list[dict[str, Any] | None]:
+def _read(source: Source, indices: Sequence[int]) -> list[Record | None]:
   """Reads in one request, much faster for array_record; all None where any record is damaged."""
   real = [i for i in indices if i >= 0]
   try:
@@ -129,10 +129,10 @@ def _prepare(
   plan: BatchPlan,
   position: int,
   there: Place,
-  record: dict[str, Any] | None,
+  record: Record | None,
   bad: Bad,
   odd: Odd,
-) -> tuple[int, dict[str, Any] | None]:
+) -> tuple[int, Example | None]:
   """Returns (index, example) of a position, or its replacement; (-1, None) leaves a gap."""
   for attempt in range(len(plan.source)):
     epoch, index = there
@@ -155,9 +155,7 @@ def _prepare(
   return -1, None
 
 
-def _example(
-  plan: BatchPlan, epoch: int, index: int, record: dict[str, Any] | None
-) -> dict[str, Any]:
+def _example(plan: BatchPlan, epoch: int, index: int, record: Record | None) -> Example:
   rng = None
   if plan.pp.random:
     key = np.random.SeedSequence((plan.seed or 0, epoch, index))
@@ -170,7 +168,7 @@ def _example(
   return rest(examples[index], rng)
 
 
-def _checked(source: Source, index: int, record: dict[str, Any] | None) -> dict[str, Any]:
+def _checked(source: Source, index: int, record: Record | None) -> Example:
   """What preprocessing gets of an example: its image and its label, which is one of the classes'."""
   record = source[index] if record is None else record
   label, classes = record["label"], source.num_classes
@@ -193,12 +191,12 @@ def room(source: Source, pp: Preprocess, mebibytes: int) -> Kept | None:
   return Kept(fixed, rest, {}) if size * len(source) <= mebibytes * 2**20 else None
 
 
-def _size(value: Any) -> int:
+def _size(value: np.ndarray | float | str | bytes) -> int:
   """Bytes of one value of an example; that of a file not yet decoded stands for the others'."""
   return len(value) if isinstance(value, bytes) else getattr(value, "nbytes", np.size(value) * 8)
 
 
-def _describe(source: Source, index: int, record: dict[str, Any] | None, error: Exception) -> str:
+def _describe(source: Source, index: int, record: Record | None, error: Exception) -> str:
   place = f" in {source.where}" if source.where else ""
   key = f" (id {record['id']!r}{place})" if record else ""
   notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
@@ -218,7 +216,7 @@ def _stop(fact: str) -> BadExampleError:
   return error
 
 
-def _stack(plan: BatchPlan, pairs: Sequence[tuple[int, dict[str, Any] | None]]) -> Batch:
+def _stack(plan: BatchPlan, pairs: Sequence[tuple[int, Example | None]]) -> Batch:
   """Stacks examples under their keys, with zeros in the gaps, and adds `_id` and `_mask`."""
   shape = next((example for _, example in pairs if example is not None), None) or _template(plan)
   gap = {key: np.zeros_like(value) for key, value in shape.items()}
@@ -230,7 +228,7 @@ def _stack(plan: BatchPlan, pairs: Sequence[tuple[int, dict[str, Any] | None]]) 
   return batch
 
 
-def _template(plan: BatchPlan) -> dict[str, Any]:
+def _template(plan: BatchPlan) -> Example:
   """Any good example, for the shapes of a chunk that has none."""
   for index in range(len(plan.source)):
     example = _prepare(plan, index, Place(0, index), None, {}, {})[1]
@@ -239,7 +237,7 @@ def _template(plan: BatchPlan) -> dict[str, Any]:
   raise UserError(f"No good example in {plan.source.name} {plan.source.split!r}.")
 
 
-def _stack_key(key: str, values: Sequence[Any]) -> np.ndarray:
+def _stack_key(key: str, values: Sequence[np.ndarray | float | str | bytes]) -> np.ndarray:
   shapes = {np.shape(value) for value in values}
   if len(shapes) > 1:
     raise UserError(

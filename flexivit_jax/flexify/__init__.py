@@ -8,8 +8,7 @@ trained towards those of the original at its native size, on the same crops: the
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from flexivit_jax import data, errors, train, weights
 from flexivit_jax.data import class_names
@@ -18,6 +17,7 @@ from flexivit_jax.experiment import loaders
 from flexivit_jax.flexify import card, layout, recipe, retention
 from flexivit_jax.running import session
 from flexivit_jax.sizes import SeqHw
+from flexivit_jax.trees import Json
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
 
@@ -48,8 +48,8 @@ def flexify(
   buffers: tuple[int, ...] | None = None,
   moment: bool = False,
   on_error: str = "raise",
-  loading: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+  loading: Json | None = None,
+) -> Json:
   """Writes OUT/model.npz, OUT/retention.json, OUT/README.md (the model card) and OUT/run.
 
   Args:
@@ -107,7 +107,7 @@ def flexify(
     student = student.clone(kernel_moment=measured)
   params = loaders.load_init(student, checkpoint=str(init), **loading).params
   mesh = sharding.make_mesh()
-  kept: dict[str, Any] = {"original": retention.original(plan, teacher, mesh)}
+  kept: Json = {"original": retention.original(plan, teacher, mesh)}
   if note := recipe.labels_of(plan)[1]:
     kept["note"] = note
   kept["before"] = retention.measure(plan, student, params, mesh)

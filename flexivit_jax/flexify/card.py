@@ -1,10 +1,9 @@
 """The model card of a flexified model."""
 
-from typing import Any
-
 from flexivit_jax.flexify import recipe, retention
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.sizes import size_text
+from flexivit_jax.trees import Json
 
 _TEXT = """# {title}
 
@@ -39,9 +38,7 @@ measured. It can know no more than the original, whose licence and limits hold f
 """
 
 
-def text(
-  plan: recipe.FlexifyRecipe, student: FlexiViT, kept: dict[str, Any], facts: dict[str, Any]
-) -> str:
+def text(plan: recipe.FlexifyRecipe, student: FlexiViT, kept: Json, facts: Json) -> str:
   """Returns the card in Markdown; every number in it is from this run."""
   trained = (
     "Its weights were trained towards the original's answers at randomly drawn patch sizes, without labels."

@@ -1,14 +1,15 @@
 """Which images of a folder `flexivit flexify` trains on, and which it holds out: the layouts that people have."""
 
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flexivit_jax import data, errors
+from flexivit_jax.trees import Json
 
 HELD_OUT = ("val", "validation", "valid", "test")  # The first of these that has images is held out.
 _FEWEST = 5  # images of which a tenth can be held out
 
-Source = dict[str, Any]  # Arguments of `data.make_source`.
+Source = Json  # Arguments of `data.make_source`.
 
 
 class Layout(NamedTuple):

@@ -1,7 +1,6 @@
 """What `flexivit flexify` trains and measures: data, sizes and their probabilities, the config of the run."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +8,7 @@ from flexivit_jax import data, errors, resize
 from flexivit_jax.data import class_names
 from flexivit_jax.models import UNNAMED, FlexiViT
 from flexivit_jax.sizes import SeqHw
+from flexivit_jax.trees import Json
 
 TEACHER_IMAGE = "teacher_image"
 _CROP = 0.9  # of the shorter side, in the evaluation: as AugReg and timm do
@@ -28,8 +28,8 @@ class FlexifyRecipe(NamedTuple):
     on_error: what a damaged image does, "raise" or "skip".
   """
 
-  teacher: dict[str, Any]
-  sources: dict[str, dict[str, Any]]
+  teacher: Json
+  sources: dict[str, Json]
   num_classes: int
   sides: tuple[int, int]
   seqhw: tuple[SeqHw, ...]
@@ -68,7 +68,7 @@ def labels_of(plan: FlexifyRecipe) -> tuple[bool, str | None]:
     return False, f"Top-1 is left out. {e}"
 
 
-def native_side(record: Mapping[str, Any]) -> int:
+def native_side(record: Json) -> int:
   """Pixels a side for which a model was made; a UserError if its images are not square."""
   h, w, *_ = record.get("image_size") or record.get("image_shape") or (240, 240)
   if h != w:
@@ -88,9 +88,7 @@ def student_of(teacher: FlexiViT, buffers: tuple[int, ...] | None) -> FlexiViT:
   return teacher.clone(patch_size=(patch, patch), posemb_size=(grid, grid))
 
 
-def moment_of(
-  source: Mapping[str, Any], side: int, length: int, on_error: str = "raise"
-) -> resize.Moment:
+def moment_of(source: Json, side: int, length: int, on_error: str = "raise") -> resize.Moment:
   """Second moment of pixels in the first hundred images of a source, as an evaluation at this side sees them."""
   opened = data.make_source(**source)
   first = data.subset(opened, range(min(100, len(opened))))
@@ -107,7 +105,7 @@ def settings(
   epochs: float,
   lr: float,
   seed: int,
-) -> dict[str, Any]:
+) -> Json:
   """Returns the config of the run, as `train.train` takes it."""
   crop = "decode|inception_crop(area_min=25)|flip_lr"
   return dict(
@@ -135,7 +133,7 @@ def settings(
   )
 
 
-def _flexi(sizes: tuple[SeqHw, ...]) -> dict[str, Any]:
+def _flexi(sizes: tuple[SeqHw, ...]) -> Json:
   """The section of the sizes; where one is not square, all are grids."""
   if not any(isinstance(size, tuple) for size in sizes):
     return dict(seqhw=dict(v=sizes, share="flops"))
@@ -143,11 +141,11 @@ def _flexi(sizes: tuple[SeqHw, ...]) -> dict[str, Any]:
   return dict(grid_hw=dict(v=grids, share="flops"))
 
 
-def _without_image(teacher: Mapping[str, Any]) -> dict[str, Any]:
+def _without_image(teacher: Json) -> Json:
   return {k: v for k, v in teacher.items() if k != "image"}
 
 
-def fields_of(model: FlexiViT) -> dict[str, Any]:
+def fields_of(model: FlexiViT) -> Json:
   """The model's own fields, all resolved."""
   skipped = (*UNNAMED, "variant")
   return {k: getattr(model, k) for k in model.__dataclass_fields__ if k not in skipped}
@@ -169,7 +167,7 @@ def central(side: int, key: str = "image") -> str:
   return f"resize_small({int(side / _CROP)}, method='cubic'{at})|central_crop({side}{at})|value_range(-1, 1{at})"
 
 
-def evaluation(plan: FlexifyRecipe) -> dict[str, Any]:
+def evaluation(plan: FlexifyRecipe) -> Json:
   """A section as in `config.evals`: agreement with the teacher, and accuracy where labels are known."""
   side, native = plan.sides
   pp = f"decode|copy('image', '{TEACHER_IMAGE}')|{central(side)}|{central(native, TEACHER_IMAGE)}"
@@ -193,9 +191,7 @@ def labelled(plan: FlexifyRecipe, side: int) -> str:
   return f"decode|{central(side)}|onehot({plan.num_classes})|keep('image', 'labels')"
 
 
-def describe(
-  plan: FlexifyRecipe, student: FlexiViT, record: Mapping[str, Any], trained: bool
-) -> dict[str, Any]:
+def describe(plan: FlexifyRecipe, student: FlexiViT, record: Json, trained: bool) -> Json:
   """Returns what the record of the written model says beyond that of the original."""
   side = plan.sides[0]
   return {

@@ -1,17 +1,18 @@
 """How much of a model is left at each patch size: agreement with the original, and accuracy where labels are known."""
 
-from typing import Any
+from jax.sharding import Mesh
 
 from flexivit_jax import experiment
 from flexivit_jax.flexify import recipe
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import Size, size_args, size_text
+from flexivit_jax.trees import Json, Params
 
-Rows = list[dict[str, Any]]
+Rows = list[Json]
 
 
-def measure(plan: recipe.FlexifyRecipe, model: FlexiViT, params: Any, mesh: Any) -> Rows:
+def measure(plan: recipe.FlexifyRecipe, model: FlexiViT, params: Params, mesh: Mesh) -> Rows:
   """Returns a row for each size: seqhw, patch, agree1, agree5, kl, ..., n, and top1 where labels are known."""
   scores = _evaluation(plan, recipe.evaluation(plan)).make(model, mesh).run(params)
   side = plan.sides[0]
@@ -23,7 +24,7 @@ def _text(patch: Size) -> int | str:
   return patch[0] if patch[0] == patch[1] else size_text(patch)
 
 
-def original(plan: recipe.FlexifyRecipe, teacher: Teacher, mesh: Any) -> dict[str, Any]:
+def original(plan: recipe.FlexifyRecipe, teacher: Teacher, mesh: Mesh) -> Json:
   """Returns the original's own native size, and its accuracy there where labels are known."""
   native, (patch, _) = plan.sides[1], teacher.model.patch_size
   found = {"image_size": native, "patch": patch}
@@ -40,11 +41,11 @@ def original(plan: recipe.FlexifyRecipe, teacher: Teacher, mesh: Any) -> dict[st
   return found | {"top1": row["top1"], "top5": row["top5"], "n": row["n"]}
 
 
-def _evaluation(plan: recipe.FlexifyRecipe, section: dict[str, Any]) -> experiment.Evaluation:
+def _evaluation(plan: recipe.FlexifyRecipe, section: Json) -> experiment.Evaluation:
   return experiment.build_evaluation("", section, every=1, classes=(plan.classes,))
 
 
-def table(kept: dict[str, Any]) -> str:
+def table(kept: Json) -> str:
   """Returns a Markdown table: before and after at each size, in percent."""
   stages = [stage for stage in ("before", "after") if stage in kept]
   known = [("agree1", "agreement")] + ([("top1", "top-1")] if "top1" in kept["before"][0] else [])
@@ -62,6 +63,7 @@ def _grid(seqhw: int | str) -> str:
 
 
 def summary(kept: dict[str, Any]) -> str:
+def summary(kept: Json) -> str:
   """One sentence about what the percentages are of."""
   first, n = kept["original"], kept["before"][0]["n"]
   said = f"Percent of {n} images that were not trained on. The original"

@@ -9,14 +9,16 @@ from typing import Any
 from flexivit_jax.evaluators import results
 from flexivit_jax.paper import published, test_sets
 from flexivit_jax.paper.measuring import Measured
+from flexivit_jax.trees import Json
 
+Figure = Any  # of matplotlib, which is imported late
 # Published metrics and what they are called in a row; per cent there are fractions here.
 METRICS = {
   "top1": "top1", "top5": "top5", "precision@1": "top1", "latency": "ms", "flops": "gflops",
 }  # fmt: skip
 
 
-def ours_of(value: published.Value, row: dict[str, Any]) -> float | None:
+def ours_of(value: published.Value, row: Json) -> float | None:
   """What a row says of a published number, in its unit; None: nothing."""
   name = METRICS.get(value.metric)
   if name is None or value.patch != row["patch"] or row.get(name) is None:
@@ -24,7 +26,7 @@ def ours_of(value: published.Value, row: dict[str, Any]) -> float | None:
   return row[name] * (100 if value.unit == "%" else 1)
 
 
-def beside(measured: Sequence[Measured], tables: Sequence[str]) -> list[dict[str, Any]]:
+def beside(measured: Sequence[Measured], tables: Sequence[str]) -> list[Json]:
   """A row for each checkpoint, set and patch size, and one for each further published number of it.
 
   Args:
@@ -52,9 +54,7 @@ def _is_of(value: published.Value, found: Measured) -> bool:
   return value.model == subject.model and its_setting
 
 
-def _of_row(
-  found: Measured, row: dict[str, Any], known: Sequence[published.Value]
-) -> list[dict[str, Any]]:
+def _of_row(found: Measured, row: Json, known: Sequence[published.Value]) -> list[Json]:
   made = {"checkpoint": found.checkpoint.name, "set": found.set_name, "images": row["n"]}
   made |= {"seqhw": row["seqhw"], "patch": row["patch"], "device": found.about["device"]}
   pairs = [(v, ours) for v in known if (ours := ours_of(v, row)) is not None]
@@ -73,7 +73,7 @@ def _of_row(
   return lines
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Json) -> str:
   """A row as text."""
   start = f"{row['checkpoint']}, {row['set']}, patch {row['patch']}, {row['metric']}: ours {row['ours']:.4g}"
   if row["published"] is None:
@@ -83,9 +83,7 @@ def line(row: dict[str, Any]) -> str:
   return f"{start}, published {row['published']:g}{error} {row['unit']}, {row['difference']:+.3g} [{row['kind']}{note}]"
 
 
-def write(
-  out: pathlib.Path, name: str, rows: Sequence[dict[str, Any]], about: dict[str, Any]
-) -> None:
+def write(out: pathlib.Path, name: str, rows: Sequence[Json], about: Json) -> None:
   """OUT/NAME.json (with `about`), NAME.csv, NAME.png and NAME.svg; NAME_ms.png and .svg where speeds are published."""
   (out / f"{name}.json").write_text(
     json.dumps({**about, "rows": list(rows)}, indent=1, allow_nan=False) + "\n"
@@ -101,7 +99,7 @@ def side(patch: int | str) -> float:
   return math.sqrt(math.prod(map(int, str(patch).split("x")))) if isinstance(patch, str) else patch
 
 
-def draw(stem: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+def draw(stem: pathlib.Path, rows: Sequence[Json]) -> None:
   """Top-1 against patch size, a panel for each set: ours filled, published hollow with its error."""
   import matplotlib.pyplot as plt
   from matplotlib.ticker import NullLocator
@@ -134,7 +132,7 @@ def draw(stem: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
   _finish(figure, stem)
 
 
-def speeds(rows: Sequence[dict[str, Any]], which: str) -> dict[str, list[tuple[float, float]]]:
+def speeds(rows: Sequence[Json], which: str) -> dict[str, list[tuple[float, float]]]:
   """Of each checkpoint its points (ms an image, top-1 in %), from fast to slow, on the set whose speeds are published.
 
   Args:
@@ -154,7 +152,7 @@ def speeds(rows: Sequence[dict[str, Any]], which: str) -> dict[str, list[tuple[f
   return {name: sorted(points) for name, points in found.items()}
 
 
-def draw_speed(stem: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+def draw_speed(stem: pathlib.Path, rows: Sequence[Json]) -> None:
   """Top-1 against milliseconds, as the paper's figure 2: ours on this machine filled, published hollow and dashed."""
   import matplotlib.pyplot as plt
 
@@ -175,14 +173,14 @@ def draw_speed(stem: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
   _finish(figure, stem)
 
 
-def _color(i: int) -> Any:
+def _color(i: int) -> str:
   """The default ten, then their light shades."""
   import matplotlib.pyplot as plt
 
   return plt.get_cmap("tab20")((2 * i + i // 10) % 20)
 
 
-def _finish(figure: Any, stem: pathlib.Path) -> None:
+def _finish(figure: Figure, stem: pathlib.Path) -> None:
   import matplotlib.pyplot as plt
 
   columns = max(1, int(figure.get_figwidth() // 2))

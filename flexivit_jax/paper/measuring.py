@@ -15,7 +15,8 @@ from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.paper import test_sets
 from flexivit_jax.paper.items import PaperEvaluation, Subject, fields_of
-from flexivit_jax.sizes import size_text
+from flexivit_jax.sizes import SeqHw, size_text
+from flexivit_jax.trees import Json
 
 # What a kept result must have been made of; the machine, whose milliseconds it has, is in it too, but may be another.
 MADE_OF = (
@@ -37,8 +38,8 @@ class Measured(NamedTuple):
 
   checkpoint: Checkpoint
   set_name: str
-  about: dict[str, Any]
-  rows: list[dict[str, Any]]
+  about: Json
+  rows: list[Json]
 
 
 def checkpoints_of(evaluation: PaperEvaluation, given: Sequence[str]) -> list[Checkpoint]:
@@ -79,7 +80,7 @@ def _checkpoint(subjects: Mapping[str, Subject], text: str) -> Checkpoint:
   return Checkpoint(file.stem if is_file else file.name, text, None)
 
 
-def load(checkpoint: Checkpoint) -> tuple[FlexiViT, dict, dict[str, Any]]:
+def load(checkpoint: Checkpoint) -> tuple[FlexiViT, dict, Json]:
   """`weights.load_with_record` of what is measured.
 
   Raises:
@@ -102,7 +103,7 @@ def open_sets(
   protocol: str,
   *,
   data_dir: pathlib.Path | None,
-  seqhw: Sequence[Any],
+  seqhw: Sequence[SeqHw],
   batch_size: int = 256,
 ) -> dict[str, tuple[test_sets.Protocol, Any]]:
   """Opens the data of all sets; a UserError says all that are missing, not the first.
@@ -142,7 +143,7 @@ def in_folders(name: str, data_dir: pathlib.Path | None) -> bool:
   return not (data_dir / test_sets.SETS[name].data["name"].partition("/")[0]).is_dir()
 
 
-def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[dict[str, Any], int]:
+def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[Json, int]:
   """Returns the section of a set's data, and how many classes its labels are of.
 
   Raises:
@@ -157,11 +158,11 @@ def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[dict[str, Any],
       f"images of {name!r} have several labels, which no folders tell; use TFDS."
     )
   # The published numbers are of images as they are stored.
-  source: dict[str, Any] = {"name": "folder", "split": name, "upright": False, **where}
+  source: Json = {"name": "folder", "split": name, "upright": False, **where}
   return source, data.make_source(**source).num_classes
 
 
-def section(name: str, pp: str, source: dict[str, Any], classes: int) -> dict[str, Any]:
+def section(name: str, pp: str, source: Json, classes: int) -> Json:
   """The section of `evals` of a set, but for its sizes and batches."""
   chosen = test_sets.SETS[name]
   labels = f"{'multihot' if chosen.several else 'onehot'}({classes})"
@@ -232,7 +233,7 @@ def _whole_sets() -> Iterator[None]:
     raise errors.UserError(f"{e.fact}. Repair it: the published numbers are of all images.") from e
 
 
-def _kept(file: pathlib.Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _kept(file: pathlib.Path, about: Json) -> tuple[Json, list[Json]]:
   kept = json.loads(file.read_text())
   rows = kept.pop("rows")
   for key in MADE_OF:

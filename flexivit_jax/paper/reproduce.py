@@ -4,8 +4,7 @@ import argparse
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from flexivit_jax import config, data, errors, sizes, weights
 from flexivit_jax.experiment import costs
@@ -22,6 +21,7 @@ from flexivit_jax.paper.items import (
   find,
   weights_of,
 )
+from flexivit_jax.trees import Json
 
 MACHINE, UTILISATION = "v3-32", 0.4  # those of `flexivit plan`
 MEASURING = (
@@ -128,7 +128,7 @@ def _differs(
   return list(dict.fromkeys(lines))
 
 
-def _untimed(item: Item, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def _untimed(item: Item, rows: Iterable[Json]) -> list[str]:
   """That speeds are not compared, where they are published and ours lack them."""
   timed = any(value.metric == "latency" for value in _known(item))
   return ["ours have no milliseconds"] if timed and not any(row.get("ms") for row in rows) else []
@@ -261,7 +261,7 @@ def about(name: str) -> list[str]:
 
 
 def compare(
-  name: str, results: Mapping[str, Any], *, model: str | None = None, setting: str | None = None
+  name: str, results: Json, *, model: str | None = None, setting: str | None = None
 ) -> list[str]:
   """Ours beside the published numbers of the same metric and patch size.
 

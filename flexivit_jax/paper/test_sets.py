@@ -3,7 +3,7 @@
 Rules and sources of the sets: docs/evaluation_sets.md.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class TestSet(NamedTuple):
@@ -18,7 +18,7 @@ class TestSet(NamedTuple):
   """
 
   published: str
-  data: dict[str, Any]
+  data: dict[str, str]
   label_map: str | None = None
   several: bool = False
   num_classes: int = 1000

@@ -1,10 +1,10 @@
 """Which points, of any of the runs, are worth their cost: no other is at least as accurate at no more cost."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flexivit_jax.evaluators.intervals import bootstrap
-from flexivit_jax.report.runs import EvalRow, ReportRun, to_json
+from flexivit_jax.report.runs import EvalRow, Json, ReportRun, to_json
 
 # What a point costs, and which facts two runs have to share for their points to be compared in it.
 COSTS = {"gflops": ("dataset", "split"), "ms": ("dataset", "split", "device")}
@@ -51,7 +51,7 @@ def fronts(runs: Sequence[ReportRun], cost: str) -> dict[tuple[str, ...], list[P
   }
 
 
-def to_json_all(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
+def to_json_all(runs: Sequence[ReportRun]) -> list[Json]:
   """The runs as report.json holds them: rows with "interval" (`bootstrap`) and "dominated", null where "ms" is."""
   beaten = {cost: dominated(runs, cost) for cost in COSTS}
   found = []

@@ -11,6 +11,8 @@ from flexivit_jax.report import pareto
 from flexivit_jax.report.runs import EvalRow, ReportRun, is_trained, order, sides
 from flexivit_jax.report.tables import shorten, side
 
+Axes = Any  # of matplotlib, which is imported late
+Figure = Any  # likewise
 AXES = ("patch", "gflops")
 WIDE = (5.2, 3.4)  # inches: one column of a page, half of a screen
 NARROW = (3.6, 3.3)  # inches: a phone of 390 px shows it at its natural text size
@@ -93,7 +95,7 @@ def _rect(frame: _Frame, size: tuple[float, float]) -> tuple[float, float, float
   return frame.left / w, frame.bottom / h, frame.width / w, frame.height / h
 
 
-def _save(figure: Any) -> Drawing:
+def _save(figure: Figure) -> Drawing:
   import matplotlib
 
   nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -123,7 +125,7 @@ def _places(runs: Sequence[ReportRun], run: ReportRun, axis: str) -> list[tuple[
   return [(float(ranks[r.patch] if ranks else sides(r.patch)[0]), r) for r in run.rows]
 
 
-def _set_y(ax: Any, runs: Sequence[ReportRun]) -> None:
+def _set_y(ax: Axes, runs: Sequence[ReportRun]) -> None:
   values = [row.top1 for run in runs for row in run.rows]
   low = 0.0 if min(values) < 0.6 else math.floor(20 * min(values) - 0.2) / 20
   high = 1.0 if low == 0 and max(values) > 0.6 else math.ceil(20 * max(values) + 0.5) / 20
@@ -142,7 +144,7 @@ def _set_y(ax: Any, runs: Sequence[ReportRun]) -> None:
 
 
 def _set_x(
-  ax: Any,
+  ax: Axes,
   runs: Sequence[ReportRun],
   axis: str,
   places: Sequence[Sequence[tuple[float, EvalRow]]],
@@ -179,7 +181,7 @@ def _log_ticks(low: float, high: float) -> dict[float, str]:
   return {tick: f"{tick:.3g}" for tick in (inside if len(inside) > 1 else {low, high})}
 
 
-def _write_ticks(ax: Any, ticks: dict[float, str], frame: _Frame) -> int:
+def _write_ticks(ax: Axes, ticks: dict[float, str], frame: _Frame) -> int:
   """Writes tick labels, in a second line where they would touch; returns the last line used.
 
   Neighbours such as 15 and 16 are 9 points apart on a phone. A label that fits neither line is left
@@ -209,7 +211,7 @@ def _write_ticks(ax: Any, ticks: dict[float, str], frame: _Frame) -> int:
 
 
 def _curve(
-  ax: Any, i: int, run: ReportRun, place: Sequence[tuple[float, EvalRow]], beaten: Set[EvalRow]
+  ax: Axes, i: int, run: ReportRun, place: Sequence[tuple[float, EvalRow]], beaten: Set[EvalRow]
 ) -> None:
   """Draws a run with its intervals; points in `beaten`, which others dominate, are small."""
   color = COLORS[i % len(COLORS)]
@@ -238,7 +240,7 @@ def _curve(
 
 
 def _name_curves(
-  ax: Any,
+  ax: Axes,
   places: Sequence[Sequence[tuple[float, EvalRow]]],
   frame: _Frame,
 ) -> None:
@@ -295,7 +297,7 @@ def spread(levels: Sequence[float], heights: Sequence[float]) -> list[float]:
   return [placed[i] for i in range(len(levels))]
 
 
-def _explain_markers(ax: Any, runs: Sequence[ReportRun], dominated: bool) -> None:
+def _explain_markers(ax: Axes, runs: Sequence[ReportRun], dominated: bool) -> None:
   """Says what filled and hollow mean, where both are seen, and what small does, where some points are dominated."""
   from matplotlib.lines import Line2D
 

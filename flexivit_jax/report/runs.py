@@ -15,8 +15,9 @@ from jaxtyping import Int
 from flexivit_jax.errors import UserError
 from flexivit_jax.running import ledger
 
-Key = tuple[Any, Any, int | None]
 SizeText = int | str  # tokens or pixels of a side; "HxW" where the sides differ
+Key = tuple[SizeText, SizeText, int | None]  # (patch, seqhw, depth)
+Json = dict[str, Any]  # a JSON object
 FACTS = ("dataset", "split", "step", "params", "device", "jax", "command")
 
 
@@ -143,7 +144,7 @@ def read(path: Path) -> ReportRun:
   return ReportRun(name, tuple(rows), _trained(data, file), facts, classes, confusions)
 
 
-def to_json(run: ReportRun) -> dict[str, Any]:
+def to_json(run: ReportRun) -> Json:
   """Returns `{"name", "rows"}`; "top5", "depth" and "top1_macro" only where they were given."""
   rows = [row._asdict() for row in run.rows]
   optional = ("top5", "depth", "top1_macro")
@@ -153,7 +154,7 @@ def to_json(run: ReportRun) -> dict[str, Any]:
   }
 
 
-def _parse(file: Path) -> Mapping[str, Any]:
+def _parse(file: Path) -> Json:
   def refuse(constant: str) -> None:
     raise UserError(f"{file}: holds {constant}; expected finite numbers. Did the run diverge?")
 
@@ -169,7 +170,7 @@ def _parse(file: Path) -> Mapping[str, Any]:
   return data
 
 
-def _row(item: Any, where: str, file: Path) -> EvalRow:
+def _row(item: object, where: str, file: Path) -> EvalRow:
   if not isinstance(item, dict):
     raise _bad(file, where, item, "an object")
   at = where + "."
@@ -190,9 +191,7 @@ def _row(item: Any, where: str, file: Path) -> EvalRow:
   )
 
 
-def tables_of(
-  data: Mapping[str, Any], file: Path
-) -> tuple[tuple[str, ...], dict[Key, Int[np.ndarray, "k k"]]]:
+def tables_of(data: Json, file: Path) -> tuple[tuple[str, ...], dict[Key, Int[np.ndarray, "k k"]]]:
   """Returns the names of the classes and the tables "confusion" of the rows that have one.
 
   Raises:
@@ -227,7 +226,7 @@ def _row_order(row: EvalRow) -> tuple[tuple[int, int], tuple[int, int]]:
   return order(row.patch), order(row.seqhw)
 
 
-def _trained(data: Mapping[str, Any], file: Path) -> frozenset[tuple[int, int]] | None:
+def _trained(data: Json, file: Path) -> frozenset[tuple[int, int]] | None:
   if data.get("trained_seqhw") is None:
     return None
   try:
@@ -250,7 +249,7 @@ def _distinct(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
   return [f"{name} #{i}" if name in shared else name for i, name in enumerate(names, 1)]
 
 
-def _get(data: Mapping[str, Any], key: str, kind: type, file: Path, at: str = "") -> Any:
+def _get(data: Json, key: str, kind: type, file: Path, at: str = "") -> Any:
   if key not in data:
     raise UserError(f"{file}: the key {at + key!r} is missing; run `flexivit eval` again.")
   if not isinstance(data[key], kind):
@@ -259,7 +258,7 @@ def _get(data: Mapping[str, Any], key: str, kind: type, file: Path, at: str = ""
 
 
 def _number(
-  data: Mapping[str, Any],
+  data: Json,
   key: str,
   file: Path,
   at: str,
@@ -275,14 +274,14 @@ def _number(
   return float(value)
 
 
-def _count(data: Mapping[str, Any], key: str, file: Path, at: str) -> int:
+def _count(data: Json, key: str, file: Path, at: str) -> int:
   value = _get(data, key, object, file, at)
   if isinstance(value, bool) or not isinstance(value, int) or value < 1:
     raise _bad(file, at + key, value, "a whole number from 1")
   return value
 
 
-def _size(data: Mapping[str, Any], key: str, file: Path, at: str) -> SizeText:
+def _size(data: Json, key: str, file: Path, at: str) -> SizeText:
   value = _get(data, key, object, file, at)
   try:
     h, w = sides(value)
@@ -291,5 +290,5 @@ def _size(data: Mapping[str, Any], key: str, file: Path, at: str) -> SizeText:
   return h if h == w else f"{h}x{w}"
 
 
-def _bad(file: Path, key: str, got: Any, expected: str) -> UserError:
+def _bad(file: Path, key: str, got: object, expected: str) -> UserError:
   return UserError(f"{file}: {key} is {got!r}; expected {expected}.")

@@ -22,6 +22,7 @@ from etils import epath
 
 from flexivit_jax import errors, files, trees
 from flexivit_jax.running import manifest
+from flexivit_jax.trees import Json, Params
 
 _UNSEALED = (manifest.FOLDER, "_CHECKPOINT_METADATA", "commit_success.txt")
 RESUME = ("latest", "latest-valid")
@@ -161,7 +162,7 @@ class Checkpoints:
         " in full."
       ) from e
 
-  def save(self, step: int, params: Any, state: Any, record: dict[str, Any]) -> None:
+  def save(self, step: int, params: Params, state: Any, record: Json) -> None:
     """Copies the arrays and returns; the files and checksums are written in the background.
 
     Raises:
@@ -199,7 +200,7 @@ class Checkpoints:
     """Waits until everything is on disk; raises as `save` does."""
     self._told(self._manager.wait_until_finished)
 
-  def _told(self, call: Callable[[], Any]) -> None:
+  def _told(self, call: Callable[[], object]) -> None:
     try:
       call()
     except errors.UserError:
@@ -212,8 +213,8 @@ class Checkpoints:
       ) from e
 
   def restore(
-    self, step: int, params: Any, state: Any, *, verified: bool = False
-  ) -> tuple[Any, Any, dict[str, Any]]:
+    self, step: int, params: Params, state: Any, *, verified: bool = False
+  ) -> tuple[Params, Any, Json]:
     """Returns (params, state, record) of a step, with the shapes, dtypes and shardings of the arguments.
 
     Args:
@@ -240,7 +241,7 @@ class Checkpoints:
       manifest.check_arrays(self.folder / str(step), item, restored[item], sums)
     return restored.params, restored.state, restored.record
 
-  def check_fit(self, step: int, params: Any, state: Any) -> None:
+  def check_fit(self, step: int, params: Params, state: Any) -> None:
     """Compares the names, shapes and dtypes of a step's arrays with these.
 
     Raises:
@@ -253,7 +254,7 @@ class Checkpoints:
           f"{where} does not fit the model of this config: {'; '.join(lines)}. Give another --workdir."
         )
 
-  def restore_params(self, step: int) -> tuple[Any, dict[str, Any]]:
+  def restore_params(self, step: int) -> tuple[Params, Json]:
     """Returns (params, record) of a step, on the default device.
 
     Raises:
@@ -272,7 +273,7 @@ class Checkpoints:
     manifest.check_arrays(self.folder / str(step), "params", params, sums)
     return params, record
 
-  def record(self, step: int) -> dict[str, Any]:
+  def record(self, step: int) -> Json:
     """The record of a step; of several processes one may ask alone, where Orbax's restore waits for all."""
     with self._opened(step, "record"):
       return json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
@@ -352,9 +353,9 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
   compares names, shapes and dtypes with what was saved, and puts the checksums together.
   """
 
-  _saved: dict[str, Any]
+  _saved: Json
 
-  async def async_save(self, directory: Any, args: "_SaveManifest") -> list[Any]:
+  async def async_save(self, directory: epath.Path, args: "_SaveManifest") -> list[Any]:
     folder, process = pathlib.Path(directory), jax.process_index()
     self._saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args.items)
     # Views on a CPU, whose memory a donation then leaves alone; copies from a device.
@@ -366,13 +367,13 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
 
     return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
 
-  def save(self, directory: Any, args: "_SaveManifest") -> None:
+  def save(self, directory: epath.Path, args: "_SaveManifest") -> None:
     raise NotImplementedError("Saves are in the background.")
 
-  def restore(self, directory: Any, args: Any = None) -> manifest.Manifest:
+  def restore(self, directory: epath.Path, args: Any = None) -> manifest.Manifest:
     return manifest.read(pathlib.Path(directory))
 
-  def finalize(self, directory: Any) -> None:
+  def finalize(self, directory: epath.Path) -> None:
     folder = pathlib.Path(directory)
     for item, saved in self._saved.items():
       if lines := trees.diff(saved, listing(folder.parent / item)):
@@ -384,7 +385,7 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
 class _SaveManifest(ocp.args.CheckpointArgs):
   """The arrays of each item."""
 
-  def __init__(self, items: dict[str, Any] | None = None):
+  def __init__(self, items: Json | None = None):
     self.items = items or {}
 
 
@@ -406,7 +407,7 @@ def find(path: pathlib.Path) -> tuple[pathlib.Path, int]:
   )
 
 
-def read_record(folder: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
+def read_record(folder: pathlib.Path) -> tuple[int, Json] | None:
   """Returns the step and the record of the newest checkpoint whose record is whole; None: there is none.
 
   Nothing else of a checkpoint is read: `choose` finds out whether it is whole.
@@ -427,7 +428,7 @@ def read_record(folder: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
   return None
 
 
-def load_params(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+def load_params(path: pathlib.Path) -> tuple[Params, Json]:
   """Returns (params, record) of a run, a checkpoints folder (the newest step), or one step."""
   folder, step = find(path)
   checkpoints = Checkpoints(folder, read_only=True)

@@ -10,7 +10,6 @@ import pathlib
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -178,7 +177,7 @@ def on_first(call: Callable[[], int | None], what: str) -> int | None:
   return None if answer == -1 else answer
 
 
-def agree(step: int, facts: Mapping[str, Any]) -> None:
+def agree(step: int, facts: Mapping[str, object]) -> None:
   """Compares on all processes what has to be the same there; they talk once.
 
   Args:

@@ -7,11 +7,21 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TypedDict
 
 from flexivit_jax import errors, files
 
 PARTS = ("start-up", "compilation", "data wait", "steps", "evaluation", "checkpoints", "lost work")
+
+
+class Start(TypedDict, total=False):
+  """One start of a run as ledger.json holds it; `seconds` are by part, `saves` the seconds until each saved step."""
+
+  from_step: int
+  to_step: int
+  saves: dict[str, dict[str, float]]
+  wall: float
+  seconds: dict[str, float]
 
 
 class Ledger:
@@ -27,7 +37,7 @@ class Ledger:
     self._seconds = dict.fromkeys(PARTS[:-1], 0.0)
     self._rest = "start-up"
     self._earlier = _read(file) if file else []
-    self._own: dict[str, Any] = {}
+    self._own: Start = {}
     self._counted = begun
     self._warned = False
     self.lost = 0.0
@@ -85,7 +95,7 @@ class Ledger:
     self._counted = now
 
 
-def _lose(start: dict[str, Any], step: int) -> float:
+def _lose(start: Start, step: int) -> float:
   """Calls lost what an earlier start did after `step`, from which a later one goes on; returns what was not so before.
 
   All that it did after its last save up to there: a save that was begun may have failed since.
@@ -131,15 +141,15 @@ def text(found: Mapping[str, float]) -> str:
   return f"{minutes} min {seconds} s: {shown}"
 
 
-def _read(file: pathlib.Path) -> list[dict[str, Any]]:
+def _read(file: pathlib.Path) -> list[Start]:
   try:
     starts = json.loads(file.read_text())
   except (OSError, ValueError):
     return []  # none yet; or cut short by a full disk: times are no reason to stop a run
-  return [dict(start) for start in starts] if _are_starts(starts) else []
+  return [Start(**start) for start in starts] if _are_starts(starts) else []
 
 
-def _are_starts(content: Any) -> bool:
+def _are_starts(content: object) -> bool:
   """Whether this is what `Ledger.write` writes: a list of starts, with seconds as numbers."""
   return isinstance(content, list) and all(
     isinstance(start, dict)
@@ -151,5 +161,5 @@ def _are_starts(content: Any) -> bool:
   )
 
 
-def _are_seconds(section: Any) -> bool:
+def _are_seconds(section: object) -> bool:
   return isinstance(section, dict) and all(isinstance(s, int | float) for s in section.values())

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TypedDict
 
 from flexivit_jax import errors, files, heartbeat
 
@@ -58,6 +58,16 @@ def leave_word(folder: pathlib.Path, index: int, reason: str) -> None:
     (folder / f"{index}.ended").write_text(reason)
 
 
+class Heartbeat(TypedDict):
+  """What a process writes of itself: `written` is its clock, `idle` the seconds since it last did something."""
+
+  pid: int
+  host: str
+  step: int
+  written: float
+  idle: float
+
+
 class Peers:
   """What this process writes of itself and reads of the others, every few seconds.
 
@@ -78,7 +88,7 @@ class Peers:
     self.step = 0  # that this process is at
     self._written = -self._every
     self._begun = time.monotonic()
-    self._seen: dict[int, tuple[float, dict[str, Any]]] = {}  # when it changed, and what it says
+    self._seen: dict[int, tuple[float, Heartbeat]] = {}  # when it changed, and what it says
     folder.mkdir(parents=True, exist_ok=True)
     self.tick()
 
@@ -88,8 +98,13 @@ class Peers:
     if now - self._written < self._every:
       return
     self._written = now
-    about = {"pid": os.getpid(), "host": socket.gethostname(), "step": self.step}
-    about |= {"written": time.time(), "idle": heartbeat.idle()}
+    about = Heartbeat(
+      pid=os.getpid(),
+      host=socket.gethostname(),
+      step=self.step,
+      written=time.time(),
+      idle=heartbeat.idle(),
+    )
     with contextlib.suppress(errors.UserError):  # a heartbeat is no reason to end a run
       files.write_atomically(self._folder / f"{self._index}.json", json.dumps(about) + "\n")
     if self._limit is None:

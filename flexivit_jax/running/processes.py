@@ -9,7 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 
@@ -22,7 +22,7 @@ _CONNECTION = re.compile(
 )
 
 
-def agree_on_config(settings: Mapping[str, Any]) -> None:
+def agree_on_config(settings: Mapping[str, object]) -> None:
   """Compares the config of all processes; before anything else, for other configs would be other programs.
 
   Raises:

@@ -8,12 +8,13 @@ import pathlib
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import filelock
 import numpy as np
 
 from flexivit_jax import errors, files
+from flexivit_jax.trees import Json
 
 # What makes a run what it is: another value would be another run under the same name. Of these, some keys are free.
 IDENTITY = (
@@ -132,7 +133,7 @@ class Start(NamedTuple):
   same: bool  # nothing has to be written
 
 
-def compare(workdir: pathlib.Path, settings: Mapping[str, Any], *, begun: bool) -> Start:
+def compare(workdir: pathlib.Path, settings: Json, *, begun: bool) -> Start:
   """Compares the config of a start with that of the run; changes nothing.
 
   Args:
@@ -156,7 +157,7 @@ def compare(workdir: pathlib.Path, settings: Mapping[str, Any], *, begun: bool) 
 
 def check_config(
   workdir: pathlib.Path,
-  settings: Mapping[str, Any],
+  settings: Json,
   start: Start,
   *,
   allow_change: bool,
@@ -191,7 +192,7 @@ def check_config(
     )
 
 
-def write_config(workdir: pathlib.Path, settings: Mapping[str, Any], start: Start) -> None:
+def write_config(workdir: pathlib.Path, settings: Json, start: Start) -> None:
   """Writes config.json, and for each start that differs from the one before config.NNN.json.
 
   Raises:
@@ -208,13 +209,13 @@ def _kept(workdir: pathlib.Path) -> list[pathlib.Path]:
   return sorted(workdir.glob("config.[0-9][0-9][0-9].json"))
 
 
-def _text(settings: Mapping[str, Any]) -> str:
+def _text(settings: Json) -> str:
   return json.dumps(settings, indent=2, default=str) + "\n"
 
 
 def _last_config(
   files: Sequence[pathlib.Path],
-) -> tuple[tuple[pathlib.Path, dict[str, Any]] | None, list[pathlib.Path]]:
+) -> tuple[tuple[pathlib.Path, Json] | None, list[pathlib.Path]]:
   """The first of the files that holds a config, and those before it, which are damaged."""
   damaged: list[pathlib.Path] = []
   for file in files:
@@ -230,9 +231,9 @@ def write_bad_step(
   workdir: pathlib.Path,
   *,
   step: int,
-  size: Mapping[str, Any],
-  measured: Mapping[str, Any],
-  ids: Any,
+  size: Json,
+  measured: Json,
+  ids: np.ndarray | None,
   writing: bool = True,
 ) -> pathlib.Path:
   """Writes bad_step.json: what `flexivit replay` needs to look into a step that was not finite. Returns its path.
@@ -253,7 +254,7 @@ def write_bad_step(
   return file
 
 
-def is_identity(key: str, settings: Mapping[str, Any]) -> bool:
+def is_identity(key: str, settings: Json) -> bool:
   """Whether a run of these settings with another value under this key is another run."""
   if key == "accumulate":  # rounding, but the masks of dropout are drawn part by part
     return bool(settings.get("model", {}).get("dropout"))
@@ -263,15 +264,15 @@ def is_identity(key: str, settings: Mapping[str, Any]) -> bool:
   return key.partition(".")[0] in IDENTITY and not key.startswith(FREE) and not teacher
 
 
-def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+def diff(old: Json, new: Json) -> dict[str, str]:
   """Returns for each key, "a.b.c", that differs a line that says how."""
   a, b = _flat(old), _flat(new)
   changed = {k: (a.get(k, "absent"), b.get(k, "absent")) for k in {**a, **b}}
   return {k: f"{k}: {x!r} -> {y!r}" for k, (x, y) in changed.items() if x != y}
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  out: dict[str, Any] = {}
+def _flat(section: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+  out: dict[str, object] = {}
   for key, value in section.items():
     name = f"{prefix}{key}"
     if isinstance(value, Mapping) and value:  # an empty section is one: adapt={} adapts

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -57,7 +58,7 @@ class Stop:
     finally:
       self._at_once -= 1
 
-  def _handle(self, number: int, frame: Any) -> None:
+  def _handle(self, number: int, frame: types.FrameType | None) -> None:
     del frame
     name = signal.Signals(number).name
     if self.signal:
@@ -66,7 +67,7 @@ class Stop:
     self.signal = name
     self._obey()
 
-  def _obey(self, *_: Any) -> None:
+  def _obey(self, *_: object) -> None:
     """Raises `Stopped` where that is allowed, and again after a while: in a __del__ or a callback of the garbage
     collector, where signals come too, Python only prints an error.
     """

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
 from flexivit_jax import errors, files
+from flexivit_jax.trees import Json
 
 _ID = "wandb_id.txt"
 
@@ -60,7 +61,7 @@ class WandbRun:
 
 def open_run(
   workdir: pathlib.Path,
-  settings: Mapping[str, Any],
+  settings: Json,
   begun: bool,
   *,
   project: str | None = None,

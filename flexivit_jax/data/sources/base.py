@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from flexivit_jax.data.splits import parse_split
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # "image": bytes or array, "label": Label, "id": text
 Label = int | tuple[int, ...]
 File = tuple[str, Label]  # Path below the root, label.
+_Row = TypeVar("_Row")
 
 
 @final
@@ -52,7 +53,7 @@ def labels_of_files(files: Sequence[File]) -> Callable[[], list[Label]]:
   return lambda: [label for _, label in files]
 
 
-def select(split: str, stored: Mapping[str, Sequence[Any]]) -> list[Any]:
+def select(split: str, stored: Mapping[str, Sequence[_Row]]) -> list[_Row]:
   """The rows of the stored splits that a split string selects, in its order."""
   parts = parse_split(split, {name: len(rows) for name, rows in stored.items()})
   return [row for part in parts for row in stored[part.name][part.start : part.stop]]
