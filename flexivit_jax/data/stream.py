@@ -18,6 +18,7 @@ from flexivit_jax.data.sources import Record, Source
 from flexivit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Value = np.ndarray | float | str | bytes | tuple[int, ...]  # of an example, under a key
 Bad = dict[int, str]  # Example index -> what was wrong with it.
 Odd = dict[str, list[int]]  # What was noticed -> example indices; they are used all the same.
 
@@ -191,7 +192,7 @@ def room(source: Source, pp: Preprocess, mebibytes: int) -> Kept | None:
   return Kept(fixed, rest, {}) if size * len(source) <= mebibytes * 2**20 else None
 
 
-def _size(value: np.ndarray | float | str | bytes) -> int:
+def _size(value: Value) -> int:
   """Bytes of one value of an example; that of a file not yet decoded stands for the others'."""
   return len(value) if isinstance(value, bytes) else getattr(value, "nbytes", np.size(value) * 8)
 
@@ -237,7 +238,7 @@ def _template(plan: BatchPlan) -> Example:
   raise UserError(f"No good example in {plan.source.name} {plan.source.split!r}.")
 
 
-def _stack_key(key: str, values: Sequence[np.ndarray | float | str | bytes]) -> np.ndarray:
+def _stack_key(key: str, values: Sequence[Value]) -> np.ndarray:
   shapes = {np.shape(value) for value in values}
   if len(shapes) > 1:
     raise UserError(

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written in the background by Orbax, listed only once complete, checked before they are used.
+"""Checkpoints of a run: Orbax writes them in the background; they are listed once complete and checked before use.
 
-A checkpoint holds the parameters, the rest of the training state, a small JSON record that says what model they are of
-and where in the data the run was, and a manifest with the checksums of all that (see `manifest`). Two notes that Orbax
-makes of the save after it, _CHECKPOINT_METADATA and commit_success.txt, are not covered and not read by us.
+A checkpoint holds the parameters, the rest of the training state, a small JSON record (the model's fields and the
+position in the data), and a manifest with the checksums of all these (see `manifest`). Orbax adds two files after the
+save, _CHECKPOINT_METADATA and commit_success.txt; the manifest does not cover them and we do not read them.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ from flexivit_jax.trees import Json, Params
 
 _UNSEALED = (manifest.FOLDER, "_CHECKPOINT_METADATA", "commit_success.txt")
 RESUME = ("latest", "latest-valid")
-BEST = "best"  # of a run, the folder of its best checkpoint, see `following`
-_OLD = "old"  # where checkpoints go at once when newer ones take their place, to be deleted there
+BEST = "best"  # the folder of a run's best checkpoint, see `following`
+_OLD = "old"  # replaced checkpoints are moved here at once and deleted later
 _LOOK_S = 2.0
 _ITEMS = ("params", "state")
-_MERGED = "manifest.ocdbt"  # what Orbax makes of the parts that each process wrote; without it nothing can be read
+_MERGED = "manifest.ocdbt"  # Orbax merges the parts of all processes into it; nothing can be read without it
 
 
 class Checkpoints:
   """The folder RUN/checkpoints: one subfolder for each saved step.
 
   Args:
-    folder: of any name, see `folders.Alias`; made, unless `read_only`.
-    keep: how many of the newest to keep; None keeps all.
-    name: tells the folders of one run apart, where several processes write; None: the main one.
-    read_only: nothing is made or deleted, for a run may be at work there: what looks unfinished may be its save. Only
-      who holds the folder (`run_folder.locked`) writes, and deletes what an earlier process left unfinished.
+    folder: its name may be any, see `files.Alias`; created unless `read_only`.
+    keep: number of newest checkpoints to keep; None keeps all.
+    name: distinguishes several such folders of one run when several processes write; None: the main folder.
+    read_only: creates and deletes nothing, because a run may be writing there and an unfinished save may be its own.
+      Only the process that holds the lock (`run_folder.locked`) writes, and deletes unfinished saves of earlier ones.
   """
 
   def __init__(
@@ -52,7 +52,7 @@ class Checkpoints:
     name: str | None = None,
     read_only: bool = False,
   ):
-    # Deleted where it is listed, a checkpoint would be damaged if that were cut short.
+    # Replaced checkpoints are moved before they are deleted: an interrupted deletion must not damage a listed one.
     together = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
     writing = dict(
       max_to_keep=keep,
@@ -78,19 +78,19 @@ class Checkpoints:
     self._saved, self._looked = False, -_LOOK_S
 
   def latest_step(self) -> int | None:
-    """The newest complete checkpoint's step, or None."""
+    """Returns the step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
   def choose(self, resume: str = "latest", note: Callable[[str], None] = print) -> int | None:
-    """The step to go on from: None where nothing was saved yet.
+    """Returns the step to resume from; None if nothing was saved yet.
 
     Args:
-      resume: "latest", the newest checkpoint, which has to be whole; or "latest-valid", the newest that is.
-      note: is told of each that is passed over.
+      resume: "latest" takes the newest checkpoint, which must be whole; "latest-valid" the newest whole one.
+      note: called with one line for each checkpoint that is skipped.
 
     Raises:
-      Damaged: the newest checkpoint is damaged, or with "latest-valid" all of them: a run never starts again from the
-        beginning where there is something to lose.
+      Damaged: the newest checkpoint is damaged ("latest"), or all are ("latest-valid"). A run never starts again from
+        step 0 when there are checkpoints to lose.
     """
     if resume not in RESUME:
       raise errors.unknown("--resume", resume, RESUME)
@@ -116,17 +116,17 @@ class Checkpoints:
     return None
 
   def verify(self, step: int) -> manifest.Manifest:
-    """Compares the files of a step with its manifest, which is returned, and opens its arrays.
+    """Compares the files of a step with its manifest, opens its arrays, and returns the manifest.
 
     Raises:
       Damaged: files differ, or their arrays cannot be opened.
     """
     folder = self.folder / str(step)
-    found = manifest.read(folder / manifest.FOLDER)
-    manifest.check_files(folder, found, _UNSEALED)
+    sums = manifest.read(folder / manifest.FOLDER)
+    manifest.check_files(folder, sums, _UNSEALED)
     for item in _ITEMS:
       self._stored(step, item)
-    return found
+    return sums
 
   def _is_whole(self, step: int) -> bool:
     try:
@@ -136,7 +136,7 @@ class Checkpoints:
     return True
 
   def verify_arrays(self, step: int) -> None:
-    """As `verify`, and reads each array and compares it with its checksum, one item at a time in the host's memory."""
+    """Does `verify`, then compares each array with its checksum; holds one item at a time in host memory."""
     sums = self.verify(step)
     for item in _ITEMS:
       with self._opened(step, item):
@@ -144,13 +144,13 @@ class Checkpoints:
       manifest.check_arrays(self.folder / str(step), item, arrays, sums)
 
   def _stored(self, step: int, item: str) -> Any:
-    """The tree of an item's shapes and dtypes on disk."""
+    """Returns the tree of an item's shapes and dtypes on disk."""
     with self._opened(step, item):
       return listing(self._alias.path / str(step) / item)
 
   @contextlib.contextmanager
   def _opened(self, step: int, item: str) -> Iterator[None]:
-    """What Orbax and TensorStore raise inside is `Damaged`, one line."""
+    """Turns what Orbax and TensorStore raise inside into `Damaged`, one line."""
     try:
       yield
     except errors.UserError:
@@ -163,10 +163,10 @@ class Checkpoints:
       ) from e
 
   def save(self, step: int, params: Params, state: Any, record: Json) -> None:
-    """Copies the arrays and returns; the files and checksums are written in the background.
+    """Copies the arrays and returns; files and checksums are written in the background.
 
     Raises:
-      UserError: it cannot be written, or the one before could not, with the folder and the reason.
+      UserError: this or the previous checkpoint cannot be written; names the folder and the reason.
     """
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(params),
@@ -174,11 +174,11 @@ class Checkpoints:
       record=ocp.args.JsonSave(record),
       **{manifest.FOLDER: _SaveManifest({"params": params, "state": state})},
     )
-    self._told(lambda: self._manager.save(step, args=items))
+    self._or_user_error(lambda: self._manager.save(step, args=items))
     self._saved = True
 
   def check_room(self, state: Any) -> None:
-    """Raises a UserError where the disk has no room for one checkpoint of this state."""
+    """Raises a UserError if the disk has no room for one checkpoint of this state."""
     folder = next(p for p in (self.folder, *self.folder.parents) if p.exists())
     needed, free = trees.size_in_bytes(state), shutil.disk_usage(folder).free
     if free < needed:
@@ -188,19 +188,19 @@ class Checkpoints:
       )
 
   def check(self) -> None:
-    """Raises a UserError if a save in the background has failed meanwhile; takes microseconds.
+    """Raises a UserError if a background save has failed; takes microseconds.
 
-    What newer checkpoints have replaced is deleted in the background.
+    Also starts the background deletion of replaced checkpoints.
     """
-    self._told(self._manager.check_for_errors)
+    self._or_user_error(self._manager.check_for_errors)
     if time.monotonic() - self._looked > _LOOK_S:
       self._sweep()
 
   def wait(self) -> None:
     """Waits until everything is on disk; raises as `save` does."""
-    self._told(self._manager.wait_until_finished)
+    self._or_user_error(self._manager.wait_until_finished)
 
-  def _told(self, call: Callable[[], object]) -> None:
+  def _or_user_error(self, call: Callable[[], object]) -> None:
     try:
       call()
     except errors.UserError:
@@ -220,11 +220,11 @@ class Checkpoints:
     Args:
       step: of the checkpoint.
       params, state: arrays, or their shapes, dtypes and shardings.
-      verified: `verify` has been done, here or on another process: only the arrays are compared.
+      verified: `verify` was already done, here or on another process; only arrays are compared.
 
     Raises:
-      UserError: if the checkpoint's arrays differ in name, shape or dtype; nothing is cast.
-      Damaged: a file or an array is not what was written.
+      UserError: the arrays differ in name, shape or dtype; nothing is cast.
+      Damaged: a file or an array differs from what was written.
     """
     sums = (
       manifest.read(self.folder / str(step) / manifest.FOLDER) if verified else self.verify(step)
@@ -258,8 +258,8 @@ class Checkpoints:
     """Returns (params, record) of a step, on the default device.
 
     Raises:
-      UserError: arrays of a dtype that JAX would cast to another one.
-      Damaged: a file or an array is not what was written.
+      UserError: an array has a dtype that JAX would cast.
+      Damaged: a file or an array differs from what was written.
     """
     sums = self.verify(step)
     record = self.record(step)
@@ -274,7 +274,7 @@ class Checkpoints:
     return params, record
 
   def record(self, step: int) -> Json:
-    """The record of a step; of several processes one may ask alone, where Orbax's restore waits for all."""
+    """Returns the record of a step; one process may call it alone, unlike Orbax's restore, which waits for all."""
     with self._opened(step, "record"):
       return json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
 
@@ -283,7 +283,7 @@ class Checkpoints:
     self.wait()
     for later in self._manager.all_steps():
       if later >= step:
-        self._told(functools.partial(self._manager.delete, later))
+        self._or_user_error(functools.partial(self._manager.delete, later))
 
   def close(self) -> None:
     """Waits until everything is on disk; raises as `save` does."""
@@ -294,7 +294,7 @@ class Checkpoints:
     finally:
       self._alias.close()
     if self._saved:
-      self._sweeper.shutdown()  # of what it is at
+      self._sweeper.shutdown()  # waits for the deletion in progress
       self._sweeper = futures.ThreadPoolExecutor(1)
       self._sweep()
     self._sweeper.shutdown()
@@ -303,8 +303,8 @@ class Checkpoints:
     self._looked = time.monotonic()
     if jax.process_index() == 0 and (self._swept is None or self._swept.done()):
       old = self.folder / _OLD
-      if old.is_dir() and (found := list(old.iterdir())):
-        self._swept = self._sweeper.submit(_delete, found)
+      if old.is_dir() and (replaced := list(old.iterdir())):
+        self._swept = self._sweeper.submit(_delete, replaced)
 
   def _check_dtypes(self, step: int, stored: Any) -> None:
     canonical = jax.dtypes.canonicalize_dtype
@@ -315,19 +315,19 @@ class Checkpoints:
 
 
 def listing(folder: pathlib.Path) -> Any:
-  """Opens each array of an item's folder, as Orbax wrote it; returns the tree of their shapes and dtypes.
+  """Opens each array in an item's folder and returns the tree of shapes and dtypes.
 
   Raises:
-    FileNotFoundError: the parts that the processes wrote were not put together.
+    FileNotFoundError: Orbax did not merge the parts of the processes.
   """
   if not (folder / _MERGED).is_file():
     raise FileNotFoundError(f"{_MERGED} is missing")
-  found = ocp.StandardCheckpointHandler().metadata(epath.Path(folder))
-  return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(found.items()))
+  metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(folder))
+  return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(metadata.items()))
 
 
 def _read(folder: pathlib.Path) -> Any:
-  """The arrays of an item's folder, on the host."""
+  """Reads the arrays of an item's folder into host memory."""
   numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), listing(folder))
   args = ocp.args.PyTreeRestore(restore_args=numpy)
   return ocp.PyTreeCheckpointHandler().restore(epath.Path(folder), args=args)
@@ -347,10 +347,10 @@ _MOVE = "move the folder away to start from the beginning"
 
 
 class _ManifestHandler(ocp.AsyncCheckpointHandler):
-  """Writes the checksums of arrays, reckoned while Orbax writes them, and of the files once they are written.
+  """Writes the checksums of arrays, computed while Orbax writes them, and of files once they are written.
 
-  Each process reckons those of the pieces that it saves; the first, when all have written, opens what was written,
-  compares names, shapes and dtypes with what was saved, and puts the checksums together.
+  Each process computes the checksums of the pieces it saves. When all have written, process 0 opens the arrays,
+  compares names, shapes and dtypes with what was saved, and merges the checksums.
   """
 
   _saved: Json
@@ -358,7 +358,7 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
   async def async_save(self, directory: epath.Path, args: "_SaveManifest") -> list[Any]:
     folder, process = pathlib.Path(directory), jax.process_index()
     self._saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args.items)
-    # Views on a CPU, whose memory a donation then leaves alone; copies from a device.
+    # Views on a CPU (JAX does not donate memory that is viewed); copies from a device.
     host = {item: manifest.pieces(tree) for item, tree in args.items.items()}
 
     async def write() -> None:
@@ -408,9 +408,9 @@ def find(path: pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def read_record(folder: pathlib.Path) -> tuple[int, Json] | None:
-  """Returns the step and the record of the newest checkpoint whose record is whole; None: there is none.
+  """Returns the step and the record of the newest checkpoint with a whole record; None if there is none.
 
-  Nothing else of a checkpoint is read: `choose` finds out whether it is whole.
+  Reads nothing else of a checkpoint: `choose` decides whether it is whole.
 
   Args:
     folder: RUN/checkpoints.

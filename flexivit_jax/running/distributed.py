@@ -1,7 +1,7 @@
-"""Several processes of one run: how they find each other, decide together, and end together.
+"""Several processes of one run: how they join, agree, and end.
 
-The engine is JAX's own: `jax.distributed` joins them, its coordination service notices one that is gone, its preemption
-service agrees on the step after which all save when one gets SIGTERM.
+JAX does the work: `jax.distributed` joins the processes, its coordination service detects a lost one, its preemption
+service chooses the step after which all save when one gets SIGTERM.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from flexivit_jax.running import exit_codes
 _HEARTBEAT = [100.0]
 _TPU = "the TPU's"
 FLAGS = ("coordinator_address", "num_processes", "process_id")
-# Where a launcher has started several processes: name -> (what it sets, how many there are).
+# Launchers of several processes: name -> (variables they set, variable with the number of processes).
 _LAUNCHERS = {
   "SLURM": (("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"), "SLURM_NTASKS"),
   "Open MPI": (("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE"),
@@ -37,20 +37,20 @@ def start(
   join_timeout: int = 300,
   heartbeat_timeout: int = 100,
 ) -> None:
-  """Joins the processes of a run; to be called before anything else of JAX. For one process it does nothing.
+  """Joins the processes of a run; call it before anything else of JAX. Does nothing for one process.
 
-  Without the first three arguments they are those of the launcher: a TPU pod's, SLURM's, Open MPI's, or those of
-  Kubernetes where the package `kubernetes` is installed.
+  The first three arguments default to those of the launcher: a TPU pod, SLURM, Open MPI, or Kubernetes if the package
+  `kubernetes` is installed.
 
   Args:
     coordinator_address: "host:port" of the first process.
-    num_processes: how many there are.
-    process_id: which one this is, from 0.
-    join_timeout: seconds in which all have to come.
-    heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
+    num_processes: the number of processes.
+    process_id: the index of this process, from 0.
+    join_timeout: seconds within which all processes must join.
+    heartbeat_timeout: seconds without a heartbeat after which a process is lost and the others end.
 
   Raises:
-    UserError: some of the three but not all; a process that did not come.
+    UserError: only some of the three are given; or a process did not join.
   """
   flags = dict(zip(FLAGS, (coordinator_address, num_processes, process_id), strict=True))
   explicit = [name for name, value in flags.items() if value is not None]
@@ -92,7 +92,7 @@ def start(
 
 
 def _say_late(whose: str, count: int | None, seconds: int) -> None:
-  """Ends the process: others did not come."""
+  """Ends this process because others did not join."""
   print(
     f"flexivit: error: the {f'{count} ' if count else ''}processes of this run ({whose}) did not all come within"
     f" {seconds} s."
@@ -104,12 +104,12 @@ def _say_late(whose: str, count: int | None, seconds: int) -> None:
 
 
 def heartbeat() -> float:
-  """Seconds of silence after which a process counts as lost."""
+  """Returns the seconds without a heartbeat after which a process is lost."""
   return _HEARTBEAT[0]
 
 
 def _launcher(environment: Mapping[str, str]) -> str | None:
-  """Who has started several processes; None where nobody has."""
+  """Returns the launcher that started several processes; None if there is none."""
   for name, (needed, count) in _LAUNCHERS.items():
     if all(key in environment for key in needed) and int(environment.get(count, "1")) > 1:
       return name
@@ -137,27 +137,28 @@ def _launcher(environment: Mapping[str, str]) -> str | None:
 
 
 def is_on() -> bool:
-  """Whether there are several processes."""
+  """Whether the run has several processes."""
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def preempted(step: int) -> bool:
-  """Whether all processes are to save and end after this step, because one of them was told to.
+  """Whether all processes must save and end after this step, because one got SIGTERM.
 
-  Has to be asked after each step by all. SIGTERM is the runtime's own to catch.
+  All processes must call it after each step. The runtime catches SIGTERM itself.
   """
   return multihost_utils.reached_preemption_sync_point(step)
 
 
 def on_first(call: Callable[[], int | None], what: str) -> int | None:
-  """Calls on the first process only, while the others wait, and returns there and here what it returned: -1 is None.
+  """Calls `call` on process 0 while the others wait; returns its result on all processes.
 
   Args:
-    call: what only one process should do: files it writes are seen by the others afterwards.
-    what: for the error on the others.
+    call: what one process alone must do, such as writing files, which the others see afterwards; returns a
+      non-negative number or None.
+    what: names it in the error on the other processes.
 
   Raises:
-    UserError: as `call` did, on all.
+    UserError: `call` raised one; on all processes.
   """
   if not is_on():
     return call()
@@ -165,8 +166,8 @@ def on_first(call: Callable[[], int | None], what: str) -> int | None:
   answer = 0
   if jax.process_index() == 0:
     try:
-      value = call()
-      answer = -1 if value is None else value
+      number = call()
+      answer = -1 if number is None else number
     except errors.UserError as e:
       failed, answer = e, -2
   answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
@@ -178,22 +179,22 @@ def on_first(call: Callable[[], int | None], what: str) -> int | None:
 
 
 def agree(step: int, facts: Mapping[str, object]) -> None:
-  """Compares on all processes what has to be the same there; they talk once.
+  """Checks that values are equal on all processes, in one exchange.
 
   Args:
-    step: after which, for the error.
-    facts: by name.
+    step: the last step, for the error.
+    facts: the values by name.
 
   Raises:
-    UserError: the processes that differ from the first, and in what. On all of them.
+    UserError: names the processes that differ from process 0, and the value; raised on all processes.
   """
   if not is_on():
     return
-  hashes = np.array(
+  digests = np.array(
     [xxhash.xxh32_intdigest(repr(value).encode()) for value in facts.values()], np.uint32
   )
-  gathered_hashes = np.asarray(multihost_utils.process_allgather(hashes))
-  for name, column in zip(facts, gathered_hashes.T, strict=True):
+  table = np.asarray(multihost_utils.process_allgather(digests))
+  for name, column in zip(facts, table.T, strict=True):
     others = np.flatnonzero(column != column[0])
     if others.size:
       named = ", ".join(map(str, others[:8]))
@@ -204,26 +205,26 @@ def agree(step: int, facts: Mapping[str, object]) -> None:
 
 
 def texts(text: str) -> list[str]:
-  """What each process says, in their order; all have to ask."""
+  """Returns the texts of all processes, in their order; all must call it."""
   if not is_on():
     return [text]
-  data = np.frombuffer(text.encode(), np.uint8)
-  lengths = np.asarray(multihost_utils.process_allgather(np.int32(data.size))).reshape(-1)
+  encoded = np.frombuffer(text.encode(), np.uint8)
+  lengths = np.asarray(multihost_utils.process_allgather(np.int32(encoded.size))).reshape(-1)
   padded = np.zeros(max(1, lengths.max()), np.uint8)
-  padded[: data.size] = data
+  padded[: encoded.size] = encoded
   rows = np.asarray(multihost_utils.process_allgather(padded))
   return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
 
 
 def smallest(value: float) -> float:
-  """The smallest of the values that the processes have, as a float32; all have to ask."""
+  """Returns the smallest value of all processes, as a float32; all must call it."""
   if not is_on():
     return value
   return float(np.min(multihost_utils.process_allgather(np.float32(value))))
 
 
 def gathered(ids: np.ndarray | None) -> np.ndarray | None:
-  """The ids of a batch on all processes, in the order of the batch; all have to ask."""
+  """Returns the ids of a batch from all processes, in the order of the batch; all must call it."""
   if ids is None or not is_on():
     return ids
   halves = np.stack([ids >> 32, ids & 0xFFFFFFFF], axis=1).astype(
@@ -234,9 +235,9 @@ def gathered(ids: np.ndarray | None) -> np.ndarray | None:
 
 
 def leave(code: int) -> None:
-  """Ends this process, without waiting for the others if it ends by an error: they may wait for it for ever.
+  """Ends this process; after an error without waiting for the others, which may wait for it for ever.
 
-  Returns where there is only one process.
+  Returns if there is only one process.
   """
   if not is_on():
     return

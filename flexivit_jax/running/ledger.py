@@ -1,4 +1,4 @@
-"""Where a run's wall time went, start by start: RUN/ledger.json."""
+"""How a run spent its wall time, start by start: RUN/ledger.json."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ class Start(TypedDict, total=False):
 
 
 class Ledger:
-  """Divides the time of one start of a run; what belongs to no other part is "steps", or before them "start-up".
+  """Divides the time of one start of a run into PARTS; time outside other parts is "start-up", then "steps".
 
   Args:
     file: RUN/ledger.json, a list of starts; None: nothing is read or written.
@@ -37,29 +37,29 @@ class Ledger:
     self._seconds = dict.fromkeys(PARTS[:-1], 0.0)
     self._rest = "start-up"
     self._earlier = _read(file) if file else []
-    self._own: Start = {}
+    self._start: Start = {}
     self._counted = begun
     self._warned = False
     self.lost = 0.0
 
   def go_on_from(self, step: int) -> None:
-    """Notes this start as one of the run, from `step` on; what those before did after it is lost.
+    """Adds this start to those of the run; work that earlier starts did after `step` counts as lost.
 
     Nothing is written before the next `write`.
     """
-    self._own = {"from_step": step, "to_step": step, "saves": {}}
+    self._start = {"from_step": step, "to_step": step, "saves": {}}
     self.lost = sum(_lose(start, step) for start in self._earlier)
 
   def steps_begin(self) -> None:
-    """From now on time that belongs to no other part is that of steps."""
+    """From now on, time outside other parts counts as steps."""
     self._count(self._rest)
     self._rest = "steps"
-    self.saved(self._own["from_step"])
+    self.saved(self._start["from_step"])
     self.write()
 
   @contextlib.contextmanager
   def of(self, part: str) -> Iterator[None]:
-    """Counts what happens inside as a part of its own."""
+    """Counts the time spent inside as this part."""
     self._count(self._rest)
     outer, self._rest = self._rest, part
     try:
@@ -69,21 +69,21 @@ class Ledger:
       self._rest = outer
 
   def saved(self, step: int) -> None:
-    """Notes what the time went into until here: of work that a later start goes on from."""
+    """Records the seconds of each part until now, up to which a later start can resume."""
     self._count(self._rest)
-    self._own["saves"][str(step)] = {k: round(v, 3) for k, v in self._seconds.items() if v}
+    self._start["saves"][str(step)] = {k: round(v, 3) for k, v in self._seconds.items() if v}
 
   def write(self, step: int | None = None) -> None:
-    """Brings the file up to date, after `step`; by default after that of the last time."""
+    """Writes the file, up to `step`; by default the step of the last call."""
     self._count(self._rest)
-    if self._file is None or not self._own:
+    if self._file is None or not self._start:
       return
     wall = time.perf_counter() - self._begun
-    self._own |= {"wall": wall, "seconds": self._seconds}
+    self._start |= {"wall": wall, "seconds": self._seconds}
     if step is not None:
-      self._own["to_step"] = step
+      self._start["to_step"] = step
     try:
-      files.write_atomically(self._file, json.dumps([*self._earlier, self._own]) + "\n")
+      files.write_atomically(self._file, json.dumps([*self._earlier, self._start]) + "\n")
     except errors.UserError as e:  # times are no reason to stop a run
       if not self._warned:
         logging.getLogger(__name__).warning("%s Training goes on.", e)
@@ -96,24 +96,24 @@ class Ledger:
 
 
 def _lose(start: Start, step: int) -> float:
-  """Calls lost what an earlier start did after `step`, from which a later one goes on; returns what was not so before.
+  """Counts as lost what an earlier start did after `step`, where a later one resumes; returns the newly lost seconds.
 
-  All that it did after its last save up to there: a save that was begun may have failed since.
+  Lost is all work after its last save at or before `step`: a save that was started later may have failed.
   """
   saves = {int(k): seconds for k, seconds in start["saves"].items()}
   if start["to_step"] <= step or not saves:
     return 0.0
-  kept = saves[max((k for k in saves if k <= step), default=min(saves))]
-  lost = max(start["wall"] - sum(kept.values()), 0.0)
+  saved = saves[max((k for k in saves if k <= step), default=min(saves))]
+  lost = max(start["wall"] - sum(saved.values()), 0.0)
   before = start["seconds"].get("lost work", 0.0)
   if lost <= before:
     return 0.0
-  start["seconds"] = kept | {"lost work": lost}
+  start["seconds"] = saved | {"lost work": lost}
   return lost - before
 
 
 def process_begun() -> float:
-  """`time.perf_counter()` when this process began, before Python imported anything; now, where that is not known."""
+  """Returns `time.perf_counter()` of the start of this process, before any import; the current one if unknown."""
   try:
     fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds since the system started, proc(5)
@@ -124,7 +124,7 @@ def process_begun() -> float:
 
 
 def shares(file: pathlib.Path) -> dict[str, float]:
-  """Returns each part's seconds over all starts, and "wall", what the starts took in all; {} without a file."""
+  """Returns the seconds of each part over all starts, and their sum as "wall"; {} without a file."""
   starts = _read(file)
   if not starts:
     return {}
@@ -132,12 +132,12 @@ def shares(file: pathlib.Path) -> dict[str, float]:
   return sums | {"wall": sum(s["wall"] for s in starts)}
 
 
-def text(found: Mapping[str, float]) -> str:
-  """What `shares` found, for a reader: "3 min 12 s: steps 80.1 %, compilation 12.0 %, ...", of the wall time."""
-  minutes, seconds = divmod(round(found["wall"]), 60)
-  total = found["wall"] or 1.0
-  parts = sorted((p for p in PARTS if found[p] > 0), key=lambda p: -found[p])
-  shown = ", ".join(f"{part} {found[part] / total:.1%}" for part in parts)
+def text(seconds_of: Mapping[str, float]) -> str:
+  """Returns the shares as text: "3 min 12 s: steps 80.1 %, compilation 12.0 %, ...", of the wall time."""
+  minutes, seconds = divmod(round(seconds_of["wall"]), 60)
+  total = seconds_of["wall"] or 1.0
+  parts = sorted((p for p in PARTS if seconds_of[p] > 0), key=lambda p: -seconds_of[p])
+  shown = ", ".join(f"{part} {seconds_of[part] / total:.1%}" for part in parts)
   return f"{minutes} min {seconds} s: {shown}"
 
 

@@ -1,8 +1,8 @@
-"""Checksums of a folder's files and of the arrays in them, so that damage is found before anything is used.
+"""Checksums of the files in a folder and of the arrays in them, which detect damage before anything is used.
 
-What Orbax and safetensors do not notice, a flipped bit or a missing file, is found by XXH3 checksums of 64 bits: each
-file's when a folder is opened, each array's when it is in memory. They run as fast as memory is read. The manifest is
-one line of JSON that starts with its own checksum.
+Orbax and safetensors do not notice a flipped bit or a missing file. XXH3 checksums of 64 bits do: of each file when a
+folder is opened, of each array when it is in memory. They are as fast as reading memory. The manifest is one line of
+JSON that starts with its own checksum.
 """
 
 import json
@@ -23,14 +23,14 @@ _PART = "part."
 
 
 class Damaged(errors.UserError):
-  """Files are not what they were when they were written."""
+  """Files differ from what was written."""
 
 
 class Manifest(NamedTuple):
   """`files`: relative path -> (bytes, checksum). `arrays`: item -> name -> checksum of the values in C order.
 
-  Of an array that is divided over devices each piece has its own, under a name that ends with where it lies in the
-  whole: "kernel[0:64,128:256]".
+  An array that is sharded over devices has one checksum for each piece, whose name ends with its region:
+  "kernel[0:64,128:256]".
   """
 
   files: dict[str, tuple[int, int]]
@@ -38,9 +38,9 @@ class Manifest(NamedTuple):
 
 
 def pieces(tree: Any) -> dict[str, np.ndarray]:
-  """The arrays of a tree by name on the host; of those that are divided over devices the pieces that this process has.
+  """Returns the arrays of a tree by name, in host memory; of sharded arrays the pieces that this process has.
 
-  A piece of which there are several copies is given once, by the process that has the first. On a CPU these are views.
+  A replicated piece is returned once, by the process with the first copy. On a CPU these are views.
   """
   return {
     name + where: piece
@@ -50,18 +50,18 @@ def pieces(tree: Any) -> dict[str, np.ndarray]:
 
 
 def array_sums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
-  """The checksum of each array."""
+  """Returns the checksum of each array."""
   return {name: _sum(array) for name, array in arrays.items()}
 
 
 def file_sums(folder: pathlib.Path, skip: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
-  """Bytes and checksum of each file below a folder, but of those whose relative path starts with one of `skip`."""
-  found = {}
+  """Returns {relative path: (bytes, checksum)} of the files below a folder, except paths that start with a `skip`."""
+  sums = {}
   for path in sorted(p for p in folder.rglob("*") if p.is_file()):
     name = path.relative_to(folder).as_posix()
     if not name.startswith(tuple(skip)):
-      found[name] = _file_sum(path)
-  return found
+      sums[name] = _file_sum(path)
+  return sums
 
 
 def write(folder: pathlib.Path, manifest: Manifest, name: str = NAME) -> None:
@@ -70,12 +70,12 @@ def write(folder: pathlib.Path, manifest: Manifest, name: str = NAME) -> None:
 
 
 def write_part(folder: pathlib.Path, part: int, arrays: dict[str, dict[str, int]]) -> None:
-  """Writes the checksums of the arrays, or pieces, that one of several processes saves, for `seal`."""
+  """Writes the checksums of the arrays or pieces that one of several processes saves; `seal` merges them."""
   _write(folder / f"{_PART}{part}", Manifest({}, arrays))
 
 
 def seal(folder: pathlib.Path, files: dict[str, tuple[int, int]]) -> None:
-  """Writes the manifest of these files and of what all parts in the folder say, in whose place it comes."""
+  """Writes the manifest of these files and of the arrays in all parts, and deletes the parts."""
   arrays: dict[str, dict[str, int]] = {}
   parts = list(folder.glob(f"{_PART}*"))
   for part in parts:
@@ -90,7 +90,7 @@ def read(folder: pathlib.Path, name: str = NAME) -> Manifest:
   """Reads the manifest of a folder.
 
   Raises:
-    Damaged: there is none, or it is not what was written.
+    Damaged: it is missing, or differs from what was written.
   """
   return _read(folder / name)
 
@@ -110,53 +110,53 @@ def _read(file: pathlib.Path) -> Manifest:
   body = text[17:-1]
   if text != f"{_first_word(body)} {body}\n":
     raise Damaged(f"{file} is damaged: its first word is not the checksum of the rest.")
-  found = json.loads(body)
-  return Manifest({k: (v[0], v[1]) for k, v in found["files"].items()}, found["arrays"])
+  content = json.loads(body)
+  return Manifest({k: (v[0], v[1]) for k, v in content["files"].items()}, content["arrays"])
 
 
 def check_files(
   folder: pathlib.Path, manifest: Manifest, skip: Sequence[str] = (), *, more: bool = False
 ) -> None:
-  """Compares the files below a folder with those of a manifest.
+  """Compares the files below a folder with a manifest.
 
   Args:
-    folder: where they lie.
-    manifest: what was written.
-    skip: beginnings of relative paths that are not looked at.
-    more: files that were not there are let pass.
+    folder: the folder.
+    manifest: the manifest of what was written.
+    skip: prefixes of relative paths to leave out.
+    more: accepts files that the manifest does not list.
 
   Raises:
-    Damaged: files that differ, are missing, or were not there; all of them are named.
+    Damaged: files differ, are missing, or are not in the manifest; names them.
   """
   wanted = manifest.files
-  found = {}
+  present = {}
   for path in (p for p in folder.rglob("*") if p.is_file()):
     name = path.relative_to(folder).as_posix()
     if name in wanted:
-      found[name] = _file_sum(path)
+      present[name] = _file_sum(path)
     elif not more and not name.startswith(tuple(skip)):
-      found[name] = (-1, 0)
+      present[name] = (-1, 0)
   wrong = []
-  for name in sorted({*wanted, *found}):
-    if name not in found:
+  for name in sorted({*wanted, *present}):
+    if name not in present:
       wrong.append(f"{name} is missing")
     elif name not in wanted:
       wrong.append(f"{name} was not there when it was written")
-    elif found[name][0] != wanted[name][0]:
-      wrong.append(f"{name} has {found[name][0]} bytes, written were {wanted[name][0]}")
-    elif found[name] != wanted[name]:
+    elif present[name][0] != wanted[name][0]:
+      wrong.append(f"{name} has {present[name][0]} bytes, written were {wanted[name][0]}")
+    elif present[name] != wanted[name]:
       wrong.append(f"{name} has other bytes than were written")
   if wrong:
     raise Damaged(f"{folder} is damaged: {'; '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}.")
 
 
 def check_arrays(where: pathlib.Path, item: str, tree: Any, manifest: Manifest) -> None:
-  """Compares arrays in memory with those of a manifest, however they are divided here and were when it was written.
+  """Compares arrays in memory with a manifest; they may be sharded in another way than when it was written.
 
-  Pieces that lie on other processes, or across their borders, are not compared: their files were.
+  Pieces on other processes, or across shard borders, are not compared; their files were.
 
   Raises:
-    Damaged: arrays whose values differ from those that were written, by name.
+    Damaged: names the arrays whose values differ from what was written.
   """
   leaves = trees.flatten(tree)
   seen = set()
@@ -187,16 +187,16 @@ def _pieces_of(leaf: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _piece(leaf: Any, region: str | None) -> np.ndarray | None:
-  """The values of a region, "0:64,128:256", or of all; None where this process lacks some of them."""
+  """Returns the values of a region, "0:64,128:256", or all; None if this process lacks some of them."""
   if region is None:
     region = ",".join(f"0:{n}" for n in np.shape(leaf))
   bounds = [(int(a), int(b)) for a, b in (part.split(":") for part in region.split(",") if part)]
   if getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated:
     return np.asarray(np.asarray(leaf)[tuple(slice(a, b) for a, b in bounds)])
   for shard in leaf.addressable_shards:
-    own = [s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True)]
-    if all(a <= c and d <= b for (a, b), (c, d) in zip(own, bounds, strict=True)):
-      inside = [slice(c - a, d - a) for (a, _), (c, d) in zip(own, bounds, strict=True)]
+    shard_bounds = [s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True)]
+    if all(a <= c and d <= b for (a, b), (c, d) in zip(shard_bounds, bounds, strict=True)):
+      inside = [slice(c - a, d - a) for (a, _), (c, d) in zip(shard_bounds, bounds, strict=True)]
       return np.asarray(shard.data)[tuple(inside)]
   return None
 
@@ -212,14 +212,14 @@ def _sum(array: np.ndarray) -> int:
 
 
 def bytes_sum(content: bytes) -> tuple[int, int]:
-  """The size and the checksum of a file's bytes, as a manifest has them."""
+  """Returns the size and the checksum of a file's bytes, as a manifest holds them."""
   return len(content), xxhash.xxh3_64_intdigest(content) if content else 0
 
 
 def _file_sum(path: pathlib.Path) -> tuple[int, int]:
   size = path.stat().st_size
-  if not size:  # which cannot be mapped
+  if not size:  # an empty file cannot be mapped
     return 0, 0
-  # Read where the system has it: a copy would cost half as much again.
+  # Mapped, not copied: a copy would cost half as much again.
   with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
     return size, xxhash.xxh3_64_intdigest(content)

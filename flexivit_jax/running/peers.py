@@ -1,4 +1,4 @@
-"""Signs of life of the processes of a run, in RUN/processes: who stands still, when the others can only wait."""
+"""Heartbeats of the processes of a run, in RUN/processes: they tell which process hangs when the others wait for it."""
 
 import contextlib
 import json
@@ -17,23 +17,23 @@ from flexivit_jax import errors, files, heartbeat
 FOLDER = "processes"
 _MARK = "mark"
 _SIGN = re.compile(r"\d+\.(json|json\.tmp|tmp|ended)")  # .tmp: of earlier versions
-_SEES_S = 30.0  # in which a file of another host is seen; NFS looks again after so long
+_SEES_S = 30.0  # seconds until a file of another host is visible: NFS caches that long
 
 
 def clear(folder: pathlib.Path) -> None:
-  """Deletes what the processes of an earlier start wrote there; a folder without our mark is another's."""
+  """Deletes the heartbeats of an earlier start; leaves a folder without our mark alone."""
   if not (folder / _MARK).is_file():
     return
   for path in list(folder.iterdir()):
     if _SIGN.fullmatch(path.name):
       path.unlink(missing_ok=True)
-  (folder / _MARK).unlink()  # the last: until then this can be done again
+  (folder / _MARK).unlink()  # last, so that an interrupted deletion can be repeated
   with contextlib.suppress(OSError):  # it is not empty
     folder.rmdir()
 
 
 def mark(folder: pathlib.Path) -> int:
-  """Makes the folder, on the first process, and returns a number that is written there."""
+  """Creates the folder, on process 0, and writes and returns a random number there."""
   number = secrets.randbelow(2**31)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / _MARK).write_text(f"{number}\n")
@@ -41,7 +41,7 @@ def mark(folder: pathlib.Path) -> int:
 
 
 def sees(folder: pathlib.Path, number: int) -> bool:
-  """Whether this process sees the folder that was marked with this number; waits for it as network folders need."""
+  """Whether this process sees the folder with this number; waits, because network folders are slow."""
   end = time.monotonic() + _SEES_S
   while True:
     with contextlib.suppress(OSError):
@@ -53,7 +53,7 @@ def sees(folder: pathlib.Path, number: int) -> bool:
 
 
 def leave_word(folder: pathlib.Path, index: int, reason: str) -> None:
-  """Writes why a process ends, for the others to say."""
+  """Records why a process ends, so that the others can report it."""
   with contextlib.suppress(OSError):
     (folder / f"{index}.ended").write_text(reason)
 
@@ -69,31 +69,31 @@ class Heartbeat(TypedDict):
 
 
 class Peers:
-  """What this process writes of itself and reads of the others, every few seconds.
+  """Writes this process's heartbeat and reads those of the others, every few seconds.
 
-  The first process looks at all, the others at the first. Whoever finds one silent says so, and who it is, which the
-  runtime does not say when it ends the run; it alone decides that, for files may be seen late on other hosts. Clocks
-  are not compared: silent is what does not change.
+  Process 0 watches all, the others watch process 0. A process that finds another silent prints which one: the runtime
+  does not say it when it ends the run. Only the runtime ends the run, because files may be visible late on other hosts.
+  Clocks are not compared: a heartbeat that does not change is silent.
 
   Args:
-    folder: of all processes.
-    index, count: of this process, and how many there are.
-    limit: seconds of silence after which it is said; None: never.
+    folder: the folder of all heartbeats.
+    index, count: the index of this process, and the number of processes.
+    limit: seconds without a change after which a process is reported as silent; None: never.
   """
 
   def __init__(self, folder: pathlib.Path, index: int, count: int, limit: float | None = None):
     self._folder, self._index, self._count, self._limit = folder, index, count, limit
-    self._said = ""
-    self._every = max(2.0, count / 4)  # files that are read in a second do not grow with the count
-    self.step = 0  # that this process is at
+    self._reported = ""
+    self._every = max(2.0, count / 4)  # so that the reads a second do not grow with the count
+    self.step = 0  # the step of this process
     self._written = -self._every
     self._begun = time.monotonic()
-    self._seen: dict[int, tuple[float, Heartbeat]] = {}  # when it changed, and what it says
+    self._seen: dict[int, tuple[float, Heartbeat]] = {}  # when it changed, and what it holds
     folder.mkdir(parents=True, exist_ok=True)
     self.tick()
 
   def tick(self) -> None:
-    """Writes a sign of life and looks at the others', if it is time to."""
+    """Writes a heartbeat and reads those of the others, if they are due."""
     now = time.monotonic()
     if now - self._written < self._every:
       return
@@ -114,39 +114,35 @@ class Peers:
     if self._index == 0 and now - self._begun > self._limit:
       lost |= self._missing()
     who = ", ".join(map(str, lost))
-    if lost and who != self._said:
+    if lost and who != self._reported:
       print(
         f"flexivit: process {self._index}: {'; '.join(lost.values())}. If it is lost the run ends; the same command on"
         " all goes on from the last checkpoint.",
         file=sys.stderr,
         flush=True,
       )
-    self._said = who
+    self._reported = who
 
   def blame(self) -> str:
-    """Says why one has ended, or which are silent, or else which one is behind or has done nothing for longest."""
-    return self._blame()[0]
-
-  def _blame(self) -> tuple[str, bool]:
-    """What `blame` says, and whether a process is gone: it has ended, is silent, or has left no sign."""
+    """Returns why a process has ended, or which are silent, or else which is behind or idle for longest."""
     if ended := self._ended():
-      return ended, True
+      return ended
     self._look(range(self._count))
-    if gone := self._silent(3 * self._every) | self._missing():
-      return "; ".join(gone.values()), True
-    # All that wait have been idle since the same moment: the one that they wait for is a step behind.
+    if lost := self._lost():
+      return "; ".join(lost.values())
+    # Those that wait are idle since the same moment: the one that they wait for is a step behind.
     last = min(self._seen, key=lambda i: (self._seen[i][1]["step"], -self._seen[i][1]["idle"]))
-    return f"{self._who(last)} has done nothing for {self._seen[last][1]['idle']:.0f} s", False
+    return f"{self._who(last)} has done nothing for {self._seen[last][1]['idle']:.0f} s"
 
   def blame_lost(self) -> str:
-    """As `blame`, when one may just have gone: waits until it would have given a sign."""
+    """As `blame`, when a process may just have ended: waits until its next heartbeat would be due."""
     self._look(range(self._count))
     end = time.monotonic() + 4 * self._every
     while time.monotonic() < end:
       time.sleep(0.25)
-      text, is_gone = self._blame()
-      if is_gone:
-        return text
+      self._look(range(self._count))
+      if self._ended() or self._lost():
+        return self.blame()
     return self.blame()
 
   def _look(self, indices: Iterable[int]) -> None:
@@ -157,14 +153,19 @@ class Peers:
           self._seen[index] = (time.monotonic(), about)
 
   def _ended(self) -> str:
-    """What the first that left word has said; the others may have ended because it did."""
-    words = [(f.stat().st_mtime, int(f.stem), f.read_text()) for f in self._folder.glob("*.ended")]
-    others = [word for word in sorted(words) if word[1] != self._index]
+    """Returns the reason of the process that ended first; the others may have ended because of it."""
+    reasons = [
+      (f.stat().st_mtime, int(f.stem), f.read_text()) for f in self._folder.glob("*.ended")
+    ]
+    others = [reason for reason in sorted(reasons) if reason[1] != self._index]
     return f"process {others[0][1]} has ended: {others[0][2]:.500}" if others else ""
+
+  def _lost(self) -> dict[int, str]:
+    return self._silent(3 * self._every) | self._missing()
 
   def _missing(self) -> dict[int, str]:
     unseen = (i for i in range(self._count) if i not in self._seen)
-    return {i: f"process {i} has left no sign" for i in unseen}
+    return {i: f"process {i} has no heartbeat" for i in unseen}
 
   def _silent(self, seconds: float) -> dict[int, str]:
     now = time.monotonic()

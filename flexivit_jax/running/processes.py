@@ -1,4 +1,4 @@
-"""What the processes of one run make sure of before they wait for each other, and how each ends when one fails."""
+"""What the processes of one run agree on before they wait for each other, and how each ends when one fails."""
 
 import contextlib
 import json
@@ -16,25 +16,25 @@ import jax
 from flexivit_jax import errors
 from flexivit_jax.running import distributed, exit_codes, peers, run_folder
 
-# What JAX, Gloo, NCCL say of a connection that broke, whatever they raise.
+# Words in the errors of JAX, Gloo and NCCL about a broken connection, whatever their type.
 _CONNECTION = re.compile(
   "gloo|nccl|connection|peer|socket|heartbeat|coordination|UNAVAILABLE", re.IGNORECASE
 )
 
 
 def agree_on_config(settings: Mapping[str, object]) -> None:
-  """Compares the config of all processes; before anything else, for other configs would be other programs.
+  """Compares the configs of all processes; first, because different configs compile to different programs.
 
   Raises:
-    UserError: the keys that differ, with their values. On all of them.
+    UserError: names the keys that differ, with their values; raised on all processes.
   """
   if not distributed.is_on():
     return
-  found = [json.loads(text) for text in distributed.texts(json.dumps(settings, default=str))]
+  configs = [json.loads(text) for text in distributed.texts(json.dumps(settings, default=str))]
   lines = {
     f"process {i}: {', '.join(list(differing.values())[:5])}"
-    for i, other in enumerate(found)
-    if (differing := run_folder.diff(found[0], other))
+    for i, other in enumerate(configs)
+    if (differing := run_folder.diff(configs[0], other))
   }
   if lines:
     raise errors.UserError(
@@ -44,10 +44,10 @@ def agree_on_config(settings: Mapping[str, object]) -> None:
 
 
 def take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
-  """Takes the folder for this run until the stack closes, and makes sure that all processes see it.
+  """Locks the folder for this run until the stack closes, and checks that all processes see it.
 
   Raises:
-    UserError: another run has it; or some processes see another folder, by name.
+    UserError: another run holds it; or some processes see a different folder (they are named).
   """
   signs = workdir / peers.FOLDER
 
@@ -68,7 +68,10 @@ def take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
 
 
 def signs_of_life(workdir: pathlib.Path) -> peers.Peers | None:
-  """Says when another process is silent, before the runtime ends this one for it; None where there is only one."""
+  """Returns the heartbeats of all processes, which report a silent one before the runtime ends this process.
+
+  None for a single process.
+  """
   if not distributed.is_on():
     return None
   limit = 0.3 * distributed.heartbeat()
@@ -76,9 +79,9 @@ def signs_of_life(workdir: pathlib.Path) -> peers.Peers | None:
 
 
 def abandon(error: Exception, workdir: pathlib.Path) -> NoReturn:
-  """Ends a process of several at once: the others would wait for it, and it for them.
+  """Ends one of several processes at once: the others would wait for it, and it for them.
 
-  It leaves word of an error that is its own; of one that says no more than that another is gone, it says who that is.
+  Records its error for the others. If the error only says that a connection broke, names the process that is gone.
   """
   folder, index = workdir / peers.FOLDER, jax.process_index()
   said, code = f"{type(error).__name__}: {error}", exit_codes.HUNG

@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, and the config of each start, which must be that of the run."""
+"""The folder of a run: its lock, and the config of each start, which must match the config of the run."""
 
 import contextlib
 import datetime
@@ -16,7 +16,7 @@ import numpy as np
 from flexivit_jax import errors, files
 from flexivit_jax.trees import Json
 
-# What makes a run what it is: another value would be another run under the same name. Of these, some keys are free.
+# Sections that identify a run: another value would be another run under the same name. Keys in FREE may change.
 IDENTITY = (
   "model", "input", "flexi", "objective", "optim", "seed", "init", "init_head_bias", "token_budget", "skip_above",
 )  # fmt: skip
@@ -25,7 +25,7 @@ FREE = (
   "input.workers",
   "input.prefetch",
   "input.keep_mb",
-  "input.on_error",  # A run that goes on has met none of the images that it says what to do with.
+  "input.on_error",  # A run that resumes has met no image to which it applies.
   "input.max_errors",
   "input.data.data_dir",
   "input.data.allow_empty",
@@ -37,15 +37,15 @@ _ADDRESS = re.compile(r"(gs|s3|az|hf|abfss?|hdfs|wasbs?|https?|file|ftp):/")
 
 
 def check_path(workdir: pathlib.Path, *, several: bool = False) -> None:
-  """Checks that a folder can be made at a path, or is there; changes nothing.
+  """Checks that the folder of a run exists or can be created; changes nothing.
 
   Args:
-    workdir: of the run.
+    workdir: the folder.
     several: whether several processes share it.
 
   Raises:
-    UserError: it is a file or lies in one, a link that leads nowhere, an address, too long, or has characters that
-      cannot be got around on this system or by several processes.
+    UserError: it is a file or below a file, a broken link, an address, too long, or has characters that this system
+      or several processes cannot handle.
   """
   shown, way = files.printable(workdir), "give another --workdir"
   if _ADDRESS.match(str(workdir)):
@@ -71,16 +71,16 @@ def check_path(workdir: pathlib.Path, *, several: bool = False) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds the folder for this process; it is free again when the process ends, however it does.
+  """Locks the folder for this process; the lock is released when the process ends, in whatever way.
 
-  A folder, and those above it, that were made for this and in which nothing was written are gone again at the end.
+  Folders that were created for the lock are removed at the end if nothing was written in them.
 
   Raises:
-    UserError: another process has it, which is named; or nothing can be written there.
+    UserError: another process holds the lock (it is named); or the folder cannot be written to.
   """
   holder, file = workdir / "holder.json", workdir / ".lock"
-  made = [p for p in (workdir, *workdir.parents) if not p.exists()]
-  had = file.exists()
+  created = [p for p in (workdir, *workdir.parents) if not p.exists()]
+  had_lock_file = file.exists()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(file, timeout=0)
@@ -90,7 +90,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
       f"{workdir} is in use by {_holder(holder)}; wait for it, stop it, or give another --workdir."
     ) from e
   except OSError as e:
-    _remove(made)
+    _remove(created)
     raise errors.UserError(
       f"{workdir} cannot be written to: {e.strerror}; give another --workdir."
     ) from e
@@ -102,57 +102,57 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   finally:
     with contextlib.suppress(OSError):
       holder.unlink()
-    if not had and os.listdir(workdir) == [file.name]:
+    if not had_lock_file and os.listdir(workdir) == [file.name]:
       file.unlink()
-      _remove(made)
+      _remove(created)
     lock.release()
 
 
-def _remove(made: Sequence[pathlib.Path]) -> None:
-  """Removes the folders, the innermost first, until one is not empty."""
+def _remove(folders: Sequence[pathlib.Path]) -> None:
+  """Removes empty folders, the innermost first; stops at one that is not empty."""
   with contextlib.suppress(OSError):
-    for folder in made:
+    for folder in folders:
       if folder.is_dir():
         folder.rmdir()
 
 
 def _holder(file: pathlib.Path) -> str:
   try:
-    found = json.loads(file.read_text())
-    return f"process {found['pid']} on {found['host']} since {found['since']}"
+    holder = json.loads(file.read_text())
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
   except (OSError, ValueError, KeyError):
     return "another process"
 
 
 class Start(NamedTuple):
-  """How the config of a start differs from that of the run: keys -> lines, and what is to be said; see `compare`."""
+  """How the config of a start differs from the config of the run; see `compare`."""
 
-  lines: dict[str, str]
-  notes: list[str]
-  unknown: str | None  # why what the run's config is cannot be told
-  same: bool  # nothing has to be written
+  lines: dict[str, str]  # key -> one line for the user
+  notes: list[str]  # lines to print
+  unknown: str | None  # why the config of the run cannot be read
+  same: bool  # nothing needs to be written
 
 
 def compare(workdir: pathlib.Path, settings: Json, *, begun: bool) -> Start:
   """Compares the config of a start with that of the run; changes nothing.
 
   Args:
-    workdir: of the run.
+    workdir: the folder of the run.
     settings: the config of this start.
-    begun: whether there is a checkpoint: until then a config may become another.
+    begun: whether there is a checkpoint; until then the config may change freely.
   """
-  kept = [workdir / "config.json", *reversed(_kept(workdir))]
-  found, damaged = _last_config([p for p in kept if p.exists()])
-  last = "" if found is None else f"; {found[0].name} is the last that is whole"
+  stored = [workdir / "config.json", *reversed(_numbered(workdir))]
+  last_config, damaged = _last_config([p for p in stored if p.exists()])
+  last = "" if last_config is None else f"; {last_config[0].name} is the last that is whole"
   notes = [f"{path} is damaged{last}" for path in damaged]
-  if found is None:
+  if last_config is None:
     named = ", ".join(map(str, damaged))
     unknown = f"{named}: damaged, so whether this is the run's config cannot be told"
     return Start({}, notes, unknown if damaged and begun else None, same=False)
-  lines = diff(found[1], json.loads(_text(settings)))
+  lines = diff(last_config[1], json.loads(_text(settings)))
   when = "config" if begun else "config, before anything was saved"
   notes += [f"{when}: {line}" for line in lines.values()]
-  return Start(lines, notes, None, same=not lines and bool(kept[1:]) and not damaged)
+  return Start(lines, notes, None, same=not lines and bool(stored[1:]) and not damaged)
 
 
 def check_config(
@@ -163,17 +163,17 @@ def check_config(
   allow_change: bool,
   misfit: str | None = None,
 ) -> None:
-  """Decides whether a run that has a checkpoint goes on with a config; changes nothing.
+  """Checks that a run with a checkpoint may resume with this config; changes nothing.
 
   Args:
-    workdir: of the run.
+    workdir: the folder of the run.
     settings: the config of this start.
-    start: of `compare`.
-    allow_change: of what makes a run what it is, too.
-    misfit: why the checkpoint cannot be gone on from with this config, whatever is allowed.
+    start: the result of `compare`.
+    allow_change: also allows changes of the sections that identify a run.
+    misfit: why the checkpoint cannot be resumed with this config, whatever is allowed; None: it can.
 
   Raises:
-    UserError: what makes the run what it is has changed; no config can be read; there is a misfit.
+    UserError: an identifying section has changed; no config can be read; or there is a misfit.
   """
   differs = (
     f"The config differs from that of the run in {workdir}: {'; '.join(start.lines.values())}."
@@ -200,12 +200,12 @@ def write_config(workdir: pathlib.Path, settings: Json, start: Start) -> None:
   """
   if start.same:
     return
-  number = 1 + max((int(p.suffixes[-2][1:]) for p in _kept(workdir)), default=0)
+  number = 1 + max((int(p.suffixes[-2][1:]) for p in _numbered(workdir)), default=0)
   files.write_atomically(workdir / f"config.{number:03d}.json", _text(settings))
   files.write_atomically(workdir / "config.json", _text(settings))
 
 
-def _kept(workdir: pathlib.Path) -> list[pathlib.Path]:
+def _numbered(workdir: pathlib.Path) -> list[pathlib.Path]:
   return sorted(workdir.glob("config.[0-9][0-9][0-9].json"))
 
 
@@ -216,13 +216,13 @@ def _text(settings: Json) -> str:
 def _last_config(
   files: Sequence[pathlib.Path],
 ) -> tuple[tuple[pathlib.Path, Json] | None, list[pathlib.Path]]:
-  """The first of the files that holds a config, and those before it, which are damaged."""
+  """Returns the first file that holds a config, with the config, and the damaged files before it."""
   damaged: list[pathlib.Path] = []
   for file in files:
     with contextlib.suppress(ValueError):
-      found = json.loads(file.read_bytes())
-      if isinstance(found, dict):
-        return (file, found), damaged
+      config = json.loads(file.read_bytes())
+      if isinstance(config, dict):
+        return (file, config), damaged
     damaged.append(file)
   return None, damaged
 
@@ -236,9 +236,9 @@ def write_bad_step(
   ids: np.ndarray | None,
   writing: bool = True,
 ) -> pathlib.Path:
-  """Writes bad_step.json: what `flexivit replay` needs to look into a step that was not finite. Returns its path.
+  """Writes bad_step.json, which `flexivit replay` reads to examine a step that was not finite; returns its path.
 
-  With `writing` False, on all processes but one, it only returns the path.
+  With `writing` False (all processes but one) it only returns the path.
 
   Raises:
     UserError: it cannot be written.
@@ -246,17 +246,17 @@ def write_bad_step(
   file = workdir / "bad_step.json"
   if not writing:
     return file
-  # Numbers that JSON has not are words there.
+  # JSON has no NaN and no infinity: they are written as text.
   numbers = {k: float(v) if np.isfinite(v) else str(v) for k, v in measured.items()}
-  found = {"step": step, "size": dict(size), "measured": numbers}
-  known = None if ids is None else np.asarray(ids).tolist()
-  files.write_atomically(file, json.dumps(found | {"ids": known}) + "\n")
+  examples = None if ids is None else np.asarray(ids).tolist()
+  dump = {"step": step, "size": dict(size), "measured": numbers, "ids": examples}
+  files.write_atomically(file, json.dumps(dump) + "\n")
   return file
 
 
 def is_identity(key: str, settings: Json) -> bool:
-  """Whether a run of these settings with another value under this key is another run."""
-  if key == "accumulate":  # rounding, but the masks of dropout are drawn part by part
+  """Whether another value under this key would make it another run."""
+  if key == "accumulate":  # changes only rounding, unless dropout draws a mask for each microbatch
     return bool(settings.get("model", {}).get("dropout"))
   teacher = key.startswith("objective.teachers.") and key.endswith(
     ".checkpoint"
@@ -265,7 +265,7 @@ def is_identity(key: str, settings: Json) -> bool:
 
 
 def diff(old: Json, new: Json) -> dict[str, str]:
-  """Returns for each key, "a.b.c", that differs a line that says how."""
+  """Returns {"a.b.c": one line} for each key that differs."""
   a, b = _flat(old), _flat(new)
   changed = {k: (a.get(k, "absent"), b.get(k, "absent")) for k in {**a, **b}}
   return {k: f"{k}: {x!r} -> {y!r}" for k, (x, y) in changed.items() if x != y}

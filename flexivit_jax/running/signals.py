@@ -1,8 +1,8 @@
-"""Signals and hangs: a run that is told to stop saves first, and one that stands still says where.
+"""Signals and hangs: a run that gets a signal saves before it stops; a run that hangs reports where.
 
-SIGTERM or SIGINT: the step in hand is finished and saved, and the process ends with `exit_codes.STOPPED`; the same
-command resumes there. While nothing is in hand, at start-up, in compilation, in an evaluation, while data is awaited,
-it ends at once. A second signal ends it whatever it does.
+SIGTERM or SIGINT: the current step is finished and saved, and the process ends with `exit_codes.STOPPED`; the same
+command resumes there. At start-up, in compilation, in an evaluation and while waiting for data it ends at once. A
+second signal ends it in any case.
 """
 
 import contextlib
@@ -19,18 +19,16 @@ from typing import Any, NoReturn
 from flexivit_jax import heartbeat
 from flexivit_jax.running import exit_codes
 
-DATA_NOTE_S = 10.0
-
-
-_AGAIN_S = 1.0
+DATA_NOTE_S = 10.0  # seconds of waiting for data after which a line says so
+_AGAIN_S = 1.0  # seconds until `Stopped` is raised again
 
 
 class Stopped(BaseException):
-  """A signal has asked the run to end; no error."""
+  """A signal has asked the run to stop; not an error."""
 
 
 class Stop:
-  """Whether a signal has come; see `catch`."""
+  """Records whether a signal has arrived; see `catch`."""
 
   def __init__(self, reached: Callable[[int], bool] | None = None) -> None:
     self.signal: str | None = None
@@ -38,19 +36,19 @@ class Stop:
     self._reached = reached
 
   def check(self) -> None:
-    """Raises `Stopped` if a signal has come."""
+    """Raises `Stopped` if a signal has arrived."""
     if self.signal:
       raise Stopped(self.signal)
 
   def check_after(self, step: int) -> None:
-    """As `check`, after a step: of several processes all are told after the same one."""
+    """As `check`, after a step: several processes all stop after the same step."""
     if self._reached is not None and self._reached(step):
       raise Stopped("SIGTERM to one of the processes")
     self.check()
 
   @contextlib.contextmanager
   def interruptible(self) -> Iterator[None]:
-    """What runs inside may be left at any place: a signal raises `Stopped` there, at once."""
+    """Code inside may be interrupted anywhere: a signal raises `Stopped` there, at once."""
     self._at_once += 1
     try:
       self.check()
@@ -68,8 +66,9 @@ class Stop:
     self._obey()
 
   def _obey(self, *_: object) -> None:
-    """Raises `Stopped` where that is allowed, and again after a while: in a __del__ or a callback of the garbage
-    collector, where signals come too, Python only prints an error.
+    """Raises `Stopped` if the code is interruptible, and again a second later.
+
+    Signals also arrive in a __del__ or a callback of the garbage collector, where Python only prints the exception.
     """
     if self._at_once:
       signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
@@ -78,11 +77,11 @@ class Stop:
 
 @contextlib.contextmanager
 def catch(reached: Callable[[int], bool] | None = None) -> Iterator[Stop]:
-  """Handles SIGTERM and SIGINT while it lasts; elsewhere than in the main thread Python has no signals to handle.
+  """Handles SIGTERM and SIGINT; does nothing outside the main thread, where Python handles no signals.
 
   Args:
-    reached: of several processes, whether all are to stop after a step. SIGTERM is then left to who decides that, and
-      SIGINT is SIGTERM; neither ends anything at once.
+    reached: for several processes: whether all must stop after a step. Then JAX's preemption service handles SIGTERM,
+      SIGINT becomes SIGTERM, and neither ends anything at once.
   """
   stop = Stop(reached)
   if threading.current_thread() is not threading.main_thread():
@@ -110,14 +109,14 @@ def leave() -> NoReturn:
 
 
 class Watchdog:
-  """A thread that notices when nothing goes on.
+  """A thread that ends the process when it hangs.
 
   Args:
     limit: seconds without a heartbeat after which the stacks of all threads go to standard error and the process
       ends with `exit_codes.HUNG`; None: never.
-    note: is told that data is awaited, once each time.
+    note: called with a line when data has been awaited for a while, once each time.
     tick: called a few times a second.
-    blame: says, for the message at the end, which process of several stands still.
+    blame: returns, for the last message, which of several processes hangs.
   """
 
   def __init__(
@@ -137,7 +136,7 @@ class Watchdog:
 
   @contextlib.contextmanager
   def data(self) -> Iterator[None]:
-    """Data is awaited inside."""
+    """Marks that the code inside waits for data."""
     heartbeat.beat()
     self._waiting = True
     try:
@@ -147,7 +146,7 @@ class Watchdog:
       heartbeat.beat()
 
   def close(self) -> None:
-    """Ends the thread."""
+    """Stops the thread."""
     self._ended.set()
     self._thread.join()
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: one more place for the metrics of a run. The package is imported only where a config asks for it.
+"""Weights & Biases: another place for the metrics of a run. The package is imported only if a config asks for it.
 
 One run folder is one run there: its id is kept in RUN/wandb_id.txt, and a run that goes on from a checkpoint goes on
 there too. Steps are those of the training; what is there already is not sent again, for it would be the same.
@@ -29,7 +29,7 @@ def _package() -> Any:
       f"wandb=... in the config needs the package wandb, which cannot be imported ({e}). Install it with"
       " `pip install wandb`, or remove wandb from the config; metrics.jsonl and TensorBoard are written in any case."
     ) from e
-  if not hasattr(wandb, "init"):  # a folder called wandb, as earlier runs of it leave behind
+  if not hasattr(wandb, "init"):  # a folder named wandb, which earlier runs leave behind
     where = ", ".join(getattr(wandb, "__path__", ()))
     raise errors.UserError(
       f"wandb=... in the config needs the package wandb; what is imported is the folder {where}. Install the package"
@@ -44,7 +44,7 @@ class WandbRun:
 
   def __init__(self, run: Any):
     self._run = run
-    self._first = int(getattr(run, "step", 0) or 0)  # those before are there
+    self._first = int(getattr(run, "step", 0) or 0)  # earlier steps were sent before
 
   def write(self, step: int, numbers: Mapping[str, float]) -> None:
     """Sends the numbers of a step."""
@@ -52,10 +52,10 @@ class WandbRun:
       self._run.log(dict(numbers), step=step)
 
   def flush(self) -> None:
-    """Nothing to do: its own process sends what is there."""
+    """Does nothing: a process of wandb sends the numbers."""
 
   def close(self) -> None:
-    """Waits until all is sent."""
+    """Waits until everything is sent."""
     self._run.finish()
 
 
@@ -72,12 +72,12 @@ def open_run(
   notes: str | None = None,
   mode: Literal["online", "offline", "disabled"] | None = None,
 ) -> WandbRun:
-  """Starts a run there, or goes on with that of the run folder.
+  """Starts a run of Weights & Biases, or resumes the one of this run folder.
 
   Args:
     workdir: the run folder.
-    settings: the config, which is shown there.
-    begun: whether the run goes on from a checkpoint.
+    settings: the config, which it shows.
+    begun: whether the run resumes from a checkpoint.
     project: default: that of the environment, or "uncategorized".
     name: of the run; default: the folder's.
     entity: a user or team; default: that of the account.
@@ -87,7 +87,7 @@ def open_run(
     mode: "offline" writes files only, which `wandb sync` sends; default: that of the environment, or "online".
 
   Raises:
-    Exception: anything; training does not need it.
+    Exception: of any type; training does not need it.
   """
   file = workdir / _ID
   if begun and file.is_file():

@@ -408,7 +408,7 @@ def test_signs_of_life_say_who_is_silent_and_who_is_slow(tmp_path, monkeypatch):
   first.tick()
   assert re.fullmatch(r"process 1 \(\d+ on \S+, step 4\) is silent for 60 s", first.blame())
   (tmp_path / "1.json").unlink()
-  assert peers.Peers(tmp_path, 0, 2).blame() == "process 1 has left no sign"
+  assert peers.Peers(tmp_path, 0, 2).blame() == "process 1 has no heartbeat"
   peers.leave_word(tmp_path, 1, "no disk")
   assert peers.Peers(tmp_path, 0, 2).blame() == "process 1 has ended: no disk"
 
@@ -420,7 +420,7 @@ def test_the_first_process_says_who_was_never_there(tmp_path, monkeypatch, capfd
   later = time.monotonic() + 11
   monkeypatch.setattr(time, "monotonic", lambda: later)
   first.tick()
-  assert "process 0: process 1 has left no sign" in capfd.readouterr().err
+  assert "process 0: process 1 has no heartbeat" in capfd.readouterr().err
 
 
 def test_a_folder_is_known_by_its_mark(tmp_path, monkeypatch):
