@@ -1,10 +1,10 @@
-"""Balanced sampling: the order in which each class comes equally often, as a pure function of (seed, position).
+"""Balanced sampling: an order with equally many examples of each class, as a pure function of (seed, position).
 
-An epoch has as many positions as there are examples, in a mixed order, and each class has an equal share of them: the
-counts of two classes in an epoch differ by at most one, and the classes that have one more take turns. The draws of a
-class are a stream of their own over all epochs: round after round, each a new permutation of the examples of the class.
-So after any number of draws two examples of a class were seen equally often or one differs by one, and no state is
-needed. Of n examples in c classes, an example of a class of m is seen n / (c * m) times an epoch on average.
+An epoch has one position for each example, shuffled, and each class gets an equal share of the positions: the counts of
+two classes in an epoch differ by at most one, and the classes with one more take turns. The draws of a class form a
+stream over all epochs: round after round, each a new permutation of the examples of the class. So after any number of
+draws, the counts of two examples of a class differ by at most one, and no state is needed. With n examples in c
+classes, an example in a class of m examples is seen n / (c * m) times an epoch on average.
 """
 
 import functools
@@ -22,7 +22,7 @@ _CHUNK = 1024
 
 
 class Balanced(NamedTuple):
-  """Examples by class, of the classes that have any; those of class k: `indices[first[k] : first[k] + number[k]]`."""
+  """Examples by class, without empty classes; class k has `indices[first[k] : first[k] + number[k]]`."""
 
   indices: Int[np.ndarray, "n"]
   first: Int[np.ndarray, "c"]
@@ -30,7 +30,7 @@ class Balanced(NamedTuple):
 
 
 class Place(NamedTuple):
-  """What is at a position of a stream. The random draws of an example are seeded by (seed, round, example)."""
+  """The example at a position of a stream. Its random draws are seeded by (seed, round, example)."""
 
   round: int
   example: int
@@ -40,7 +40,7 @@ def by_class(source: Source) -> Balanced:
   """Sorts the examples of a source by class.
 
   Raises:
-    UserError: an example has no label or several.
+    UserError: an example has no label, or several.
   """
   labels = np.array([_only(source, i, label) for i, label in enumerate(labels_of(source))])
   count = np.bincount(labels)
@@ -60,10 +60,10 @@ def _only(source: Source, index: int, label: Label) -> int:
 
 @functools.lru_cache(maxsize=8)
 def labels_of(source: Source) -> Sequence[Label]:
-  """The label of every example; a source that cannot tell them alone is read once, and no image is decoded.
+  """Returns the label of every example; reads a source without `labels` once, decoding no image.
 
   Raises:
-    UserError: a label that is none of the classes.
+    UserError: a label is out of range.
   """
   if source.labels is not None:
     labels = source.labels()
@@ -83,14 +83,14 @@ def labels_of(source: Source) -> Sequence[Label]:
 
 
 def place(order: Balanced, seed: int, position: int, ahead: int = 0) -> Place:
-  """What is at a position of the balanced stream.
+  """Returns the place at a position of the balanced stream.
 
   Args:
-    order: of `by_class`.
+    order: the result of `by_class`.
     seed: of the run.
-    position: from 0; `len(order.indices)` make an epoch.
-    ahead: takes the example so many further in the round of its class, for one that cannot be read. Beyond the end of
-      the class, an example of later positions of the epoch.
+    position: from 0; an epoch has `len(order.indices)`.
+    ahead: moves this many examples further in the round of the class, to replace one that cannot be read; after the
+      last example of the class, to later positions of the epoch.
   """
   size, classes = len(order.indices), len(order.number)
   epoch, slot = divmod(position, size)
@@ -115,7 +115,7 @@ def place(order: Balanced, seed: int, position: int, ahead: int = 0) -> Place:
 
 
 def shuffled(slot: int, size: int, seed: tuple[int, ...]) -> int:
-  """The place of `slot` in a permutation of `size` that the seed names."""
+  """Returns the place of `slot` in a permutation of `size`, which the seed determines."""
   from grain.experimental import index_shuffle
 
   return index_shuffle(slot, max_index=size - 1, seed=_seed(seed), rounds=4)

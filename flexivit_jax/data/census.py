@@ -1,4 +1,4 @@
-"""How many examples each class has, in a sentence."""
+"""The number of examples of each class, as one sentence."""
 
 import statistics
 
@@ -6,12 +6,12 @@ import numpy as np
 
 from flexivit_jax.data.sources import Source
 
-_SHOWN = 10  # classes that are all named
-_FEWEST = 3  # of more classes: how many are
+_SHOWN = 10  # up to this many classes, all are named
+_FEWEST = 3  # of more classes, this many are named
 
 
 def class_sizes(source: Source) -> str | None:
-  """Returns e.g. "3 classes: cat 120, dog 98, owl 0"; None where labels are not known without reading the examples."""
+  """Returns e.g. "3 classes: cat 120, dog 98, owl 0"; None if the labels require reading the examples."""
   if source.labels is None or source.num_classes < 2:
     return None
   labels = np.hstack(source.labels())

@@ -1,13 +1,13 @@
-"""Lists of class names: their order, which names are the same, and which class of a model a class of the data is.
+"""Class names: their order, which names are equal, and how the classes of data map to those of a model.
 
-The rules, which nothing else repeats:
+The rules, which stand only here:
 
 - Names are compared after Unicode NFC normalisation: a folder that macOS wrote (NFD) is the class that Linux wrote.
   White space and case are part of a name.
-- The classes of data are mapped to those of a model by name. The model may have more of them; it has to have all.
-- Where one side has no names, classes are taken by number. There have to be as many, and the user is told.
+- The classes of data are mapped to those of a model by name. The model may have more classes, but not fewer.
+- If one side has no names, classes are matched by number. Both must have equally many, and the user gets a note.
 - Anything else is an error that shows both lists.
-- Class folders are ordered as numbers where all of them are numbers, and as text otherwise.
+- Class folders are ordered as numbers if all of them are numbers, else as text.
 """
 
 import collections
@@ -25,11 +25,11 @@ class Classes(NamedTuple):
   """The classes of a data set or of a model.
 
   Attributes:
-    names: in the order of the labels, or of the logits; None: they have only numbers.
-    number: how many.
-    of: whose they are, for messages, e.g. "the checkpoint runs/photos".
-    by_text: numbers that name folders are in the order of text (0, 1, 10, 2), as they were in runs that did not record
-      their names. Matters where `names` is None.
+    names: in the order of the labels, or of the logits; None: classes have only numbers.
+    number: the number of classes.
+    of: the owner, for messages, e.g. "the checkpoint runs/photos".
+    by_text: folders named by numbers are in text order (0, 1, 10, 2), as in runs that did not record their names.
+      Matters if `names` is None.
   """
 
   names: tuple[str, ...] | None
@@ -39,13 +39,13 @@ class Classes(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """What the checkpoint that a run goes on from says of classes.
+  """The classes in the record of the checkpoint from which a run resumes.
 
   Attributes:
     model: the classes of its logits.
-    data: the names of its training data's classes, by label; None: they had none, or this was not recorded.
-    of: which checkpoint, for messages.
-    recorded: whether the checkpoint would say it.
+    data: the class names of its training data, by label; None: it had none, or they were not recorded.
+    of: the checkpoint, for messages.
+    recorded: whether the record holds the classes of the data.
   """
 
   model: Classes
@@ -55,11 +55,11 @@ class Trained(NamedTuple):
 
 
 class Match(NamedTuple):
-  """How the classes of data become those of a model.
+  """How the classes of data map to those of a model.
 
   Attributes:
-    labels: for each class of the data the number of the model's; None: the numbers are the same.
-    note: what the user should know; None: nothing.
+    labels: the number of the model's class for each class of the data; None: the numbers are equal.
+    note: a line for the user; None: nothing to say.
   """
 
   labels: tuple[int, ...] | None
@@ -67,15 +67,15 @@ class Match(NamedTuple):
 
 
 def plain(name: str) -> str:
-  """The form in which names are compared: NFC."""
+  """Returns a name in the form in which names are compared: NFC."""
   return unicodedata.normalize("NFC", name)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-  """Class folders in the order of their labels: as numbers where all are ("2" before "10"), else as text.
+  """Sorts class folders in the order of their labels: as numbers if all are numbers ("2" before "10"), else as text.
 
-  Numbers are of the digits 0 to 9. Those with leading zeros are other names, but numbers too: "007" comes between "6"
-  and "8", and "7" comes before "007". One name that is no number ("10", "9", "other") and all are text.
+  Numbers consist of the digits 0 to 9. With leading zeros they are different names, but numbers too: "007" comes
+  between "6" and "8", and "7" before "007". A single name that is no number ("10", "9", "other") makes all text.
   """
   names = sorted(names)
   numbers = all(name.isascii() and name.isdigit() for name in names)
@@ -83,12 +83,12 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def by_text(names: Iterable[str]) -> tuple[str, ...]:
-  """Class folders in the order that runs used until numbers were ordered as numbers."""
+  """Sorts class folders in the order of earlier runs, before numbers were ordered as numbers."""
   return tuple(sorted(names))
 
 
 def check_distinct(names: Iterable[str], of: str) -> None:
-  """Raises a UserError for two names that are the same after normalisation."""
+  """Raises a UserError if two names are equal after normalisation."""
   spellings = collections.defaultdict(list)
   for name in names:
     spellings[plain(name)].append(name)
@@ -101,15 +101,15 @@ def check_distinct(names: Iterable[str], of: str) -> None:
 
 
 def of_record(record: Mapping[str, Any], count: int, of: str) -> Classes:
-  """The classes of a model, as its record names them.
+  """Returns the classes of a model, from its record.
 
   Args:
-    record: of a checkpoint; what `weights.load_with_record` returns.
-    count: classes of the model.
-    of: whose they are, for messages.
+    record: the record of a checkpoint, see `weights.load_with_record`.
+    count: the number of classes of the model.
+    of: the owner, for messages.
 
   Raises:
-    UserError: names that are not text, or not as many as the model has classes.
+    UserError: the names are not text, or their number differs from `count`.
   """
   names = record.get("class_names")
   if not names or not count:
@@ -125,7 +125,7 @@ def of_record(record: Mapping[str, Any], count: int, of: str) -> Classes:
 
 
 def known_of(record: Mapping[str, Any], count: int, of: str) -> tuple[Classes, ...]:
-  """The classes of a model, and those of the data that it was trained on where the record names them; none: no head."""
+  """Returns the classes of a model and, if recorded, those of its training data; () for a model without a head."""
   if not count:
     return ()
   model, data = of_record(record, count, of), record.get("data_classes")
@@ -133,7 +133,7 @@ def known_of(record: Mapping[str, Any], count: int, of: str) -> tuple[Classes, .
 
 
 def trained(record: Mapping[str, Any], of: str) -> Trained:
-  """What the record of a run's checkpoint says of classes; arguments as of `of_record`."""
+  """Returns the classes in the record of a run's checkpoint; arguments as in `of_record`."""
   names = record.get("class_names") or ()
   model = of_record(record, len(names), f"the checkpoint in {of}")
   data = record.get("data_classes")
@@ -141,16 +141,16 @@ def trained(record: Mapping[str, Any], of: str) -> Trained:
 
 
 def match(data: Classes, model: Classes, *, advice: str = "") -> Match:
-  """Which class of the model each class of the data is.
+  """Maps each class of the data to a class of the model.
 
   Args:
-    data: the classes of labels.
-    model: those that the labels should be of.
-    advice: what to do about classes that do not fit, in a sentence.
+    data: the classes of the labels.
+    model: the classes of the logits.
+    advice: one sentence for the error: what to do about classes that do not fit.
 
   Raises:
-    UserError: the data have a class that the model has not; a name stands there twice; one side has no names, and
-      another number of classes.
+    UserError: the model lacks a class of the data; a name occurs twice; one side has no names and the numbers of
+      classes differ.
   """
   if data.names is None or model.names is None:
     return Match(None, _by_number(data, model, advice))
@@ -172,7 +172,7 @@ def match(data: Classes, model: Classes, *, advice: str = "") -> Match:
 
 
 def check_unchanged(data: Classes, trained: Trained) -> None:
-  """Raises a UserError that names each class that a run's data had and have no more, or have now and had not."""
+  """Raises a UserError if the class names of a run's data have changed; names each class that is gone or new."""
   if data.names is None or trained.data is None:
     return
   now, then = ({plain(name) for name in names} for names in (data.names, trained.data))
@@ -188,7 +188,7 @@ def check_unchanged(data: Classes, trained: Trained) -> None:
 
 
 def shown(names: Sequence[str]) -> str:
-  """A list of names, its middle left out where it is long."""
+  """Returns names as text, a long list without its middle."""
   if len(names) <= 2 * _SHOWN:
     return ", ".join(map(repr, names))
   first, last = names[:_SHOWN], names[-2:]
@@ -211,7 +211,7 @@ def _by_number(data: Classes, model: Classes, advice: str) -> str | None:
 
 
 def _differ(data: Classes, model: Classes, missing: Sequence[str], advice: str) -> str:
-  """What to say of classes that the model does not have."""
+  """Returns the message about classes that the model lacks."""
   known = model.names or ()
   near = []
   for name in missing[:_SHOWN]:
@@ -240,9 +240,9 @@ _IMAGENET = {
 
 
 def _are_imagenet(ids: Sequence[str], words: Sequence[str]) -> bool:
-  """Whether these are ImageNet-1k's WordNet ids in their order, and its usual names in the same order.
+  """Whether `ids` are the ordered WordNet ids of ImageNet-1k and `words` its usual names in this order.
 
-  Lists of names differ in a few words ("toilet paper"), so that two of the nine may.
+  Published lists differ in a few words ("toilet paper"), so two of nine may differ.
   """
   if len(ids) != 1000 or len(words) != 1000 or list(ids) != sorted(set(ids)):
     return False
@@ -251,5 +251,5 @@ def _are_imagenet(ids: Sequence[str], words: Sequence[str]) -> bool:
 
 
 def _capital(text: str) -> str:
-  """For the beginning of a sentence; a key of a config stays as it is."""
+  """Capitalises "the" at the beginning of a sentence; leaves config keys as they are."""
   return "The" + text[3:] if text.startswith("the ") else text

@@ -21,7 +21,7 @@ _INTERPOLATION = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
 # Pillow's filters. timm and transformers name them by these words, and by these numbers.
 PILLOW = {f"pil_{f.name.lower()}": f for f in sorted(Image.Resampling)}
 _METHODS = (*_INTERPOLATION, "cubic", *PILLOW)
-# What Pillow knows by a suffix and no folder of images means by it: documents, films, measurements, textures.
+# Formats that Pillow reads but image folders do not contain: documents, films, measurements, textures.
 _NO_IMAGES = frozenset(
   ("BUFR", "EPS", "FITS", "FLI", "FTEX", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF")
 )
@@ -44,18 +44,20 @@ HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-  """Suffixes of the files that are read as images, in lower case: what this Pillow reads, and HEIC with pillow-heif."""
+  """Returns the suffixes of image files, in lower case: what this Pillow reads, and HEIC with pillow-heif."""
   with contextlib.suppress(ImportError):
     import pillow_heif  # Not among our dependencies: its codecs are heavy.
 
     pillow_heif.register_heif_opener()
-  known = Image.registered_extensions()
+  registered = Image.registered_extensions()
   readable = {"MPO", *Image.OPEN} - _NO_IMAGES
-  return frozenset(s for s, name in known.items() if name in readable and s != ".pfm")  # floats
+  return frozenset(
+    s for s, name in registered.items() if name in readable and s != ".pfm"
+  )  # floats
 
 
 def shown_suffixes() -> str:
-  """The usual ones of `suffixes`, for messages."""
+  """Returns the usual ones of `suffixes`, for messages."""
   usual = (
     ".jpg",
     ".jpeg",
@@ -89,7 +91,7 @@ _DARK_COLOUR = (
 
 @contextlib.contextmanager
 def noticing() -> Iterator[list[str]]:
-  """Collects what is odd of the images that are decoded meanwhile; elsewhere it is a warning, once."""
+  """Collects warnings about the images that are decoded inside; outside they are logged, once each."""
   texts: list[str] = []
   token = _NOTICED.set(texts)
   try:
@@ -122,13 +124,13 @@ def decode_image(
 
   Args:
     data: the file.
-    max_pixels: of the header, above which nothing is decoded (it may be a decompression bomb).
-    exif: turn and mirror the image as its EXIF orientation says; `tf.io.decode_image` does not. TIFF is always turned.
-    bits: of the grey values in a file of 16 bits; 12 scales 4095 to white.
+    max_pixels: the largest size by the header that is decoded (a file may be a decompression bomb).
+    exif: rotates and mirrors the image as its EXIF orientation says; `tf.io.decode_image` does not. TIFF always is.
+    bits: significant bits of grey values in a file of 16 bits; 12 scales 4095 to white.
 
   Raises:
     UserError: more than `max_pixels`.
-    OSError, SyntaxError, ValueError: what is not an image or is damaged.
+    OSError, SyntaxError, ValueError: the file is damaged or not an image.
   """
   with _open(data, max_pixels) as image:
     return _turn(_to_rgb(image, bits), image, exif)
@@ -143,19 +145,19 @@ def decode_crop(
   exif: bool = False,
   bits: int = 16,
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Decodes a box of an image, a JPEG at the smallest scale that still has `hw` pixels in the box.
+  """Decodes a box of an image; a JPEG at the smallest scale that still has `hw` pixels in the box.
 
-  JPEG's transform gives 1/2, 1/4 and 1/8 of the size for less work than the whole; the pixels are then means of those
-  of the file. Other formats are decoded whole, and so are JPEGs that are not grey or RGB.
+  JPEG decodes to 1/2, 1/4 and 1/8 of the size for less work; the pixels are then means of the stored ones. Other
+  formats, and JPEGs that are not grey or RGB, are decoded in full.
 
   Args:
     data: the file.
-    draw: (height, width) of the image -> (top, left, height, width) of the box in it; of the turned one with `exif`.
-    hw: pixels that are wanted of the box.
+    draw: (height, width) of the image, rotated if `exif`, -> (top, left, height, width) of the box in it.
+    hw: the pixels that the box needs.
     max_pixels, exif, bits: see `decode_image`, also for the errors.
 
   Returns:
-    the box, which has at least `hw` pixels where the file has them.
+    the box, with at least `hw` pixels if the file has them.
   """
   with _open(data, max_pixels) as image:
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
@@ -178,7 +180,7 @@ def decode_crop(
 
 @contextlib.contextmanager
 def _open(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
-  """An image of no more than so many pixels. What Pillow raises for a damaged file becomes one of three types."""
+  """Opens an image of at most `max_pixels`. Pillow's errors for damaged files become one of three types."""
   try:
     with Image.open(io.BytesIO(data)) as image:
       width, height = image.size
@@ -207,16 +209,16 @@ def _unknown(data: bytes) -> str:
 
 def _orientation(image: Image.Image) -> int:
   try:
-    found = image.getexif().get(_ORIENTATION, 1)
+    orientation = image.getexif().get(_ORIENTATION, 1)
   except Exception:  # Damaged EXIF data do not damage the image.
     return 1
-  return found if found in _TURNS else 1
+  return orientation if orientation in _TURNS else 1
 
 
 def _turn(
   pixels: UInt8[np.ndarray, "h w 3"], image: Image.Image, exif: bool
 ) -> UInt8[np.ndarray, "_ _ 3"]:
-  """Turns the pixels of a loaded image as its EXIF data say; Pillow turns a TIFF itself when it loads it."""
+  """Rotates the pixels of a loaded image as its EXIF data say; Pillow itself rotates a TIFF on loading."""
   orientation = _orientation(image)
   if orientation == 1:
     return pixels

@@ -1,4 +1,4 @@
-"""Image files as a command line names them: files, folders and patterns."""
+"""Image files named on a command line: files, folders and patterns."""
 
 import fnmatch
 import glob
@@ -13,7 +13,7 @@ from flexivit_jax.data.walking import Tree, is_hidden
 
 
 class Input(NamedTuple):
-  """A file to read, or what was named and why there is no file (`error`)."""
+  """A file to read, or a name without a file and the reason (`error`)."""
 
   path: str
   error: str | None = None
@@ -32,9 +32,9 @@ def find_images(
 
   Args:
     names: files, folders and patterns; "~" is the home folder where nothing has that name.
-    note: is told what was left out of a folder.
+    note: called with a line about what is left out of a folder.
   """
-  return [found for name in names for found in _find(os.fspath(name), note)]
+  return [file for name in names for file in _find(os.fspath(name), note)]
 
 
 def _find(name: str, note: Callable[[str], None]) -> list[Input]:
@@ -77,38 +77,38 @@ def _by_parts(path: str) -> list[str]:
 
 
 def _match(pattern: str, note: Callable[[str], None]) -> list[str]:
-  """Returns the paths that match, sorted; of a pattern with `**` files only."""
+  """Returns the sorted paths that match; a pattern with `**` matches files only."""
   parts = pathlib.PurePath(pattern).parts
-  # Parts that are there under just this name are no patterns: the folder may be called "scans [2]".
+  # A part that exists under exactly this name is no pattern: a folder may be called "scans [2]".
   fixed = next(i for i in range(len(parts)) if not os.path.lexists(os.path.join(*parts[: i + 1])))
   root, wanted = os.path.join("", *parts[:fixed]), parts[fixed:]
   if "**" in wanted:
-    found = [p for p in _files_below(root or ".") if _matches(p.split(os.sep), wanted)]
+    paths = [p for p in _files_below(root or ".") if _matches(p.split(os.sep), wanted)]
   else:
-    found = glob.glob(os.path.join(*wanted), root_dir=root or None)
-    found = [p for p in found if wanted[-1].startswith(".") or not is_hidden(os.path.basename(p))]
+    paths = glob.glob(os.path.join(*wanted), root_dir=root or None)
+    paths = [p for p in paths if wanted[-1].startswith(".") or not is_hidden(os.path.basename(p))]
   if wanted[-1] in ("*", "**"):
-    found = _images_among(root, found, lambda text: note(f"{pattern}: {text}"))
-  return sorted((os.path.join(root, path) for path in found), key=_by_parts)
+    paths = _images_among(root, paths, lambda text: note(f"{pattern}: {text}"))
+  return sorted((os.path.join(root, path) for path in paths), key=_by_parts)
 
 
 def _images_among(root: str, paths: Sequence[str], note: Callable[[str], None]) -> list[str]:
-  """Leaves out the files whose suffix is not that of an image, as in a folder; `*` says nothing of their kind."""
-  found = [
+  """Returns the images and folders among the paths, as in a folder; `*` says nothing about the kind of a file."""
+  chosen = [
     path
     for path in paths
     if os.path.splitext(path)[1].lower() in images.suffixes()
     or os.path.isdir(os.path.join(root, path))
   ]
-  if others := len(paths) - len(found):
+  if others := len(paths) - len(chosen):
     note(
       f"left out {others} {'file that is no image' if others == 1 else 'files that are no images'}"
     )
-  return found
+  return chosen
 
 
 def _files_below(root: str) -> Iterable[str]:
-  """Yields paths below a folder. Links to folders are followed unless that folder was entered already."""
+  """Yields the paths below a folder; follows links to folders, but enters no folder twice."""
   entered = set()
   for folder, folders, files in os.walk(root, followlinks=True):
     entry = os.stat(folder)

@@ -1,4 +1,4 @@
-"""How large public data sets are, to plan a run where they are not: examples of each split, and classes.
+"""Sizes of public data sets, to plan a run without the data: examples of each split, and classes.
 
 Sources: the pages of TFDS's catalogue, https://www.tensorflow.org/datasets/catalog/NAME, or what a comment says.
 """
@@ -16,7 +16,7 @@ _HW = (375, 500)  # a usual photograph of ImageNet
 
 
 class Known(NamedTuple):
-  """Examples of each stored split, and classes."""
+  """A public data set: the number of examples of each stored split, and of classes."""
 
   splits: dict[str, int]
   num_classes: int
@@ -42,10 +42,10 @@ KNOWN: dict[str, Known] = {
 
 
 def planned_source(*, name: str, split: str, **options: Any) -> Source:
-  """As `make_source`; of a data set that is known but not here, a stand-in of its size, of one grey image.
+  """As `make_source`; a public data set is replaced by a stand-in of its size, which holds one grey image.
 
   Raises:
-    UserError: it is neither here nor known.
+    UserError: the data set is neither here nor in KNOWN.
   """
   known = KNOWN.get(name.partition("/")[0].partition(":")[0])
   if known is None:

@@ -1,4 +1,4 @@
-"""Batches, made ahead in threads or processes by Grain; what is in them is `stream.py`'s."""
+"""Batches, prefetched by Grain in threads or processes; `stream.py` says what they contain."""
 
 import atexit
 import contextlib
@@ -22,9 +22,9 @@ from flexivit_jax.data.stream import (
   Chunk,
   Odd,
   check_limit,
+  example_cache,
   index_of,
   make_chunk,
-  room,
 )
 from flexivit_jax.errors import UserError, unknown
 
@@ -37,7 +37,7 @@ _CHUNK = 32  # Examples per task: large enough to hide Grain's overhead, small e
 
 
 class Options(NamedTuple):
-  """How work is spread; changes no result."""
+  """How the work is distributed; does not change the batches."""
 
   threads: int
   workers: int
@@ -66,27 +66,27 @@ def train_batches(
 
   Args:
     source: the examples.
-    pp: the preprocessing string; what it keeps is stacked, and `_id` (int64 [n], the index of the
+    pp: the preprocessing string; its keys are stacked, and `_id` (int64 [n], the index of the
       example in the source) is added.
     batch_size: over all processes; each gets a contiguous `batch_size / process_count`.
     seed: of the order and of every random draw.
-    num_steps: where the stream ends.
-    start_step: where it starts; the batches are those that a run from 0 would see there.
+    num_steps: the step at which the stream ends.
+    start_step: the first step; its batch is the one that a run from step 0 would see there.
     process_index, process_count: of this process.
-    threads: that prepare examples; 0 works in the caller, with nothing made ahead. More pay for
-      large images; tiny ones mostly hold Python's lock.
+    threads: number of threads that prepare examples; 0: the caller, without prefetching. More help
+      for large images; tiny ones mostly hold Python's lock.
     workers: processes instead (each with `threads`); they start slowly and copy each batch.
-    prefetch: batches made ahead.
+    prefetch: number of batches to prefetch.
     on_error: "raise", or "skip": a bad example is replaced by the next good one of its epoch's
       order, and counted in `.errors`.
-    max_errors: how many different bad examples "skip" bears.
-    keep_mb: MiB of memory for decoded examples, so that later epochs neither read nor decode them: all of a data set
-      or, where it is larger, nothing. Not with `workers`, each of which would keep its own.
+    max_errors: how many different bad examples "skip" tolerates.
+    keep_mb: MiB of memory to cache decoded examples for later epochs: the whole data set or, if it is larger,
+      nothing. Not with `workers`, each of which would have its own cache.
     sampler: "shuffle", each example once an epoch; or "balanced", each class equally often, in epochs of the same
       length, so that examples of rare classes come several times and not all of the common ones, see `balanced`.
 
   Raises:
-    UserError: now for bad arguments, from the iterator for bad examples.
+    UserError: at once for bad arguments, from the iterator for bad examples.
   """
   if sampler not in SAMPLERS:
     raise unknown("sampler", sampler, SAMPLERS)
@@ -100,7 +100,7 @@ def train_batches(
       f"{batch_size}; take a larger split or a smaller batch_size."
     )
   plan = plan._replace(
-    kept=None if workers else room(source, plan.pp, keep_mb),
+    cache=None if workers else example_cache(source, plan.pp, keep_mb),
     order=by_class(source) if sampler == "balanced" else None,
   )
   return TrainBatches(plan, options, num_steps, start_step)
@@ -121,14 +121,14 @@ def eval_batches(
   keep_mb: int = 512,
   waiting: Waiting = contextlib.nullcontext,
 ) -> "EvalBatches":
-  """Every example once, in order; the same number of batches on every process.
+  """Every example once, in order; every process gets the same number of batches.
 
-  The arguments are those of `train_batches`, and `waiting`, a context that is entered while a batch is awaited. Batches
+  The arguments are those of `train_batches`, and `waiting`, a context manager that is entered while waiting for a batch. Batches
   have `_mask` too (float32 [n], 0 for padding and for what "skip" left out; such entries are zeros, their `_id` is -1).
   """
   options = _options(threads, workers, prefetch, keep_mb)
   plan = _plan(source, pp, None, batch_size, process_index, process_count, on_error, max_errors)
-  plan = plan._replace(kept=None if workers else room(source, plan.pp, keep_mb))
+  plan = plan._replace(cache=None if workers else example_cache(source, plan.pp, keep_mb))
   return EvalBatches(plan, options, waiting)
 
 
@@ -165,18 +165,18 @@ class TrainBatches:
       _count(self.errors, bad, self._plan)
       self._noticed.add(odd)
     except Exception:
-      self.close()  # Asked again, it fails again, at the same step; it must not seem to have ended.
+      self.close()  # The next call fails again, at the same step: the stream must not seem to have ended.
       raise
     self._step += 1
     return batch
 
   def next_ids(self) -> list[int]:
-    """The examples of the next batch on all processes, as the order has them; bad ones are not replaced here."""
+    """Returns the indices of the next batch over all processes, without replacing bad examples."""
     first = self._step * self._plan.batch_size
     return [index_of(self._plan, first + i) for i in range(self._plan.batch_size)]
 
   def get_state(self) -> dict[str, Any]:
-    """The next step, and what the order depends on."""
+    """Returns the next step and all that the order depends on."""
     plan = self._plan
     state = {
       "step": self._step,
@@ -187,19 +187,19 @@ class TrainBatches:
     return state if plan.order is None else {**state, "sampler": "balanced"}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to the step of `state`; errors when it is of another seed, batch size or data set."""
-    own, state = ({"sampler": SAMPLERS[0], **s} for s in (self.get_state(), state))
-    for key in own.keys() - {"step"}:
-      if state[key] != own[key]:
+    """Continues at the step of `state`; raises a UserError if its seed, batch size or data set differs."""
+    current, state = ({"sampler": SAMPLERS[0], **s} for s in (self.get_state(), state))
+    for key in current.keys() - {"step"}:
+      if state[key] != current[key]:
         raise UserError(
-          f"The data state has {key}={state[key]}, this run {own[key]}; the order of the examples "
+          f"The data state has {key}={state[key]}, this run {current[key]}; the order of the examples "
           f"would change. Use the same {key}, or start a new run."
         )
     self.close()
     self._step = state["step"]
 
   def close(self) -> None:
-    """Stops threads and workers; the next batch would start them again."""
+    """Stops threads and workers; the next batch starts them again."""
     if self._batches is not None:
       self._stop()
       self._noticed.say_totals(self.errors)
@@ -214,10 +214,10 @@ class TrainBatches:
 
 @final
 class EvalBatches:
-  """Iterable over evaluation batches, as often as wanted; see `eval_batches`.
+  """Evaluation batches, which can be iterated over repeatedly; see `eval_batches`.
 
   Attributes:
-    errors: example index -> what was wrong, for each bad example left out in the latest pass.
+    errors: example index -> reason, for each bad example left out in the latest pass.
   """
 
   def __init__(self, plan: BatchPlan, options: Options, waiting: Waiting):
@@ -237,10 +237,10 @@ class EvalBatches:
     try:
       while True:
         with self._waiting():
-          found = next(batches, None)
-        if found is None:
+          chunk = next(batches, None)
+        if chunk is None:
           break
-        batch, bad, odd = found
+        batch, bad, odd = chunk
         _count(self.errors, bad, self._plan)
         self._noticed.add(odd)
         yield batch
@@ -290,7 +290,7 @@ def _plan(
 
 
 def _run(plan: BatchPlan, options: Options, start: int, stop: int) -> Generator[Chunk, None, None]:
-  """Yields what was made for the steps `start` to `stop`; closing it stops the work."""
+  """Yields a `Chunk` for each step from `start` to `stop`; closing the generator stops the work."""
   batches = iter(_pipeline(plan, options, start, stop))
   try:
     yield from batches
@@ -299,7 +299,7 @@ def _run(plan: BatchPlan, options: Options, start: int, stop: int) -> Generator[
 
 
 def _pipeline(plan: BatchPlan, options: Options, start: int, stop: int) -> Any:
-  """Grain's data set of batches, as `Chunk`s."""
+  """Returns Grain's data set of batches, each a `Chunk`."""
   import grain  # Lazy: a second.
   from absl import flags
 
@@ -311,7 +311,7 @@ def _pipeline(plan: BatchPlan, options: Options, start: int, stop: int) -> Any:
   batches = chunks.map(functools.partial(make_chunk, plan)).to_iter_dataset(read)
   if options.workers:
     if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()  # Grain reads a flag of absl, which nobody here parses.
+      flags.FLAGS.mark_as_parsed()  # Grain reads a flag of absl, which we do not parse.
     # Before `batch`: workers take turns chunk by chunk, which keeps the order for any number.
     batches = batches.mp_prefetch(
       grain.MultiprocessingOptions(
@@ -340,7 +340,7 @@ def _join(chunks: Sequence[Chunk]) -> Chunk:
 
 @final
 class _Noticed:
-  """What was noticed of examples that are used all the same: said at the first, and in the end with their number."""
+  """Warns of odd examples that are used all the same: at the first one, and at the end with their number."""
 
   def __init__(self, source: Source):
     self._source = source
@@ -369,12 +369,12 @@ class _Noticed:
 
 @functools.cache
 def _warn(message: str) -> None:
-  """Warns once: evaluations pass over the same examples many times."""
+  """Warns once: evaluations see the same examples many times."""
   _LOG.warning("%s", message)
 
 
 def _count(errors: Bad, bad: Bad, plan: BatchPlan) -> None:
-  """Adds `bad` to `errors`; a warning for each new one, an error over the limit."""
+  """Adds `bad` to `errors`; warns of each new one, raises a UserError over the limit."""
   for index in bad.keys() - errors.keys():
     _LOG.warning("Left out: %s", bad[index])
   errors.update(bad)

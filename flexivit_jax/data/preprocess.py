@@ -1,7 +1,7 @@
 """Preprocessing strings such as `decode|resize(240)|flip_lr|value_range(-1,1)|keep('image')`.
 
-An operation is a plain function. Its first parameter says what it gets: `image`, the value under
-one key, or `record`, the whole dict. One that takes `rng` is random; the generator is that of the
+An operation is a plain function. Its first parameter says what it gets: `image`, the value of one
+key, or `record`, the whole dict. A function with `rng` is random; the generator belongs to the
 example, so a draw depends on nothing else. Images stay uint8 until `value_range`.
 """
 
@@ -30,8 +30,8 @@ def decode(
   """Encoded file -> RGB uint8 [h, w, 3]; an array passes through. See `images.decode_image`.
 
   Args:
-    exif: turn the image as its EXIF data say; None: where the source is of own photos, see `Source.upright`.
-    bits: of the grey values in files of 16 bits, 8 to 16.
+    exif: rotates the image as its EXIF data say; None: if the source holds own photos, see `Source.upright`.
+    bits: significant bits of grey values in files of 16 bits, 8 to 16.
   """
   if isinstance(image, np.ndarray):
     return image
@@ -60,7 +60,7 @@ def resize_small(
     rounding: of the longer side: "nearest", or "down" as torchvision's `Resize` and transformers do.
   """
   h, w = image.shape[:2]
-  if _known(rounding, "rounding", ("nearest", "down")) == "down":
+  if _choice(rounding, "rounding", ("nearest", "down")) == "down":
     long = int(size * max(h, w) / min(h, w))
     return images.resize_image(image, (size, long) if h <= w else (long, size), method)
   factor = size / min(h, w)
@@ -72,11 +72,11 @@ def resize_keep(image: Image, size: PixelSize, fit: str = "cover", method: str =
 
   Args:
     size: pixels.
-    fit: "cover": no side is shorter than wanted; "contain": none is longer.
+    fit: "cover": no side is shorter than `size`; "contain": none is longer.
     method: see `images.resize_image`.
   """
   ratios = [n / m for n, m in zip(image.shape[:2], _hw(size), strict=True)]
-  ratio = min(ratios) if _known(fit, "fit", ("cover", "contain")) == "cover" else max(ratios)
+  ratio = min(ratios) if _choice(fit, "fit", ("cover", "contain")) == "cover" else max(ratios)
   h, w = (max(1, round(n / ratio)) for n in image.shape[:2])
   return images.resize_image(image, (h, w), method)
 
@@ -88,16 +88,16 @@ def central_crop(
 
   Args:
     size: pixels.
-    half: of an odd margin, "down": the smaller half is above or left; "even": it is rounded to even, as torchvision's
-      `CenterCrop` and timm do.
-    fill: the value, or one for each channel, that is put around an image that is too small; None: that is an error.
+    half: how an odd margin is divided. "down": the smaller half is above or left; "even": rounded to even, as in
+      torchvision's `CenterCrop` and timm.
+    fill: the value, or one for each channel, that pads an image that is too small; None: it is an error.
   """
   hw = _hw(size)
   if fill is not None:
     image = images.pad_to(image, hw, fill)
   hw = _fitting(image, hw)
   margins = [n - m for n, m in zip(image.shape[:2], hw, strict=True)]
-  even = _known(half, "half", ("down", "even")) == "even"
+  even = _choice(half, "half", ("down", "even")) == "even"
   top, left = (round(n / 2) if even else n // 2 for n in margins)
   return images.crop(image, top, left, hw)
 
@@ -240,9 +240,9 @@ def onehot(
   on: float = 1.0,
   off: float = 0.0,
 ) -> Example:
-  """Class index under `key` -> float32 [depth] under `key_result`; errors when out of range.
+  """Converts the class index `key` into float32 [depth] `key_result`; raises a UserError out of range.
 
-  In a config `onehot()` counts the classes, see `counted`.
+  In a config, `onehot()` counts the classes, see `counted`.
   """
   label = _get(record, key)
   if np.ndim(label):
@@ -264,20 +264,21 @@ def multihot(
   """
   labels = np.atleast_1d(np.asarray(_get(record, key), np.int64))
   if labels.size and not 0 <= labels.min() <= labels.max() < depth:
-    found = labels.tolist()
-    raise UserError(f"Labels {found} are outside multihot({depth}); expected 0..{depth - 1}.")
+    raise UserError(
+      f"Labels {labels.tolist()} are outside multihot({depth}); expected 0..{depth - 1}."
+    )
   vector = np.zeros(depth, np.float32)
   vector[labels] = 1.0
   return record | {key_result: vector}
 
 
 def copy(record: Example, inkey: str, outkey: str) -> Example:
-  """Puts the value of `inkey` under `outkey` too."""
+  """Copies the value of `inkey` to `outkey`."""
   return record | {outkey: _get(record, inkey)}
 
 
 def keep(record: Example, *keys: str) -> Example:
-  """Keeps these keys only; errors when one is missing."""
+  """Keeps only these keys; raises a UserError if one is missing."""
   return {key: _get(record, key) for key in keys}
 
 
@@ -321,16 +322,16 @@ class Preprocess(NamedTuple):
   random: bool
 
   def divide(self) -> tuple["Preprocess", "Preprocess"]:
-    """Returns what makes the same of an example each time, in integers, and the rest: it in turn is the whole.
+    """Returns the deterministic first part, whose results are integers, and the rest.
 
-    The first ends before the first operation that is random, or that makes floats, four times as large.
+    The first part ends before the first operation that is random or makes floats, which take four times the memory.
     """
     ends = (i for i, op in enumerate(self.ops) if op.random or op.function is value_range)
     end = next(ends, len(self.ops))
     return self._replace(ops=self.ops[:end], random=False), self._replace(ops=self.ops[end:])
 
   def upright(self) -> "Preprocess":
-    """The same for own photos: images are turned as their EXIF data say, unless the text says `exif=False`."""
+    """Returns the same for own photos: images are rotated as their EXIF data say, unless `exif=False` is written."""
 
     def turning(op: Op) -> Op:
       decodes = op.function in (decode, decode_inception_crop)
@@ -367,7 +368,7 @@ def parse(pp: str) -> Preprocess:
 
 
 def counted(pp: str, num_classes: int) -> str:
-  """Returns a string in which `onehot()` has a number: there are as many classes as the data has."""
+  """Returns the string with the number of classes of the data in `onehot()`."""
   return re.sub(r"\bonehot\(\s*\)", f"onehot({num_classes})", pp)
 
 
@@ -382,7 +383,7 @@ def _apply(op: Op, record: Example, rng: np.random.Generator | None) -> Example:
 
 
 def _split(pp: str) -> list[ast.expr]:
-  """The operations between bars; `a|b|c` is Python for `(a|b)|c`, so bars in strings are safe."""
+  """Returns the operations between bars; Python parses `a|b|c` as `(a|b)|c`, so bars in strings are safe."""
   try:
     node = ast.parse(pp.replace("\n", " ").strip(), mode="eval").body
   except SyntaxError as error:
@@ -450,9 +451,9 @@ def _hw(size: PixelSize) -> tuple[int, int]:
   return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _known(value: str, what: str, known: tuple[str, ...]) -> str:
-  if value not in known:
-    raise unknown(what, value, known)
+def _choice(value: str, what: str, choices: tuple[str, ...]) -> str:
+  if value not in choices:
+    raise unknown(what, value, choices)
   return value
 
 

@@ -1,4 +1,4 @@
-"""A source whose labels are the numbers of other classes: those of a model, which a label has to be of."""
+"""A source whose labels are mapped to the numbers of other classes, those of a model."""
 
 import dataclasses
 import functools
@@ -11,27 +11,27 @@ from flexivit_jax.errors import UserError
 def renumber(
   source: Source, labels: Sequence[int], num_classes: int, class_names: Sequence[str]
 ) -> Source:
-  """The same examples in the same order, with other labels.
+  """Returns the same examples in the same order with new labels.
 
   Args:
     source: a source.
-    labels: for each class of the source its new label.
+    labels: the new label of each class of the source.
     num_classes: of the new labels.
     class_names: of the new labels.
   """
   read = functools.partial(_read, source.read, tuple(labels))
-  names, known = tuple(class_names), source.labels
+  names, labels_of = tuple(class_names), source.labels
   return dataclasses.replace(
     source,
     num_classes=num_classes,
     class_names=names,
     read=read,
-    labels=known and functools.partial(_labels, known, tuple(labels)),
+    labels=labels_of and functools.partial(_labels, labels_of, tuple(labels)),
   )
 
 
-def _labels(known: Callable[[], list[Label]], labels: tuple[int, ...]) -> list[Label]:
-  return [_new(label, labels) for label in known()]
+def _labels(labels_of: Callable[[], list[Label]], labels: tuple[int, ...]) -> list[Label]:
+  return [_new(label, labels) for label in labels_of()]
 
 
 def _read(

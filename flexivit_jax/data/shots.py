@@ -10,15 +10,15 @@ from flexivit_jax import heartbeat
 from flexivit_jax.data.sources import Record, Source
 from flexivit_jax.errors import UserError
 
-_CHUNK = 256  # Records per request: enough for array_record to be fast, little to read in vain.
+_CHUNK = 256  # Records per request: fast for array_record, and few are read in vain.
 
 
 def few_shots(source: Source, *, shots: int = 10, seed: int = 0) -> Source:
-  """The first `shots` examples of each class in an order that the seed mixes.
+  """Returns the first `shots` examples of each class, in an order shuffled by the seed.
 
-  Which ones of a class these are depends on the seed and the split alone, so fewer shots are the first of more.
-  Records are read in that order until every class is full, and no image is decoded: of 1,000 equally frequent
-  classes, 10 shots each need about 23 records a class (simulated).
+  They depend on the seed and the split alone, so fewer shots are a subset of more. Records are read in this order
+  until every class is full, and no image is decoded: with 1,000 equally frequent classes, 10 shots each need about
+  23 records a class (simulated).
 
   Args:
     source: a split with labels.
@@ -26,22 +26,22 @@ def few_shots(source: Source, *, shots: int = 10, seed: int = 0) -> Source:
     seed: of the order.
 
   Raises:
-    UserError: a class with too few examples, a label that is none, fewer than two classes.
+    UserError: a class has too few examples, a label is out of range, there are fewer than two classes.
   """
   if shots < 1 or seed < 0:
     raise UserError(f"shots={shots}, seed={seed}; expected 1 or more, and 0 or more.")
   if source.num_classes < 2:
     raise UserError(f"{_name(source)} has {source.num_classes} class; shots need two or more.")
-  found = _first_of_each(source, shots, np.random.default_rng(seed).permutation(len(source)))
-  _check_full(source, shots, found)
-  return subset(source, sorted(index for indices in found for index in indices))
+  by_class = _first_of_each(source, shots, np.random.default_rng(seed).permutation(len(source)))
+  _check_full(source, shots, by_class)
+  return subset(source, sorted(index for indices in by_class for index in indices))
 
 
 def subset(source: Source, indices: Sequence[int]) -> Source:
-  """The examples of a source at these indices, in their order.
+  """Returns a source of the examples at these indices, in their order.
 
   Raises:
-    UserError: an index that the source does not have.
+    UserError: an index is outside the source.
   """
   outside = [i for i in indices if not 0 <= i < len(source)]
   if outside:
@@ -58,8 +58,8 @@ def _read_at(
 
 
 def _first_of_each(source: Source, shots: int, order: np.ndarray) -> list[list[int]]:
-  """For each class the indices of its first `shots` examples in this order; stops when all are full."""
-  found: list[list[int]] = [[] for _ in range(source.num_classes)]
+  """Returns for each class the indices of its first `shots` examples in this order; stops when all are full."""
+  by_class: list[list[int]] = [[] for _ in range(source.num_classes)]
   lacking = shots * source.num_classes
   for start in range(0, len(order), _CHUNK):
     indices = order[start : start + _CHUNK].tolist()
@@ -68,18 +68,18 @@ def _first_of_each(source: Source, shots: int, order: np.ndarray) -> list[list[i
       if not 0 <= label < source.num_classes:
         message = f"Example {index} (id {record['id']!r}) of {_name(source)} has label {label}"
         raise UserError(f"{message}; expected 0..{source.num_classes - 1}.")
-      if len(found[label]) < shots:
-        found[label].append(index)
+      if len(by_class[label]) < shots:
+        by_class[label].append(index)
         lacking -= 1
     heartbeat.beat()
     if not lacking:
       break
-  return found
+  return by_class
 
 
-def _check_full(source: Source, shots: int, found: Sequence[Sequence[int]]) -> None:
+def _check_full(source: Source, shots: int, by_class: Sequence[Sequence[int]]) -> None:
   names = source.class_names or range(source.num_classes)
-  few = [f"{n} ({len(found[k])})" for k, n in enumerate(names) if len(found[k]) < shots]
+  few = [f"{n} ({len(by_class[k])})" for k, n in enumerate(names) if len(by_class[k]) < shots]
   if few:
     shown = ", ".join(few[:5]) + (", ..." if len(few) > 5 else "")
     raise UserError(

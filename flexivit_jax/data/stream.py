@@ -1,9 +1,9 @@
-"""What is in each batch: the order of examples and their random draws, as pure functions.
+"""The content of each batch: the order of examples and their random draws, as pure functions.
 
 The stream of a run is one sequence: position g = step * batch_size + i belongs to epoch g // n
 and is example permutation(seed, epoch)[g % n]; its random draws are seeded by (seed, epoch,
-example). So threads, workers, processes and interruptions change nothing, and a step is all the
-state there is. A balanced stream is another such function of the position, see `balanced.py`.
+example). So threads, workers, processes and interruptions change nothing, and the step is the only
+state. A balanced stream is another function of the position, see `balanced.py`.
 """
 
 from collections.abc import Sequence
@@ -19,31 +19,31 @@ from flexivit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Value = np.ndarray | float | str | bytes | tuple[int, ...]  # of an example, under a key
-Bad = dict[int, str]  # Example index -> what was wrong with it.
-Odd = dict[str, list[int]]  # What was noticed -> example indices; they are used all the same.
+Bad = dict[int, str]  # Example index -> why it cannot be used.
+Odd = dict[str, list[int]]  # Warning -> indices of examples that are used all the same.
 
 
 class BadExampleError(UserError):
   """An example that cannot be read or prepared.
 
   Attributes:
-    fact: what is wrong, without what to do about it.
+    fact: what is wrong, without the advice.
   """
 
   fact: str
 
 
 class BatchPlan(NamedTuple):
-  """What one process does for each batch; all that a worker needs to make any chunk of any batch.
+  """How one process makes its part of each batch: all that a worker needs to make any chunk of any batch.
 
   Attributes:
-    source, pp: where examples come from and what is done to them.
-    seed: None is in order, once, padded (evaluation).
-    batch_size: global; this process makes `local` examples of each batch, from `offset`.
-    chunks: tasks that a batch is divided into.
+    source, pp: the examples and their preprocessing.
+    seed: of the order; None: in order, once, padded (evaluation).
+    batch_size: over all processes; this process makes `local` examples of each batch, from `offset`.
+    chunks: number of tasks that make a batch.
     on_error, max_errors: see `train_batches`.
-    kept: examples so far, where they are few enough to keep, see `room`.
-    order: of balanced sampling; None: each example once an epoch.
+    cache: decoded examples, if they fit into memory, see `example_cache`; None: no cache.
+    order: for balanced sampling; None: each example once an epoch.
   """
 
   source: Source
@@ -55,17 +55,17 @@ class BatchPlan(NamedTuple):
   chunks: int
   on_error: str
   max_errors: int
-  kept: "Kept | None" = None
+  cache: "ExampleCache | None" = None
   order: Balanced | None = None
 
 
-class Kept(NamedTuple):
-  """Decoded examples, which need not be read and decoded again.
+class ExampleCache(NamedTuple):
+  """Cached decoded examples, which are not read and decoded again.
 
   Attributes:
-    fixed: the first part of the preprocessing, which makes the same of an example each time.
+    fixed: the first, deterministic part of the preprocessing.
     rest: the other part.
-    examples: index -> what `fixed` made of it; filled as examples come.
+    examples: index -> the result of `fixed`; filled as examples are used.
   """
 
   fixed: Preprocess
@@ -74,7 +74,7 @@ class Kept(NamedTuple):
 
 
 class Chunk(NamedTuple):
-  """A batch or a part of it, and what is to be said of its examples."""
+  """A batch or a part of it, with the bad and the odd ones among its examples."""
 
   batch: Batch
   bad: Bad
@@ -90,8 +90,8 @@ def make_chunk(plan: BatchPlan, chunk: int) -> Chunk:
   places = [place_of(plan, position) for position in positions]
   bad: Bad = {}
   odd: Odd = {}
-  kept = plan.kept.examples if plan.kept else {}
-  records = _read(plan.source, [-1 if i in kept else i for _, i in places])
+  cached = plan.cache.examples if plan.cache else {}
+  records = _read(plan.source, [-1 if i in cached else i for _, i in places])
   pairs = [
     _prepare(plan, position, there, record, bad, odd)
     for position, there, record in zip(positions, places, records, strict=True)
@@ -101,12 +101,12 @@ def make_chunk(plan: BatchPlan, chunk: int) -> Chunk:
 
 
 def index_of(plan: BatchPlan, position: int) -> int:
-  """The example at a position of the stream; -1 past the end of an evaluation."""
+  """Returns the example at a position of the stream; -1 past the end of an evaluation."""
   return place_of(plan, position).example
 
 
 def place_of(plan: BatchPlan, position: int, ahead: int = 0) -> Place:
-  """What is at a position of the stream, or so many places ahead of it in its epoch; see `index_of`."""
+  """Returns the place at a position of the stream, or `ahead` positions further in its epoch; see `index_of`."""
   size = len(plan.source)
   if plan.seed is None:
     return Place(0, position if position < size else -1)
@@ -117,12 +117,12 @@ def place_of(plan: BatchPlan, position: int, ahead: int = 0) -> Place:
 
 
 def _read(source: Source, indices: Sequence[int]) -> list[Record | None]:
-  """Reads in one request, much faster for array_record; all None where any record is damaged."""
+  """Reads all records in one request, much faster for array_record; all None if any is damaged."""
   real = [i for i in indices if i >= 0]
   try:
     records = iter(source.read(real) if real else [])
     return [next(records) if i >= 0 else None for i in indices]
-  except Exception:  # Whose record it is, and what to do, `_prepare` finds out one by one.
+  except Exception:  # `_prepare` reads one by one, and finds the damaged one.
     return [None] * len(indices)
 
 
@@ -161,16 +161,16 @@ def _example(plan: BatchPlan, epoch: int, index: int, record: Record | None) -> 
   if plan.pp.random:
     key = np.random.SeedSequence((plan.seed or 0, epoch, index))
     rng = np.random.Generator(np.random.Philox(key))
-  if plan.kept is None:
+  if plan.cache is None:
     return plan.pp(_checked(plan.source, index, record), rng)
-  fixed, rest, examples = plan.kept
+  fixed, rest, examples = plan.cache
   if index not in examples:
     examples[index] = fixed(_checked(plan.source, index, record), None)
   return rest(examples[index], rng)
 
 
 def _checked(source: Source, index: int, record: Record | None) -> Example:
-  """What preprocessing gets of an example: its image and its label, which is one of the classes'."""
+  """Returns the input of preprocessing: image and label; checks that the label is one of the classes."""
   record = source[index] if record is None else record
   label, classes = record["label"], source.num_classes
   if not all(0 <= k < classes for k in (label if isinstance(label, tuple) else (label,))):
@@ -178,22 +178,22 @@ def _checked(source: Source, index: int, record: Record | None) -> Example:
   return {"image": record["image"], "label": label}
 
 
-def room(source: Source, pp: Preprocess, mebibytes: int) -> Kept | None:
-  """A place for examples, if all of them fit into so many MiB, being as large as the first."""
+def example_cache(source: Source, pp: Preprocess, mebibytes: int) -> ExampleCache | None:
+  """Returns an empty cache if all examples fit into `mebibytes` MiB, judged by the size of the first one."""
   if not mebibytes:
     return None
   fixed, rest = pp.divide()
   try:
-    with images.noticing():  # It is said where batches are made.
+    with images.noticing():  # The warning comes when batches are made.
       first = fixed(_checked(source, 0, None), None)
   except Exception:  # Bad examples are reported where batches are made.
     return None
   size = sum(map(_size, first.values()))
-  return Kept(fixed, rest, {}) if size * len(source) <= mebibytes * 2**20 else None
+  return ExampleCache(fixed, rest, {}) if size * len(source) <= mebibytes * 2**20 else None
 
 
 def _size(value: Value) -> int:
-  """Bytes of one value of an example; that of a file not yet decoded stands for the others'."""
+  """Returns the bytes of one value of an example."""
   return len(value) if isinstance(value, bytes) else getattr(value, "nbytes", np.size(value) * 8)
 
 
@@ -208,7 +208,7 @@ def _describe(source: Source, index: int, record: Record | None, error: Exceptio
 
 
 def _stop(fact: str) -> BadExampleError:
-  """What ends a run for a bad example."""
+  """Returns the error that ends a run at a bad example."""
   error = BadExampleError(
     f"{fact}. Repair it, or leave out what is damaged: on_error='skip' in the section with its data"
     " (--config.input.on_error=skip, --config.evals.NAME.on_error=skip)."
@@ -218,7 +218,7 @@ def _stop(fact: str) -> BadExampleError:
 
 
 def _stack(plan: BatchPlan, pairs: Sequence[tuple[int, Example | None]]) -> Batch:
-  """Stacks examples under their keys, with zeros in the gaps, and adds `_id` and `_mask`."""
+  """Stacks examples by key, with zeros for gaps, and adds `_id` and `_mask`."""
   shape = next((example for _, example in pairs if example is not None), None) or _template(plan)
   gap = {key: np.zeros_like(value) for key, value in shape.items()}
   rows = [gap if example is None else example for _, example in pairs]
@@ -230,7 +230,7 @@ def _stack(plan: BatchPlan, pairs: Sequence[tuple[int, Example | None]]) -> Batc
 
 
 def _template(plan: BatchPlan) -> Example:
-  """Any good example, for the shapes of a chunk that has none."""
+  """Returns any good example, for the shapes of a chunk without one."""
   for index in range(len(plan.source)):
     example = _prepare(plan, index, Place(0, index), None, {}, {})[1]
     if example is not None:

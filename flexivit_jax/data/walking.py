@@ -1,4 +1,4 @@
-"""Which images lie below a folder. What is left out is counted by its reason; see docs/image_folders.md."""
+"""Lists the images below a folder; counts what is left out by reason, see docs/image_folders.md."""
 
 import collections
 import heapq
@@ -21,11 +21,11 @@ _SYSTEM = frozenset(
 )  # fmt: skip
 _SHOWN = 3  # names and suffixes of a long list
 
-_Key = tuple[int, int] | str  # What tells a folder from another, by whatever path it is reached.
+_Key = tuple[int, int] | str  # Identifies a folder, whatever path leads to it.
 
 
 def is_hidden(name: str) -> bool:
-  """Whether a name is that of a hidden file or folder, or of one that a system put there: never of data."""
+  """Whether a name belongs to a hidden file or folder, or to one that a system creates: never to data."""
   return name.startswith(".") or name.lower() in _SYSTEM
 
 
@@ -34,16 +34,16 @@ class Tree:
   """The images below a folder. Links to folders are followed, but no folder is read twice.
 
   Attributes:
-    images: paths below the folder, in no order.
-    again: (path, the path by which the same folder was read), of folders that are left out.
-    followed: path of a link -> where it leads, of links to folders that are read.
+    images: paths below the folder, unsorted.
+    again: (path, the path by which the same folder was read) of folders that are left out.
+    followed: path of a link to a folder -> its target.
   """
 
   def __init__(self, folder: str | os.PathLike[str]):
     """Walks the tree.
 
-    Where a folder can be reached by several paths, the one without a link is read; else that with the fewest parts,
-    the first in the order of text. A link to a folder in which the link itself lies leads back, and is left out.
+    If several paths lead to a folder, the one without a link is read; else the one with the fewest parts, the first in
+    text order. A link to a folder that contains the link itself is left out.
     """
     self.folder = os.fspath(folder)
     self.images: list[str] = []
@@ -61,46 +61,46 @@ class Tree:
       self._follow(heapq.heappop(self._links)[1])
 
   def left_out(self) -> list[str]:
-    """What was left out, a phrase for each reason; none for an ordinary tree."""
-    count, found = self._counts, []
+    """Returns one phrase for each reason why something was left out; [] for an ordinary tree."""
+    count, phrases = self._counts, []
     for key, one in _KINDS.items():
       if count[key]:
-        found.append(_count(count[key], *one))
+        phrases.append(_count(count[key], *one))
     if self._suffixes:
       total = self._suffixes.total()
       what = _count(total, "file that is no image", "files that are no images")
-      found.append(f"{what} ({_table(self._suffixes)}{_about_heic(self._suffixes)})")
+      phrases.append(f"{what} ({_table(self._suffixes)}{_about_heic(self._suffixes)})")
     if self.again:
       pairs = [f"{path!r} is {first!r}" for path, first in self.again]
-      found.append(f"{_count(len(pairs), 'folder', 'folders')} reached twice ({_list(pairs)})")
+      phrases.append(f"{_count(len(pairs), 'folder', 'folders')} reached twice ({_list(pairs)})")
     if self._broken:
       names = _list(map(repr, sorted(self._broken)))
-      found.append(f"{_count(len(self._broken), 'broken link', 'broken links')} ({names})")
+      phrases.append(f"{_count(len(self._broken), 'broken link', 'broken links')} ({names})")
     if self._unreadable:
       names = _list(map(repr, sorted(self._unreadable)))
-      found.append(
+      phrases.append(
         f"{_count(len(self._unreadable), 'unreadable folder', 'unreadable folders')} ({names})"
       )
-    return found
+    return phrases
 
   def copies(self) -> list[list[str]]:
-    """Groups of images that are one file: links and hard links to it; sorted."""
+    """Returns sorted groups of paths that are one file: links and hard links."""
     inodes = np.array(self._inodes, np.uint64)
     values, counts = np.unique(inodes, return_counts=True)
     several = np.isin(inodes, values[(counts > 1) & (values != 0)])
     groups = collections.defaultdict(list)
     for i in np.flatnonzero(several):
-      # The number alone is that of one drive; and a folder's list may have other numbers than the files.
-      found = os.stat(self.at(self.images[i]))
-      groups[found.st_dev, found.st_ino].append(self.images[i])
+      # An inode number is of one drive only, and directory entries may hold other numbers than the files.
+      status = os.stat(self.at(self.images[i]))
+      groups[status.st_dev, status.st_ino].append(self.images[i])
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
   def at(self, path: str) -> str:
-    """Where a path below the folder lies."""
+    """Returns the full path of a path below the folder."""
     return os.path.join(self.folder, path) if path else self.folder
 
   def _descend(self, top: str) -> None:
-    """Reads a folder and all below it that is reached without a link."""
+    """Reads a folder and everything below it without following links."""
     stack = [top]
     while stack:
       path = stack.pop()
@@ -110,15 +110,15 @@ class Tree:
           self.again.append((path, self._read[key] or "."))
           continue
         with os.scandir(self.at(path)) as entries:
-          found = sorted(entries, key=lambda entry: entry.name)
+          listed = sorted(entries, key=lambda entry: entry.name)
       except OSError:
         self._unreadable.append(path or ".")
         continue
       self._read[key] = path
-      stack.extend(reversed([path_ for e in found if (path_ := self._sort(e, path)) is not None]))
+      stack.extend(reversed([path_ for e in listed if (path_ := self._sort(e, path)) is not None]))
 
   def _sort(self, entry: os.DirEntry[str], above: str) -> str | None:
-    """Puts an entry where it belongs; returns the path of a folder."""
+    """Records one entry; returns the path of a folder, else None."""
     path = os.path.join(above, entry.name)
     if is_hidden(entry.name):
       self._counts["folder" if entry.is_dir(follow_symlinks=False) else "file"] += 1
@@ -129,19 +129,19 @@ class Tree:
     elif entry.is_file(follow_symlinks=False):
       self._take(path, entry.inode())
     else:
-      self._counts["special"] += 1  # A pipe would be waited for, for ever.
+      self._counts["special"] += 1  # Reading a pipe would block for ever.
     return None
 
   def _sort_link(self, entry: os.DirEntry[str], path: str) -> None:
     try:
-      found = entry.stat()
+      status = entry.stat()
     except OSError:
       self._broken.append(path)
       return
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
       heapq.heappush(self._links, (path.count(os.sep), path))
-    elif stat.S_ISREG(found.st_mode):
-      self._take(path, found.st_ino)
+    elif stat.S_ISREG(status.st_mode):
+      self._take(path, status.st_ino)
     else:
       self._counts["special"] += 1
 
@@ -163,8 +163,8 @@ class Tree:
     self._descend(link)
 
   def _key(self, path: str) -> _Key:
-    found = os.stat(self.at(path))
-    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(self.at(path))
+    status = os.stat(self.at(path))
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(self.at(path))
 
 
 _KINDS = {
@@ -175,7 +175,7 @@ _KINDS = {
 
 
 def is_in(path: str, folder: str) -> bool:
-  """Whether a real path is that of a folder, or lies below it."""
+  """Whether a real path is a folder or lies below it."""
   return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
@@ -190,9 +190,9 @@ def _count(number: int, one: str, several: str) -> str:
 
 
 def _table(counts: collections.Counter[str]) -> str:
-  """The most frequent suffixes with their numbers."""
-  found = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-  shown = ((s if s.isprintable() else repr(s), count) for s, count in found)
+  """Returns the most frequent suffixes with their counts, as text."""
+  ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+  shown = ((s if s.isprintable() else repr(s), count) for s, count in ranked)
   return _list([f"{suffix} {count}" for suffix, count in shown])
 
 

@@ -12,7 +12,7 @@ import pytest
 from flexivit_jax.data.loader import eval_batches, train_batches
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import Source, make_source
-from flexivit_jax.data.stream import room
+from flexivit_jax.data.stream import example_cache
 from flexivit_jax.errors import UserError
 
 pytestmark = pytest.mark.faults
@@ -423,8 +423,8 @@ def test_files_that_are_kept_count_with_their_bytes():
     "files", "train", 1, None, 2, lambda at: [{"image": file, "label": 0} for _ in at]
   )
   pp = parse("decode_inception_crop(8)|keep('image')")
-  assert room(source, pp, 2) is None  # with their labels they are a little more
-  assert room(source, pp, 3) is not None
+  assert example_cache(source, pp, 2) is None  # with their labels they are a little more
+  assert example_cache(source, pp, 3) is not None
 
 
 def test_a_bad_example_is_not_kept_and_is_named_each_time():

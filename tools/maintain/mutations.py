@@ -137,7 +137,7 @@ ROOMS = {
   ),
   "stream": _room(
     "data/stream.py",
-    "make_chunk place_of _read _prepare _example room _stack _template check_limit",
+    "make_chunk place_of _read _prepare _example room example_cache _stack _template check_limit",
     "test_stream.py test_loader.py",
   ),
   "checkpoint": _room(

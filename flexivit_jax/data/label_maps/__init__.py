@@ -1,6 +1,6 @@
-"""Which of a model's logits are the classes of a data set, and which of ImageNet's classes those of others are.
+"""Label maps: from the logits of a model to the classes of a data set, and from other classes to ImageNet's.
 
-The lists lie beside this file; README.md there says where they come from.
+The lists are files in this folder; its README.md gives their sources.
 """
 
 import functools
@@ -14,13 +14,13 @@ NUM_I1K, NUM_I21K = 1000, 21843
 
 
 class LabelMap(NamedTuple):
-  """A restriction of a model, and of the labels of a data set, to the same classes in the same order.
+  """Restricts a model and the labels of a data set to the same classes in the same order.
 
   Attributes:
-    model_classes: logits of the model.
-    columns: those of them that stay, one a class.
-    labels: number of classes of the labels -> those of them that stay. The labels may be over ImageNet-1k's 1000
-      classes, or over the data set's own, as those of a folder of images are.
+    model_classes: number of logits of the model.
+    columns: the logits that remain, one a class.
+    labels: number of classes of the labels -> the classes that remain. Labels may be over ImageNet-1k's 1000 classes,
+      or over the data set's own classes, as in a folder of images.
   """
 
   model_classes: int
@@ -29,7 +29,7 @@ class LabelMap(NamedTuple):
 
 
 def columns(name: str) -> tuple[int, ...]:
-  """The logits that a label map leaves, in the order of the data set's classes. See `label_map`."""
+  """Returns the logits that remain, in the order of the data set's classes. See `label_map`."""
   return label_map(name).columns
 
 
@@ -49,11 +49,11 @@ def label_map(name: str) -> LabelMap:
   model_classes, classes = LABEL_MAPS[name]
   logit = _numbers("i21k_i1k") if model_classes == NUM_I21K else range(NUM_I1K)
   chosen = _classes(classes)
-  known = [k for k, c in enumerate(chosen) if logit[c] >= 0]
+  present = [k for k, c in enumerate(chosen) if logit[c] >= 0]
   return LabelMap(
     model_classes,
-    columns=tuple(logit[chosen[k]] for k in known),
-    labels={len(chosen): tuple(known), NUM_I1K: tuple(chosen[k] for k in known)},
+    columns=tuple(logit[chosen[k]] for k in present),
+    labels={len(chosen): tuple(present), NUM_I1K: tuple(chosen[k] for k in present)},
   )
 
 
@@ -71,18 +71,18 @@ LABEL_MAPS: dict[str, tuple[int, str]] = {
 
 @functools.cache
 def objectnet() -> dict[str, tuple[int, ...]]:
-  """ObjectNet's folders that are classes of ImageNet-1k too, 113 of 313: folder -> the ImageNet classes it is."""
+  """Returns {folder: ImageNet-1k classes} of the 113 of ObjectNet's 313 folders that are also in ImageNet-1k."""
   return _json("objectnet.json")
 
 
 @functools.cache
 def cue_conflict() -> dict[str, tuple[int, ...]]:
-  """The 16 categories of cue-conflict images, sorted -> the ImageNet-1k classes that each is; 207 in all."""
+  """Returns {category: ImageNet-1k classes} of the 16 sorted cue-conflict categories; 207 classes in all."""
   return _json("cue_conflict.json")
 
 
 def _classes(name: str) -> tuple[int, ...]:
-  """The ImageNet-1k classes of a data set, ascending."""
+  """Returns the ImageNet-1k classes of a data set, ascending."""
   if name == "objectnet":
     return tuple(sorted(c for classes in objectnet().values() for c in classes))
   return tuple(range(NUM_I1K)) if name == "i1k" else _numbers(f"i1k_{name}")

@@ -1,5 +1,4 @@
-"""Where examples come from: TFDS (array_record), image folders with and without labels, ObjectNet, scikit-learn digits,
-synthetic.
+"""Data sets: TFDS (array_record), image folders with and without labels, ObjectNet, scikit-learn digits, synthetic.
 
 A source is a list of records `{"image": bytes or uint8 [h, w, c], "label": int, "id": str}`; bytes
 are an encoded file, which preprocessing decodes. Where an image can have several labels, or none,
@@ -62,12 +61,12 @@ def make_source(
     image_key, label_key, num_classes: TFDS only; see `tfds_source`.
     image_size, num_classes, num_examples, seed: synthetic only; see `synthetic_source`.
     allow_empty, upright: folders of images only; see `folder_source`.
-    by_number: leave its class names out, so that its classes are those of a model by number, whatever they are called.
+    by_number: drops the class names, so that classes are matched to those of a model by number.
 
   Raises:
-    UserError: an unknown data set or split, an argument that this data set does not take, no data.
+    UserError: the data set or split is unknown or empty, or does not take an argument.
   """
-  given = {
+  options = {
     "data_dir": data_dir,
     "image_key": image_key,
     "label_key": label_key,
@@ -78,14 +77,14 @@ def make_source(
     "allow_empty": allow_empty,
     "upright": upright,
   }
-  given = {key: value for key, value in given.items() if value is not None}
+  options = {key: value for key, value in options.items() if value is not None}
   build = SOURCES.get(name) or functools.partial(tfds_source, name)
   takes = inspect.signature(build).parameters
-  for key in given:
+  for key in options:
     if key not in takes:
       raise UserError(f"Data set {name!r} takes no {key!r}; it takes {list(takes)}.")
   for key, parameter in takes.items():
-    if key not in given and key != "split" and parameter.default is parameter.empty:
+    if key not in options and key != "split" and parameter.default is parameter.empty:
       raise UserError(f"Data set {name!r} needs {key}=.")
-  source = build(split=split, **given)
+  source = build(split=split, **options)
   return dataclasses.replace(source, class_names=None) if by_number else source

@@ -1,4 +1,4 @@
-"""What every source is: a list of records that are read by their index."""
+"""The type of all sources: a list of records that are read by index."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +18,15 @@ class Source:
   """Random access to the examples of one split; indices are positions in the split as selected.
 
   Attributes:
-    name, split: as given.
+    name, split: as the user wrote them.
     num_classes: labels are 0 <= label < num_classes.
-    class_names: in the order of the labels, where known.
+    class_names: in the order of the labels; None: unknown.
     size: number of examples.
     read: indices -> records; may be called from several threads.
-    labels: the label of every example, where it is known without reading images; None: it is not.
-    upright: whether images are turned as their EXIF data say. Own photos are; published data sets are not, since the
-      numbers that are published on them are of the stored pixels.
-    where: the folder below which the ids of examples are paths of files; None: they are not.
+    labels: returns the label of every example without reading images; None: impossible.
+    upright: whether images are rotated as their EXIF data say. True for own photos, False for published data sets,
+      because published results are of the stored pixels.
+    where: the folder in which the ids of examples are paths of files; None: they are not.
   """
 
   name: str
@@ -49,11 +49,11 @@ class Source:
 
 
 def labels_of_files(files: Sequence[File]) -> Callable[[], list[Label]]:
-  """`Source.labels` of files."""
+  """Returns the function `Source.labels` for files."""
   return lambda: [label for _, label in files]
 
 
 def select(split: str, stored: Mapping[str, Sequence[_Row]]) -> list[_Row]:
-  """The rows of the stored splits that a split string selects, in its order."""
+  """Returns the rows of the stored splits that a split string selects, in its order."""
   parts = parse_split(split, {name: len(rows) for name, rows in stored.items()})
   return [row for part in parts for row in stored[part.name][part.start : part.stop]]

@@ -66,7 +66,7 @@ def split_folders(root: pathlib.Path, split: str) -> list[str]:
 
 
 def subfolders(folder: pathlib.Path) -> list[str]:
-  """Returns the names of the folders in a folder but hidden ones, sorted; none where there is no folder."""
+  """Returns the sorted names of the folders in a folder, without hidden ones; [] if it does not exist."""
   if not folder.is_dir():
     return []
   with os.scandir(folder) as entries:
@@ -74,16 +74,16 @@ def subfolders(folder: pathlib.Path) -> list[str]:
 
 
 def has_classes(folder: pathlib.Path) -> bool | None:
-  """Whether the images below a folder lie in folders, as those of classes do; None where there are no images."""
-  found = Tree(folder).images if folder.is_dir() else []
-  return any(os.sep in path for path in found) if found else None
+  """Whether the images below a folder lie in subfolders, as for classes; None if there are no images."""
+  paths = Tree(folder).images if folder.is_dir() else []
+  return any(os.sep in path for path in paths) if paths else None
 
 
 def _class_names(split: pathlib.Path) -> tuple[str, ...]:
-  """The classes of the folders in a split, in the order of their labels."""
-  found = subfolders(split)
-  class_names.check_distinct(found, f"the class folders in {split}")
-  return tuple(class_names.in_order(class_names.plain(name) for name in found))
+  """Returns the class names of the folders in a split, in the order of their labels."""
+  folders = subfolders(split)
+  class_names.check_distinct(folders, f"the class folders in {split}")
+  return tuple(class_names.in_order(class_names.plain(name) for name in folders))
 
 
 def _list_images(
@@ -207,18 +207,18 @@ def images_below(folder: pathlib.Path, root: pathlib.Path, label: Label) -> list
 
 
 def mixed(files: Iterable[tuple[str, _L]]) -> list[tuple[str, _L]]:
-  """Sorted by a hash of the path."""
+  """Returns the files sorted by a hash of the path."""
   return sorted(files, key=lambda file: hashlib.sha256(os.fsencode(file[0])).digest())
 
 
 def read_files(root: pathlib.Path, files: Sequence[File], indices: Sequence[int]) -> list[Record]:
   """Returns the records of these files, undecoded."""
-  found = [files[i] for i in indices]
-  return [{"image": (root / p).read_bytes(), "label": k, "id": p} for p, k in found]
+  chosen = [files[i] for i in indices]
+  return [{"image": (root / p).read_bytes(), "label": k, "id": p} for p, k in chosen]
 
 
 def images_source(*, split: str, data_dir: str | os.PathLike[str], upright: bool = True) -> Source:
-  """Every image below a folder, without labels: `all`, in an order that depends on the paths alone.
+  """Opens every image below a folder, without labels: the split `all`, in an order that depends on the paths alone.
 
   The label is 0 of one class. Slices divide it: `all[:90%]` and `all[90%:]`. `upright` as of
   `folder_source`.
@@ -226,12 +226,12 @@ def images_source(*, split: str, data_dir: str | os.PathLike[str], upright: bool
   root = pathlib.Path(data_dir).expanduser()
   if not root.is_dir():
     raise UserError(f"{root} is no folder; give one with images below it.")
-  found = images_below(root, root, 0)
-  if not found:
+  labelled = images_below(root, root, 0)
+  if not labelled:
     raise UserError(
       f"No images below {root}; expected files that end in {images.shown_suffixes()}."
     )
-  files = select(split, {"all": found})
+  files = select(split, {"all": labelled})
   read = functools.partial(read_files, root, files)
   return Source(
     "images", split, 1, None, len(files), read, labels_of_files(files), upright, str(root)

@@ -43,22 +43,22 @@ def tfds_source(
   for key in (image_key, label_key):
     if key not in features:
       raise unknown(f"feature of {name} (image_key=, label_key=)", key, features)
-  known = getattr(features[label_key], "num_classes", None)
-  if (known or num_classes) is None:
+  declared = getattr(features[label_key], "num_classes", None)
+  if (declared or num_classes) is None:
     raise UserError(f"Feature {label_key!r} of {name} does not say num_classes; give num_classes=.")
-  if None not in (known, num_classes) and known != num_classes:
-    raise UserError(f"num_classes={num_classes}, but {name} has {known} classes.")
+  if None not in (declared, num_classes) and declared != num_classes:
+    raise UserError(f"num_classes={num_classes}, but {name} has {declared} classes.")
   parts = parse_split(split, {s: info.num_examples for s, info in builder.info.splits.items()})
-  names = tuple(features[label_key].names) if known else None
+  names = tuple(features[label_key].names) if declared else None
   id_key = next((key for key in _ID_KEYS if key in features), None)
   data = _open(builder, split, image_key)
   read = functools.partial(_read_tfds, data, image_key, label_key, id_key, f"{name}/{split}")
   size = sum(p.stop - p.start for p in parts)
-  return Source(name, split, known or num_classes, names, size, read)
+  return Source(name, split, declared or num_classes, names, size, read)
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
-  """Whether TFDS prepared a data set there as array_record; arguments as of `tfds_source`."""
+  """Whether TFDS has prepared a data set there as array_record; arguments as in `tfds_source`."""
   try:
     _builder(name, data_dir)
   except UserError:
@@ -111,10 +111,10 @@ def _open(builder: Any, split: str, image_key: str) -> Any:
 
 
 def _tfds() -> Any:
-  """TensorFlow Datasets, imported where it is first needed: half a second.
+  """Imports TensorFlow Datasets when it is first needed; takes half a second.
 
-  No garbage is collected meanwhile: for a part of its import `__import__` is that of etils, under which a finaliser
-  that imports, as that of a semaphore does, would fail.
+  The garbage collector is off meanwhile: etils replaces `__import__` during this import, and a finaliser that imports
+  something, such as that of a semaphore, would fail.
   """
   collecting = gc.isenabled()
   gc.disable()
