@@ -8,7 +8,7 @@ import pathlib
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
@@ -133,7 +133,7 @@ class Start(NamedTuple):
   same: bool  # nothing needs to be written
 
 
-def compare(workdir: pathlib.Path, settings: Json, *, begun: bool) -> Start:
+def compare(workdir: pathlib.Path, settings: Mapping[str, object], *, begun: bool) -> Start:
   """Compares the config of a start with that of the run; changes nothing.
 
   Args:
@@ -157,7 +157,7 @@ def compare(workdir: pathlib.Path, settings: Json, *, begun: bool) -> Start:
 
 def check_config(
   workdir: pathlib.Path,
-  settings: Json,
+  settings: Mapping[str, Any],
   start: Start,
   *,
   allow_change: bool,
@@ -192,7 +192,7 @@ def check_config(
     )
 
 
-def write_config(workdir: pathlib.Path, settings: Json, start: Start) -> None:
+def write_config(workdir: pathlib.Path, settings: Mapping[str, object], start: Start) -> None:
   """Writes config.json, and for each start that differs from the one before config.NNN.json.
 
   Raises:
@@ -209,7 +209,7 @@ def _numbered(workdir: pathlib.Path) -> list[pathlib.Path]:
   return sorted(workdir.glob("config.[0-9][0-9][0-9].json"))
 
 
-def _text(settings: Json) -> str:
+def _text(settings: Mapping[str, object]) -> str:
   return json.dumps(settings, indent=2, default=str) + "\n"
 
 
@@ -254,7 +254,7 @@ def write_bad_step(
   return file
 
 
-def is_identity(key: str, settings: Json) -> bool:
+def is_identity(key: str, settings: Mapping[str, Any]) -> bool:
   """Whether another value under this key would make it another run."""
   if key == "accumulate":  # changes only rounding, unless dropout draws a mask for each microbatch
     return bool(settings.get("model", {}).get("dropout"))

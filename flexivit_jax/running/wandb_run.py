@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
 from flexivit_jax import errors, files
-from flexivit_jax.trees import Json
 
 _ID = "wandb_id.txt"
 
@@ -61,7 +60,7 @@ class WandbRun:
 
 def open_run(
   workdir: pathlib.Path,
-  settings: Json,
+  settings: Mapping[str, object],
   begun: bool,
   *,
   project: str | None = None,
