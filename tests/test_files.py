@@ -16,7 +16,7 @@ from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.running import ledger, metrics_writer, peers, run_folder
 from flexivit_jax.training import teacher_cache
-from flexivit_jax.weights import writing
+from flexivit_jax.weights import npz
 from flexivit_jax.weights.export import stablehlo
 
 pytestmark = pytest.mark.faults
@@ -95,7 +95,7 @@ def write_bad_step(folder: pathlib.Path, version: int) -> pathlib.Path:
 def write_weights(folder: pathlib.Path, version: int) -> pathlib.Path:
   model = FlexiViT(variant="mu", num_classes=version)
   params = {"Transformer": {"encoder_norm": {"bias": np.zeros(version)}}}
-  writing.save_npz(folder / "model.npz", model, params, {"model": {}})
+  npz.save_npz(folder / "model.npz", model, params, {"model": {}})
   return folder / "model.npz"
 
 

@@ -1,6 +1,6 @@
-"""Goes back to the checkpoint before a step that was not finite, and looks at it.
+"""Repeats a run from the checkpoint before a step that was not finite, and examines that step.
 
-The steps in between are made again, bit for bit, and of the bad one is said which gradients and parameters are not
+The steps in between are repeated bit for bit; the report says which gradients and parameters of the bad step are not
 finite, and how large the others are.
 """
 
@@ -25,11 +25,11 @@ def look(dump: pathlib.Path) -> list[str]:
   """Returns the lines of a report on the step of a dump.
 
   Raises:
-    UserError: no such dump, or its run has no checkpoint from before the step and did not start here either.
+    UserError: the dump cannot be read, or the checkpoint of its run is of a later step.
   """
   try:
-    found = json.loads(dump.read_text())
-    step, config = found["step"], json.loads((dump.parent / "config.json").read_text())
+    content = json.loads(dump.read_text())
+    step, config = content["step"], json.loads((dump.parent / "config.json").read_text())
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.UserError(
       f"{dump} cannot be replayed ({type(e).__name__}); give RUN/bad_step.json beside RUN/config.json."
@@ -55,7 +55,7 @@ def look(dump: pathlib.Path) -> list[str]:
         before = jax.device_get(state.params)
         new, measured, grads = step_fn.look(at, size, state, batch)
         numbers = jax.device_get((measured, grads))
-        return lines + _report(found, size, batch, numbers, before, jax.device_get(new.params))
+        return lines + _report(content, size, batch, numbers, before, jax.device_get(new.params))
       state, measured = step_fn(at, size, state, batch)
       schedule = patch_schedule.update(
         exp.flexi, schedule, step=at, drawn=size, loss=float(measured["loss"])
@@ -64,7 +64,7 @@ def look(dump: pathlib.Path) -> list[str]:
 
 
 def _tuples(value: Any) -> Any:
-  """What JSON made lists of."""
+  """Turns the lists of JSON back into tuples."""
   if isinstance(value, dict):
     return {k: _tuples(v) for k, v in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
@@ -73,7 +73,7 @@ def _tuples(value: Any) -> Any:
 def _before(
   exp: experiment.Experiment, folder: pathlib.Path, step: int, mesh: Any
 ) -> tuple[steps.TrainState, Any, Any]:
-  """The state of the newest checkpoint from before a step, or the run's first; the schedule; the batches from there."""
+  """Returns the state of the newest checkpoint before a step (or the first state), the schedule and the batches."""
   state = preparation.first_state(exp, mesh)
   checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
   try:
@@ -89,9 +89,9 @@ def _before(
 
 
 def _report(
-  dump: dict[str, Any], size: dict[str, Any], batch: Any, made: Any, before: Any, after: Any
+  dump: dict[str, Any], size: dict[str, Any], batch: Any, numbers: Any, before: Any, after: Any
 ) -> list[str]:
-  measured, grads = made
+  measured, grads = numbers
   again = {k: float(v) for k, v in measured.items()}
   dumped = {k: float(v) for k, v in dump["measured"].items()}
   same = all(np.array_equal(again[k], dumped[k], equal_nan=True) for k in again)

@@ -1,4 +1,4 @@
-"""Images whose shape says one category and whose texture another: which of them a classifier follows.
+"""Cue conflicts: images with the shape of one category and the texture of another; which one a classifier follows.
 
 The protocol of Geirhos et al. 2019 (arXiv 1811.12231), with the mean over classes that its authors recommend
 (github.com/rgeirhos/texture-vs-shape, README).
@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from flexivit_jax import errors
 from flexivit_jax.evaluators import intervals
 
-ALL = "all"  # what the row over all shapes is called, in the place of a category
+ALL = "all"  # category of the row over all shapes
 
 
 class Conflict(NamedTuple):
-  """An image file, and the categories of its shape and of its texture; they differ."""
+  """An image file, and the different categories of its shape and of its texture."""
 
   path: pathlib.Path
   shape: str
@@ -27,18 +27,18 @@ class Conflict(NamedTuple):
 
 
 def conflicts(folder: pathlib.Path, categories: Sequence[str]) -> list[Conflict]:
-  """The images of a folder `SHAPE/<shape><number>-<texture><number>.png` whose categories differ, sorted.
+  """Returns the sorted images `SHAPE/<shape><number>-<texture><number>.png` of a folder whose categories differ.
 
   Raises:
-    UserError: a folder that is none, a file of another name or category, no image with a conflict.
+    UserError: the folder does not exist, a file has another name or category, or no image has a conflict.
   """
   if not folder.is_dir():
     raise errors.UserError(f"{folder} is no folder; expected one with airplane/, bear/, ... in it.")
-  found = [_read_name(path, categories) for path in sorted(folder.glob("*/*.png"))]
-  conflicting = [one for one in found if one.shape != one.texture]
+  images = [_read_name(path, categories) for path in sorted(folder.glob("*/*.png"))]
+  conflicting = [one for one in images if one.shape != one.texture]
   if not conflicting:
     raise errors.UserError(
-      f"{folder} has {len(found)} images SHAPE/*.png, none whose shape and texture differ; expected e.g."
+      f"{folder} has {len(images)} images SHAPE/*.png, none whose shape and texture differ; expected e.g."
       " cat/cat7-elephant1.png. Give the folder style-transfer-preprocessed-512 of rgeirhos/texture-vs-shape."
     )
   return conflicting
@@ -57,7 +57,7 @@ def _read_name(path: pathlib.Path, categories: Sequence[str]) -> Conflict:
 def decide(
   probabilities: Float[np.ndarray, "n k"], categories: Mapping[str, Sequence[int]]
 ) -> Int[np.ndarray, "n"]:
-  """The category with the largest mean probability of its classes, as its place among `categories`."""
+  """Returns the index in `categories` with the largest mean probability of its classes, for each image."""
   means = [probabilities[:, list(classes)].mean(axis=1) for classes in categories.values()]
   return np.argmax(means, axis=0)
 
@@ -65,19 +65,22 @@ def decide(
 def rows(
   images: Sequence[Conflict], decisions: Int[np.ndarray, "n"], categories: Sequence[str]
 ) -> list[dict[str, str | int | float | None]]:
-  """A row over all images, and one for each category that is the shape of some.
+  """Returns a row over all images, and one for each category that is the shape of an image.
 
   Returns:
-    Of each {"category", "n", "shape" and "texture" (decisions for these), "accuracy" (the share of images with one of
+    Rows of {"category", "n", "shape" and "texture" (decisions for these), "accuracy" (the share of images with one of
     the two), "shape_bias" (shape / (shape + texture)), "low", "high"}. The last two are the ends of the 95 % interval
-    of the bias among the images that were decided for either (Wilson's). None where none was.
+    of the bias among the images that were decided for either (Wilson's); None if there are none.
   """
-  said = np.asarray(categories)[decisions]
+  decided = np.asarray(categories)[decisions]
   shape = np.array([image.shape for image in images])
   texture = np.array([image.texture for image in images])
   everything = np.ones(len(images), bool)
   chosen = {ALL: everything} | {c: shape == c for c in categories if (shape == c).any()}
-  return [_row(name, (said == shape)[own], (said == texture)[own]) for name, own in chosen.items()]
+  return [
+    _row(name, (decided == shape)[rows_of], (decided == texture)[rows_of])
+    for name, rows_of in chosen.items()
+  ]
 
 
 def _row(

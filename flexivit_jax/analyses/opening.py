@@ -1,4 +1,4 @@
-"""What each analysis of a checkpoint begins with: its command line, the model, the data of a config's evaluation."""
+"""The beginning of each analysis of a checkpoint: command line, model, and data of a config's evaluation."""
 
 import argparse
 import sys
@@ -18,9 +18,9 @@ from flexivit_jax.trees import Json, Params
 
 
 class Opened(NamedTuple):
-  """A model with its parameters, batches as often as wanted, the mesh, and the sizes to look at.
+  """A model with its parameters, re-iterable batches, the mesh, and the sizes to analyse.
 
-  `section` is the config's section of the evaluation, `training` its section of training data; None: it has none.
+  `section` is the evaluation section of the config, `training` its training data section; None: it has none.
   """
 
   model: FlexiViT
@@ -33,25 +33,25 @@ class Opened(NamedTuple):
 
 
 def parser(doc: str | None, **seqhw: Any) -> argparse.ArgumentParser:
-  """The arguments that all take; `seqhw` are those of `--seqhw` where it is not "all sizes of the evaluation"."""
-  made = argparse.ArgumentParser(
+  """Returns the parser of the shared arguments; `seqhw` replaces the settings of `--seqhw`, by default "all"."""
+  arguments = argparse.ArgumentParser(
     description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  made.add_argument("checkpoint", type=Path)
-  made.add_argument("--config", required=True, help="whose evaluation data are used")
-  made.add_argument("--out", type=Path, required=True)
+  arguments.add_argument("checkpoint", type=Path)
+  arguments.add_argument("--config", required=True, help="whose evaluation data are used")
+  arguments.add_argument("--out", type=Path, required=True)
   default = {"default": "all", "help": "e.g. 2,4,8; default: the evaluation's"}
-  made.add_argument("--seqhw", **(seqhw or default))
-  return made
+  arguments.add_argument("--seqhw", **(seqhw or default))
+  return arguments
 
 
-def main_section(given: Json) -> Json:
-  """The section of a config's main evaluation: "test", or the first that classifies.
+def main_section(settings: Json) -> Json:
+  """Returns the section of a config's main evaluation: "test", or the first that classifies.
 
   Raises:
-    UserError: none does.
+    UserError: no evaluation classifies.
   """
-  evals = given.get("evals", {})
+  evals = settings.get("evals", {})
   classify = [n for n, e in evals.items() if e.get("type", "classification") == "classification"]
   if not classify:
     raise errors.UserError(
@@ -60,13 +60,13 @@ def main_section(given: Json) -> Json:
   return dict(evals[results.main_of(classify)])
 
 
-def open_checkpoint(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, Opened]:
-  """Parses the command line, `--config.KEY=VALUE` too, and opens what it names."""
-  args, rest = made.parse_known_args()
+def open_checkpoint(arguments: argparse.ArgumentParser) -> tuple[argparse.Namespace, Opened]:
+  """Parses the command line, including `--config.KEY=VALUE`, and opens the checkpoint and the data."""
+  args, rest = arguments.parse_known_args()
   if unknown := [a for a in rest if not a.startswith("--config.")]:
-    made.error(f"unknown argument {unknown[0]}")
-  given = config.load(args.config, [a.removeprefix("--config.") for a in rest])
-  section = main_section(given)
+    arguments.error(f"unknown argument {unknown[0]}")
+  settings = config.load(args.config, [a.removeprefix("--config.") for a in rest])
+  section = main_section(settings)
   seqhw = sizes.parse(args.seqhw, section.get("seqhw", ()), "the evaluation lists none")
   model, params, record = weights.load_with_record(args.checkpoint)
   classes = class_names.known_of(record, model.num_classes, f"the checkpoint {args.checkpoint}")
@@ -75,5 +75,5 @@ def open_checkpoint(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, 
   for note in evaluation.notes:
     print(f"note: {note}", file=sys.stderr)
   data = evaluation.make(model, mesh).batches
-  training = given.get("input", {}).get("data")
+  training = settings.get("input", {}).get("data")
   return args, Opened(model, params, data, mesh, seqhw, section, training)

@@ -123,8 +123,9 @@ def eval_batches(
 ) -> "EvalBatches":
   """Every example once, in order; every process gets the same number of batches.
 
-  The arguments are those of `train_batches`, and `waiting`, a context manager that is entered while waiting for a batch. Batches
-  have `_mask` too (float32 [n], 0 for padding and for what "skip" left out; such entries are zeros, their `_id` is -1).
+  The arguments are those of `train_batches`, and `waiting`, a context manager that is entered while waiting for a
+  batch. Batches also have `_mask` (float32 [n], 0 for padding and for examples that "skip" left out; such entries are
+  zeros, their `_id` is -1).
   """
   options = _options(threads, workers, prefetch, keep_mb)
   plan = _plan(source, pp, None, batch_size, process_index, process_count, on_error, max_errors)

@@ -1,8 +1,8 @@
-"""A fixed Vision Transformer becomes a FlexiViT, taught by itself; images need no labels.
+"""Turns a fixed Vision Transformer into a FlexiViT by self-distillation; images need no labels.
 
 The student starts from the model's own weights. At each step a patch size is drawn, and the student's logits there are
 trained towards those of the original at its native size, on the same crops: the paper's distillation (FlexiViT, arXiv
-2212.08013) with the model as its own teacher. What is left of the original is measured at every size, before and after.
+2212.08013) with the model as its own teacher. Agreement with the original is measured at every size, before and after.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
 
 @contextlib.contextmanager
 def _advice() -> Iterator[None]:
-  """Says of a damaged image by which option of this command it is left out."""
+  """Adds to the error of a damaged image the option of this command that skips it."""
   try:
     yield
   except data.BadExampleError as e:
@@ -53,29 +53,29 @@ def flexify(
   """Writes OUT/model.npz, OUT/retention.json, OUT/README.md (the model card) and OUT/run.
 
   Args:
-    init: what `weights.load` takes; a classifier.
-    images: any folder of images; which are held out, `layout.divide` says. Labels measure, they never train.
-    out: a folder; the same command continues a run that was stopped.
-    epochs: passes over the training images; 0 resizes and measures, and trains nothing.
-    image_size: pixels a side of the student's images; the teacher's have its own.
-    seqhw: tokens per side or (per column, per row), what is drawn and measured.
+    init: a classifier, as `weights.load` takes it.
+    images: any folder of images; `layout.divide` chooses the held-out ones. Labels are for measuring only.
+    out: the output folder; the same command resumes a run that was stopped.
+    epochs: passes over the training images; 0 resizes and measures without training.
+    image_size: pixels a side of the student's images; the teacher keeps its native size.
+    seqhw: tokens per side or (per column, per row), the sizes to draw and to measure.
     batch_size, lr, seed: of the training.
-    buffers: sides of the stored kernel (pixels) and position grid (cells); default: the model's own, with which it
-      stays what it was at its native size.
-    moment: resize the kernel for patches like those of the training images, not for white noise; see
-      `resize.second_moment`. Matters where it shrinks.
-    on_error: what a damaged image does: "raise", or "skip" to leave it out.
+    buffers: sides of the stored kernel (pixels) and position grid (cells); default: the model's own, so that its
+      output at the native size does not change.
+    moment: resizes the kernel for patches like those of the training images, not for white noise; see
+      `resize.second_moment`. Matters when the kernel shrinks.
+    on_error: "raise" at a damaged image, or "skip" it.
     loading: further arguments of `weights.load`.
 
   Returns:
-    What is in retention.json; see `retention.measure`. "note" says why top-1 is left out, or is by number.
+    The content of retention.json; see `retention.measure`. "note" says why top-1 is missing, or is by class number.
 
   Raises:
-    UserError: a model without classes, a folder without images, a size that does not divide the image; files in `out`
-      that this did not write and would replace.
+    UserError: the model has no classes, the folder no images, a size does not divide the image; or `out` has files of
+      another origin that would be replaced.
   """
   loading = dict(loading or {})
-  if not (out / "retention.json").exists():  # which the same command writes before these
+  if not (out / "retention.json").exists():  # the same command writes it first
     for name in ("model.npz", "README.md"):
       if (out / name).exists():
         raise errors.UserError(
@@ -107,22 +107,22 @@ def flexify(
     student = student.clone(kernel_moment=measured)
   params = loaders.load_init(student, checkpoint=str(init), **loading).params
   mesh = sharding.make_mesh()
-  kept: Json = {"original": retention.original(plan, teacher, mesh)}
+  scores: Json = {"original": retention.original(plan, teacher, mesh)}
   if note := recipe.labels_of(plan)[1]:
-    kept["note"] = note
-  kept["before"] = retention.measure(plan, student, params, mesh)
+    scores["note"] = note
+  scores["before"] = retention.measure(plan, student, params, mesh)
   if epochs:
     settings = recipe.settings(plan, student, epochs=epochs, lr=lr, seed=seed)
     train.train(settings, out / "run")
     _, params = weights.load(out / "run", scan=False)
-    kept["after"] = retention.measure(plan, student, params, mesh)
+    scores["after"] = retention.measure(plan, student, params, mesh)
   out.mkdir(parents=True, exist_ok=True)
-  (out / "retention.json").write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
-  described = record | recipe.describe(plan, student, record, trained=epochs > 0)
-  (out / "model.npz").unlink(missing_ok=True)  # of an earlier start of the same command: see above
-  weights.save_npz(out / "model.npz", student, params, described)
+  (out / "retention.json").write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
+  new_record = record | recipe.describe(plan, student, record, trained=epochs > 0)
+  (out / "model.npz").unlink(missing_ok=True)  # of an earlier start of the same command, see above
+  weights.save_npz(out / "model.npz", student, params, new_record)
   facts = dict(
     init=init.name, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, moment=moment
   )
-  (out / "README.md").write_text(card.text(plan, student, kept, facts))
-  return kept
+  (out / "README.md").write_text(card.text(plan, student, scores, facts))
+  return scores

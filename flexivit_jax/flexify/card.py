@@ -38,23 +38,23 @@ measured. It can know no more than the original, whose licence and limits hold f
 """
 
 
-def text(plan: recipe.FlexifyRecipe, student: FlexiViT, kept: Json, facts: Json) -> str:
+def text(plan: recipe.FlexifyRecipe, student: FlexiViT, scores: Json, facts: Json) -> str:
   """Returns the card in Markdown; every number in it is from this run."""
   trained = (
     "Its weights were trained towards the original's answers at randomly drawn patch sizes, without labels."
-    if "after" in kept
+    if "after" in scores
     else "Nothing was trained: kernel and position grid are resized, that is all."
   )
   return _TEXT.format(
     title=f"{facts['init'].rpartition('.')[0] or facts['init']}, flexified",
     init=facts["init"],
     how=trained,
-    table=retention.table(kept),
+    table=retention.table(scores),
     seqhw=size_text(plan.seqhw[len(plan.seqhw) // 2]),
     sizes=", ".join(str(size_text(size)) for size in plan.seqhw),
     side=plan.sides[0],
     facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
     kernel="x".join(map(str, student.patch_size)),
     grid="x".join(map(str, student.posemb_size)),
-    n=kept["before"][0]["n"],
+    n=scores["before"][0]["n"],
   )

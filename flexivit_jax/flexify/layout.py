@@ -1,4 +1,4 @@
-"""Which images of a folder `flexivit flexify` trains on, and which it holds out: the layouts that people have."""
+"""Divides a folder of images for `flexivit flexify` into training and held-out images, for usual layouts."""
 
 import pathlib
 from typing import NamedTuple
@@ -7,13 +7,13 @@ from flexivit_jax import data, errors
 from flexivit_jax.trees import Json
 
 HELD_OUT = ("val", "validation", "valid", "test")  # The first of these that has images is held out.
-_FEWEST = 5  # images of which a tenth can be held out
+_FEWEST = 5  # images, so that a tenth can be held out
 
 Source = Json  # Arguments of `data.make_source`.
 
 
 class Layout(NamedTuple):
-  """The images of training and test, and sentences on which these are."""
+  """The images of training and test, and sentences for the user about them."""
 
   sources: dict[str, Source]
   notes: list[str]
@@ -22,15 +22,15 @@ class Layout(NamedTuple):
 def divide(images: pathlib.Path, batch_size: int | None = None) -> Layout:
   """Finds the images of training and test.
 
-  With `train/` and one of `val/`, `validation/`, `valid/`, `test/` these are the images; with `train/` alone or without
-  it a tenth of what is there is held out. Where images lie in folders of classes, these are their labels.
+  `train/` and one of `val/`, `validation/`, `valid/`, `test/` are used if both exist; otherwise a tenth of the images
+  is held out. If images lie in class folders, these are their labels.
 
   Args:
     images: any folder of images.
-    batch_size: of a step, for which there have to be enough images; None: nothing is trained.
+    batch_size: the least number of training images; None: nothing is trained.
 
   Raises:
-    UserError: no images, or too few.
+    UserError: there are no images, or too few.
   """
   train = images / "train"
   kinds = {name: data.has_classes(images / name) for name in HELD_OUT}

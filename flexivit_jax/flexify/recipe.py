@@ -1,4 +1,4 @@
-"""What `flexivit flexify` trains and measures: data, sizes and their probabilities, the config of the run."""
+"""The recipe of `flexivit flexify`: data, sizes and their probabilities, the config of the run."""
 
 from typing import NamedTuple
 
@@ -15,17 +15,17 @@ _CROP = 0.9  # of the shorter side, in the evaluation: as AugReg and timm do
 
 
 class FlexifyRecipe(NamedTuple):
-  """What training and measuring share.
+  """The settings that training and measuring share.
 
   Attributes:
-    teacher: arguments of `opening.load_teacher`.
+    teacher: arguments of `loaders.load_teacher`.
     sources: arguments of `data.make_source`, "train" and "test".
     num_classes: of teacher and student.
     sides: pixels a side of the student's and the teacher's images.
     seqhw: tokens per side, or (per column, per row).
     batch_size: of training and evaluation.
-    known: the classes of teacher and student; None: they are known by number.
-    on_error: what a damaged image does, "raise" or "skip".
+    known: the classes of teacher and student; None: they have only numbers.
+    on_error: "raise" at a damaged image, or "skip" it.
   """
 
   teacher: Json
@@ -39,12 +39,12 @@ class FlexifyRecipe(NamedTuple):
 
   @property
   def skipping(self) -> dict[str, str]:
-    """What a section says of damaged images; nothing where it is the default."""
+    """The key of a data section about damaged images; {} for the default."""
     return {} if self.on_error == "raise" else {"on_error": self.on_error}
 
   @property
   def classes(self) -> class_names.Classes:
-    """Those of teacher and student."""
+    """The classes of teacher and student."""
     return self.known or class_names.Classes(None, self.num_classes, "the model")
 
   @property
@@ -54,7 +54,7 @@ class FlexifyRecipe(NamedTuple):
 
 
 def labels_of(plan: FlexifyRecipe) -> tuple[bool, str | None]:
-  """Returns whether the labels of the test images are classes of the model, and what to say of it; None: nothing."""
+  """Returns whether the labels of the test images are classes of the model, and a note for the user or None."""
   if plan.sources["test"]["name"] != "folder":
     return False, None
   source, ours = data.make_source(**plan.sources["test"]), plan.classes
@@ -69,7 +69,7 @@ def labels_of(plan: FlexifyRecipe) -> tuple[bool, str | None]:
 
 
 def native_side(record: Json) -> int:
-  """Pixels a side for which a model was made; a UserError if its images are not square."""
+  """Returns the native image side of a model in pixels; raises a UserError if its images are not square."""
   h, w, *_ = record.get("image_size") or record.get("image_shape") or (240, 240)
   if h != w:
     raise errors.UserError(
@@ -79,7 +79,7 @@ def native_side(record: Json) -> int:
 
 
 def student_of(teacher: FlexiViT, buffers: tuple[int, ...] | None) -> FlexiViT:
-  """The teacher's architecture, with other sides of the stored kernel and grid where these are given."""
+  """Returns the teacher's architecture; `buffers` replaces the sides of the stored kernel and grid."""
   if buffers is None:
     return teacher
   if len(buffers) != 2 or min(buffers) < 1:
@@ -89,7 +89,7 @@ def student_of(teacher: FlexiViT, buffers: tuple[int, ...] | None) -> FlexiViT:
 
 
 def moment_of(source: Json, side: int, length: int, on_error: str = "raise") -> resize.Moment:
-  """Second moment of pixels in the first hundred images of a source, as an evaluation at this side sees them."""
+  """Returns the second moment of pixels in the first 100 images of a source, preprocessed for this side."""
   opened = data.make_source(**source)
   first = data.subset(opened, range(min(100, len(opened))))
   pp = f"decode|{central(side)}|keep('image')"
@@ -119,14 +119,13 @@ def settings(
       batch_size=plan.batch_size,
       **plan.skipping,
     ),
-    # One compiled block, recomputed in the backward pass: a ViT-Ti at patch 16 then takes 198 MiB of temporary memory
-    # for 16 images, and 1273 otherwise.
+    # One compiled block, recomputed in the backward pass: a ViT-Ti at patch 16 takes 198 MiB of temporary memory for
+    # 16 images, instead of 1273.
     model=dict(fields_of(student), name="flexivit", scan=True, remat=True),
     init=_without_image(plan.teacher),
-    # Mixup as in the paper: with few images, what lies between them is most of what can be matched.
+    # Mixup as in the paper: with few images, mixtures of them are most of the inputs to match.
     objective=dict(name="distill", teachers=dict(original=plan.teacher), mixup_p=1.0),
-    # Each size costs the same in the long run. Coarse ones are then drawn more often: they are the cheap ones and,
-    # furthest from what the model knows, those with most to learn.
+    # Equal FLOPs for each size, so coarse sizes are drawn more often: they are cheap and differ most from the original.
     flexi=_flexi(plan.seqhw),
     optim=dict(lr=lr, wd=lr / 10, clip=1.0, schedule=dict(warmup_percent=0.05)),
     checkpoint=dict(every_percent=0.1),
@@ -146,13 +145,13 @@ def _without_image(teacher: Json) -> Json:
 
 
 def fields_of(model: FlexiViT) -> Json:
-  """The model's own fields, all resolved."""
+  """Returns the resolved fields of a model."""
   skipped = (*UNNAMED, "variant")
   return {k: getattr(model, k) for k in model.__dataclass_fields__ if k not in skipped}
 
 
 def _both(sides: tuple[int, int]) -> str:
-  """Resizes one crop for student and teacher."""
+  """Returns preprocessing that resizes one crop for student and teacher."""
   student, teacher = sides
   key = f"key='{TEACHER_IMAGE}'"
   return (
@@ -162,22 +161,22 @@ def _both(sides: tuple[int, int]) -> str:
 
 
 def central(side: int, key: str = "image") -> str:
-  """Preprocessing of an evaluation: the central nine tenths of the shorter side."""
+  """Returns preprocessing of an evaluation: the central nine tenths of the shorter side."""
   at = f", key='{key}'"
   return f"resize_small({int(side / _CROP)}, method='cubic'{at})|central_crop({side}{at})|value_range(-1, 1{at})"
 
 
 def evaluation(plan: FlexifyRecipe) -> Json:
-  """A section as in `config.evals`: agreement with the teacher, and accuracy where labels are known."""
+  """Returns a section of `evals`: agreement with the teacher, and accuracy if there are labels."""
   side, native = plan.sides
   pp = f"decode|copy('image', '{TEACHER_IMAGE}')|{central(side)}|{central(native, TEACHER_IMAGE)}"
-  kept = f"'image', '{TEACHER_IMAGE}'"
+  keys = f"'image', '{TEACHER_IMAGE}'"
   if plan.labelled:
-    pp, kept = f"{pp}|onehot({plan.num_classes})", f"{kept}, 'labels'"
+    pp, keys = f"{pp}|onehot({plan.num_classes})", f"{keys}, 'labels'"
   return dict(
     type="distance",
     data=plan.sources["test"],
-    pp=f"{pp}|keep({kept})",
+    pp=f"{pp}|keep({keys})",
     batch_size=plan.batch_size,
     seqhw=plan.seqhw,
     teacher=plan.teacher,
@@ -187,12 +186,12 @@ def evaluation(plan: FlexifyRecipe) -> Json:
 
 
 def labelled(plan: FlexifyRecipe, side: int) -> str:
-  """Preprocessing of labelled images for a model of this resolution."""
+  """Returns preprocessing of labelled images for a model of this resolution."""
   return f"decode|{central(side)}|onehot({plan.num_classes})|keep('image', 'labels')"
 
 
 def describe(plan: FlexifyRecipe, student: FlexiViT, record: Json, trained: bool) -> Json:
-  """Returns what the record of the written model says beyond that of the original."""
+  """Returns the fields of the new model's record that differ from the original's."""
   side = plan.sides[0]
   return {
     "model": fields_of(student)

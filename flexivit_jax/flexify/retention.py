@@ -1,4 +1,4 @@
-"""How much of a model is left at each patch size: agreement with the original, and accuracy where labels are known."""
+"""Retention at each patch size: agreement with the original model, and accuracy if there are labels."""
 
 from jax.sharding import Mesh
 
@@ -13,7 +13,7 @@ Rows = list[Json]
 
 
 def measure(plan: recipe.FlexifyRecipe, model: FlexiViT, params: Params, mesh: Mesh) -> Rows:
-  """Returns a row for each size: seqhw, patch, agree1, agree5, kl, ..., n, and top1 where labels are known."""
+  """Returns a row for each size: seqhw, patch, agree1, agree5, kl, ..., n, and top1 if there are labels."""
   scores = _evaluation(plan, recipe.evaluation(plan)).make(model, mesh).run(params)
   side = plan.sides[0]
   patches = (model.grid((side, side), **size_args(size)).patch_hw for size in plan.seqhw)
@@ -25,11 +25,11 @@ def _text(patch: Size) -> int | str:
 
 
 def original(plan: recipe.FlexifyRecipe, teacher: Teacher, mesh: Mesh) -> Json:
-  """Returns the original's own native size, and its accuracy there where labels are known."""
+  """Returns the original's native size, and its accuracy there if there are labels."""
   native, (patch, _) = plan.sides[1], teacher.model.patch_size
-  found = {"image_size": native, "patch": patch}
+  native_size = {"image_size": native, "patch": patch}
   if not plan.labelled:
-    return found
+    return native_size
   section = dict(
     data=plan.sources["test"],
     pp=recipe.labelled(plan, native),
@@ -38,35 +38,36 @@ def original(plan: recipe.FlexifyRecipe, teacher: Teacher, mesh: Mesh) -> Json:
     **plan.skipping,
   )
   (row,) = _evaluation(plan, section).make(teacher.model, mesh).run(teacher.params)
-  return found | {"top1": row["top1"], "top5": row["top5"], "n": row["n"]}
+  return native_size | {"top1": row["top1"], "top5": row["top5"], "n": row["n"]}
 
 
 def _evaluation(plan: recipe.FlexifyRecipe, section: Json) -> experiment.Evaluation:
   return experiment.build_evaluation("", section, every=1, classes=(plan.classes,))
 
 
-def table(kept: Json) -> str:
+def table(scores: Json) -> str:
   """Returns a Markdown table: before and after at each size, in percent."""
-  stages = [stage for stage in ("before", "after") if stage in kept]
-  known = [("agree1", "agreement")] + ([("top1", "top-1")] if "top1" in kept["before"][0] else [])
-  columns = [(stage, key, f"{name} {stage}") for key, name in known for stage in stages]
+  stages = [stage for stage in ("before", "after") if stage in scores]
+  metrics = [("agree1", "agreement")] + (
+    [("top1", "top-1")] if "top1" in scores["before"][0] else []
+  )
+  columns = [(stage, key, f"{name} {stage}") for key, name in metrics for stage in stages]
   head = "| patch | grid | " + " | ".join(title for _, _, title in columns) + " |"
   lines = [head, "|---" * (2 + len(columns)) + "|"]
-  for i, row in enumerate(kept["before"]):
-    cells = [f"{100 * kept[stage][i][key]:.1f}" for stage, key, _ in columns]
+  for i, row in enumerate(scores["before"]):
+    cells = [f"{100 * scores[stage][i][key]:.1f}" for stage, key, _ in columns]
     lines.append(f"| {row['patch']} | {_grid(row['seqhw'])} | " + " | ".join(cells) + " |")
-  return "\n".join([*lines, "", summary(kept)])
+  return "\n".join([*lines, "", summary(scores)])
 
 
 def _grid(seqhw: int | str) -> str:
   return seqhw if isinstance(seqhw, str) else f"{seqhw}x{seqhw}"
 
 
-def summary(kept: dict[str, Any]) -> str:
-def summary(kept: Json) -> str:
-  """One sentence about what the percentages are of."""
-  first, n = kept["original"], kept["before"][0]["n"]
-  said = f"Percent of {n} images that were not trained on. The original"
-  said += f" is of patch {first['patch']} at {first['image_size']} px"
-  said += f", top-1 {100 * first['top1']:.1f}." if "top1" in first else "."
-  return f"{said} {kept['note']}" if "note" in kept else said
+def summary(scores: Json) -> str:
+  """Returns a sentence about the images and the original model behind the percentages."""
+  first, n = scores["original"], scores["before"][0]["n"]
+  text = f"Percent of {n} images that were not trained on. The original"
+  text += f" is of patch {first['patch']} at {first['image_size']} px"
+  text += f", top-1 {100 * first['top1']:.1f}." if "top1" in first else "."
+  return f"{text} {scores['note']}" if "note" in scores else text

@@ -1,4 +1,4 @@
-"""Ours beside the published numbers: as text, CSV, JSON and a figure."""
+"""Compares our numbers with published ones: as text, CSV, JSON and a figure."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from flexivit_jax.paper.measuring import Measured
 from flexivit_jax.trees import Json
 
 Figure = Any  # of matplotlib, which is imported late
-# Published metrics and what they are called in a row; per cent there are fractions here.
+# Published metrics and their keys in a row; published percentages are fractions here.
 METRICS = {
   "top1": "top1", "top5": "top5", "precision@1": "top1", "latency": "ms", "flops": "gflops",
 }  # fmt: skip
 
 
 def ours_of(value: published.Value, row: Json) -> float | None:
-  """What a row says of a published number, in its unit; None: nothing."""
+  """Returns our value for a published number, in its unit; None if the row has none."""
   name = METRICS.get(value.metric)
   if name is None or value.patch != row["patch"] or row.get(name) is None:
     return None
@@ -27,46 +27,46 @@ def ours_of(value: published.Value, row: Json) -> float | None:
 
 
 def beside(measured: Sequence[Measured], tables: Sequence[str]) -> list[Json]:
-  """A row for each checkpoint, set and patch size, and one for each further published number of it.
+  """Returns a row for each checkpoint, set and patch size, and one for each further published number of it.
 
   Args:
     measured: ours.
     tables: names for `published.read`.
 
   Returns:
-    Rows with the same keys; "published" and what follows is None where nothing is known.
+    Rows with the same keys; "published" and later keys are None if nothing is published.
   """
-  known = [v for name in tables for v in published.read(name)]
+  values = [v for name in tables for v in published.read(name)]
   return [
     row
-    for found in measured
-    for measured_row in found.rows
-    for row in _of_row(found, measured_row, [v for v in known if _is_of(v, found)])
+    for result in measured
+    for measured_row in result.rows
+    for row in _of_row(result, measured_row, [v for v in values if _is_of(v, result)])
   ]
 
 
-def _is_of(value: published.Value, found: Measured) -> bool:
-  subject = found.checkpoint.subject
-  if subject is None or value.dataset != test_sets.SETS[found.set_name].published:
+def _is_of(value: published.Value, result: Measured) -> bool:
+  subject = result.checkpoint.subject
+  if subject is None or value.dataset != test_sets.SETS[result.set_name].published:
     return False
   # How long a model was trained does not change its latency, whose setting is the machine.
   its_setting = value.metric == "latency" or value.setting.startswith(subject.setting)
   return value.model == subject.model and its_setting
 
 
-def _of_row(found: Measured, row: Json, known: Sequence[published.Value]) -> list[Json]:
-  made = {"checkpoint": found.checkpoint.name, "set": found.set_name, "images": row["n"]}
-  made |= {"seqhw": row["seqhw"], "patch": row["patch"], "device": found.about["device"]}
-  pairs = [(v, ours) for v in known if (ours := ours_of(v, row)) is not None]
+def _of_row(result: Measured, row: Json, values: Sequence[published.Value]) -> list[Json]:
+  keys = {"checkpoint": result.checkpoint.name, "set": result.set_name, "images": row["n"]}
+  keys |= {"seqhw": row["seqhw"], "patch": row["patch"], "device": result.about["device"]}
+  pairs = [(v, ours) for v in values if (ours := ours_of(v, row)) is not None]
   lines = []
   if not any(METRICS[v.metric] == "top1" for v, _ in pairs):
     nothing = dict.fromkeys(
       ("published", "error", "difference", "setting", "kind", "source", "note")
     )
-    lines.append({**made, "metric": "top1", "unit": "%", "ours": 100 * row["top1"], **nothing})
+    lines.append({**keys, "metric": "top1", "unit": "%", "ours": 100 * row["top1"], **nothing})
   for value, ours in pairs:
     lines.append({
-      **made, "metric": value.metric, "unit": value.unit, "ours": ours, "published": value.value,
+      **keys, "metric": value.metric, "unit": value.unit, "ours": ours, "published": value.value,
       "error": value.error, "difference": ours - value.value, "setting": value.setting, "kind": value.kind,
       "source": value.source, "note": value.note,
     })  # fmt: skip
@@ -74,7 +74,7 @@ def _of_row(found: Measured, row: Json, known: Sequence[published.Value]) -> lis
 
 
 def line(row: Json) -> str:
-  """A row as text."""
+  """Returns a row as text."""
   start = f"{row['checkpoint']}, {row['set']}, patch {row['patch']}, {row['metric']}: ours {row['ours']:.4g}"
   if row["published"] is None:
     return f"{start} {row['unit']}, nothing published"
@@ -84,7 +84,7 @@ def line(row: Json) -> str:
 
 
 def write(out: pathlib.Path, name: str, rows: Sequence[Json], about: Json) -> None:
-  """OUT/NAME.json (with `about`), NAME.csv, NAME.png and NAME.svg; NAME_ms.png and .svg where speeds are published."""
+  """Writes OUT/NAME.json (with `about`), NAME.csv, NAME.png and NAME.svg; NAME_ms.png, .svg if there are speeds."""
   (out / f"{name}.json").write_text(
     json.dumps({**about, "rows": list(rows)}, indent=1, allow_nan=False) + "\n"
   )
@@ -95,7 +95,7 @@ def write(out: pathlib.Path, name: str, rows: Sequence[Json], about: Json) -> No
 
 
 def side(patch: int | str) -> float:
-  """The side of a patch, pixels; of one that is not square ("24x10") that of a square as large."""
+  """Returns the side of a patch in pixels; for "24x10" that of the square with equal area."""
   return math.sqrt(math.prod(map(int, str(patch).split("x")))) if isinstance(patch, str) else patch
 
 

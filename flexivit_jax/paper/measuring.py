@@ -1,4 +1,4 @@
-"""Checkpoints on test sets at every patch size; each result is kept, so that the same command goes on."""
+"""Evaluates checkpoints on test sets at every patch size; results are cached, so that the same command resumes."""
 
 import contextlib
 import json
@@ -18,15 +18,15 @@ from flexivit_jax.paper.items import PaperEvaluation, Subject, fields_of
 from flexivit_jax.sizes import SeqHw, size_text
 from flexivit_jax.trees import Json
 
-# What a kept result must have been made of; the machine, whose milliseconds it has, is in it too, but may be another.
+# Keys in which a cached result must agree. The machine, whose milliseconds it holds, may differ.
 MADE_OF = (
   "weights", "dataset", "split", "images", "examples", "protocol", "pp", "label_map", "fields", "seqhw"
 )  # fmt: skip
-LOOKED_AT = 64  # examples of a set whose bytes say whether it is the same
+LOOKED_AT = 64  # examples whose bytes identify a set
 
 
 class Checkpoint(NamedTuple):
-  """What is measured: under which name, where it is, and which published numbers are of it; None: none are known."""
+  """A checkpoint to measure: its name, its path, and the subject of published numbers; None: nothing is published."""
 
   name: str
   path: str
@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
 
 
 class Measured(NamedTuple):
-  """One checkpoint on one set: what is written in its file."""
+  """The results of one checkpoint on one set, as in its file."""
 
   checkpoint: Checkpoint
   set_name: str
@@ -43,10 +43,10 @@ class Measured(NamedTuple):
 
 
 def checkpoints_of(evaluation: PaperEvaluation, given: Sequence[str]) -> list[Checkpoint]:
-  """All of an item, or those that are given: a published name, NAME=FILE (what stands for NAME), or any FILE.
+  """Returns all checkpoints of an item, or the given ones: a published name, NAME=FILE (in place of NAME), or a FILE.
 
   Raises:
-    UserError: a NAME that the item does not have, a name twice, a checkpoint that cannot be fetched.
+    UserError: the item has no such NAME, a name occurs twice, or a checkpoint cannot be fetched.
   """
   subjects = evaluation.subjects
   if not given:
@@ -56,13 +56,13 @@ def checkpoints_of(evaluation: PaperEvaluation, given: Sequence[str]) -> list[Ch
         + ", ".join(missing)
       )
     return [Checkpoint(name, name, s) for name, s in subjects.items()]
-  found = [_checkpoint(subjects, text) for text in given]
-  names = [c.name for c in found]
+  checkpoints = [_checkpoint(subjects, text) for text in given]
+  names = [c.name for c in checkpoints]
   if twice := sorted({n for n in names if names.count(n) > 1}):
     raise errors.UserError(
       f"--checkpoint: {twice[0]!r} stands there twice; give a copy of one of the files another name."
     )
-  return found
+  return checkpoints
 
 
 def _checkpoint(subjects: Mapping[str, Subject], text: str) -> Checkpoint:
@@ -81,10 +81,10 @@ def _checkpoint(subjects: Mapping[str, Subject], text: str) -> Checkpoint:
 
 
 def load(checkpoint: Checkpoint) -> tuple[FlexiViT, dict, Json]:
-  """`weights.load_with_record` of what is measured.
+  """Loads a checkpoint with `weights.load_with_record`.
 
   Raises:
-    UserError: the model is not the one whose published numbers it would be put beside.
+    UserError: the model differs from the one whose published numbers it would be compared with.
   """
   model, params, record = weights.load_with_record(checkpoint.path)
   name, path, subject = checkpoint
@@ -106,12 +106,12 @@ def open_sets(
   seqhw: Sequence[SeqHw],
   batch_size: int = 256,
 ) -> dict[str, tuple[test_sets.Protocol, Any]]:
-  """Opens the data of all sets; a UserError says all that are missing, not the first.
+  """Opens the data of all sets; a UserError names all that are missing.
 
   Args:
-    names: of `imagenet_sets.SETS`.
-    protocol: of `imagenet_sets.PROTOCOLS`.
-    data_dir: where TFDS prepared them, or of the folders DATA_DIR/SET/CLASS/*.jpg; None: TFDS's own default.
+    names: keys of `test_sets.SETS`.
+    protocol: a key of `test_sets.PROTOCOLS`.
+    data_dir: the folder of TFDS, or of DATA_DIR/SET/CLASS/*.jpg; None: TFDS's own default.
     seqhw: the grids.
     batch_size: images at a time.
   """
@@ -124,9 +124,9 @@ def open_sets(
   for name in names:
     try:
       source, classes = source_of(name, data_dir)
-      made = section(name, chosen.pp, source, classes) | {"seqhw": tuple(seqhw)}
-      made |= {"batch_size": batch_size}
-      opened[name] = (chosen, experiment.build_evaluation("", made, every=1))
+      keys = section(name, chosen.pp, source, classes)
+      keys |= {"seqhw": tuple(seqhw), "batch_size": batch_size}
+      opened[name] = (chosen, experiment.build_evaluation("", keys, every=1))
     except errors.UserError as e:
       missing[name] = str(e)
   if missing:
@@ -137,17 +137,17 @@ def open_sets(
 
 
 def in_folders(name: str, data_dir: pathlib.Path | None) -> bool:
-  """Whether a set is in DATA_DIR/SET/CLASS, and not prepared by TFDS there."""
+  """Whether a set is in DATA_DIR/SET/CLASS rather than prepared by TFDS."""
   if data_dir is None or not (data_dir / name).is_dir():
     return False
   return not (data_dir / test_sets.SETS[name].data["name"].partition("/")[0]).is_dir()
 
 
 def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[Json, int]:
-  """Returns the section of a set's data, and how many classes its labels are of.
+  """Returns the data section of a set and the number of classes of its labels.
 
   Raises:
-    UserError: a folder of images of a set whose images have several labels.
+    UserError: the images of the set have several labels, which folders cannot express.
   """
   chosen = test_sets.SETS[name]
   where = {} if data_dir is None else {"data_dir": str(data_dir)}
@@ -163,23 +163,23 @@ def source_of(name: str, data_dir: pathlib.Path | None) -> tuple[Json, int]:
 
 
 def section(name: str, pp: str, source: Json, classes: int) -> Json:
-  """The section of `evals` of a set, but for its sizes and batches."""
+  """Returns the section of `evals` for a set, without sizes and batch size."""
   chosen = test_sets.SETS[name]
   labels = f"{'multihot' if chosen.several else 'onehot'}({classes})"
-  made = {
+  keys = {
     "data": source, "pp": f"decode|{pp}|value_range(-1, 1)|{labels}|keep('image', 'labels')"
   }  # fmt: skip
-  made |= {"label_map": chosen.label_map} if chosen.label_map else {}
-  return made | ({"skip_unlabelled": True} if chosen.several else {})
+  keys |= {"label_map": chosen.label_map} if chosen.label_map else {}
+  return keys | ({"skip_unlabelled": True} if chosen.several else {})
 
 
 def fingerprint(source: data.Source) -> str:
-  """What tells a set of examples from another: ids, labels and bytes of some that lie evenly in it."""
-  found = xxhash.xxh3_64()
+  """Returns a hash that identifies a set: of ids, labels and bytes of evenly spaced examples."""
+  digest = xxhash.xxh3_64()
   indices = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
   for record in source.read(indices):
-    found.update(f"{record['id']!r} {record['label']!r} ".encode() + record["image"])
-  return found.hexdigest()
+    digest.update(f"{record['id']!r} {record['label']!r} ".encode() + record["image"])
+  return digest.hexdigest()
 
 
 def measure(
@@ -187,16 +187,16 @@ def measure(
   sets: dict[str, tuple[test_sets.Protocol, Any]],
   out: pathlib.Path,
 ) -> list[Measured]:
-  """Evaluates each checkpoint on each set, or reads what an earlier call wrote to OUT/CHECKPOINT/SET.json.
+  """Evaluates each checkpoint on each set, or reads the cached OUT/CHECKPOINT/SET.json of an earlier call.
 
   Raises:
-    UserError: a file there is of something else; a checkpoint is not what it is given for (see `load`).
+    UserError: a cached file belongs to something else; a checkpoint is not the named one (see `load`).
   """
   compilation.keep_programs()
-  for checkpoint in checkpoints:  # a wrong file is found before the first is measured
+  for checkpoint in checkpoints:  # so that a wrong file is an error before anything is measured
     if pathlib.Path(checkpoint.path).exists():
       load(checkpoint)
-  mesh, found = sharding.make_mesh(), []
+  mesh, all_measured = sharding.make_mesh(), []
   for checkpoint in checkpoints:
     model, params, record = load(checkpoint)
     digest = trees.digest(params)
@@ -212,33 +212,33 @@ def measure(
         "seqhw": [size_text(size) for size in evaluation.section["seqhw"]],
       }  # fmt: skip
       if file.is_file():
-        about, rows = _kept(file, about)
+        about, rows = _cached(file, about)
       else:
         evaluator = evaluation.make(model.clone(**dict(protocol.fields)), mesh)
         with _whole_sets():
           rows = results.measure(evaluator, params)
         file.parent.mkdir(parents=True, exist_ok=True)
         results.write(file, about, rows)
-      found.append(Measured(checkpoint, name, about, rows))
+      all_measured.append(Measured(checkpoint, name, about, rows))
       print(f"{checkpoint.name} on {name}:\n{results.table(rows)}", flush=True)
-  return found
+  return all_measured
 
 
 @contextlib.contextmanager
 def _whole_sets() -> Iterator[None]:
-  """Says of a damaged image that it cannot be left out: published numbers are of all images of a set."""
+  """Adds to the error of a damaged image that it cannot be skipped: published numbers are of all images."""
   try:
     yield
   except data.BadExampleError as e:
     raise errors.UserError(f"{e.fact}. Repair it: the published numbers are of all images.") from e
 
 
-def _kept(file: pathlib.Path, about: Json) -> tuple[Json, list[Json]]:
-  kept = json.loads(file.read_text())
-  rows = kept.pop("rows")
+def _cached(file: pathlib.Path, about: Json) -> tuple[Json, list[Json]]:
+  stored = json.loads(file.read_text())
+  rows = stored.pop("rows")
   for key in MADE_OF:
-    if kept.get(key) != about[key]:
+    if stored.get(key) != about[key]:
       raise errors.UserError(
-        f"{file} is of {key} {kept.get(key)}, this is {about[key]}; give another --out."
+        f"{file} is of {key} {stored.get(key)}, this is {about[key]}; give another --out."
       )
-  return kept, rows
+  return stored, rows

@@ -1,4 +1,4 @@
-"""Accuracy of each class and which classes are taken for which, of runs whose evaluation has `per_class=True`."""
+"""Accuracy of each class, and which classes are confused, for runs whose evaluation has `per_class=True`."""
 
 import html
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from flexivit_jax.report.runs import EvalRow, ReportRun, key_of
 from flexivit_jax.report.tables import grid, percent, shorten, side
 
-MOST_CELLS = 30  # classes of a confusion matrix that is drawn; of more the pairs are listed
+MOST_CELLS = 30  # classes of a confusion matrix that is drawn; with more classes, pairs are listed
 MOST_LINES = 60  # classes of a table
 MOST_PAIRS = 20
 
 
 def section(runs: Sequence[ReportRun]) -> str:
-  """Returns the part of the page about classes; empty where no run has counted them."""
+  """Returns the part of the page about classes; "" if no run has counted them."""
   return "".join(_of_run(run) for run in runs if run.confusions)
 
 
@@ -37,19 +37,19 @@ def _of_run(run: ReportRun) -> str:
 
 
 def accuracies(counts: Int[np.ndarray, "k k"]) -> Float[np.ndarray, "k"]:
-  """The share of each class that is predicted right; NaN of a class without examples."""
+  """Returns the accuracy of each class; NaN for a class without examples."""
   n = counts.sum(axis=1)
   return np.where(n > 0, counts.diagonal() / np.maximum(n, 1), np.nan)
 
 
 def worst_first(tables: Sequence[Int[np.ndarray, "k k"]]) -> list[int]:
-  """The classes that have examples, that of the lowest mean accuracy over the tables first."""
+  """Returns the classes with examples, sorted by mean accuracy over the tables, the lowest first."""
   mean = np.mean([accuracies(counts) for counts in tables], axis=0)
   return [int(k) for k in np.argsort(mean, kind="stable") if not np.isnan(mean[k])]
 
 
 def confused(counts: Int[np.ndarray, "k k"]) -> list[tuple[int, int, int]]:
-  """(class, predicted class, how often) of all errors, the most frequent first."""
+  """Returns (class, predicted class, count) of all errors, the most frequent first."""
   wrong = counts - np.diag(counts.diagonal())
   pairs = [(int(i), int(j), int(wrong[i, j])) for i, j in np.argwhere(wrong)]
   return sorted(pairs, key=lambda pair: -pair[2])
@@ -58,14 +58,14 @@ def confused(counts: Int[np.ndarray, "k k"]) -> list[tuple[int, int, int]]:
 def _accuracies(run: ReportRun, rows: Sequence[EvalRow]) -> str:
   tables = [run.confusions[key_of(row)] for row in rows]
   n = tables[0].sum(axis=1)
-  found = [accuracies(counts) for counts in tables]
+  shares = [accuracies(counts) for counts in tables]
   head = "".join(
     f'<th scope="col">{side(row.patch)}<small>{grid(row.seqhw)}</small></th>' for row in rows
   )
   lines = []
   for k in worst_first(tables)[:MOST_LINES]:
     cells = "".join(
-      f'<td style="--tint:{100 * values[k]:.0f}%">{100 * values[k]:.1f}</td>' for values in found
+      f'<td style="--tint:{100 * values[k]:.0f}%">{100 * values[k]:.1f}</td>' for values in shares
     )
     lines.append(f'<tr><th scope="row">{_name(run.classes[k])}</th>{cells}<td>{n[k]:,}</td></tr>')
   return (
@@ -76,9 +76,11 @@ def _accuracies(run: ReportRun, rows: Sequence[EvalRow]) -> str:
 
 def _note(run: ReportRun, rows: Sequence[EvalRow]) -> str:
   tables = [run.confusions[key_of(row)] for row in rows]
-  known = len(worst_first(tables))
-  more = f" The {MOST_LINES} worst of {known}; all are in eval.json." if known > MOST_LINES else ""
-  empty = len(run.classes) - known
+  counted = len(worst_first(tables))
+  more = (
+    f" The {MOST_LINES} worst of {counted}; all are in eval.json." if counted > MOST_LINES else ""
+  )
+  empty = len(run.classes) - counted
   none = f" {empty} classes have no image here." if empty else ""
   return (
     f'<p class="note">Top-1 (%) of the images of each class, the worst class first.{more}{none}</p>'

@@ -41,7 +41,7 @@ class EvalRow(NamedTuple):
 
 
 class ReportRun(NamedTuple):
-  """One curve; `trained` holds the grids `(h, w)` it was trained at, None where unknown.
+  """One curve; `trained` holds the grids `(h, w)` of its training, None if unknown.
 
   `confusions` are the counts of class and predicted class of rows that have them, by `key_of`; `classes` their names.
   """
@@ -55,7 +55,7 @@ class ReportRun(NamedTuple):
 
 
 def key_of(row: EvalRow) -> Key:
-  """What tells a row from others of its run."""
+  """Returns the key that identifies a row in its run."""
   return row.patch, row.seqhw, row.depth
 
 
@@ -76,7 +76,7 @@ def order(size: SizeText) -> tuple[int, int]:
 
 
 def is_trained(run: ReportRun, row: EvalRow) -> bool | None:
-  """Says whether the run was trained at the row's size; None where the run does not say."""
+  """Whether the run was trained at the size of the row; None if the run does not say."""
   return None if run.trained is None else sides(row.seqhw) in run.trained
 
 

@@ -15,7 +15,7 @@ Key = tuple[SizeText, SizeText]
 
 
 def shorten(name: str, width: int, dots: str = "…") -> str:
-  """Cuts the middle out of a long name: what tells runs apart is at either end."""
+  """Cuts the middle out of a long name: runs differ at either end of their names."""
   if len(name) <= width:
     return name
   head = (width - len(dots) + 1) // 2
