@@ -173,7 +173,7 @@ def draw_speed(stem: pathlib.Path, rows: Sequence[Json]) -> None:
   _finish(figure, stem)
 
 
-def _color(i: int) -> str:
+def _color(i: int) -> tuple[float, ...]:
   """The default ten, then their light shades."""
   import matplotlib.pyplot as plt
 

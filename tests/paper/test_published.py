@@ -105,8 +105,8 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     published.read("fig9")
 
 
-def test_the_files_are_part_of_the_package():
-  setup = (FOLDER.parent.parent / "setup.cfg").read_text()
+def test_the_files_are_part_of_the_package(repository):
+  setup = (repository / "setup.cfg").read_text()
   assert (
     "flexivit_jax.paper.published = *.csv" in setup and "  flexivit_jax.paper.published\n" in setup
   )

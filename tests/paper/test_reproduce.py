@@ -461,9 +461,6 @@ def test_checkpoints_go_by_all_their_names(tmp_path):
 def test_rectangles_are_measured_drawn_and_gone_on_with(checkpoints, tmp_path, monkeypatch):
   folders(tmp_path / "in" / "val", [f"{k:04}" for k in range(2)])
   monkeypatch.setattr(
-    measuring.data, "make_source", None
-  )  # the source is opened by `build_evaluation` alone
-  monkeypatch.setattr(
     measuring, "source_of", lambda name, _: (dict(name="folder", split=name, data_dir=str(tmp_path / "in")), 1000)
   )  # fmt: skip
   command = [
