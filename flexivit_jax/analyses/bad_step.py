@@ -1,24 +1,29 @@
-"""Repeats a run from the checkpoint before a step that was not finite, and examines that step.
+"""Replays the steps from the checkpoint before a step that was not finite, and reports on that step.
 
-The steps in between are repeated bit for bit; the report says which gradients and parameters of the bad step are not
-finite, and how large the others are.
+The steps in between are repeated bit for bit; the report names the gradients and parameters of the bad step that are
+not finite, and says how large the others are.
 """
 
 import contextlib
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flexivit_jax import errors, experiment, trees
+from flexivit_jax.data.loader import TrainBatches
+from flexivit_jax.data.stream import Batch
 from flexivit_jax.experiment import preparation, restoring
 from flexivit_jax.running import signals
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.session import next_batch
-from flexivit_jax.sizes import size_name
+from flexivit_jax.sizes import SizeArgs, size_name
 from flexivit_jax.training import patch_schedule, steps
+from flexivit_jax.trees import Json, Params
 
 
 def look(dump: pathlib.Path) -> list[str]:
@@ -28,8 +33,8 @@ def look(dump: pathlib.Path) -> list[str]:
     UserError: the dump cannot be read, or the checkpoint of its run is of a later step.
   """
   try:
-    content = json.loads(dump.read_text())
-    step, config = content["step"], json.loads((dump.parent / "config.json").read_text())
+    recorded = json.loads(dump.read_text())
+    step, config = recorded["step"], json.loads((dump.parent / "config.json").read_text())
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.UserError(
       f"{dump} cannot be replayed ({type(e).__name__}); give RUN/bad_step.json beside RUN/config.json."
@@ -54,8 +59,8 @@ def look(dump: pathlib.Path) -> list[str]:
       if at == step:
         before = jax.device_get(state.params)
         new, measured, grads = step_fn.look(at, size, state, batch)
-        numbers = jax.device_get((measured, grads))
-        return lines + _report(content, size, batch, numbers, before, jax.device_get(new.params))
+        measured, grads, after = jax.device_get((measured, grads, new.params))
+        return lines + _report(recorded, size, batch, measured, grads, before, after)
       state, measured = step_fn(at, size, state, batch)
       schedule = patch_schedule.update(
         exp.flexi, schedule, step=at, drawn=size, loss=float(measured["loss"])
@@ -64,15 +69,15 @@ def look(dump: pathlib.Path) -> list[str]:
 
 
 def _tuples(value: Any) -> Any:
-  """Turns the lists of JSON back into tuples."""
+  """Turns the lists of a JSON value back into tuples."""
   if isinstance(value, dict):
     return {k: _tuples(v) for k, v in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _before(
-  exp: experiment.Experiment, folder: pathlib.Path, step: int, mesh: Any
-) -> tuple[steps.TrainState, Any, Any]:
+  exp: experiment.Experiment, folder: pathlib.Path, step: int, mesh: Mesh
+) -> tuple[steps.TrainState, patch_schedule.State, TrainBatches]:
   """Returns the state of the newest checkpoint before a step (or the first state), the schedule and the batches."""
   state = preparation.first_state(exp, mesh)
   checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
@@ -89,9 +94,14 @@ def _before(
 
 
 def _report(
-  dump: dict[str, Any], size: dict[str, Any], batch: Any, numbers: Any, before: Any, after: Any
+  dump: Json,
+  size: SizeArgs,
+  batch: Batch,
+  measured: Mapping[str, np.ndarray],
+  grads: Params,
+  before: Params,
+  after: Params,
 ) -> list[str]:
-  measured, grads = numbers
   again = {k: float(v) for k, v in measured.items()}
   dumped = {k: float(v) for k, v in dump["measured"].items()}
   same = all(np.array_equal(again[k], dumped[k], equal_nan=True) for k in again)

@@ -29,9 +29,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--memory_gib",
     type=float,
-    help="of --train and --compile: batches in as few parts as fit into so much (default: in one)",
+    help="for --train and --compile: as few microbatches as fit into this memory (default: one)",
   )
-  p.add_argument("--rounds", type=int, default=7, help="of which the median is taken (default 7)")
+  p.add_argument("--rounds", type=int, default=7, help="the median of these is shown (default 7)")
   p.add_argument("--out", type=options.path, help="a CSV file to write")
   options.add_overrides(p)
 

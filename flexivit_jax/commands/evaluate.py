@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
   trained = record.get("trained", {}).get("seqhw")
   override = {} if args.seqhw == "all" else {"seqhw": sizes.parse(args.seqhw)}
   evaluations = {}
-  for name, given in evals.items():
-    section = {**given, **override} if "seqhw" in given else {**given}
+  for name, written in evals.items():
+    section = {**written, **override} if "seqhw" in written else {**written}
     evaluations[name] = experiment.build_evaluation(
       f"evals.{name}", section, every=1, classes=classes
     )

@@ -17,7 +17,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     type=options.path,
     help="folder of images, or one with train/ and val/, with folders of classes or without",
   )
-  p.add_argument("--out", required=True, type=options.path, help="folder to write to, or go on in")
+  p.add_argument(
+    "--out", required=True, type=options.path, help="folder to write to, or to resume in"
+  )
   p.add_argument("--epochs", type=float, help="passes over the images (default 10; 0: only resize)")
   p.add_argument("--image_size", type=int, help="pixels a side (default 240)")
   p.add_argument("--seqhw", help="tokens per side, e.g. 5,8,4x6; 'all': patches of 8 to 48 pixels")
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     side = args.image_size or 240
     lacking = f"no patch of 8 to 48 pixels divides {side} pixels"
     values["seqhw"] = sizes.parse(args.seqhw, paper_sizes(side), lacking)
-  kept = flexify(
+  scores = flexify(
     args.init,
     args.data,
     args.out,
@@ -63,5 +65,5 @@ def run(args: argparse.Namespace) -> None:
     loading=options.loading(args),
     **values,
   )
-  print(retention.table(kept))
+  print(retention.table(scores))
   print(f"wrote {args.out / 'model.npz'}, retention.json and README.md, the model card")

@@ -94,16 +94,16 @@ def add_images(p: argparse.ArgumentParser) -> None:
 
 
 def add_processes(p: argparse.ArgumentParser) -> None:
-  """Which process of several this is."""
+  """How the processes of one run find each other."""
   group = p.add_argument_group(
     "several processes",
-    "Found by themselves on TPU pods, SLURM and Open MPI (Kubernetes: with its Python package); else give three.",
+    "Found automatically on TPU pods, SLURM and Open MPI (Kubernetes: with its Python package); else give three.",
   )
   group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of the first process")
   group.add_argument("--num_processes", type=int, help="how many there are")
   group.add_argument("--process_id", type=int, help="which one this is, from 0")
   group.add_argument(
-    "--join_timeout", type=int, default=300, help="seconds in which all have to come (default 300)"
+    "--join_timeout", type=int, default=300, help="seconds within which all must join (default 300)"
   )
   group.add_argument(
     "--heartbeat_timeout",
@@ -161,7 +161,7 @@ def add_loading(p: argparse.ArgumentParser) -> None:
 
 
 def chosen(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-  """Those of these arguments that are given, as keyword arguments: the function knows the defaults."""
+  """Returns the arguments that have a value, as keyword arguments: the function knows the defaults."""
   return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

@@ -40,32 +40,32 @@ def run(args: argparse.Namespace) -> None:
     print(f"{n:>8} devices: {line}")
 
 
-def text(found: Mapping[str, Any]) -> list[str]:
-  """Returns the lines that say `costs` to a reader."""
+def text(plan: Mapping[str, Any]) -> list[str]:
+  """Returns the lines that tell a reader what `costs.costs` computed."""
   lines = [
-    f"{found['name']}: {found['parameters']:,} parameters; {found['steps']:,} steps of {found['batch_size']}"
-    f" ({found['epochs']:.1f} epochs)",
+    f"{plan['name']}: {plan['parameters']:,} parameters; {plan['steps']:,} steps of {plan['batch_size']}"
+    f" ({plan['epochs']:.1f} epochs)",
     "",
   ]
   cells = [["size", "tokens", "GMACs", "TFLOPs/step", "of steps", "of FLOPs"]]
-  for s in found["sizes"]:
+  for s in plan["sizes"]:
     numbers = [f"{s['gmacs']:.2f}", f"{s['step_flops'] / 1e12:.4g}"]
     shares = [f"{s['share_of_steps']:.1%}", f"{s['share_of_flops']:.1%}"]
     cells.append([s["size"], str(s["tokens"]), *numbers, *shares])
   lines += aligned(cells, gap=" ", least=(16, 7, 8, 12, 9, 9))
   lines += [
     "",
-    f"{found['training_flops']:.3g} FLOPs to train, {found['evaluation_flops']:.3g} to evaluate",
+    f"{plan['training_flops']:.3g} FLOPs to train, {plan['evaluation_flops']:.3g} to evaluate",
   ]
-  for name, hours in found["hours"].items():
+  for name, hours in plan["hours"].items():
     lines.append(
       f"{name:>8}: {hours['training']:.3g} h to train, {hours['evaluation']:.3g} h to evaluate,"
-      f" at {found['utilisation']:.0%} of its peak"
+      f" at {plan['utilisation']:.0%} of its peak"
     )
   lines += ["", "GiB a device at the costliest size (activations are an estimate):"]
-  for n, memory in found["memory"].items():
+  for n, memory in plan["memory"].items():
     parts = ", ".join(f"{k} {v / 2**30:.3g}" for k, v in memory.items())
     lines.append(f"{n:>8} devices: {sum(memory.values()) / 2**30:.3g} = {parts}")
   lines += ["", "MiB that each device sends to others in a step:"]
-  lines += [f"{n:>8} devices: {sent / 2**20:.4g}" for n, sent in found["sent"].items()]
+  lines += [f"{n:>8} devices: {sent / 2**20:.4g}" for n, sent in plan["sent"].items()]
   return lines

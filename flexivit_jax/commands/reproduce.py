@@ -18,7 +18,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     help="where TFDS prepared the data, or of folders such as DIR/val/CLASS/*.jpg",
   )
   p.add_argument(
-    "--out", type=options.path, help="folder for results; what is there already is kept"
+    "--out",
+    type=options.path,
+    help="folder for results; those that are in it are not measured again",
   )
   p.add_argument(
     "--checkpoint",

@@ -16,12 +16,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--resume",
     default="latest",
-    help="latest (the default): the newest checkpoint, which has to be whole; latest-valid: the newest that is",
+    help="latest (the default): the newest checkpoint, which must be whole; latest-valid: the newest whole one",
   )
   p.add_argument(
     "--allow_config_change",
     action="store_true",
-    help="go on with another model, data or optimizer than the run was begun with",
+    help="resume with another model, data or optimizer than the run started with",
   )
   options.add_processes(p)
 

@@ -5,6 +5,7 @@ columns are those of timm's benchmark.py where it has them, and the patch size.
 """
 
 import functools
+import math
 import os
 import pathlib
 import statistics
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,13 @@ from flexivit_jax.tables import aligned
 from flexivit_jax.training import optim, step_programs, steps
 from flexivit_jax.trees import Params
 
-Row = dict[str, Any]
+BenchRow = dict[str, Any]
+K = TypeVar("K")
 PASSES = {"infer": 1, "train": 3}  # FLOPs in forward passes; a backward pass is two
 
 
 class Setting(NamedTuple):
-  """What all sizes are measured with; `peak` is the device's FLOP/s in a large matrix product."""
+  """What all sizes share; `peak` is the device's FLOP/s in a large matrix product."""
 
   batch_size: int
   image_size: int
@@ -46,7 +48,7 @@ class Setting(NamedTuple):
 # --- speed ---
 
 
-def forward(model: FlexiViT, sizes: Sequence[SeqHw], setting: Setting) -> list[Row]:
+def forward(model: FlexiViT, sizes: Sequence[SeqHw], setting: Setting) -> list[BenchRow]:
   """Inference at each size, the kernel and the grid resized once beforehand."""
   image = _image(setting.batch_size, setting.image_size)
   params = _params(model, setting.image_size)
@@ -68,10 +70,10 @@ def forward(model: FlexiViT, sizes: Sequence[SeqHw], setting: Setting) -> list[R
 
 def train(
   model: FlexiViT, sizes: Sequence[SeqHw], setting: Setting, memory_gib: float | None = None
-) -> list[Row]:
+) -> list[BenchRow]:
   """A training step at each size: forward, backward, clipping, Adam with decoupled weight decay.
 
-  With `memory_gib` in as few parts of the batch as fit into so much.
+  With `memory_gib` in as few microbatches as fit into this memory.
   """
   step, state, programs = training(
     model, sizes, setting.batch_size, setting.image_size, memory_gib=memory_gib
@@ -80,8 +82,8 @@ def train(
   rows = []
   for n in sizes:
     key = size_key(size_args(n))
-    held = trees.size_in_bytes(state.opt_state)
-    row = _row("train", model, n, setting, times[n], programs.gradients[key], held)
+    opt_bytes = trees.size_in_bytes(state.opt_state)
+    row = _row("train", model, n, setting, times[n], programs.gradients[key], opt_bytes)
     rows.append(row | {"parts": programs.parts[key]})
   return rows
 
@@ -94,7 +96,7 @@ def training(
   *,
   memory_gib: float | None = None,
   report: step_programs.Report = lambda size, program, parts: None,
-) -> tuple[Callable[[SeqHw], Any], steps.TrainState, step_programs.StepPrograms]:
+) -> tuple[Callable[[SeqHw], dict[str, jax.Array]], steps.TrainState, step_programs.StepPrograms]:
   """Supervised training on random images, compiled.
 
   Returns:
@@ -112,9 +114,7 @@ def training(
   whole = sharding.replicated(mesh)
   state, run = jax.device_put((state, {"seed": np.uint32(0), "total_steps": np.int32(1000)}), whole)
   batch = jax.device_put(batch, sharding.batch_split(mesh))
-  fit: dict[str, Any] = {}
-  if memory_gib is not None:
-    fit = {"parts": sharding.possible_parts(batch_size, mesh), "memory": memory_gib * 2**30}
+  limited = memory_gib is not None
   programs = step_programs.compile_steps(
     [size_args(n) for n in sizes],
     state,
@@ -125,18 +125,20 @@ def training(
     objective=objective,
     tx=optimizer.tx,
     report=report,
-    **fit,
+    parts=sharding.possible_parts(batch_size, mesh) if limited else (1,),
+    memory=memory_gib * 2**30 if limited else math.inf,
   )
-  held = [state]
+  shapes = jax.eval_shape(lambda: state)
 
-  def step(seqhw: SeqHw) -> Any:
-    held[0], measured = programs(size_args(seqhw), held[0], batch, run)
+  def step(seqhw: SeqHw) -> dict[str, jax.Array]:
+    nonlocal state
+    state, measured = programs(size_args(seqhw), state, batch, run)
     return measured
 
-  return step, jax.eval_shape(lambda: state), programs
+  return step, shapes, programs
 
 
-def alternate(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+def alternate(runs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, list[float]]:
   """Calls each function in turn, after two calls to warm up, and returns the seconds of each, `rounds` times.
 
   Short ones are called often enough for a turn of 50 ms, and one call's share of it is counted.
@@ -145,7 +147,7 @@ def alternate(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, l
   for name, once in runs.items():
     jax.block_until_ready(once())
     calls[name] = max(1, round(0.05 / max(_seconds(once, 1), 1e-6)))
-  times: dict[Any, list[float]] = {name: [] for name in runs}
+  times: dict[K, list[float]] = {name: [] for name in runs}
   for _ in range(rounds):
     for name, once in runs.items():
       times[name].append(_seconds(once, calls[name]))
@@ -178,13 +180,13 @@ def compiling(
   batch_size: int,
   image_size: int,
   memory_gib: float | None = None,
-) -> list[Row]:
+) -> list[BenchRow]:
   """Seconds to trace and lower, and to compile the gradients at each size and the update of all; memory of a step.
 
-  With nothing kept from before, or with what JAX_COMPILATION_CACHE_DIR names. A size is compiled while the next is
-  traced: all together take less than the sum.
+  With no compiled program cached, or with those that JAX_COMPILATION_CACHE_DIR names. A size is compiled while the next
+  is traced: all together take less than the sum.
   """
-  rows: list[Row] = []
+  rows: list[BenchRow] = []
 
   def report(size: SizeArgs, program: compilation.Program, parts: int) -> None:
     names = {"model": f"FlexiViT-{model.variant}", "img_size": image_size}
@@ -202,13 +204,14 @@ def compiling(
   _, state, programs = training(
     model, sizes, batch_size, image_size, memory_gib=memory_gib, report=report
   )
-  for row in rows[:-1]:  # the update has it among its arguments
+  # The update has the optimizer state among its arguments; the gradients do not.
+  for row in rows[:-1]:
     row["peak_mib"] += trees.size_in_bytes(state.opt_state) / 2**20
   print(f"{len(sizes)} sizes and the update in {programs.seconds:.1f} s")
   return rows
 
 
-def reading(settings: Section, seconds: float = 10.0) -> Row:
+def reading(settings: Section, seconds: float = 10.0) -> BenchRow:
   """Images per second of a config's training input, and per second of CPU time: what one core would do."""
   exp = experiment.from_config(experiment.without_evaluations(settings))
   with exp.batches(0) as batches:
@@ -227,12 +230,12 @@ def reading(settings: Section, seconds: float = 10.0) -> Row:
   }
 
 
-def starting(spec: str) -> list[Row]:
-  """Seconds from the command `flexivit train` to the end of its first step: with no program kept, then with all."""
+def starting(spec: str) -> list[BenchRow]:
+  """Seconds from the command `flexivit train` to the end of its first step: with no program cached, then with all."""
   with tempfile.TemporaryDirectory() as folder:
     return [
-      {"programs": kept, "first_step_s": _first_step(spec, folder, kept)}
-      for kept in ("cold", "warm")
+      {"programs": cache, "first_step_s": _first_step(spec, folder, cache)}
+      for cache in ("cold", "warm")
     ]
 
 
@@ -246,7 +249,7 @@ def _first_step(spec: str, folder: str, name: str) -> float:
     f"--workdir={folder}/{name}",
     "--config.log_every=1",
   ]
-  rows = pathlib.Path(folder, name, "metrics.jsonl")  # a step's row reaches it at once
+  rows = pathlib.Path(folder, name, "metrics.jsonl")  # a row is written at once
   begin = time.perf_counter()
   with (
     tempfile.TemporaryFile("w+") as stderr,
@@ -272,11 +275,11 @@ def _image(batch_size: int, image_size: int) -> jax.Array:
   return jax.random.normal(jax.random.key(1), (batch_size, image_size, image_size, 3))
 
 
-def _params(model: FlexiViT, image_size: int) -> Any:
+def _params(model: FlexiViT, image_size: int) -> Params:
   return jax.jit(lambda: steps.init_params(model, (image_size, image_size, 3), seed=0))()
 
 
-def _names(model: FlexiViT, size: SizeArgs, image_size: int) -> Row:
+def _names(model: FlexiViT, size: SizeArgs, image_size: int) -> BenchRow:
   patch, _, grid = model.grid((image_size, image_size), **size)
   return {
     "model": f"FlexiViT-{model.variant}",
@@ -293,8 +296,8 @@ def _row(
   setting: Setting,
   times: Sequence[float],
   program: compilation.Program,
-  held: int = 0,
-) -> Row:
+  opt_bytes: int = 0,
+) -> BenchRow:
   size, median = setting.image_size, statistics.median(times)
   macs = model.gmacs((size, size), **size_args(seqhw))
   flops = 2e9 * PASSES[kind] * macs * setting.batch_size / median
@@ -305,18 +308,18 @@ def _row(
     "spread": (max(times) - min(times)) / median,
     "gflops_per_s": flops / 1e9,
     "of_peak": flops / setting.peak,
-    "peak_mib": (program.bytes + held) / 2**20,
+    "peak_mib": (program.bytes + opt_bytes) / 2**20,
     f"{kind}_gmacs": macs,
     "param_count": trees.count(_shapes(model, size)) / 1e6,
   }
 
 
 @functools.cache
-def _shapes(model: FlexiViT, image_size: int) -> Any:
+def _shapes(model: FlexiViT, image_size: int) -> Params:
   return jax.eval_shape(lambda: steps.init_params(model, (image_size, image_size, 3), seed=0))
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[BenchRow]) -> str:
   """Rows of the same keys as columns of equal width."""
   cells = [list(rows[0]), *([_text(v) for v in row.values()] for row in rows)]
   return "\n".join(aligned(cells))
@@ -326,7 +329,7 @@ def _text(value: Any) -> str:
   return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write(file: pathlib.Path, tables: Mapping[str, Sequence[Row]]) -> None:
+def write(file: pathlib.Path, benches: Mapping[str, Sequence[BenchRow]]) -> None:
   """One CSV of all tables, with a column "bench" that tells them apart."""
-  rows = [{"bench": name, **row} for name, table in tables.items() for row in table]
+  rows = [{"bench": name, **row} for name, rows in benches.items() for row in rows]
   results.write_csv(file, rows)

@@ -19,9 +19,7 @@ from flexivit_jax.inference import predictor
 from flexivit_jax.sizes import SeqHw, size_text
 
 
-def features(
-  result: tuple[Float[Array, "n k"], dict[str, Any]], normalize: bool = False
-) -> Float[Array, "n d"]:
+def features(result: predictor.Result, normalize: bool = False) -> Float[Array, "n d"]:
   """The pre-logits of a model's result; with `normalize` of length 1 each."""
   vectors = result[1]["pre_logits"]
   return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True) if normalize else vectors

@@ -1,4 +1,4 @@
-"""What a command makes of many files: written whole or not at all, with those named that it could not read."""
+"""Results of a command over many files: where they may be written, and which files could not be read."""
 
 import os
 import pathlib
@@ -40,7 +40,7 @@ def check_new(out: pathlib.Path, suffixes: Collection[str], overwrite: bool) -> 
 
 @final
 class Tally:
-  """Counts files as they are done, names the bad ones on stderr and shows how far it is.
+  """Counts files as they are done, names the bad ones on stderr and shows the progress.
 
   Attributes:
     done, bad: how many.
@@ -77,7 +77,7 @@ class Tally:
       )
 
   def clear(self) -> None:
-    """Takes the line of progress away."""
+    """Removes the progress line."""
     if self._progress and self._drawn:
       print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from flexivit_jax.data import class_names
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.inference import outputs, predictor
 from flexivit_jax.sizes import SeqHw, size_text
+from flexivit_jax.trees import Json
 
 
 class Prediction(NamedTuple):
@@ -56,7 +57,7 @@ def predict(
     batch_size: images at a time; see `predictor.outcomes`.
 
   Raises:
-    UserError: an image that cannot be read, a size that does not divide it, `image_size` where it is known already.
+    UserError: an image that cannot be read, a size that does not divide it, `image_size` where the weights say it.
   """
   loaded = predictor.load(checkpoint, image_size)
   check_classes(loaded)
@@ -91,7 +92,7 @@ def predictions(
       yield file, [Prediction(file, *row) for row in zip(sizes, tops, times, strict=True)]
 
 
-def _probabilities(result: tuple[Float[Array, "n k"], dict[str, Any]]) -> Float[Array, "n k"]:
+def _probabilities(result: predictor.Result) -> Float[Array, "n k"]:
   return jax.nn.softmax(result[0])
 
 
@@ -170,7 +171,7 @@ def as_json(row: Prediction) -> str:
   return json.dumps({"file": row.file, "seqhw": row.seqhw, "top": top, **ms}, allow_nan=False)
 
 
-def _class(index: int, name: str, p: float) -> dict[str, Any]:
+def _class(index: int, name: str, p: float) -> Json:
   return {"class": index, **({"name": name} if name else {}), "probability": _exact(p)}
 
 
@@ -179,7 +180,7 @@ def _exact(p: float) -> float:
   return float(str(np.float32(p)))
 
 
-def _csv_writer(file: Any, k: int, timed: bool) -> Sink:
+def _csv_writer(file: TextIO, k: int, timed: bool) -> Sink:
   writer = csv.writer(file)
   columns = [f"{what}_{i}" for i in range(1, k + 1) for what in ("class", "name", "probability")]
   writer.writerow(["file", "seqhw", *columns, *(["ms"] if timed else []), "error"])
@@ -194,11 +195,11 @@ def _csv_writer(file: Any, k: int, timed: bool) -> Sink:
   return write
 
 
-def _jsonl_writer(file: Any, k: int, timed: bool) -> Sink:
-  return lambda row: file.write(as_json(row) + "\n")
+def _jsonl_writer(file: TextIO, k: int, timed: bool) -> Sink:
+  return lambda row: print(as_json(row), file=file)
 
 
-WRITERS: dict[str, Callable[[Any, int, bool], Sink]] = {
+WRITERS: dict[str, Callable[[TextIO, int, bool], Sink]] = {
   ".csv": _csv_writer,
   ".jsonl": _jsonl_writer,
 }

@@ -18,9 +18,12 @@ from PIL import Image
 from flexivit_jax import data, errors, sizes, weights
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.models.vit import Intermediates
 from flexivit_jax.sizes import SeqHw, size_args, size_text
+from flexivit_jax.trees import Json, Params
 
 Prepare = Callable[[str], np.ndarray]
+Result = tuple[Array, Intermediates]  # logits [n, k] and the named intermediates of a model
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -34,8 +37,8 @@ class Loaded(NamedTuple):
   """
 
   model: FlexiViT
-  params: Any
-  record: dict[str, Any]
+  params: Params
+  record: Json
   name: str
   prepare: Prepare
 
@@ -60,7 +63,7 @@ def load(
     **loading: see `weights.load`.
 
   Raises:
-    UserError: it cannot be loaded; `image_size` where it is known already; a model of other than 1 or 3 channels.
+    UserError: it cannot be loaded; `image_size` where the weights say it; a model of other than 1 or 3 channels.
   """
   model, params, record = weights.load_with_record(checkpoint, **loading)
   channels = params["embedding"]["kernel"].shape[2]
@@ -153,7 +156,7 @@ class _Batch(NamedTuple):
 
 def outcomes(
   loaded: Loaded,
-  fn: Callable[[tuple[Any, dict]], Array],
+  fn: Callable[[Result], Array],
   inputs: Iterable[Input],
   sizes: Sequence[SeqHw],
   *,
@@ -199,14 +202,14 @@ def default_batch_size() -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _program(model: FlexiViT, fn: Callable[[tuple[Any, dict]], Array], size: SeqHw) -> Callable:
+def _program(model: FlexiViT, fn: Callable[[Result], Array], size: SeqHw) -> Callable:
   return jax.jit(
     lambda params, image: fn(model.apply({"params": params}, image, **size_args(size)))
   )
 
 
 def _run(
-  params: Any, programs: Sequence[Callable], rows: Sequence[np.ndarray], n: int
+  params: Params, programs: Sequence[Callable], rows: Sequence[np.ndarray], n: int
 ) -> tuple[np.ndarray, ...]:
   images = np.zeros((n, *rows[0].shape), np.float32)
   images[: len(rows)] = rows
@@ -229,7 +232,7 @@ def _by_file(
       yield Outcome(path, error="the model's output is not finite; are its weights whole?")
 
 
-def _ms(program: Callable, params: Any, images: np.ndarray) -> float:
+def _ms(program: Callable, params: Params, images: np.ndarray) -> float:
   """Milliseconds an image."""
   jax.block_until_ready(program(params, images))  # compiles
   times = []
@@ -261,7 +264,7 @@ def _batches(inputs: Iterable[Input], prepare: Prepare, n: int) -> Generator[_Ba
 def _prepared(
   inputs: Iterable[Input], prepare: Prepare, ahead: int
 ) -> Generator[tuple[str, np.ndarray | str], None, None]:
-  """Yields (path, image or why there is none) in order; threads prepare so many ahead."""
+  """Yields (path, image or why there is none) in order; threads prepare `ahead` of them in advance."""
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     waiting: collections.deque[tuple[str, futures.Future]] = collections.deque()
     try:

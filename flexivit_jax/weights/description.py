@@ -65,11 +65,11 @@ def _image(size: list[int] | None) -> str:
 
 def _input(record: Json) -> str:
   """With which mean and std pixels enter, and what says so."""
-  said = record.get("input") or record.get("folded_input")
-  if not isinstance(said, dict):
+  stats = record.get("input") or record.get("folded_input")
+  if not isinstance(stats, dict):
     return "pixels in [-1, 1]"
-  values = f"mean {_commas(said['mean'])}, std {_commas(said['std'])}"
-  ground = said.get("from", "folded in")
+  values = f"mean {_commas(stats['mean'])}, std {_commas(stats['std'])}"
+  ground = stats.get("from", "folded in")
   if record["format"] != record["source"]["format"]:  # written by us
     return f"pixels in [-1, 1]; folded in: {values} ({ground})"
   if ground == "assumed":

@@ -11,6 +11,7 @@ import numpy as np
 
 from flexivit_jax import errors, sizes, weights
 from flexivit_jax.models import FlexiViT
+from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import certificate, optional
 from flexivit_jax.weights.export import (
   artifact,
@@ -78,7 +79,7 @@ def export(
 
 
 def verify(
-  out: pathlib.Path, model: FlexiViT, params: dict, *, to: str = "stablehlo"
+  out: pathlib.Path, model: FlexiViT, params: Params, *, to: str = "stablehlo"
 ) -> list[certificate.Row]:
   """Reads what was written back and compares its logits with the model's, on the CPU; no rows if it cannot run there.
 
@@ -100,7 +101,7 @@ def verify(
 
 
 def _compare(
-  out: pathlib.Path, model: FlexiViT, params: dict, load: Callable
+  out: pathlib.Path, model: FlexiViT, params: Params, load: Callable
 ) -> list[certificate.Row]:
   cpu = _cpu()
   with jax.default_device(cpu):
@@ -141,7 +142,7 @@ def _options(to: str, platforms: Sequence[str] | None, verified: bool) -> dict[s
   return {}
 
 
-def _in_float32(model: FlexiViT, record: dict[str, Any]) -> tuple[FlexiViT, dict[str, Any]]:
+def _in_float32(model: FlexiViT, record: Json) -> tuple[FlexiViT, Json]:
   """The same model with its matrix products in float32, as ONNX graphs have them, and a note of that."""
   note = f"ONNX graphs are in float32; the model's own matrix products are in {model.dtype}."
   print(f"note: {note}")
