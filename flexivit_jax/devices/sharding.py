@@ -1,6 +1,6 @@
 """Where arrays live: one mesh of all devices, with the axes "data" and "fsdp".
 
-The batch is divided along both. Parameters, optimizer state and running means are a copy on each device along "data"
+The batch is divided along both. Parameters, optimizer state and the EMA are a copy on each device along "data"
 and divided along "fsdp" (fully sharded data parallelism, arXiv 1910.02054 and 2304.11277). With fsdp=1, the default,
 that is plain data parallelism. No number depends on the mesh but for the order in which floats are added.
 """

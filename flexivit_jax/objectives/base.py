@@ -14,7 +14,7 @@ Batch = Mapping[str, Any]
 
 Predict = Callable[..., jax.Array]
 """The model in training, as an objective sees it: `predict(image, *, fixed=False, **size)` gives the logits [n, k] at
-the size drawn, or at `size`; with `fixed` as in inference and without gradient, by the running mean of the weights if
+the size drawn, or at `size`; with `fixed` as in inference and without gradient, by the EMA of the weights if
 the objective has one."""
 
 ClassWeights = Literal["balanced"] | Sequence[float] | Mapping[str, float] | None
@@ -58,7 +58,7 @@ class Objective(NamedTuple):
     prepare: `(batch, key) -> batch`, on the whole global batch: mixup and the like.
     loss: `(predict, batch) -> [n]`, on any part of it.
     teaching: makes batch["targets"], where there are teachers.
-    ema: decay of a running mean of the weights, which is then part of the training state; None: no such mean.
+    ema: decay of an EMA of the weights, which is then part of the training state; None: no EMA.
     also: static arguments of each further forward pass of a step, `predict(..., fixed=True)`; for counting FLOPs.
   """
 

@@ -1,7 +1,7 @@
 """Self-distillation across sizes: no teacher but the model itself, at one size that is good, say the finest.
 
 Labels teach the size drawn, and so does the model's own answer at `size`: of the same weights (as in-place distillation
-does between widths, arXiv 1903.05134), or of their running mean (arXiv 1703.01780). Not in the FlexiViT paper.
+does between widths, arXiv 1903.05134), or of their EMA (arXiv 1703.01780). Not in the FlexiViT paper.
 """
 
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ def self_distill(
     weight: of the distance.
     distance: a name in `losses.DISTANCES`.
     temperature: both sides' logits are divided by it, the distance multiplied by its square.
-    ema: the running mean of the weights teaches, of this decay a step (for example 0.999; less in the first steps, see
-      `steps.running_mean`). None: the weights themselves.
+    ema: the EMA of the weights teaches, with this decay a step (for example 0.999; less in the first steps, see
+      `steps.update_ema`). None: the weights themselves teach.
     loss: a name in `losses.LOSSES`.
     mixup_p: parameter of mixup's Beta distribution; 0 switches it off.
     class_weights: by what the labels' loss is multiplied, a number for each class, see `losses.weighted`.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from flexivit_jax.objectives.base import Batch, Objective, Teaching
+from flexivit_jax.trees import Params
 
 
 class TrainState(NamedTuple):
@@ -100,7 +101,7 @@ def update(
   Args:
     state: its memory may be donated.
     loss, grads: of `gradients`.
-    objective: says whether a running mean of the weights is kept.
+    objective: says whether the state has an EMA of the weights.
     tx: the optimizer.
     total_steps: of the run, for the schedules of `tx`, where one program is to serve runs of other lengths; None: what
       `tx` was made with.
@@ -116,9 +117,7 @@ def update(
   if scale is not None:
     updates = jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
   params = optax.apply_updates(state.params, updates)
-  ema = (
-    None if objective.ema is None else running_mean(state.ema, params, objective.ema, state.step)
-  )
+  ema = None if objective.ema is None else update_ema(state.ema, params, objective.ema, state.step)
   new = TrainState(state.step + 1, params, opt_state, ema)
   measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
   if skip_above is not None:
@@ -147,13 +146,18 @@ def step(
   return update(state, loss, grads, objective=objective, tx=tx, total_steps=total_steps)
 
 
-def running_mean(mean: Any, params: Any, decay: float, step: jax.Array) -> Any:
-  """The running mean of the weights after `step + 1` updates; the first ones forget faster: (1 + step) / (10 + step).
+def update_ema(ema: Params, params: Params, decay: float | jax.Array, step: jax.Array) -> Params:
+  """Returns the EMA of the weights after one more update.
 
-  Source of that factor: TensorFlow's ExponentialMovingAverage.
+  Args:
+    ema: before; at first the initial weights.
+    params: after the update.
+    decay: the weight of the past, in the first steps at most (1 + step) / (10 + step), so that the EMA forgets the
+      initial weights. Source of that factor: TensorFlow's ExponentialMovingAverage.
+    step: number of updates before this one.
   """
-  kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-  return jax.tree.map(lambda m, p: m + (1.0 - kept) * (p - m), mean, params)
+  decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(lambda m, p: m + (1.0 - decay) * (p - m), ema, params)
 
 
 def targets(

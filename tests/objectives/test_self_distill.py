@@ -1,4 +1,4 @@
-"""Self-distillation against its formula; the running mean of the weights against a loop, in a step and in a run."""
+"""Self-distillation against its formula; the EMA of the weights against a loop, in a step and in a run."""
 
 import copy
 import functools
@@ -117,7 +117,7 @@ def test_the_fixed_pass_has_no_dropout():
 
 
 def mean_of(trees, decay):
-  """The running mean in float64 of the parameters before the first and after each further step."""
+  """The EMA in float64 of the parameters before the first and after each further step."""
   mean = [np.float64(leaf) for leaf in jax.tree.leaves(trees[0])]
   for step, params in enumerate(trees[1:]):
     kept = min(decay, (1 + step) / (10 + step))
@@ -128,7 +128,7 @@ def mean_of(trees, decay):
   return mean
 
 
-def test_the_running_mean_is_that_of_a_loop():
+def test_the_ema_is_that_of_a_loop():
   decay = 0.4  # from the sixth step on; before, it forgets faster
   model, params = made()
   objective, tx = self_distill(size={"seqhw": 6}, ema=decay), optax.sgd(0.3)

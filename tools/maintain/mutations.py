@@ -91,7 +91,7 @@ ROOMS = {
   ),
   "step": _room(
     "steps.py training/steps.py training/step.py",
-    "init_params init_state gradients update step running_mean targets _keys _accumulated _split",
+    "init_params init_state gradients update step update_ema targets _keys _accumulated _split",
     "test_steps.py test_step.py",
   ),
   "programs": _room(
