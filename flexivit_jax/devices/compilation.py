@@ -138,25 +138,29 @@ def _lower(
   return _Lowered(lowered, name, time.perf_counter() - begin)
 
 
-def fewest_parts(
-  make: Callable[[int], Program], parts: Sequence[int], room: float, name: str, guess: float = 1
+def fewest_microbatches(
+  make: Callable[[int], Program],
+  microbatches: Sequence[int],
+  room: float,
+  name: str,
+  guess: float = 1,
 ) -> tuple[int, Program]:
-  """Compiles a function that works on a batch part by part, with the fewest parts that fit into memory.
+  """Compiles a function with the smallest number of microbatches that fits into memory.
 
   Args:
-    make: compiles it with so many parts.
-    parts: the numbers that are possible, from small to large.
-    room: bytes.
+    make: compiles it with this number of microbatches.
+    microbatches: candidate numbers, from small to large.
+    room: bytes of each device.
     name: of the program, in the error.
     guess: a lower bound, to begin with.
 
   Returns:
-    The number of parts and the program.
+    The number of microbatches and the program.
 
   Raises:
     OutOfMemory: not even the largest number fits.
   """
-  tried = min((n for n in parts if n >= guess), default=parts[-1])
+  tried = min((n for n in microbatches if n >= guess), default=microbatches[-1])
   while True:
     try:
       program = make(tried)
@@ -167,12 +171,12 @@ def fewest_parts(
       wanted = tried * program.temp_bytes / max(room - program.arguments_bytes, 1.0)
     except OutOfMemory as error:
       need, wanted = str(error), 2.0 * tried
-    if tried == parts[-1]:
+    if tried == microbatches[-1]:
       raise OutOfMemory(
         f"{name} needs {need} even in {tried} parts, and there are {room / 2**30:.3g} GiB for it: smaller batch, model"
         " or memory_gib, or model.scan and model.remat."
       )
-    tried = min((n for n in parts if n > tried and n >= wanted), default=parts[-1])
+    tried = min((n for n in microbatches if n > tried and n >= wanted), default=microbatches[-1])
 
 
 def device_memory() -> float:

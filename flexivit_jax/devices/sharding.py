@@ -160,8 +160,8 @@ def check_divides(batch_size: int, mesh: Mesh | AbstractMesh, name: str = "batch
     )
 
 
-def possible_parts(batch_size: int, mesh: Mesh) -> list[int]:
-  """The numbers of equal parts into which a global batch can be divided on the devices of a mesh."""
+def possible_microbatches(batch_size: int, mesh: Mesh) -> list[int]:
+  """The numbers of equal microbatches into which a global batch divides on the mesh, from small to large."""
   share = batch_size // mesh.size
   return [n for n in range(1, share + 1) if share % n == 0]
 

@@ -84,7 +84,7 @@ def train(
     key = size_key(size_args(n))
     opt_bytes = trees.size_in_bytes(state.opt_state)
     row = _row("train", model, n, setting, times[n], programs.gradients[key], opt_bytes)
-    rows.append(row | {"parts": programs.parts[key]})
+    rows.append(row | {"parts": programs.microbatches[key]})
   return rows
 
 
@@ -95,7 +95,7 @@ def training(
   image_size: int,
   *,
   memory_gib: float | None = None,
-  report: step_programs.Report = lambda size, program, parts: None,
+  report: step_programs.Report = lambda size, program, microbatches: None,
 ) -> tuple[Callable[[SeqHw], dict[str, jax.Array]], steps.TrainState, step_programs.StepPrograms]:
   """Supervised training on random images, compiled.
 
@@ -125,7 +125,7 @@ def training(
     objective=objective,
     tx=optimizer.tx,
     report=report,
-    parts=sharding.possible_parts(batch_size, mesh) if limited else (1,),
+    microbatches=sharding.possible_microbatches(batch_size, mesh) if limited else (1,),
     memory=memory_gib * 2**30 if limited else math.inf,
   )
   shapes = jax.eval_shape(lambda: state)
@@ -188,7 +188,7 @@ def compiling(
   """
   rows: list[BenchRow] = []
 
-  def report(size: SizeArgs, program: compilation.Program, parts: int) -> None:
+  def report(size: SizeArgs, program: compilation.Program, microbatches: int) -> None:
     names = {"model": f"FlexiViT-{model.variant}", "img_size": image_size}
     names |= {"patch_size": "all", "tokens": "all"}
     rows.append(
@@ -197,7 +197,7 @@ def compiling(
         "trace_s": program.trace_seconds,
         "compile_s": program.seconds - program.trace_seconds,
         "peak_mib": program.bytes / 2**20,
-        "parts": parts,
+        "parts": microbatches,
       }
     )
 

@@ -201,7 +201,7 @@ def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -
     "batch": batch,
     "activations": exp.model.activation_bytes(exp.image_shape[:2], **costliest)
     * share
-    / _parts(exp),
+    / _microbatches(exp),
   }
 
 
@@ -238,19 +238,19 @@ def _gradients(exp: experiment.Experiment, model: Model) -> list[Any]:
 
 
 def _common(exp: experiment.Experiment) -> Json:
-  return {"seed": exp.seed, "accumulate": _parts(exp)}
+  return {"seed": exp.seed, "accumulate": _microbatches(exp)}
 
 
-def _parts(exp: experiment.Experiment) -> int:
-  """Parts of a batch; where memory decides that, none are assumed."""
+def _microbatches(exp: experiment.Experiment) -> int:
+  """Number of microbatches; 1 is assumed where memory decides."""
   return 1 if exp.accumulate == "auto" else int(exp.accumulate)
 
 
 def _lower_for(
   devices: int, exp: experiment.Experiment, teach: Any, train: Sequence[Any], update: Any
 ) -> str:
-  if (exp.batch_size // _parts(exp)) % devices:
-    return f"not possible: batch_size={exp.batch_size} / accumulate={_parts(exp)} does not divide over them"
+  if (exp.batch_size // _microbatches(exp)) % devices:
+    return f"not possible: batch_size={exp.batch_size} / accumulate={_microbatches(exp)} does not divide over them"
   mesh = _mesh(exp, devices)
   if mesh is None:
     return f"not possible: mesh.fsdp={exp.mesh['fsdp']} does not divide them"

@@ -34,14 +34,16 @@ def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Mesh]:
   return exp, mesh
 
 
-def _parts(exp: experiment.Experiment, mesh: Mesh) -> tuple[list[int], float]:
+def _microbatches(exp: experiment.Experiment, mesh: Mesh) -> tuple[list[int], float]:
   """Returns the candidate numbers of microbatches, and the bytes of each device that a step may use."""
   if exp.accumulate != "auto":
     return [int(exp.accumulate)], math.inf
   if exp.memory_gib is not None:
-    return sharding.possible_parts(exp.batch_size, mesh), exp.memory_gib * 2**30
-  memory = distributed.smallest(compilation.device_memory())  # other parts would be other programs
-  return sharding.possible_parts(exp.batch_size, mesh), memory
+    return sharding.possible_microbatches(exp.batch_size, mesh), exp.memory_gib * 2**30
+  memory = distributed.smallest(
+    compilation.device_memory()
+  )  # other numbers would be other programs
+  return sharding.possible_microbatches(exp.batch_size, mesh), memory
 
 
 def abstract_state(exp: experiment.Experiment) -> steps.TrainState:
@@ -136,12 +138,14 @@ def compile_step(
   Raises:
     UserError: a step that does not fit into memory; on several processes, other microbatches on one of them.
   """
-  numbers, memory = _parts(exp, mesh)
+  numbers, memory = _microbatches(exp, mesh)
   room = memory - sharding.bytes_each(state)
-  teachers = targets(exp, int(state.step), mesh, hold, parts=numbers, memory=room)
-  compiled = programs(exp, state, teachers, mesh, parts=numbers, memory=memory)
+  teachers = targets(exp, int(state.step), mesh, hold, microbatches=numbers, memory=room)
+  compiled = programs(exp, state, teachers, mesh, microbatches=numbers, memory=memory)
   if distributed.is_on():
-    distributed.agree(int(state.step), {"parts of the batch": sorted(compiled.parts.items())})
+    distributed.agree(
+      int(state.step), {"parts of the batch": sorted(compiled.microbatches.items())}
+    )
   return Step(compiled, teachers, constants(exp, mesh), mesh, tuple(exp.objective.inputs))
 
 
@@ -151,7 +155,7 @@ def targets(
   mesh: Mesh,
   hold: Hold,
   *,
-  parts: Sequence[int] = (1,),
+  microbatches: Sequence[int] = (1,),
   memory: float = math.inf,
 ) -> teaching.Targets | None:
   """Returns the source of the teachers' logits for the steps that are left; None without teachers."""
@@ -171,7 +175,7 @@ def targets(
     todo=range(start, exp.total_steps),
     divide=exp.mesh.get("divide_teachers", True),
     report=lambda program: note(f"compiled teachers: {program.seconds:.1f} s"),
-    parts=parts,
+    microbatches=microbatches,
     memory=memory,
   )
   if teachers.complete:
@@ -185,7 +189,7 @@ def programs(
   taught: teaching.Targets | None,
   mesh: Mesh,
   *,
-  parts: Sequence[int] = (1,),
+  microbatches: Sequence[int] = (1,),
   memory: float = math.inf,
 ) -> step_programs.StepPrograms:
   """Compiles the steps at all sizes."""
@@ -206,7 +210,7 @@ def programs(
     batches_of=exp.batches_of,
     update_scale=exp.update_scale,
     report=report_of("train", exp),
-    parts=parts,
+    microbatches=microbatches,
     memory=memory,
   )
   note(f"{len(sizes)} sizes and the update compiled in {compiled.seconds:.1f} s")
@@ -222,7 +226,7 @@ def _specs(exp: experiment.Experiment, inputs: Iterable[str], mesh: Mesh) -> Jso
 def report_of(kind: str, exp: experiment.Experiment) -> Any:
   """Returns a function that prints a line about each compiled program."""
 
-  def report(size: dict, program: compilation.Program, parts: int = 1) -> None:
+  def report(size: dict, program: compilation.Program, microbatches: int = 1) -> None:
     if not size:
       note(f"compiled the update: {program.seconds:.1f} s, {_mib(program.bytes)}")
       return
@@ -230,7 +234,7 @@ def report_of(kind: str, exp: experiment.Experiment) -> Any:
     note(
       f"compiled {kind} {size_name(size)}: {rows * columns} tokens,"
       f" {program.seconds:.1f} s, {_mib(program.bytes)}, {_mib(program.temp_bytes)} of it temporary"
-      + (f", in {parts} parts" if parts > 1 else "")
+      + (f", in {microbatches} parts" if microbatches > 1 else "")
     )
 
   return report

@@ -32,7 +32,7 @@ class Settings:
     total_epochs: see `total_steps`.
     total_examples: see `total_steps`.
     total_flops: see `total_steps`; as many steps as the schedule of sizes is expected to make of it.
-    accumulate: parts of a batch whose gradients are computed one after the other; "auto": at each size the fewest
+    accumulate: number of microbatches whose gradients are computed one after the other; "auto": at each size the fewest
       with which its step fits into memory, the same result but for rounding.
     token_budget: arguments of `token_budget.make`; steps at coarse sizes then take several batches. An epoch is so many
       steps as are expected to see each image once. Not with teachers.

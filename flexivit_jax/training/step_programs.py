@@ -21,11 +21,11 @@ Report = Callable[[dict, compilation.Program, int], None]
 
 
 class StepPrograms(NamedTuple):
-  """What `compile_steps` returns. `parts` are those of the batch at each size; keys: `sizes.size_key`."""
+  """What `compile_steps` returns. `microbatches` is their number at each size; keys: `sizes.size_key`."""
 
   gradients: dict[tuple, compilation.Program]
   update: compilation.Program
-  parts: dict[tuple, int]
+  microbatches: dict[tuple, int]
   seconds: float = 0.0  # that making them took
   scales: dict[tuple, jax.Array] | None = None  # of the updates
 
@@ -49,12 +49,12 @@ def compile_steps(
   model: nn.Module,
   objective: Objective,
   tx: optax.GradientTransformationExtraArgs,
-  parts: Sequence[int] = (1,),
+  microbatches: Sequence[int] = (1,),
   memory: float = math.inf,
   skip_above: float | None = None,
   batches_of: Callable[[dict[str, Any]], int] = lambda size: 1,
   update_scale: Callable[[dict[str, Any]], float] | None = None,
-  report: Report = lambda size, program, parts: None,
+  report: Report = lambda size, program, microbatches: None,
 ) -> StepPrograms:
   """Compiles all that a run's steps will need.
 
@@ -63,8 +63,8 @@ def compile_steps(
     state, batch, run: as the steps will get them, or their shapes.
     mesh: where they live.
     model, objective, tx: see `steps.step`.
-    parts: numbers of parts of a batch whose gradients may be computed one after the other; of these each size takes
-      the fewest with which a step fits into `memory`.
+    microbatches: candidate numbers of gradient-accumulation microbatches, from small to large; each size uses the
+      smallest with which a step fits into `memory`.
     memory: bytes of each device for a step.
     skip_above: see `steps.update`.
     batches_of: how many times `batch` a step at a size takes.
@@ -82,25 +82,25 @@ def compile_steps(
   seen = state._replace(opt_state=None)
   fn = functools.partial(steps.gradients, model=model, objective=objective)
 
-  def gradients(seen: Any, batch: Any, seed: jax.Array, *, parts: int, **size: Any) -> Any:
-    return fn(seen, batch, seed=seed, accumulate=parts, **size)
+  def gradients(seen: Any, batch: Any, seed: jax.Array, *, microbatches: int, **size: Any) -> Any:
+    return fn(seen, batch, seed=seed, accumulate=microbatches, **size)
 
   def given(size: dict[str, Any]) -> tuple:
     return (seen, _several(batch, batches_of(size)), run["seed"])
 
   # With one number there is nothing to find out: as below, but a size is compiled while the next is traced.
-  if len(parts) == 1:
-    used = {size_key(size): parts[0] for size in sizes}
+  if len(microbatches) == 1:
+    used = {size_key(size): microbatches[0] for size in sizes}
     programs = compilation.compile_each(
-      functools.partial(gradients, parts=parts[0]),
+      functools.partial(gradients, microbatches=microbatches[0]),
       given,
       sizes,
       out_shardings=found,
-      report=lambda size, program: report(size, program, parts[0]),
+      report=lambda size, program: report(size, program, microbatches[0]),
     )
   else:
     room = memory - sharding.bytes_each(state.opt_state)  # which waits meanwhile
-    programs, used = _fitting(gradients, given, sizes, parts, room, found, report)
+    programs, used = _fitting(gradients, given, sizes, microbatches, room, found, report)
 
   loss = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
   grads = jax.tree.map(
@@ -130,12 +130,12 @@ def _fitting(
   gradients: Callable[..., Any],
   given: Callable[[dict[str, Any]], tuple],
   sizes: Sequence[dict[str, Any]],
-  parts: Sequence[int],
+  microbatches: Sequence[int],
   room: float,
   out_shardings: Any,
   report: Report,
 ) -> tuple[dict[tuple, compilation.Program], dict[tuple, int]]:
-  """The program of each size with the fewest parts that fit into `room`, and how many these are."""
+  """Compiles each size with the fewest microbatches that fit into `room`; returns the programs and these numbers."""
   programs, used = {}, {}
   busy = (
     0.0  # bytes of the intermediates of a whole batch at the size before, which has fewer tokens
@@ -143,13 +143,15 @@ def _fitting(
   for size in sizes:
     name, args = f"a training step at {size_name(size)}", given(size)
 
-    def make(parts: int, size: Any = size, args: Any = args, name: str = name) -> Any:
-      fixed = functools.partial(gradients, parts=parts, **size)
+    def make(microbatches: int, size: Any = size, args: Any = args, name: str = name) -> Any:
+      fixed = functools.partial(gradients, microbatches=microbatches, **size)
       return compilation.compile_one(fixed, args, name, out_shardings=out_shardings)
 
     key = size_key(size)
     guess = busy / max(room - 2 * sharding.bytes_each(args[0].params), 1.0)
-    used[key], programs[key] = compilation.fewest_parts(make, parts, room, name, guess)
+    used[key], programs[key] = compilation.fewest_microbatches(
+      make, microbatches, room, name, guess
+    )
     busy = programs[key].temp_bytes * used[key]
     report(size, programs[key], used[key])
   return programs, used

@@ -61,7 +61,7 @@ def gradients(
     model: gives the logits as the first of two outputs.
     objective: what to minimise, see `objectives.base`.
     seed: all randomness is a function of it and of `state.step`. An array where one program is to serve other seeds.
-    accumulate: number of parts, run one after the other, whose gradients are averaged.
+    accumulate: number of microbatches, run one after the other, whose gradients are averaged.
     **size: static arguments of the model, e.g. `seqhw=15`.
 
   Returns:
@@ -70,7 +70,7 @@ def gradients(
   mix_key, dropout_key = _keys(seed, state.step)
   prepared = objective.prepare(batch, mix_key)
 
-  def mean_loss(params: Any, part: Batch, key: jax.Array) -> jax.Array:
+  def mean_loss(params: Any, microbatch: Batch, key: jax.Array) -> jax.Array:
     def predict(image: jax.Array, *, fixed: bool = False, **other: Any) -> jax.Array:
       if fixed:
         known = {"params": params if state.ema is None else state.ema}
@@ -78,7 +78,7 @@ def gradients(
       rngs = {"dropout": key}
       return model.apply({"params": params}, image, train=True, rngs=rngs, **(other or size))[0]
 
-    return objective.loss(predict, part).mean()
+    return objective.loss(predict, microbatch).mean()
 
   return _accumulated(jax.value_and_grad(mean_loss), accumulate)(
     state.params, prepared, dropout_key
@@ -180,7 +180,7 @@ def targets(
     frozen: `teaching.frozen`, as an argument so that it is no constant of the program.
     teaching: see `objectives.base`.
     seed: as in `step`.
-    accumulate: parts of the batch that are computed one after the other: less memory, the same numbers.
+    accumulate: number of microbatches that are computed one after the other: less memory, the same numbers.
   """
   mix_key, _ = _keys(seed, step)
   prepared = teaching.prepare(batch, mix_key)
@@ -197,27 +197,27 @@ def _keys(seed: int | jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]
   return mix_key, dropout_key
 
 
-def _accumulated(value_and_grad: Callable, parts: int) -> Callable:
-  """The mean of `value_and_grad(params, part, key)` over `parts` equal parts of the batch, one at a time."""
-  if parts == 1:
+def _accumulated(value_and_grad: Callable, microbatches: int) -> Callable:
+  """The mean of `value_and_grad(params, microbatch, key)` over equal microbatches, one at a time."""
+  if microbatches == 1:
     return value_and_grad
 
   def run(params: Any, batch: Any, key: jax.Array) -> Any:
-    split = _split(batch, parts)
+    split = _split(batch, microbatches)
 
     def body(total: Any, xs: Any) -> tuple[Any, None]:
-      part, i = xs
+      microbatch, i = xs
       return jax.tree.map(
-        jnp.add, total, value_and_grad(params, part, jax.random.fold_in(key, i))
+        jnp.add, total, value_and_grad(params, microbatch, jax.random.fold_in(key, i))
       ), None
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-    total, _ = jax.lax.scan(body, zeros, (split, jnp.arange(parts)))
-    return jax.tree.map(lambda x: x / parts, total)
+    total, _ = jax.lax.scan(body, zeros, (split, jnp.arange(microbatches)))
+    return jax.tree.map(lambda x: x / microbatches, total)
 
   return run
 
 
-def _split(batch: Any, parts: int) -> Any:
-  """Arrays [n, ...] as [parts, n / parts, ...], interleaved so that each device's share is divided where it is."""
-  return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+def _split(batch: Any, microbatches: int) -> Any:
+  """Arrays [n, ...] as [microbatches, n / microbatches, ...], interleaved: each device divides its own share."""
+  return jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)

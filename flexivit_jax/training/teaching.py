@@ -25,7 +25,7 @@ class Targets:
     specs: of the inputs on the device, by name.
     mesh: where it runs.
     seed: as in `steps.step`.
-    parts, memory: as in `step_programs.compile_steps`.
+    microbatches, memory: as in `step_programs.compile_steps`.
     cache: of what the teachers said, read where it has a step and written where it has not; None: no cache.
     todo: the steps that are left; if the cache has them all, no teacher is compiled or put on a device.
     divide: the teachers' parameters along "fsdp" as the student's are; else they are copies.
@@ -38,7 +38,7 @@ class Targets:
     mesh: Any,
     *,
     seed: int,
-    parts: Sequence[int] = (1,),
+    microbatches: Sequence[int] = (1,),
     memory: float = math.inf,
     cache: TeacherCache | None,
     todo: range,
@@ -69,7 +69,7 @@ class Targets:
         given = (*args, self._frozen, self._seed)
         return compilation.compile_one(parted, given, "the teachers", out_shardings=split)
 
-      _, self._program = compilation.fewest_parts(make, parts, memory, "the teachers")
+      _, self._program = compilation.fewest_microbatches(make, microbatches, memory, "the teachers")
       report(self._program)
 
   def __call__(self, step: int, batch: dict[str, np.ndarray], done: jax.Array) -> Any:

@@ -123,7 +123,7 @@ def teach(path: str) -> None:
     )
     exp, mesh = preparation.place(exp)
     taught = preparation.targets(
-      exp, 0, mesh, contextlib.ExitStack(), parts=[1], memory=float("inf")
+      exp, 0, mesh, contextlib.ExitStack(), microbatches=[1], memory=float("inf")
     )
     image = np.random.default_rng(0).normal(size=(16, 12, 12, 3)).astype(np.float32)
     labels = np.eye(3, dtype=np.float32)[np.arange(16) % 3]

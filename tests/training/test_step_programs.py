@@ -76,8 +76,8 @@ def test_parts_are_few_where_tokens_are_and_change_nothing(given, whole):
   assert needs == sorted(needs)
   held = trees.size_in_bytes(state.opt_state)
   memory = held + needs[1]  # what the size in the middle takes without parts
-  found, programs = after_each_size(given, parts=[1, 2, 4, 8, 16], memory=memory)
-  parts = list(programs.parts.values())
+  found, programs = after_each_size(given, microbatches=[1, 2, 4, 8, 16], memory=memory)
+  parts = list(programs.microbatches.values())
   assert parts[:2] == [1, 1] and parts[2] >= 4
   assert all(p.bytes + held <= memory for p in programs.gradients.values())
   close(found, whole[0])
@@ -85,7 +85,7 @@ def test_parts_are_few_where_tokens_are_and_change_nothing(given, whole):
 
 def test_what_never_fits_names_the_size(given):
   with pytest.raises(UserError, match=r"step at seqhw=2 needs .* GiB even in 16 parts"):
-    after_each_size(given, parts=[1, 16], memory=1e4)
+    after_each_size(given, microbatches=[1, 16], memory=1e4)
 
 
 def program(temp, arguments=0):
@@ -104,7 +104,7 @@ def test_the_next_number_of_parts_follows_from_what_the_last_one_took(room, part
     seen.append(n)
     return program(900 // n, 100)
 
-  found, _ = compilation.fewest_parts(make, [1, 2, 4, 8, 16, 32], room, "it")
+  found, _ = compilation.fewest_microbatches(make, [1, 2, 4, 8, 16, 32], room, "it")
   assert (found, seen) == (parts, tried)
 
 
@@ -114,14 +114,16 @@ def test_a_compiler_that_runs_out_of_memory_is_asked_for_more_parts():
       raise compilation.OutOfMemory("full")
     return program(1)
 
-  assert compilation.fewest_parts(make, [1, 2, 4, 8], 10, "it")[0] == 4
+  assert compilation.fewest_microbatches(make, [1, 2, 4, 8], 10, "it")[0] == 4
   with pytest.raises(compilation.OutOfMemory, match="it needs full even in 2 parts"):
-    compilation.fewest_parts(make, [1, 2], 10, "it")
+    compilation.fewest_microbatches(make, [1, 2], 10, "it")
 
 
 def test_a_guess_saves_trying():
   seen = []
-  compilation.fewest_parts(lambda n: seen.append(n) or program(1), [1, 2, 4, 8], 10, "it", 2.5)
+  compilation.fewest_microbatches(
+    lambda n: seen.append(n) or program(1), [1, 2, 4, 8], 10, "it", 2.5
+  )
   assert seen == [4]
 
 
