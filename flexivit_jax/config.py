@@ -25,6 +25,8 @@ from flexivit_jax import errors
 
 # A section of a config: keyword arguments of one function, which checks their types.
 Section = Mapping[str, Any]
+Function = Callable[..., object]  # what a section configures
+Kind = Any  # an annotation: a class, a union, a generic alias
 
 # Sections that a config may leave out, and an override may begin.
 OPTIONAL = (
@@ -170,10 +172,10 @@ def grids(side: int, least: int = 8, most: int = 48) -> tuple[int, ...]:
 def check(
   where: str,
   section: Any,
-  *functions: Callable[..., Any],
+  *functions: Function,
   given: Sequence[str] = (),
-  needed: Mapping[str, Any] = {},
-  optional: Mapping[str, Any] = {},
+  needed: Mapping[str, Kind] = {},
+  optional: Mapping[str, Kind] = {},
 ) -> None:
   """Checks that a section's keys are arguments of the functions that it configures, and its values what they take.
 
@@ -213,8 +215,8 @@ def naming(section: str) -> Iterator[None]:
 
 def check_known(
   where: str,
-  section: Any,
-  *functions: Callable[..., Any],
+  section: object,
+  *functions: Function,
   given: Sequence[str] = (),
   optional: Sequence[str] = (),
 ) -> None:
@@ -231,13 +233,11 @@ def check_known(
       )
 
 
-def _wrong(key: str, value: Any, kind: Any) -> errors.UserError:
+def _wrong(key: str, value: object, kind: Kind) -> errors.UserError:
   return errors.UserError(f"The config's {key} is {value!r:.80}; expected {kind_text(kind)}.")
 
 
-def _parameters(
-  functions: Sequence[Callable[..., Any]], given: Sequence[str]
-) -> list[inspect.Parameter]:
+def _parameters(functions: Sequence[Function], given: Sequence[str]) -> list[inspect.Parameter]:
   parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
   kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
   return [p for p in parameters if p.kind in kinds and p.name not in given]
@@ -247,7 +247,7 @@ def _prefixed(where: str, names: Iterable[str]) -> list[str]:
   return [f"{where}.{name}" if where else name for name in names]
 
 
-def fits(value: Any, kind: Any) -> bool:
+def fits(value: object, kind: Kind) -> bool:
   """Whether a value of a config is what an annotation says: a number, text, None, a union, a sequence, a path.
 
   An int is a float (PEP 484), True is no number, a list is as good as a tuple. A class that no config can hold, such
@@ -274,7 +274,7 @@ def fits(value: Any, kind: Any) -> bool:
   return isinstance(value, Mapping)
 
 
-def _fits_each(value: Any, origin: Any, args: tuple[Any, ...]) -> bool:
+def _fits_each(value: object, origin: Kind, args: tuple[Kind, ...]) -> bool:
   if not isinstance(value, Sequence) or isinstance(value, str | bytes):
     return False
   if origin is tuple and args and args[-1] is not ...:
@@ -282,7 +282,7 @@ def _fits_each(value: Any, origin: Any, args: tuple[Any, ...]) -> bool:
   return all(fits(v, args[0]) for v in value) if args else True
 
 
-def kind_text(kind: Any) -> str:
+def kind_text(kind: Kind) -> str:
   """Returns the annotation in words, for messages: "an integer or None", "a tuple, each an integer"."""
   origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
   if origin in _UNIONS:

@@ -15,6 +15,8 @@ import numpy as np
 from flexivit_jax import files
 from flexivit_jax.errors import UserError
 
+Row = dict[str, Any]  # of metrics.jsonl: "step", and numbers or text by name
+
 
 class MetricsWriter:
   """Writes RUN/metrics.jsonl and TensorBoard event files in RUN/tb.
@@ -61,7 +63,7 @@ class MetricsWriter:
       with self._guard(name):
         self._others[name] = opening()
 
-  def write(self, step: int, values: Mapping[str, Any]) -> None:
+  def write(self, step: int, values: Mapping[str, object]) -> None:
     """Writes scalars (numbers, 0-d arrays; strings go to metrics.jsonl only) at a step."""
     if self._jsonl is not None:
       with self._guard("metrics.jsonl"):
@@ -115,7 +117,7 @@ class MetricsWriter:
         )
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
   """Returns the rows of a metrics.jsonl; a last line cut short by a crash is left out.
 
   Raises:
@@ -140,12 +142,12 @@ class _Jsonl:
     files.write_atomically(path, b"".join(map(_line, rows)), durable=True)
     # Unbuffered, so that a failed write leaves nothing behind that a later one would repeat.
     self._file = path.open("r+b", buffering=0)
-    self._row: dict[str, Any] = rows[-1] if rows else {"step": -1}
+    self._row: Row = rows[-1] if rows else {"step": -1}
     self._end = path.stat().st_size
     self._start = self._end - len(_line(self._row)) if rows else self._end
     self._failed = False  # a write, of which something may be left behind the end
 
-  def write(self, step: int, values: Mapping[str, Any]) -> None:
+  def write(self, step: int, values: Mapping[str, object]) -> None:
     if step < self._row["step"]:
       raise ValueError(f"step {step} after step {self._row['step']}")
     again = step == self._row["step"]
@@ -175,7 +177,7 @@ def _summary(values: Mapping[str, float]) -> Any:
   return Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
 
 
-def _valid_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+def _valid_rows(path: pathlib.Path) -> list[Row]:
   """Returns the rows that can be read: a crash may have cut one short."""
   rows = []
   for line in path.read_bytes().split(b"\n") if path.exists() else []:
@@ -184,14 +186,14 @@ def _valid_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   return sorted(rows, key=lambda row: row["step"])
 
 
-def _parse_row(line: bytes) -> dict[str, Any]:
+def _parse_row(line: bytes) -> Row:
   row = json.loads(line, parse_constant=lambda _: None)
   if not isinstance(row, dict) or not isinstance(row.get("step"), int):
     raise ValueError("no object with an integer 'step'")
   return row
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
+def _line(row: Row) -> bytes:
   return (json.dumps(row, allow_nan=False) + "\n").encode()
 
 

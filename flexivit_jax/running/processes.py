@@ -67,7 +67,7 @@ def take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
     )
 
 
-def signs_of_life(workdir: pathlib.Path) -> peers.Peers | None:
+def heartbeats(workdir: pathlib.Path) -> peers.Peers | None:
   """Returns the heartbeats of all processes, which report a silent one before the runtime ends this process.
 
   None for a single process.

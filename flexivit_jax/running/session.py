@@ -82,7 +82,7 @@ class Session:
     processes.take(self.workdir, self._stack)
     self.ledger = Ledger(self.workdir / "ledger.json" if self.first else None, self._begun)
     self._stack.push(self._write_ledger)
-    self.peers = processes.signs_of_life(self.workdir)
+    self.peers = processes.heartbeats(self.workdir)
 
   def open(
     self,

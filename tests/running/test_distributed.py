@@ -395,7 +395,7 @@ def test_one_process_needs_nobody():
   assert not distributed.is_on() and distributed.on_first(lambda: 3, "") == 3
 
 
-def test_signs_of_life_say_who_is_silent_and_who_is_slow(tmp_path, monkeypatch):
+def test_heartbeats_tell_which_process_is_silent_and_which_is_slow(tmp_path, monkeypatch):
   first, second = (peers.Peers(tmp_path, i, 2) for i in range(2))
   heartbeat.beat()
   first.step, second.step = 5, 4
