@@ -62,7 +62,11 @@ LAYOUTS = (
 
 
 def of_arrays(path: pathlib.Path, content: bare.Content, fields: Fields) -> Weights:
-  """Tells by their names whose arrays these are."""
+  """Returns the arrays of a file as weights; the first layout that recognises their names converts them.
+
+  Raises:
+    UserError: a model that no FlexiViT can be, or arrays that do not fit each other.
+  """
   arrays = content.arrays
   if reason := other_models.layout(arrays):
     raise errors.UserError(f"{path}: {reason}")
@@ -113,7 +117,7 @@ def input_record(mean: Sequence[float], std: Sequence[float], where: str) -> Jso
 
 
 def has_input(record: Json) -> bool:
-  """Whether a record of ours is of weights whose project trains on pixels with a mean and std of their own."""
+  """Tells whether a record of ours is of weights that were trained on pixels normalised with a mean and std."""
   return "input" in record or "folded_input" in record
 
 
