@@ -115,9 +115,9 @@ def draw(stem: pathlib.Path, rows: Sequence[Json]) -> None:
       points = [r for r in rows if r["set"] == chosen and r["checkpoint"] == name]
       ours = {side(r["patch"]): r["ours"] for r in sorted(points, key=lambda r: side(r["patch"]))}
       axis.plot(list(ours), list(ours.values()), "-o", color=_color(i), markersize=4, label=name)
-      known = [r for r in points if r["published"] is not None]
+      theirs = [r for r in points if r["published"] is not None]
       axis.errorbar(
-        [side(r["patch"]) for r in known], [r["published"] for r in known], [r["error"] or 0 for r in known],
+        [side(r["patch"]) for r in theirs], [r["published"] for r in theirs], [r["error"] or 0 for r in theirs],
         fmt="s", color=_color(i), markerfacecolor="none", markersize=7, linewidth=1,
       )  # fmt: skip
     patches = {side(r["patch"]): r["patch"] for r in rows if r["set"] == chosen}
@@ -144,12 +144,12 @@ def speeds(rows: Sequence[Json], which: str) -> dict[str, list[tuple[float, floa
     for r in reversed(rows)
     if r["metric"] == "top1"
   }
-  found: dict[str, list[tuple[float, float]]] = {}
+  by_checkpoint: dict[str, list[tuple[float, float]]] = {}
   for row in rows:
     accuracy = top1.get((row["checkpoint"], row["set"], row["patch"]))
     if row["metric"] == "latency" and accuracy is not None:
-      found.setdefault(row["checkpoint"], []).append((row[which], accuracy))
-  return {name: sorted(points) for name, points in found.items()}
+      by_checkpoint.setdefault(row["checkpoint"], []).append((row[which], accuracy))
+  return {name: sorted(points) for name, points in by_checkpoint.items()}
 
 
 def draw_speed(stem: pathlib.Path, rows: Sequence[Json]) -> None:

@@ -67,8 +67,8 @@ def inline(svg: str, prefix: str, css_class: str, label: str) -> str:
 
 def _data(runs: Sequence[ReportRun]) -> list[str]:
   """Returns the data set and split, where the runs agree about them."""
-  found = {tuple(run.facts[k] for k in ("dataset", "split") if k in run.facts) for run in runs}
-  return list(found.pop()) if len(found) == 1 else []
+  sets = {tuple(run.facts[k] for k in ("dataset", "split") if k in run.facts) for run in runs}
+  return list(sets.pop()) if len(sets) == 1 else []
 
 
 def _marks(runs: Sequence[ReportRun]) -> str:
@@ -80,11 +80,11 @@ def _marks(runs: Sequence[ReportRun]) -> str:
 def _fronts(runs: Sequence[ReportRun]) -> str:
   """Returns the tables of each cost that is known of some point."""
   titles = {"gflops": "by compute", "ms": "by time"}
-  found = {cost: tables.front(runs, cost) for cost in pareto.COSTS}
+  by_cost = {cost: tables.front(runs, cost) for cost in pareto.COSTS}
   return "".join(
     f'<div class="scroll" tabindex="0" role="region" aria-label="Pareto front {titles[cost]}"><h3>{titles[cost]}</h3>'
     f"{table}</div>"
-    for cost, table in found.items()
+    for cost, table in by_cost.items()
     if table
   )
 

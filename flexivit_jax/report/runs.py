@@ -63,10 +63,10 @@ def sides(size: object) -> tuple[int, int]:
   """Returns `(h, w)` of 8 or "8x6"; ValueError on anything else."""
   if isinstance(size, int) and not isinstance(size, bool) and size > 0:
     return size, size
-  found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) if isinstance(size, str) else None
-  if not found:
+  match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) if isinstance(size, str) else None
+  if not match:
     raise ValueError(size)
-  return int(found[1]), int(found[2])
+  return int(match[1]), int(match[2])
 
 
 def order(size: SizeText) -> tuple[int, int]:
@@ -92,13 +92,13 @@ def load(paths: Sequence[Path]) -> list[ReportRun]:
   twice = [str(path) for path, file in zip(paths, files, strict=True) if files.count(file) > 1]
   if twice:
     raise UserError(f"The same run was given more than once: {', '.join(twice)}; give it once.")
-  found = [
+  loaded = [
     (run, file.parent)
     for path, file in zip(paths, files, strict=True)
     for run in by_depth(read(path))
   ]
-  names = _distinct([run.name for run, _ in found], [folder for _, folder in found])
-  return [run._replace(name=name) for (run, _), name in zip(found, names, strict=True)]
+  names = _distinct([run.name for run, _ in loaded], [folder for _, folder in loaded])
+  return [run._replace(name=name) for (run, _), name in zip(loaded, names, strict=True)]
 
 
 def by_depth(run: ReportRun) -> list[ReportRun]:
@@ -197,7 +197,7 @@ def tables_of(data: Json, file: Path) -> tuple[tuple[str, ...], dict[Key, Int[np
   Raises:
     UserError: a table that is no square of counts, whose counts are not those of the row, or of other classes.
   """
-  found: dict[Key, np.ndarray] = {}
+  confusions: dict[Key, np.ndarray] = {}
   for i, item in enumerate(data["rows"]):
     if item.get("confusion") is None:
       continue
@@ -210,8 +210,8 @@ def tables_of(data: Json, file: Path) -> tuple[tuple[str, ...], dict[Key, Int[np
     rest = item.get("unlabelled", 0)
     if counts.sum() + rest != row.n:
       raise _bad(file, f"{at}confusion", f"a table of {counts.sum()}", f"counts of {row.n} images")
-    found[key_of(row)] = counts
-  sizes = {len(counts) for counts in found.values()}
+    confusions[key_of(row)] = counts
+  sizes = {len(counts) for counts in confusions.values()}
   if not sizes:
     return (), {}
   k = max(sizes)
@@ -219,7 +219,7 @@ def tables_of(data: Json, file: Path) -> tuple[tuple[str, ...], dict[Key, Int[np
   named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
   if sizes != {k} or not named or len(classes) != k:
     raise _bad(file, "classes", f"of {sorted(sizes)} rows", "one name for each row of each table")
-  return tuple(classes), found
+  return tuple(classes), confusions
 
 
 def _row_order(row: EvalRow) -> tuple[tuple[int, int], tuple[int, int]]:

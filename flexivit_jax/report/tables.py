@@ -52,20 +52,20 @@ def finding(runs: Sequence[ReportRun]) -> str:
 
 
 def _finding(run: ReportRun) -> str:
-  own = [row for row in run.rows if is_trained(run, row) is not False]
+  trained = [row for row in run.rows if is_trained(run, row) is not False]
   other = [row for row in run.rows if is_trained(run, row) is False]
   if len(run.rows) == 1:
     never = ", where it was never trained" if other else ""
     return f"{run.name}: {_span(run.rows)} at patch size {side(run.rows[0].patch)}{never}"
   if not other:
-    return f"{run.name}: {_span(own)} at all {len(own)} patch sizes"
-  if not own:
+    return f"{run.name}: {_span(trained)} at all {len(trained)} patch sizes"
+  if not trained:
     return f"{run.name}: {_span(other)} at {len(other)} patch sizes, trained at none of them"
-  here = f"its own patch size ({side(own[0].patch)})"
-  if len(own) > 1:
-    here = f"the {len(own)} patch sizes it was trained at"
+  here = f"its own patch size ({side(trained[0].patch)})"
+  if len(trained) > 1:
+    here = f"the {len(trained)} patch sizes it was trained at"
   there = f"the {len(other)} others" if len(other) > 1 else "the other"
-  return f"{run.name}: {_span(own)} at {here}, {_span(other)} at {there}"
+  return f"{run.name}: {_span(trained)} at {here}, {_span(other)} at {there}"
 
 
 def _span(rows: Sequence[EvalRow]) -> str:

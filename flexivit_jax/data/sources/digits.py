@@ -37,5 +37,5 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _read_digits(rows: Sequence[int], indices: Sequence[int]) -> list[Record]:
   images, labels = _load_digits()
-  found = [rows[i] for i in indices]
-  return [{"image": images[r], "label": int(labels[r]), "id": f"digits_{r:04}"} for r in found]
+  chosen = [rows[i] for i in indices]
+  return [{"image": images[r], "label": int(labels[r]), "id": f"digits_{r:04}"} for r in chosen]

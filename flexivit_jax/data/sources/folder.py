@@ -120,20 +120,20 @@ def _nothing(root: pathlib.Path, splits: Sequence[str]) -> UserError:
 
 def _check_classes(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
   """Returns the class folders of a split; a UserError if there is none, or one of no class."""
-  found = subfolders(folder)
-  class_names.check_distinct(found, f"the class folders in {folder}")
-  if not found and (flat := Tree(folder).images):
+  folders = subfolders(folder)
+  class_names.check_distinct(folders, f"the class folders in {folder}")
+  if not folders and (flat := Tree(folder).images):
     raise UserError(
       f"{folder} has {len(flat)} images and no class folders; expected {folder}/CLASS/*.jpg and so on. Images without"
       f" labels are the data set 'images': name='images', split='all', data_dir={str(folder)!r}."
     )
-  for name in found:
+  for name in folders:
     if class_names.plain(name) not in names:
       raise UserError(
         f"{folder} has a class folder {name!r} that the train split has not; that has {class_names.shown(names)}."
         f"{nearest(name, names)}"
       )
-  return found
+  return folders
 
 
 def _name_empty(tree: Tree, empty: Sequence[str], classes: int, *, error: bool) -> None:
