@@ -15,7 +15,7 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.running import ledger, metrics_writer, peers, run_folder
-from flexivit_jax.training import teacher_cache
+from flexivit_jax.training import teachers
 from flexivit_jax.weights import npz
 from flexivit_jax.weights.export import stablehlo
 
@@ -72,7 +72,7 @@ def write_heartbeat(folder: pathlib.Path, version: int) -> pathlib.Path:
 
 
 def write_targets(folder: pathlib.Path, version: int) -> pathlib.Path:
-  cache = teacher_cache.TeacherCache(folder, {"seed": 0}, (0, 1))
+  cache = teachers.TeacherCache(folder, {"seed": 0}, (0, 1))
   cache.write(3, [np.full(2, version)])
   cache.close()
   return folder / "process_0_of_1" / "000000" / "000000003.npz"

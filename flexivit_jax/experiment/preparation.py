@@ -15,8 +15,7 @@ from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.running import distributed
 from flexivit_jax.running.session import note
 from flexivit_jax.sizes import SizeArgs, size_key, size_name
-from flexivit_jax.training import patch_schedule, step_programs, steps, teaching
-from flexivit_jax.training.teacher_cache import TeacherCache
+from flexivit_jax.training import patch_schedule, step_programs, steps, teachers
 from flexivit_jax.trees import Json, Params
 
 Hold = Callable[[contextlib.AbstractContextManager[Any]], Any]
@@ -95,7 +94,7 @@ class Step(NamedTuple):
   """
 
   programs: step_programs.StepPrograms
-  teachers: teaching.Targets | None
+  teachers: teachers.TeacherLogits | None
   constants: dict[str, jax.Array]
   mesh: Mesh
   inputs: tuple[str, ...]
@@ -140,16 +139,16 @@ def compile_step(
   """
   numbers, memory = _microbatches(exp, mesh)
   room = memory - sharding.bytes_each(state)
-  teachers = targets(exp, int(state.step), mesh, hold, microbatches=numbers, memory=room)
-  compiled = programs(exp, state, teachers, mesh, microbatches=numbers, memory=memory)
+  logits = teacher_logits(exp, int(state.step), mesh, hold, microbatches=numbers, memory=room)
+  compiled = programs(exp, state, logits, mesh, microbatches=numbers, memory=memory)
   if distributed.is_on():
     distributed.agree(
       int(state.step), {"parts of the batch": sorted(compiled.microbatches.items())}
     )
-  return Step(compiled, teachers, constants(exp, mesh), mesh, tuple(exp.objective.inputs))
+  return Step(compiled, logits, constants(exp, mesh), mesh, tuple(exp.objective.inputs))
 
 
-def targets(
+def teacher_logits(
   exp: experiment.Experiment,
   start: int,
   mesh: Mesh,
@@ -157,16 +156,16 @@ def targets(
   *,
   microbatches: Sequence[int] = (1,),
   memory: float = math.inf,
-) -> teaching.Targets | None:
+) -> teachers.TeacherLogits | None:
   """Returns the source of the teachers' logits for the steps that are left; None without teachers."""
   if exp.objective.teaching is None:
     return None
   cache = None
   if exp.teacher_cache is not None:
     process = (jax.process_index(), jax.process_count())
-    cache = TeacherCache(exp.teacher_cache, exp.drawn, process)
+    cache = teachers.TeacherCache(exp.teacher_cache, exp.drawn, process)
     hold(contextlib.closing(cache))
-  teachers = teaching.Targets(
+  logits = teachers.TeacherLogits(
     exp.objective.teaching,
     _specs(exp, exp.objective.teaching.inputs, mesh),
     mesh,
@@ -178,15 +177,15 @@ def targets(
     microbatches=microbatches,
     memory=memory,
   )
-  if teachers.complete:
+  if logits.complete:
     note(f"teachers: their logits of all steps are in {exp.teacher_cache}")
-  return teachers
+  return logits
 
 
 def programs(
   exp: experiment.Experiment,
   state: steps.TrainState,
-  taught: teaching.Targets | None,
+  logits: teachers.TeacherLogits | None,
   mesh: Mesh,
   *,
   microbatches: Sequence[int] = (1,),
@@ -194,8 +193,8 @@ def programs(
 ) -> step_programs.StepPrograms:
   """Compiles the steps at all sizes."""
   batch = _specs(exp, exp.objective.inputs, mesh)
-  if taught is not None:
-    batch["targets"] = taught.specs
+  if logits is not None:
+    batch["targets"] = logits.specs
   sizes = sorted(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
   compiled = step_programs.compile_steps(
     sizes,

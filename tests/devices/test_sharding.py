@@ -122,7 +122,7 @@ def teach(path: str) -> None:
       }
     )
     exp, mesh = preparation.place(exp)
-    taught = preparation.targets(
+    taught = preparation.teacher_logits(
       exp, 0, mesh, contextlib.ExitStack(), microbatches=[1], memory=float("inf")
     )
     image = np.random.default_rng(0).normal(size=(16, 12, 12, 3)).astype(np.float32)

@@ -262,13 +262,13 @@ def test_a_run_keeps_its_teacher_out_of_its_checkpoints_and_itself_to_its_teache
 
 def test_a_run_changes_no_bit_of_its_teacher_and_saves_none(teacher, tmp_path, monkeypatch):
   made_targets = []
-  targets = train_lib.preparation.targets
+  targets = train_lib.preparation.teacher_logits
 
   def observed(*args, **fit):
     made_targets.append(targets(*args, **fit))
     return made_targets[0]
 
-  monkeypatch.setattr(train_lib.preparation, "targets", observed)
+  monkeypatch.setattr(train_lib.preparation, "teacher_logits", observed)
   run = train_lib.train(config(teacher, evals={}), tmp_path / "run")
   _, params = weights.load(teacher)
   before = trees.digest(params)

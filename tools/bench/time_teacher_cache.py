@@ -41,7 +41,7 @@ def seconds(settings: dict) -> float:
   with contextlib.ExitStack() as stack:
     state, targets = (
       preparation.first_state(exp, mesh),
-      preparation.targets(exp, 0, mesh, stack.enter_context),
+      preparation.teacher_logits(exp, 0, mesh, stack.enter_context),
     )
     programs = preparation.programs(exp, state, targets, mesh)
     constants = preparation.constants(exp, mesh)

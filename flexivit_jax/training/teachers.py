@@ -1,22 +1,30 @@
-"""What teachers said, kept on disk step by step, for runs whose draws are the same: other students, other patch sizes.
+"""The teachers' part of each step: logits that one program computes, or that a cache on disk holds.
 
-A step's batch and its mixup are a function of (seed, step), so a file for each step is all there is to a cache. Files
-are .npz: their checksums are compared when they are read.
+A step's batch and its mixup are a function of (seed, step), so the cache is one file for each step. Runs with the same
+draws and teachers share it: other students, other patch sizes. Files are .npz, whose checksums are compared on reading.
 """
 
 import concurrent.futures
+import functools
 import io
 import json
+import math
 import os
 import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from flexivit_jax import errors, files
+from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.objectives.base import Teaching
+from flexivit_jax.training import steps
 
 _PENDING = 4  # steps whose arrays may wait for the disk
 # What zipfile and NumPy raise over files of which any byte is another; RuntimeError: "is encrypted", "version 17.3".
@@ -127,3 +135,92 @@ def _local(array: Any) -> np.ndarray:
     return np.asarray(array)
   shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+@final
+class TeacherLogits:
+  """The teachers' logits of each step, batch["targets"]: computed by one program for all sizes, or read from a cache.
+
+  Args:
+    teaching: the objective's.
+    specs: shapes, dtypes and shardings of the inputs on the device, by name.
+    mesh: where it runs.
+    seed: as in `steps.step`.
+    microbatches, memory: as in `step_programs.compile_steps`.
+    cache: read where every process has a step, written where not; None: no cache.
+    todo: the steps that are left; if the cache has them all, no teacher is compiled or put on a device.
+    divide: whether the teachers' parameters are divided along "fsdp", as the student's are; else they are copies.
+    report: called with the teachers' program when it is compiled.
+
+  Attributes:
+    specs: shapes, dtypes and shardings of the logits of a step.
+    complete: whether the cache has all steps that are left.
+
+  Raises:
+    OutOfMemory: the teachers do not fit.
+  """
+
+  def __init__(
+    self,
+    teaching: Teaching,
+    specs: dict[str, Any],
+    mesh: Mesh,
+    *,
+    seed: int,
+    microbatches: Sequence[int] = (1,),
+    memory: float = math.inf,
+    cache: TeacherCache | None,
+    todo: range,
+    divide: bool = True,
+    report: Any = lambda program: None,
+  ):
+    self._teaching, self._mesh, self._cache = teaching, mesh, cache
+    self._seed = jax.device_put(np.uint32(seed), sharding.replicated(mesh))
+    split = sharding.batch_split(mesh)
+
+    def fn(step: jax.Array, batch: Any, frozen: Any, seed: jax.Array, accumulate: int = 1) -> Any:
+      return steps.targets(step, batch, frozen, teaching=teaching, seed=seed, accumulate=accumulate)
+
+    args = (jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), specs)
+    made = jax.eval_shape(fn, *args, teaching.frozen, self._seed)
+    self.specs = jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=split), made
+    )
+    # Decided once, and alike on all processes: they run the teachers' program together or not at all.
+    self._cached = frozenset() if cache is None else _cached_everywhere(cache, todo)
+    self.complete = len(self._cached) == len(todo)
+    if not self.complete:
+      where = sharding.divided(teaching.frozen, mesh) if divide else sharding.replicated(mesh)
+      self._frozen = jax.device_put(teaching.frozen, where)
+
+      def make(accumulate: int) -> compilation.Program:
+        parted = functools.partial(fn, accumulate=accumulate)
+        given = (*args, self._frozen, self._seed)
+        return compilation.compile_one(parted, given, "the teachers", out_shardings=split)
+
+      _, self._program = compilation.fewest_microbatches(make, microbatches, memory, "the teachers")
+      report(self._program)
+
+  def __call__(self, step: int, batch: dict[str, np.ndarray], done: jax.Array) -> Any:
+    """Returns the logits of a step on the device.
+
+    Args:
+      step: counted from 0.
+      batch: this process's part, from the data.
+      done: the same number as `step`, on the device.
+    """
+    if self._cache is not None and step in self._cached:
+      return sharding.put_batch(self._cache.read(step, self.specs), self._mesh)
+    inputs = sharding.put_batch({k: batch[k] for k in self._teaching.inputs}, self._mesh)
+    logits = self._program.run(done, inputs, self._frozen, self._seed)
+    if self._cache is not None:
+      self._cache.write(step, logits)
+    return logits
+
+
+def _cached_everywhere(cache: TeacherCache, todo: range) -> frozenset[int]:
+  """Steps whose logits are cached on every process."""
+  cached = np.array([cache.has(step) for step in todo], bool)
+  if jax.process_count() > 1:
+    cached = multihost_utils.process_allgather(cached).all(axis=0)
+  return frozenset(np.array(todo)[cached].tolist())

@@ -11,8 +11,8 @@ import pytest
 from flexivit_jax import errors, experiment, train as train_lib, weights
 from flexivit_jax.objectives import losses
 from flexivit_jax.running import metrics_writer
-from flexivit_jax.training import teaching
-from flexivit_jax.training.teacher_cache import TeacherCache
+from flexivit_jax.training import teachers
+from flexivit_jax.training.teachers import TeacherCache
 
 FIELDS = dict(patch_size=(4, 4), posemb_size=(3, 3), width=8, depth=1, mlp_dim=8, num_heads=2)
 TEACHER = dict(FIELDS, num_classes=3, width=16)
@@ -76,7 +76,7 @@ def written(tmp_path_factory):
 
 def forbid(monkeypatch):
   """From now on no program of teachers can be compiled, so none can run."""
-  monkeypatch.setattr(teaching, "compilation", None)
+  monkeypatch.setattr(teachers, "compilation", None)
 
 
 def test_writing_a_cache_changes_no_bit(plain, written):
@@ -315,7 +315,7 @@ def train_twice(folder: str) -> None:
   """The same run twice, the second without teachers."""
   assert jax.device_count() == 8
   first = train_with_cache(folder)
-  teaching.compilation = None
+  teachers.compilation = None
   same(first, train_with_cache(folder))
 
 
