@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-Size = int | tuple[int, int]
+Size = int | tuple[int, ...]  # tokens per side, or (per column, per row)
 
 
 class Artifact(NamedTuple):
@@ -36,8 +36,7 @@ class Artifact(NamedTuple):
     """Logits [n, k] of images [n, h, w, c] in [-1, 1]; ValueError for another size or shape of image."""
     if size not in self.programs:
       raise ValueError(f"size={size} is not in this artifact; it has {self.sizes}.")
-    _, *shape = np.shape(image)
-    if shape != self.record["image_shape"]:
+    if (shape := [*np.shape(image)[1:]]) != self.record["image_shape"]:
       raise ValueError(f"Expected images of shape {self.record['image_shape']}, got {shape}.")
     return np.asarray(self.programs[size](np.asarray(image, np.float32)))
 
@@ -60,15 +59,9 @@ def load_artifact(path: Any) -> Artifact:
   if not whole:  # but for what no part is made of, such as dates
     raise ValueError(f"{path} is damaged (wrong sha256); copy or export it again.")
   weights = _arrays(parts["weights.npz"])
-  return Artifact(record, {_size(s): _program(parts, weights, record, s) for s in record["sizes"]})
-
-
-def _size(text: int | str) -> Size:
-  """A size as the record has it: 8, or "4x6"."""
-  if isinstance(text, int):
-    return text
-  rows, columns = map(int, text.split("x"))
-  return rows, columns
+  # "4x6" in the record is the size (4, 6).
+  sizes = {s: s if isinstance(s, int) else tuple(map(int, s.split("x"))) for s in record["sizes"]}
+  return Artifact(record, {k: _program(parts, weights, record, s) for s, k in sizes.items()})
 
 
 def is_sealed(path: Any) -> bool:
@@ -81,9 +74,7 @@ def _arrays(part: bytes) -> dict[str, jax.Array]:
   return {k: jnp.asarray(v) for k, v in np.load(io.BytesIO(part), allow_pickle=False).items()}
 
 
-def _program(
-  parts: dict[str, bytes], weights: Any, record: Any, size: int | str
-) -> Callable[[Any], Any]:
+def _program(parts: dict[str, bytes], weights: Any, record: Any, size: Any) -> Callable[[Any], Any]:
   """The StableHLO of one size in place of that of an empty function with the same signature."""
   weights = weights | _arrays(parts[f"{size}/embedding.npz"])
   image = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *record["image_shape"]), np.float32)
