@@ -31,7 +31,7 @@ def metrics_of(row: dict[str, Any]) -> list[str]:
 
 
 def main_of(names: Collection[str]) -> str | None:
-  """The evaluator whose results are a run's eval.json: "test", else the first in the alphabet."""
+  """Name of the main evaluator, written to eval.json: "test" if present, else the alphabetically first."""
   return "test" if "test" in names else min(names, default=None)
 
 

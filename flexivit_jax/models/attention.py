@@ -1,4 +1,4 @@
-"""Dot-product attention in several forms: the same numbers, and each the fastest somewhere.
+"""Dot-product attention in several forms: the same numbers, each the fastest on some hardware and length.
 
 All take queries, keys and values of shape [n, l, h, e] and return [n, l, h, e]. Products run in the arrays' dtype, sums
 and softmax in float32. Which is fastest where: docs/performance.md.
@@ -26,12 +26,12 @@ def einsum(q: Heads, k: Others, v: Others) -> Heads:
 
 
 def heads_first(q: Heads, k: Others, v: Others) -> Heads:
-  """Head by head in memory, so that each product reads rows; it is the output that is normalised, not the weights."""
+  """Lays arrays out head by head, so that each product reads rows; normalises the output instead of the weights."""
   return _attend(*_by_head(q, k, v))[0].swapaxes(1, 2)
 
 
 def one_by_one(q: Heads, k: Others, v: Others) -> Heads:
-  """One head of one image at a time, whose scores stay in cache, and once more in the backward pass: memory for one."""
+  """Loops over (image, head) and recomputes the scores in the backward pass, so memory holds one head's scores only."""
   return _looped(*_by_head(q, k, v)).swapaxes(1, 2)
 
 
@@ -59,11 +59,11 @@ FORMS: dict[str, Callable[..., Any]] = {
 
 
 def choose(backend: str, queries: int, keys: int, dtype: Any) -> str:
-  """The form that was measured to be the fastest.
+  """Returns the form that measured fastest, a key of `FORMS`.
 
   Args:
-    backend: JAX's name of it.
-    queries, keys: how many tokens.
+    backend: "cpu", "gpu", ... (`jax.default_backend()`).
+    queries, keys: numbers of tokens.
     dtype: of the products.
   """
   if backend == "cpu":
