@@ -171,13 +171,13 @@ def grids(side: int, least: int = 8, most: int = 48) -> tuple[int, ...]:
 
 def check(
   where: str,
-  section: Any,
+  section: object,
   *functions: Function,
   given: Sequence[str] = (),
   needed: Mapping[str, Kind] = {},
   optional: Mapping[str, Kind] = {},
-) -> None:
-  """Checks that a section's keys are arguments of the functions that it configures, and its values what they take.
+) -> Section:
+  """Returns a section whose keys are arguments of the functions that it configures, and its values what they take.
 
   Args:
     where: the section's name, e.g. "optim".
@@ -190,18 +190,19 @@ def check(
   Raises:
     UserError: a key that is none of these, with the nearest that is; one that is missing; a value of another type.
   """
-  check_known(where, section, *functions, given=given, optional=(*needed, *optional))
+  keys = check_known(where, section, *functions, given=given, optional=(*needed, *optional))
   parameters = _parameters(functions, given)
   required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
-  missing = [k for k in (*needed, *required) if k not in section]
+  missing = [k for k in (*needed, *required) if k not in keys]
   if missing:
     raise errors.UserError(
       f"The config lacks {', '.join(_prefixed(where, dict.fromkeys(missing)))}."
     )
   kinds = [*needed.items(), *optional.items(), *((p.name, p.annotation) for p in parameters)]
   for key, kind in kinds:
-    if key in section and not fits(section[key], kind):
-      raise _wrong(_prefixed(where, [key])[0], section[key], kind)
+    if key in keys and not fits(keys[key], kind):
+      raise _wrong(_prefixed(where, [key])[0], keys[key], kind)
+  return keys
 
 
 @contextlib.contextmanager
@@ -219,7 +220,7 @@ def check_known(
   *functions: Function,
   given: Sequence[str] = (),
   optional: Sequence[str] = (),
-) -> None:
+) -> Section:
   """As `check`, of unknown keys only: nothing has to be there."""
   if not isinstance(section, Mapping):
     raise _wrong(where, section, Mapping)
@@ -231,6 +232,7 @@ def check_known(
       raise errors.unknown(
         "config key", f"{where}.{key}" if where else key, _prefixed(where, known)
       )
+  return section
 
 
 def _wrong(key: str, value: object, kind: Kind) -> errors.UserError:

@@ -15,10 +15,11 @@ from flexivit_jax.errors import UserError, nearest
 
 Params = dict[str, Any]  # a model's: nested dicts of arrays, or of their shapes and dtypes
 Arrays = dict[str, np.ndarray]  # arrays by full name, not nested
+Tree = Any  # a pytree: nested containers of arrays, or of anything else
 Json = dict[str, Any]  # a JSON object, as a record or a config.json holds it
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Tree) -> Params:
   """Returns `{"a/b/c": leaf}` in the order of `jax.tree.leaves`.
 
   Raises:
@@ -32,13 +33,13 @@ def flatten(tree: Any) -> dict[str, Any]:
   return flat
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, Any]) -> Params:
   """Returns the nested dicts that `flatten` gives back as `flat`.
 
   Raises:
     UserError: a name is both a leaf and the beginning of another name.
   """
-  tree: dict[str, Any] = {}
+  tree: Params = {}
   for name, leaf in flat.items():
     *parents, last = name.split("/")
     node = tree
@@ -52,14 +53,14 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
   return tree
 
 
-def map_named(f: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_named(f: Callable[[str, Any], Any], tree: Tree) -> Tree:
   """Returns the tree of `f(name, leaf)`."""
   return jax.tree_util.tree_map_with_path(lambda path, leaf: f(_name(path), leaf), tree)
 
 
 def mask(
-  tree: Any, patterns: Iterable[Sequence[Any]], *, default: Any, what: str = "patterns"
-) -> Any:
+  tree: Tree, patterns: Iterable[Sequence[Any]], *, default: Any, what: str = "patterns"
+) -> Tree:
   """Returns a tree of values: of the first `(regex, value)` whose regex matches the whole name.
 
   Args:
@@ -82,17 +83,17 @@ def mask(
   return map_named(lambda name, _: values[first[name]], tree)
 
 
-def count(tree: Any) -> int:
+def count(tree: Tree) -> int:
   """Returns the number of scalars in a tree of arrays or shapes."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def size_in_bytes(tree: Any) -> int:
+def size_in_bytes(tree: Tree) -> int:
   """Bytes of all arrays, or of what has their shapes and dtypes."""
   return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def digest(tree: Any) -> str:
+def digest(tree: Tree) -> str:
   """Returns a sha256 of the names, shapes, dtypes and values of a tree of arrays."""
   sha = hashlib.sha256()
   for name, leaf in sorted(flatten(tree).items()):
@@ -102,7 +103,7 @@ def digest(tree: Any) -> str:
   return sha.hexdigest()
 
 
-def diff(expected: Any, got: Any, *, max_lines: int = 20) -> list[str]:
+def diff(expected: Tree, got: Tree, *, max_lines: int = 20) -> list[str]:
   """Returns one line per difference in names, shapes and dtypes between trees; no line when equal.
 
   A missing name is shown with the nearest one of the names that are there but not expected. After

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,8 @@ from flexivit_jax import config, errors, experiment, sizes, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import results
+from flexivit_jax.evaluators.base import Batches
+from flexivit_jax.evaluators.per_size import PerSize
 from flexivit_jax.models.flexivit import FlexiViT
 from flexivit_jax.sizes import SeqHw
 from flexivit_jax.trees import Json, Params
@@ -25,7 +27,7 @@ class Opened(NamedTuple):
 
   model: FlexiViT
   params: Params
-  data: Iterable[Json]
+  data: Batches
   mesh: Mesh
   seqhw: Sequence[SeqHw]
   section: Json
@@ -74,6 +76,7 @@ def open_checkpoint(arguments: argparse.ArgumentParser) -> tuple[argparse.Namesp
   evaluation = experiment.build_evaluation("", section, every=1, classes=classes)
   for note in evaluation.notes:
     print(f"note: {note}", file=sys.stderr)
-  data = evaluation.make(model, mesh).batches
+  evaluator = evaluation.make(model, mesh)
+  assert isinstance(evaluator, PerSize)  # the section classifies
   training = settings.get("input", {}).get("data")
-  return args, Opened(model, params, data, mesh, seqhw, section, training)
+  return args, Opened(model, params, evaluator.batches, mesh, seqhw, section, training)

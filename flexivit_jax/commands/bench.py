@@ -1,7 +1,6 @@
 """`flexivit bench`: what each patch size costs on this machine; see `experiment.benchmarks`."""
 
 import argparse
-from typing import Any
 
 from flexivit_jax import errors, sizes
 from flexivit_jax.commands import options
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
   for name in ("batch_size", "image_size", "rounds"):
     if getattr(args, name) < 1:
       raise errors.UserError(f"--{name}={getattr(args, name)}; expected at least 1.")
-  tables: dict[str, list[dict[str, Any]]] = {}
+  tables: dict[str, list[benchmarks.BenchRow]] = {}
   if args.forward or args.train or args.compile:
     model = FlexiViT(
       num_classes=1000,

@@ -12,8 +12,12 @@ from flexivit_jax.data.balanced import labels_of
 
 _KEY = "class_weights"
 
+# "balanced", a number for each class, or numbers by name or number of the class.
+# Of the user, so of any type; `resolve` checks it.
+Setting = Any
 
-def resolve(setting: Any, source: data.Source, num_classes: int) -> tuple[float, ...]:
+
+def resolve(setting: Setting, source: data.Source, num_classes: int) -> tuple[float, ...]:
   """Returns a weight for each class of the model.
 
   Args:
@@ -66,11 +70,13 @@ def note(weights: Sequence[float], source: data.Source) -> str:
   return f"class weights: {', '.join(parts)}"
 
 
-def _by_name(weights_of: Mapping[Any, Any], source: data.Source, num_classes: int) -> list[Any]:
+def _by_name(
+  weights_of: Mapping[Setting, Setting], source: data.Source, num_classes: int
+) -> list[Setting]:
   names = source.class_names or ()
   numbers = {class_names.plain(name): k for k, name in enumerate(names)}
-  weights: list[Any] = [1.0] * num_classes
-  chosen: dict[int, Any] = {}
+  weights: list[Setting] = [1.0] * num_classes
+  chosen: dict[int, Setting] = {}
   for key, weight in weights_of.items():
     k = numbers.get(class_names.plain(str(key)))
     if k is None and str(key).isdecimal() and int(key) < num_classes:
@@ -86,7 +92,7 @@ def _by_name(weights_of: Mapping[Any, Any], source: data.Source, num_classes: in
   return weights
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Sharding
 
 from flexivit_jax import data, experiment, trees, weights
 from flexivit_jax.config import Section
@@ -22,7 +23,9 @@ from flexivit_jax.models import MODELS, FlexiViT, Model
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import SizeArgs, size_name
 from flexivit_jax.training import patch_schedule, steps
-from flexivit_jax.trees import Json
+from flexivit_jax.trees import Json, Tree
+
+Jitted = jax.stages.Wrapped
 
 
 class Machine(NamedTuple):
@@ -228,7 +231,7 @@ def lowered(settings: Section, meshes: Sequence[int]) -> dict[str, str]:
   return {str(n): _lower_for(n, exp, teach, train, update) for n in meshes}
 
 
-def _gradients(exp: experiment.Experiment, model: Model) -> list[Any]:
+def _gradients(exp: experiment.Experiment, model: Model) -> list[Jitted]:
   """The first program of a step at each size."""
   gradients = functools.partial(
     steps.gradients, model=model, objective=exp.objective, **_common(exp)
@@ -247,7 +250,11 @@ def _microbatches(exp: experiment.Experiment) -> int:
 
 
 def _lower_for(
-  devices: int, exp: experiment.Experiment, teach: Any, train: Sequence[Any], update: Any
+  devices: int,
+  exp: experiment.Experiment,
+  teach: Jitted | None,
+  train: Sequence[Jitted],
+  update: Jitted,
 ) -> str:
   if (exp.batch_size // _microbatches(exp)) % devices:
     return f"not possible: batch_size={exp.batch_size} / accumulate={_microbatches(exp)} does not divide over them"
@@ -259,7 +266,7 @@ def _lower_for(
     train = _gradients(exp, exp.model.clone(fsdp=mesh))
   split = functools.partial(_placed, sharding.batch_split(mesh))
 
-  def whole(tree: Any) -> Any:
+  def whole(tree: Tree) -> Tree:
     return jax.tree.map(_placed_one, tree, sharding.divided(tree, mesh))
 
   shapes = {k: (exp.batch_size, *shape) for k, shape in exp.input_shapes.items()}
@@ -278,15 +285,15 @@ def _lower_for(
   return f"{len(train)} training steps lowered"
 
 
-def _placed(where: Any, tree: Any) -> Any:
+def _placed(where: Sharding, tree: Tree) -> Tree:
   return jax.tree.map(lambda s: _placed_one(s, where), tree)
 
 
-def _placed_one(s: Any, where: Any) -> jax.ShapeDtypeStruct:
+def _placed_one(s: jax.ShapeDtypeStruct, where: Sharding) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
 
 
-def _mesh(exp: experiment.Experiment, devices: int) -> Any:
+def _mesh(exp: experiment.Experiment, devices: int) -> AbstractMesh | None:
   """The config's mesh with so many devices, as many as there may be along "data"; None where that cannot be."""
   fsdp = exp.mesh.get("fsdp", 1)
   return None if devices % fsdp else sharding.abstract_mesh(devices, fsdp=fsdp)

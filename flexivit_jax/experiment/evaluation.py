@@ -3,15 +3,16 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from flexivit_jax import config, data, errors
-from flexivit_jax.config import Section
+from flexivit_jax.config import Function, Section
 from flexivit_jax.data import class_names
 from flexivit_jax.data.loader import Waiting
+from flexivit_jax.evaluators.base import Evaluator
 from flexivit_jax.evaluators.classification import table_classes
 from flexivit_jax.evaluators.registry import EVALUATORS
 from flexivit_jax.experiment import labelling, sections
@@ -27,7 +28,7 @@ class Evaluation(NamedTuple):
   with the first example, and computes nothing. `notes` are what the user should know of its classes.
   """
 
-  make: Callable[..., Any]
+  make: Callable[..., Evaluator]
   check: Callable[[Model], None]
   every: int
   source: data.Source
@@ -84,7 +85,7 @@ def _open(
     training = opening.shots(training, **_arguments(section, data.few_shots))
   loading = _arguments(section, data.eval_batches) | process
 
-  def of(model: Model, mesh: Mesh | None, waiting: Waiting, loading: Section) -> Any:
+  def of(model: Model, mesh: Mesh | None, waiting: Waiting, loading: Section) -> Evaluator:
     scoring = _arguments(section, evaluator)
     if training:
       batches = data.eval_batches(training, waiting=waiting, **loading)
@@ -92,7 +93,7 @@ def _open(
     batches = data.eval_batches(source, waiting=waiting, **loading)
     return evaluator(model, batches, mesh, **scoring)
 
-  def make(model: Model, mesh: Mesh | None, waiting: Waiting = contextlib.nullcontext) -> Any:
+  def make(model: Model, mesh: Mesh | None, waiting: Waiting = contextlib.nullcontext) -> Evaluator:
     return of(model, mesh, waiting, loading)
 
   def check(model: Model) -> None:
@@ -118,7 +119,7 @@ def check_evaluation(evaluation: Evaluation, model: Model, training: data.Source
   evaluation.check(model)
 
 
-def _arguments(section: Section, function: Callable[..., Any]) -> Json:
+def _arguments(section: Section, function: Function) -> Json:
   return {k: section[k] for k in inspect.signature(function).parameters if k in section}
 
 

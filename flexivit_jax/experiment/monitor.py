@@ -3,13 +3,13 @@
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from flexivit_jax import errors
 from flexivit_jax.config import Section
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.registry import METRICS
-from flexivit_jax.sizes import size_label, size_text
+from flexivit_jax.sizes import SeqHw, size_label, size_text
 from flexivit_jax.trees import Json
 
 Mode = Literal["max", "min"]
@@ -170,6 +170,8 @@ def _sizes(section: Section) -> list[str]:
   return [*grids, *depths, *whole]
 
 
-def _square(size: Any) -> Any:
-  pair = isinstance(size, list | tuple) and size[0] == size[1]
-  return size[0] if pair else size
+def _square(size: SeqHw | list[int]) -> SeqHw:
+  if isinstance(size, int):
+    return size
+  h, w = size
+  return h if h == w else (h, w)

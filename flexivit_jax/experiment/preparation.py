@@ -114,7 +114,7 @@ class Step(NamedTuple):
 
   def look(
     self, number: int, size: SizeArgs, state: steps.TrainState, batch: dict[str, np.ndarray]
-  ) -> tuple[steps.TrainState, dict[str, jax.Array], Any]:
+  ) -> tuple[steps.TrainState, dict[str, jax.Array], Params]:
     """As a call, and returns the gradients too."""
     seed, total = self.constants["seed"], self.constants["total_steps"]
     program = self.programs.gradients[size_key(size)]
@@ -222,7 +222,7 @@ def _specs(exp: experiment.Experiment, inputs: Iterable[str], mesh: Mesh) -> Jso
   return sharding.specs({k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()}, mesh)
 
 
-def report_of(kind: str, exp: experiment.Experiment) -> Any:
+def report_of(kind: str, exp: experiment.Experiment) -> Callable[..., None]:
   """Returns a function that prints a line about each compiled program."""
 
   def report(size: dict, program: compilation.Program, microbatches: int = 1) -> None:

@@ -1,11 +1,11 @@
 """The sections of a config against the functions that they configure: an error names the first wrong key or value."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from flexivit_jax import config, data, errors
-from flexivit_jax.config import Section
+from flexivit_jax.config import Function, Section
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.registry import EVALUATORS
 from flexivit_jax.experiment import monitor
@@ -67,36 +67,36 @@ def check_sections(settings: Settings) -> None:
     check_evaluation(f"evals.{key}", section)
 
 
-def check_evaluation(where: str, section: Any) -> None:
+def check_evaluation(where: str, section: object) -> None:
   """Raises a UserError for the first wrong key or type of a value in a section of `evals`."""
   given = (*_GIVEN_EVALS, "process_index", "process_count", "waiting")
-  every: list[Callable[..., Any]] = [data.eval_batches, data.few_shots, *EVALUATORS.values()]
+  every: list[Function] = [data.eval_batches, data.few_shots, *EVALUATORS.values()]
   optional = {"type": str, **_EVERY}
   # First what no evaluator has: a misspelt "type" is not the fault of the keys that belong to its value.
-  config.check_known(
+  keys = config.check_known(
     where, section, *every, given=given, optional=("data", "train_data", *optional)
   )
-  if section.get("type") in ("confusion", "confusion_matrix", "per_class"):
+  if keys.get("type") in ("confusion", "confusion_matrix", "per_class"):
     raise errors.UserError(
-      f"{where}.type is {section['type']!r}; a confusion matrix is per_class=True of the type 'classification'."
+      f"{where}.type is {keys['type']!r}; a confusion matrix is per_class=True of the type 'classification'."
     )
-  evaluator = _named(where, section, EVALUATORS, "classification", "type")
+  evaluator = _named(where, keys, EVALUATORS, "classification", "type")
   functions, needed = [data.eval_batches, evaluator], {"data": Mapping}
   if "train_batches" in inspect.signature(evaluator).parameters:
     functions, needed = [*functions, data.few_shots], needed | {"train_data": Mapping}
   config.check(where, section, *functions, given=given, needed=needed, optional=optional)
   for key in needed:
-    config.check(f"{where}.{key}", section[key], data.make_source)
-  if "teacher" in section:
-    check_teacher(f"{where}.teacher", section["teacher"])
+    config.check(f"{where}.{key}", keys[key], data.make_source)
+  if "teacher" in keys:
+    check_teacher(f"{where}.teacher", keys["teacher"])
 
 
-def check_teacher(where: str, section: Any) -> None:
+def check_teacher(where: str, section: object) -> None:
   """Raises a UserError for the first wrong key or type of a value in the section of a teacher."""
-  config.check(where, section, load_teacher)
-  if section.get("model") is not None:
-    model = _named(f"{where}.model", section["model"], MODELS, "flexivit")
-    config.check(f"{where}.model", section["model"], model, given=UNNAMED, optional=_NAME)
+  keys = config.check(where, section, load_teacher)
+  if keys.get("model") is not None:
+    model = _named(f"{where}.model", keys["model"], MODELS, "flexivit")
+    config.check(f"{where}.model", keys["model"], model, given=UNNAMED, optional=_NAME)
 
 
 def _named(where: str, section: Section, table: Section, default: str, key: str = "name") -> Any:
