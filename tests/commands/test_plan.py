@@ -128,6 +128,7 @@ def test_a_batch_that_does_not_divide_is_said():
   assert "batch_size=1000 / accumulate=1 does not divide" in made["lowered"]["32"]
 
 
+@pytest.mark.full
 def test_divided_weights_are_held_sent_and_lowered():
   settings = small("cifar10", "input.batch_size=1024")
   settings["model"]["width"] = 256  # of arrays that are worth dividing

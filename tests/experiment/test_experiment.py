@@ -39,7 +39,12 @@ TEACHER = dict(
 
 
 @pytest.mark.parametrize(
-  "teachers", [{}, {"one": TEACHER}, {"one": TEACHER, "two": TEACHER | {"seqhw": 3}}]
+  "teachers",
+  [
+    {},
+    pytest.param({"one": TEACHER}, marks=pytest.mark.full),
+    {"one": TEACHER, "two": TEACHER | {"seqhw": 3}},
+  ],
 )
 def test_equal_shares_of_the_flops_of_a_config_count_its_teachers(teachers):
   objective = dict(name="distill", teachers=teachers) if teachers else {}

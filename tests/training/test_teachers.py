@@ -116,6 +116,7 @@ def test_another_student_reads_the_same_cache(plain, written, tmp_path, monkeypa
   assert outcome(live)[1] != outcome(plain)[1][:3]
 
 
+@pytest.mark.full
 def test_a_run_stopped_in_the_middle_goes_on_from_a_cache_with_holes(
   plain, written, tmp_path, train_until
 ):
