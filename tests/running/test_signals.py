@@ -129,6 +129,7 @@ def test_an_evaluation_is_left_at_once_and_made_again(whole, tmp_path, monkeypat
   check_resumed(whole, tmp_path)
 
 
+@pytest.mark.full
 def test_the_rows_of_an_evaluation_are_written_all_or_none(whole, tmp_path, monkeypatch):
   """A kill, and then a signal, right after the first write with results."""
   write = metrics_writer.MetricsWriter.write
@@ -155,6 +156,7 @@ def test_the_rows_of_an_evaluation_are_written_all_or_none(whole, tmp_path, monk
   check_resumed(whole, tmp_path)
 
 
+@pytest.mark.full
 def test_what_a_kill_costs_is_counted(whole, tmp_path, train_until, capsys):
   """Steps were logged after the last save: their time is lost, and the run says so."""
   train_until(CONFIG, tmp_path, 5)  # saved at 3, logged at 4 and 5
