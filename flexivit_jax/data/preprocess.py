@@ -307,7 +307,7 @@ class Op(NamedTuple):
 
   text: str
   function: Callable[..., Any]
-  args: tuple[Any, ...]
+  args: tuple[object, ...]
   kwargs: dict[str, Any]
   inkey: str | None  # None: the function gets and returns the whole record.
   outkey: str | None
@@ -412,7 +412,7 @@ def _parse_op(node: ast.expr) -> Op:
   return _make_op(text, OPS[name], args, kwargs)
 
 
-def _literal(node: ast.expr, text: str) -> Any:
+def _literal(node: ast.expr, text: str) -> object:
   try:
     return ast.literal_eval(node)
   except ValueError:
@@ -421,7 +421,7 @@ def _literal(node: ast.expr, text: str) -> Any:
 
 
 def _make_op(
-  text: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+  text: str, function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, Any]
 ) -> Op:
   first, *rest = inspect.signature(function).parameters.values()
   known = [p.name for p in rest if p.name != "rng" and p.kind is not p.VAR_POSITIONAL]

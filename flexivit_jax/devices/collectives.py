@@ -4,13 +4,15 @@ import collections
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from flexivit_jax import trees
 from flexivit_jax.devices import sharding
+from flexivit_jax.trees import Tree
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
@@ -41,7 +43,7 @@ class Sent(NamedTuple):
     )
 
 
-def expected(params: Any, mesh: Any) -> Sent:
+def expected(params: Tree, mesh: Mesh | AbstractMesh) -> Sent:
   """What a step sends for the parameters of a FlexiViT, or their shapes, without accumulation.
 
   A block's divided arrays are gathered forwards and backwards, and their gradients scattered; what lies outside the
@@ -65,7 +67,7 @@ def expected(params: Any, mesh: Any) -> Sent:
   return Sent(**sent)
 
 
-def state_bytes(state: Any, mesh: Any) -> int:
+def state_bytes(state: Tree, mesh: Mesh | AbstractMesh) -> int:
   """Bytes of a training state, or of its shapes, on each device of a mesh."""
   placed = jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),

@@ -16,6 +16,7 @@ import jax
 
 from flexivit_jax import errors, files, heartbeat
 from flexivit_jax.sizes import SizeArgs, SizeKey, size_key, size_name
+from flexivit_jax.trees import Tree
 
 _LOG = logging.getLogger(__name__)
 _CACHE_BYTES = 4 * 2**30
@@ -28,7 +29,7 @@ class OutOfMemory(errors.UserError):
 class Program(NamedTuple):
   """A compiled function for one size, and the bytes that it takes on each device while it runs."""
 
-  run: Callable[..., Any]
+  run: Callable[..., Tree]
   seconds: float
   temp_bytes: int
   arguments_bytes: int = 0  # its arguments and results, less those that share memory
@@ -41,12 +42,12 @@ class Program(NamedTuple):
 
 
 def compile_each(
-  fn: Callable[..., Any],
+  fn: Callable[..., Tree],
   args: tuple | Callable[[SizeArgs], tuple],
   sizes: Iterable[SizeArgs],
   *,
   donate: tuple[int, ...] = (),
-  out_shardings: Any = None,
+  out_shardings: Tree = None,
   report: Callable[[SizeArgs, Program], None] = lambda size, program: None,
 ) -> dict[SizeKey, Program]:
   """Compiles `fn(*args, **size)` ahead of time, once for each size.
@@ -76,12 +77,12 @@ def compile_each(
 
 
 def compile_one(
-  fn: Callable[..., Any],
+  fn: Callable[..., Tree],
   args: tuple,
   name: str,
   *,
   donate: tuple[int, ...] = (),
-  out_shardings: Any = None,
+  out_shardings: Tree = None,
 ) -> Program:
   """Compiles `fn(*args)`; see `compile_each`. `name` is for the error."""
   lowered = _lower(fn, args, name, donate, out_shardings)
@@ -130,7 +131,7 @@ class _Lowered(NamedTuple):
 
 
 def _lower(
-  fn: Callable[..., Any], args: tuple, name: str, donate: tuple[int, ...], out_shardings: Any
+  fn: Callable[..., Tree], args: tuple, name: str, donate: tuple[int, ...], out_shardings: Tree
 ) -> _Lowered:
   begin = time.perf_counter()
   placed = {} if out_shardings is None else {"out_shardings": out_shardings}

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexivit_jax import errors, trees
+from flexivit_jax.trees import Tree
 
 AXES = ("data", "fsdp")
 SMALLEST = 2**13  # elements: what is smaller, biases and the like, is a copy on each device
@@ -63,7 +64,7 @@ def batch_split(mesh: Mesh | AbstractMesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def divided(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def divided(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
   """The shardings of parameters, or of what has their names and shapes: each large array is divided along "fsdp".
 
   Along the last of its longest axes that can be; arrays where none can be, and small ones, are copies.
@@ -86,8 +87,8 @@ def _spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:
 
 
 def over_divided(
-  fn: Callable[[Any, Any], Any], mesh: Mesh | AbstractMesh
-) -> Callable[[Any, Any], Any]:
+  fn: Callable[[Tree, jax.Array], Tree], mesh: Mesh | AbstractMesh
+) -> Callable[[Tree, jax.Array], Tree]:
   """Returns `fn(params, x)`, which gathers the parameters while it runs, forwards and again backwards.
 
   No more than the parameters of one call are ever whole on a device, and their gradients are summed where they are
@@ -98,7 +99,7 @@ def over_divided(
     mesh: has an axis "fsdp".
   """
 
-  def run(params: Any, x: jax.Array) -> Any:
+  def run(params: Tree, x: jax.Array) -> Tree:
     specs = jax.tree.map(lambda leaf: _spec(leaf.shape, mesh.shape["fsdp"]), params)
 
     def gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -108,7 +109,7 @@ def over_divided(
       leaf = jax.lax.pcast(leaf, "data", to="varying")
       return jax.lax.all_gather(leaf, "fsdp", axis=len(spec) - 1, tiled=True)
 
-    def local(params: Any, x: jax.Array) -> Any:
+    def local(params: Tree, x: jax.Array) -> Tree:
       whole = lambda params, x: fn(jax.tree.map(gather, params, specs), x)  # noqa: E731
       return jax.checkpoint(whole, policy=functools.partial(_of_tokens, *x.shape[:2]))(params, x)
 
@@ -127,7 +128,7 @@ def _of_tokens(n: int, tokens: int, prim: Any, *avals: Any, **params: Any) -> bo
   return any(a.ndim > 2 and a.shape[0] == n and tokens in a.shape[1:3] for a in avals)
 
 
-def bytes_each(tree: Any) -> int:
+def bytes_each(tree: Tree) -> int:
   """Bytes that a tree of arrays, or of their shapes and shardings, takes on each device."""
 
   def size(leaf: Any) -> int:
@@ -138,7 +139,7 @@ def bytes_each(tree: Any) -> int:
   return sum(map(size, jax.tree.leaves(tree)))
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
+def put_batch(batch: Tree, mesh: Mesh) -> Tree:
   """Makes global arrays of this process's share of a batch, a tree of arrays, without waiting for the copy.
 
   Raises:

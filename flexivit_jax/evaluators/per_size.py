@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, final
+from typing import final
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.sums import Sums, means
 from flexivit_jax.models import Model
 from flexivit_jax.sizes import SeqHw, SizeArgs, SizeKey, size_args, size_key, size_text
-from flexivit_jax.trees import Params
+from flexivit_jax.trees import Json, Params, Tree
 
 
 @final
@@ -40,15 +40,15 @@ class PerSize:
 
   def __init__(
     self,
-    fn: Callable[..., Any],
+    fn: Callable[..., Tree],
     model: Model,
     batches: Batches,
     mesh: Mesh | None,
     *,
     sizes: Sequence[SizeArgs],
     inputs: Sequence[str],
-    once: Callable[[Any, dict], dict] | None = None,
-    frozen: Any = (),
+    once: Callable[[Tree, dict], dict] | None = None,
+    frozen: Tree = (),
     num_classes: int | None = None,
     label_map: label_maps.LabelMap | None = None,
   ):
@@ -92,7 +92,7 @@ class PerSize:
     With tables also what `per_class` makes of "confusion".
     """
     sums: dict[SizeKey, list] = {key: [] for key in self.sizes}
-    tables: dict[SizeKey, Any] = {}
+    tables: dict[SizeKey, Tree] = {}
     for outputs in self.outputs(params, self.batches):
       for key, output in outputs.items():
         sums[key].append(output._replace(tables=None))
@@ -113,7 +113,7 @@ class PerSize:
       rows.append({**self.names(self.sizes[key]), **means(*parts), "n": n})
     return rows
 
-  def outputs(self, params: Params, batches: Batches) -> Iterator[dict[SizeKey, Any]]:
+  def outputs(self, params: Params, batches: Batches) -> Iterator[dict[SizeKey, Tree]]:
     """Yields for each batch what `fn` returns at each size, without waiting for the device.
 
     Args:
@@ -149,7 +149,7 @@ class PerSize:
   def _image_hw(self) -> tuple[int, int]:
     return self._first["image"].shape[1:3]
 
-  def names(self, size: SizeArgs) -> dict[str, Any]:
+  def names(self, size: SizeArgs) -> Json:
     """What tells rows apart: the grid under "seqhw", and the other static arguments under their names."""
     _, _, grid = self.model.grid(self._image_hw, **size)
     others: SizeArgs = {k: size[k] for k in ("stride", "depth") if k in size}
@@ -170,11 +170,11 @@ class PerSize:
     return {k: batch[k] for k in self.inputs}
 
 
-def _added(tables: list[Any]) -> Any:
+def _added(tables: list[Tree]) -> Tree:
   return jax.tree.map(lambda *counts: sum(counts), *tables)
 
 
-def per_class(counts: Int[np.ndarray, "rows k"]) -> dict[str, Any]:
+def per_class(counts: Int[np.ndarray, "rows k"]) -> Json:
   """What a row says of a table of `classification.confusion`.
 
   "confusion" are its counts; "top1_macro" is the mean of the accuracies of the classes that have examples, also called
@@ -224,7 +224,7 @@ def sizes_of(
   return [{**grid, "depth": int(k)} for grid in grids for k in depth] if depth else grids
 
 
-def _seconds(program: Callable, *args: Any) -> float:
+def _seconds(program: Callable, *args: Tree) -> float:
   begin = time.perf_counter()
   jax.block_until_ready(program(*args))
   return time.perf_counter() - begin

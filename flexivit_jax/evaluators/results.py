@@ -5,14 +5,13 @@ import json
 import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import jax
 
 from flexivit_jax import errors, files, trees
 from flexivit_jax.evaluators.base import Evaluator, Row
 from flexivit_jax.tables import aligned
-from flexivit_jax.trees import Params
+from flexivit_jax.trees import Json, Params
 
 # What a row holds besides its evaluator's metrics.
 COLUMNS = ("seqhw", "stride", "depth", "patch", "tokens", "gflops", "ms", "n")
@@ -24,7 +23,7 @@ TABLES = ("confusion", "unlabelled")
 _FIRST = ("top1", "top5", "agree1", "agree5", "loss")  # the one that tells most in front
 
 
-def metrics_of(row: dict[str, Any]) -> list[str]:
+def metrics_of(row: Json) -> list[str]:
   """The names of the evaluator's metrics in a row, the headline first."""
   found = [name for name in row if name not in (*COLUMNS, *TABLES)]
   return sorted(found, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
@@ -53,10 +52,10 @@ def about(
   dataset: str,
   split: str,
   step: int | None,
-  params: Any,
+  params: Params,
   trained_seqhw: list | None,
   classes: Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> Json:
   """Returns what was measured, on what; `classes` are the names of those of a table "confusion"."""
   return {
     "name": name,
@@ -71,7 +70,7 @@ def about(
   }
 
 
-def write(path: pathlib.Path, described: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(path: pathlib.Path, described: Json, rows: list[Json]) -> None:
   """Writes the file at once or not at all; on the first process only."""
   if jax.process_index() == 0:
     known = {k: v for k, v in described.items() if v is not None}
@@ -84,7 +83,7 @@ def write(path: pathlib.Path, described: dict[str, Any], rows: list[dict[str, An
 _INTEGERS = re.compile(r"\[\s*\d+(,\s*\d+)*\s*\]")  # a list of them: one line, not one each
 
 
-def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, object]]) -> None:
   """Writes rows with a line of their keys above; what a row lacks is empty."""
   columns = list(dict.fromkeys(key for row in rows for key in row))
   with path.open("w", newline="") as file:
@@ -93,7 +92,7 @@ def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writerows(rows)
 
 
-def append_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def append_csv(path: pathlib.Path, rows: Sequence[Mapping[str, object]]) -> None:
   """Adds rows to a CSV file, or begins one with the columns of the first; what a row lacks is empty.
 
   Raises:
@@ -113,7 +112,7 @@ def append_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writerows(rows)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Json]) -> str:
   """Returns the rows as text, a line each."""
   names = [*(name for name in COLUMNS[:-1] if name in rows[0])]
   names += [*metrics_of(rows[0]), "n"]
@@ -128,7 +127,7 @@ def _heading(name: str) -> str:
   return _HEADINGS.get(name, name)
 
 
-def _cell(name: str, value: Any) -> str:
+def _cell(name: str, value: object) -> str:
   if name.startswith(("top", "agree")):
     return f"{value:.2%}"
   return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flexivit_jax.trees import Tree
+
 Heads = Float[Array, "n q h e"]
 Others = Float[Array, "n k h e"]
 LONG = 256  # tokens from which scores of all heads at once leave a CPU's cache
@@ -50,7 +52,7 @@ def cudnn(q: Heads, k: Others, v: Others) -> Heads:
   return made[:, : lengths[0]]
 
 
-FORMS: dict[str, Callable[..., Any]] = {
+FORMS: dict[str, Callable[..., Array]] = {
   "einsum": einsum,
   "heads_first": heads_first,
   "one_by_one": one_by_one,
@@ -74,12 +76,12 @@ def choose(backend: str, queries: int, keys: int, dtype: Any) -> str:
   return "einsum"
 
 
-def _by_head(q: Heads, k: Others, v: Others) -> tuple[Any, Any, Any]:
+def _by_head(q: Heads, k: Others, v: Others) -> tuple[Array, Array, Array]:
   q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
   return q, k, v
 
 
-def _attend(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+def _attend(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
   """Of [..., l, e]: the output, and the logarithm of each query's sum of exponentials [..., l, 1]."""
   scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
   top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
@@ -90,23 +92,25 @@ def _attend(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
 
 
 @jax.custom_vjp
-def _looped(q: Any, k: Any, v: Any) -> Any:
+def _looped(q: Array, k: Array, v: Array) -> Array:
   return _forward(q, k, v)[0]
 
 
-def _forward(q: Any, k: Any, v: Any) -> tuple[Any, tuple]:
+def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
   out, logs = _map_heads(_attend, q, k, v)
   return out, (q, k, v, out, logs)
 
 
-def _backward(kept: tuple, g: Any) -> tuple[Any, Any, Any]:
+def _backward(kept: tuple, g: Array) -> tuple[Array, Array, Array]:
   return _map_heads(_gradients, *kept, g)
 
 
 _looped.defvjp(_forward, _backward)
 
 
-def _gradients(q: Any, k: Any, v: Any, out: Any, logs: Any, g: Any) -> tuple[Any, Any, Any]:
+def _gradients(
+  q: Array, k: Array, v: Array, out: Array, logs: Array, g: Array
+) -> tuple[Array, Array, Array]:
   """Of one head, from its output and sums; the weights are computed again (arXiv 2205.14135, appendix B.2)."""
   product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
   weights = jnp.exp(product(q, k.T) - logs)
@@ -116,7 +120,7 @@ def _gradients(q: Any, k: Any, v: Any, out: Any, logs: Any, g: Any) -> tuple[Any
   return tuple(d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))  # type: ignore[return-value]
 
 
-def _map_heads(fn: Callable[..., Any], *arrays: Any) -> Any:
+def _map_heads(fn: Callable[..., Tree], *arrays: Array) -> Tree:
   """Applies `fn` to each [l, e] of arrays [n, h, l, e], one after the other."""
   n, h = arrays[0].shape[:2]
   flat = tuple(x.reshape(n * h, *x.shape[2:]) for x in arrays)

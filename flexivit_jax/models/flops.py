@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 from flexivit_jax.models.base import Model
 from flexivit_jax.models.grid import Grid, which_depth
 from flexivit_jax.objectives.distill import Teacher
+from flexivit_jax.sizes import SizeArgs
 
 
 @runtime_checkable
@@ -96,7 +97,7 @@ def step_flops(
   shapes: Mapping[str, tuple[int, ...]],
   teachers: Mapping[str, Teacher],
   also: Sequence[Mapping[str, Any]],
-  size: Mapping[str, Any],
+  size: SizeArgs,
   *,
   batch_size: int,
 ) -> float:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 from flexivit_jax import errors
 from flexivit_jax.devices import sharding
 from flexivit_jax.models import attention
-from flexivit_jax.trees import Params
+from flexivit_jax.trees import Json, Params
 
 Intermediates = dict[
   str, jax.Array
@@ -49,7 +49,7 @@ VARIANTS = {
 }
 
 
-def decode_variant(variant: str) -> dict[str, Any]:
+def decode_variant(variant: str) -> Json:
   """Returns width, depth, mlp_dim and num_heads of "B"; of "B/16" also patch_size=(16, 16)."""
   name, slash, patch = variant.partition("/")
   if name not in VARIANTS:
@@ -177,7 +177,7 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(
     self, x: Float[Array, "n l d"], train: bool = False, depth: int | None = None
-  ) -> tuple[Float[Array, "n l d"], dict[str, Any]]:
+  ) -> tuple[Float[Array, "n l d"], Json]:
     """Returns the normalised tokens, and {"block00": intermediates, ..., "pre_ln": tokens before the last LayerNorm}.
 
     Args:
@@ -235,7 +235,7 @@ def apply_blocks(
   scan: bool,
   remat: bool,
   fsdp: Mesh | AbstractMesh | None,
-) -> tuple[Float[Array, "n l d"], dict[str, Any]]:
+) -> tuple[Float[Array, "n l d"], Json]:
   """Runs the first blocks of an encoder, one after the other, with one traced function for all of them.
 
   A Flax module that calls its blocks one by one has each of them traced and differentiated anew: the time to trace and
@@ -264,7 +264,7 @@ def apply_blocks(
     x, stacked = jax.lax.scan(lambda x, xs: block(xs[0], x, xs[1]), x, (first, keys))
     each = {k: jnp.unstack(a) for k, a in stacked.items()}
     return x, {f"block{i:02d}": {k: a[i] for k, a in each.items()} for i in range(depth)}
-  out: dict[str, Any] = {}
+  out: Json = {}
   for i in range(depth):
     key = None if keys is None else keys[i]
     x, out[f"block{i:02d}"] = block(params[f"encoderblock_{i}"], x, key)

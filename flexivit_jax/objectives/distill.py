@@ -15,6 +15,8 @@ import numpy as np
 from flexivit_jax import errors
 from flexivit_jax.objectives import losses
 from flexivit_jax.objectives.base import Batch, ClassWeights, Objective, Predict, Teaching, weighted
+from flexivit_jax.sizes import SizeArgs
+from flexivit_jax.trees import Params
 
 
 class Teacher(NamedTuple):
@@ -28,9 +30,9 @@ class Teacher(NamedTuple):
   """
 
   model: nn.Module
-  params: Any
+  params: Params
   image: str
-  size: dict[str, Any]
+  size: SizeArgs
   class_names: tuple[str, ...] | None = None
 
 
@@ -91,7 +93,7 @@ def distill(
     mixed = losses.mixup(key, *(batch[name] for name in images), p=mixup_p)
     return dict(zip(images, mixed, strict=True))
 
-  def targets(frozen: Any, batch: Batch) -> dict[str, Any]:
+  def targets(frozen: Params, batch: Batch) -> dict[str, Any]:
     taught = {name: teach(t, frozen[name], batch) for name, t in teachers.items()}
     if top_k is None:
       return taught
@@ -125,7 +127,7 @@ def reordered(teacher: Teacher, order: Sequence[int], class_names: Sequence[str]
   return teacher._replace(params={**teacher.params, "head": head}, class_names=names)
 
 
-def teach(teacher: Teacher, params: Any, batch: Batch) -> jax.Array:
+def teach(teacher: Teacher, params: Params, batch: Batch) -> jax.Array:
   """Returns the teacher's logits [n, k]; no gradient flows through them."""
   logits, _ = teacher.model.apply({"params": params}, batch[teacher.image], **teacher.size)
   return jax.lax.stop_gradient(logits)

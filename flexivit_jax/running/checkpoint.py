@@ -22,7 +22,7 @@ from etils import epath
 
 from flexivit_jax import errors, files, trees
 from flexivit_jax.running import manifest
-from flexivit_jax.trees import Json, Params
+from flexivit_jax.trees import Json, Params, Tree
 
 _UNSEALED = (manifest.FOLDER, "_CHECKPOINT_METADATA", "commit_success.txt")
 RESUME = ("latest", "latest-valid")
@@ -143,7 +143,7 @@ class Checkpoints:
         arrays = _read(self._alias.path / str(step) / item)
       manifest.check_arrays(self.folder / str(step), item, arrays, sums)
 
-  def _stored(self, step: int, item: str) -> Any:
+  def _stored(self, step: int, item: str) -> Tree:
     """Returns the tree of an item's shapes and dtypes on disk."""
     with self._opened(step, item):
       return listing(self._alias.path / str(step) / item)
@@ -162,7 +162,7 @@ class Checkpoints:
         " in full."
       ) from e
 
-  def save(self, step: int, params: Params, state: Any, record: Json) -> None:
+  def save(self, step: int, params: Params, state: Tree, record: Json) -> None:
     """Copies the arrays and returns; files and checksums are written in the background.
 
     Raises:
@@ -177,7 +177,7 @@ class Checkpoints:
     self._or_user_error(lambda: self._manager.save(step, args=items))
     self._saved = True
 
-  def check_room(self, state: Any) -> None:
+  def check_room(self, state: Tree) -> None:
     """Raises a UserError if the disk has no room for one checkpoint of this state."""
     folder = next(p for p in (self.folder, *self.folder.parents) if p.exists())
     needed, free = trees.size_in_bytes(state), shutil.disk_usage(folder).free
@@ -213,8 +213,8 @@ class Checkpoints:
       ) from e
 
   def restore(
-    self, step: int, params: Params, state: Any, *, verified: bool = False
-  ) -> tuple[Params, Any, Json]:
+    self, step: int, params: Params, state: Tree, *, verified: bool = False
+  ) -> tuple[Params, Tree, Json]:
     """Returns (params, state, record) of a step, with the shapes, dtypes and shardings of the arguments.
 
     Args:
@@ -241,7 +241,7 @@ class Checkpoints:
       manifest.check_arrays(self.folder / str(step), item, restored[item], sums)
     return restored.params, restored.state, restored.record
 
-  def check_fit(self, step: int, params: Params, state: Any) -> None:
+  def check_fit(self, step: int, params: Params, state: Tree) -> None:
     """Compares the names, shapes and dtypes of a step's arrays with these.
 
     Raises:
@@ -306,7 +306,7 @@ class Checkpoints:
       if old.is_dir() and (replaced := list(old.iterdir())):
         self._swept = self._sweeper.submit(_delete, replaced)
 
-  def _check_dtypes(self, step: int, stored: Any) -> None:
+  def _check_dtypes(self, step: int, stored: Tree) -> None:
     canonical = jax.dtypes.canonicalize_dtype
     cast = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, canonical(m.dtype)), stored)
     if lines := trees.diff(cast, stored):
@@ -314,7 +314,7 @@ class Checkpoints:
       raise errors.UserError(f"{where} holds what JAX would cast:\n  " + "\n  ".join(lines))
 
 
-def listing(folder: pathlib.Path) -> Any:
+def listing(folder: pathlib.Path) -> Tree:
   """Opens each array in an item's folder and returns the tree of shapes and dtypes.
 
   Raises:
@@ -326,7 +326,7 @@ def listing(folder: pathlib.Path) -> Any:
   return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(metadata.items()))
 
 
-def _read(folder: pathlib.Path) -> Any:
+def _read(folder: pathlib.Path) -> Tree:
   """Reads the arrays of an item's folder into host memory."""
   numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), listing(folder))
   args = ocp.args.PyTreeRestore(restore_args=numpy)

@@ -9,13 +9,14 @@ import json
 import mmap
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import xxhash
 
 from flexivit_jax import errors, trees
+from flexivit_jax.trees import Tree
 
 FOLDER = "manifest"
 NAME = "manifest.json"
@@ -37,7 +38,7 @@ class Manifest(NamedTuple):
   arrays: dict[str, dict[str, int]]
 
 
-def pieces(tree: Any) -> dict[str, np.ndarray]:
+def pieces(tree: Tree) -> dict[str, np.ndarray]:
   """Returns the arrays of a tree by name, in host memory; of sharded arrays the pieces that this process has.
 
   A replicated piece is returned once, by the process with the first copy. On a CPU these are views.
@@ -150,7 +151,7 @@ def check_files(
     raise Damaged(f"{folder} is damaged: {'; '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}.")
 
 
-def check_arrays(where: pathlib.Path, item: str, tree: Any, manifest: Manifest) -> None:
+def check_arrays(where: pathlib.Path, item: str, tree: Tree, manifest: Manifest) -> None:
   """Compares arrays in memory with a manifest; they may be sharded in another way than when it was written.
 
   Pieces on other processes, or across shard borders, are not compared; their files were.
@@ -174,7 +175,7 @@ def check_arrays(where: pathlib.Path, item: str, tree: Any, manifest: Manifest) 
     )
 
 
-def _pieces_of(leaf: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _pieces_of(leaf: Tree) -> Iterator[tuple[str, np.ndarray]]:
   if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated:
     shards = getattr(leaf, "addressable_shards", None)
     if shards is None or any(shard.replica_id == 0 for shard in shards):
@@ -186,7 +187,7 @@ def _pieces_of(leaf: Any) -> Iterator[tuple[str, np.ndarray]]:
       yield "[" + ",".join(f"{a}:{b}" for a, b in bounds) + "]", np.asarray(shard.data)
 
 
-def _piece(leaf: Any, region: str | None) -> np.ndarray | None:
+def _piece(leaf: Tree, region: str | None) -> np.ndarray | None:
   """Returns the values of a region, "0:64,128:256", or all; None if this process lacks some of them."""
   if region is None:
     region = ",".join(f"0:{n}" for n in np.shape(leaf))

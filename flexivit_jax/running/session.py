@@ -9,19 +9,21 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from flexivit_jax import errors
+from flexivit_jax.config import Section
 from flexivit_jax.running import distributed, peers, processes, run_folder, signals, wandb_run
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.ledger import Ledger
 from flexivit_jax.running.metrics_writer import MetricsWriter
 
 Held = TypeVar("Held")
+Batch = dict[str, np.ndarray]
 
 
 class Session:
@@ -48,7 +50,7 @@ class Session:
     stack: contextlib.ExitStack,
     stop: signals.Stop,
     begun: float,
-    hang_after: Any,
+    hang_after: object,
   ):
     self.workdir, self.stop, self._stack, self._begun = workdir, stop, stack, begun
     self.name = pathlib.Path(os.path.abspath(workdir)).name
@@ -56,9 +58,9 @@ class Session:
     self.peers: peers.Peers | None = None
     self._opened = False
     # The config is not checked yet: a limit that is none is refused in a moment.
-    usable = isinstance(hang_after, int | float) and hang_after > 0
+    limit = hang_after if isinstance(hang_after, int | float) and hang_after > 0 else None
     self.watchdog = signals.Watchdog(
-      hang_after if usable else None,
+      limit,
       note,
       tick=lambda: self.peers.tick() if self.peers else None,
       blame=lambda: self.peers.blame() if self.peers else "",
@@ -86,12 +88,12 @@ class Session:
 
   def open(
     self,
-    settings: Mapping[str, Any],
+    settings: Section,
     *,
     keep: int | None,
     step: int,
     resumed: bool,
-    wandb: Mapping[str, Any] | None = None,
+    wandb: Section | None = None,
   ) -> None:
     """Opens what the run writes. Whatever can refuse a start has passed; until here nothing in the folder has changed.
 
@@ -112,7 +114,7 @@ class Session:
       MetricsWriter(self.workdir, restored_step=step, writing=self.first, others=others)
     )
 
-  def next(self, step: int, batches: Iterator[Any], number: int) -> tuple[Any, float]:
+  def next(self, step: int, batches: Iterator[Batch], number: int) -> tuple[Batch, float]:
     """Returns the batch of a step, and the seconds that it was awaited.
 
     Args:
@@ -131,7 +133,7 @@ class Session:
       self.peers.step = step
     return batch, time.perf_counter() - begun
 
-  def _write_ledger(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+  def _write_ledger(self, kind: object, error: BaseException | None, trace: object) -> None:
     """Writes it at the end, but not of a start that was refused."""
     del kind, trace
     if self._opened or not isinstance(error, errors.UserError):
@@ -140,7 +142,7 @@ class Session:
 
 @contextlib.contextmanager
 def start(
-  settings: Mapping[str, Any], workdir: pathlib.Path, *, hang_after: Any, begun: float | None = None
+  settings: Section, workdir: pathlib.Path, *, hang_after: object, begun: float | None = None
 ) -> Iterator[Session]:
   """Begins a run: from here on signals are obeyed, and a run that stands still ends.
 
@@ -171,9 +173,7 @@ def start(
       raise
 
 
-def next_batch(
-  batches: Iterator[dict[str, np.ndarray]], number: int, stop: signals.Stop
-) -> dict[str, np.ndarray]:
+def next_batch(batches: Iterator[Batch], number: int, stop: signals.Stop) -> Batch:
   """Concatenates the next `number` batches. Interruptible only before the first one, so that none is lost."""
   with stop.interruptible():
     first = next(batches)

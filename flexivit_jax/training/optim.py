@@ -8,17 +8,20 @@ Weight decay comes after the multiplication with lr: the schedule scales it, lr 
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int
 
 from flexivit_jax import trees
+from flexivit_jax.config import Section
 from flexivit_jax.errors import UserError, unknown
 from flexivit_jax.training import layerwise, schedules
+from flexivit_jax.trees import Json, Tree
 
 
 class Optimizer(NamedTuple):
@@ -32,7 +35,7 @@ class Optimizer(NamedTuple):
 
   tx: optax.GradientTransformationExtraArgs
   schedules: dict[str, schedules.Schedule]
-  frozen: Any
+  frozen: Tree
 
 
 class ScheduleState(NamedTuple):
@@ -42,7 +45,7 @@ class ScheduleState(NamedTuple):
 
 
 def make(
-  params: Any,
+  params: Tree,
   *,
   total_steps: int,
   lr: int | float,
@@ -58,7 +61,7 @@ def make(
   lr_mults: Sequence[tuple[str, int | float]] = (),
   layer_decay: int | float | None = None,
   freeze: int | str | Sequence[str] | None = None,
-  schedule: Mapping[str, Any] | Sequence[tuple[str, Mapping[str, Any] | None]] | None = None,
+  schedule: Section | Sequence[tuple[str, Section | None]] | None = None,
   batch_size: int | float | None = None,
   dataset_size: int | None = None,
 ) -> Optimizer:
@@ -147,7 +150,7 @@ def adafactor(
   without bias correction. Source: big_vision optax.py `scale_by_adafactor`, arXiv 2106.04560.
   """
 
-  def decay_rate(step: Any, exponent: float) -> Any:
+  def decay_rate(step: Array, exponent: float) -> Array:
     return jnp.minimum(b2, 1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** -exponent)
 
   second = optax.scale_by_factored_rms(
@@ -180,41 +183,46 @@ def _clip(max_norm: int | float | None) -> optax.GradientTransformation:
   return optax.clip_by_global_norm(max_norm)
 
 
-def _scale_and_decay(lrs: Any, wds: Any) -> optax.GradientTransformation:
+def _scale_and_decay(lrs: Tree, wds: Tree) -> optax.GradientTransformation:
   """Returns `update -> lr * update + wd * param`, with trees of numbers `lrs` and `wds`."""
 
-  def update(updates: Any, params: Any) -> Any:
+  def update(updates: Tree, params: Tree) -> Tree:
     decay = lambda u, p, lr, wd: lr * u + wd * p if wd else lr * u  # noqa: E731
     return jax.tree.map(decay, updates, params, lrs, wds)
 
   return optax.stateless(update)
 
 
-def _scale_layers(params: Any, decay: float | None) -> list[optax.GradientTransformation]:
+def _scale_layers(params: Tree, decay: float | None) -> list[optax.GradientTransformation]:
   """Multiplies each layer's update by its power of the decay; with None nothing is part of the chain."""
   if decay is None:
     return []
   by_name = layerwise.scales(_shapes(params), decay)
   factors = trees.map_named(lambda name, _: by_name[name], params)
 
-  def update(updates: Any, params: Any) -> Any:
+  def update(updates: Tree, params: Tree) -> Tree:
     return jax.tree.map(lambda u, factor: jnp.asarray(factor, u.dtype) * u, updates, factors)
 
   return [optax.stateless(update)]
 
 
 def _descend_by_schedules(
-  functions: Sequence[schedules.Schedule | None], which: Any
+  functions: Sequence[schedules.Schedule | None], which: Tree
 ) -> optax.GradientTransformationExtraArgs:
   """Multiplies each update by minus its schedule's factor; `which` is a tree of indices."""
 
   def update(
-    updates: Any, state: ScheduleState, params: Any = None, *, total_steps: Any = None, **_: Any
-  ) -> tuple[Any, ScheduleState]:
+    updates: Tree,
+    state: ScheduleState,
+    params: Tree | None = None,
+    *,
+    total_steps: Array | int | None = None,
+    **_: object,
+  ) -> tuple[Tree, ScheduleState]:
     args = (state.step,) if total_steps is None else (state.step, total_steps)
     factors = [None if f is None else f(*args) for f in functions]
 
-    def descend(u: Any, i: int) -> Array:
+    def descend(u: Array | np.ndarray, i: int) -> Array:
       # Minus zero is the neutral element: x + -0.0 keeps every bit, 0.0 would turn -0.0 into 0.0.
       return jnp.full_like(u, -0.0) if factors[i] is None else -jnp.asarray(factors[i], u.dtype) * u
 
@@ -226,7 +234,7 @@ def _descend_by_schedules(
 
 
 def _frozen_patterns(
-  params: Any, freeze: int | str | Sequence[str] | None
+  params: Tree, freeze: int | str | Sequence[str] | None
 ) -> list[tuple[str, None]]:
   if freeze is None:
     return []
@@ -235,19 +243,19 @@ def _frozen_patterns(
   return [(regex, None) for regex in layerwise.frozen(freeze, _shapes(params))]
 
 
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(params: Tree) -> dict[str, tuple[int, ...]]:
   return {name: leaf.shape for name, leaf in trees.flatten(params).items()}
 
 
 def _schedule_patterns(
-  schedule: Mapping[str, Any] | Sequence[Sequence[Any]] | None,
-) -> list[tuple[str, Mapping[str, Any] | None]]:
+  schedule: Section | Sequence[tuple[str, Section | None]] | None,
+) -> list[tuple[str, Section | None]]:
   if isinstance(schedule, Sequence):
     return [(regex, kw) for regex, kw in schedule]
   return [(".*", schedule or {})]
 
 
-def _make_schedule(run: Mapping[str, Any], kw: Mapping[str, Any]) -> schedules.Schedule:
+def _make_schedule(run: Section, kw: Section) -> schedules.Schedule:
   known = inspect.signature(schedules.make).parameters.keys() - run.keys()
   for key in kw:
     if key not in known:
@@ -255,7 +263,7 @@ def _make_schedule(run: Mapping[str, Any], kw: Mapping[str, Any]) -> schedules.S
   return schedules.make(**run, **kw)
 
 
-def _which_schedule(params: Any, patterns: Sequence[tuple[str, Any]]) -> Any:
+def _which_schedule(params: Tree, patterns: Sequence[tuple[str, Section | None]]) -> Tree:
   """Returns the tree of indices into `patterns`."""
   indices = [(regex, i) for i, (regex, _) in enumerate(patterns)]
   which = trees.mask(params, indices, default=-1, what="optim.schedule")
@@ -268,7 +276,7 @@ def _which_schedule(params: Any, patterns: Sequence[tuple[str, Any]]) -> Any:
   return which
 
 
-def _lr_tree(params: Any, lr: int | float, mults: Sequence[Sequence[Any]]) -> Any:
+def _lr_tree(params: Tree, lr: int | float, mults: Sequence[tuple[str, int | float]]) -> Tree:
   for regex, mult in mults:
     if not mult > 0:
       raise UserError(
@@ -279,13 +287,13 @@ def _lr_tree(params: Any, lr: int | float, mults: Sequence[Sequence[Any]]) -> An
   return jax.tree.map(lambda mult: lr * mult, factors)
 
 
-def _wd_tree(params: Any, wd: int | float, mults: Sequence[Sequence[Any]]) -> Any:
+def _wd_tree(params: Tree, wd: int | float, mults: Sequence[tuple[str, int | float]]) -> Tree:
   # Without decay, a model without a kernel must not fail because of the default pattern.
   factors = trees.mask(params, mults if wd else (), default=0.0, what="optim.wd_mults")
   return jax.tree.map(lambda mult: wd * mult, factors)
 
 
-def _options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _options(name: str, given: Section) -> Json:
   options = {key: value for key, value in given.items() if value is not None}
   for key in options:
     if key not in inspect.signature(OPTIMIZERS[name]).parameters:

@@ -48,7 +48,7 @@ class Choice(NamedTuple):
 Flexi = dict[str, Choice]
 
 
-def parse(flexi: Mapping[str, Any], cost: Cost | None = None) -> Flexi:
+def parse(flexi: config.Section, cost: Cost | None = None) -> Flexi:
   """Validates e.g. `{"seqhw": {"v": (5, 6, 8), "p": (1, 1, 2)}}`; several arguments are drawn independently.
 
   Args:
@@ -303,24 +303,24 @@ _ORDERS = ("coarse_to_fine", "fine_to_coarse")
 _IN_PIXELS = ("patch_hw", "stride")
 
 
-def _parse_choice(key: str, section: Any) -> Choice:
-  config.check_known(key, section, optional=_KEYS)
-  values = _sequence(f"{key}.v", section.get("v", ()))
+def _parse_choice(key: str, section: object) -> Choice:
+  keys = config.check_known(key, section, optional=_KEYS)
+  values = _sequence(f"{key}.v", keys.get("v", ()))
   if not values:
     raise UserError(f"{key}.v is empty; give at least one value, e.g. v=(5, 6, 8).")
   values = tuple(_size(f"{key}.v", value) for value in values)
   twice = [value for i, value in enumerate(values) if value in values[:i]]
   if twice:
     raise UserError(f"{key}.v has {twice[0]} twice; use weights p to draw a value more often.")
-  if "stages" in section and ("p" in section or "adapt" in section):
+  if "stages" in keys and ("p" in keys or "adapt" in keys):
     raise UserError(f"{key} has stages and p or adapt; a curriculum's weights are in its stages.")
-  adapt = _parse_adapt(f"{key}.adapt", section.get("adapt"))
-  if "stages" in section:
-    stages = _parse_stages(f"{key}.stages", section["stages"], values)
-    return Choice(values, stages, adapt, _share(key, section))
-  weights = _sequence(f"{key}.p", section.get("p", (1.0,) * len(values)))
+  adapt = _parse_adapt(f"{key}.adapt", keys.get("adapt"))
+  if "stages" in keys:
+    stages = _parse_stages(f"{key}.stages", keys["stages"], values)
+    return Choice(values, stages, adapt, _share(key, keys))
+  weights = _sequence(f"{key}.p", keys.get("p", (1.0,) * len(values)))
   stages = (Stage(1.0, _probs(f"{key}.p", weights, len(values))),)
-  return Choice(values, stages, adapt, _share(key, section))
+  return Choice(values, stages, adapt, _share(key, keys))
 
 
 def _parse_adapt(key: str, options: Any) -> Adapt | None:
@@ -353,7 +353,7 @@ def _parse_stages(key: str, stages: Any, values: tuple[Size, ...]) -> tuple[Stag
   return tuple(parsed)
 
 
-def _share(key: str, section: Mapping[str, Any]) -> str:
+def _share(key: str, section: config.Section) -> str:
   share = section.get("share", "steps")
   if share not in ("steps", "flops"):
     raise unknown(f"{key}.share", share, ("steps", "flops"))

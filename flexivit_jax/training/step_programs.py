@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.objectives.base import Objective
-from flexivit_jax.sizes import size_key, size_name
+from flexivit_jax.sizes import SizeArgs, size_key, size_name
 from flexivit_jax.training import steps
+from flexivit_jax.trees import Tree
 
 Report = Callable[[dict, compilation.Program, int], None]
 
@@ -30,7 +32,7 @@ class StepPrograms(NamedTuple):
   scales: dict[tuple, jax.Array] | None = None  # of the updates
 
   def __call__(
-    self, size: dict[str, Any], state: steps.TrainState, batch: Any, run: dict[str, jax.Array]
+    self, size: SizeArgs, state: steps.TrainState, batch: Tree, run: dict[str, jax.Array]
   ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
     """One step; `run` holds "seed" and "total_steps". The state's memory is taken."""
     program = self.gradients[size_key(size)]
@@ -40,11 +42,11 @@ class StepPrograms(NamedTuple):
 
 
 def compile_steps(
-  sizes: Sequence[dict[str, Any]],
+  sizes: Sequence[SizeArgs],
   state: steps.TrainState,
-  batch: Any,
+  batch: Tree,
   run: dict[str, jax.Array],
-  mesh: Any,
+  mesh: Mesh,
   *,
   model: nn.Module,
   objective: Objective,
@@ -52,8 +54,8 @@ def compile_steps(
   microbatches: Sequence[int] = (1,),
   memory: float = math.inf,
   skip_above: float | None = None,
-  batches_of: Callable[[dict[str, Any]], int] = lambda size: 1,
-  update_scale: Callable[[dict[str, Any]], float] | None = None,
+  batches_of: Callable[[SizeArgs], int] = lambda size: 1,
+  update_scale: Callable[[SizeArgs], float] | None = None,
   report: Report = lambda size, program, microbatches: None,
 ) -> StepPrograms:
   """Compiles all that a run's steps will need.
@@ -82,10 +84,12 @@ def compile_steps(
   seen = state._replace(opt_state=None)
   fn = functools.partial(steps.gradients, model=model, objective=objective)
 
-  def gradients(seen: Any, batch: Any, seed: jax.Array, *, microbatches: int, **size: Any) -> Any:
+  def gradients(
+    seen: Tree, batch: Tree, seed: jax.Array, *, microbatches: int, **size: Any
+  ) -> Tree:
     return fn(seen, batch, seed=seed, accumulate=microbatches, **size)
 
-  def given(size: dict[str, Any]) -> tuple:
+  def given(size: SizeArgs) -> tuple:
     return (seen, _several(batch, batches_of(size)), run["seed"])
 
   # With one number there is nothing to find out: as below, but a size is compiled while the next is traced.
@@ -108,12 +112,12 @@ def compile_steps(
   )
 
   def update(
-    state: Any, loss: Any, grads: Any, total_steps: jax.Array, scale: jax.Array | None = None
-  ) -> Any:
+    state: Tree, loss: Tree, grads: Tree, total_steps: jax.Array, scale: jax.Array | None = None
+  ) -> Tree:
     fixed = dict(objective=objective, tx=tx, skip_above=skip_above)
     return steps.update(state, loss, grads, total_steps=total_steps, scale=scale, **fixed)
 
-  args: tuple[Any, ...] = (state, loss, grads, run["total_steps"])
+  args: tuple[Tree, ...] = (state, loss, grads, run["total_steps"])
   scales = None
   if update_scale is not None:
     by_size = {size_key(s): np.float32(update_scale(s)) for s in sizes}
@@ -127,12 +131,12 @@ def compile_steps(
 
 
 def _fitting(
-  gradients: Callable[..., Any],
-  given: Callable[[dict[str, Any]], tuple],
-  sizes: Sequence[dict[str, Any]],
+  gradients: Callable[..., Tree],
+  given: Callable[[SizeArgs], tuple],
+  sizes: Sequence[SizeArgs],
   microbatches: Sequence[int],
   room: float,
-  out_shardings: Any,
+  out_shardings: Tree,
   report: Report,
 ) -> tuple[dict[tuple, compilation.Program], dict[tuple, int]]:
   """Compiles each size with the fewest microbatches that fit into `room`; returns the programs and these numbers."""
@@ -143,7 +147,9 @@ def _fitting(
   for size in sizes:
     name, args = f"a training step at {size_name(size)}", given(size)
 
-    def make(microbatches: int, size: Any = size, args: Any = args, name: str = name) -> Any:
+    def make(
+      microbatches: int, size: SizeArgs = size, args: tuple = args, name: str = name
+    ) -> Tree:
       fixed = functools.partial(gradients, microbatches=microbatches, **size)
       return compilation.compile_one(fixed, args, name, out_shardings=out_shardings)
 
@@ -157,7 +163,7 @@ def _fitting(
   return programs, used
 
 
-def _several(batch: Any, times: int) -> Any:
+def _several(batch: Tree, times: int) -> Tree:
   """The shapes of several batches as one."""
   if times == 1:
     return batch

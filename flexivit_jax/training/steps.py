@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import optax
 
 from flexivit_jax.objectives.base import Batch, Objective, Teaching
-from flexivit_jax.trees import Params
+from flexivit_jax.trees import Params, Tree
 
 
 class TrainState(NamedTuple):
   """All that changes from step to step. `step` counts the updates done; `ema` is None where no objective needs it."""
 
   step: jax.Array
-  params: Any
-  opt_state: Any
-  ema: Any = None
+  params: Tree
+  opt_state: Tree
+  ema: Tree | None = None
 
 
 def init_params(
@@ -37,7 +37,7 @@ def init_params(
   return params
 
 
-def init_state(params: Any, tx: optax.GradientTransformation, objective: Objective) -> TrainState:
+def init_state(params: Tree, tx: optax.GradientTransformation, objective: Objective) -> TrainState:
   """The state before the first step."""
   ema = None if objective.ema is None else jax.tree.map(jnp.copy, params)
   return TrainState(jnp.int32(0), params, tx.init(params), ema)
@@ -52,7 +52,7 @@ def gradients(
   seed: int | jax.Array,
   accumulate: int = 1,
   **size: Any,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Tree]:
   """The part of a training step that is another program for each patch size.
 
   Args:
@@ -70,7 +70,7 @@ def gradients(
   mix_key, dropout_key = _keys(seed, state.step)
   prepared = objective.prepare(batch, mix_key)
 
-  def mean_loss(params: Any, microbatch: Batch, key: jax.Array) -> jax.Array:
+  def mean_loss(params: Tree, microbatch: Batch, key: jax.Array) -> jax.Array:
     def predict(image: jax.Array, *, fixed: bool = False, **other: Any) -> jax.Array:
       if fixed:
         known = {"params": params if state.ema is None else state.ema}
@@ -88,7 +88,7 @@ def gradients(
 def update(
   state: TrainState,
   loss: jax.Array,
-  grads: Any,
+  grads: Tree,
   *,
   objective: Objective,
   tx: optax.GradientTransformationExtraArgs,
@@ -163,12 +163,12 @@ def update_ema(ema: Params, params: Params, decay: float | jax.Array, step: jax.
 def targets(
   step: jax.Array,
   batch: Batch,
-  frozen: Any,
+  frozen: Tree,
   *,
   teaching: Teaching,
   seed: int | jax.Array,
   accumulate: int = 1,
-) -> Any:
+) -> Tree:
   """What the objective's teachers say of a batch: batch["targets"] of the step after `step` updates.
 
   A program of its own, the same for all sizes, so that the teachers are compiled once; and a step whose targets were
@@ -202,10 +202,10 @@ def _accumulated(value_and_grad: Callable, microbatches: int) -> Callable:
   if microbatches == 1:
     return value_and_grad
 
-  def run(params: Any, batch: Any, key: jax.Array) -> Any:
+  def run(params: Tree, batch: Tree, key: jax.Array) -> Tree:
     split = _split(batch, microbatches)
 
-    def body(total: Any, xs: Any) -> tuple[Any, None]:
+    def body(total: Tree, xs: Tree) -> tuple[Tree, None]:
       microbatch, i = xs
       return jax.tree.map(
         jnp.add, total, value_and_grad(params, microbatch, jax.random.fold_in(key, i))
@@ -218,6 +218,6 @@ def _accumulated(value_and_grad: Callable, microbatches: int) -> Callable:
   return run
 
 
-def _split(batch: Any, microbatches: int) -> Any:
+def _split(batch: Tree, microbatches: int) -> Tree:
   """Arrays [n, ...] as [microbatches, n / microbatches, ...], interleaved: each device divides its own share."""
   return jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)

@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import jax
@@ -25,6 +25,7 @@ from flexivit_jax import errors, files
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.objectives.base import Teaching
 from flexivit_jax.training import steps
+from flexivit_jax.trees import Tree
 
 _PENDING = 4  # steps whose arrays may wait for the disk
 # What zipfile and NumPy raise over files of which any byte is another; RuntimeError: "is encrypted", "version 17.3".
@@ -45,7 +46,7 @@ class TeacherCache:
   """
 
   def __init__(
-    self, folder: str | os.PathLike[str], identity: Mapping[str, Any], process: tuple[int, int]
+    self, folder: str | os.PathLike[str], identity: Mapping[str, object], process: tuple[int, int]
   ):
     self.folder = pathlib.Path(folder)
     self._about = self.folder / "cache.json"
@@ -59,7 +60,7 @@ class TeacherCache:
     """Whether the targets of a step are there."""
     return self._file(step).exists()
 
-  def read(self, step: int, like: Any) -> Any:
+  def read(self, step: int, like: Tree) -> Tree:
     """Returns the targets of a step as NumPy arrays, in a tree like `like`.
 
     Raises:
@@ -79,7 +80,7 @@ class TeacherCache:
         )
     return jax.tree.unflatten(jax.tree.structure(like), found)
 
-  def write(self, step: int, targets: Any) -> None:
+  def write(self, step: int, targets: Tree) -> None:
     """Writes the targets of a step in the background: whole, or not at all.
 
     Raises:
@@ -95,7 +96,7 @@ class TeacherCache:
     while self._writes:
       self._writes.pop(0).result()
 
-  def _write(self, step: int, leaves: list[Any]) -> None:
+  def _write(self, step: int, leaves: list[jax.Array]) -> None:
     # Unique names: other processes, and other runs that fill the same cache, may write the same file.
     file = self._file(step)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ class TeacherCache:
       )
 
 
-def _local(array: Any) -> np.ndarray:
+def _local(array: jax.Array | np.ndarray) -> np.ndarray:
   """This process's part of an array that is split over its first axis."""
   if not isinstance(array, jax.Array):
     return np.asarray(array)
@@ -163,7 +164,7 @@ class TeacherLogits:
   def __init__(
     self,
     teaching: Teaching,
-    specs: dict[str, Any],
+    specs: dict[str, jax.ShapeDtypeStruct],
     mesh: Mesh,
     *,
     seed: int,
@@ -172,13 +173,15 @@ class TeacherLogits:
     cache: TeacherCache | None,
     todo: range,
     divide: bool = True,
-    report: Any = lambda program: None,
+    report: Callable[[compilation.Program], None] = lambda program: None,
   ):
     self._teaching, self._mesh, self._cache = teaching, mesh, cache
     self._seed = jax.device_put(np.uint32(seed), sharding.replicated(mesh))
     split = sharding.batch_split(mesh)
 
-    def fn(step: jax.Array, batch: Any, frozen: Any, seed: jax.Array, accumulate: int = 1) -> Any:
+    def fn(
+      step: jax.Array, batch: Tree, frozen: Tree, seed: jax.Array, accumulate: int = 1
+    ) -> Tree:
       return steps.targets(step, batch, frozen, teaching=teaching, seed=seed, accumulate=accumulate)
 
     args = (jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), specs)
@@ -201,7 +204,7 @@ class TeacherLogits:
       _, self._program = compilation.fewest_microbatches(make, microbatches, memory, "the teachers")
       report(self._program)
 
-  def __call__(self, step: int, batch: dict[str, np.ndarray], done: jax.Array) -> Any:
+  def __call__(self, step: int, batch: dict[str, np.ndarray], done: jax.Array) -> Tree:
     """Returns the logits of a step on the device.
 
     Args:
