@@ -1,12 +1,12 @@
-# make demo   train on digits, evaluate at every patch size, write runs/demo/report.html; then the same with a fixed ViT beside
+# make demo   train on digits, evaluate at every patch size, write runs/demo/report.html; then the same for a fixed ViT
 # make test   the default tests: at most 4 minutes on two cores, at most 480 seconds of CPU
-# make test-full   those that take longer (markers full and slow): all pages of docs/, all configs, kills, several processes
+# make test-full   the tests that take longer (markers full and slow): all pages of docs/, all configs, kills, several processes
 # make test-convert   the tests that need PyTorch, timm, transformers, ONNX; in an environment of their own
 # make faults  the tests that inject faults: kills, signals, damaged files, full disks (docs/reliability.md)
 # make lint   ruff, mypy, import-linter
 # make miniature  the paper's experiments on CIFAR-10, DATA_DIR=where TFDS prepared it; hours
 # make paper  the tables and quoted numbers of docs/ and README.md from results/*.csv, and docs/paper.md, claim by claim
-# make clean  remove the virtual environment and everything that tools have cached; runs/ stays
+# make clean  remove the virtual environments and all caches; runs/ stays
 #
 # Another interpreter: make test PYTHON=python3.12
 # An accelerator, when the environment is made: make demo JAX=cuda13 (or cuda12, tpu)
@@ -40,7 +40,7 @@ test-full: $(STAMP)
 test-convert: $(CONVERT_STAMP)
 	$(CONVERT_VENV)/bin/python -m pytest --numprocesses auto --dist loadfile -m convert
 
-# Two at a time; the same command goes on where it was stopped.
+# Two at a time; the same command resumes where it was stopped.
 miniature: $(STAMP)
 	$(BIN)/python tools/paper/miniature.py --out runs/miniature --jobs 2 $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 

@@ -3,13 +3,13 @@
 #
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh create v5litepod-32
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh train --config configs/i1k_sup.py --workdir /shared/runs/i1k
-#   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh log       # what the first host says; Ctrl-C ends only the looking
+#   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh log       # the first host's log; Ctrl-C ends only the display
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh stop      # SIGTERM to one host: all save the same step
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh delete
 #
 # The hosts find each other by the TPU's own metadata. The run's folder and the data have to be on a file system that
-# all hosts see (Filestore: NFS=10.0.0.2:/share). The same `train` goes on from the last checkpoint; it runs on without
-# this terminal, and each host writes flexivit.log in its home.
+# all hosts see (Filestore: NFS=10.0.0.2:/share). The same `train` resumes from the last checkpoint. It does not need this
+# terminal, and each host writes flexivit.log in its home.
 # Variables: NAME, ZONE, NFS; RUNTIME, the image of the hosts; PYTHON, which uv installs there (3.12).
 set -euo pipefail
 
@@ -38,7 +38,7 @@ case ${1:-} in
     ;;
   train)
     shift
-    # LIBTPU_INIT_ARGS takes XLA's flags; the programs that were compiled are kept on each host.
+    # LIBTPU_INIT_ARGS takes XLA's flags; compiled programs are cached on each host.
     everywhere "cd flexivit && TF_CPP_MIN_LOG_LEVEL=1 nohup setsid ../.venv/bin/flexivit train $(printf '%q ' "$@") \
       >> ~/flexivit.log 2>&1 < /dev/null &"
     ;;
