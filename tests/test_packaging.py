@@ -198,3 +198,19 @@ def test_every_file_that_the_docs_name_exists(repository):
     if not name.startswith("big_vision/") and not any((root / name).is_file() for root in roots)
   }
   assert not missing
+
+
+def test_the_files_of_each_task_have_what_is_changed_in_them(repository):
+  page = (repository / "docs" / "architecture.md").read_text()
+  tasks = re.findall(
+    r"^\| (.+?) \| (.+?) \| (.+?) \|$", page.split("## Which files to open")[1], re.M
+  )
+  assert len(tasks) > 10
+  for task, files, changes in tasks[1:]:  # the first is the header
+    named = re.findall(r"`(\S+)`", files)
+    assert len(named) <= 3, task
+    named += re.findall(r"`(\S+/\S+\.\w+)`", changes)
+    roots = [repository, repository / "flexivit_jax"]
+    text = "".join((r / name).read_text() for r in roots for name in named if (r / name).is_file())
+    for name in re.findall(r"`([\w.]+)`", changes):
+      assert re.search(rf"\b{name.split('.')[-1]}\b", text), (task, name)
