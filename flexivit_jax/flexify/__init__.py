@@ -15,6 +15,7 @@ from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import loaders
 from flexivit_jax.flexify import card, layout, recipe, retention
+from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.running import session
 from flexivit_jax.sizes import SeqHw
 from flexivit_jax.trees import Json
@@ -71,21 +72,11 @@ def flexify(
     The content of retention.json; see `retention.measure`. "note" says why top-1 is missing, or is by class number.
 
   Raises:
-    UserError: the model has no classes, the folder no images, a size does not divide the image; or `out` has files of
-      another origin that would be replaced.
+    UserError: no classes, no images, a size that does not divide the image; files of another origin in `out`.
   """
   loading = dict(loading or {})
-  if not (out / "retention.json").exists():  # the same command writes it first
-    for name in ("model.npz", "README.md"):
-      if (out / name).exists():
-        raise errors.UserError(
-          f"{out / name} is there already, of something else; give another --out."
-        )
-  teacher = loaders.load_teacher(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
-  if not teacher.model.num_classes:
-    raise errors.UserError(
-      f"{init} has no classes: its logits are what is taught; give a classifier."
-    )
+  _check_out(out)
+  teacher = _teacher(init, loading)
   _, _, record = weights.load_with_record(init, **loading)
   divided = layout.divide(images, batch_size if epochs else None)
   for line in divided.notes:
@@ -102,9 +93,8 @@ def flexify(
   )
   student = recipe.student_of(teacher.model, buffers)
   if moment:
-    length = max(student.patch_size)
-    measured = recipe.moment_of(plan.sources["train"], image_size, length, on_error)
-    student = student.clone(kernel_moment=measured)
+    size = (image_size, max(student.patch_size))
+    student = student.clone(kernel_moment=recipe.moment_of(plan.sources["train"], *size, on_error))
   params = loaders.load_init(student, checkpoint=str(init), **loading).params
   mesh = sharding.make_mesh()
   scores: Json = {"original": retention.original(plan, teacher, mesh)}
@@ -112,17 +102,38 @@ def flexify(
     scores["note"] = note
   scores["before"] = retention.measure(plan, student, params, mesh)
   if epochs:
-    settings = recipe.settings(plan, student, epochs=epochs, lr=lr, seed=seed)
-    train.train(settings, out / "run")
+    train.train(recipe.settings(plan, student, epochs=epochs, lr=lr, seed=seed), out / "run")
     _, params = weights.load(out / "run", scan=False)
     scores["after"] = retention.measure(plan, student, params, mesh)
+  new_record = record | recipe.describe(plan, student, record, trained=epochs > 0)
+  facts = dict(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, moment=moment)
+  # retention.json first: it says that the other two files are of this command.
   out.mkdir(parents=True, exist_ok=True)
   (out / "retention.json").write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
-  new_record = record | recipe.describe(plan, student, record, trained=epochs > 0)
-  (out / "model.npz").unlink(missing_ok=True)  # of an earlier start of the same command, see above
+  (out / "model.npz").unlink(missing_ok=True)
   weights.save_npz(out / "model.npz", student, params, new_record)
-  facts = dict(
-    init=init.name, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, moment=moment
-  )
-  (out / "README.md").write_text(card.text(plan, student, scores, facts))
+  (out / "README.md").write_text(card.text(plan, student, scores, {"init": init.name, **facts}))
   return scores
+
+
+def _check_out(out: pathlib.Path) -> None:
+  """Raises a UserError for files of another origin; retention.json says that they are of this command."""
+  for name in ("model.npz", "README.md"):
+    if (out / name).exists() and not (out / "retention.json").exists():
+      raise errors.UserError(
+        f"{out / name} is there already, of something else; give another --out."
+      )
+
+
+def _teacher(init: pathlib.Path, loading: Json) -> Teacher:
+  """Loads the classifier that the student starts from and learns from.
+
+  Raises:
+    UserError: it has no classes.
+  """
+  teacher = loaders.load_teacher(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
+  if not teacher.model.num_classes:
+    raise errors.UserError(
+      f"{init} has no classes: its logits are what is taught; give a classifier."
+    )
+  return teacher

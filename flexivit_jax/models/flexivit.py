@@ -153,13 +153,8 @@ class FlexiViT(nn.Module):
       UserError: if the size does not divide the image, or more than one is given; more blocks than there are.
     """
     out = {}
-    patch_hw, stride_hw, _ = which_grid(
-      image.shape[1:3],
-      self.patch_size,
-      seqhw=seqhw,
-      grid_hw=grid_hw,
-      patch_hw=patch_hw,
-      stride=stride,
+    patch_hw, stride_hw, _ = self.grid(
+      image.shape[1:3], seqhw=seqhw, grid_hw=grid_hw, patch_hw=patch_hw, stride=stride
     )
     depth = which_depth(self.depth, depth)
     x = out["stem"] = PatchEmbed(
@@ -192,31 +187,13 @@ class FlexiViT(nn.Module):
       x = nn.LayerNorm(self.layer_norm_eps, name="pre_norm")(x)
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
 
-    block = vit.BlockConfig(
-      mlp_dim=self.mlp_dim,
-      num_heads=self.num_heads,
-      dropout=self.dropout,
-      gelu=self.gelu,
-      dtype=self.dtype,
-      layer_norm_eps=self.layer_norm_eps,
-      attention=self.attention,
-    )
     x, out["encoder"] = vit.Encoder(
-      self.depth, block, scan=self.scan, remat=self.remat, fsdp=self.fsdp, name="Transformer"
+      self.depth, self.block, scan=self.scan, remat=self.remat, fsdp=self.fsdp, name="Transformer"
     )(x, train, depth)
     out["encoded"] = x
 
     tokens = x[:, self.prefix_length :]
-    if self.pool_type == "tok":
-      x = x[:, 0]
-    elif self.pool_type == "gap":
-      x = tokens.mean(axis=1)
-    elif self.pool_type == "tok+gap":
-      x = jnp.concatenate([x[:, 0], tokens.mean(axis=1)], axis=-1)
-    elif self.pool_type == "tok+reg":
-      x = jnp.concatenate([x[:, 0], x[:, 1]], axis=-1)
-    else:
-      x = vit.MAPHead(block, name="MAPHead_0")(x)
+    x = self._pool(x, tokens)
     out["head_input"] = out["pre_logits"] = x
     out["pre_logits_2d"] = tokens = tokens.reshape(n, gh, gw, d)
 
@@ -227,6 +204,34 @@ class FlexiViT(nn.Module):
         out["logits_2d"] = head(tokens)
       x = out["logits"] = head(x)
     return x, out
+
+  @nn.nowrap
+  def _pool(
+    self, x: Float[Array, "n l d"], tokens: Float[Array, "n p d"]
+  ) -> Float[Array, "n features"]:
+    """Returns the head's input from all tokens and those of the patches."""
+    if self.pool_type == "tok":
+      return x[:, 0]
+    if self.pool_type == "gap":
+      return tokens.mean(axis=1)
+    if self.pool_type == "tok+gap":
+      return jnp.concatenate([x[:, 0], tokens.mean(axis=1)], axis=-1)
+    if self.pool_type == "tok+reg":
+      return jnp.concatenate([x[:, 0], x[:, 1]], axis=-1)
+    return vit.MAPHead(self.block, name="MAPHead_0")(x)
+
+  @property
+  def block(self) -> vit.BlockConfig:
+    """What all blocks and the pooling head have in common."""
+    return vit.BlockConfig(
+      mlp_dim=self.mlp_dim,
+      num_heads=self.num_heads,
+      dropout=self.dropout,
+      gelu=self.gelu,
+      dtype=self.dtype,
+      layer_norm_eps=self.layer_norm_eps,
+      attention=self.attention,
+    )
 
   @property
   def prefix_length(self) -> int:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.objectives.base import Objective
-from flexivit_jax.sizes import SizeArgs, size_key, size_name
+from flexivit_jax.sizes import SizeArgs, SizeKey, size_key, size_name
 from flexivit_jax.training import steps
 from flexivit_jax.trees import Tree
 
@@ -79,8 +79,7 @@ def compile_steps(
   begin = time.perf_counter()
   everywhere = sharding.replicated(mesh)
   # As the parameters and the state: left to the compiler, what is donated might be laid out anew.
-  found = (everywhere, sharding.divided(state.params, mesh))
-  placed = sharding.divided(state, mesh)
+  placed = (everywhere, sharding.divided(state.params, mesh))
   seen = state._replace(opt_state=None)
   fn = functools.partial(steps.gradients, model=model, objective=objective)
 
@@ -99,35 +98,49 @@ def compile_steps(
       functools.partial(gradients, microbatches=microbatches[0]),
       given,
       sizes,
-      out_shardings=found,
+      out_shardings=placed,
       report=lambda size, program: report(size, program, microbatches[0]),
     )
   else:
     room = memory - sharding.bytes_each(state.opt_state)  # which waits meanwhile
-    programs, used = _fitting(gradients, given, sizes, microbatches, room, found, report)
+    programs, used = _fitting(gradients, given, sizes, microbatches, room, placed, report)
 
-  loss = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-  grads = jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state.params, found[1]
-  )
-
-  def update(
-    state: Tree, loss: Tree, grads: Tree, total_steps: jax.Array, scale: jax.Array | None = None
-  ) -> Tree:
-    fixed = dict(objective=objective, tx=tx, skip_above=skip_above)
-    return steps.update(state, loss, grads, total_steps=total_steps, scale=scale, **fixed)
-
-  args: tuple[Tree, ...] = (state, loss, grads, run["total_steps"])
   scales = None
   if update_scale is not None:
     by_size = {size_key(s): np.float32(update_scale(s)) for s in sizes}
     scales = jax.device_put(by_size, everywhere)
-    args += (next(iter(scales.values())),)
-  updating = compilation.compile_one(
-    update, args, "the update", donate=(0,), out_shardings=(placed, everywhere)
-  )
+  update = functools.partial(steps.update, objective=objective, tx=tx, skip_above=skip_above)
+  updating = _compile_update(update, state, run["total_steps"], mesh, scales)
   report({}, updating, 1)
   return StepPrograms(programs, updating, used, time.perf_counter() - begin, scales)
+
+
+def _compile_update(
+  update: Callable[..., Tree],
+  state: steps.TrainState,
+  total_steps: jax.Array,
+  mesh: Mesh,
+  scales: dict[SizeKey, jax.Array] | None,
+) -> compilation.Program:
+  """The one update of all sizes; it takes the memory of the state."""
+  everywhere = sharding.replicated(mesh)
+  loss = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+  grads = jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    state.params,
+    sharding.divided(state.params, mesh),
+  )
+
+  def run(
+    state: Tree, loss: Tree, grads: Tree, total_steps: jax.Array, scale: jax.Array | None = None
+  ) -> Tree:
+    return update(state, loss, grads, total_steps=total_steps, scale=scale)
+
+  args: tuple[Tree, ...] = (state, loss, grads, total_steps)
+  if scales is not None:
+    args += (next(iter(scales.values())),)
+  placed = (sharding.divided(state, mesh), everywhere)
+  return compilation.compile_one(run, args, "the update", donate=(0,), out_shardings=placed)
 
 
 def _fitting(
