@@ -7,14 +7,14 @@ first: `git worktree add ../before COMMIT`. Prints a Markdown table with one col
 parsed, never imported, so an older commit needs no environment.
 """
 
+import argparse
 import ast
 import pathlib
 import re
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from flexivit_jax import cli
+from flexivit_jax import cli, errors
 from flexivit_jax.errors import UserError
 
 PACKAGE = "flexivit_jax"
@@ -118,8 +118,15 @@ def table(columns: dict[str, dict[str, str]]) -> str:
 
 def main() -> None:
   """Prints the table."""
-  checkouts = [pathlib.Path(arg) for arg in sys.argv[1:]]
-  checkouts = checkouts or [pathlib.Path(__file__).resolve().parents[2]]
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  here = pathlib.Path(__file__).resolve().parents[2]
+  parser.add_argument("checkout", type=pathlib.Path, nargs="*", default=[here])
+  checkouts = parser.parse_args().checkout
+  for path in checkouts:
+    if not (path / "flexivit_jax").is_dir():
+      raise errors.UserError(f"{path} has no flexivit_jax/; give the top folder of a checkout.")
   print(table({path.resolve().name: measure(path) for path in checkouts}))
 
 

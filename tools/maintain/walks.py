@@ -10,6 +10,7 @@ Calls in the same room that follow each other are one stay; a climb is a step to
 import order of `setup.cfg`.
 """
 
+import argparse
 import configparser
 import itertools
 import os
@@ -21,6 +22,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
+
+from flexivit_jax import cli, errors
 
 VALUES = ("settings", "flexi", "seqhw", "image")
 LAST = "compile_steps"  # the function before which the run ends
@@ -64,6 +67,9 @@ def follow(checkout: pathlib.Path) -> dict[str, list[str]]:
   """Starts the run and returns the rooms of the calls that take each value."""
   os.chdir(checkout)
   sys.path.insert(0, str(checkout))
+  # The package that this tool itself uses may be another one.
+  for name in [name for name in sys.modules if name.partition(".")[0] == "flexivit_jax"]:
+    del sys.modules[name]
   from flexivit_jax import config, train
 
   package = f"{checkout}{os.sep}flexivit_jax{os.sep}"
@@ -102,8 +108,14 @@ def follow(checkout: pathlib.Path) -> dict[str, list[str]]:
 
 def main() -> None:
   """Prints a line for each value."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   here = pathlib.Path(__file__).resolve().parents[2]
-  checkout = pathlib.Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else here
+  parser.add_argument("checkout", type=pathlib.Path, nargs="?", default=here)
+  checkout = parser.parse_args().checkout.resolve()
+  if not (checkout / "setup.cfg").is_file():
+    raise errors.UserError(f"{checkout} has no setup.cfg; give the top folder of a checkout.")
   heights = heights_of(checkout / "setup.cfg")
   for name, walk in follow(checkout).items():
     stays, rooms, climbs = count(walk, heights)
@@ -111,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)
