@@ -21,12 +21,12 @@ def cache_folder() -> pathlib.Path:
   Raises:
     UserError: it begins with ~ and no home folder is known.
   """
-  own, shared = os.environ.get("FLEXIVIT_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
-  named = pathlib.Path(own or shared)
-  if not own and named.parts[:1] != ("~",) and not named.is_absolute():  # empty, too
+  cache, shared = os.environ.get("FLEXIVIT_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+  named = pathlib.Path(cache or shared)
+  if not cache and named.parts[:1] != ("~",) and not named.is_absolute():  # empty, too
     named = pathlib.Path("~/.cache")
   try:
-    return named.expanduser() if own else named.expanduser() / "flexivit_jax"
+    return named.expanduser() if cache else named.expanduser() / "flexivit_jax"
   except RuntimeError as e:
     raise errors.UserError(
       f"No home folder is known, so {named} is none; set FLEXIVIT_CACHE to a folder for files that can be made again."

@@ -8,6 +8,7 @@ from flexivit_jax import errors
 Size = tuple[int, int]  # (height, width) of anything: pixels, a patch, a grid of tokens
 SeqHw = int | Size  # tokens per side, or (per column, per row)
 SizeArgs = dict[str, Any]  # the model's static arguments: {"seqhw": 8, "depth": 6}, {"stride": 3}
+Named = Mapping[str, Any]  # static arguments, or a row or record that holds them
 SizeKey = tuple[tuple[str, Any], ...]  # a hashable SizeArgs, see `size_key`
 
 
@@ -58,7 +59,7 @@ def _parse_entry(entry: str) -> SeqHw:
   return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
 
 
-def trained(record: Mapping[str, Any]) -> tuple[SeqHw, ...]:
+def trained(record: Named) -> tuple[SeqHw, ...]:
   """The sizes at which a model was trained, as the record of its weights says; () where it does not."""
   sizes = record.get("trained", {}).get("seqhw") or ()
   return tuple((s[0], s[1]) if isinstance(s, (list, tuple)) else int(s) for s in sizes)
@@ -72,7 +73,7 @@ def size_args(size: SeqHw) -> SizeArgs:
   return {"grid_hw": tuple(size)} if isinstance(size, (tuple, list)) else {"seqhw": int(size)}
 
 
-def size_key(size: Mapping[str, Any]) -> SizeKey:
+def size_key(size: Named) -> SizeKey:
   """A hashable, ordered form of static arguments."""
   return tuple(sorted(size.items()))
 
@@ -80,7 +81,7 @@ def size_key(size: Mapping[str, Any]) -> SizeKey:
 # --- sizes -> text ---
 
 
-def size_name(size: Mapping[str, Any]) -> str:
+def size_name(size: Named) -> str:
   """Static arguments as text: "seqhw=8", "depth=6 grid_hw=4x8", or "default size" without any."""
   text = lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else str(v)  # noqa: E731
   return " ".join(f"{k}={text(v)}" for k, v in sorted(size.items())) or "default size"
@@ -91,6 +92,6 @@ def size_text(size: SeqHw) -> int | str:
   return f"{size[0]}x{size[1]}" if isinstance(size, (tuple, list)) else int(size)
 
 
-def size_label(row: Mapping[str, Any]) -> str:
+def size_label(row: Named) -> str:
   """The size of an evaluation's row in a few characters: "8", "8x6", "8 depth=3"."""
   return " ".join([str(row["seqhw"]), *(f"{k}={row[k]}" for k in ("stride", "depth") if k in row)])

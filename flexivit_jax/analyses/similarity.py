@@ -40,8 +40,8 @@ class MinibatchCKA:
 
     NaN, not defined, with a feature that is the same for all examples (its HSIC with itself is not above 0).
     """
-    own = np.diag(self._sums)
-    root = np.sqrt(np.where(own > 0, own, np.nan))
+    norms = np.diag(self._sums)
+    root = np.sqrt(np.where(norms > 0, norms, np.nan))
     return self._sums / np.outer(root, root)
 
 

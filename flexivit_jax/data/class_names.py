@@ -20,6 +20,9 @@ from flexivit_jax import errors
 
 _SHOWN = 5  # names of a long list
 
+# Of a checkpoint or of a file with weights.
+Record = Mapping[str, Any]
+
 
 class Classes(NamedTuple):
   """The classes of a data set or of a model.
@@ -100,7 +103,7 @@ def check_distinct(names: Iterable[str], of: str) -> None:
       )
 
 
-def of_record(record: Mapping[str, Any], count: int, of: str) -> Classes:
+def of_record(record: Record, count: int, of: str) -> Classes:
   """Returns the classes of a model, from its record.
 
   Args:
@@ -124,7 +127,7 @@ def of_record(record: Mapping[str, Any], count: int, of: str) -> Classes:
   return Classes(tuple(names), count, of)
 
 
-def known_of(record: Mapping[str, Any], count: int, of: str) -> tuple[Classes, ...]:
+def known_of(record: Record, count: int, of: str) -> tuple[Classes, ...]:
   """Returns the classes of a model and, if recorded, those of its training data; () for a model without a head."""
   if not count:
     return ()
@@ -132,7 +135,7 @@ def known_of(record: Mapping[str, Any], count: int, of: str) -> tuple[Classes, .
   return (model, Classes(tuple(data), len(data), of)) if data else (model,)
 
 
-def trained(record: Mapping[str, Any], of: str) -> Trained:
+def trained(record: Record, of: str) -> Trained:
   """Returns the classes in the record of a run's checkpoint; arguments as in `of_record`."""
   names = record.get("class_names") or ()
   model = of_record(record, len(names), f"the checkpoint in {of}")

@@ -89,7 +89,7 @@ class Collective(NamedTuple):
 def collectives(hlo: str, devices: int) -> list[Collective]:
   """The collectives of an optimized program for so many devices, `compiled.as_text()`; groups of one send nothing."""
   times = _times(hlo)
-  found = []
+  operations = []
   for name, lines in _computations(hlo).items():
     for line in lines:
       match = _COLLECTIVE.match(line)
@@ -98,29 +98,29 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
       group = _group(line, devices)
       if group > 1:
         shapes = tuple(re.findall(r"[a-z]+\d+\[[\d,]*\]", match[1]))
-        found.append(
+        operations.append(
           Collective(match[2], sum(map(_bytes, shapes)), group, times.get(name, 1), shapes)
         )
-  return found
+  return operations
 
 
-def totals(found: list[Collective]) -> Mapping[str, int]:
+def totals(operations: list[Collective]) -> Mapping[str, int]:
   """Bytes of each kind in a run of the program."""
   out: collections.Counter[str] = collections.Counter()
-  for one in found:
+  for one in operations:
     out[one.kind] += one.bytes * one.times
   return out
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
-  found: dict[str, list[str]] = {}
+  bodies: dict[str, list[str]] = {}
   name = ""
   for line in hlo.splitlines():
     begin = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
     if begin:
       name = begin[1]
-    found.setdefault(name, []).append(line)
-  return found
+    bodies.setdefault(name, []).append(line)
+  return bodies
 
 
 def _times(hlo: str) -> dict[str, int]:

@@ -66,8 +66,10 @@ def compile_each(
   with _compiler() as compiler:  # works on one size while the next is traced
     waiting = []
     for size in sizes:
-      given = args(size) if callable(args) else args
-      lowered = _lower(functools.partial(fn, **size), given, size_name(size), donate, out_shardings)
+      arguments = args(size) if callable(args) else args
+      lowered = _lower(
+        functools.partial(fn, **size), arguments, size_name(size), donate, out_shardings
+      )
       waiting.append((size, compiler.submit(lowered.compile)))
     programs = {}
     for size, compiled in waiting:
@@ -234,8 +236,8 @@ def _processor() -> str:
 
 
 def _check_private(folder: pathlib.Path) -> None:
-  found = folder.stat()
-  if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
+  status = folder.stat()
+  if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
     raise PermissionError(
       f"{folder} is another user's, or others may write to it; chmod 700 it, or set FLEXIVIT_CACHE"
     )

@@ -70,7 +70,7 @@ def divided(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
   Along the last of its longest axes that can be; arrays where none can be, and small ones, are copies.
   """
 
-  def place(name: str, leaf: Any) -> NamedSharding:
+  def place(name: str, leaf: Tree) -> NamedSharding:
     stacked = STACKED in name.split("/")[:-1]
     spec = _spec(leaf.shape[stacked:], mesh.shape["fsdp"])
     return NamedSharding(mesh, PartitionSpec(*[None] * stacked, *spec) if spec else spec)
@@ -119,7 +119,7 @@ def over_divided(
   return run
 
 
-def _of_tokens(n: int, tokens: int, prim: Any, *avals: Any, **params: Any) -> bool:
+def _of_tokens(n: int, tokens: int, prim: object, *avals: Any, **params: Any) -> bool:
   """Whether an operation has part in what is kept for the backward pass: activations are, parameters are not.
 
   Told apart by the shape: [examples, tokens, ...] or [examples, heads, tokens, ...].
@@ -131,7 +131,7 @@ def _of_tokens(n: int, tokens: int, prim: Any, *avals: Any, **params: Any) -> bo
 def bytes_each(tree: Tree) -> int:
   """Bytes that a tree of arrays, or of their shapes and shardings, takes on each device."""
 
-  def size(leaf: Any) -> int:
+  def size(leaf: Tree) -> int:
     where = getattr(leaf, "sharding", None)
     shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
     return math.prod(shape) * np.dtype(leaf.dtype).itemsize
@@ -170,7 +170,7 @@ def possible_microbatches(batch_size: int, mesh: Mesh) -> list[int]:
 def specs(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes, dtypes and shardings of `put_batch(batch, mesh)`, for compiling ahead."""
 
-  def spec(x: Any) -> jax.ShapeDtypeStruct:
+  def spec(x: np.ndarray) -> jax.ShapeDtypeStruct:
     shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
     return jax.ShapeDtypeStruct(
       shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=batch_split(mesh)

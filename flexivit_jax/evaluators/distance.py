@@ -81,5 +81,5 @@ def distance(
 
 def _with_target(teacher: Teacher, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
   """The batch with the teacher's logits under "target"; its image is not needed any more."""
-  kept = {k: v for k, v in batch.items() if k != teacher.image or k == "image"}
-  return kept | {"target": teach(teacher, frozen, batch)}
+  images = {k: v for k, v in batch.items() if k != teacher.image or k == "image"}
+  return images | {"target": teach(teacher, frozen, batch)}

@@ -104,11 +104,11 @@ def votes(
 
 def classify(vote: Callable[[np.ndarray], Array], features: np.ndarray, *, rows: int) -> np.ndarray:
   """The class with most votes for each of the features [m, d], so many at a time; the lowest of equal ones."""
-  found = []
+  neighbours = []
   for block in blocks(normalized(features), min(rows, len(features))):
-    found.append(np.asarray(vote(block)).argmax(axis=-1))
+    neighbours.append(np.asarray(vote(block)).argmax(axis=-1))
     heartbeat.beat()
-  return np.concatenate(found)[: len(features)]
+  return np.concatenate(neighbours)[: len(features)]
 
 
 def blocks(array: np.ndarray, rows: int) -> Iterator[np.ndarray]:

@@ -183,9 +183,9 @@ def per_class(counts: Int[np.ndarray, "rows k"]) -> Json:
   table, rest = counts[:-1], int(counts[-1].sum())
   n = table.sum(axis=1)
   accuracies = table.diagonal()[n > 0] / n[n > 0]
-  found = {"top1_macro": float(accuracies.mean()) if accuracies.size else 0.0}
-  found |= {"unlabelled": rest} if rest else {}
-  return {**found, "confusion": table.tolist()}
+  row = {"top1_macro": float(accuracies.mean()) if accuracies.size else 0.0}
+  row |= {"unlabelled": rest} if rest else {}
+  return {**row, "confusion": table.tolist()}
 
 
 def check_classes(labels: int, expected: int, label_map: label_maps.LabelMap | None) -> None:

@@ -28,9 +28,9 @@ def features_step(
 ) -> dict[str, jax.Array]:
   """The pre-logits, labels and mask of one batch, whole on every device, so that every process can read them."""
   _, out = model.apply({"params": params}, batch["image"], **size)
-  found = {k: batch[k] for k in ("labels", "_mask")}
-  found["features"] = out["pre_logits"].astype(jnp.float32)
-  return jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
+  features = {k: batch[k] for k in ("labels", "_mask")}
+  features["features"] = out["pre_logits"].astype(jnp.float32)
+  return jax.lax.with_sharding_constraint(features, sharding.replicated(mesh))
 
 
 @final

@@ -25,8 +25,8 @@ _FIRST = ("top1", "top5", "agree1", "agree5", "loss")  # the one that tells most
 
 def metrics_of(row: Json) -> list[str]:
   """The names of the evaluator's metrics in a row, the headline first."""
-  found = [name for name in row if name not in (*COLUMNS, *TABLES)]
-  return sorted(found, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+  names = [name for name in row if name not in (*COLUMNS, *TABLES)]
+  return sorted(names, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
 
 
 def main_of(names: Collection[str]) -> str | None:

@@ -5,21 +5,22 @@ So batches of different sizes, padded ones, and devices add up to the mean over 
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flexivit_jax.errors import UserError
+from flexivit_jax.trees import Tree
 
 
 class Sums(NamedTuple):
   """Sums over the real (unmasked) examples of each metric, and how many they were; `tables` are counts, integers."""
 
-  total: dict[str, Any]
-  count: Any
-  tables: dict[str, Any] | None = None
+  total: dict[str, Tree]
+  count: Tree
+  tables: dict[str, Tree] | None = None
 
 
 def masked_sums(

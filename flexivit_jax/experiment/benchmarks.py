@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,9 @@ from flexivit_jax.objectives.supervised import supervised
 from flexivit_jax.sizes import SeqHw, SizeArgs, size_args, size_key, size_text
 from flexivit_jax.tables import aligned
 from flexivit_jax.training import optim, step_programs, steps
-from flexivit_jax.trees import Params
+from flexivit_jax.trees import Json, Params
 
-BenchRow = dict[str, Any]
+BenchRow = Json
 K = TypeVar("K")
 PASSES = {"infer": 1, "train": 3}  # FLOPs in forward passes; a backward pass is two
 
@@ -53,7 +53,7 @@ def forward(model: FlexiViT, sizes: Sequence[SeqHw], setting: Setting) -> list[B
   image = _image(setting.batch_size, setting.image_size)
   params = _params(model, setting.image_size)
   hw = (setting.image_size, setting.image_size)
-  runs: dict[SeqHw, Callable[[], Any]] = {}
+  runs: dict[SeqHw, Callable[[], object]] = {}
   programs: dict[SeqHw, compilation.Program] = {}
   for seqhw in sizes:
     fixed, baked = weights.bake(model, params, image_hw=hw, **size_args(seqhw))
@@ -138,7 +138,7 @@ def training(
   return step, shapes, programs
 
 
-def alternate(runs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, list[float]]:
+def alternate(runs: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, list[float]]:
   """Calls each function in turn, after two calls to warm up, and returns the seconds of each, `rounds` times.
 
   Short ones are called often enough for a turn of 50 ms, and one call's share of it is counted.
@@ -154,7 +154,7 @@ def alternate(runs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, list[
   return times
 
 
-def _seconds(once: Callable[[], Any], calls: int) -> float:
+def _seconds(once: Callable[[], object], calls: int) -> float:
   begin = time.perf_counter()
   out = None
   for _ in range(calls):
@@ -325,7 +325,7 @@ def table(rows: Sequence[BenchRow]) -> str:
   return "\n".join(aligned(cells))
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
   return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -315,10 +315,10 @@ def _looped(settings: Section, opening: loaders.Opening = PLANNED) -> experiment
   settings = on_accelerator(settings)
   network = MODELS.get(settings["model"].get("name", "flexivit"), FlexiViT)
   lowered = {"attention": "einsum", **settings["model"], **({} if named else {"scan": True})}
-  own = inspect.signature(
+  fields = inspect.signature(
     network
   ).parameters  # a model without attention or blocks is lowered as it is
-  model = {k: v for k, v in lowered.items() if k in settings["model"] or k in own}
+  model = {k: v for k, v in lowered.items() if k in settings["model"] or k in fields}
   return experiment.from_config(
     experiment.without_evaluations({**settings, "model": model}), opening=opening
   )

@@ -46,10 +46,10 @@ def cudnn(q: Heads, k: Others, v: Others) -> Heads:
     for x, o in zip((q, k, v), (odd[0], odd[1], odd[1]), strict=True)
   ]
   real = [jnp.full(len(q), n, jnp.int32) for n in lengths] if any(odd) else [None, None]
-  made = jax.nn.dot_product_attention(
+  output = jax.nn.dot_product_attention(
     *padded, query_seq_lengths=real[0], key_value_seq_lengths=real[1], implementation="cudnn"
   )
-  return made[:, : lengths[0]]
+  return output[:, : lengths[0]]
 
 
 FORMS: dict[str, Callable[..., Array]] = {
@@ -101,8 +101,8 @@ def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
   return out, (q, k, v, out, logs)
 
 
-def _backward(kept: tuple, g: Array) -> tuple[Array, Array, Array]:
-  return _map_heads(_gradients, *kept, g)
+def _backward(residuals: tuple, g: Array) -> tuple[Array, Array, Array]:
+  return _map_heads(_gradients, *residuals, g)
 
 
 _looped.defvjp(_forward, _backward)
@@ -124,5 +124,5 @@ def _map_heads(fn: Callable[..., Tree], *arrays: Array) -> Tree:
   """Applies `fn` to each [l, e] of arrays [n, h, l, e], one after the other."""
   n, h = arrays[0].shape[:2]
   flat = tuple(x.reshape(n * h, *x.shape[2:]) for x in arrays)
-  made = jax.lax.map(lambda xs: fn(*xs), flat)
-  return jax.tree.map(lambda x: x.reshape(n, h, *x.shape[1:]), made)
+  outputs = jax.lax.map(lambda xs: fn(*xs), flat)
+  return jax.tree.map(lambda x: x.reshape(n, h, *x.shape[1:]), outputs)

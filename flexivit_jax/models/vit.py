@@ -7,7 +7,7 @@ Source of the variants: Scaling Vision Transformers (arXiv 2106.04560), table 2;
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 from flexivit_jax import errors
 from flexivit_jax.devices import sharding
 from flexivit_jax.models import attention
-from flexivit_jax.trees import Json, Params
+from flexivit_jax.trees import Json, Params, Tree
 
 Intermediates = dict[
   str, jax.Array
@@ -274,11 +274,11 @@ def apply_blocks(
 @functools.cache
 def _traced_block(
   config: BlockConfig, train: bool, scan: bool, remat: bool, fsdp: Mesh | AbstractMesh | None
-) -> Callable[..., Any]:
+) -> Callable[..., Tree]:
   """One jitted function `(params, x, dropout key) -> (x, intermediates)` for all blocks of a configuration."""
   module = _block_class(remat, scan)(config)
 
-  def run(params: Params, x: jax.Array, key: jax.Array | None) -> Any:
+  def run(params: Params, x: jax.Array, key: jax.Array | None) -> Tree:
     rngs = None if key is None else {"dropout": key}
     return module.apply({"params": params}, x, train, rngs=rngs)
 
@@ -288,7 +288,7 @@ def _traced_block(
   return jax.jit(lambda params, x, key: over(params, x))
 
 
-def _block_class(remat: bool, scan: bool) -> Callable[..., Any]:
+def _block_class(remat: bool, scan: bool) -> Callable[..., Tree]:
   # In a loop XLA merges nothing across iterations, so the barriers against CSE would only cost time.
   if remat:
     return nn.remat(EncoderBlock, static_argnums=(2,), prevent_cse=not scan)

@@ -7,6 +7,7 @@ import jax
 
 from flexivit_jax import errors
 from flexivit_jax.objectives import losses
+from flexivit_jax.trees import Tree
 
 Batch = Mapping[str, Any]
 """Arrays [n, ...] by name; of an objective with teachers also "targets", their part of it."""
@@ -46,8 +47,8 @@ class Teaching(NamedTuple):
 
   inputs: tuple[str, ...]
   prepare: Callable[[Batch, jax.Array], Batch]
-  targets: Callable[[Any, Batch], Any]
-  frozen: Any
+  targets: Callable[[Tree, Batch], Tree]
+  frozen: Tree
 
 
 class Objective(NamedTuple):

@@ -104,8 +104,8 @@ def distill(
     total = jnp.zeros(len(logits))
     if label_weight:
       total += label_weight * labels_loss(logits, batch["labels"])
-    for kept in batch["targets"].values():
-      target = kept if top_k is None else losses.dense_logits(kept, logits.shape[-1])
+    for top in batch["targets"].values():
+      target = top if top_k is None else losses.dense_logits(top, logits.shape[-1])
       far = losses.DISTANCES[distance](logits / temperature, target / temperature)
       total += temperature**2 * far
     return total

@@ -109,21 +109,21 @@ def reproduce(args: argparse.Namespace) -> list[str]:
 
 
 def _differs(
-  evaluation: PaperEvaluation, protocol: str, said: str, measured: Sequence[measuring.Measured]
+  evaluation: PaperEvaluation, protocol: str, text: str, measured: Sequence[measuring.Measured]
 ) -> list[str]:
   """How this measurement is not the published one."""
-  lines = [said] if said else []
+  lines = [text] if text else []
   if protocol != evaluation.protocol:
     says = {p: test_sets.PROTOCOLS[p].says for p in (protocol, evaluation.protocol)}
     lines.append(
       f"protocol {protocol}: {says[protocol]}; this item's is {evaluation.protocol}: {says[evaluation.protocol]}"
     )
-  for found in measured:
-    expected = test_sets.SETS[found.set_name].data["name"]
-    got = found.about["dataset"]
+  for result in measured:
+    expected = test_sets.SETS[result.set_name].data["name"]
+    got = result.about["dataset"]
     if got != expected:
       lines.append(
-        f"{found.set_name}: {found.about['images']} images of a {got}, where published numbers are of {expected}"
+        f"{result.set_name}: {result.about['images']} images of a {got}, where published numbers are of {expected}"
       )
   return list(dict.fromkeys(lines))
 
@@ -224,18 +224,18 @@ class _Here:
     lacks = [name for name in data_of(item) if name not in here and self._lacks(name)]
     absent = [name for name in weights_of(item) if not weights.is_here(name)]
     brought = [name for name in absent if name not in weights.PUBLISHED]
-    own = [
+    lacking = [
       f"{name} (not in TFDS: {OWN_DATA[name]})" if name in OWN_DATA else name for name in lacks
     ]
     parts = {
-      "no, lacks ": own,
+      "no, lacks ": lacking,
       "to be fetched: ": [name for name in absent if name in weights.PUBLISHED],
       "to be given as --checkpoint NAME=FILE: ": brought,
       f"to be given{' to its commands' if item.evaluation else ''}: ": item.given,
     }
-    said = [f"{words}{_some(names)}" for words, names in parts.items() if names]
+    reason = [f"{words}{_some(names)}" for words, names in parts.items() if names]
     needs = lacks or brought or (item.given and not item.evaluation)
-    return "here: " + "; ".join(said if needs else ["yes", *said])
+    return "here: " + "; ".join(reason if needs else ["yes", *reason])
 
   def _lacks(self, name: str) -> bool:
     if name not in self._missing:

@@ -153,16 +153,16 @@ def _set_x(
   """Sets the horizontal axis; returns how many extra lines its tick labels took."""
   from matplotlib.ticker import NullFormatter, NullLocator
 
-  found = {x: side(row.patch) for place in places for x, row in place}
+  values = {x: side(row.patch) for place in places for x, row in place}
   even = axis == "patch" and _ranks(runs) is not None
-  low, high = min(found), max(found)
+  low, high = min(values), max(values)
   if even:
     ax.set_xlim(low - 0.3, high + 0.3)
   else:
     pad = (high / low) ** 0.06 if high > low else 1.5
     ax.set_xscale("log")
     ax.set_xlim(low / pad, high * pad)
-  ticks = found if axis == "patch" else _log_ticks(low, high)
+  ticks = values if axis == "patch" else _log_ticks(low, high)
   ax.xaxis.set_minor_locator(NullLocator())
   ax.set_xticks(sorted(ticks))
   ax.xaxis.set_major_formatter(NullFormatter())

@@ -84,14 +84,14 @@ def abandon(error: Exception, workdir: pathlib.Path) -> NoReturn:
   Records its error for the others. If the error only says that a connection broke, names the process that is gone.
   """
   folder, index = workdir / peers.FOLDER, jax.process_index()
-  said, code = f"{type(error).__name__}: {error}", exit_codes.HUNG
+  message, code = f"{type(error).__name__}: {error}", exit_codes.HUNG
   if isinstance(error, errors.UserError):
-    said, code = str(error), exit_codes.ERROR
+    message, code = str(error), exit_codes.ERROR
   elif isinstance(error, jax.errors.JaxRuntimeError) or _CONNECTION.search(str(error)):
     lost = peers.Peers(folder, index, jax.process_count()).blame_lost()
-    said = f"{lost}. {said.splitlines()[0]:.300}"
+    message = f"{lost}. {message.splitlines()[0]:.300}"
   else:
     traceback.print_exception(error)
-  peers.leave_word(folder, index, said)
-  print(f"flexivit: error: process {index}: {said}", file=sys.stderr, flush=True)
+  peers.leave_word(folder, index, message)
+  print(f"flexivit: error: process {index}: {message}", file=sys.stderr, flush=True)
   os._exit(code)

@@ -106,7 +106,7 @@ def _blocks(shapes: Mapping[str, Sequence[int]], what: str) -> int:
   """How many blocks there are."""
   if _stacked(shapes):
     return next(shape[0] for name, shape in shapes.items() if name.startswith(_STACKED))
-  found = {int(m[1]) for m in map(_BLOCK.fullmatch, shapes) if m}
-  if not found:
+  blocks = {int(m[1]) for m in map(_BLOCK.fullmatch, shapes) if m}
+  if not blocks:
     raise errors.UserError(f"optim.{what}: the model has no blocks (Transformer/encoderblock_0).")
-  return len(found)
+  return len(blocks)

@@ -145,7 +145,7 @@ def _compile_update(
 
 def _fitting(
   gradients: Callable[..., Tree],
-  given: Callable[[SizeArgs], tuple],
+  inputs_of: Callable[[SizeArgs], tuple],
   sizes: Sequence[SizeArgs],
   microbatches: Sequence[int],
   room: float,
@@ -158,7 +158,7 @@ def _fitting(
     0.0  # bytes of the intermediates of a whole batch at the size before, which has fewer tokens
   )
   for size in sizes:
-    name, args = f"a training step at {size_name(size)}", given(size)
+    name, args = f"a training step at {size_name(size)}", inputs_of(size)
 
     def make(
       microbatches: int, size: SizeArgs = size, args: tuple = args, name: str = name

@@ -96,7 +96,7 @@ class TeacherCache:
     while self._writes:
       self._writes.pop(0).result()
 
-  def _write(self, step: int, leaves: list[jax.Array]) -> None:
+  def _write(self, step: int, leaves: list[jax.Array | np.ndarray]) -> None:
     # Unique names: other processes, and other runs that fill the same cache, may write the same file.
     file = self._file(step)
     file.parent.mkdir(parents=True, exist_ok=True)

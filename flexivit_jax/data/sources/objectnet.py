@@ -51,11 +51,11 @@ def objectnet_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
 
 
 def _check_objectnet(folder: pathlib.Path) -> None:
-  found, classes = subfolders(folder), label_maps.objectnet()
-  if missing := [c for c in classes if c not in found]:
+  folders, classes = subfolders(folder), label_maps.objectnet()
+  if missing := [c for c in classes if c not in folders]:
     raise UserError(
       f"{folder} lacks {len(missing)} of ObjectNet's {len(classes)} classes that ImageNet has too, the first"
       f" {missing[0]!r}; expected {folder}/{missing[0]}/*.png and so on."
     )
-  others = len(found) - len(classes)
+  others = len(folders) - len(classes)
   _LOG.info("%s: left out %d folders of classes that ImageNet does not have", folder, others)

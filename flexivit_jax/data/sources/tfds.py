@@ -84,15 +84,15 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
   except tfds.core.DatasetNotFoundError:
     shown = where or tfds.core.constants.DATA_DIR
-    known = [*SOURCES, *subfolders(pathlib.Path(shown))]
+    names = [*SOURCES, *subfolders(pathlib.Path(shown))]
     raise UserError(
-      f"Data set {name!r} is not prepared in {shown} and is none of {sorted(known)}."
-      f"{nearest(name, known)} {_how_to_prepare(name, where)}"
+      f"Data set {name!r} is not prepared in {shown} and is none of {sorted(names)}."
+      f"{nearest(name, names)} {_how_to_prepare(name, where)}"
     ) from None
   if "array_record" not in {f.value for f in builder.info.available_file_formats()}:
-    found = builder.info.file_format.value
+    file_format = builder.info.file_format.value
     raise UserError(
-      f"Data set {name!r} in {builder.data_dir} is prepared as {found}, which TensorFlow alone "
+      f"Data set {name!r} in {builder.data_dir} is prepared as {file_format}, which TensorFlow alone "
       f"reads; expected array_record. {_how_to_prepare(name, where)}"
     )
   return builder
