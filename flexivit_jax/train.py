@@ -112,13 +112,8 @@ def _loop(
   done = saved = int(state.step)
   recorder = Recorder(run, exp, batches, start=done)
 
-  def save() -> None:
-    with run.ledger.of("checkpoints"):
-      about = restoring.record(exp, done, schedule, batches) | evaluating.state()
-      evaluating.wait()
-      run.checkpoints.save(done, state.params, preparation.rest(state), about)
-    run.ledger.saved(done)
-    run.ledger.write(done)
+  def record() -> Json:
+    return restoring.record(exp, done, schedule, batches)
 
   try:
     for step in range(done + 1, exp.total_steps + 1):
@@ -145,7 +140,7 @@ def _loop(
         for name in filter(evaluating.is_followed, due):
           evaluating.evaluate(name, state, schedule)
         if saves or evaluating.end_the_run:
-          save()
+          _save(run, evaluating, step, state, record())
           saved = step
         run.checkpoints.check()
         for name in due:
@@ -158,7 +153,7 @@ def _loop(
     # A signal: the step in hand is done, and saved where it is not.
     if done > saved:
       schedule = recorder.log(schedule)
-      save()
+      _save(run, evaluating, done, state, record())
     with run.ledger.of("checkpoints"):
       run.checkpoints.wait()
     run.ledger.write(done)
@@ -166,6 +161,18 @@ def _loop(
     note(f"{stopped}: stopped {where}; the same command goes on")
     raise
   return state, schedule
+
+
+def _save(
+  run: session.Session, evaluating: Evaluating, step: int, state: steps.TrainState, record: Json
+) -> None:
+  """Saves a step in the background. RUN/best is on disk before: the checkpoint may know of it."""
+  with run.ledger.of("checkpoints"):
+    record = record | evaluating.state()
+    evaluating.wait()
+    run.checkpoints.save(step, state.params, preparation.rest(state), record)
+  run.ledger.saved(step)
+  run.ledger.write(step)
 
 
 def report_costs(exp: experiment.Experiment) -> None:

@@ -14,7 +14,9 @@ from flexivit_jax.models.flops import gmacs
 from flexivit_jax.training import steps
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-NAMES = sorted(f.stem for f in CONFIGS.glob("*.py") if f.stem not in ("__init__", "folder"))
+NAMES = sorted(
+  f.stem for f in CONFIGS.glob("*.py") if f.stem not in ("__init__", "common", "folder")
+)
 GRIDS = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)
 # GMACs at 240 pixels with the class token: derived from the architecture; at patch 16 they agree with timm's counts.
 GMACS = {

@@ -10,6 +10,7 @@ import pytest
 from flexivit_jax import errors, train as train_lib, weights
 from flexivit_jax.evaluators.registry import EVALUATORS, METRICS
 from flexivit_jax.experiment import monitor
+from flexivit_jax.experiment.evaluating import Evaluating
 from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints, load_params
 from flexivit_jax.weights import verification
@@ -161,8 +162,8 @@ class CutError(Exception):
 )
 def test_so_does_one_that_is_killed_around_an_evaluation(ended, tmp_path, monkeypatch, step, where):
   target, name, before = {
-    "before the best": (train_lib, "_see", True),
-    "before the row": (train_lib, "_note_rows", True),
+    "before the best": (Evaluating, "_see", True),
+    "before the row": (Evaluating, "_write_rows", True),
     "before the checkpoint": (train_lib, "_save", True),
     "after it": (train_lib, "_save", False),
   }[where]
