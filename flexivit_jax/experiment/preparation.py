@@ -14,7 +14,7 @@ from flexivit_jax import experiment, trees
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.running import distributed
 from flexivit_jax.running.session import note
-from flexivit_jax.sizes import SizeArgs, size_key, size_name
+from flexivit_jax.sizes import SizeArgs, size_name
 from flexivit_jax.training import patch_schedule, step_programs, steps, teachers
 from flexivit_jax.trees import Json, Params
 
@@ -116,11 +116,7 @@ class Step(NamedTuple):
     self, number: int, size: SizeArgs, state: steps.TrainState, batch: dict[str, np.ndarray]
   ) -> tuple[steps.TrainState, dict[str, jax.Array], Params]:
     """As a call, and returns the gradients too."""
-    seed, total = self.constants["seed"], self.constants["total_steps"]
-    program = self.programs.gradients[size_key(size)]
-    loss, grads = program.run(state._replace(opt_state=None), self.put(number, state, batch), seed)
-    new, measured = self.programs.update.run(state, loss, grads, total)
-    return new, measured, grads
+    return self.programs.with_gradients(size, state, self.put(number, state, batch), self.constants)
 
 
 def compile_step(

@@ -35,10 +35,18 @@ class StepPrograms(NamedTuple):
     self, size: SizeArgs, state: steps.TrainState, batch: Tree, run: dict[str, jax.Array]
   ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
     """One step; `run` holds "seed" and "total_steps". The state's memory is taken."""
+    state, measured, _ = self.with_gradients(size, state, batch, run)
+    return state, measured
+
+  def with_gradients(
+    self, size: SizeArgs, state: steps.TrainState, batch: Tree, run: dict[str, jax.Array]
+  ) -> tuple[steps.TrainState, dict[str, jax.Array], Tree]:
+    """As a call, and returns the gradients too."""
     program = self.gradients[size_key(size)]
     loss, grads = program.run(state._replace(opt_state=None), batch, run["seed"])
     scale = () if self.scales is None else (self.scales[size_key(size)],)
-    return self.update.run(state, loss, grads, run["total_steps"], *scale)
+    state, measured = self.update.run(state, loss, grads, run["total_steps"], *scale)
+    return state, measured, grads
 
 
 def compile_steps(

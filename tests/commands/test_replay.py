@@ -52,6 +52,13 @@ def test_the_bad_step_is_dumped_and_replayed(tmp_path, capsys):
   )  # squared, it is too large
 
 
+def test_a_step_of_several_batches_is_replayed_with_the_scale_of_its_update(tmp_path, capsys):
+  with pytest.raises(UserError, match="At step 2"):
+    train_lib.train(changed(token_budget={}), tmp_path)
+  assert cli.main(["replay", str(tmp_path / "bad_step.json")]) == 0
+  assert "as in the dump" in capsys.readouterr().out
+
+
 def test_without_a_checkpoint_the_run_is_made_again_from_its_start(tmp_path, capsys):
   bad = changed(checkpoint=dict(every_steps=6))
   with pytest.raises(UserError, match="At step 2"):
