@@ -96,7 +96,7 @@ ROOMS = {
   ),
   "programs": _room(
     "step_programs.py training/step_programs.py training/programs.py",
-    "StepPrograms.__call__ compile_steps _fitting _several",
+    "StepPrograms.with_gradients compile_steps _fitting _several",
     "test_step_programs.py test_programs.py",
   ),
   "schedules": _room(
