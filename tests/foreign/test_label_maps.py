@@ -20,5 +20,5 @@ def test_the_tool_makes_the_stored_lists_of_timms(repository, tmp_path):
   ]
   subprocess.run([*command, "--out", tmp_path], check=True, capture_output=True)
   made = {path.name: path.read_text() for path in tmp_path.iterdir()}
-  stored = repository / "flexivit_jax" / "label_maps"
+  stored = repository / "flexivit_jax" / "data" / "label_maps"
   assert made == {path.name: path.read_text() for path in stored.glob("*.txt")} and len(made) == 3
