@@ -214,6 +214,7 @@ def test_a_checkpoint_holds_the_mean_of_the_weights_until_then(whole):
   assert largest(jax.tree.map(np.subtract, params, states[-1][1]["ema"])) > 1e-4
 
 
+@pytest.mark.full
 def test_a_run_with_a_mean_resumes_bit_for_bit(whole, tmp_path, train_until):
   train_until(CONFIG, tmp_path, 2)
   train_lib.train(CONFIG, tmp_path)

@@ -167,6 +167,7 @@ def test_what_a_kill_costs_is_counted(whole, tmp_path, train_until, capsys):
   assert sum(found[part] for part in ledger.PARTS) == pytest.approx(found["wall"], rel=0.01)
 
 
+@pytest.mark.full
 def test_a_wait_for_data_is_left_at_once(whole, tmp_path, monkeypatch):
   following = TrainBatches.__next__
 

@@ -188,6 +188,7 @@ def test_a_step_of_two_batches_is_that_of_one_of_twice_the_images(given):
   close(jax.device_get(found.params), jax.device_get(wanted))
 
 
+@pytest.mark.full
 def test_a_run_with_a_budget_reads_as_many_images_and_resumes(tmp_path, train_until, capsys):
   config = {
     **copy.deepcopy(CONFIG),

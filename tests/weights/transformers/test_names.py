@@ -559,6 +559,7 @@ def test_the_weights_alone_are_read_as_the_folder_is(tmp_path):
   assert "model.safetensors is read with model/config.json." in record["notes"]
 
 
+@pytest.mark.full
 def test_a_folder_converts_with_a_certificate_of_its_own_input(tmp_path):
   folder = save(tmp_path / "model", *make("Dinov2ForImageClassification"))
   mean, std = [0.48, 0.45, 0.4], [0.22, 0.23, 0.27]
