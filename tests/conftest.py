@@ -186,3 +186,11 @@ def timm_state_dict():
     return {n: (0.3 * rng.normal(size=s)).astype(np.float32) for n, s in shapes.items()}
 
   return make
+
+
+@pytest.fixture(scope="session")
+def debug_run(tmp_path_factory) -> Path:
+  """A run folder of `configs/digits.py:debug`, for tools that look into a run; only to be read."""
+  from flexivit_jax import config, train
+
+  return train.train(config.load("digits:debug"), tmp_path_factory.mktemp("debug") / "run")

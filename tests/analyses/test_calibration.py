@@ -68,9 +68,8 @@ def test_ensembles_stand_beside_the_best_size_that_costs_no_more(repository):
 
 
 @pytest.mark.slow
-def test_the_tool_measures_a_run(repository, tmp_path):
-  run, out = tmp_path / "run", tmp_path / "together"
-  train = ["-m", "flexivit_jax.train", "--config=configs/digits.py:debug", f"--workdir={run}"]
+def test_the_tool_measures_a_run(repository, tmp_path, debug_run):
+  run, out = debug_run, tmp_path / "together"
   tool = [
     "tools/paper/sizes_together.py",
     run,
@@ -78,8 +77,7 @@ def test_the_tool_measures_a_run(repository, tmp_path):
     f"--out={out}",
     "--seqhw=2,4,8",
   ]
-  for command in (train, tool):
-    subprocess.run([sys.executable, *command], check=True, cwd=repository)
+  subprocess.run([sys.executable, *tool], check=True, cwd=repository)
   found = json.loads((out / "sizes.json").read_text())
   wanted = {r["seqhw"]: r["top1"] for r in json.loads((run / "eval.json").read_text())["rows"]}
   assert {int(r["seqhw"]): r["top1"] for r in found["sizes"]} == pytest.approx(

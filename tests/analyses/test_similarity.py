@@ -137,10 +137,9 @@ def test_the_tool_writes_null_for_a_layer_that_is_constant(
 
 
 @pytest.mark.slow
-def test_the_tool_compares_all_layers_and_sizes_of_a_run(repository, tmp_path):
+def test_the_tool_compares_all_layers_and_sizes_of_a_run(repository, tmp_path, debug_run):
   """Of a model that was hardly trained; equal to itself, and as large as it says."""
-  run, out = tmp_path / "run", tmp_path / "cka"
-  train = ["-m", "flexivit_jax.train", "--config=configs/digits.py:debug", f"--workdir={run}"]
+  run, out = debug_run, tmp_path / "cka"
   tool = [
     "tools/paper/representations.py",
     run,
@@ -148,8 +147,7 @@ def test_the_tool_compares_all_layers_and_sizes_of_a_run(repository, tmp_path):
     f"--out={out}",
     "--seqhw=2,4",
   ]
-  for command in (train, tool):
-    subprocess.run([sys.executable, *command], check=True, cwd=repository)
+  subprocess.run([sys.executable, *tool], check=True, cwd=repository)
   found = json.loads((out / "cka.json").read_text())
   matrix = np.array(found["cka"])
   assert found["rows"] == [

@@ -28,17 +28,15 @@ def test_the_middle_of_a_patch_may_be_an_edge_or_a_corner_of_others(same_place):
 
 
 @pytest.mark.slow
-def test_the_tool_scores_a_run(repository, tmp_path):
-  run, out = tmp_path / "run", tmp_path / "tokens"
-  train = ["-m", "flexivit_jax.train", "--config=configs/digits.py:debug", f"--workdir={run}"]
+def test_the_tool_scores_a_run(repository, tmp_path, debug_run):
+  run, out = debug_run, tmp_path / "tokens"
   tool = [
     "tools/paper/token_similarity.py",
     run,
     "--config=configs/digits.py:debug",
     f"--out={out}",
   ]
-  for command in (train, [*tool, "--seqhw=4", "--with=2,8"]):
-    subprocess.run([sys.executable, *command], check=True, cwd=repository)
+  subprocess.run([sys.executable, *tool, "--seqhw=4", "--with=2,8"], check=True, cwd=repository)
   coarse, fine = json.loads((out / "tokens.json").read_text())
   assert (coarse["other"], coarse["chance"]) == ("2", 0.25)
   assert (fine["other"], fine["chance"]) == (
