@@ -88,6 +88,23 @@ def linear(
   return linear_end + (1.0 - linear_end) * (1.0 - _progress(step, total_steps, warmup_steps))
 
 
+def polynomial(
+  step: Number,
+  *,
+  total_steps: Number,
+  warmup_steps: int,
+  power: int | float = 0.9,
+  polynomial_end: int | float = 0.0,
+) -> Number:
+  """(1 - progress) ** power from 1 at the end of the warm-up to `polynomial_end` at the end of the run.
+
+  Source: DeepLab (arXiv 1606.00915); Segmenter's rule, (lr - lowest) * (1 - step / total) ** 0.9 + lowest, is
+  polynomial_end=lowest / lr.
+  """
+  left = 1.0 - _progress(step, total_steps, warmup_steps)
+  return polynomial_end + (1.0 - polynomial_end) * left**power
+
+
 def rsqrt(
   step: Number, *, total_steps: Number, warmup_steps: int, timescale: int = 10_000
 ) -> Number:
@@ -106,6 +123,7 @@ def constant(step: Number, *, total_steps: Number, warmup_steps: int) -> Number:
 SCHEDULES: dict[str, Schedule] = {
   "cosine": cosine,
   "linear": linear,
+  "polynomial": polynomial,
   "rsqrt": rsqrt,
   "constant": constant,
 }
@@ -128,6 +146,8 @@ def make(
   timescale_examples: Duration = None,
   timescale_percent: Duration = None,
   linear_end: int | float | None = None,
+  power: int | float | None = None,
+  polynomial_end: int | float | None = None,
   batch_size: int | float | None = None,
   dataset_size: int | None = None,
 ) -> Schedule:
@@ -135,7 +155,9 @@ def make(
 
   The factor is `decay * min(1, step / warmup) * min(1, (total - step) / cooldown)`; the first step
   of a run is step 0. Warm-up, cooldown (default: none) and the rsqrt timescale are durations, see
-  `to_steps`; those in percent are counted from this `total_steps` once and for all.
+  `to_steps`; those in percent are counted from this `total_steps` once and for all. `linear_end`, `power` and
+  `polynomial_end` are arguments of the decays; an end is a fraction of the peak: for lr=1e-3 and a lowest rate of 1e-5
+  it is 0.01.
 
   Raises:
     UserError: unknown `decay_type`, a bad duration, warm-up and cooldown longer than the run, or an
@@ -161,7 +183,9 @@ def make(
   warmup, cooldown = steps["warmup"], steps["cooldown"]
   _check_fits(total_steps, warmup, cooldown)
   timescale = steps["timescale"] if any(x is not None for x in durations["timescale"]) else None
-  options = _options(decay, timescale=timescale, linear_end=linear_end)
+  options = _options(
+    decay, timescale=timescale, linear_end=linear_end, power=power, polynomial_end=polynomial_end
+  )
 
   def schedule(step: Number, total_steps: Number = total_steps) -> Number:
     factor = decay(step, total_steps=total_steps, warmup_steps=warmup, **options)
@@ -216,6 +240,9 @@ def _options(decay: Schedule, **given: int | float | None) -> dict[str, int | fl
       raise UserError(f"{key} has no effect with decay_type={decay.__name__!r}; remove it.")
   if options.get("timescale") == 0:
     raise UserError("timescale is 0 steps; expected > 0.")
-  if not 0.0 <= options.get("linear_end", 0.0) <= 1.0:
-    raise UserError(f"linear_end={options['linear_end']}; expected a fraction in [0, 1].")
+  for key in ("linear_end", "polynomial_end"):
+    if not 0.0 <= options.get(key, 0.0) <= 1.0:
+      raise UserError(f"{key}={options[key]}; expected a fraction in [0, 1].")
+  if not 0.0 < options.get("power", 1.0) < math.inf:
+    raise UserError(f"power={options['power']}; expected a finite number > 0.")
   return options

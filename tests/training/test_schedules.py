@@ -65,6 +65,11 @@ def test_cosine_is_the_reference_formula():
   [
     ({"decay_type": "linear"}, lambda t: 1 - np.clip((t - 20) / 80, 0, 1)),
     ({"decay_type": "linear", "linear_end": 0.1}, lambda t: 1 - 0.9 * np.clip((t - 20) / 80, 0, 1)),
+    ({"decay_type": "polynomial"}, lambda t: (1 - np.clip((t - 20) / 80, 0, 1)) ** 0.9),
+    (
+      {"decay_type": "polynomial", "power": 2, "polynomial_end": 0.1},
+      lambda t: 0.1 + 0.9 * (1 - np.clip((t - 20) / 80, 0, 1)) ** 2,
+    ),
     ({"decay_type": "rsqrt"}, lambda t: 1 / np.sqrt(1 + max(t - 20, 0) / 10_000)),
     (
       {"decay_type": "rsqrt", "timescale_percent": 0.05},
@@ -98,7 +103,16 @@ def test_factor_is_in_0_1_and_equal_under_jit(decay_type, warm, cool):
   np.testing.assert_allclose(on_device, on_host, rtol=0, atol=5e-7)
 
 
-def test_total_steps_is_dynamic():
+def test_polynomial_decay_to_a_floor_is_that_of_segmenter():
+  lr, lowest, total = 1e-3, 1e-5, 160_000
+  schedule = schedules.make(total_steps=total, decay_type="polynomial", polynomial_end=lowest / lr)
+  for step in (0, 1, 80_000, 159_999, 160_000):
+    want = (lr - lowest) * (1 - step / total) ** 0.9 + lowest
+    assert lr * schedule(step) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("decay_type", ["cosine", "polynomial"])
+def test_total_steps_is_dynamic(decay_type):
   traces = []
 
   @jax.jit
@@ -106,9 +120,10 @@ def test_total_steps_is_dynamic():
     traces.append(0)
     return schedule(step, total)
 
-  schedule = schedules.make(total_steps=100, warmup_steps=10)
+  kw = {"warmup_steps": 10, "decay_type": decay_type}
+  schedule = schedules.make(total_steps=100, **kw)
   for total in (100, 200, 1_000_000):
-    want = schedules.make(total_steps=total, warmup_steps=10)(60)
+    want = schedules.make(total_steps=total, **kw)(60)
     np.testing.assert_allclose(factor(60, total), want, rtol=1e-6)
   assert len(traces) == 1
 
@@ -127,6 +142,10 @@ def test_late_steps_of_long_runs_are_exact():
     ({"linear_end": 0.1}, "linear_end has no effect with decay_type='cosine'"),
     ({"timescale_steps": 5}, "timescale has no effect with decay_type='cosine'"),
     ({"linear_end": 2.0, "decay_type": "linear"}, r"linear_end=2.0; expected a fraction"),
+    ({"polynomial_end": 1e-5}, "polynomial_end has no effect with decay_type='cosine'"),
+    ({"polynomial_end": -0.1, "decay_type": "polynomial"}, r"polynomial_end=-0.1; expected a frac"),
+    ({"power": 0, "decay_type": "polynomial"}, "power=0; expected a finite number > 0"),
+    ({"power": float("nan"), "decay_type": "polynomial"}, "power=nan; expected a finite"),
     ({"timescale_steps": 0, "decay_type": "rsqrt"}, "timescale.*> 0"),
   ],
 )
