@@ -160,11 +160,22 @@ def adafactor(
   return optax.chain(second, first)
 
 
+def lion(
+  *, b1: float = 0.9, b2: float = 0.99, mu_dtype: str = "bfloat16"
+) -> optax.GradientTransformation:
+  """Lion: the sign of `b1 * m + (1 - b1) * g`, then the moment `m = b2 * m + (1 - b2) * g` (arXiv 2302.06675).
+
+  An update has size 1 in every coordinate, so `lr` is 3 to 10 times smaller than Adam's.
+  """
+  return optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=_dtype(mu_dtype))
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adam": adam,
   "momentum": momentum,
   "sgd": sgd,
   "adafactor": adafactor,
+  "lion": lion,
 }
 
 

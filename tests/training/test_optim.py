@@ -170,13 +170,17 @@ def _keep(params, prefix):
   return {k: v for k, v in params.items() if k.startswith(prefix)}
 
 
-@pytest.mark.parametrize("name", ["momentum", "adafactor"])
+@pytest.mark.parametrize("name", ["momentum", "adafactor", "lion"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_first_moment_is_kept_in_the_dtype_asked_for(name, dtype):
   params, _ = _problem()
   optimizer = _make(params, lr=0.01, name=name, mu_dtype=dtype)
   state = jax.eval_shape(optimizer.tx.init, trees.unflatten(params))[1].inner_state
-  moment = state.trace if name == "momentum" else state[1].ema
+  moment = {
+    "momentum": lambda: state.trace,
+    "adafactor": lambda: state[1].ema,
+    "lion": lambda: state.mu,
+  }[name]()
   assert {x.dtype for x in jax.tree.leaves(moment)} == {jnp.dtype(dtype)}
 
 
@@ -195,6 +199,21 @@ def test_momentum_and_adafactor():
   got, _ = _run(_make(params, lr=0.01, name="adafactor", **constant), params, grads[:1])
   for k, p in params.items():
     np.testing.assert_allclose(got[k], p - 0.001 * np.sign(grads[0][k]), atol=1e-5)
+
+
+def test_lion_is_the_sign_of_one_average_and_keeps_another():
+  params, grads = _problem()
+  kw = {"lr": 0.01, "wd": 0.1, "mu_dtype": "float32", "b1": 0.8, "b2": 0.95}
+  got, _ = _run(
+    _make(params, name="lion", schedule={"decay_type": "constant"}, **kw), params, grads
+  )
+  for k, p in params.items():
+    moment, want = 0.0, p.astype(np.float64)
+    for grad in grads:
+      sign = np.sign(0.8 * moment + 0.2 * grad[k])
+      want = want - (0.01 * sign + (0.1 * want if k.endswith("/kernel") else 0))
+      moment = 0.95 * moment + 0.05 * grad[k]
+    np.testing.assert_allclose(got[k], want, rtol=1e-5, atol=1e-6)
 
 
 def test_adafactor_factors_large_matrices():
