@@ -31,11 +31,14 @@ class Optimizer(NamedTuple):
   `tx.update(grads, state, params, total_steps=total)` overrides it without a new compilation.
   `schedules` maps each regex of the schedule (".*" when there is one for all) to its function
   `step -> factor`, for logging. `frozen` is the tree of bools of the parameters that do not move.
+  `clip_each` is the largest norm of one example's gradient, which is not part of `tx`: whoever computes
+  the gradients applies it before the mean over examples. None: off.
   """
 
   tx: optax.GradientTransformationExtraArgs
   schedules: dict[str, schedules.Schedule]
   frozen: Tree
+  clip_each: float | None = None
 
 
 class ScheduleState(NamedTuple):
@@ -51,6 +54,7 @@ def make(
   lr: int | float,
   wd: int | float = 0.0,
   clip: int | float | None = None,
+  clip_each: int | float | None = None,
   name: str = "adam",
   b1: int | float | None = None,
   b2: int | float | None = None,
@@ -73,6 +77,7 @@ def make(
     lr: peak learning rate.
     wd: added to the update as `wd * mult * param`, after `lr`, before the schedule.
     clip: largest global norm of the gradient, over the parameters that are not frozen; None: off.
+    clip_each: largest global norm of the gradient of each single example, for small batches; None: off.
     name: one of OPTIMIZERS.
     b1: first moment's decay; default in the optimizer's own function, as for the next four.
     b2: second moment's decay.
@@ -102,6 +107,8 @@ def make(
   for key, value in {"b1": b1, "b2": b2}.items():
     if value is not None and not 0 <= value < 1:
       raise UserError(f"optim.{key}={value}; expected 0 to below 1.")
+  if clip_each is not None and not 0 < clip_each < math.inf:
+    raise UserError(f"optim.clip_each={clip_each}; expected a finite norm > 0, or None.")
   given = {"b1": b1, "b2": b2, "eps": eps, "mu_dtype": mu_dtype, "nesterov": nesterov}
   moments = OPTIMIZERS[name](**_options(name, given))
   run = {"total_steps": total_steps, "batch_size": batch_size, "dataset_size": dataset_size}
@@ -119,7 +126,7 @@ def make(
   )
   regexes = [regex for regex, _ in patterns]
   by_regex = {r: f for r, f in zip(regexes, functions, strict=True) if f is not None}
-  return Optimizer(optax.with_extra_args_support(tx), by_regex, frozen)
+  return Optimizer(optax.with_extra_args_support(tx), by_regex, frozen, clip_each)
 
 
 def adam(

@@ -216,6 +216,15 @@ def test_lion_is_the_sign_of_one_average_and_keeps_another():
     np.testing.assert_allclose(got[k], want, rtol=1e-5, atol=1e-6)
 
 
+def test_the_norm_for_single_examples_is_handed_on_and_changes_no_update():
+  params, _ = _problem()
+  assert _make(params, lr=0.1).clip_each is None
+  made = _make(params, lr=0.1, clip_each=0.5)
+  assert made.clip_each == 0.5
+  init = lambda made: jax.tree.structure(made.tx.init(trees.unflatten(params)))  # noqa: E731
+  assert init(made) == init(_make(params, lr=0.1))
+
+
 def test_adafactor_factors_large_matrices():
   params = {"head": {"kernel": np.zeros((64, 48), np.float32)}}
   optimizer = optim.make(params, total_steps=STEPS, lr=0.1, name="adafactor")
@@ -264,6 +273,8 @@ def test_shapes_suffice_and_durations_use_the_data_set():
     ({"name": "sgd", "b1": 0.5}, "optim.b1 has no effect with the optimizer 'sgd'"),
     ({"nesterov": True}, "optim.nesterov has no effect with the optimizer 'adam'"),
     ({"clip": 0}, "clip=0; expected a norm > 0"),
+    ({"clip_each": 0}, "optim.clip_each=0; expected a finite norm > 0, or None"),
+    ({"clip_each": float("inf")}, "optim.clip_each=inf; expected a finite"),
     ({"wd": 0.1, "wd_mults": [("head/kernl", 1.0)]}, "wd_mults: 'head/kernl' .* head/kernel"),
     ({"lr_mults": [("foot/.*", 1.0)]}, "optim.lr_mults: 'foot/.*' matches no whole name"),
     (
