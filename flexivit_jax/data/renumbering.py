@@ -27,6 +27,7 @@ def renumber(
     class_names=names,
     read=read,
     labels=labels_of and functools.partial(_labels, labels_of, tuple(labels)),
+    listing=None,
   )
 
 

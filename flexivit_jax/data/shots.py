@@ -48,7 +48,9 @@ def subset(source: Source, indices: Sequence[int]) -> Source:
     raise UserError(f"{_name(source)} has {len(source)} examples, none of index {outside[0]}.")
   read = functools.partial(_read_at, source.read, tuple(int(i) for i in indices))
   split = f"{len(indices)} of {source.split}"
-  return dataclasses.replace(source, split=split, size=len(indices), read=read, labels=None)
+  return dataclasses.replace(
+    source, split=split, size=len(indices), read=read, labels=None, listing=None
+  )
 
 
 def _read_at(

@@ -132,6 +132,13 @@ def test_folder(photos):
   assert len(make_source(name="folder", split="train[:34%]+test", data_dir=str(photos))) == 6
 
 
+def test_the_listing_is_the_records_without_their_images(photos):
+  for options in ({"name": "folder", "split": "train+test"}, {"name": "images", "split": "all"}):
+    source = make_source(**options, data_dir=photos)
+    records = source.read(range(len(source)))
+    assert list(source.listing()) == [{k: v for k, v in r.items() if k != "image"} for r in records]
+
+
 def test_parts_of_a_folder_have_all_classes(photos):
   for name in COLOURS:
     for i in range(20):

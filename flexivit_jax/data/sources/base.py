@@ -1,7 +1,7 @@
 """The type of all sources: a list of records that are read by index."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, final
 
 from flexivit_jax.data.splits import parse_split
@@ -27,6 +27,8 @@ class Source:
     upright: whether images are rotated as their EXIF data say. True for own photos, False for published data sets,
       because published results are of the stored pixels.
     where: the folder in which the ids of examples are paths of files; None: they are not.
+    listing: returns the record of every example without what files hold ("image", "mask"), and without reading them;
+      None: impossible. `flexivit pack` tells by it whether the input is still the same.
   """
 
   name: str
@@ -38,6 +40,7 @@ class Source:
   labels: Callable[[], list[Label]] | None = None
   upright: bool = False
   where: str | None = None
+  listing: Callable[[], Iterable[Record]] | None = None
 
   def __len__(self) -> int:
     return self.size
@@ -51,6 +54,11 @@ class Source:
 def labels_of_files(files: Sequence[File]) -> Callable[[], list[Label]]:
   """Returns the function `Source.labels` for files."""
   return lambda: [label for _, label in files]
+
+
+def listing_of_files(files: Sequence[File]) -> Callable[[], Iterable[Record]]:
+  """Returns the function `Source.listing` for files."""
+  return lambda: ({"label": label, "id": path} for path, label in files)
 
 
 def select(split: str, stored: Mapping[str, Sequence[_Row]]) -> list[_Row]:

@@ -9,7 +9,15 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from flexivit_jax.data import class_names, images
-from flexivit_jax.data.sources.base import File, Label, Record, Source, labels_of_files, select
+from flexivit_jax.data.sources.base import (
+  File,
+  Label,
+  Record,
+  Source,
+  labels_of_files,
+  listing_of_files,
+  select,
+)
 from flexivit_jax.data.splits import split_names
 from flexivit_jax.data.walking import Tree, is_hidden, is_in
 from flexivit_jax.errors import UserError, nearest, unknown
@@ -48,8 +56,18 @@ def folder_source(
     raise _nothing(root, list(stored))
   files = select(split, stored)
   read = functools.partial(read_files, root, files)
-  labels = labels_of_files(files)
-  return Source("folder", split, len(names), names, len(files), read, labels, upright, str(root))
+  return Source(
+    "folder",
+    split,
+    len(names),
+    names,
+    len(files),
+    read,
+    labels_of_files(files),
+    upright,
+    str(root),
+    listing_of_files(files),
+  )
 
 
 def split_folders(root: pathlib.Path, split: str) -> list[str]:
@@ -234,5 +252,14 @@ def images_source(*, split: str, data_dir: str | os.PathLike[str], upright: bool
   files = select(split, {"all": labelled})
   read = functools.partial(read_files, root, files)
   return Source(
-    "images", split, 1, None, len(files), read, labels_of_files(files), upright, str(root)
+    "images",
+    split,
+    1,
+    None,
+    len(files),
+    read,
+    labels_of_files(files),
+    upright,
+    str(root),
+    listing_of_files(files),
   )

@@ -6,7 +6,7 @@ import os
 import pathlib
 
 from flexivit_jax.data import label_maps
-from flexivit_jax.data.sources.base import Source, labels_of_files, select
+from flexivit_jax.data.sources.base import Source, labels_of_files, listing_of_files, select
 from flexivit_jax.data.sources.folder import (
   images_below,
   mixed,
@@ -47,6 +47,7 @@ def objectnet_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
     read,
     labels_of_files(files),
     where=str(root),
+    listing=listing_of_files(files),
   )
 
 
