@@ -2,10 +2,14 @@
 
 Groups as in BEiT's fine-tuning (arXiv 2106.08254): 0 is the embedding (kernel, positions, class token, registers),
 i + 1 is block i, and what follows the blocks (last LayerNorm, pooling, head) is the last one.
+
+A backbone is what has blocks: the whole model ("Transformer/encoderblock_0/..."), or a part of it under a name
+("image/Transformer/encoderblock_0/..."), as in models of two towers or with a decoder. What is outside of it, such as a
+projection or a loss's temperature, counts to the last group.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -13,42 +17,65 @@ from jaxtyping import Float
 from flexivit_jax import errors
 
 ALL_BUT_HEAD = "all_but_head"
+Decay = int | float | Sequence[tuple[str, int | float]]  # one number, or (backbone, number) pairs
 _EMBEDDING = r"embedding/.*|pos_embedding|cls|registers|pre_norm/.*"
-_BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/.*")
-_STACKED = "Transformer/encoderblock/"  # all blocks in one array, layer by layer
+# Backbone, and the block's number; without one, all blocks are one array, layer by layer.
+_BLOCK = re.compile(r"(.+/|)Transformer/encoderblock(?:_(\d+))?/.*")
+Factor = float | Float[np.ndarray, "..."]
 
 
-def scales(
-  shapes: Mapping[str, Sequence[int]], decay: float
-) -> dict[str, float | Float[np.ndarray, "..."]]:
+def scales(shapes: Mapping[str, Sequence[int]], decay: Decay) -> dict[str, Factor]:
   """Returns by what the update of each parameter is multiplied: decay ** (last group - its group).
 
   Args:
     shapes: of the parameters, by name.
-    decay: from one layer to the one below.
+    decay: from one layer to the one below, of the model's only backbone; or pairs of a backbone's name and its decay,
+      ("image", 0.75); backbones without a pair have none.
 
   Returns:
     A number for each parameter; of stacked blocks an array [layers, 1, ...].
 
   Raises:
-    UserError: a decay that is none; a model without blocks.
+    UserError: a decay that is none; a model without blocks; a backbone that is not there or is named twice; one number
+      for several backbones.
   """
-  if not 0 < decay <= 1:
-    raise errors.UserError(f"optim.layer_decay={decay}; expected more than 0, at most 1.")
-  last = _blocks(shapes, "layer_decay") + 1
-  return {name: _scale(name, shape, decay, last) for name, shape in shapes.items()}
+  blocks = _backbones(shapes, "layer_decay")
+  factors: dict[str, Factor] = dict.fromkeys(shapes, 1.0)
+  for prefix, value in _by_backbone(decay, blocks).items():
+    if not 0 < value <= 1:
+      raise errors.UserError(f"optim.layer_decay={decay}; expected more than 0, at most 1.")
+    for name, shape in shapes.items():
+      if name.startswith(prefix):
+        inside = name.removeprefix(prefix)
+        factors[name] = factors[name] * _scale(inside, shape, value, blocks[prefix] + 1)
+  return factors
 
 
-def _scale(
-  name: str, shape: Sequence[int], decay: float, last: int
-) -> float | Float[np.ndarray, "..."]:
-  if name.startswith(_STACKED):
-    layers = decay ** np.arange(last - 1, 0, -1.0)
-    return layers.reshape(-1, *[1] * (len(shape) - 1))
+def _by_backbone(decay: Decay, blocks: Mapping[str, int]) -> dict[str, int | float]:
+  """The decay of each backbone, by the prefix of its parameters' names."""
+  if isinstance(decay, int | float):
+    return {_only(blocks, f"layer_decay={decay}", "pairs, as layer_decay=(('{}', 0.75),)"): decay}
+  decays = {f"{name}/" if name else "": value for name, value in decay}
+  if len(decays) != len(decay):
+    raise errors.UserError(f"optim.layer_decay={decay}: a backbone is named twice; give one pair.")
+  for prefix in decays:
+    if prefix not in blocks:
+      known = [name.removesuffix("/") for name in blocks]
+      raise errors.unknown("backbone in optim.layer_decay", prefix.removesuffix("/"), known)
+  return decays
+
+
+def _scale(name: str, shape: Sequence[int], decay: float, last: int) -> Factor:
+  """The factor of a parameter, by its name within the backbone."""
   if re.fullmatch(_EMBEDDING, name):
     return decay**last
   block = _BLOCK.fullmatch(name)
-  return 1.0 if block is None else decay ** (last - 1 - int(block[1]))
+  if block is None or block[1]:  # no block, or one of another backbone inside this one
+    return 1.0
+  if block[2] is None:
+    layers = decay ** np.arange(last - 1, 0, -1.0)
+    return layers.reshape(-1, *[1] * (len(shape) - 1))
+  return decay ** (last - 1 - int(block[2]))
 
 
 def frozen(
@@ -61,7 +88,8 @@ def frozen(
     shapes: of the parameters, by name.
 
   Raises:
-    UserError: more blocks than there are, some of those that are stacked, another word, nothing that moves.
+    UserError: more blocks than there are, some of those that are stacked, a number for several backbones, another word,
+      nothing that moves.
   """
   if isinstance(freeze, str):
     if freeze != ALL_BUT_HEAD:
@@ -82,31 +110,45 @@ def frozen(
 
 
 def _embedding_and(number: int, shapes: Mapping[str, Sequence[int]]) -> str:
-  blocks = _blocks(shapes, "freeze")
+  backbones = _backbones(shapes, "freeze")
+  prefix = _only(backbones, f"freeze={number}", "regular expressions, as freeze=('{}/.*',)")
+  blocks = backbones[prefix]
   if isinstance(number, bool) or not 0 <= number <= blocks:
     raise errors.UserError(
       f"optim.freeze={number}: the model has {blocks} blocks; expected 0 (the embedding alone) to {blocks}."
     )
+  embedding = f"{re.escape(prefix)}({_EMBEDDING})"
   if not number:
-    return _EMBEDDING
-  if not _stacked(shapes):
-    return rf"{_EMBEDDING}|Transformer/encoderblock_({'|'.join(map(str, range(number)))})/.*"
+    return embedding
+  encoder = f"{prefix}Transformer/encoderblock"
+  if not any(name.startswith(f"{encoder}/") for name in shapes):
+    some = "|".join(map(str, range(number)))
+    return rf"{embedding}|{re.escape(encoder)}_({some})/.*"
   if number < blocks:
     raise errors.UserError(
       f"optim.freeze={number} with model.scan=True, by which the {blocks} blocks are one array; set model.scan=False."
     )
-  return rf"{_EMBEDDING}|{_STACKED}.*"
+  return rf"{embedding}|{re.escape(encoder)}/.*"
 
 
-def _stacked(names: Iterable[str]) -> bool:
-  return any(name.startswith(_STACKED) for name in names)
-
-
-def _blocks(shapes: Mapping[str, Sequence[int]], what: str) -> int:
-  """How many blocks there are."""
-  if _stacked(shapes):
-    return next(shape[0] for name, shape in shapes.items() if name.startswith(_STACKED))
-  blocks = {int(m[1]) for m in map(_BLOCK.fullmatch, shapes) if m}
+def _backbones(shapes: Mapping[str, Sequence[int]], what: str) -> dict[str, int]:
+  """How many blocks each backbone has, by the prefix of its parameters' names: "" or "image/"."""
+  blocks: dict[str, int] = {}
+  for name, shape in shapes.items():
+    if block := _BLOCK.fullmatch(name):
+      number = shape[0] if block[2] is None else int(block[2]) + 1
+      blocks[block[1]] = max(blocks.get(block[1], 0), number)
   if not blocks:
     raise errors.UserError(f"optim.{what}: the model has no blocks (Transformer/encoderblock_0).")
-  return len(blocks)
+  return blocks
+
+
+def _only(backbones: Mapping[str, int], got: str, instead: str) -> str:
+  """The prefix of the only backbone; an error that says what to give instead where there are several."""
+  if len(backbones) > 1:
+    names = [prefix.removesuffix("/") for prefix in backbones]
+    raise errors.UserError(
+      f"optim.{got}: the model has {len(names)} backbones ({', '.join(map(repr, names))}); give"
+      f" {instead.format(max(names))}."
+    )
+  return next(iter(backbones))

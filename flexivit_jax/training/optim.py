@@ -63,7 +63,7 @@ def make(
   nesterov: bool | None = None,
   wd_mults: Sequence[tuple[str, int | float]] = ((".*/kernel", 1.0),),
   lr_mults: Sequence[tuple[str, int | float]] = (),
-  layer_decay: int | float | None = None,
+  layer_decay: layerwise.Decay | None = None,
   freeze: int | str | Sequence[str] | None = None,
   schedule: Section | Sequence[tuple[str, Section | None]] | None = None,
   batch_size: int | float | None = None,
@@ -87,7 +87,8 @@ def make(
     wd_mults: (regex, factor) pairs, first full match of the "/"-joined name wins; others: no decay.
     lr_mults: likewise, factors > 0 on `lr` (not on `wd`); others: 1.
     layer_decay: the update, decay included, is multiplied by this once for each layer below the head: block i of n by
-      its power n - i, the embedding by n + 1; see `layerwise`. None: by nothing.
+      its power n - i, the embedding by n + 1; see `layerwise`. (name, decay) pairs for a model of several backbones,
+      as of two towers: the others have none. None: by nothing.
     freeze: what does not move: n, the embedding and the first n blocks (0: the embedding alone); "all_but_head"; or
       regexes of whole names. As None in `schedule`, before whose patterns it comes. None: nothing.
     schedule: arguments of `schedules.make` for all parameters, or (regex, arguments) pairs. None in
@@ -211,7 +212,9 @@ def _scale_and_decay(lrs: Tree, wds: Tree) -> optax.GradientTransformation:
   return optax.stateless(update)
 
 
-def _scale_layers(params: Tree, decay: float | None) -> list[optax.GradientTransformation]:
+def _scale_layers(
+  params: Tree, decay: layerwise.Decay | None
+) -> list[optax.GradientTransformation]:
   """Multiplies each layer's update by its power of the decay; with None nothing is part of the chain."""
   if decay is None:
     return []

@@ -141,3 +141,77 @@ def test_a_model_without_blocks_has_no_layers():
   for kw in ({"layer_decay": 0.5}, {"freeze": 1}):
     with pytest.raises(errors.UserError, match=re.escape("the model has no blocks")):
       optim.make(params, total_steps=1, lr=0.1, **kw)
+
+
+def two_towers():
+  """A tower of three blocks and one of two, each under its name, and what belongs to neither."""
+  image, text = params_of(num_classes=0), params_of(num_classes=0, depth=2)
+  return {"image": image, "text": text, "t": np.ones(1, np.float32)}
+
+
+def test_each_backbone_under_a_name_has_a_decay_of_its_own():
+  params, kw = two_towers(), dict(lr=0.5, wd=0.1)
+  got = moved(params, layer_decay=[("image", 0.7), ("text", 0.5)], **kw)
+  for name, decay in (("image", 0.7), ("text", 0.5)):
+    alone = moved(params[name], layer_decay=decay, **kw)
+    jax.tree.map(np.testing.assert_array_equal, got[name], alone)
+  np.testing.assert_array_equal(got["t"], np.float32(-0.5))
+  some = moved(params, layer_decay=[("image", 0.7)], **kw)
+  jax.tree.map(np.testing.assert_array_equal, some["image"], got["image"])
+  jax.tree.map(np.testing.assert_array_equal, some["text"], moved(params["text"], **kw))
+
+
+@pytest.mark.parametrize("stack", [lambda params: params, vit.stack_blocks])
+def test_one_number_is_that_of_the_only_backbone_wherever_it_is(stack):
+  backbone, head = stack(params_of(num_classes=0)), {"kernel": np.ones((8, 4), np.float32)}
+  params = {"net": {"backbone": backbone}, "head": head}
+  got = moved(params, lr=0.5, layer_decay=0.7)
+  alone = moved(backbone, lr=0.5, layer_decay=0.7)
+  jax.tree.map(np.testing.assert_array_equal, got["net"]["backbone"], alone)
+  np.testing.assert_array_equal(got["head"]["kernel"], np.float32(-0.5))
+  still = optim.make(params, total_steps=1, lr=0.1, freeze=DEPTH).frozen
+  assert (
+    still["net"]["backbone"] == optim.make(backbone, total_steps=1, lr=0.1, freeze=DEPTH).frozen
+  )
+  assert not still["head"]["kernel"]
+
+
+def test_of_a_decoder_with_blocks_the_backbone_at_the_root_is_named_by_nothing():
+  params = params_of(num_classes=0) | {"decoder": {"Transformer": params_of()["Transformer"]}}
+  got = moved(params, lr=0.5, layer_decay=[("", 0.7)])
+  plain = moved(params["decoder"], lr=0.5)
+  jax.tree.map(np.testing.assert_array_equal, got.pop("decoder"), plain)
+  alone = moved(params_of(num_classes=0), lr=0.5, layer_decay=0.7)
+  jax.tree.map(np.testing.assert_array_equal, got, alone)
+
+
+@pytest.mark.parametrize(
+  ("kw", "message"),
+  [
+    (
+      {"layer_decay": 0.7},
+      r"layer_decay=0.7: the model has 2 backbones \('image', 'text'\); give pairs, as layer_decay=\(\('text'",
+    ),
+    ({"freeze": 1}, r"freeze=1: the model has 2 backbones .*as freeze=\('text/.\*',\)"),
+    (
+      {"layer_decay": [("imag", 0.7)]},
+      "backbone in optim.layer_decay 'imag'.*Did you mean 'image'",
+    ),
+    ({"layer_decay": [("text", 0.7), ("text", 0.8)]}, "named twice"),
+    ({"layer_decay": [("text", 7)]}, r"expected more than 0, at most 1"),
+  ],
+)
+def test_which_of_several_backbones_has_to_be_said(kw, message):
+  with pytest.raises(errors.UserError, match=message):
+    optim.make(two_towers(), total_steps=1, lr=0.1, **kw)
+
+
+def test_learning_rate_and_decay_of_a_tower_by_its_name():
+  params = two_towers()
+  mults = dict(lr_mults=[("image/.*", 0.1)], wd_mults=[("text/.*/kernel", 1.0)])
+  got = trees.flatten(moved(params, lr=0.5, wd=0.1, **mults))
+  for name, value in trees.flatten(params).items():
+    step = 0.05 if name.startswith("image/") else 0.5
+    decay = 0.1 * value if name.startswith("text/") and name.endswith("/kernel") else 0.0
+    want = -np.broadcast_to(step + decay, value.shape)
+    np.testing.assert_allclose(got[name], want, rtol=2e-6, atol=1e-8, err_msg=name)
