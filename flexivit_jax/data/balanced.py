@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from flexivit_jax import heartbeat
-from flexivit_jax.data.sources import Label, Source
+from flexivit_jax.data.sources import Label, Record, Source
 from flexivit_jax.errors import UserError
 
 _CHUNK = 1024
@@ -71,7 +71,7 @@ def labels_of(source: Source) -> Sequence[Label]:
     labels = []
     for start in range(0, len(source), _CHUNK):
       records = source.read(range(start, min(start + _CHUNK, len(source))))
-      labels.extend(record["label"] for record in records)
+      labels.extend(_label(source, record) for record in records)
       heartbeat.beat()
   for index, label in enumerate(labels):
     for number in label if isinstance(label, tuple) else (label,):
@@ -80,6 +80,14 @@ def labels_of(source: Source) -> Sequence[Label]:
           f"Example {index} of {source.name} {source.split!r} has label {number}; expected 0..{source.num_classes - 1}."
         )
   return labels
+
+
+def _label(source: Source, record: Record) -> Label:
+  if "label" not in record:
+    raise UserError(
+      f"{source.name} {source.split!r} has no label of a whole image, so its examples cannot be balanced by class."
+    )
+  return record["label"]
 
 
 def place(order: Balanced, seed: int, position: int, ahead: int = 0) -> Place:

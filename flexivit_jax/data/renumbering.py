@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from flexivit_jax.data.sources import Label, Record, Source
 from flexivit_jax.errors import UserError
 
@@ -11,7 +13,7 @@ from flexivit_jax.errors import UserError
 def renumber(
   source: Source, labels: Sequence[int], num_classes: int, class_names: Sequence[str]
 ) -> Source:
-  """Returns the same examples in the same order with new labels.
+  """Returns the same examples in the same order with new labels, of images and of boxes.
 
   Args:
     source: a source.
@@ -38,7 +40,22 @@ def _labels(labels_of: Callable[[], list[Label]], labels: tuple[int, ...]) -> li
 def _read(
   read: Callable[[Sequence[int]], list[Record]], labels: tuple[int, ...], indices: Sequence[int]
 ) -> list[Record]:
-  return [{**record, "label": _new(record["label"], labels)} for record in read(indices)]
+  return [_renumbered(record, labels) for record in read(indices)]
+
+
+def _renumbered(record: Record, labels: tuple[int, ...]) -> Record:
+  if "mask" in record:
+    raise UserError(
+      "the classes of a mask are its values, which are not renumbered; list the class names of the data in the order"
+      " of the model's"
+    )
+  new = dict(record)
+  if "label" in record:
+    new["label"] = _new(record["label"], labels)
+  if "box_labels" in record:
+    boxes = [_one(int(k), labels) for k in record["box_labels"]]
+    new["box_labels"] = np.array(boxes, np.int64)
+  return new
 
 
 def _new(label: Label, labels: tuple[int, ...]) -> Label:

@@ -66,6 +66,8 @@ def _first_of_each(source: Source, shots: int, order: np.ndarray) -> list[list[i
   for start in range(0, len(order), _CHUNK):
     indices = order[start : start + _CHUNK].tolist()
     for index, record in zip(indices, source.read(indices), strict=True):
+      if "label" not in record:
+        raise UserError(f"{_name(source)} has no label of a whole image; shots need one.")
       label = record["label"]
       if not 0 <= label < source.num_classes:
         message = f"Example {index} (id {record['id']!r}) of {_name(source)} has label {label}"

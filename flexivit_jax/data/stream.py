@@ -18,9 +18,10 @@ from flexivit_jax.data.sources import Record, Source
 from flexivit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-Value = np.ndarray | float | str | bytes | tuple[int, ...]  # of an example, under a key
+Value = np.ndarray | float | str | bytes | tuple[int, ...] | tuple[str, ...]  # under a key
 Bad = dict[int, str]  # Example index -> why it cannot be used.
 Odd = dict[str, list[int]]  # Warning -> indices of examples that are used all the same.
+_LABELS = {"label", "box_labels"}  # keys of a record whose values are numbers of classes
 
 
 class BadExampleError(UserError):
@@ -170,12 +171,13 @@ def _example(plan: BatchPlan, epoch: int, index: int, record: Record | None) -> 
 
 
 def _checked(source: Source, index: int, record: Record | None) -> Example:
-  """Returns the input of preprocessing: image and label; checks that the label is one of the classes."""
+  """Returns the input of preprocessing, a record without its id; checks that each label is one of the classes."""
   record = source[index] if record is None else record
-  label, classes = record["label"], source.num_classes
-  if not all(0 <= k < classes for k in (label if isinstance(label, tuple) else (label,))):
-    raise UserError(f"label is {label}; expected 0..{classes - 1}")
-  return {"image": record["image"], "label": label}
+  for key in _LABELS & record.keys():
+    labels = np.atleast_1d(np.asarray(record[key]))
+    if labels.size and not 0 <= labels.min() <= labels.max() < source.num_classes:
+      raise UserError(f"{key} is {record[key]}; expected 0..{source.num_classes - 1}")
+  return {key: value for key, value in record.items() if key != "id"}
 
 
 def example_cache(source: Source, pp: Preprocess, mebibytes: int) -> ExampleCache | None:

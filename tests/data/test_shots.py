@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from flexivit_jax.data import eval_batches, few_shots, make_source, subset
+from flexivit_jax.data import by_class, eval_batches, few_shots, make_source, subset
 from flexivit_jax.data.sources import Source
 from flexivit_jax.errors import UserError
 
@@ -86,3 +86,11 @@ def test_an_index_outside_is_an_error():
   for index in (-1, 1437):
     with pytest.raises(UserError, match=f"'train' has 1437 examples, none of index {index}"):
       subset(source, [0, index])
+
+
+def test_a_source_without_labels_of_images_has_no_shots_and_no_balance():
+  source = Source("b", "train", 2, None, 3, lambda ii: [{"image": b"", "id": "a"} for _ in ii])
+  with pytest.raises(UserError, match="no label of a whole image; shots"):
+    few_shots(source, shots=1)
+  with pytest.raises(UserError, match="no label of a whole image, so"):
+    by_class(source)

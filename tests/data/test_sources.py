@@ -203,6 +203,11 @@ def test_labels_are_renumbered_and_nothing_else(photos):
   assert renumber(several, (3, 0, 1), 4, "abcd")[0] == {"label": (3, 1)}
   with pytest.raises(UserError, match="label is 2; expected"):
     renumber(several, (3, 0), 4, "abcd").read([0])
+  boxes = dataclasses.replace(source, read=lambda indices: [{"box_labels": np.array([2, 0])}])
+  assert renumber(boxes, (3, 0, 1), 4, "abcd")[0]["box_labels"].tolist() == [1, 3]
+  masks = dataclasses.replace(source, read=lambda indices: [{"mask": b""}])
+  with pytest.raises(UserError, match=r"a mask.*not renumbered"):
+    renumber(masks, (3, 0, 1), 4, "abcd").read([0])
 
 
 def test_folder_leaves_out_other_files_and_says_so(photos, caplog):

@@ -67,6 +67,22 @@ def test_labels_outside_the_classes_are_errors(label):
     make_chunk(plan(source=broken), 0)
 
 
+def test_preprocessing_gets_every_key_of_a_record_but_its_id():
+  def with_boxes(labels):
+    extra = {"boxes": np.ones((2, 4), np.float32), "box_labels": np.array(labels)}
+    records = [{"image": np.zeros((2, 2, 3), np.uint8), "id": "a", **extra}]
+    return plan(
+      source=Source("b", "train", 3, None, 20, lambda ii: records * len(ii)),
+      pp=parse("copy('image', 'image')"),
+    )
+
+  batch = make_chunk(with_boxes([0, 2]), 0).batch
+  assert batch.keys() == {"image", "boxes", "box_labels", "_id"}
+  assert batch["boxes"].shape == (12, 2, 4)
+  with pytest.raises(UserError, match=r"box_labels is \[0 3\]; expected 0\.\.2"):
+    make_chunk(with_boxes([0, 3]), 0)
+
+
 def test_strings_in_a_batch_are_an_error():
   with pytest.raises(UserError, match="'image' is bytes, not numbers"):
     broken = Source("b", "train", 1, None, 20, lambda ii: [r | {"image": b"x"} for r in read(ii)])
