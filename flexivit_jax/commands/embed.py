@@ -51,6 +51,6 @@ def run(args: argparse.Namespace) -> None:
       writer.finish()
   shown = ", ".join(str(size_text(size)) for size in sizes)
   print(
-    f"{args.out}: {tally.done - tally.bad} images, {loaded.model.features} features, seqhw={shown}"
+    f"{args.out}: {tally.done - tally.bad} images, {loaded.model.num_features} features, seqhw={shown}"
   )
   tally.check_all(args.on_error)

@@ -46,7 +46,7 @@ class _Csv:
     self._sizes = [size_text(size) for size in sizes]
     self._file = path.open("x", encoding="utf-8", errors="backslashreplace", newline="")
     self._writer = csv.writer(self._file)
-    self._writer.writerow(["file", "seqhw", *(f"f{i}" for i in range(loaded.model.features))])
+    self._writer.writerow(["file", "seqhw", *(f"f{i}" for i in range(loaded.model.num_features))])
 
   def add(self, file: str, features: Sequence[np.ndarray]) -> None:
     for size, row in zip(self._sizes, features, strict=True):
@@ -76,7 +76,7 @@ class _Npz:
       rows.write(row.astype("<f4").tobytes())
 
   def finish(self) -> None:
-    shape = (len(self._files), self._loaded.model.features)
+    shape = (len(self._files), self._loaded.model.num_features)
     with zipfile.ZipFile(self._path, "x") as archive:
       for size, rows in zip(self._sizes, self._rows, strict=True):
         several = f"_{size_text(size)}" if len(self._sizes) > 1 else ""

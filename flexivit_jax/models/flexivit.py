@@ -239,7 +239,7 @@ class FlexiViT(nn.Module):
     return ("tok" in self.pool_type) + self.registers
 
   @property
-  def features(self) -> int:
+  def num_features(self) -> int:
     """Length of the pre-logits."""
     return self.width * (1 + ("+" in self.pool_type))
 

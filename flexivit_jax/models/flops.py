@@ -28,7 +28,7 @@ class Transformer(Protocol):
     ...
 
   @property
-  def features(self) -> int:
+  def num_features(self) -> int:
     """Length of the pre-logits."""
     ...
 
@@ -64,7 +64,7 @@ def gmacs(model: Transformer, image_hw: tuple[int, ...], channels: int = 3, **si
     tokens * ph * pw * channels * d
     + which_depth(model.depth, size.get("depth")) * block
     + pool
-    + model.features * model.num_classes
+    + model.num_features * model.num_classes
   ) / 1e9
 
 

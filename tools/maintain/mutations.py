@@ -74,8 +74,8 @@ ROOMS = {
   ),
   "flexivit": _room(
     "models/flexivit.py models/grid.py models/flops.py",
-    "PatchEmbed.__call__ resized_kernel FlexiViT FlexiViT.__call__ FlexiViT.prefix_length FlexiViT.features which_patch"
-    " which_grid which_depth common_divisors gmacs",
+    "PatchEmbed.__call__ resized_kernel FlexiViT FlexiViT.__call__ FlexiViT.prefix_length FlexiViT.features"
+    " FlexiViT.num_features which_patch which_grid which_depth common_divisors gmacs",
     "test_flexivit.py test_grid.py test_flops.py",
   ),
   "vit": _room(

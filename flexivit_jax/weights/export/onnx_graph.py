@@ -76,7 +76,7 @@ def describe(model: FlexiViT, channels: int) -> Graph:
       " give the model with dtype='float32', the parameters are that already."
     )
   (ph, pw), (gh, gw) = model.patch_size, model.posemb_size
-  graph = Graph((gh * ph, gw * pw, channels), model.num_classes or model.features)
+  graph = Graph((gh * ph, gw * pw, channels), model.num_classes or model.num_features)
   x = _with_prefix(graph, model, _patches(graph, model))
   if model.pre_norm:
     x = _layer_norm(graph, model, "pre_norm", x)
@@ -85,7 +85,7 @@ def describe(model: FlexiViT, channels: int) -> Graph:
   x = _layer_norm(graph, model, "Transformer/encoder_norm", x)
   x = _pool(graph, model, x)
   if model.num_classes:
-    x = _dense(graph, "head", x, model.features, model.num_classes)
+    x = _dense(graph, "head", x, model.num_features, model.num_classes)
   graph.add("Identity", "logits" if model.num_classes else "pre_logits", x)
   return graph
 

@@ -65,7 +65,7 @@ def write(
     "sizes": [size_text(size) for size in dict.fromkeys(sizes)],
     "image_size": list(image_hw),
     "image_shape": list(shape),
-    "outputs": model.num_classes or model.features,
+    "outputs": model.num_classes or model.num_features,
     "platforms": list(platforms),
     "calling_convention_version": program.calling_convention_version,
     "jax": jax.__version__,
