@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
     for note in evaluation.notes:
       print(f"note: evals.{name}: {note}", file=sys.stderr)
     rows = results.measure(evaluation.make(model, sharding.make_mesh()), params)
-    print(f"{name}: {evaluation.source.name} {evaluation.source.split}\n{results.table(rows)}")
+    print(
+      f"{name}: {evaluation.source.name} {evaluation.source.split}\n{results.table(rows, evaluation.metrics)}"
+    )
     title = record.get("name") or args.checkpoint.stem
     about = results.about(
       title,
@@ -64,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
       params,
       trained,
       experiment.classes_of_tables(evaluation, rows),
+      evaluation.metrics,
     )
     if out := _out(args):
       results.write(results.file_of(out, name, evals), about, rows)

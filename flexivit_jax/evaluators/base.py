@@ -35,7 +35,7 @@ class Evaluator(Protocol):
   `models.Model`, `batches` are `Batches`, `mesh` is where it runs. The options are keys of its section in a config:
   `seqhw`, `stride`, `depth` (sizes, see `per_size.sizes_of`) and its own. A function with arguments `train_batches` and
   `num_classes` gets the data set under `train_data`; one with an argument `teacher`, the loaded `Teacher`.
-  `registry.METRICS` says of each metric whether larger values are better, the headline first.
+  Its file declares its metrics, the headline first (`metrics.Metric`): who is best, reports and eval.json go by that.
   """
 
   def check(self) -> None:

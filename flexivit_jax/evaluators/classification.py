@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from flexivit_jax import errors
 from flexivit_jax.data import label_maps
+from flexivit_jax.evaluators import metrics
 from flexivit_jax.evaluators.base import Batches
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.evaluators.sums import Sums, masked_sums
@@ -21,6 +22,7 @@ from flexivit_jax.objectives.base import Batch
 from flexivit_jax.sizes import SeqHw
 from flexivit_jax.trees import Params
 
+METRICS = metrics.CLASSIFICATION
 MAX_CLASSES = 1000  # of `per_class`
 
 

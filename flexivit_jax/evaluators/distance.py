@@ -8,8 +8,10 @@ import jax
 from jax.sharding import Mesh
 
 from flexivit_jax import errors
+from flexivit_jax.evaluators import metrics
 from flexivit_jax.evaluators.base import Batches
 from flexivit_jax.evaluators.classification import scores
+from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.evaluators.sums import Sums, masked_sums
 from flexivit_jax.models import Model
@@ -18,6 +20,16 @@ from flexivit_jax.objectives.base import Batch
 from flexivit_jax.objectives.distill import Teacher, teach
 from flexivit_jax.sizes import SeqHw
 from flexivit_jax.trees import Params
+
+METRICS = (
+  metrics.TOP1._replace(needs="labels"),
+  metrics.TOP5._replace(needs="labels"),
+  Metric("agree1", "max", "binomial", "%", title="agreement with the teacher"),
+  Metric("agree5", "max", "binomial", "%", title="agreement with the teacher, of the first 5"),
+  metrics.LOSS._replace(needs="labels"),
+  Metric("kl", "min", None, "nats", title="KL divergence from the teacher"),
+  Metric("logsoftmax_euclidean", "min", None, "nats", title="distance of the log-softmax"),
+)
 
 
 def eval_step(params: Params, batch: Batch, *, model: Model, **size: Any) -> Sums:

@@ -16,11 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from flexivit_jax import errors
+from flexivit_jax.evaluators import metrics
 from flexivit_jax.evaluators.base import Batches
 from flexivit_jax.evaluators.probing import Classify, Probing
 from flexivit_jax.models import Model
 from flexivit_jax.sizes import SeqHw
 
+METRICS = (metrics.TOP1,)
 POWERS = tuple(2.0**i for i in range(-10, 11))
 
 

@@ -18,11 +18,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from flexivit_jax import errors, heartbeat
+from flexivit_jax.evaluators import metrics
 from flexivit_jax.evaluators.base import Batches
 from flexivit_jax.evaluators.probing import Classify, Probing
 from flexivit_jax.models import Model
 from flexivit_jax.sizes import SeqHw
 
+METRICS = (metrics.TOP1,)
 BLOCK = 2**26  # similarities, or votes, of one part of the test images: 256 MiB
 
 

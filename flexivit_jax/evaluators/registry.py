@@ -1,38 +1,28 @@
 """Evaluators, by the name that a config gives them.
 
-Not in `__init__.py`: that would import JAX for `flexivit report`, which needs `intervals` only.
+Not in `__init__.py`: that would import JAX for `flexivit report`, which needs `intervals` and `metrics` only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from flexivit_jax.evaluators import classification, distance, fewshot, knn, teacher
 from flexivit_jax.evaluators.base import Evaluator
-from flexivit_jax.evaluators.classification import classification
-from flexivit_jax.evaluators.distance import distance
-from flexivit_jax.evaluators.fewshot import fewshot
-from flexivit_jax.evaluators.knn import knn
-from flexivit_jax.evaluators.teacher import teacher
+from flexivit_jax.evaluators.metrics import Metric
 
-EVALUATORS: dict[str, Callable[..., Evaluator]] = {
-  "classification": classification,
-  "distance": distance,
-  "fewshot": fewshot,
-  "knn": knn,
-  "teacher": teacher,
+_DECLARED: dict[str, tuple[Callable[..., Evaluator], tuple[Metric, ...]]] = {
+  "classification": (classification.classification, classification.METRICS),
+  "distance": (distance.distance, distance.METRICS),
+  "fewshot": (fewshot.fewshot, fewshot.METRICS),
+  "knn": (knn.knn, knn.METRICS),
+  "teacher": (teacher.teacher, teacher.METRICS),
 }
 
-_CLASSIFIED = {"top1": "max", "top5": "max", "loss": "min"}
-# Of each the metrics that training changes, the headline first, and whether larger or smaller values are better. Some
-# are there only with an option: `monitor.metrics_of`.
-METRICS: dict[str, dict[str, str]] = {
-  "classification": {**_CLASSIFIED, "top1_macro": "max"},
-  "distance": {
-    "agree1": "max",
-    "agree5": "max",
-    "kl": "min",
-    "logsoftmax_euclidean": "min",
-    **_CLASSIFIED,
-  },
-  "fewshot": {"top1": "max"},
-  "knn": {"top1": "max"},
-  "teacher": {},
-}
+EVALUATORS = {name: make for name, (make, _) in _DECLARED.items()}
+METRICS = {name: metrics for name, (_, metrics) in _DECLARED.items()}
+
+
+def metrics_of(section: Mapping[str, Any]) -> tuple[Metric, ...]:
+  """Returns the metrics that an evaluator of this section of `evals` measures, the headline first."""
+  declared = METRICS[section.get("type", "classification")]
+  return tuple(metric for metric in declared if not metric.needs or section.get(metric.needs))

@@ -10,23 +10,21 @@ import jax
 
 from flexivit_jax import errors, files, trees
 from flexivit_jax.evaluators.base import Evaluator, Row
+from flexivit_jax.evaluators.metrics import CLASSIFICATION, Metric
 from flexivit_jax.tables import aligned
 from flexivit_jax.trees import Json, Params
 
 # What a row holds besides its evaluator's metrics.
 COLUMNS = ("seqhw", "stride", "depth", "patch", "tokens", "gflops", "ms", "n")
 
-
-# And what is no number, but a table of counts, or belongs to one.
-TABLES = ("confusion", "unlabelled")
-
-_FIRST = ("top1", "top5", "agree1", "agree5", "loss")  # the one that tells most in front
+# And what is no number of its own: a table of counts, what belongs to one, the ends of intervals.
+TABLES = ("confusion", "unlabelled", "intervals")
 
 
-def metrics_of(row: Json) -> list[str]:
-  """The names of the evaluator's metrics in a row, the headline first."""
-  names = [name for name in row if name not in (*COLUMNS, *TABLES)]
-  return sorted(names, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+def metrics_of(row: Json, declared: Sequence[Metric] = CLASSIFICATION) -> list[str]:
+  """The names of what an evaluator measured in a row: the declared metrics, the headline first, then its notes."""
+  names = [metric.name for metric in declared if metric.name in row]
+  return names + [name for name in row if name not in (*COLUMNS, *TABLES, *names)]
 
 
 def main_of(names: Collection[str]) -> str | None:
@@ -55,8 +53,19 @@ def about(
   params: Params,
   trained_seqhw: list | None,
   classes: Sequence[str] | None = None,
+  metrics: Sequence[Metric] | None = None,
 ) -> Json:
-  """Returns what was measured, on what; `classes` are the names of those of a table "confusion"."""
+  """Returns what was measured, on what: everything in an eval.json except its rows.
+
+  Args:
+    name: of the run or the checkpoint, in reports.
+    dataset, split: the images.
+    step: of the checkpoint; None: not known.
+    params: the model's.
+    trained_seqhw: the sizes of its training; None: not known.
+    classes: names of those of a table "confusion"; None: there is none.
+    metrics: of the rows, the headline first; None: those of labelled images, which a reader then expects.
+  """
   return {
     "name": name,
     "dataset": dataset,
@@ -66,6 +75,7 @@ def about(
     "trained_seqhw": trained_seqhw,
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
+    "metrics": None if metrics is None else [metric.stated() for metric in metrics],
     "classes": None if classes is None else list(classes),
   }
 
@@ -112,22 +122,17 @@ def append_csv(path: pathlib.Path, rows: Sequence[Mapping[str, object]]) -> None
     writer.writerows(rows)
 
 
-def table(rows: list[Json]) -> str:
+def table(rows: list[Json], metrics: Sequence[Metric] = CLASSIFICATION) -> str:
   """Returns the rows as text, a line each."""
   names = [*(name for name in COLUMNS[:-1] if name in rows[0])]
-  names += [*metrics_of(rows[0]), "n"]
-  cells = [[_heading(n) for n in names], *([_cell(n, row[n]) for n in names] for row in rows)]
-  return "\n".join(aligned(cells))
+  names += [*metrics_of(rows[0], metrics), "n"]
+  heads = {"gflops": "GFLOPs"} | {metric.name: metric.short for metric in metrics}
+  fractions = {metric.name for metric in metrics if metric.unit == "%"}
+  cells = [[_cell(row[name], name in fractions) for name in names] for row in rows]
+  return "\n".join(aligned([[heads.get(name, name) for name in names], *cells]))
 
 
-_HEADINGS = {"gflops": "GFLOPs", "top1": "top-1", "top5": "top-5", "top1_macro": "macro"}
-
-
-def _heading(name: str) -> str:
-  return _HEADINGS.get(name, name)
-
-
-def _cell(name: str, value: object) -> str:
-  if name.startswith(("top", "agree")):
+def _cell(value: object, fraction: bool) -> str:
+  if fraction:
     return f"{value:.2%}"
   return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,12 +4,17 @@ from typing import Any, final
 
 from jax.sharding import Mesh
 
+from flexivit_jax.evaluators import metrics
 from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.per_size import PerSize
 from flexivit_jax.models import Model
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.trees import Params
+
+METRICS = tuple(
+  metric._replace(trained=False) for metric in metrics.CLASSIFICATION if not metric.needs
+)
 
 
 @final

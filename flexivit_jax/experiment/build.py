@@ -105,7 +105,7 @@ class Experiment(NamedTuple):
   data_classes: tuple[str, ...] | None
   notes: list[str]
   class_lines: Callable[[], Sequence[str]] = tuple
-  best: monitor.Metric | None = None
+  best: monitor.FollowedMetric | None = None
   early: monitor.EarlyStopping | None = None
   wandb: Section | None = None
 
@@ -360,7 +360,7 @@ def _evaluations(
   learner: _Learner,
   lengths: _Lengths,
   opening: Opening,
-  best: monitor.Metric | None,
+  best: monitor.FollowedMetric | None,
   early: monitor.EarlyStopping | None,
 ) -> tuple[int, dict[str, Evaluation]]:
   """Returns the steps between checkpoints, and the evaluators."""
@@ -385,7 +385,9 @@ def _class_lines(learner: _Learner) -> list[str]:
   return [*filter(None, sizes), *_rare(learner.objective_section, learner.input, learner.source)]
 
 
-def _followed(settings: Settings) -> tuple[monitor.Metric | None, monitor.EarlyStopping | None]:
+def _followed(
+  settings: Settings,
+) -> tuple[monitor.FollowedMetric | None, monitor.EarlyStopping | None]:
   """The metric whose best checkpoint is kept, and when the run ends early."""
   evals, early = settings.evals, settings.early_stopping
   assert not isinstance(early, int)  # `_filled` has made a section of it

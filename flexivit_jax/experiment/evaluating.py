@@ -103,7 +103,14 @@ class Evaluating:
       self._write_rows(name, int(state.step), rows)
       classes = classes_of_tables(exp.evaluations[name], rows)
       about = results.about(
-        exp.name, source.name, source.split, int(state.step), state.params, sizes, classes
+        exp.name,
+        source.name,
+        source.split,
+        int(state.step),
+        state.params,
+        sizes,
+        classes,
+        exp.evaluations[name].metrics,
       )
       file = results.file_of(self._run.workdir / "eval.json", name, self._evaluators)
       results.write(file, about, rows)
@@ -130,11 +137,15 @@ class Evaluating:
 
   def _write_rows(self, name: str, step: int, rows: list[Json]) -> None:
     # All sizes at once: a stop between two would leave some, and the evaluation would count as made.
+    metrics = self._exp.evaluations[name].metrics
     values = {
-      f"{name}/{k}/seqhw={size_label(row)}": row[k] for row in rows for k in results.metrics_of(row)
+      f"{name}/{k}/seqhw={size_label(row)}": row[k]
+      for row in rows
+      for k in results.metrics_of(row, metrics)
     }
     self._run.writer.write(step, values)
-    first = results.metrics_of(rows[0])[0]
+    first = metrics[0]
     note(
-      f"step {step}: {name} {first} " + ", ".join(f"{size_label(r)}: {r[first]:.1%}" for r in rows)
+      f"step {step}: {name} {first.name} "
+      + ", ".join(f"{size_label(row)}: {first.text(row[first.name])}" for row in rows)
     )

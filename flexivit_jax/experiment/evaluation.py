@@ -14,7 +14,8 @@ from flexivit_jax.data import class_names
 from flexivit_jax.data.loader import Waiting
 from flexivit_jax.evaluators.base import Evaluator
 from flexivit_jax.evaluators.classification import table_classes
-from flexivit_jax.evaluators.registry import EVALUATORS
+from flexivit_jax.evaluators.metrics import Metric
+from flexivit_jax.evaluators.registry import EVALUATORS, metrics_of
 from flexivit_jax.experiment import labelling, sections
 from flexivit_jax.experiment.loaders import REAL, Opening
 from flexivit_jax.models import Model
@@ -35,6 +36,11 @@ class Evaluation(NamedTuple):
   pp: str
   section: Section
   notes: tuple[str, ...] = ()
+
+  @property
+  def metrics(self) -> tuple[Metric, ...]:
+    """What it measures, the headline first."""
+    return metrics_of(self.section)
 
 
 def build_evaluation(

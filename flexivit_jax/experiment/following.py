@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from flexivit_jax.experiment import preparation
-from flexivit_jax.experiment.monitor import EarlyStopping, Metric
+from flexivit_jax.experiment.monitor import EarlyStopping, FollowedMetric
 from flexivit_jax.running import distributed, manifest
 from flexivit_jax.running.checkpoint import BEST, Checkpoints
 from flexivit_jax.running.session import note
@@ -32,7 +32,7 @@ class Following:
   def __init__(
     self,
     checkpoints: Checkpoints | None,
-    best: Metric | None,
+    best: FollowedMetric | None,
     early: EarlyStopping | None,
     state: Json | None,
   ):
@@ -93,7 +93,7 @@ class Following:
 
   def _keep(
     self,
-    best: Metric,
+    best: FollowedMetric,
     rows: Sequence[Json],
     state: steps.TrainState,
     step: int,
@@ -116,7 +116,9 @@ class Following:
       self._checkpoints.wait()
 
 
-def open_best(workdir: pathlib.Path, best: Metric | None, *, begun: bool) -> Checkpoints | None:
+def open_best(
+  workdir: pathlib.Path, best: FollowedMetric | None, *, begun: bool
+) -> Checkpoints | None:
   """Opens RUN/best where a config asks for it; a run that begins anew deletes an old one."""
   if best is None:
     return None
@@ -131,7 +133,7 @@ def open_best(workdir: pathlib.Path, best: Metric | None, *, begun: bool) -> Che
   return Checkpoints(folder, keep=1, name=BEST)
 
 
-def _value(checkpoints: Checkpoints, best: Metric | None) -> float | None:
+def _value(checkpoints: Checkpoints, best: FollowedMetric | None) -> float | None:
   """Returns the metric's value of the kept checkpoint; None: there is none."""
   step = checkpoints.latest_step()
   if step is None or best is None:

@@ -3,20 +3,21 @@
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flexivit_jax import errors
 from flexivit_jax.config import Section
 from flexivit_jax.evaluators import results
-from flexivit_jax.evaluators.registry import METRICS
+from flexivit_jax.evaluators.metrics import Better, Metric
+from flexivit_jax.evaluators.registry import METRICS, metrics_of as measured
 from flexivit_jax.sizes import SeqHw, size_label, size_text
 from flexivit_jax.trees import Json
 
-Mode = Literal["max", "min"]
+Mode = Better
 Rows = Sequence[Section]
 
 
-class Metric(NamedTuple):
+class FollowedMetric(NamedTuple):
   """A metric of an evaluator, at one size or, with `size` None, its mean over all sizes; `mode` says what is better."""
 
   evaluator: str
@@ -47,7 +48,7 @@ class Metric(NamedTuple):
 class EarlyStopping(NamedTuple):
   """A run ends after `patience` evaluations that are not better by more than `min_delta` than the best before."""
 
-  metric: Metric
+  metric: FollowedMetric
   patience: int
   min_delta: float
 
@@ -109,17 +110,12 @@ def early_stopping(
   )
 
 
-def metrics_of(section: Section) -> dict[str, str]:
-  """Returns the metrics of an evaluator that training changes, the main one first, and "max" or "min" for each."""
-  metrics = dict(METRICS[section.get("type", "classification")])
-  if not section.get("per_class"):
-    metrics.pop("top1_macro", None)
-  if section.get("type") == "distance" and not section.get("labels"):
-    metrics = {k: v for k, v in metrics.items() if k not in METRICS["classification"]}
-  return metrics
+def metrics_of(section: Section) -> dict[str, Metric]:
+  """Returns the metrics of an evaluator that training changes, by name, the headline first."""
+  return {metric.name: metric for metric in measured(section) if metric.trained}
 
 
-def parse(where: str, text: str, evals: Section, mode: Mode | None = None) -> Metric:
+def parse(where: str, text: str, evals: Section, mode: Mode | None = None) -> FollowedMetric:
   """Reads "test/top1", the mean over all sizes, or "test/top1@8", at one of them.
 
   Args:
@@ -152,13 +148,14 @@ def parse(where: str, text: str, evals: Section, mode: Mode | None = None) -> Me
       f"{where} is {text!r}, but training changes nothing that a {kind!r} measures; give another evaluator."
     )
   if name not in metrics:
-    more = " It needs per_class=True of the evaluator." if name == "top1_macro" else ""
+    needs = next((metric.needs for metric in METRICS[kind] if metric.name == name), "")
+    more = f" It needs {needs}=True of the evaluator." if needs else ""
     error = errors.unknown(f"metric in {where}", name, metrics)
     raise errors.UserError(f"{error}{more}")
   sizes = _sizes(evals[evaluator])
   if at and size not in sizes:
     raise errors.unknown(f"size in {where}", size, sizes)
-  return Metric(evaluator, name, size if at else None, mode or metrics[name])
+  return FollowedMetric(evaluator, name, size if at else None, mode or metrics[name].better)
 
 
 def _sizes(section: Section) -> list[str]:

@@ -204,7 +204,8 @@ def measure(
       file = out / checkpoint.name.replace("/", "-") / f"{name}.json"
       source = evaluation.source
       about = results.about(
-        checkpoint.name, source.name, source.split, record.get("step"), params, None
+        checkpoint.name, source.name, source.split, record.get("step"), params, None,
+        metrics=evaluation.metrics,
       ) | {
         "checkpoint": checkpoint.path, "weights": digest,
         "images": len(source), "examples": fingerprint(source), "protocol": protocol.says,
@@ -220,7 +221,7 @@ def measure(
         file.parent.mkdir(parents=True, exist_ok=True)
         results.write(file, about, rows)
       all_measured.append(Measured(checkpoint, name, about, rows))
-      print(f"{checkpoint.name} on {name}:\n{results.table(rows)}", flush=True)
+      print(f"{checkpoint.name} on {name}:\n{results.table(rows, evaluation.metrics)}", flush=True)
   return all_measured
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from flexivit_jax import errors
-from flexivit_jax.evaluators import results
+from flexivit_jax.evaluators import distance, results
+from flexivit_jax.evaluators.metrics import Metric
 
 COST = dict(seqhw=8, patch=3, tokens=64, gflops=1.5, ms=2.0)
 
@@ -27,10 +28,19 @@ def test_stride_and_depth_are_columns_and_no_metrics():
 
 def test_other_metrics_and_missing_times_have_a_place():
   row = {k: v for k, v in COST.items() if k != "ms"} | dict(kl=0.5, agree5=1.0, agree1=0.9, n=3)
-  assert results.metrics_of(row) == ["agree1", "agree5", "kl"]
-  head, line = results.table([row]).splitlines()
+  assert results.metrics_of(row, distance.METRICS) == ["agree1", "agree5", "kl"]
+  head, line = results.table([row], distance.METRICS).splitlines()
   assert head.split() == ["seqhw", "patch", "tokens", "GFLOPs", "agree1", "agree5", "kl", "n"]
   assert line.split() == ["8", "3", "64", "1.5", "90.00%", "100.00%", "0.5", "3"]
+
+
+def test_the_declared_headline_is_first_and_notes_are_last():
+  declared = (Metric("miou", "max", "bootstrap", "%", "mIoU"), Metric("mse", "min"))
+  row = COST | dict(noted=7, mse=0.25, miou=0.5, n=3, intervals={"miou": [0.4, 0.6]})
+  assert results.metrics_of(row, declared) == ["miou", "mse", "noted"]
+  head, line = results.table([row], declared).splitlines()
+  assert head.split()[-4:] == ["mIoU", "mse", "noted", "n"]
+  assert line.split()[-4:] == ["50.00%", "0.25", "7", "3"]
 
 
 def test_rows_as_csv_have_all_columns_and_empty_cells(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flexivit_jax import errors, train as train_lib, weights
+from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.evaluators.registry import EVALUATORS, METRICS
 from flexivit_jax.experiment import monitor
 from flexivit_jax.experiment.evaluating import Evaluating
@@ -116,7 +117,9 @@ def test_a_run_ends_early_and_says_why(ended, capsys):
   assert sorted(losses(ended)) == [2, 4, 6]
   assert rows(ended)[-1]["step"] == 6
   assert sorted(int(p.name) for p in (ended / "checkpoints").glob("[0-9]*")) == [3, 6]
-  assert json.loads((ended / "eval.json").read_text())["step"] == 6
+  written = json.loads((ended / "eval.json").read_text())
+  assert written["step"] == 6
+  assert written["metrics"] == [metric.stated() for metric in METRICS["classification"][:3]]
   before = {p: p.stat().st_mtime_ns for p in (ended / "checkpoints").rglob("*")}
   train_lib.train(changed(**EARLY), ended)  # the same command does not go on
   said = capsys.readouterr().err
@@ -273,7 +276,7 @@ def test_metrics(text, expected):
     ("test/top1_macro", r"needs per_class=True"),
     ("test/top1@3", r"Unknown size in here '3'; known: 2"),
     ("test/top1@", r"Unknown size in here ''"),
-    ("far/top1", r"Unknown metric in here 'top1'; known: agree1, agree5, kl"),
+    ("far/top1", r"Unknown metric in here 'top1'; known: agree1, agree5, kl.*needs labels=True"),
     ("old/top1", r"training changes nothing that a 'teacher' measures"),
   ],
 )
@@ -303,6 +306,19 @@ def test_early_stopping_counts_the_evaluations_since_the_last_that_was_better_by
   assert ends == [False, False, False, False, True, False]
   other = early._replace(metric=early.metric._replace(name="top5"))
   assert not other.ends({**state, "bad": 9}) and early.ends({**state, "bad": 9})
+
+
+def test_an_evaluator_may_declare_any_metric_and_which_way_is_better(monkeypatch):
+  declared = (Metric("mse", "min"), Metric("miou", "max", "bootstrap", "%"))
+  monkeypatch.setitem(METRICS, "knn", declared)
+  assert monitor.parse("here", "probe/mse", EVALS).mode == "min"
+  assert monitor.parse("here", "probe/miou@2", EVALS).mode == "max"
+  early = monitor.early_stopping(evals={"test": EVALS["probe"]}, patience=1)
+  assert str(early.metric) == "test/mse"
+  state = early.update({}, 1, [{"seqhw": 2, "mse": 0.5}])
+  state = early.update(state, 2, [{"seqhw": 2, "mse": 0.25}])
+  assert state["best_step"] == 2 and not early.ends(state)
+  assert early.ends(early.update(state, 3, [{"seqhw": 2, "mse": 0.375}]))
 
 
 def test_every_evaluator_says_its_metrics(whole):
