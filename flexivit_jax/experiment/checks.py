@@ -48,9 +48,10 @@ def check_accumulate(
 ) -> None:
   """Raises a UserError for parts that do not divide the batch, and for "auto" where the result would depend on it."""
   if accumulate == "auto":
-    if getattr(model, "dropout", 0.0):
+    if getattr(model, "is_random", False):
       raise errors.UserError(
-        "accumulate='auto' with dropout: its masks would depend on the memory of the device; give accumulate a number."
+        "accumulate='auto' with dropout or stochastic depth: masks would depend on the memory of the device; give"
+        " accumulate a number."
       )
     if memory_gib is not None and not memory_gib > 0:
       raise errors.UserError(f"memory_gib={memory_gib}; expected more than 0.")

@@ -67,7 +67,7 @@ def build_model(section: Section, num_classes: int) -> tuple[Model, Json]:
 
 # Fields that a run chooses for itself, whatever file its model is like.
 _OWN = (
-  "num_classes", "variant", "dtype", "scan", "remat", "attention", "dropout", "head_zeroinit",
+  "num_classes", "variant", "dtype", "scan", "remat", "attention", "dropout", "stochastic_depth", "head_zeroinit",
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ class Model(Protocol):
   Attributes:
     num_classes: length of the logits; a field of the module.
     dtype: of the matrix products, "float32" or "bfloat16"; a field: a run sets it to what the device is fast in.
+    is_random: optional; whether training draws masks, as for dropout: `accumulate="auto"` is then refused.
   """
 
   num_classes: int

@@ -77,6 +77,8 @@ class FlexiViT(nn.Module):
     registers: number of learned tokens without a position, between the class token and the patches (DINOv2's).
     pre_norm: a LayerNorm before the first block (CLIP's).
     layer_norm_eps: of every LayerNorm.
+    dropout: probability, of the first tokens and in all blocks.
+    stochastic_depth: probability with which an example skips a branch of the last block in training, see `vit.Encoder`.
     posemb: "learn" or "sincos2d" (computed for the grid at hand).
     kernel_resize: "pi" (the paper's) or a competitor: "plain", "area", "norm".
     kernel_operator: resize operator of the patches that "pi" undoes; see `resize.OPERATORS`.
@@ -103,6 +105,7 @@ class FlexiViT(nn.Module):
   pre_norm: bool = False
   layer_norm_eps: float = 1e-6
   dropout: float = 0.0
+  stochastic_depth: float = 0.0
   head_zeroinit: bool = True
   gelu: str = "tanh"
   kernel_resize: str = "pi"
@@ -147,7 +150,7 @@ class FlexiViT(nn.Module):
       stride: pixels from one patch to the next, so that patches overlap (or leave gaps); default: the patch size. The
         grid is then what fits: (h - patch) / stride + 1 a side.
       depth: run only the first so many blocks, then the last LayerNorm and the head; default: all.
-      train: applies dropout, which takes a "dropout" rng.
+      train: applies dropout and stochastic depth, which take a "dropout" rng.
 
     Raises:
       UserError: if the size does not divide the image, or more than one is given; more blocks than there are.
@@ -188,7 +191,13 @@ class FlexiViT(nn.Module):
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
 
     x, out["encoder"] = vit.Encoder(
-      self.depth, self.block, scan=self.scan, remat=self.remat, fsdp=self.fsdp, name="Transformer"
+      self.depth,
+      self.block,
+      scan=self.scan,
+      remat=self.remat,
+      fsdp=self.fsdp,
+      stochastic_depth=self.stochastic_depth,
+      name="Transformer",
     )(x, train, depth)
     out["encoded"] = x
 
@@ -232,6 +241,11 @@ class FlexiViT(nn.Module):
       layer_norm_eps=self.layer_norm_eps,
       attention=self.attention,
     )
+
+  @property
+  def is_random(self) -> bool:
+    """Whether training draws masks: gradients then depend on how a batch is divided."""
+    return bool(self.dropout or self.stochastic_depth)
 
   @property
   def prefix_length(self) -> int:
@@ -296,15 +310,19 @@ def check_fields(model: FlexiViT) -> None:
   for name, least in (("width", 1), ("depth", 1), ("mlp_dim", 1), ("num_classes", 0)):
     if getattr(model, name) < least:
       raise errors.UserError(f"{name}={getattr(model, name)}: expected {least} or more.")
-  if not 0 <= model.dropout < 1:
-    raise errors.UserError(f"dropout={model.dropout}: expected a probability, from 0 to below 1.")
+  for name in ("dropout", "stochastic_depth"):
+    if not 0 <= getattr(model, name) < 1:
+      raise errors.UserError(
+        f"{name}={getattr(model, name)}: expected a probability, from 0 to below 1."
+      )
   if model.num_heads < 1 or model.width % model.num_heads:
     raise errors.UserError(
       f"width={model.width} must be a multiple of num_heads={model.num_heads}."
     )
-  if model.fsdp is not None and model.dropout:
+  if model.fsdp is not None and model.is_random:
     raise errors.UserError(
-      f"mesh.fsdp with dropout={model.dropout}: its masks would depend on the mesh; set mesh.fsdp=1 or model.dropout=0."
+      f"mesh.fsdp with dropout={model.dropout} and stochastic_depth={model.stochastic_depth}: masks would depend on the"
+      " mesh; set mesh.fsdp=1, or both to 0."
     )
   if model.registers < (model.pool_type == "tok+reg"):
     raise errors.UserError(

@@ -136,24 +136,37 @@ class BlockConfig:
 
 
 class EncoderBlock(nn.Module):
-  """Pre-norm transformer block: self-attention, then MLP. Returns the tokens and the named intermediates."""
+  """Pre-norm transformer block: self-attention, then MLP. Returns the tokens and the named intermediates.
+
+  `drop` is the probability with which an example skips the attention, and independently the MLP (stochastic depth);
+  it takes a "dropout" rng.
+  """
 
   config: BlockConfig
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "n l d"], train: bool = False
+    self, x: Float[Array, "n l d"], train: bool = False, drop: Float[Array, ""] | None = None
   ) -> tuple[Float[Array, "n l d"], Intermediates]:
     c, out = self.config, {}
     y = nn.LayerNorm(c.layer_norm_eps, name="LayerNorm_0")(x)
     y = out["sa"] = Attention(
       c.num_heads, c.dtype, c.attention, name="MultiHeadDotProductAttention_0"
     )(y, y)
-    x = out["+sa"] = x + nn.Dropout(c.dropout)(y, deterministic=not train)
+    x = out["+sa"] = x + self._branch(nn.Dropout(c.dropout)(y, deterministic=not train), drop)
     y = nn.LayerNorm(c.layer_norm_eps, name="LayerNorm_1")(x)
     y = out["mlp"] = MlpBlock(c.mlp_dim, c.dropout, c.gelu, c.dtype, name="MlpBlock_0")(y, train)
-    x = out["+mlp"] = x + nn.Dropout(c.dropout)(y, deterministic=not train)
+    x = out["+mlp"] = x + self._branch(nn.Dropout(c.dropout)(y, deterministic=not train), drop)
     return x, out
+
+  def _branch(
+    self, y: Float[Array, "n l d"], drop: Float[Array, ""] | None
+  ) -> Float[Array, "n l d"]:
+    """A residual branch: 0 for the examples that skip it, divided by the probability to keep it for the others."""
+    if drop is None:
+      return y
+    kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - drop, (len(y), 1, 1))
+    return jnp.where(kept, y / (1.0 - drop), 0.0)
 
 
 class Encoder(nn.Module):
@@ -166,6 +179,8 @@ class Encoder(nn.Module):
     remat: the backward pass recomputes each block instead of storing its activations.
     fsdp: the mesh along whose axis "fsdp" the parameters are divided (see `sharding`); each block gathers its own.
       None: every device has all of them.
+    stochastic_depth: probability with which an example skips a branch of the last block in training; from the first
+      block, which none skips, it grows linearly (arXiv 1603.09382, as in DeiT). A block alone is the first.
   """
 
   depth: int
@@ -173,6 +188,7 @@ class Encoder(nn.Module):
   scan: bool = False
   remat: bool = False
   fsdp: Mesh | AbstractMesh | None = None
+  stochastic_depth: float = 0.0
 
   @nn.compact
   def __call__(
@@ -182,7 +198,7 @@ class Encoder(nn.Module):
 
     Args:
       x: tokens.
-      train: applies dropout, which takes a "dropout" rng.
+      train: applies dropout and stochastic depth, which take a "dropout" rng.
       depth: number of blocks that run, from the first; default: all.
     """
     depth = self.depth if depth is None else depth
@@ -190,13 +206,16 @@ class Encoder(nn.Module):
     initializing = self.is_initializing()
     if initializing:
       self._init_blocks(x)
-    keys = None
-    if train and self.config.dropout:
+    keys = drops = None
+    if train and self.stochastic_depth:
+      drops = np.linspace(0, self.stochastic_depth, self.depth, dtype=np.float32)[:depth]
+    if train and (self.config.dropout or self.stochastic_depth):
       keys = jax.random.split(self.make_rng("dropout"), depth)
     x, out = apply_blocks(
       self.variables["params"],
       x,
       keys,
+      drops,
       depth=depth,
       config=self.config,
       train=train,
@@ -228,6 +247,7 @@ def apply_blocks(
   params: Params,
   x: Float[Array, "n l d"],
   keys: Key[Array, "depth"] | None,
+  drops: Float[np.ndarray, "depth"] | None,
   *,
   depth: int,
   config: BlockConfig,
@@ -249,7 +269,8 @@ def apply_blocks(
   Args:
     params: the encoder's: "encoderblock_0", ..., or with `scan` "encoderblock", stacked.
     x: tokens.
-    keys: of the dropout in each block; None: no dropout.
+    keys: of the dropout and stochastic depth in each block; None: neither.
+    drops: in each block, the probability with which an example skips a branch; None: no stochastic depth.
     depth: number of blocks to run.
     config: of each block.
     train: whether dropout applies.
@@ -261,13 +282,13 @@ def apply_blocks(
   block = _traced_block(config, train, scan, remat, fsdp)
   if scan:
     first = jax.tree.map(lambda a: a[:depth], params["encoderblock"])
-    x, stacked = jax.lax.scan(lambda x, xs: block(xs[0], x, xs[1]), x, (first, keys))
+    x, stacked = jax.lax.scan(lambda x, xs: block(xs[0], x, *xs[1:]), x, (first, keys, drops))
     each = {k: jnp.unstack(a) for k, a in stacked.items()}
     return x, {f"block{i:02d}": {k: a[i] for k, a in each.items()} for i in range(depth)}
   out: Json = {}
   for i in range(depth):
-    key = None if keys is None else keys[i]
-    x, out[f"block{i:02d}"] = block(params[f"encoderblock_{i}"], x, key)
+    key, drop = (None if array is None else array[i] for array in (keys, drops))
+    x, out[f"block{i:02d}"] = block(params[f"encoderblock_{i}"], x, key, drop)
   return x, out
 
 
@@ -275,17 +296,17 @@ def apply_blocks(
 def _traced_block(
   config: BlockConfig, train: bool, scan: bool, remat: bool, fsdp: Mesh | AbstractMesh | None
 ) -> Callable[..., Tree]:
-  """One jitted function `(params, x, dropout key) -> (x, intermediates)` for all blocks of a configuration."""
+  """One jitted function `(params, x, key, drop) -> (x, intermediates)` for all blocks of a configuration."""
   module = _block_class(remat, scan)(config)
 
-  def run(params: Params, x: jax.Array, key: jax.Array | None) -> Tree:
+  def run(params: Params, x: jax.Array, key: jax.Array | None, drop: jax.Array | None) -> Tree:
     rngs = None if key is None else {"dropout": key}
-    return module.apply({"params": params}, x, train, rngs=rngs)
+    return module.apply({"params": params}, x, train, drop, rngs=rngs)
 
   if fsdp is None:
     return jax.jit(run)
-  over = sharding.over_divided(lambda params, x: run(params, x, None), fsdp)
-  return jax.jit(lambda params, x, key: over(params, x))
+  over = sharding.over_divided(lambda params, x: run(params, x, None, None), fsdp)
+  return jax.jit(lambda params, x, key, drop: over(params, x))
 
 
 def _block_class(remat: bool, scan: bool) -> Callable[..., Tree]:

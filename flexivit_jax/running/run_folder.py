@@ -31,6 +31,8 @@ FREE = (
   "input.data.allow_empty",
 )
 
+# Fields of a model, or of a part of one, by which training draws masks.
+MASKS = ("dropout", "stochastic_depth")
 
 # A path like s3://bucket is a folder of this name to `pathlib`.
 _ADDRESS = re.compile(r"(gs|s3|az|hf|abfss?|hdfs|wasbs?|https?|file|ftp):/")
@@ -256,8 +258,9 @@ def write_bad_step(
 
 def is_identity(key: str, settings: Mapping[str, Any]) -> bool:
   """Whether another value under this key would make it another run."""
-  if key == "accumulate":  # changes only rounding, unless dropout draws a mask for each microbatch
-    return bool(settings.get("model", {}).get("dropout"))
+  if key == "accumulate":  # changes only rounding, unless masks are drawn for each microbatch
+    model = _flat(settings.get("model", {}))
+    return any(value for name, value in model.items() if name.rpartition(".")[2] in MASKS)
   teacher = key.startswith("objective.teachers.") and key.endswith(
     ".checkpoint"
   )  # told by its sha256

@@ -114,10 +114,13 @@ def test_what_makes_it_another_run_is_refused_unless_allowed(tmp_path, section, 
   assert json.loads((tmp_path / "config.json").read_text()) != OLD
 
 
-def test_the_parts_of_a_batch_make_another_run_where_dropout_is_drawn_by_them(tmp_path):
+@pytest.mark.parametrize(
+  "model", [{"width": 8, "dropout": 0.1}, {"image": {"stochastic_depth": 0.1}}]
+)
+def test_the_parts_of_a_batch_make_another_run_where_masks_are_drawn_by_them(tmp_path, model):
   kept(tmp_path, OLD)
   assert kept(tmp_path, {**OLD, "accumulate": 2}) == ["config: accumulate: 'absent' -> 2"]
-  dropping = {**OLD, "model": {"width": 8, "dropout": 0.1}}
+  dropping = {**OLD, "model": model}
   kept(tmp_path, dropping, allow=True)
   with pytest.raises(UserError, match="accumulate makes it another run"):
     kept(tmp_path, {**dropping, "accumulate": 4})

@@ -225,6 +225,10 @@ def saved(exp, run):
   ("changes", "message"),
   [
     (dict(accumulate="auto", model=CONFIG["model"] | dict(dropout=0.1)), "masks would depend"),
+    (
+      dict(accumulate="auto", model=CONFIG["model"] | dict(stochastic_depth=0.1)),
+      "masks would depend",
+    ),
     (dict(memory_gib=1.0), "no effect without accumulate='auto'"),
     (dict(accumulate="auto", memory_gib=-1.0), "expected more than 0"),
     (dict(accumulate="all"), "got accumulate='all'|Got accumulate='all'"),
