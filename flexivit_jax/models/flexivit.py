@@ -4,7 +4,8 @@ The weights hold one patch-embedding kernel (32x32 pixels) and one grid of posit
 size at hand the kernel is PI-resized and the grid interpolated; everything after that is a plain ViT.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -62,6 +63,20 @@ def resized_kernel(
   function = resize.KERNEL_RESIZES[fields.kernel_resize]
   moment = {} if fields.kernel_moment is None else {"moment": fields.kernel_moment}
   return function(kernel, patch_hw, fields.kernel_operator, **moment)
+
+
+class Features(NamedTuple):
+  """What `FlexiViT.features` returns; n images, gh x gw patches.
+
+  Attributes:
+    tokens: of the patches, after the last LayerNorm.
+    pooled: what a head would take, as `pool_type` says.
+    blocks: tokens of the patches after the blocks that were asked for, by the numbers that they were asked for by.
+  """
+
+  tokens: Float[Array, "n gh gw d"]
+  pooled: Float[Array, "n features"]
+  blocks: dict[int, Float[Array, "n gh gw d"]]
 
 
 class FlexiViT(nn.Module):
@@ -213,6 +228,39 @@ class FlexiViT(nn.Module):
         out["logits_2d"] = head(tokens)
       x = out["logits"] = head(x)
     return x, out
+
+  def features(
+    self,
+    image: Float[Array | np.ndarray, "n h w c"],
+    *,
+    blocks: Sequence[int] = (),
+    train: bool = False,
+    **size: Any,
+  ) -> Features:
+    """Returns the grid of tokens, what is pooled from it, and on request the tokens after single blocks.
+
+    With num_classes=0 the model makes no parameters of a head.
+
+    Args:
+      image: pixels in [-1, 1].
+      blocks: numbers of blocks, 0 the first, -1 the last that runs.
+      train: as for `__call__`.
+      **size: static arguments of `__call__`, e.g. `seqhw=8`.
+
+    Raises:
+      UserError: as `__call__`; a block that does not run.
+    """
+    depth = which_depth(self.depth, size.get("depth"))
+    for i in blocks:
+      if not -depth <= i < depth:
+        raise errors.UserError(
+          f"blocks={tuple(blocks)}: {depth} blocks run; expected numbers from {-depth} to {depth - 1}."
+        )
+    _, out = self(image, train=train, **size)
+    tokens = out["pre_logits_2d"]
+    after = {i: out["encoder"][f"block{i % depth:02d}"]["+mlp"] for i in blocks}
+    grids = {i: x[:, self.prefix_length :].reshape(tokens.shape) for i, x in after.items()}
+    return Features(tokens, out["pre_logits"], grids)
 
   @nn.nowrap
   def _pool(
