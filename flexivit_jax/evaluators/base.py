@@ -18,7 +18,8 @@ image under its own key."""
 
 Row = dict[str, Any]
 """What was measured at one size: "seqhw" (an int, or "HxW"), "stride" and "depth" where these are set, "n" (images that
-counted), and the evaluator's metrics by name. Accuracies are fractions."""
+counted), and the evaluator's metrics by name. Accuracies are fractions. "intervals": the low and the high end of the
+95 % interval by the name of a metric, where the evaluator made one."""
 
 Report = Callable[[SizeArgs, Program], None]
 

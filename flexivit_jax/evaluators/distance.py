@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from flexivit_jax import errors
-from flexivit_jax.evaluators import metrics
+from flexivit_jax.evaluators import intervals, metrics
 from flexivit_jax.evaluators.base import Batches
 from flexivit_jax.evaluators.classification import scores
 from flexivit_jax.evaluators.metrics import Metric
@@ -27,8 +27,8 @@ METRICS = (
   Metric("agree1", "max", "binomial", "%", title="agreement with the teacher"),
   Metric("agree5", "max", "binomial", "%", title="agreement with the teacher, of the first 5"),
   metrics.LOSS._replace(needs="labels"),
-  Metric("kl", "min", None, "nats", title="KL divergence from the teacher"),
-  Metric("logsoftmax_euclidean", "min", None, "nats", title="distance of the log-softmax"),
+  Metric("kl", "min", "bootstrap", "nats", title="KL divergence from the teacher"),
+  Metric("logsoftmax_euclidean", "min", "bootstrap", "nats", title="distance of the log-softmax"),
 )
 
 
@@ -41,10 +41,11 @@ def eval_step(params: Params, batch: Batch, *, model: Model, **size: Any) -> Sum
   target = batch["target"]
   same = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == target.argmax(axis=-1, keepdims=True)
   values = {"agree1": same[:, 0] * 1.0, "agree5": same.any(axis=-1) * 1.0}
-  values |= {name: distance(logits, target) for name, distance in losses.DISTANCES.items()}
+  distances = {name: distance(logits, target) for name, distance in losses.DISTANCES.items()}
+  values |= distances
   if "labels" in batch:
     values |= scores(logits, batch["labels"], "softmax_xent")
-  return masked_sums(values, batch["_mask"])
+  return masked_sums(values, batch["_mask"])._replace(per_image=distances)
 
 
 def distance(
@@ -88,6 +89,7 @@ def distance(
     inputs=tuple(inputs),
     once=once,
     frozen=teacher.params,
+    resampled=dict.fromkeys(losses.DISTANCES, intervals.mean),
   )
 
 

@@ -1,9 +1,10 @@
 """What every evaluator does: score at each patch size, each image read and decoded once for all sizes."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import final
+from typing import Any, final
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Int
 from flexivit_jax import errors, heartbeat
 from flexivit_jax.data import label_maps
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.evaluators import resampling
 from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.sums import Sums, means
 from flexivit_jax.models import Model
@@ -34,8 +36,11 @@ class PerSize:
     inputs: keys of the batch that it needs, "image" among them.
     once: `(frozen, batch) -> batch`, done once for all sizes before `fn`: a teacher's part; pure.
     frozen: arrays that `once` takes: a teacher's parameters.
-    num_classes: of the labels, where there are any; default: the model's.
+    num_classes: of the labels, where there are any; default: the model's, 0 where it has none.
     label_map: what `fn` restricts logits and labels to, for the check that they fit; None: they are the same classes.
+    resampled: for each name in `Sums.per_image`, the metric as a function of the values' means over images
+      (`resampling.Resampled`): `intervals.mean` where it is a mean; an intersection over union divides two
+      of them. The row gets its interval, and its value where `Sums.total` does not give it.
   """
 
   def __init__(
@@ -51,11 +56,13 @@ class PerSize:
     frozen: Tree = (),
     num_classes: int | None = None,
     label_map: label_maps.LabelMap | None = None,
+    resampled: Mapping[str, resampling.Resampled] | None = None,
   ):
+    self.resampled = dict(resampled or {})
     self.fn, self.model, self.batches, self.mesh = fn, model, batches, mesh
     self.once, self.frozen = once and jax.jit(once), frozen
     self.inputs = (*inputs, "_mask")
-    self.num_classes = model.num_classes if num_classes is None else num_classes
+    self.num_classes = getattr(model, "num_classes", 0) if num_classes is None else num_classes
     self.label_map = label_map
     self.sizes = {size_key(size): dict(size) for size in sizes}
     self._programs: dict[SizeKey, compilation.Program] = {}
@@ -82,28 +89,35 @@ class PerSize:
       specs = jax.eval_shape(self.once, self.frozen, specs)
       split = sharding.batch_split(self.mesh)
       specs = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=split) for k, s in specs.items()}
+    fn = functools.partial(_gathered, self.fn, self.mesh) if self.resampled else self.fn
     self._programs = compilation.compile_each(
-      self.fn, (params, specs), self.sizes.values(), report=report
+      fn, (params, specs), self.sizes.values(), report=report
     )
 
   def run(self, params: Params) -> list[Row]:
     """Returns for each size {"seqhw", the mean of each metric, "n"}; accuracies are fractions.
 
-    With tables also what `per_class` makes of "confusion".
+    With tables also what `per_class` makes of "confusion"; with `resampled` also "intervals", (low, high) by metric.
     """
     sums: dict[SizeKey, list] = {key: [] for key in self.sizes}
+    images: dict[SizeKey, list] = {key: [] for key in self.sizes}
     tables: dict[SizeKey, Tree] = {}
     for outputs in self.outputs(params, self.batches):
       for key, output in outputs.items():
-        sums[key].append(output._replace(tables=None))
+        sums[key].append(output._replace(tables=None, per_image=None))
+        images[key].append(output.per_image)
         if output.tables is not None:  # added at once: each is large
           both = [output.tables, *([tables[key]] if key in tables else [])]
           tables[key] = jax.jit(_added, out_shardings=sharding.replicated(self.mesh))(both)
     rows = self.rows(sums)
+    if self.resampled:
+      values = {k: resampling.of_batches(jax.device_get(parts)) for k, parts in images.items()}
+      found = resampling.rows(values, self.resampled).values()
+      rows = [{**row, **more, **row} for row, more in zip(rows, found, strict=True)]
     if not tables:
       return rows
-    found = (jax.device_get(tables[key])["confusion"] for key in self.sizes)
-    return [row | per_class(counts) for row, counts in zip(rows, found, strict=True)]
+    counted = (jax.device_get(tables[key])["confusion"] for key in self.sizes)
+    return [row | per_class(counts) for row, counts in zip(rows, counted, strict=True)]
 
   def rows(self, sums: Mapping[SizeKey, Sequence[Sums]]) -> list[Row]:
     """Returns for each size what names it, the means of its metrics over all batches, and "n", how many examples."""
@@ -168,6 +182,16 @@ class PerSize:
       message = f"The evaluation's batches lack {sorted(missing)}, they have {sorted(batch)}"
       raise errors.UserError(f"{message}; mend its pp (onehot, keep).")
     return {k: batch[k] for k in self.inputs}
+
+
+def _gathered(
+  fn: Callable[..., Sums], mesh: Mesh, params: Params, batch: dict[str, jax.Array], **size: Any
+) -> Sums:
+  """What `fn` returns, its values of each image whole on every device, with the mask: every process can read them."""
+  sums = fn(params, batch, **size)
+  per_image = {"_mask": batch["_mask"], **sums.per_image}
+  whole = jax.lax.with_sharding_constraint(per_image, sharding.replicated(mesh))
+  return sums._replace(per_image=whole)
 
 
 def _added(tables: list[Tree]) -> Tree:

@@ -16,19 +16,26 @@ from flexivit_jax.trees import Tree
 
 
 class Sums(NamedTuple):
-  """Sums over the real (unmasked) examples of each metric, and how many they were; `tables` are counts, integers."""
+  """Sums over the real (unmasked) examples of each metric, and how many they were.
+
+  `tables` are counts, integers. `per_image` are values [n, ...] of each example, for metrics whose interval comes
+  from a bootstrap, or that are no mean of one value (`PerSize`, `resampled`). What padding holds does not
+  matter; a "_mask" [n] among them takes the place of the batch's.
+  """
 
   total: dict[str, Tree]
   count: Tree
   tables: dict[str, Tree] | None = None
+  per_image: dict[str, Tree] | None = None
 
 
 def masked_sums(
   values: Mapping[str, Float[Array, "n"]], mask: Float[Array, "n"] | None = None
 ) -> Sums:
   """Sums values of real examples (`mask` 1); padded ones count nothing, not even a NaN."""
-  n = jax.tree.leaves(dict(values))[0].shape[0]
-  mask = jnp.ones(n, jnp.float32) if mask is None else mask.astype(jnp.float32)
+  if mask is None:
+    mask = jnp.ones(len(next(iter(values.values()))), jnp.float32)
+  mask = mask.astype(jnp.float32)
   total = {name: jnp.sum(jnp.where(mask > 0, v, 0.0) * mask) for name, v in values.items()}
   return Sums(total, jnp.sum(mask))
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flexivit_jax.evaluators.intervals import bootstrap
+from flexivit_jax.evaluators.intervals import binomial
 from flexivit_jax.report.runs import EvalRow, Json, ReportRun, to_json
 
 # Costs of a point, and the facts that two runs must share for a comparison of this cost.
@@ -52,13 +52,13 @@ def fronts(runs: Sequence[ReportRun], cost: str) -> dict[tuple[str, ...], list[P
 
 
 def to_json_all(runs: Sequence[ReportRun]) -> list[Json]:
-  """Returns the runs as in report.json: rows with "interval" (`bootstrap`) and "dominated", null if "ms" is."""
+  """Returns the runs as in report.json: rows with "interval" (`binomial`) and "dominated", null if "ms" is."""
   beaten = {cost: dominated(runs, cost) for cost in COSTS}
   contents = []
   for i, run in enumerate(runs):
     written = to_json(run)
     for row, item in zip(run.rows, written["rows"], strict=True):
-      item["interval"] = bootstrap(row.top1, row.n)
+      item["interval"] = binomial(row.top1, row.n)
       item["dominated"] = {cost: beaten[cost].get(Point(i, row)) for cost in COSTS}
     contents.append(written)
   return contents

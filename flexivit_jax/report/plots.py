@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
-from flexivit_jax.evaluators.intervals import bootstrap
+from flexivit_jax.evaluators.intervals import binomial
 from flexivit_jax.report import pareto
 from flexivit_jax.report.runs import EvalRow, ReportRun, is_trained, order, sides
 from flexivit_jax.report.tables import shorten, side
@@ -217,7 +217,7 @@ def _curve(
   color = COLORS[i % len(COLORS)]
   x = [x for x, _ in place]
   y = [row.top1 for _, row in place]
-  bounds = [bootstrap(row.top1, row.n) for _, row in place]
+  bounds = [binomial(row.top1, row.n) for _, row in place]
   low, high = zip(*bounds, strict=True)
   top = 10 + 2 * (9 - i % 9)  # the first run is the one to see
   ax.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0, zorder=top - 8)

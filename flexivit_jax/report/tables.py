@@ -4,7 +4,7 @@ import html
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from flexivit_jax.evaluators.intervals import bootstrap
+from flexivit_jax.evaluators.intervals import binomial
 from flexivit_jax.report import pareto
 from flexivit_jax.report.runs import EvalRow, ReportRun, SizeText, is_trained, order, sides
 from flexivit_jax.tables import aligned
@@ -152,7 +152,7 @@ def _percent(rate: float | None) -> str:
 
 
 def _interval(row: EvalRow) -> str:
-  low, high = bootstrap(row.top1, row.n)
+  low, high = binomial(row.top1, row.n)
   return f"{100 * low:.1f}–{100 * high:.1f}"
 
 

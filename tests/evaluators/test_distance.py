@@ -63,6 +63,11 @@ def test_means_are_those_of_the_real_images():
     assert row["kl"] == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(-1).mean(), rel=1e-4)
     far = np.sqrt(((log_p - log_q) ** 2).sum(-1)).mean()
     assert row["logsoftmax_euclidean"] == pytest.approx(far, rel=1e-4)
+    each = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    low, high = row["intervals"]["kl"]
+    assert row["intervals"].keys() == {"kl", "logsoftmax_euclidean"}
+    assert (low + high) / 2 == pytest.approx(row["kl"], abs=each.std() / 13**0.5)
+    assert high - low == pytest.approx(3.92 * each.std() / 13**0.5, rel=0.25)
   assert any(0 < row["agree5"] < 1 for row in rows)  # or the test would prove little
 
 

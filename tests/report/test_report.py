@@ -86,7 +86,7 @@ def test_files_and_json(demo, tmp_path):
   assert [run["name"] for run in data] == ["FlexiViT", "vit fixed at patch 3"]
   # Rows come out ordered by patch, with what is computed of them, otherwise exactly as they went in.
   for row in data[0]["rows"]:
-    assert row.pop("interval") == list(intervals.bootstrap(row["top1"], 360))
+    assert row.pop("interval") == list(intervals.binomial(row["top1"], 360))
     assert row.pop("dominated").keys() == {"gflops", "ms"}
   assert data[0]["rows"] == [make_row(g, t) for g, t in zip(GRIDS[::-1], FLEXI[::-1], strict=True)]
 
@@ -112,7 +112,7 @@ def test_page_says_what_was_measured(demo, tmp_path):
   text = Page(report(demo, tmp_path / "out", command="make demo")).text
   for part in ("digits", "step 1,500", "1,203,978 parameters", "cpu", "jax 0.10.2", "make demo"):
     assert part in text
-  low, high = intervals.bootstrap(0.083, 360)
+  low, high = intervals.binomial(0.083, 360)
   assert f"{100 * low:.1f}–{100 * high:.1f}" in text
 
 
@@ -316,7 +316,7 @@ def test_fronts_go_from_cheap_to_dear(two, tmp_path):
   path = report(two, tmp_path / "out")
   text = Page(path).text
   assert "Which run and patch size to use" in text and "by time" in text
-  low, high = intervals.bootstrap(0.8, 360)
+  low, high = intervals.binomial(0.8, 360)
   assert f"2.00b154×480.0{100 * low:.1f}–{100 * high:.1f}" in text
   rows = json.loads((path.parent / "report.json").read_text())[1]["rows"][::-1]
   assert [r["dominated"] for r in rows] == [
