@@ -5,6 +5,7 @@ import contextvars
 import functools
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterator
 
 import cv2
@@ -176,6 +177,23 @@ def decode_crop(
     rows, columns = whole.shape[0] / height, whole.shape[1] / width  # 1, or nearly 1 / scale
     top, h, left, w = round(top * rows), round(h * rows), round(left * columns), round(w * columns)
     return crop(whole, min(top, whole.shape[0] - h), min(left, whole.shape[1] - w), (h, w))
+
+
+def header_hw(data: bytes, *, exif: bool = False) -> tuple[int, int]:
+  """Returns (h, w) of the image that `decode_image` would return, by the header alone; no pixel is decoded.
+
+  Args:
+    data: the file.
+    exif: as of `decode_image`.
+
+  Raises:
+    UserError, OSError, SyntaxError, ValueError: as `decode_image`, where the header is damaged.
+  """
+  with _open(data, sys.maxsize) as image:
+    width, height = image.size
+    # Pillow states the size of a TIFF as it will be turned.
+    turned = exif and image.format != "TIFF" and _orientation(image) in _SIDEWAYS
+    return (width, height) if turned else (height, width)
 
 
 @contextlib.contextmanager

@@ -34,18 +34,23 @@ class Tree:
   """The images below a folder. Links to folders are followed, but no folder is read twice.
 
   Attributes:
-    images: paths below the folder, unsorted.
+    images: paths below the folder, unsorted; of other files where other suffixes were asked for.
     again: (path, the path by which the same folder was read) of folders that are left out.
     followed: path of a link to a folder -> its target.
   """
 
-  def __init__(self, folder: str | os.PathLike[str]):
+  def __init__(self, folder: str | os.PathLike[str], suffixes: Container[str] | None = None):
     """Walks the tree.
+
+    Args:
+      folder: the top.
+      suffixes: of the files to list, in lower case; None: those of images.
 
     If several paths lead to a folder, the one without a link is read; else the one with the fewest parts, the first in
     text order. A link to a folder that contains the link itself is left out.
     """
     self.folder = os.fspath(folder)
+    self._listed = images.suffixes() if suffixes is None else suffixes
     self.images: list[str] = []
     self.again: list[tuple[str, str]] = []
     self.followed: dict[str, str] = {}
@@ -147,7 +152,7 @@ class Tree:
 
   def _take(self, path: str, inode: int) -> None:
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in images.suffixes():
+    if suffix in self._listed:
       self.images.append(path)
       self._inodes.append(inode)
     else:

@@ -292,16 +292,28 @@ class Fruit(tfds.core.GeneratorBasedBuilder):
       "label": tfds.features.ClassLabel(names=["apple", "lime", "plum"]),
       "coarse": np.int64,
       "several": tfds.features.Sequence(tfds.features.ClassLabel(names=["apple", "lime", "plum"])),
+      "objects": tfds.features.Sequence({"bbox": tfds.features.BBoxFeature(), "id": np.int64,
+        "is_crowd": np.bool_, "label": tfds.features.ClassLabel(names=["stone", "stalk"])}),
+      "spots": tfds.features.Sequence(tfds.features.BBoxFeature()),
+      "segments": tfds.features.LabeledImage(labels=["air", "skin"], shape=(None, None, 1)),
+      "title": tfds.features.Text(),
+      "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
     }))
   def _split_generators(self, dl_manager):
     return {"train": self._generate_examples(12), "test": self._generate_examples(5)}
   def _generate_examples(self, count):
     for i in range(count):
-      file = io.BytesIO()
-      Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(file, "PNG")
-      file.seek(0)
+      file, mask = io.BytesIO(), io.BytesIO()
+      Image.new("RGB", (16, 8), (20 * i, 0, 0)).save(file, "PNG")
+      Image.new("L", (16, 8), i % 2).save(mask, "PNG")
+      file.seek(0), mask.seek(0)
+      boxes = [tfds.features.BBox(j / 8, 0.25, 0.5 if i == 11 and j == 4 else 1.0, 0.5) for j in range(i % 6)]
       yield i, {"file_name": f"{i}.png", "image": file, "label": i % 3, "coarse": i % 2,
-        "several": list(range(i % 4))[::-1]}
+        "several": list(range(i % 4))[::-1],
+        "objects": [{"bbox": box, "id": 100 * i + j, "is_crowd": j == 1, "label": j % 2}
+          for j, box in enumerate(boxes)],
+        "spots": boxes, "segments": mask, "title": f"fruit {i}",
+        "captions": [{"id": j, "text": f"fruit {i}, view {j}"} for j in range(i)]}
 
 Fruit(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 assert "tensorflow" not in sys.modules
@@ -362,7 +374,7 @@ def test_tfds_errors(tfds_dir):
     options = {"name": "fruit", "split": "train", "data_dir": tfds_dir} | changes
     return make_source(**options)
 
-  with pytest.raises(UserError, match=r"'img'; known: coarse, file_name, image, label, several"):
+  with pytest.raises(UserError, match=r"'img'; known: captions, coarse, file_name, image, label"):
     open_(image_key="img")
   with pytest.raises(UserError, match=r"'labels'.*Did you mean 'label'"):
     open_(label_key="labels")
@@ -374,6 +386,66 @@ def test_tfds_errors(tfds_dir):
     open_(image_size=32)
   with pytest.raises(UserError, match="is empty"):
     open_(split="train[3:3]")
+
+
+def by_number(source) -> dict[int, dict]:
+  records = source.read(range(len(source)))
+  return {int(record["id"].removesuffix(".png")): record for record in records}
+
+
+def test_tfds_boxes(tfds_dir, caplog):
+  options = {"name": "fruit", "split": "train", "data_dir": tfds_dir, "boxes_key": "objects"}
+  source = make_source(**options, on_bad="skip")
+  assert (source.num_classes, source.class_names) == (2, ("stone", "stalk"))
+  found = by_number(source)
+  for i, record in found.items():
+    boxes = [(4, j, 8, 8) for j in range(i % 6) if (i, j) != (11, 4)]
+    np.testing.assert_array_equal(record["boxes"], np.reshape(boxes, (-1, 4)))
+    assert record["boxes"].dtype == np.float32 and record["annotated_hw"] == (8, 16)
+    assert record["box_labels"].tolist() == [j % 2 for j in range(len(boxes))]
+    assert record["box_ids"].tolist() == [100 * i + j for j in range(len(boxes))]
+    assert record["box_crowd"].tolist() == [j == 1 for j in range(len(boxes))]
+    assert "label" not in record and red(record) == 20 * i
+  assert "no area or are outside their image are left out" in caplog.text
+  with pytest.raises(UserError, match=r"objects\[4\]: the box .* has no area; on_bad='skip'"):
+    by_number(make_source(**options))
+  spots = by_number(make_source(**options | {"boxes_key": "spots"}, on_bad="skip"))
+  assert set(spots[3]) == {"image", "id", "boxes", "box_labels", "box_ids", "annotated_hw"}
+  np.testing.assert_array_equal(spots[3]["boxes"], found[3]["boxes"])
+  for key, message in (("image", "expected a sequence of boxes"), ("object", "Did you mean 'obj")):
+    with pytest.raises(UserError, match=message):
+      make_source(**options | {"boxes_key": key})
+  with pytest.raises(
+    UserError, match=r"field of objects.*'kind'; known: bbox, id, is_crowd, label"
+  ):
+    make_source(**options, label_key="kind")
+  with pytest.raises(UserError, match=r"'skp'; known: raise, skip"):
+    make_source(**options, on_bad="skp")
+
+
+def test_tfds_masks_and_captions(tfds_dir):
+  options = {"name": "fruit", "split": "train", "data_dir": tfds_dir}
+  source = make_source(**options, mask_key="segments", ignore=7)
+  assert (source.num_classes, source.class_names) == (2, ("air", "skin"))
+  for i, record in by_number(source).items():
+    assert np.unique(np.asarray(Image.open(io.BytesIO(record["mask"])))).tolist() == [i % 2]
+    assert record["mask_ignore"] == 7 and "label" not in record
+  titles = make_source(**options, captions_key="title")
+  assert (titles.num_classes, titles.labels) == (0, None)
+  assert {i: r["captions"] for i, r in by_number(titles).items()} == {
+    i: (f"fruit {i}",) for i in range(12)
+  }
+  several = make_source(**options, captions_key="captions")
+  views = {several.read([i])[0]["captions"][-1] for i in range(12) if titles[i]["id"] != "0.png"}
+  assert views == {f"fruit {i}, view {i - 1}" for i in range(1, 12)}
+  with pytest.raises(UserError, match="no caption"):
+    by_number(several)
+  both = make_source(**options, captions_key="title", label_key="label")
+  assert {i: r["label"] for i, r in by_number(both).items()} == {i: i % 3 for i in range(12)}
+  with pytest.raises(UserError, match="other classes"):
+    make_source(**options, mask_key="segments", label_key="label")
+  with pytest.raises(UserError, match="no labels of fruit are read"):
+    make_source(**options, captions_key="title", num_classes=3)
 
 
 def test_tfds_not_prepared_says_how(tfds_dir):

@@ -1,8 +1,6 @@
-"""Data sets: TFDS (array_record), image folders with and without labels, ObjectNet, scikit-learn digits, synthetic.
+"""Data sets: TFDS, folders of images with and without labels, boxes, masks or captions, ObjectNet, digits, synthetic.
 
-A source is a list of records `{"image": bytes or uint8 [h, w, c], "label": int, "id": str}`; bytes
-are an encoded file, which preprocessing decodes. Where an image can have several labels, or none,
-"label" is a tuple of ints.
+A source is a list of records, see `base.Record`: each has "image" and "id", and "label", boxes, a mask or captions.
 """
 
 import dataclasses
@@ -12,19 +10,29 @@ import os
 from collections.abc import Callable, Sequence
 
 from flexivit_jax.data.sources.base import Label, Record, Source
+from flexivit_jax.data.sources.captions import captions_source
+from flexivit_jax.data.sources.coco import coco_source
 from flexivit_jax.data.sources.digits import digits_source
 from flexivit_jax.data.sources.folder import folder_source, images_source
+from flexivit_jax.data.sources.masks import masks_source
 from flexivit_jax.data.sources.objectnet import objectnet_source
 from flexivit_jax.data.sources.synthetic import synthetic_source
 from flexivit_jax.data.sources.tfds import is_prepared, tfds_source
+from flexivit_jax.data.sources.voc import voc_source
+from flexivit_jax.data.sources.yolo import yolo_source
 from flexivit_jax.errors import UserError
 
 SOURCES: dict[str, Callable[..., Source]] = {
+  "captions": captions_source,
+  "coco": coco_source,
   "digits": digits_source,
   "folder": folder_source,
   "images": images_source,
+  "masks": masks_source,
   "objectnet": objectnet_source,
   "synthetic": synthetic_source,
+  "voc": voc_source,
+  "yolo": yolo_source,
 }
 
 __all__ = [
@@ -50,6 +58,15 @@ def make_source(
   seed: int | None = None,
   allow_empty: bool | None = None,
   upright: bool | None = None,
+  annotations: str | None = None,
+  images: str | None = None,
+  masks: str | None = None,
+  classes: str | None = None,
+  ignore: int | None = None,
+  boxes_key: str | None = None,
+  mask_key: str | None = None,
+  captions_key: str | None = None,
+  on_bad: str | None = None,
   by_number: bool = False,
 ) -> Source:
   """Opens a data set.
@@ -58,9 +75,13 @@ def make_source(
     name: a key of `SOURCES`, or any TFDS name (`cifar10`, `imagenet_v2/matched-frequency:3.0.0`).
     split: TFDS split syntax, e.g. `train[:99%]`; see `splits.parse_split`.
     data_dir: of TFDS (default: its own default), or the root of a folder of images.
-    image_key, label_key, num_classes: TFDS only; see `tfds_source`.
-    image_size, num_classes, num_examples, seed: synthetic only; see `synthetic_source`.
+    image_key, label_key, boxes_key, mask_key: TFDS only; see `tfds_source`.
+    num_classes: TFDS, masks and synthetic.
+    image_size, num_examples, seed: synthetic only; see `synthetic_source`.
     allow_empty, upright: folders of images only; see `folder_source`.
+    annotations, images, masks, classes: folders with annotations; see `coco_source`, `yolo_source`, `voc_source`,
+      `masks_source`, `captions_source`.
+    ignore, captions_key, on_bad: of annotations, in folders and TFDS.
     by_number: drops the class names, so that classes are matched to those of a model by number.
 
   Raises:
@@ -76,6 +97,15 @@ def make_source(
     "seed": seed,
     "allow_empty": allow_empty,
     "upright": upright,
+    "annotations": annotations,
+    "images": images,
+    "masks": masks,
+    "classes": classes,
+    "ignore": ignore,
+    "boxes_key": boxes_key,
+    "mask_key": mask_key,
+    "captions_key": captions_key,
+    "on_bad": on_bad,
   }
   options = {key: value for key, value in options.items() if value is not None}
   build = SOURCES.get(name) or functools.partial(tfds_source, name)

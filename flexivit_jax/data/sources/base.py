@@ -6,7 +6,18 @@ from typing import Any, TypeVar, final
 
 from flexivit_jax.data.splits import parse_split
 
-Record = dict[str, Any]  # "image": bytes or array, "label": Label, "id": text
+# One example:
+# - "image": bytes of an encoded file, which preprocessing decodes, or uint8 [h, w, c]; "id": text.
+# - "label": an int, or a tuple of ints where an image can have several classes or none; only where whole images have
+#   classes.
+# - "boxes": float32 [m, 4], the edges (x0, y0, x1, y1) in pixels of the image, x to the right and y down: all of it is
+#   0, 0, w, h. Each key that begins with "box_" has one row for each box: "box_labels" int64 [m], numbers of classes;
+#   "box_ids" int64 [m], as the file has them, or the place in the file; "box_crowd" and "box_difficult" bool [m], where
+#   the format has them.
+# - "mask": bytes of a PNG, or an integer array [h, w], of class numbers; "mask_ignore": the value of no class.
+# - "captions": a tuple of texts.
+# - "annotated_hw": (h, w) of the image as the annotations have it; the decoded image must have this size.
+Record = dict[str, Any]
 Label = int | tuple[int, ...]
 File = tuple[str, Label]  # Path below the root, label.
 _Row = TypeVar("_Row")
@@ -19,11 +30,11 @@ class Source:
 
   Attributes:
     name, split: as the user wrote them.
-    num_classes: labels are 0 <= label < num_classes.
+    num_classes: labels are 0 <= label < num_classes; 0: there are none.
     class_names: in the order of the labels; None: unknown.
     size: number of examples.
     read: indices -> records; may be called from several threads.
-    labels: returns the label of every example without reading images; None: impossible.
+    labels: returns the label of every example without reading images; None: impossible, or images have no labels.
     upright: whether images are rotated as their EXIF data say. True for own photos, False for published data sets,
       because published results are of the stored pixels.
     where: the folder in which the ids of examples are paths of files; None: they are not.

@@ -6,16 +6,26 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexivit_jax.data.sources.annotated import check_on_bad, in_pixels
 from flexivit_jax.data.sources.base import Label, Record, Source
 from flexivit_jax.data.sources.folder import subfolders
+from flexivit_jax.data.sources.tfds_annotations import (
+  Boxes,
+  Labels,
+  boxes_in,
+  captions_in,
+  labels_of,
+  read_boxes,
+  read_captions,
+)
 from flexivit_jax.data.splits import parse_split
 from flexivit_jax.errors import UserError, nearest, unknown
 
-_ID_KEYS = ("id", "file_name", "filename", "tfds_id")
+_ID_KEYS = ("id", "file_name", "filename", "image/filename", "tfds_id")
 
 
 def tfds_source(
@@ -24,8 +34,13 @@ def tfds_source(
   split: str,
   data_dir: str | os.PathLike[str] | None = None,
   image_key: str = "image",
-  label_key: str = "label",
+  label_key: str | None = None,
+  boxes_key: str | None = None,
+  mask_key: str | None = None,
+  captions_key: str | None = None,
   num_classes: int | None = None,
+  ignore: int = 255,
+  on_bad: str = "raise",
 ) -> Source:
   """A TFDS data set that was prepared as array_record, read without TensorFlow.
 
@@ -35,26 +50,101 @@ def tfds_source(
     name: `NAME`, `NAME/CONFIG`, `NAME:VERSION`.
     split: TFDS split syntax.
     data_dir: where TFDS prepared it; None is TFDS's own default.
-    image_key, label_key: its features; the label may be a sequence of classes (`imagenet2012_real`).
-    num_classes: needed only where the label is a plain integer.
+    image_key: its feature of images.
+    label_key: its feature of labels, which may be a sequence of classes (`imagenet2012_real`). None: `label`, unless
+      one of the next three is given; then images have no label. With boxes_key: the field of a box's class instead.
+    boxes_key: a sequence of boxes, or of dicts with `bbox` and perhaps `label`, `id`, `is_crowd`, `is_difficult`
+      (`objects` of `coco/2017`). Without a label there is one class.
+    mask_key: images of one channel, whose values are classes.
+    captions_key: a text, or a sequence of texts or of dicts with `text`.
+    num_classes: needed only where labels or masks are plain integers.
+    ignore: the value of a mask's pixels of no class.
+    on_bad: a box without area, or outside its image: "raise" makes its example a bad one, "skip" leaves the box out.
+
+  Raises:
+    UserError: the data set, a feature or the split is unknown, or the classes are.
   """
+  check_on_bad(on_bad)
   builder = _builder(name, data_dir)
   features = builder.info.features
-  for key in (image_key, label_key):
-    if key not in features:
-      raise unknown(f"feature of {name} (image_key=, label_key=)", key, features)
-  declared = getattr(features[label_key], "num_classes", None)
-  if (declared or num_classes) is None:
-    raise UserError(f"Feature {label_key!r} of {name} does not say num_classes; give num_classes=.")
-  if None not in (declared, num_classes) and declared != num_classes:
-    raise UserError(f"num_classes={num_classes}, but {name} has {declared} classes.")
+  if label_key is None and not (boxes_key or mask_key or captions_key):
+    label_key = "label"
+  keys = {"image_key": image_key, "boxes_key": boxes_key}
+  keys |= {"label_key": None if boxes_key else label_key}
+  keys |= {"mask_key": mask_key, "captions_key": captions_key}
+  _check_keys(features, keys, name)
+  boxes, known = None, []
+  if boxes_key:
+    boxes, labels = boxes_in(features, boxes_key, label_key, name)
+    known.append(labels)
+  known += [labels_of(features, key) for key in (keys["label_key"], mask_key) if key]
+  number, names = _classes(known, num_classes, name)
   parts = parse_split(split, {s: info.num_examples for s, info in builder.info.splits.items()})
-  names = tuple(features[label_key].names) if declared else None
-  id_key = next((key for key in _ID_KEYS if key in features), None)
-  data = _open(builder, split, image_key)
-  read = functools.partial(_read_tfds, data, image_key, label_key, id_key, f"{name}/{split}")
-  size = sum(p.stop - p.start for p in parts)
-  return Source(name, split, declared or num_classes, names, size, read)
+  reading = _Reading(
+    image_key,
+    keys["label_key"],
+    next((key for key in _ID_KEYS if key in features), None),
+    boxes,
+    mask_key,
+    captions_key,
+    captions_in(features, captions_key, name) if captions_key else None,
+    ignore,
+    on_bad,
+    f"{name}/{split}",
+  )
+  data = _open(builder, split, [key for key in (image_key, mask_key) if key])
+  read = functools.partial(_read_tfds, data, reading)
+  return Source(name, split, number, names, sum(p.stop - p.start for p in parts), read)
+
+
+class _Reading(NamedTuple):
+  """What is read of an example; a key is None where it is not read.
+
+  Attributes:
+    text: the field of `captions` that holds the texts, see `captions_in`.
+    prefix: of ids where the data set has none.
+  """
+
+  image: str
+  label: str | None
+  id: str | None
+  boxes: Boxes | None
+  mask: str | None
+  captions: str | None
+  text: str | None
+  ignore: int
+  on_bad: str
+  prefix: str
+
+
+def _check_keys(features: Any, keys: dict[str, str | None], name: str) -> None:
+  given = {argument: key for argument, key in keys.items() if key}
+  for key in given.values():
+    if key not in features:
+      arguments = ", ".join(f"{argument}=" for argument in given)
+      raise unknown(f"feature of {name} ({arguments})", key, features)
+
+
+def _classes(
+  known: Sequence[Labels], num_classes: int | None, name: str
+) -> tuple[int, tuple[str, ...] | None]:
+  """Returns the number of classes and their names; 0 where there are no labels."""
+  if not known:
+    if num_classes is not None:
+      raise UserError(f"num_classes={num_classes}, but no labels of {name} are read.")
+    return 0, None
+  first = known[0]
+  for other in known[1:]:
+    if other[1:] != first[1:]:
+      raise UserError(
+        f"{first.key!r} and {other.key!r} of {name} have other classes ({first.number} and {other.number}); a data set"
+        " has one list of classes, so read them as two."
+      )
+  if (first.number or num_classes) is None:
+    raise UserError(f"Feature {first.key!r} of {name} does not say num_classes; give num_classes=.")
+  if None not in (first.number, num_classes) and first.number != num_classes:
+    raise UserError(f"num_classes={num_classes}, but {name} has {first.number} classes.")
+  return first.number or num_classes, first.names
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
@@ -106,8 +196,9 @@ def _how_to_prepare(name: str, data_dir: str | None) -> str:
   )
 
 
-def _open(builder: Any, split: str, image_key: str) -> Any:
-  return builder.as_data_source(split, decoders={image_key: _tfds().decode.SkipDecoding()})
+def _open(builder: Any, split: str, encoded: Sequence[str]) -> Any:
+  skip = _tfds().decode.SkipDecoding()
+  return builder.as_data_source(split, decoders=dict.fromkeys(encoded, skip))
 
 
 def _tfds() -> Any:
@@ -126,16 +217,26 @@ def _tfds() -> Any:
   return tfds
 
 
-def _read_tfds(
-  data: Any, image_key: str, label_key: str, id_key: str | None, prefix: str, indices: Sequence[int]
-) -> list[Record]:
-  def record(index: int, raw: dict[str, Any]) -> Record:
-    key = raw[id_key] if id_key else f"{prefix}#{index}"
-    key = key.decode() if isinstance(key, bytes) else str(key)
-    return {"image": raw[image_key], "label": _label(raw[label_key]), "id": key}
-
+def _read_tfds(data: Any, reading: _Reading, indices: Sequence[int]) -> list[Record]:
   indices = [int(i) for i in indices]
-  return [record(i, raw) for i, raw in zip(indices, data.__getitems__(indices), strict=True)]
+  raws = data.__getitems__(indices)
+  return [_record(raw, reading, i) for i, raw in zip(indices, raws, strict=True)]
+
+
+def _record(raw: dict[str, Any], reading: _Reading, index: int) -> Record:
+  key = raw[reading.id] if reading.id else f"{reading.prefix}#{index}"
+  key = key.decode() if isinstance(key, bytes) else str(key)
+  record = {"image": raw[reading.image], "id": key}
+  if reading.label:
+    record["label"] = _label(raw[reading.label])
+  if reading.captions:
+    record["captions"] = read_captions(raw[reading.captions], reading.text)
+  if reading.mask:
+    record |= {"mask": raw[reading.mask], "mask_ignore": reading.ignore}
+  if reading.boxes:
+    record |= read_boxes(raw, reading.boxes, reading.on_bad)
+    record = in_pixels(record, upright=False)
+  return record
 
 
 def _label(value: Any) -> Label:
