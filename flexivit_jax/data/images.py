@@ -7,10 +7,11 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Int32, Integer, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from flexivit_jax.errors import UserError, unknown
@@ -39,7 +40,7 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
   7: lambda a: cv2.rotate(cv2.transpose(a), cv2.ROTATE_180),
   8: lambda a: cv2.rotate(a, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
-_SIDEWAYS = (5, 6, 7, 8)
+SIDEWAYS = (5, 6, 7, 8)
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 
 
@@ -101,7 +102,8 @@ def noticing() -> Iterator[list[str]]:
     _NOTICED.reset(token)
 
 
-def _notice(text: str) -> None:
+def notice(text: str) -> None:
+  """Gives a warning about the image that is being decoded, see `noticing`."""
   texts = _NOTICED.get()
   if texts is None:
     _warn(text)
@@ -133,8 +135,27 @@ def decode_image(
     UserError: more than `max_pixels`.
     OSError, SyntaxError, ValueError: the file is damaged or not an image.
   """
+  _check_bits(bits)
   with _open(data, max_pixels) as image:
     return _turn(_to_rgb(image, bits), image, exif)
+
+
+def decode_mask(data: bytes, *, max_pixels: int) -> Int32[np.ndarray, "h w"]:
+  """Decodes a PNG of class numbers: the indices of a palette, or grey values of 1 to 16 bits as they are stored.
+
+  Raises:
+    UserError: more than `max_pixels`; a file of colours, or of a format that may change numbers.
+    OSError, SyntaxError, ValueError: the file is damaged or not an image.
+  """
+  with _open(data, max_pixels) as image:
+    if image.format != "PNG" or image.mode not in ("1", "L", "P", "I;16", "I"):
+      raise UserError(
+        f"a mask as {image.format} of mode {image.mode}; expected a PNG with a palette or in grey, whose values are the"
+        " numbers of classes"
+      )
+    raw = str(vars(image)["tile"][0][3])  # Pillow scales grey of 2 and 4 bits to 0..255.
+    numbers = np.asarray(image).astype(np.int32)
+    return numbers // {"L;2": 85, "L;4": 17}.get(raw, 1)
 
 
 def decode_crop(
@@ -160,13 +181,14 @@ def decode_crop(
   Returns:
     the box, with at least `hw` pixels if the file has them.
   """
+  _check_bits(bits)
   with _open(data, max_pixels) as image:
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
       whole = _turn(_to_rgb(image, bits), image, exif)
       top, left, h, w = draw((whole.shape[0], whole.shape[1]))
       return crop(whole, top, left, (h, w))
     height, width = image.size[::-1]
-    if exif and _orientation(image) in _SIDEWAYS:
+    if exif and _orientation(image) in SIDEWAYS:
       height, width = width, height
     top, left, h, w = draw((height, width))
     scale = next((s for s in (8, 4, 2) if h >= s * hw[0] and w >= s * hw[1]), 1)
@@ -192,8 +214,22 @@ def header_hw(data: bytes, *, exif: bool = False) -> tuple[int, int]:
   with _open(data, sys.maxsize) as image:
     width, height = image.size
     # Pillow states the size of a TIFF as it will be turned.
-    turned = exif and image.format != "TIFF" and _orientation(image) in _SIDEWAYS
+    turned = exif and image.format != "TIFF" and _orientation(image) in SIDEWAYS
     return (width, height) if turned else (height, width)
+
+
+def _check_bits(bits: int) -> None:
+  if not 8 <= bits <= 16:
+    raise UserError(f"bits={bits}; expected 8 to 16, of the grey values in files of 16 bits.")
+
+
+def orientation(data: bytes) -> int:
+  """Returns the EXIF orientation of a file, 1 to 8; 1 where it has none or is damaged."""
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      return _orientation(image)
+  except Exception:
+    return 1
 
 
 @contextlib.contextmanager
@@ -241,7 +277,7 @@ def _turn(
   if orientation == 1:
     return pixels
   if not exif:
-    _notice(_NOT_TURNED)
+    notice(_NOT_TURNED)
     return pixels
   return _TURNS[orientation](pixels)
 
@@ -252,7 +288,7 @@ def _to_rgb(image: Image.Image, bits: int) -> UInt8[np.ndarray, "h w 3"]:
     return _grey_to_rgb(np.asarray(image), bits)
   rgb = _eight_bits_to_rgb(image)
   if deep and 0 < rgb.max() < 16:
-    _notice(_DARK_COLOUR)
+    notice(_DARK_COLOUR)
   return rgb
 
 
@@ -277,7 +313,7 @@ def _grey_to_rgb(grey: Integer[np.ndarray, "h w"], bits: int) -> UInt8[np.ndarra
   if low < 0 or high >= 2**bits:
     raise ValueError(f"grey values {low}..{high} do not fit {bits} bits")
   if bits == 16 and 0 < high < 4096:
-    _notice(_DARK_GREY)
+    notice(_DARK_GREY)
   scaled = np.rint(grey.astype(np.float64) / ((2**bits - 1) / 255)).astype(np.uint8)
   return np.repeat(scaled[..., None], 3, axis=-1)
 
@@ -336,25 +372,28 @@ def crop(image: np.ndarray, top: int, left: int, hw: tuple[int, int]) -> np.ndar
   return image[top : top + hw[0], left : left + hw[1]]
 
 
-def pad_to(image: np.ndarray, hw: tuple[int, int], fill: int | list[int] = 0) -> np.ndarray:
-  """Adds pixels of `fill` (one number, or one for each channel) around [h, w, c] until it has `hw`.
+def window(
+  image: np.ndarray, place: tuple[int, int, int, int], fill: Any = 0, what: str = "fill"
+) -> np.ndarray:
+  """Cuts the window (top, left, height, width) out of [h, w, ...]; what lies beyond the image is `fill`.
 
-  A side that is long enough stays. Where the pixels are an odd number, the smaller half is above or left.
+  Args:
+    image: an image [h, w, c] or a mask [h, w].
+    place: the window, which may reach beyond the image.
+    fill: one number, or one for each channel; it has to fit the dtype.
+    what: the argument's name, for the error.
   """
-  h, w, c = image.shape
-  size = max(h, hw[0]), max(w, hw[1])
-  if size == (h, w):
-    return image
-  out = np.empty((*size, c), image.dtype)
-  out[...] = np.asarray(fill)
-  top, left = (size[0] - h) // 2, (size[1] - w) // 2
-  out[top : top + h, left : left + w] = image
-  return out
-
-
-def pad_image(image: np.ndarray, padding: int, value: int = 0) -> np.ndarray:
-  """Adds `padding` pixels of `value` on every side of [h, w, c]."""
-  h, w, c = image.shape
-  out = np.full((h + 2 * padding, w + 2 * padding, c), value, image.dtype)
-  out[padding : padding + h, padding : padding + w] = image
+  top, left, h, w = place
+  height, width = image.shape[:2]
+  if top >= 0 and left >= 0 and top + h <= height and left + w <= width:
+    return image[top : top + h, left : left + w]
+  out = np.zeros((h, w, *image.shape[2:]), image.dtype)
+  if fill != 0:
+    value = np.asarray(fill)
+    if (value.astype(image.dtype) != value).any():
+      raise UserError(f"{what}={fill} does not fit pixels of {image.dtype}.")
+    out[...] = value
+  inside = image[max(0, top) : max(0, top + h), max(0, left) : max(0, left + w)]
+  down, right = max(0, -top), max(0, -left)
+  out[down : down + inside.shape[0], right : right + inside.shape[1]] = inside
   return out

@@ -1,8 +1,15 @@
 """Preprocessing strings such as `decode|resize(240)|flip_lr|value_range(-1,1)|keep('image')`.
 
-An operation is a plain function. Its first parameter says what it gets: `image`, the value of one
-key, or `record`, the whole dict. A function with `rng` is random; the generator belongs to the
-example, so a draw depends on nothing else. Images stay uint8 until `value_range`.
+An operation is a plain function. Its first parameter says what it gets and gives:
+
+- `image`: the value of one key; it returns the new one, of the same size, and touches no boxes.
+- `hw`: the size of an image, (height, width); it returns where to look, see `geometry`. The image,
+  and the boxes and the mask of the example, follow.
+- `encoded`: the bytes of a file; it returns the image.
+- `record`: the whole dict; it returns a new one.
+
+A function with `rng` is random; the generator belongs to the example, so a draw depends on nothing
+else. Images stay uint8 until `value_range`.
 """
 
 import ast
@@ -12,207 +19,29 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32
 
-from flexivit_jax.data import images
+from flexivit_jax.data import annotations, geometry, images
+from flexivit_jax.data.annotations import Example
+from flexivit_jax.data.geometry import Image
 from flexivit_jax.data.randaug import randaug
 from flexivit_jax.errors import UserError, nearest, unknown
 
-Image = Shaped[np.ndarray, "h w c"]
-Example = dict[str, Any]  # "image", "label" and so on; values of any kind
-Resized = Shaped[np.ndarray, "_ _ c"]  # Of another size, with the same channels.
-PixelSize = int | tuple[int, int] | list[int]
-
 
 def decode(
-  image: bytes | Image, max_pixels: int = 2**26, *, exif: bool | None = None, bits: int = 16
+  encoded: bytes | Image, max_pixels: int = 2**26, *, exif: bool | None = None, bits: int = 16
 ) -> Image:
   """Encoded file -> RGB uint8 [h, w, 3]; an array passes through. See `images.decode_image`.
+
+  A mask is decoded too, and boxes and mask are checked against the image, see `annotations.opened`.
 
   Args:
     exif: rotates the image as its EXIF data say; None: if the source holds own photos, see `Source.upright`.
     bits: significant bits of grey values in files of 16 bits, 8 to 16.
   """
-  if isinstance(image, np.ndarray):
-    return image
-  return images.decode_image(image, max_pixels=max_pixels, exif=bool(exif), bits=_bits(bits))
-
-
-def _bits(bits: int) -> int:
-  if not 8 <= bits <= 16:
-    raise UserError(f"bits={bits}; expected 8 to 16, of the grey values in files of 16 bits.")
-  return bits
-
-
-def resize(image: Image, size: PixelSize, method: str = "linear") -> Resized:
-  """Resizes both sides to `size` (an int squashes to a square). See `images.resize_image`."""
-  return images.resize_image(image, _hw(size), method)
-
-
-def resize_small(
-  image: Image, size: int, method: str = "area", rounding: str = "nearest"
-) -> Resized:
-  """Resizes the shorter side to `size` pixels and keeps the aspect ratio.
-
-  Args:
-    size: pixels.
-    method: see `images.resize_image`.
-    rounding: of the longer side: "nearest", or "down" as torchvision's `Resize` and transformers do.
-  """
-  h, w = image.shape[:2]
-  if _choice(rounding, "rounding", ("nearest", "down")) == "down":
-    long = int(size * max(h, w) / min(h, w))
-    return images.resize_image(image, (size, long) if h <= w else (long, size), method)
-  factor = size / min(h, w)
-  return images.resize_image(image, (round(h * factor), round(w * factor)), method)
-
-
-def resize_keep(image: Image, size: PixelSize, fit: str = "cover", method: str = "area") -> Resized:
-  """Resizes to `size` and keeps the aspect ratio (sides are rounded), as timm's `ResizeKeepRatio` does.
-
-  Args:
-    size: pixels.
-    fit: "cover": no side is shorter than `size`; "contain": none is longer.
-    method: see `images.resize_image`.
-  """
-  ratios = [n / m for n, m in zip(image.shape[:2], _hw(size), strict=True)]
-  ratio = min(ratios) if _choice(fit, "fit", ("cover", "contain")) == "cover" else max(ratios)
-  h, w = (max(1, round(n / ratio)) for n in image.shape[:2])
-  return images.resize_image(image, (h, w), method)
-
-
-def central_crop(
-  image: Image, size: PixelSize, half: str = "down", fill: int | list[int] | None = None
-) -> Resized:
-  """Cuts the central `size`.
-
-  Args:
-    size: pixels.
-    half: how an odd margin is divided. "down": the smaller half is above or left; "even": rounded to even, as in
-      torchvision's `CenterCrop` and timm.
-    fill: the value, or one for each channel, that pads an image that is too small; None: it is an error.
-  """
-  hw = _hw(size)
-  if fill is not None:
-    image = images.pad_to(image, hw, fill)
-  hw = _fitting(image, hw)
-  margins = [n - m for n, m in zip(image.shape[:2], hw, strict=True)]
-  even = _choice(half, "half", ("down", "even")) == "even"
-  top, left = (round(n / 2) if even else n // 2 for n in margins)
-  return images.crop(image, top, left, hw)
-
-
-def crop_border(image: Image, pixels: int) -> Resized:
-  """Cuts `pixels` off each of the four sides."""
-  h, w = image.shape[:2]
-  if pixels < 0 or 2 * pixels >= min(h, w):
-    raise UserError(f"Cannot cut {pixels} off each side of {(h, w)} pixels; expected 0 or more.")
-  return images.crop(image, pixels, pixels, (h - 2 * pixels, w - 2 * pixels))
-
-
-def random_crop(
-  image: Image, size: PixelSize, padding: int = 0, *, rng: np.random.Generator
-) -> Resized:
-  """Adds `padding` black pixels on each side, then cuts `size` at a uniform position."""
-  if padding:
-    image = images.pad_image(image, padding)
-  hw = _fitting(image, size)
-  top, left = (int(rng.integers(n - m + 1)) for n, m in zip(image.shape[:2], hw, strict=True))
-  return images.crop(image, top, left, hw)
-
-
-def inception_crop(
-  image: Image,
-  size: PixelSize | None = None,
-  area_min: float = 5,
-  area_max: float = 100,
-  ratio_min: float = 0.75,
-  ratio_max: float = 1.33,
-  method: str = "linear",
-  *,
-  rng: np.random.Generator,
-) -> Resized:
-  """Cuts a box of random area and aspect ratio and resizes it to `size` (None: not).
-
-  Args:
-    size: pixels of the result.
-    area_min, area_max: of the box, percent of the image.
-    ratio_min, ratio_max: width / height of the box.
-
-  Distribution: that of `tf.image.sample_distorted_bounding_box`, the reference's: the ratio is
-  uniform, then the height is uniform among those that the area allows; the whole image after 100
-  failures (an image more extreme than the ratios allow).
-  """
-  areas, ratios = (area_min, area_max), (ratio_min, ratio_max)
-  top, left, *box = _inception_box((image.shape[0], image.shape[1]), areas, ratios, rng)
-  cut = images.crop(image, top, left, (box[0], box[1]))
-  return cut if size is None else images.resize_image(cut, _hw(size), method)
-
-
-def decode_inception_crop(
-  image: bytes | Image,
-  size: PixelSize,
-  area_min: float = 5,
-  area_max: float = 100,
-  ratio_min: float = 0.75,
-  ratio_max: float = 1.33,
-  method: str = "linear",
-  max_pixels: int = 2**26,
-  *,
-  exif: bool | None = None,
-  bits: int = 16,
-  rng: np.random.Generator,
-) -> Resized:
-  """`decode|inception_crop(size)` with the same boxes; a JPEG much larger than the result is not decoded in full.
-
-  Where a box has two (four, eight) times the pixels of `size` a side, the file is decoded at half (a quarter, an
-  eighth) of its size, which is faster, and its pixels are means: less aliasing than "linear" has. Elsewhere the result
-  is that of the two operations, to the bit. See `images.decode_crop`.
-  """
-  areas, ratios = (area_min, area_max), (ratio_min, ratio_max)
-  if isinstance(image, np.ndarray):
-    return inception_crop(image, size, *areas, *ratios, method, rng=rng)
-  cut = images.decode_crop(
-    image,
-    lambda hw: _inception_box(hw, areas, ratios, rng),
-    _hw(size),
-    max_pixels=max_pixels,
-    exif=bool(exif),
-    bits=_bits(bits),
-  )
-  return images.resize_image(cut, _hw(size), method)
-
-
-def _inception_box(
-  hw: tuple[int, int],
-  areas: tuple[float, float],
-  ratios: tuple[float, float],
-  rng: np.random.Generator,
-) -> tuple[int, int, int, int]:
-  """Draws (top, left, height, width) in an image of `hw` pixels."""
-  area = (areas[0] / 100 * hw[0] * hw[1], areas[1] / 100 * hw[0] * hw[1])
-  boxes = (_draw_box(hw, area, rng.uniform(*ratios), rng) for _ in range(100))
-  box = next(filter(None, boxes), hw)
-  top, left = (int(rng.integers(n - m + 1)) for n, m in zip(hw, box, strict=True))
-  return top, left, box[0], box[1]
-
-
-def _draw_box(
-  hw: tuple[int, ...], area: tuple[float, float], ratio: float, rng: np.random.Generator
-) -> tuple[int, int] | None:
-  """Draws (height, width) with width / height = `ratio` and an area in range; None: none fits."""
-  low = round((area[0] / ratio) ** 0.5)
-  high = min(round((area[1] / ratio) ** 0.5), hw[0], int((hw[1] + 0.499) / ratio))
-  height = int(rng.integers(min(low, high), high + 1))
-  width = round(height * ratio)
-  fits = 0 < height <= hw[0] and 0 < width <= hw[1]
-  # Rounding to pixels may leave the range by less than one row or column; that is no failure.
-  return (height, width) if fits and height * width + max(height, width) >= area[0] else None
-
-
-def flip_lr(image: Image, *, rng: np.random.Generator) -> Image:
-  """Mirrors left and right with probability one half."""
-  return image[:, ::-1] if rng.random() < 0.5 else image
+  if isinstance(encoded, np.ndarray):
+    return encoded
+  return images.decode_image(encoded, max_pixels=max_pixels, exif=bool(exif), bits=bits)
 
 
 def value_range(
@@ -284,34 +113,50 @@ def keep(record: Example, *keys: str) -> Example:
 
 OPS: dict[str, Callable[..., Any]] = {
   "decode": decode,
-  "resize": resize,
-  "resize_small": resize_small,
-  "resize_keep": resize_keep,
-  "central_crop": central_crop,
-  "crop_border": crop_border,
-  "random_crop": random_crop,
-  "inception_crop": inception_crop,
-  "decode_inception_crop": decode_inception_crop,
-  "flip_lr": flip_lr,
+  "resize": geometry.resize,
+  "resize_small": geometry.resize_small,
+  "resize_keep": geometry.resize_keep,
+  "pad": geometry.pad,
+  "central_crop": geometry.central_crop,
+  "crop_border": geometry.crop_border,
+  "random_crop": geometry.random_crop,
+  "inception_crop": geometry.inception_crop,
+  "decode_inception_crop": geometry.decode_inception_crop,
+  "flip_lr": geometry.flip_lr,
   "randaug": randaug,
   "value_range": value_range,
   "onehot": onehot,
   "multihot": multihot,
+  "pad_boxes": annotations.pad_boxes,
+  "relative_boxes": annotations.relative_boxes,
   "copy": copy,
   "keep": keep,
 }
 
 
 class Op(NamedTuple):
-  """One step: `function(value or record, *args, **kwargs)`, read from and written to keys."""
+  """One step: `function(value or size or record, *args, **kwargs)`, read from and written to keys.
+
+  Attributes:
+    text: as it was written.
+    function, args, kwargs: the call; the first argument is left out.
+    first: the name of the first parameter, "image", "hw", "encoded" or "record".
+    inkey, outkey: None where the function gets and returns the whole record.
+    random: whether the function takes `rng`.
+    blind: whether it moves pixels and does not say where to, so that boxes and mask cannot follow.
+    min_area: the share of a box's area that has to be left, see `annotations.follow`.
+  """
 
   text: str
   function: Callable[..., Any]
   args: tuple[object, ...]
   kwargs: dict[str, Any]
-  inkey: str | None  # None: the function gets and returns the whole record.
+  first: str
+  inkey: str | None
   outkey: str | None
   random: bool
+  blind: bool
+  min_area: float
 
 
 class Preprocess(NamedTuple):
@@ -334,7 +179,7 @@ class Preprocess(NamedTuple):
     """Returns the same for own photos: images are rotated as their EXIF data say, unless `exif=False` is written."""
 
     def turning(op: Op) -> Op:
-      decodes = op.function in (decode, decode_inception_crop)
+      decodes = op.first == "encoded"
       return op._replace(kwargs={"exif": True, **op.kwargs}) if decodes else op
 
     return self._replace(ops=tuple(map(turning, self.ops)))
@@ -358,12 +203,15 @@ def parse(pp: str) -> Preprocess:
   """Parses `op|op(args)|...`; arguments are Python literals, nothing is evaluated.
 
   Operations on an image take `key=` (read and write there), or `inkey=` and `outkey=`; all three
-  are "image" when not given, each by itself, as in big_vision.
+  are "image" when not given, each by itself, as in big_vision. Boxes and mask belong to "image":
+  what is written to another key leaves them alone. Geometric operations take `min_area=`, see
+  `annotations.follow`.
 
   Raises:
     UserError: syntax, an unknown operation, a missing or unknown argument; names the nearest.
   """
   ops = tuple(_parse_op(node) for node in _split(pp))
+  _check_order(ops)
   return Preprocess(pp, ops, any(op.random for op in ops))
 
 
@@ -373,13 +221,70 @@ def counted(pp: str, num_classes: int) -> str:
 
 
 def _apply(op: Op, record: Example, rng: np.random.Generator | None) -> Example:
-  draws = {"rng": rng} if op.random else {}
-  value = record if op.inkey is None else _get(record, op.inkey)
-  result = op.function(value, *op.args, **op.kwargs, **draws)
-  if op.outkey is None:
-    return result
-  record[op.outkey] = result
+  kwargs = {**op.kwargs, "rng": rng} if op.random else op.kwargs
+  if op.inkey is None:
+    return op.function(record, *op.args, **kwargs)
+  value = _get(record, op.inkey)
+  image: Any
+  hw = affine = None
+  if op.first == "hw":
+    hw = _size(value)
+    affine = op.function(hw, *op.args, **kwargs)
+    image = geometry.look(value, affine)
+  else:
+    image = op.function(value, *op.args, **kwargs)
+    if isinstance(image, geometry.Seen):
+      image, hw, affine = image
+  # Boxes and mask belong to "image". An image under another key has a size of its own, and leaves them alone.
+  if op.outkey == "image" and ("boxes" in record or "mask" in record):
+    record = _follow(op, record, value, image, hw, affine)
+  record[op.outkey] = image
   return record
+
+
+def _follow(
+  op: Op,
+  record: Example,
+  value: Any,
+  image: Any,
+  hw: geometry.ImageSize | None,
+  affine: geometry.Affine | None,
+) -> Example:
+  """Returns the example with boxes and mask as they are after an operation that made `image` of `value`."""
+  if op.blind:
+    raise UserError(
+      f"{op.text} may rotate, shear and shift the image, and boxes and mask do not follow; write geometry=False"
+      " for its operations on colours alone."
+    )
+  if op.first == "hw" and op.inkey != "image":
+    raise UserError(
+      f"{op.text} puts another image under 'image', to which the boxes and the mask belong; expected"
+      f" outkey={op.inkey!r}, or `keep` without 'boxes' and 'mask' before it."
+    )
+  if op.first == "image" and _size(image) != _size(record["image"]):
+    raise UserError(
+      f"{op.text} gives {_size(image)} pixels for {_size(record['image'])}, and does not say where boxes and mask"
+      " go; a function of `hw` does, see `geometry`."
+    )
+  if op.first == "encoded":
+    record = annotations.opened(record, hw or _size(image), _orientation(op, value))
+  return record if affine is None else annotations.follow(record, hw, affine, op.min_area)
+
+
+def _size(image: Any) -> geometry.ImageSize:
+  if not isinstance(image, np.ndarray) or image.ndim != 3:
+    got = (
+      "an encoded file" if isinstance(image, bytes) else f"{type(image).__name__} {np.shape(image)}"
+    )
+    raise UserError(f"got {got}; expected an image [h, w, c]. `decode` makes one of a file.")
+  return image.shape[0], image.shape[1]
+
+
+def _orientation(op: Op, encoded: Any) -> int:
+  """Returns the EXIF orientation that decoding undid."""
+  if not op.kwargs.get("exif") or not isinstance(encoded, bytes):
+    return 1
+  return images.orientation(encoded)
 
 
 def _split(pp: str) -> list[ast.expr]:
@@ -425,40 +330,49 @@ def _make_op(
 ) -> Op:
   first, *rest = inspect.signature(function).parameters.values()
   known = [p.name for p in rest if p.name != "rng" and p.kind is not p.VAR_POSITIONAL]
+  moves = first.name == "hw" or function is geometry.decode_inception_crop
   inkey = outkey = None
-  if first.name == "image":
+  if first.name != "record":
     key = kwargs.pop("key", "image")
     inkey, outkey = kwargs.pop("inkey", key), kwargs.pop("outkey", key)
     known = [*known, "key", "inkey", "outkey"]
+    for name in (inkey, outkey):
+      if name in ("boxes", "mask"):
+        raise UserError(f"{text}: {name!r} is no image; boxes and mask follow the key 'image'.")
+  min_area = kwargs.pop("min_area", annotations.MIN_AREA) if moves else annotations.MIN_AREA
+  if not isinstance(min_area, int | float) or not 0 <= min_area <= 1:
+    raise UserError(f"{text}: min_area={min_area!r}; expected a share of a box's area, 0 to 1.")
+  known += ["min_area"] * moves
   for name in kwargs:
     if name not in known:
       raise UserError(f"{text}: no argument {name!r}; known: {known}.{nearest(name, known)}")
   op_random = "rng" in [p.name for p in rest]
+  draws = {"rng": None} if op_random else {}
   try:
-    inspect.signature(function).bind(None, *args, **kwargs, **({"rng": None} if op_random else {}))
+    bound = inspect.signature(function).bind(None, *args, **kwargs, **draws)
   except TypeError as error:
     raise UserError(f"{text}: {error}; arguments: {known}.") from None
-  return Op(text, function, args, kwargs, inkey, outkey, op_random)
+  bound.apply_defaults()
+  blind = bool(bound.arguments.get("geometry"))
+  return Op(text, function, args, kwargs, first.name, inkey, outkey, op_random, blind, min_area)
+
+
+def _check_order(ops: tuple[Op, ...]) -> None:
+  """Raises a UserError where an operation would take relative boxes for pixels, or padded rows for boxes."""
+  last = None
+  for op in ops:
+    pads, divides = (op.function is f for f in (annotations.pad_boxes, annotations.relative_boxes))
+    moves = op.outkey == "image" and op.first in ("hw", "encoded")
+    padded = last is not None and last.function is annotations.pad_boxes
+    if last and (moves or pads or (divides and not padded)):
+      raise UserError(
+        f"{last.text} stands before {op.text}, which expects boxes in pixels and none but real ones; the order is:"
+        " operations on images, pad_boxes, relative_boxes."
+      )
+    last = op if pads or divides else last
 
 
 def _get(record: Example, key: str) -> Any:
   if key not in record:
     raise unknown("key of an example", key, record)
   return record[key]
-
-
-def _hw(size: PixelSize) -> tuple[int, int]:
-  return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _choice(value: str, what: str, choices: tuple[str, ...]) -> str:
-  if value not in choices:
-    raise unknown(what, value, choices)
-  return value
-
-
-def _fitting(image: Image, size: PixelSize) -> tuple[int, int]:
-  hw = _hw(size)
-  if hw[0] > image.shape[0] or hw[1] > image.shape[1]:
-    raise UserError(f"Cannot crop {hw} out of {image.shape[:2]} pixels; resize first or pad.")
-  return hw

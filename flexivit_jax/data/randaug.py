@@ -21,7 +21,12 @@ Transform = Callable[[Image.Image, float, Draw], Image.Image]
 
 
 def randaug(
-  image: Shaped[np.ndarray, "h w c"], num_layers: int, magnitude: float, *, rng: Draw
+  image: Shaped[np.ndarray, "h w c"],
+  num_layers: int,
+  magnitude: float,
+  geometry: bool = True,
+  *,
+  rng: Draw,
 ) -> UInt8[np.ndarray, "h w c"]:
   """Applies `num_layers` operations drawn uniformly, each of strength `magnitude` / 10.
 
@@ -29,14 +34,17 @@ def randaug(
     image: uint8 RGB.
     num_layers: N in the paper.
     magnitude: M in the paper, 0..10.
+    geometry: False: of the operations those on colours alone, ten of 16. Needed where examples have boxes or a mask,
+      which could not follow a rotation.
   """
   if image.dtype != np.uint8 or image.shape[-1] != 3:
     raise UserError(f"randaug expects uint8 [h, w, 3], got {image.dtype} {list(image.shape)}.")
   if not 0 <= magnitude <= 10:
     raise UserError(f"randaug magnitude is {magnitude}; expected 0..10.")
   pillow = Image.fromarray(np.ascontiguousarray(image))
-  for index in rng.integers(len(TRANSFORMS), size=num_layers):
-    pillow = list(TRANSFORMS.values())[index](pillow, magnitude / 10, rng)
+  transforms = [t for name, t in TRANSFORMS.items() if geometry or name not in _GEOMETRIC]
+  for index in rng.integers(len(transforms), size=num_layers):
+    pillow = transforms[index](pillow, magnitude / 10, rng)
   return np.asarray(pillow)
 
 
@@ -116,3 +124,5 @@ TRANSFORMS: dict[str, Transform] = {
   "Cutout": _cutout,
   "SolarizeAdd": _solarize_add,
 }
+# A cut-out moves nothing, but it hides what boxes and mask still show.
+_GEOMETRIC = frozenset(("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "Cutout"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax.data.images import crop, decode_image, pad_image, resize_image
+from flexivit_jax.data.images import crop, decode_image, resize_image, window
 from flexivit_jax.errors import UserError
 
 pytestmark = pytest.mark.faults
@@ -182,6 +182,11 @@ def test_floating_point_images_are_refused():
     decode_image(encoded(Image.fromarray(RGB[..., 0] / np.float32(3)), "TIFF"), max_pixels=LIMIT)
 
 
-def test_crop_undoes_padding():
-  np.testing.assert_array_equal(crop(pad_image(RGB, 4, 7), 4, 4, (13, 17)), RGB)
-  np.testing.assert_array_equal(pad_image(RGB, 2)[:2], 0)
+def test_a_crop_undoes_a_window_beyond_the_image():
+  padded = window(RGB, (-4, -4, 13 + 8, 17 + 8), 7)
+  np.testing.assert_array_equal(padded, np.pad(RGB, ((4, 4), (4, 4), (0, 0)), constant_values=7))
+  np.testing.assert_array_equal(crop(padded, 4, 4, (13, 17)), RGB)
+  for place in [(-30, 2, 5, 6), (2, 40, 5, 6)]:
+    np.testing.assert_array_equal(window(RGB, place, [1, 2, 3]), np.full((5, 6, 3), [1, 2, 3]))
+  with pytest.raises(UserError, match=r"fill=0\.5 does not fit pixels of uint8"):
+    window(RGB, (0, 0, 14, 17), 0.5)
