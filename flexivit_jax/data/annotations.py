@@ -2,7 +2,8 @@
 
 `boxes` is float32 [m, 4]: x0, y0, x1, y1 in pixels of the image as it is at that point, from its
 upper left corner; the whole image is (0, 0, w, h). Every key that begins with `box_` has a row for
-each box, and loses the rows of boxes that are removed. `mask` is [h, w] of class numbers.
+each box, and loses the rows of boxes that are removed. `mask` is [h, w] of class numbers;
+`mask_ignore` is the number of no class.
 """
 
 from typing import Any
@@ -16,9 +17,8 @@ from flexivit_jax.errors import UserError, unknown
 
 Example = dict[str, Any]
 MIN_AREA = 0.1
+_IGNORE = 255  # The usual number of pixels without a class.
 _MIN_SIDE = 0.01  # Pixels; less is the rounding of float32, not a part of an object.
-
-
 _UNSURE = (
   "EXIF data rotate or mirror the image, and its boxes and mask are taken to be of the image after that;"
   " decode(exif=False) in pp if they are of the image as it is stored"
@@ -82,7 +82,8 @@ def follow(record: Example, hw: ImageSize, affine: Affine, min_area: float) -> E
   """
   record = dict(record)
   if "mask" in record:
-    record["mask"] = _move_mask(_mask(record, hw), affine)
+    ignore = record.get("mask_ignore", _IGNORE) if affine.ignore is None else affine.ignore
+    record["mask"] = _move_mask(_mask(record, hw), affine, ignore)
   if "boxes" in record:
     boxes, chosen = _move_boxes(_boxes(record), hw, affine, min_area)
     for key in box_keys(record):
@@ -240,8 +241,10 @@ def _mask(record: Example, hw: ImageSize) -> Shaped[np.ndarray, "h w"]:
   return mask
 
 
-def _move_mask(mask: Shaped[np.ndarray, "h w"], affine: Affine) -> Shaped[np.ndarray, "_ _"]:
-  cut = images.window(mask, affine.window, affine.ignore, "ignore")
+def _move_mask(
+  mask: Shaped[np.ndarray, "h w"], affine: Affine, ignore: int
+) -> Shaped[np.ndarray, "_ _"]:
+  cut = images.window(mask, affine.window, ignore, "ignore")
   for axis in (0, 1):
     cut = _nearest(cut, axis, affine.hw[axis])
   return cut[:, ::-1] if affine.flip else cut

@@ -19,7 +19,6 @@ ImageSize = tuple[int, int]  # Height, width.
 PixelSize = int | tuple[int, int] | list[int]
 Window = tuple[int, int, int, int]  # Top, left, height, width.
 Fill = int | float | list[int] | list[float]
-IGNORE = 255  # The usual number for pixels of a mask without a class.
 
 
 class Affine(NamedTuple):
@@ -34,7 +33,7 @@ class Affine(NamedTuple):
     flip: whether left and right change places.
     method: resizes the image, see `images.resize_image`; masks take the nearest pixel.
     fill: the image's value beyond its edges, or one for each channel.
-    ignore: the mask's value there.
+    ignore: the mask's value there; None: the example's own "mask_ignore", or 255.
   """
 
   window: Window
@@ -42,7 +41,7 @@ class Affine(NamedTuple):
   flip: bool = False
   method: str = "linear"
   fill: Fill = 0
-  ignore: int = IGNORE
+  ignore: int | None = None
 
 
 class Seen(NamedTuple):
@@ -115,7 +114,7 @@ def central_crop(
   size: PixelSize,
   half: str = "down",
   fill: int | list[int] | None = None,
-  ignore: int = IGNORE,
+  ignore: int | None = None,
 ) -> Affine:
   """Cuts the central `size`.
 
@@ -125,7 +124,7 @@ def central_crop(
     half: how an odd margin is divided. "down": the smaller half is above or left; "even": rounded to even, as in
       torchvision's `CenterCrop` and timm.
     fill: the value, or one for each channel, that pads an image that is too small; None: it is an error.
-    ignore: the value that pads its mask.
+    ignore: the value that pads its mask, see `Affine`.
   """
   even = _choice(half, "half", ("down", "even")) == "even"
   size = _hw(size) if fill is not None else _fitting(hw, size)
@@ -149,11 +148,11 @@ def random_crop(
   hw: ImageSize,
   size: PixelSize,
   padding: int = 0,
-  ignore: int = IGNORE,
+  ignore: int | None = None,
   *,
   rng: np.random.Generator,
 ) -> Affine:
-  """Adds `padding` black pixels (in the mask: `ignore`) on each side, then cuts `size` at a uniform position."""
+  """Adds `padding` black pixels on each side (`ignore` in the mask), then cuts `size` at a uniform position."""
   if padding < 0:
     raise UserError(f"padding={padding}; expected 0 or more.")
   size = _fitting((hw[0] + 2 * padding, hw[1] + 2 * padding), size)
@@ -168,7 +167,7 @@ def pad(
   *,
   fill: Fill,
   multiple: int = 1,
-  ignore: int = IGNORE,
+  ignore: int | None = None,
 ) -> Affine:
   """Adds pixels below and on the right; boxes stay where they are.
 
@@ -177,7 +176,7 @@ def pad(
     size: pixels of the result; "square": the longer side's; None: the image's own.
     fill: the image's value there, or one for each channel, in the image's own range at this point.
     multiple: each side is rounded up to a multiple of it.
-    ignore: the mask's value there.
+    ignore: the mask's value there, see `Affine`.
 
   Errors: a larger image.
   """

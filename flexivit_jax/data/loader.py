@@ -22,6 +22,7 @@ from flexivit_jax.data.stream import (
   Chunk,
   Odd,
   check_limit,
+  check_shapes,
   example_cache,
   index_of,
   make_chunk,
@@ -336,6 +337,8 @@ def _join(chunks: Sequence[Chunk]) -> Chunk:
   for chunk in chunks:
     for text, indices in chunk.odd.items():
       odd.setdefault(text, []).extend(indices)
+  for key in batches[0]:
+    check_shapes(key, (b[key].shape[1:] for b in batches))
   return Chunk({key: np.concatenate([b[key] for b in batches]) for key in batches[0]}, bad, odd)
 
 

@@ -6,7 +6,7 @@ example). So threads, workers, processes and interruptions change nothing, and t
 state. A balanced stream is another function of the position, see `balanced.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ Value = np.ndarray | float | str | bytes | tuple[int, ...] | tuple[str, ...]  # 
 Bad = dict[int, str]  # Example index -> why it cannot be used.
 Odd = dict[str, list[int]]  # Warning -> indices of examples that are used all the same.
 _LABELS = {"label", "box_labels"}  # keys of a record whose values are numbers of classes
+_SEVERAL = (tuple, np.ndarray)
 
 
 class BadExampleError(UserError):
@@ -173,10 +174,11 @@ def _example(plan: BatchPlan, epoch: int, index: int, record: Record | None) -> 
 def _checked(source: Source, index: int, record: Record | None) -> Example:
   """Returns the input of preprocessing, a record without its id; checks that each label is one of the classes."""
   record = source[index] if record is None else record
+  classes = source.num_classes
   for key in _LABELS & record.keys():
-    labels = np.atleast_1d(np.asarray(record[key]))
-    if labels.size and not 0 <= labels.min() <= labels.max() < source.num_classes:
-      raise UserError(f"{key} is {record[key]}; expected 0..{source.num_classes - 1}")
+    label = record[key]
+    if not all(0 <= k < classes for k in (label if isinstance(label, _SEVERAL) else (label,))):
+      raise UserError(f"{key} is {label}; expected 0..{classes - 1}")
   return {key: value for key, value in record.items() if key != "id"}
 
 
@@ -241,17 +243,27 @@ def _template(plan: BatchPlan) -> Example:
 
 
 def _stack_key(key: str, values: Sequence[Value]) -> np.ndarray:
-  shapes = {np.shape(value) for value in values}
-  if len(shapes) > 1:
+  if np.asarray(values[0]).dtype.kind in "SUO":
+    kind = type(values[0]).__name__
+    raise UserError(f"{key!r} is {kind}, not numbers; decode it, or `keep` others.")
+  check_shapes(key, map(np.shape, values))
+  return np.stack(values)
+
+
+def check_shapes(key: str, shapes: Iterable[tuple[int, ...]]) -> None:
+  """Raises a UserError where the values of a key have several shapes, and cannot be stacked."""
+  different = sorted(set(shapes))
+  if len(different) < 2:
+    return
+  if key == "boxes" or key.startswith("box_"):
+    numbers = ", ".join(str(shape[0]) for shape in different[:3])
     raise UserError(
-      f"Examples differ in the shape of {key!r}: {sorted(shapes)[:3]}; resize or crop them in pp."
+      f"Examples differ in the number of boxes ({key!r}): {numbers}; pad_boxes(NUMBER) in pp gives all the same, or"
+      " `keep` other keys."
     )
-  stacked = np.stack(values)
-  if stacked.dtype == object or stacked.dtype.kind in "SU":
-    raise UserError(
-      f"{key!r} is {type(values[0]).__name__}, not numbers; decode it, or `keep` others."
-    )
-  return stacked
+  raise UserError(
+    f"Examples differ in the shape of {key!r}: {different[:3]}; resize or crop them in pp."
+  )
 
 
 def check_limit(errors: Bad, plan: BatchPlan) -> None:
