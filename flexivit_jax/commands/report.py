@@ -4,13 +4,16 @@ import argparse
 
 from flexivit_jax.commands import options
 
-HELP = "accuracy against patch size and cost, as HTML and PNG"
+HELP = "accuracy, or another metric, against patch size and cost, as HTML and PNG"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-  """The runs and the folder of the page."""
+  """The runs, the metric, the folder of the page."""
   p.add_argument(
     "runs", nargs="+", type=options.path, metavar="RUN", help="run folders, or their eval.json"
+  )
+  p.add_argument(
+    "--metric", metavar="NAME", help="metric to draw, e.g. loss (default: the first of the runs)"
   )
   p.add_argument("--out", type=options.path, help="folder to write to (default: the first run's)")
 
@@ -19,5 +22,5 @@ def run(args: argparse.Namespace) -> None:
   """Writes the page, prints the table."""
   from flexivit_jax import report
 
-  print(report.table(args.runs))
-  print(report.report(args.runs, args.out or args.runs[0]))
+  print(report.table(args.runs, args.metric))
+  print(report.report(args.runs, args.out or args.runs[0], metric=args.metric))

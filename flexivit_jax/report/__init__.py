@@ -8,28 +8,36 @@ from pathlib import Path
 from flexivit_jax.report import page, pareto, plots, runs as runs_lib, tables
 
 
-def report(runs: Sequence[Path], out: Path, *, command: str | None = None) -> Path:
+def report(
+  runs: Sequence[Path], out: Path, *, metric: str | None = None, command: str | None = None
+) -> Path:
   """Writes report.json, report.html and the two figures (PNG at 200 dpi, SVG) into a folder; see `pareto`.
+
+  The figures are called accuracy_vs_patch and accuracy_vs_gflops, with another metric than an accuracy METRIC_vs_....
 
   Args:
     runs: run folders holding an eval.json, or such files themselves; in the order of the curves.
     out: the folder to write into; made when missing, files of an earlier report are replaced.
+    metric: name of the metric to draw; default: the headline, which must be the same in all runs.
     command: the command line for the page's footer; default: `flexivit report RUN ... --out OUT`.
 
   Returns:
     The path of report.html, one file that needs no other and no network.
 
   Raises:
-    UserError: a run has no eval.json, or one that is not as `runs.read` expects.
+    UserError: a run has no eval.json, or one that is not as `runs.read` expects; the runs have different headlines.
   """
-  loaded = runs_lib.load(runs)
+  loaded = runs_lib.load(runs, metric)
   wide = {axis: plots.draw(loaded, axis, plots.WIDE) for axis in plots.AXES}
   narrow = {axis: plots.draw(loaded, axis, plots.NARROW) for axis in plots.AXES}
-  command = command or shlex.join(["flexivit", "report", *map(str, runs), "--out", str(out)])
+  option = ["--metric", metric] if metric else []
+  words = ["flexivit", "report", *map(str, runs), *option, "--out", str(out)]
+  command = command or shlex.join(words)
+  stem = tables.stem(loaded[0].metric)
   out.mkdir(parents=True, exist_ok=True)
   for axis, drawing in wide.items():
-    (out / f"accuracy_vs_{axis}.png").write_bytes(drawing.png)
-    (out / f"accuracy_vs_{axis}.svg").write_text(drawing.svg, encoding="utf-8")
+    (out / f"{stem}_vs_{axis}.png").write_bytes(drawing.png)
+    (out / f"{stem}_vs_{axis}.svg").write_text(drawing.svg, encoding="utf-8")
   data = json.dumps(pareto.to_json_all(loaded), indent=2, allow_nan=False)
   (out / "report.json").write_text(data + "\n", encoding="utf-8")
   html = page.render(loaded, wide=wide, narrow=narrow, command=command)
@@ -37,6 +45,6 @@ def report(runs: Sequence[Path], out: Path, *, command: str | None = None) -> Pa
   return out / "report.html"
 
 
-def table(runs: Sequence[Path]) -> str:
-  """Returns the top-1 of each run (rows) at each patch size (columns) as plain text, in percent."""
-  return tables.text(runs_lib.load(runs))
+def table(runs: Sequence[Path], metric: str | None = None) -> str:
+  """Returns the metric of each run (rows) at each patch size (columns) as plain text; default: the headline."""
+  return tables.text(runs_lib.load(runs, metric))

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from flexivit_jax.evaluators.metrics import TOP1
 from flexivit_jax.report.runs import EvalRow, ReportRun, key_of
-from flexivit_jax.report.tables import grid, percent, shorten, side
+from flexivit_jax.report.tables import grid, shorten, side, span
 
 MOST_CELLS = 30  # classes of a confusion matrix that is drawn; with more classes, pairs are listed
 MOST_LINES = 60  # classes of a table
@@ -23,7 +24,7 @@ def _of_run(run: ReportRun) -> str:
   rows = [row for row in run.rows if key_of(row) in run.confusions]
   if not rows:
     return ""
-  best = max(rows, key=lambda row: row.top1)
+  best = max(rows, key=lambda row: _accuracy(run, row))
   counts = run.confusions[key_of(best)]
   mixed = _heat(run.classes, counts) if len(counts) <= MOST_CELLS else _pairs(run.classes, counts)
   title = "Which class is taken for which" if len(counts) <= MOST_CELLS else "Most confused pairs"
@@ -31,9 +32,13 @@ def _of_run(run: ReportRun) -> str:
     f"<section><h2>Classes: {html.escape(run.name)}</h2>"
     f'<div class="scroll" tabindex="0" role="region" aria-label="Accuracy of each class">'
     f"{_accuracies(run, rows)}</div>{_note(run, rows)}"
-    f"<h3>{title}, at patch size {side(best.patch)} ({percent(best.top1)})</h3>"
+    f"<h3>{title}, at patch size {side(best.patch)} ({span(TOP1, _accuracy(run, best))})</h3>"
     f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">{mixed}</div></section>'
   )
+
+
+def _accuracy(run: ReportRun, row: EvalRow) -> float:
+  return float(run.confusions[key_of(row)].trace()) / row.n
 
 
 def accuracies(counts: Int[np.ndarray, "k k"]) -> Float[np.ndarray, "k"]:

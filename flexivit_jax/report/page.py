@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from string import Template
 
+from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.report import classes, pareto, plots, tables
 from flexivit_jax.report.runs import ReportRun, is_trained
 
@@ -16,7 +17,7 @@ _VARIABLES = {
   plots.PAPER: "paper",
   **{color: f"run{i}" for i, color in enumerate(plots.COLORS)},
 }
-_ALT = {"patch": "Top-1 accuracy against patch size", "gflops": "Top-1 accuracy against GFLOPs"}
+_AGAINST = {"patch": "patch size", "gflops": "GFLOPs"}
 
 
 def render(
@@ -28,14 +29,22 @@ def render(
 ) -> str:
   """Returns the page; `wide` and `narrow` hold a figure for each of `plots.AXES`."""
   template = Template((resources.files(__package__) / "page.html").read_text(encoding="utf-8"))
+  metric = runs[0].metric
+  alt = {axis: f"{tables.capital(metric.long)} against {_AGAINST[axis]}" for axis in plots.AXES}
   charts = {
-    axis: inline(wide[axis].page_svg, f"{axis}-wide", "wide", _ALT[axis])
-    + inline(narrow[axis].page_svg, f"{axis}-narrow", "narrow", _ALT[axis])
+    axis: inline(wide[axis].page_svg, f"{axis}-wide", "wide", alt[axis])
+    + inline(narrow[axis].page_svg, f"{axis}-narrow", "narrow", alt[axis])
     for axis in plots.AXES
   }
+  quantity = html.escape(tables.capital(tables.quantity(metric)))
   return template.substitute(
     charts,
-    title="Accuracy at every patch size",
+    title=f"{quantity} at every patch size",
+    quantity=quantity,
+    head=html.escape(tables.heading(metric)),
+    unit=html.escape(tables.unit(metric)),
+    best="most accurate" if _is_accuracy(metric) else "best",
+    intervals=_intervals(runs),
     eyebrow=html.escape(" · ".join(["flexivit report", *_data(runs)])),
     finding=html.escape(tables.finding(runs)),
     matrix=tables.matrix(runs),
@@ -98,8 +107,25 @@ def _compared(runs: Sequence[ReportRun]) -> str:
 def _dominated(runs: Sequence[ReportRun]) -> str:
   if not any(any(pareto.dominated(runs, cost).values()) for cost in pareto.COSTS):
     return ""
+  good = "accurate" if _is_accuracy(runs[0].metric) else "good"
   return (
-    f" {tables.DOMINATED} dominated: another point is at least as accurate at no more of this cost."
+    f" {tables.DOMINATED} dominated: another point is at least as {good} at no more of this cost."
+  )
+
+
+def _is_accuracy(metric: Metric) -> bool:
+  return tables.quantity(metric) == "accuracy"
+
+
+def _intervals(runs: Sequence[ReportRun]) -> str:
+  """How the intervals were made, where there are some."""
+  if not tables.has_intervals(runs):
+    return ""
+  metric = runs[0].metric
+  extreme = " (Wilson’s where all or none are right)" if metric.interval == "binomial" else ""
+  return (
+    " Intervals, here and as bands in the figures, are 95 % bootstrap intervals of"
+    f" {html.escape(metric.short)} over the n images{extreme}."
   )
 
 

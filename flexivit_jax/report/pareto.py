@@ -1,9 +1,8 @@
-"""Pareto fronts: the points of all runs for which no other point is at least as accurate at no more cost."""
+"""Pareto fronts: the points of all runs for which no other point is at least as good at no more cost."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flexivit_jax.evaluators.intervals import binomial
 from flexivit_jax.report.runs import EvalRow, Json, ReportRun, to_json
 
 # Costs of a point, and the facts that two runs must share for a comparison of this cost.
@@ -24,22 +23,27 @@ def groups(runs: Sequence[ReportRun], cost: str) -> dict[tuple[str, ...], list[P
     facts = tuple(run.facts.get(fact, "") for fact in COSTS[cost])
     points = [Point(i, row) for row in run.rows if getattr(row, cost) is not None]
     grouped.setdefault(facts, []).extend(points)
-  order = lambda point: (getattr(point.row, cost), point.row.top1)  # noqa: E731
+  order = lambda point: (getattr(point.row, cost), merit(runs, point))  # noqa: E731
   return {facts: sorted(points, key=order) for facts, points in grouped.items() if points}
 
 
+def merit(runs: Sequence[ReportRun], point: Point) -> float:
+  """The value of a point, negative where smaller values are better: larger is better."""
+  return runs[point.run].metric.merit(point.row.value)
+
+
 def dominated(runs: Sequence[ReportRun], cost: str) -> dict[Point, bool]:
-  """Whether another point of the group is at least as accurate at no more cost, and better in one of the two."""
+  """Whether another point of the group is at least as good at no more cost, and better in one of the two."""
+
+  def beats(one: Point, other: Point) -> bool:
+    (a, x), (b, y) = ((getattr(point.row, cost), merit(runs, point)) for point in (one, other))
+    return x >= y and a <= b and (x > y or a < b)
+
   return {
-    point: any(_beats(other.row, point.row, cost) for other in points)
+    point: any(beats(other, point) for other in points)
     for points in groups(runs, cost).values()
     for point in points
   }
-
-
-def _beats(one: EvalRow, other: EvalRow, cost: str) -> bool:
-  a, b = getattr(one, cost), getattr(other, cost)
-  return one.top1 >= other.top1 and a <= b and (one.top1 > other.top1 or a < b)
 
 
 def fronts(runs: Sequence[ReportRun], cost: str) -> dict[tuple[str, ...], list[Point]]:
@@ -52,13 +56,13 @@ def fronts(runs: Sequence[ReportRun], cost: str) -> dict[tuple[str, ...], list[P
 
 
 def to_json_all(runs: Sequence[ReportRun]) -> list[Json]:
-  """Returns the runs as in report.json: rows with "interval" (`binomial`) and "dominated", null if "ms" is."""
+  """Returns the runs as in report.json: rows with "interval" (null: none) and "dominated" (null if "ms" is)."""
   beaten = {cost: dominated(runs, cost) for cost in COSTS}
   contents = []
   for i, run in enumerate(runs):
     written = to_json(run)
     for row, item in zip(run.rows, written["rows"], strict=True):
-      item["interval"] = binomial(row.top1, row.n)
+      item["interval"] = row.interval
       item["dominated"] = {cost: beaten[cost].get(Point(i, row)) for cost in COSTS}
     contents.append(written)
   return contents

@@ -1,4 +1,4 @@
-"""Accuracy against patch size and against compute, drawn by matplotlib without its global state."""
+"""A metric against patch size and against compute, drawn by matplotlib without its global state."""
 
 import io
 import math
@@ -6,10 +6,9 @@ import textwrap
 from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
-from flexivit_jax.evaluators.intervals import binomial
 from flexivit_jax.report import pareto
 from flexivit_jax.report.runs import EvalRow, ReportRun, is_trained, order, sides
-from flexivit_jax.report.tables import shorten, side
+from flexivit_jax.report.tables import shorten, side, unit
 
 Axes = Any  # of matplotlib, which is imported late
 Figure = Any  # likewise
@@ -44,17 +43,27 @@ class _Frame(NamedTuple):
   labels: tuple[str, ...]  # the runs' names, wrapped
 
 
+class _Scale(NamedTuple):
+  """The vertical axis: its title, its ends, and the text of each tick."""
+
+  title: str
+  low: float
+  high: float
+  ticks: dict[float, str]
+
+
 def draw(runs: Sequence[ReportRun], axis: str, size: tuple[float, float]) -> Drawing:
-  """Draws top-1 of each run against "patch" (pixels) or "gflops"; `size` is in inches."""
+  """Draws the metric of each run against "patch" (pixels) or "gflops"; `size` is in inches."""
   import matplotlib
   from matplotlib.figure import Figure
 
   with matplotlib.rc_context(_style()):
     figure = Figure(figsize=size)
-    frame = _frame(runs, size)
+    scale = _scale(runs, size)
+    frame = _frame(runs, size, scale)
     ax = figure.add_axes(_rect(frame, size))
     places = [_places(runs, run, axis) for run in runs]
-    _set_y(ax, runs)
+    _set_y(ax, scale, frame)
     if lines := _set_x(ax, runs, axis, places, frame):
       frame = frame._replace(
         bottom=frame.bottom + _LINE * lines, height=frame.height - _LINE * lines
@@ -82,11 +91,14 @@ def _style() -> dict[str, Any]:
   }
 
 
-def _frame(runs: Sequence[ReportRun], size: tuple[float, float]) -> _Frame:
+def _frame(runs: Sequence[ReportRun], size: tuple[float, float], scale: _Scale) -> _Frame:
   w, h = (_POINT * side for side in size)
   labels = tuple(wrap(run.name, 18 if w > 300 else 13) for run in runs)
   longest = max(len(line) for label in labels for line in label.split("\n"))
-  left, bottom, top, right = 33.0, 34.0, 29.0, 14 + 5.4 * longest
+  left = max(33.0, 14 + 5.0 * max(map(len, scale.ticks.values())))
+  # A longer title does not fit beside the signs, and stands in a line of its own.
+  top = 29.0 if len(scale.title) <= 18 else 41.0
+  bottom, right = 34.0, 14 + 5.4 * longest
   return _Frame(left, bottom, w - left - right, h - top - bottom, labels)
 
 
@@ -125,22 +137,59 @@ def _places(runs: Sequence[ReportRun], run: ReportRun, axis: str) -> list[tuple[
   return [(float(ranks[r.patch] if ranks else sides(r.patch)[0]), r) for r in run.rows]
 
 
-def _set_y(ax: Axes, runs: Sequence[ReportRun]) -> None:
-  values = [row.top1 for run in runs for row in run.rows]
+def _scale(runs: Sequence[ReportRun], size: tuple[float, float]) -> _Scale:
+  metric, rows = runs[0].metric, [row for run in runs for row in run.rows]
+  about = unit(metric) + (", lower is better" if metric.better == "min" else "")
+  room = int((_POINT * size[0] - 15) / 4.6)  # characters
+  title = (
+    metric.long if len(metric.long + about) <= room else shorten(metric.short, room - len(about))
+  )
+  title += about
+  if metric.unit == "%":
+    return _Scale(title, *_of_fractions([row.value for row in rows]))
+  return _Scale(title, *of_numbers([v for row in rows for v in (row.value, *(row.interval or ()))]))
+
+
+def _of_fractions(values: Sequence[float]) -> tuple[float, float, dict[float, str]]:
+  """Returns the ends and the ticks of an axis in percent."""
   low = 0.0 if min(values) < 0.6 else math.floor(20 * min(values) - 0.2) / 20
   high = 1.0 if low == 0 and max(values) > 0.6 else math.ceil(20 * max(values) + 0.5) / 20
   high = min(1.0, high)
   step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if (high - low) / s <= 6)
   ticks = [i * step for i in range(math.ceil(low / step - 1e-9), int(high / step + 1e-9) + 1)]
-  ax.set_ylim(low, high)
-  ax.set_yticks(ticks, [f"{100 * tick:.0f}" for tick in ticks])
+  return low, high, {tick: f"{100 * tick:.0f}" for tick in ticks}
+
+
+def of_numbers(values: Sequence[float]) -> tuple[float, float, dict[float, str]]:
+  """Returns the ends and the ticks of an axis of any numbers: 3 to 8 round ones, with 0 where that is near."""
+  low, high = min(values), max(values)
+  if 0 <= low < 0.5 * high:
+    low = 0.0
+  if 0.5 * low < high <= 0:
+    high = 0.0
+  width = (high - low) or abs(high) or 1.0
+  power = 10.0 ** math.floor(math.log10(width / 5))
+  step = next(m * power for m in (1, 2, 5, 10) if m * power >= width / 5)
+  first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+  if first == last:
+    first, last = first - (low != 0), last + 1
+  places = max(0, -math.floor(math.log10(step) + 1e-9))
+  scientific = max(abs(first), abs(last)) * step >= 1e5 or step < 1e-4
+  write = (lambda v: f"{v:.3g}") if scientific else (lambda v: f"{v:.{places}f}")
+  return first * step, last * step, {i * step: write(i * step) for i in range(first, last + 1)}
+
+
+def _set_y(ax: Axes, scale: _Scale, frame: _Frame) -> None:
+  ax.set_ylim(scale.low, scale.high)
+  ax.set_yticks([*scale.ticks], [*scale.ticks.values()])
   ax.grid(axis="y", color=GRID, linewidth=0.7)
   ax.set_axisbelow(True)
   ax.tick_params(length=0, pad=5)
   for name in ("top", "left", "right"):
     ax.spines[name].set_visible(False)
   at = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "left"}
-  ax.annotate("top-1 accuracy (%)", (0, 1), xytext=(-22, 18), color=FAINT, **at)
+  x = 11 - frame.left
+  ax.annotate(scale.title, (0, 1), xytext=(x, 18), color=FAINT, parse_math=False, **at)
 
 
 def _set_x(
@@ -216,8 +265,8 @@ def _curve(
   """Draws a run with its intervals; points in `beaten`, which others dominate, are small."""
   color = COLORS[i % len(COLORS)]
   x = [x for x, _ in place]
-  y = [row.top1 for _, row in place]
-  bounds = [binomial(row.top1, row.n) for _, row in place]
+  y = [row.value for _, row in place]
+  bounds = [row.interval or (math.nan, math.nan) for _, row in place]  # no band where there is none
   low, high = zip(*bounds, strict=True)
   top = 10 + 2 * (9 - i % 9)  # the first run is the one to see
   ax.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0, zorder=top - 8)
@@ -228,7 +277,7 @@ def _curve(
     marker = _MARKERS[i % len(_MARKERS)]
     ax.plot(
       [at],
-      [row.top1],
+      [row.value],
       marker,
       markersize=_SMALL if row in beaten else _LARGE,
       markerfacecolor=face,
@@ -248,7 +297,7 @@ def _name_curves(
   size = 8.0 if len(places) <= 6 else 6.5
   heights = [(1.25 * size * len(text.split("\n")) + 2) / frame.height for text in frame.labels]
   ends = [
-    ax.transAxes.inverted().transform(ax.transData.transform((place[-1][0], place[-1][1].top1)))
+    ax.transAxes.inverted().transform(ax.transData.transform((place[-1][0], place[-1][1].value)))
     for place in places
   ]
   levels = spread([float(end[1]) for end in ends], heights)

@@ -1,18 +1,22 @@
 """Read and check the eval.json files of runs."""
 
+import functools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Int
 
+from flexivit_jax import errors
 from flexivit_jax.errors import UserError
+from flexivit_jax.evaluators import intervals
+from flexivit_jax.evaluators.metrics import CLASSIFICATION, LOSS, TOP1, Better, Interval, Metric
 from flexivit_jax.running import ledger
 
 SizeText = int | str  # tokens or pixels of a side; "HxW" where the sides differ
@@ -24,7 +28,8 @@ FACTS = ("dataset", "split", "step", "params", "device", "jax", "command")
 class EvalRow(NamedTuple):
   """One evaluation of the first `depth` blocks (None: all).
 
-  `gflops` are 2 x MACs / 1e9 of one image, `ms` its median time, `n` images.
+  `gflops` are 2 x MACs / 1e9 of one image, `ms` its median time, `n` images. `value` is that of the run's metric and
+  `interval` its 95 % interval, if there is one; `measured` are (name, value) of all metrics.
   """
 
   seqhw: SizeText
@@ -32,21 +37,27 @@ class EvalRow(NamedTuple):
   tokens: int
   gflops: float
   ms: float | None
-  top1: float
-  loss: float
   n: int
-  top5: float | None
   depth: int | None
-  top1_macro: float | None = None
+  value: float
+  interval: tuple[float, float] | None
+  measured: tuple[tuple[str, float], ...]
+
+  def of(self, name: str) -> float | None:
+    """Returns the value of a metric, None if the row lacks it."""
+    return dict(self.measured).get(name)
 
 
 class ReportRun(NamedTuple):
-  """One curve; `trained` holds the grids `(h, w)` of its training, None if unknown.
+  """One curve: `metric` at each size. `trained` holds the grids `(h, w)` of its training, None if unknown.
 
-  `confusions` are the counts of class and predicted class of rows that have them, by `key_of`; `classes` their names.
+  `metrics` are all that its rows have. `confusions` are the counts of class and predicted class of rows that have them,
+  by `key_of`; `classes` their names.
   """
 
   name: str
+  metric: Metric
+  metrics: tuple[Metric, ...]
   rows: tuple[EvalRow, ...]
   trained: frozenset[tuple[int, int]] | None
   facts: dict[str, str]
@@ -80,11 +91,15 @@ def is_trained(run: ReportRun, row: EvalRow) -> bool | None:
   return None if run.trained is None else sides(row.seqhw) in run.trained
 
 
-def load(paths: Sequence[Path]) -> list[ReportRun]:
+def load(paths: Sequence[Path], metric: str | None = None) -> list[ReportRun]:
   """Returns the runs in the given order, each with a name of its own; one for each depth that was evaluated.
 
+  Args:
+    paths: as of `read`.
+    metric: name of the one to draw; default: the headline of the runs.
+
   Raises:
-    UserError: no run, the same run twice, or an eval.json that `read` refuses.
+    UserError: no run, the same run twice, an eval.json that `read` refuses, or runs with different headlines.
   """
   if not paths:
     raise UserError("No run given; expected one or more run folders with an eval.json.")
@@ -95,8 +110,9 @@ def load(paths: Sequence[Path]) -> list[ReportRun]:
   loaded = [
     (run, file.parent)
     for path, file in zip(paths, files, strict=True)
-    for run in by_depth(read(path))
+    for run in by_depth(read(path, metric))
   ]
+  _check_metric([run for run, _ in loaded])
   names = _distinct([run.name for run, _ in loaded], [folder for _, folder in loaded])
   return [run._replace(name=name) for (run, _), name in zip(loaded, names, strict=True)]
 
@@ -113,15 +129,39 @@ def by_depth(run: ReportRun) -> list[ReportRun]:
   ]
 
 
-def read(path: Path) -> ReportRun:
+def _check_metric(runs: Sequence[ReportRun]) -> None:
+  """Raises a UserError unless all runs are drawn by the same metric: others could not share an axis, or a winner."""
+  kinds = {(run.metric.name, run.metric.better, run.metric.unit): run for run in reversed(runs)}
+  if len(kinds) == 1:
+    return
+  shown = "; ".join(f"{run.name}: {_described(run.metric)}" for run in reversed(kinds.values()))
+  if len({name for name, _, _ in kinds}) == 1:
+    raise UserError(f"These are different metrics of one name: {shown}. Make a report of each.")
+  shared = set.intersection(*({metric.name for metric in run.metrics} for run in runs))
+  names = ", ".join(metric.name for metric in runs[0].metrics if metric.name in shared)
+  advice = f"give --metric with one that all of them have: {names}"
+  raise UserError(
+    f"The runs have different headline metrics, which one page does not mix: {shown}."
+    f" Make a report of each{f', or {advice}' if names else ''}."
+  )
+
+
+def _described(metric: Metric) -> str:
+  unit = f" in {metric.unit}" if metric.unit else ""
+  return f"{metric.name}{unit} ({'higher' if metric.better == 'max' else 'lower'} is better)"
+
+
+def read(path: Path, metric: str | None = None) -> ReportRun:
   """Reads one run.
 
   Args:
     path: the run folder, or its eval.json: `{"name": str, "rows": [Row, ...]}` and, if known,
-      "trained_seqhw" and the FACTS; "ms" may be null, "ms", "top5" and "depth" may be absent.
+      "trained_seqhw", "metrics" (`Metric.stated`) and the FACTS; "ms" may be null, "ms", "depth" and "intervals" may be
+      absent. Without "metrics" the rows have "top1" and "loss", and may have others of `CLASSIFICATION`.
+    metric: name of the one to draw; default: the first.
 
   Raises:
-    UserError: the file is missing, is not strict JSON, lacks a key or has an impossible value.
+    UserError: the file is missing, is not strict JSON, lacks a key or the metric, or has an impossible value.
   """
   file = path if path.is_file() else path / "eval.json"
   data = _parse(file)
@@ -131,7 +171,15 @@ def read(path: Path) -> ReportRun:
   items = _get(data, "rows", list, file)
   if not items:
     raise _bad(file, "rows", items, "one row a patch size at least; run `flexivit eval` again")
-  rows = sorted((_row(item, f"rows[{i}]", file) for i, item in enumerate(items)), key=_row_order)
+  metrics, needed = _metrics(data, items, file)
+  names = [one.name for one in metrics]
+  if metric is not None and metric not in names:
+    raise errors.unknown(f"metric of {file}", metric, names)
+  drawn = metrics[0 if metric is None else names.index(metric)]
+  read_row = functools.partial(_row, file=file, metrics=metrics, needed={*needed, drawn.name})
+  rows = [read_row(item, where=f"rows[{i}]", drawn=drawn) for i, item in enumerate(items)]
+  classes, confusions = tables_of(data, rows, file)
+  rows.sort(key=_row_order)
   again = [k for k, count in Counter(map(key_of, rows)).items() if count > 1]
   if again:
     patch, seqhw, depth = again[0]
@@ -140,18 +188,20 @@ def read(path: Path) -> ReportRun:
   facts = {key: str(data[key]) for key in FACTS if data.get(key) is not None}
   if spent := ledger.shares(file.parent / "ledger.json"):
     facts["time"] = ledger.text(spent)
-  classes, confusions = tables_of(data, file)
-  return ReportRun(name, tuple(rows), _trained(data, file), facts, classes, confusions)
+  return ReportRun(
+    name, drawn, metrics, tuple(rows), _trained(data, file), facts, classes, confusions
+  )
 
 
 def to_json(run: ReportRun) -> Json:
-  """Returns `{"name", "rows"}`; "top5", "depth" and "top1_macro" only where they were given."""
-  rows = [row._asdict() for row in run.rows]
-  optional = ("top5", "depth", "top1_macro")
-  return {
-    "name": run.name,
-    "rows": [{k: v for k, v in row.items() if k not in optional or v is not None} for row in rows],
-  }
+  """Returns `{"name", "metric", "rows"}`; "depth" only where it was given."""
+  return {"name": run.name, "metric": run.metric.stated(), "rows": [*map(_to_json, run.rows)]}
+
+
+def _to_json(row: EvalRow) -> Json:
+  sizes = {k: getattr(row, k) for k in ("seqhw", "patch", "tokens", "gflops", "ms")}
+  depth = {} if row.depth is None else {"depth": row.depth}
+  return {**sizes, **dict(row.measured), "n": row.n, **depth}
 
 
 def _parse(file: Path) -> Json:
@@ -170,29 +220,102 @@ def _parse(file: Path) -> Json:
   return data
 
 
-def _row(item: object, where: str, file: Path) -> EvalRow:
+def _metrics(
+  data: Json, items: Sequence[object], file: Path
+) -> tuple[tuple[Metric, ...], Sequence[str]]:
+  """Returns the metrics of a file, the headline first, and the names of those that every row must have."""
+  if data.get("metrics") is None:
+    known = {
+      key for item in items if isinstance(item, dict) for key in item if item[key] is not None
+    }
+    needed = (TOP1.name, LOSS.name)
+    return tuple(m for m in CLASSIFICATION if m.name in known or m.name in needed), needed
+  stated = _get(data, "metrics", list, file)
+  metrics = tuple(_metric(item, f"metrics[{i}]", file) for i, item in enumerate(stated))
+  names = [metric.name for metric in metrics]
+  if not metrics or len(set(names)) < len(names):
+    raise _bad(file, "metrics", names, "one metric or more, each with a name of its own")
+  return metrics, names
+
+
+def _metric(item: object, where: str, file: Path) -> Metric:
+  if not isinstance(item, dict):
+    raise _bad(file, where, item, "an object")
+  texts = {key: item.get(key, "") for key in ("name", "unit", "label", "title")}
+  for key, text in texts.items():
+    if not isinstance(text, str) or (key == "name" and not text):
+      raise _bad(file, f"{where}.{key}", text, "a text")
+  better, interval = item.get("better"), item.get("interval")
+  if better not in get_args(Better):
+    raise _bad(file, f"{where}.better", better, "'max' or 'min'")
+  if interval not in (None, *get_args(Interval)):
+    raise _bad(file, f"{where}.interval", interval, "'binomial', 'bootstrap' or null")
+  if interval == "binomial" and texts["unit"] != "%":
+    raise _bad(file, f"{where}.unit", texts["unit"], "'%': a binomial interval is of a fraction")
+  return Metric(better=better, interval=interval, **texts)
+
+
+def _row(
+  item: object,
+  where: str,
+  file: Path,
+  metrics: Sequence[Metric],
+  needed: Set[str],
+  drawn: Metric,
+) -> EvalRow:
   if not isinstance(item, dict):
     raise _bad(file, where, item, "an object")
   at = where + "."
+  values = {
+    metric.name: _value(item, metric, file, at)
+    for metric in metrics
+    if metric.name in needed or item.get(metric.name) is not None
+  }
+  n = _count(item, "n", file, at)
   return EvalRow(
     seqhw=_size(item, "seqhw", file, at),
     patch=_size(item, "patch", file, at),
     tokens=_count(item, "tokens", file, at),
     gflops=_number(item, "gflops", file, at, low=1e-12),
     ms=None if item.get("ms") is None else _number(item, "ms", file, at),
-    top1=_number(item, "top1", file, at, high=1.0),
-    loss=_number(item, "loss", file, at, low=-math.inf),
-    n=_count(item, "n", file, at),
-    top5=None if item.get("top5") is None else _number(item, "top5", file, at, high=1.0),
+    n=n,
     depth=None if item.get("depth") is None else _count(item, "depth", file, at),
-    top1_macro=None
-    if item.get("top1_macro") is None
-    else _number(item, "top1_macro", file, at, high=1.0),
+    value=values[drawn.name],
+    interval=_interval(item, drawn, values[drawn.name], n, file, at),
+    measured=tuple(values.items()),
   )
 
 
-def tables_of(data: Json, file: Path) -> tuple[tuple[str, ...], dict[Key, Int[np.ndarray, "k k"]]]:
+def _value(item: Json, metric: Metric, file: Path, at: str) -> float:
+  low, high = (0.0, 1.0) if metric.unit == "%" else (-math.inf, math.inf)
+  return _number(item, metric.name, file, at, low=low, high=high)
+
+
+def _interval(
+  item: Json, metric: Metric, value: float, n: int, file: Path, at: str
+) -> tuple[float, float] | None:
+  """The interval that the row has, or that of a rate, whose n is all it takes."""
+  stored = _get(item, "intervals", dict, file, at) if item.get("intervals") is not None else {}
+  if metric.name not in stored:
+    return intervals.binomial(value, n) if metric.interval == "binomial" else None
+  ends, where = stored[metric.name], f"{at}intervals."
+  if not isinstance(ends, list) or len(ends) != 2:
+    raise _bad(file, where + metric.name, ends, "two numbers, the low end and the high one")
+  low, high = (_number({metric.name: end}, metric.name, file, where, low=-math.inf) for end in ends)
+  if low > high:
+    raise _bad(file, where + metric.name, ends, "the low end first")
+  return low, high
+
+
+def tables_of(
+  data: Json, rows: Sequence[EvalRow], file: Path
+) -> tuple[tuple[str, ...], dict[Key, Int[np.ndarray, "k k"]]]:
   """Returns the names of the classes and the tables "confusion" of the rows that have one.
+
+  Args:
+    data: of the file.
+    rows: read from it, in its order.
+    file: for errors.
 
   Raises:
     UserError: a table that is no square of counts, whose counts are not those of the row, or of other classes.
@@ -201,7 +324,7 @@ def tables_of(data: Json, file: Path) -> tuple[tuple[str, ...], dict[Key, Int[np
   for i, item in enumerate(data["rows"]):
     if item.get("confusion") is None:
       continue
-    at, row = f"rows[{i}].", _row(item, f"rows[{i}]", file)
+    at, row = f"rows[{i}].", rows[i]
     counts = np.array(_get(item, "confusion", list, file, at), object)
     square = counts.ndim == 2 and counts.shape[0] == counts.shape[1]
     if not square or not all(type(n) is int and n >= 0 for n in counts.flat):

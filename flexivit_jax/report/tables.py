@@ -1,10 +1,13 @@
 """The runs as one sentence, as a plain-text table and as HTML tables."""
 
+import functools
 import html
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from flexivit_jax.evaluators.intervals import binomial
+from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.report import pareto
 from flexivit_jax.report.runs import EvalRow, ReportRun, SizeText, is_trained, order, sides
 from flexivit_jax.tables import aligned
@@ -33,21 +36,61 @@ def grid(size: SizeText) -> str:
   return "{}×{}".format(*sides(size))
 
 
-def percent(low: float, high: float | None = None) -> str:
-  """Writes one rate, or a range of rates, to a tenth of a percent."""
-  ends = [f"{100 * low:.1f}", f"{100 * (low if high is None else high):.1f}"]
-  return "–".join(dict.fromkeys(ends)) + "\u00a0%"
+def number(metric: Metric, value: float | None) -> str:
+  """Writes a value without its unit: a fraction in percent to a tenth, others to three places or digits."""
+  if value is None:
+    return "–"
+  if metric.unit == "%":
+    return f"{100 * value:.1f}"
+  if abs(value) >= 1000:
+    return f"{value:,.0f}"
+  return f"{value:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.3g}"
+
+
+def span(metric: Metric, low: float, high: float | None = None) -> str:
+  """Writes one value, or a range of values, with the unit."""
+  ends = [number(metric, low), number(metric, low if high is None else high)]
+  return "–".join(dict.fromkeys(ends)) + (f"\u00a0{metric.unit}" if metric.unit else "")
+
+
+def quantity(metric: Metric) -> str:
+  """What the metric is, in a word where it can be: "accuracy" of "top-1 accuracy"."""
+  return metric.long.removeprefix(metric.short).strip() or metric.long
+
+
+def stem(metric: Metric) -> str:
+  """How names of files with this metric begin."""
+  word = quantity(metric)
+  return word if word == "accuracy" else re.sub(r"\W+", "_", metric.name)
+
+
+def capital(text: str) -> str:
+  """Begins a heading with a capital, unless its first word has a spelling of its own: mIoU."""
+  return text[:1].upper() + text[1:] if text.partition(" ")[0].islower() else text
+
+
+def heading(metric: Metric) -> str:
+  """What a heading calls the metric: its short name where the long one begins with it, else the long one."""
+  return capital(metric.short if metric.long.startswith(metric.short) else metric.long)
+
+
+def unit(metric: Metric) -> str:
+  """Returns " (%)" to follow the metric's name, "" without a unit."""
+  return f" ({metric.unit})" if metric.unit else ""
 
 
 def finding(runs: Sequence[ReportRun]) -> str:
   """Returns the result as one sentence, computed from the rows."""
+  metric = runs[0].metric
+  low = " Lower is better." if metric.better == "min" else ""
   if len(runs) <= 3:
-    return "; ".join(_finding(run) for run in runs) + "."
-  worst = sorted(((min(row.top1 for row in run.rows), run.name) for run in runs), reverse=True)
-  rest = percent(worst[-1][0], worst[1][0])
+    return "; ".join(_finding(run) for run in runs) + "." + low
+  merits = ((min(metric.merit(row.value) for row in run.rows), run.name) for run in runs)
+  worst = [(metric.merit(merit), name) for merit, name in sorted(merits, reverse=True)]
+  rest = span(metric, *sorted((worst[-1][0], worst[1][0])))
   return (
     f"{worst[0][1]} is the best of {len(runs)} runs at its worst patch size: "
-    f"{percent(worst[0][0])}; the others fall to {rest}."
+    f"{span(metric, worst[0][0])}; the others {'rise' if low else 'fall'} to {rest}.{low}"
   )
 
 
@@ -56,28 +99,31 @@ def _finding(run: ReportRun) -> str:
   other = [row for row in run.rows if is_trained(run, row) is False]
   if len(run.rows) == 1:
     never = ", where it was never trained" if other else ""
-    return f"{run.name}: {_span(run.rows)} at patch size {side(run.rows[0].patch)}{never}"
+    return f"{run.name}: {_span(run, run.rows)} at patch size {side(run.rows[0].patch)}{never}"
   if not other:
-    return f"{run.name}: {_span(trained)} at all {len(trained)} patch sizes"
+    return f"{run.name}: {_span(run, trained)} at all {len(trained)} patch sizes"
   if not trained:
-    return f"{run.name}: {_span(other)} at {len(other)} patch sizes, trained at none of them"
+    return f"{run.name}: {_span(run, other)} at {len(other)} patch sizes, trained at none of them"
   here = f"its own patch size ({side(trained[0].patch)})"
   if len(trained) > 1:
     here = f"the {len(trained)} patch sizes it was trained at"
   there = f"the {len(other)} others" if len(other) > 1 else "the other"
-  return f"{run.name}: {_span(trained)} at {here}, {_span(other)} at {there}"
+  return f"{run.name}: {_span(run, trained)} at {here}, {_span(run, other)} at {there}"
 
 
-def _span(rows: Sequence[EvalRow]) -> str:
-  return percent(min(row.top1 for row in rows), max(row.top1 for row in rows))
+def _span(run: ReportRun, rows: Sequence[EvalRow]) -> str:
+  return span(run.metric, min(row.value for row in rows), max(row.value for row in rows))
 
 
 def text(runs: Sequence[ReportRun]) -> str:
-  """Returns top-1 in percent, a line a run and a column a patch size; `*` marks trained sizes."""
+  """Returns the metric, a line a run and a column a patch size; `*` marks trained sizes."""
+  metric = runs[0].metric
+  title = metric.short + (f" in {metric.unit}" if metric.unit else "")
+  title += " (lower is better)" if metric.better == "min" else ""
   keys, cells = _pivot(runs)
   names = [shorten(run.name, 40, "...") for run in runs]
   # A mark, or a space in its place, ends each cell.
-  heads = [("top-1 in %", "grid"), *((f"patch {p} ", f"{_plain(s)} ") for p, s in keys)]
+  heads = [(title, "grid"), *((f"patch {p} ", f"{_plain(s)} ") for p, s in keys)]
   body = (
     [name, *(_cell_text(run, cells.get((run.name, key))) for key in keys)]
     for run, name in zip(runs, names, strict=True)
@@ -96,7 +142,7 @@ def _plain(seqhw: SizeText) -> str:
 def _cell_text(run: ReportRun, row: EvalRow | None) -> str:
   if row is None:
     return "- "
-  return f"{100 * row.top1:.1f}" + ("*" if is_trained(run, row) else " ")
+  return number(run.metric, row.value) + ("*" if is_trained(run, row) else " ")
 
 
 def _pivot(runs: Sequence[ReportRun]) -> tuple[list[Key], dict[tuple[str, Key], EvalRow]]:
@@ -106,15 +152,17 @@ def _pivot(runs: Sequence[ReportRun]) -> tuple[list[Key], dict[tuple[str, Key], 
 
 
 def matrix(runs: Sequence[ReportRun]) -> str:
-  """Returns the HTML table of top-1: a row a run, a column a patch size, best of a column bold."""
+  """Returns the HTML table of the metric: a row a run, a column a patch size, best of a column bold."""
   keys, cells = _pivot(runs)
-  best = {key: max(c.top1 for (_, k), c in cells.items() if k == key) for key in keys}
+  best_of = max if runs[0].metric.better == "max" else min
+  best = {key: best_of(c.value for (_, k), c in cells.items() if k == key) for key in keys}
+  tint = _tints(runs)
   head = "".join(
     f'<th scope="col">{side(patch)}<small>{grid(seqhw)}</small></th>' for patch, seqhw in keys
   )
   lines = []
   for i, run in enumerate(runs):
-    row = "".join(_cell_html(run, cells.get((run.name, key)), best[key]) for key in keys)
+    row = "".join(_cell_html(run, cells.get((run.name, key)), best[key], tint) for key in keys)
     lines.append(f"<tr>{_name_cell(i, run)}{row}</tr>")
   return (
     '<table class="matrix"><thead><tr><th scope="col">patch <small>grid</small></th>'
@@ -122,13 +170,25 @@ def matrix(runs: Sequence[ReportRun]) -> str:
   )
 
 
-def _cell_html(run: ReportRun, row: EvalRow | None, best: float) -> str:
+def _tints(runs: Sequence[ReportRun]) -> Callable[[float], float]:
+  """Returns the tint of a value, 0 to 1: more is better. That of an accuracy is the accuracy itself."""
+  metric = runs[0].metric
+  if metric.unit == "%":
+    return lambda value: value if metric.better == "max" else 1 - value
+  merits = [metric.merit(row.value) for run in runs for row in run.rows]
+  low, width = min(merits), max(merits) - min(merits)
+  return lambda value: (metric.merit(value) - low) / width if width else 0.5
+
+
+def _cell_html(
+  run: ReportRun, row: EvalRow | None, best: float, tint: Callable[[float], float]
+) -> str:
   if row is None:
     return '<td class="none">–</td>'
-  value = _bold(f"{100 * row.top1:.1f}", row.top1 == best)
+  value = _bold(number(run.metric, row.value), row.value == best)
   mark = {True: '<i class="mark">●</i>', False: '<i class="mark">○</i>', None: ""}
-  # The tint is the accuracy itself: the page's style mixes this share of the run-neutral accent.
-  return f'<td style="--tint:{100 * row.top1:.0f}%">{mark[is_trained(run, row)]}{value}</td>'
+  # The page's style mixes this share of the run-neutral accent.
+  return f'<td style="--tint:{100 * tint(row.value):.0f}%">{mark[is_trained(run, row)]}{value}</td>'
 
 
 class _Column(NamedTuple):
@@ -147,23 +207,23 @@ def _digits(value: float | None) -> str:
   return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
-def _percent(rate: float | None) -> str:
-  return "–" if rate is None else f"{100 * rate:.1f}"
+def _interval(metric: Metric, row: EvalRow) -> str:
+  if row.interval is None:
+    return "–"
+  low, high = row.interval
+  return f"{number(metric, low)}–{number(metric, high)}"
 
 
-def _interval(row: EvalRow) -> str:
-  low, high = binomial(row.top1, row.n)
-  return f"{100 * low:.1f}–{100 * high:.1f}"
+def has_intervals(runs: Sequence[ReportRun]) -> bool:
+  """Whether any row has an interval of the metric that is drawn."""
+  return any(row.interval is not None for run in runs for row in run.rows)
 
 
-_COLUMNS = (
+_SIZES = (
   _Column("patch", "px", lambda r: side(r.patch), lambda r: None),
   _Column("grid", "tokens", lambda r: grid(r.seqhw), lambda r: None),
-  _Column("top-1", "%", lambda r: f"{100 * r.top1:.1f}", lambda r: r.top1, max),
-  _Column("95 % interval", "%", _interval, lambda r: None),
-  _Column("top-5", "%", lambda r: _percent(r.top5), lambda r: r.top5, max),
-  _Column("macro", "%", lambda r: _percent(r.top1_macro), lambda r: r.top1_macro, max),
-  _Column("loss", "nats", lambda r: f"{r.loss:.3f}", lambda r: r.loss, min),
+)
+_COSTS = (
   _Column("tokens", "", lambda r: f"{r.tokens}", lambda r: float(r.tokens), min),
   _Column("cost", "GFLOPs", lambda r: _digits(r.gflops), lambda r: r.gflops, min, "gflops"),
   _Column("time", "ms", lambda r: _digits(r.ms), lambda r: r.ms, min, "ms"),
@@ -171,15 +231,37 @@ _COLUMNS = (
 )
 
 
+def _metric_columns(runs: Sequence[ReportRun]) -> list[_Column]:
+  """Returns the columns of the metric that is drawn, of its interval, and of the other metrics, fractions first."""
+  drawn = runs[0].metric
+  every = {drawn.name: drawn}
+  for metric in itertools.chain.from_iterable(run.metrics for run in runs):
+    every.setdefault(metric.name, metric)
+  _, *others = every.values()
+  others.sort(key=lambda metric: metric.unit != "%")
+  first, *rest = map(_metric_column, [drawn, *others])
+  interval = _Column(
+    "95 % interval", drawn.unit, functools.partial(_interval, drawn), lambda r: None
+  )
+  return [first, *([interval] if has_intervals(runs) else []), *rest]
+
+
+def _metric_column(metric: Metric) -> _Column:
+  best = max if metric.better == "max" else min
+  value: Callable[[EvalRow], float | None] = lambda row: row.of(metric.name)  # noqa: E731
+  return _Column(metric.short, metric.unit, lambda row: number(metric, value(row)), value, best)
+
+
 def full(runs: Sequence[ReportRun]) -> str:
   """Returns the HTML table of all rows and columns: best of a column bold, costs of dominated points marked."""
   rows = [row for run in runs for row in run.rows]
-  optional = {"top-5": [row.top5 for row in rows], "macro": [row.top1_macro for row in rows]}
-  absent = {head for head, values in optional.items() if all(v is None for v in values)}
-  columns = [c for c in _COLUMNS if c.head not in absent]
+  columns = [*_SIZES, *_metric_columns(runs), *_COSTS]
   best = [_best(column, rows) for column in columns]
   beaten = {cost: pareto.dominated(runs, cost) for cost in pareto.COSTS}
-  head = "".join(f'<th scope="col">{c.head}<small>{c.unit}</small></th>' for c in columns)
+  head = "".join(
+    f'<th scope="col">{html.escape(c.head)}<small>{html.escape(c.unit)}</small></th>'
+    for c in columns
+  )
   groups = []
   for i, run in enumerate(runs):
     name = _name_cell(i, run, rows=len(run.rows))
@@ -210,14 +292,14 @@ def _full_cell(column: _Column, best: float | None, row: EvalRow, marked: bool) 
 def front(runs: Sequence[ReportRun], cost: str) -> str:
   """Returns an HTML table for each group of `pareto.fronts`: from which cost on which run and patch size to use."""
   found = pareto.fronts(runs, cost)
-  unit = {"gflops": "GFLOPs", "ms": "ms"}[cost]
+  metric = runs[0].metric
+  names = [("from", {"gflops": "GFLOPs", "ms": "ms"}[cost]), ("run", ""), ("patch", "px")]
+  names += [("grid", "tokens"), (metric.short, metric.unit)]
+  names += [("95 % interval", metric.unit)] if has_intervals(runs) else []
   head = "".join(
-    f'<th scope="col">{name}<small>{small}</small></th>'
-    for name, small in (
-      ("from", unit), ("run", ""), ("patch", "px"), ("grid", "tokens"), ("top-1", "%"),
-      ("95 % interval", "%"),
-    )
-  )  # fmt: skip
+    f'<th scope="col">{html.escape(name)}<small>{html.escape(small)}</small></th>'
+    for name, small in names
+  )
   tables = []
   for facts, points in found.items():
     title = " · ".join(filter(None, facts)) if len(found) > 1 else ""
@@ -230,8 +312,9 @@ def front(runs: Sequence[ReportRun], cost: str) -> str:
 
 
 def _front_line(runs: Sequence[ReportRun], point: pareto.Point, cost: str) -> str:
-  row = point.row
-  cells = (side(row.patch), grid(row.seqhw), f"{100 * row.top1:.1f}", _interval(row))
+  row, metric = point.row, runs[0].metric
+  cells = [side(row.patch), grid(row.seqhw), number(metric, row.value)]
+  cells += [_interval(metric, row)] if has_intervals(runs) else []
   return (
     f'<tr><th scope="row">{_digits(getattr(row, cost))}</th>'
     f'<td class="name">{_name(point.run, runs[point.run])}</td>'

@@ -253,7 +253,7 @@ def test_depths_are_curves_of_their_own(tmp_path):
     ("FlexiViT depth=2 (other)", [6]),
     ("FlexiViT", [3, 4, 6, 8, 12]),
   ]
-  assert [row.top1 for row in runs[0].rows] == [rows[3]["top1"], rows[1]["top1"]]
+  assert [row.value for row in runs[0].rows] == [rows[3]["top1"], rows[1]["top1"]]
   assert runs_lib.to_json(runs[1])["rows"] == [rows[2], rows[0]]
   assert "depth" not in runs_lib.to_json(runs[3])["rows"][0]
   assert table([deep]).splitlines()[3:5] == [
@@ -267,7 +267,7 @@ def test_depths_are_curves_of_their_own(tmp_path):
 def test_strides_are_told_apart_by_their_grids(tmp_path):
   rows = [make_row(g, 0.1 * g, patch=6, stride=18 // (g - 1)) for g in (2, 4, 7)]
   (run,) = runs_lib.load([make_run(tmp_path / "run", rows=rows)])
-  assert [(row.patch, row.seqhw, row.top1) for row in run.rows] == [
+  assert [(row.patch, row.seqhw, row.value) for row in run.rows] == [
     (6, g, 0.1 * g) for g in (2, 4, 7)
   ]
 
@@ -307,7 +307,7 @@ def test_points_that_others_dominate(two):
 def test_fronts_go_from_cheap_to_dear(two, tmp_path):
   runs = runs_lib.load(two)
   found = {
-    cost: [(p.run, getattr(p.row, cost), p.row.top1) for p in front]
+    cost: [(p.run, getattr(p.row, cost), p.row.value) for p in front]
     for cost in ("gflops", "ms")
     for front in pareto.fronts(runs, cost).values()
   }
@@ -352,7 +352,7 @@ def test_depths_and_strides_are_points_like_others(tmp_path):
   runs = runs_lib.load(paths)
   assert [run.name for run in runs] == ["FlexiViT depth=2", "FlexiViT depth=3", "S"]
   (front,) = pareto.fronts(runs, "gflops").values()
-  assert [(p.run, p.row.seqhw, p.row.top1) for p in front] == [(0, 4, 0.5), (2, 7, 0.1 * 7), (0, 8, 0.9)]  # fmt: skip
+  assert [(p.run, p.row.seqhw, p.row.value) for p in front] == [(0, 4, 0.5), (2, 7, 0.1 * 7), (0, 8, 0.9)]  # fmt: skip
   report(paths, tmp_path / "out")
 
 
