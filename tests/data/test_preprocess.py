@@ -1,6 +1,7 @@
 """Each operation does what it says, and strings are parsed strictly."""
 
 import io
+import re
 
 import hypothesis.strategies as st
 import numpy as np
@@ -343,3 +344,10 @@ def test_errors_name_the_operation_and_the_key():
 
 def test_every_operation_is_documented():
   assert all(op.__doc__ for op in OPS.values())
+
+
+def test_the_page_has_every_operation(repository):
+  page = (repository / "docs" / "preprocessing.md").read_text()
+  assert [name for name in OPS if not re.search(rf"\| .*`{name}[(`].*\|", page)] == []
+  for pp in re.findall(r"^decode.*\|.*$", page, re.MULTILINE):
+    parse(pp)
