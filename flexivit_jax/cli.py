@@ -26,6 +26,7 @@ COMMANDS = {
   "inspect": "inspect",
   "convert": "convert",
   "export": "export",
+  "pack": "pack",
   "flexify": "flexify",
   "verify": "verify",
   "replay": "replay",

@@ -357,7 +357,8 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
       raise errors.UserError(f"--config.{key} cannot be {text}: {e}") from e
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+  """The Python literal that a text of the command line is; the text itself where it is none."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # of a backslash in quotes
@@ -368,7 +369,7 @@ def _literal(text: str) -> Any:
 
 def _typed(what: str, text: str, like: Any) -> Any:
   """The value that a text stands for, of the type of `like`; None can stand anywhere and be anything."""
-  value = _literal(text)
+  value = literal(text)
   if value is None or like is None:
     return value
   if isinstance(like, str):

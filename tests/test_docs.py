@@ -55,6 +55,8 @@ INSTEAD["flexivit flexify --init vit.npz --data photos --out runs/flexible"] = (
   " && flexivit flexify --init runs/tiny --data photos --out runs/flexible --epochs 1 --image_size 24"
   " --seqhw 2,8 --batch_size 4"
 )
+pack = "flexivit pack name=folder data_dir=photos split=train --out packed"
+INSTEAD[pack] = f"python {MAKE_PHOTOS} && {pack}"
 # The model that the page has just trained stands in for a pretrained file.
 tuned = "flexivit train --config configs/folder.py:init={},data_dir=photos --workdir runs/tuned"
 INSTEAD[tuned.format("vit.npz")] = (

@@ -1,24 +1,28 @@
-"""`flexivit verify PATH`: is everything still what was written? See `weights.verification`."""
+"""`flexivit verify PATH`: is everything still what was written? See `weights.verification` and `data.packs`."""
 
 import argparse
 
 from flexivit_jax import errors
 from flexivit_jax.commands import options
 
-HELP = "is everything in a run or an export as it was written?"
+HELP = "is everything in a run, an export or packed data as it was written?"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
   """The path."""
-  p.add_argument("path", type=options.path, help="a run, a checkpoint, an export, or weights")
+  p.add_argument(
+    "path", type=options.path, help="a run, a checkpoint, an export, weights, or packed data"
+  )
 
 
 def run(args: argparse.Namespace) -> None:
   """Prints a line for each thing checked; a UserError if anything is damaged, after all were looked at."""
+  from flexivit_jax.data import packs
   from flexivit_jax.weights import folders, verification
 
   problems = {}
-  for name, problem in verification.verify(args.path):
+  verify = packs.verify if packs.is_packed(args.path) else verification.verify
+  for name, problem in verify(args.path):
     print(f"{name}: {problem or 'as it was written'}", flush=True)
     if problem:
       problems[name] = problem

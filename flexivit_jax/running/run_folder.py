@@ -72,10 +72,14 @@ def check_path(workdir: pathlib.Path, *, several: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path, option: str = "--workdir") -> Iterator[None]:
   """Locks the folder for this process; the lock is released when the process ends, in whatever way.
 
   Folders that were created for the lock are removed at the end if nothing was written in them.
+
+  Args:
+    workdir: the folder.
+    option: by which the user named it, for messages.
 
   Raises:
     UserError: another process holds the lock (it is named); or the folder cannot be written to.
@@ -89,12 +93,12 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     lock.acquire()
   except filelock.Timeout as e:
     raise errors.UserError(
-      f"{workdir} is in use by {_holder(holder)}; wait for it, stop it, or give another --workdir."
+      f"{workdir} is in use by {_holder(holder)}; wait for it, stop it, or give another {option}."
     ) from e
   except OSError as e:
     _remove(created)
     raise errors.UserError(
-      f"{workdir} cannot be written to: {e.strerror}; give another --workdir."
+      f"{workdir} cannot be written to: {e.strerror}; give another {option}."
     ) from e
   try:
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

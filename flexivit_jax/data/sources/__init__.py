@@ -16,6 +16,7 @@ from flexivit_jax.data.sources.digits import digits_source
 from flexivit_jax.data.sources.folder import folder_source, images_source
 from flexivit_jax.data.sources.masks import masks_source
 from flexivit_jax.data.sources.objectnet import objectnet_source
+from flexivit_jax.data.sources.packed import packed_source
 from flexivit_jax.data.sources.synthetic import synthetic_source
 from flexivit_jax.data.sources.tfds import is_prepared, tfds_source
 from flexivit_jax.data.sources.voc import voc_source
@@ -30,6 +31,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
   "images": images_source,
   "masks": masks_source,
   "objectnet": objectnet_source,
+  "packed": packed_source,
   "synthetic": synthetic_source,
   "voc": voc_source,
   "yolo": yolo_source,

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -299,9 +299,12 @@ def annotated_source(
     if not rows:
       raise UserError(f"{name} {part!r} in {root} has no image that can be used.")
   rows = select(split, {part: mixed(rows) for part, rows in stored.items()})
-  read = functools.partial(read_rows, root, _table(rows, relative), upright, relative)
-  where = str(root)
-  return Source(name, split, num_classes, class_names, len(rows), read, None, upright, where)
+  table = _table(rows, relative)
+  read = functools.partial(read_rows, root, table, upright, relative)
+  listing = functools.partial(_listing, table)
+  return Source(
+    name, split, num_classes, class_names, len(rows), read, None, upright, str(root), listing
+  )
 
 
 def _table(rows: Sequence[Row], relative: bool) -> Table:
@@ -330,6 +333,14 @@ def read_rows(
     record = {"image": (root / path).read_bytes(), "id": path, **other, **boxes}
     records.append(in_pixels(record, upright) if relative else record)
   return records
+
+
+def _listing(table: Table) -> Iterator[Record]:
+  """Yields the records without images and masks; relative boxes stay relative."""
+  for i, (path, other) in enumerate(zip(table.paths, table.others, strict=True)):
+    low, high = table.ends[i], table.ends[i + 1]
+    boxes = {key: column[low:high] for key, column in table.columns.items()}
+    yield {"id": path, **{k: v for k, v in other.items() if k != "mask"}, **boxes}
 
 
 def in_pixels(record: Record, upright: bool) -> Record:

@@ -39,7 +39,8 @@ class Source:
       because published results are of the stored pixels.
     where: the folder in which the ids of examples are paths of files; None: they are not.
     listing: returns the record of every example without what files hold ("image", "mask"), and without reading them;
-      None: impossible. `flexivit pack` tells by it whether the input is still the same.
+      None: impossible. Boxes in it may be relative to the image's sides. `flexivit pack` tells by it whether the input
+      is still the same.
   """
 
   name: str
