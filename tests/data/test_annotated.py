@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -730,3 +731,56 @@ def test_arguments_that_no_format_takes(name, tmp_path):
     opened(name, "train", tmp_path, on_bad="skp")
   with pytest.raises(UserError, match="To plan, give the data set"):
     planned_source(name=name, split="train", data_dir=tmp_path)
+
+
+# --- real data ---
+
+
+@pytest.mark.shared
+def test_blood_cells_in_coco_format(shared, tmp_path):
+  with zipfile.ZipFile(shared / "data" / "bccd_320x240.zip") as file:
+    file.extractall(tmp_path)
+  counts = {
+    "train": (205, [2381, 214, 209]),
+    "val": (87, [967, 87, 83]),
+    "test": (72, [805, 71, 69]),
+  }
+  for split, (images, boxes) in counts.items():
+    source = opened("coco", split, tmp_path)
+    assert (len(source), source.class_names[2]) == (images, "platelet")
+    records = source.read(range(images))
+    labels = np.concatenate([record["box_labels"] for record in records])
+    assert np.bincount(labels).tolist() == boxes
+    for record in records:
+      assert header_hw(record["image"]) == record["annotated_hw"] == (240, 320)
+  sides = np.concatenate([record["boxes"] for record in records])
+  assert (sides[:, 2:] - sides[:, :2]).min() >= 9.5
+
+
+@pytest.mark.shared
+def test_driving_photos_with_masks(shared, tmp_path):
+  with zipfile.ZipFile(shared / "data" / "camvid_240x320.zip") as file:
+    names = [n for n in file.namelist() if n.startswith("val") or n == "classes.json"]
+    file.extractall(tmp_path, names)
+  source = opened("masks", "val", tmp_path, ignore=11)
+  assert (len(source), source.num_classes, source.class_names[8]) == (101, 11, "car")
+  for record in source.read(range(0, 101, 10)):
+    mask = np.asarray(Image.open(io.BytesIO(record["mask"])))
+    assert mask.shape == record["annotated_hw"] == header_hw(record["image"]) and mask.max() <= 11
+
+
+@pytest.mark.shared
+def test_emoji_with_captions(shared, tmp_path):
+  stored = np.load(shared / "data" / "emoji_captions_96.npz")
+  meta, ends, webp = json.loads(stored["meta"].tobytes()), stored["offsets"], stored["webp"]
+  (tmp_path / "all").mkdir()
+  with (tmp_path / "all" / "metadata.jsonl").open("w", encoding="utf-8") as file:
+    for i in range(0, len(meta), 30):
+      image = webp[ends[i] : ends[i + 1]].tobytes()
+      (tmp_path / "all" / f"{meta[i]['hexcode']}.webp").write_bytes(image)
+      for key in ("label_en", "label_ja"):
+        row = {"file_name": f"{meta[i]['hexcode']}.webp", "text": meta[i][key]}
+        file.write(json.dumps(row) + "\n")
+  source = opened("captions", "all", tmp_path)
+  found = {record["id"]: record["captions"] for record in source.read(range(len(source)))}
+  assert found == {f"all/{m['hexcode']}.webp": (m["label_en"], m["label_ja"]) for m in meta[::30]}
