@@ -175,6 +175,7 @@ def test_maps_are_those_of_their_definition():
   assert boxes("resize((40, 15))") == [[0, 0, 15, 40], [2, 10, 5, 30], [14, 36, 15, 40]]
   assert boxes("central_crop(10)") == [[0, 0, 10, 10]]  # of (10, 5, 20, 15); box 8 ends there
   assert boxes("central_crop((24, 30), fill=0)")[1] == [4, 7, 10, 17]
+  assert boxes("central_crop((23, 33), 'even', fill=0)")[1] == [5, 6, 11, 16]
   assert boxes("crop_border(5)") == [[0, 0, 20, 10], [0, 0, 5, 10]]
   assert boxes("pad(64, fill=0)") == FULL.tolist()
   flips = {seed: boxes("flip_lr", seed)[1] for seed in range(20)}
@@ -198,6 +199,7 @@ def test_padding_has_the_values_that_are_written():
 
 def test_a_mask_takes_the_nearest_pixel_and_flips_change_places_with_resizes():
   rng = np.random.default_rng(0)
+  assert annotations._nearest(np.array([[3, 1]]), 1, 1).tolist() == [[1]]
   for old in range(1, 14):
     mask = rng.integers(0, 256, (old, 3)).astype(np.uint8)
     for new in range(1, 14):
@@ -238,6 +240,17 @@ def test_what_is_left_of_a_box_decides():
       parse(f"crop_border(1, min_area={share})")
   with pytest.raises(UserError, match="no argument 'min_area'"):
     parse("decode(min_area=0.5)")
+
+
+def test_boxes_never_reach_beyond_the_image_into_its_padding():
+  out = np.array([[-6, -4, 6, 8], [25, 5, 40, 30], [-9, 2, 0, 9], [5, 5, 5, 9], [5, 5, 9, 5]])
+  record = example(boxes=out.astype(np.float32), box_ids=np.arange(5))
+  for pp in ("pad(64, fill=0, min_area=0)", "central_crop(60, fill=0, min_area=0)"):
+    moved = run(pp, record)
+    np.testing.assert_array_equal(
+      moved["boxes"] - ([15, 20] * 2 if "crop" in pp else 0), [[0, 0, 6, 8], [25, 5, 30, 20]]
+    )
+    assert moved["box_ids"].tolist() == [0, 1]  # The others are outside, or have no area.
 
 
 def test_no_boxes_keep_their_shape():
