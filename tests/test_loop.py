@@ -44,7 +44,7 @@ class Data(TrainBatches):
 
   def __init__(self, exp):
     self.errors: dict = {}
-    self.batch = {k: np.zeros((8, *s), np.float32) for k, s in exp.input_shapes.items()}
+    self.batch = {k: np.zeros((8, *s), np.float32) for k, s in exp.shapes.items()}
 
   def __next__(self):
     return self.batch

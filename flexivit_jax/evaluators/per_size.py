@@ -154,7 +154,7 @@ class PerSize:
       times = (_seconds(program, params, batch) for _ in range(repeats))
       ms = statistics.median(times) * 1e3 / n
       patch, _, grid = self.model.grid((h, w), **size)
-      gflops = 2 * self.model.gmacs((h, w), channels, **size)
+      gflops = 2 * self.model.gmacs({"image": (h, w, channels)}, **size)
       patch_text = patch[0] if patch[0] == patch[1] else size_text(patch)
       rows.append({"patch": patch_text, "tokens": grid[0] * grid[1], "gflops": gflops, "ms": ms})
     return rows

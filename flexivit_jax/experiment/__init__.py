@@ -6,7 +6,7 @@ from flexivit_jax.experiment.build import (
   from_config,
   without_evaluations,
 )
-from flexivit_jax.experiment.checks import example_shapes
+from flexivit_jax.experiment.checks import example_arrays
 from flexivit_jax.experiment.evaluation import Evaluation, build_evaluation, classes_of_tables
 from flexivit_jax.experiment.loaders import REAL, Opening
 from flexivit_jax.experiment.settings import Settings
@@ -20,7 +20,7 @@ __all__ = [
   "build_evaluation",
   "check",
   "classes_of_tables",
-  "example_shapes",
+  "example_arrays",
   "from_config",
   "without_evaluations",
 ]

@@ -276,7 +276,7 @@ def _image(batch_size: int, image_size: int) -> jax.Array:
 
 
 def _params(model: FlexiViT, image_size: int) -> Params:
-  return jax.jit(lambda: steps.init_params(model, (image_size, image_size, 3), seed=0))()
+  return jax.jit(lambda: steps.init_params(model, {"image": (image_size, image_size, 3)}, seed=0))()
 
 
 def _names(model: FlexiViT, size: SizeArgs, image_size: int) -> BenchRow:
@@ -299,7 +299,7 @@ def _row(
   opt_bytes: int = 0,
 ) -> BenchRow:
   size, median = setting.image_size, statistics.median(times)
-  macs = model.gmacs((size, size), **size_args(seqhw))
+  macs = model.gmacs({"image": (size, size, 3)}, **size_args(seqhw))
   flops = 2e9 * PASSES[kind] * macs * setting.batch_size / median
   return _names(model, size_args(seqhw), size) | {
     f"{kind}_batch_size": setting.batch_size,
@@ -316,7 +316,9 @@ def _row(
 
 @functools.cache
 def _shapes(model: FlexiViT, image_size: int) -> Params:
-  return jax.eval_shape(lambda: steps.init_params(model, (image_size, image_size, 3), seed=0))
+  return jax.eval_shape(
+    lambda: steps.init_params(model, {"image": (image_size, image_size, 3)}, seed=0)
+  )
 
 
 def table(rows: Sequence[BenchRow]) -> str:

@@ -41,7 +41,7 @@ class Experiment(NamedTuple):
   Attributes:
     name, seed: of the run.
     model, model_record: the network, and the JSON-able record from which it is built again.
-    input_shapes: shape of one example for each input of the objective and its teachers.
+    inputs: shape and dtype of one example for each input of the model, the objective and its teachers.
     objective, optimizer: what a step minimises, and how.
     flexi: the schedule of sizes.
     step_flops: FLOPs of a step at a size.
@@ -54,7 +54,6 @@ class Experiment(NamedTuple):
     update_scale: factor of the update at a size; None: no token budget.
     accumulate: gradient-accumulation microbatches, or "auto".
     memory_gib: memory of a device for accumulate="auto".
-    head_bias: initial bias of the head.
     init: parameters to start from; None: random ones.
     frozen_digests: sha256 of the objective's teachers by name.
     drawn: everything that the teachers' logits depend on; the key of their cache.
@@ -75,7 +74,7 @@ class Experiment(NamedTuple):
   seed: int
   model: Model
   model_record: Json
-  input_shapes: dict[str, tuple[int, ...]]
+  inputs: dict[str, jax.ShapeDtypeStruct]
   objective: Objective
   optimizer: Optimizer
   flexi: patch_schedule.Flexi
@@ -90,7 +89,6 @@ class Experiment(NamedTuple):
   update_scale: Callable[[SizeArgs], float] | None
   accumulate: int | str
   memory_gib: float | None
-  head_bias: float | None
   init: Params | None
   frozen_digests: dict[str, str]
   drawn: Json
@@ -112,11 +110,16 @@ class Experiment(NamedTuple):
   @property
   def image_shape(self) -> tuple[int, ...]:
     """(h, w, c) of what the model sees."""
-    return self.input_shapes["image"]
+    return self.shapes["image"]
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """Those of `inputs`."""
+    return {name: one.shape for name, one in self.inputs.items()}
 
 
 class _Learner(NamedTuple):
-  """What a run trains, and on what. `shapes` are those of one example; `input` is the config's, its classes counted."""
+  """What a run trains, and on what. `inputs` are those of one example; `input` is the config's, its classes counted."""
 
   source: data.Source
   model: Model
@@ -127,7 +130,12 @@ class _Learner(NamedTuple):
   init: Init
   labelled: labelling.Labelled
   input: Section
-  shapes: dict[str, tuple[int, ...]]
+  inputs: dict[str, jax.ShapeDtypeStruct]
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """Those of `inputs`."""
+    return {name: one.shape for name, one in self.inputs.items()}
 
 
 class _Sizes(NamedTuple):
@@ -216,7 +224,7 @@ def from_config(
     **sizes._asdict(),
     model=learner.model,
     model_record=learner.record,
-    input_shapes=learner.shapes,
+    inputs=learner.inputs,
     objective=learner.objective,
     optimizer=optimizer,
     evaluations=evaluations,
@@ -225,7 +233,6 @@ def from_config(
     steps_per_epoch=lengths.examples / lengths.images_per_step,
     total_steps=lengths.total_steps,
     images_per_step=lengths.images_per_step,
-    head_bias=checked.init_head_bias,
     init=learner.init.params,
     frozen_digests=digests,
     drawn=_drawn(checked, learner, digests),
@@ -282,11 +289,13 @@ def _learner(settings: Settings, opening: Opening, trained: class_names.Trained 
     _train_batches(source, section, settings.seed, 1, 0)
   with config.naming("model"):
     network, record = build_model({"dtype": default_dtype(), **fields}, source.num_classes)
+  network = _biased(network, settings.init_head_bias)
   objective = settings.objective
   teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
   with config.naming("objective"):
     unweighted = {k: v for k, v in objective.items() if k != "class_weights"}
     goal = build_objective(unweighted, teachers)
+  checks.check_outputs(goal, network)
   init, labelled = _classes(
     source, network, settings.init, teachers, "labels" in goal.inputs, opening, trained
   )
@@ -297,25 +306,42 @@ def _learner(settings: Settings, opening: Opening, trained: class_names.Trained 
   with config.naming("objective"):
     objective = _weighted(objective, source, network.num_classes)
     goal = build_objective(objective, teachers)
-  skip = section.get("on_error", "raise")
-  shapes = checks.example_shapes(source, section["pp"], _inputs(goal), network.num_classes, skip)
-  checks.check_teachers(teachers, shapes, network.num_classes)
-  return _Learner(
-    source, network, record, goal, objective, teachers, init, labelled, section, shapes
+  arrays = checks.example_arrays(source, section["pp"], section.get("on_error", "raise"))
+  taught = goal.teaching.inputs if goal.teaching else {}
+  inputs = checks.check_inputs(
+    arrays, network.inputs, goal.inputs, taught, num_classes=network.num_classes
   )
+  learner = _Learner(
+    source, network, record, goal, objective, teachers, init, labelled, section, inputs
+  )
+  checks.check_teachers(teachers, learner.shapes, network.num_classes)
+  return learner
+
+
+def _biased(model: Model, bias: float | None) -> Model:
+  """The model whose head's bias begins with this number; None: as it is."""
+  if bias is None:
+    return model
+  if not hasattr(model, "head_bias"):
+    raise errors.UserError(
+      f"init_head_bias={bias}, but a {type(model).__name__} has no head_bias; leave it out."
+    )
+  return model.clone(head_bias=bias)
 
 
 def _sizes(settings: Settings, learner: _Learner, flexi: patch_schedule.Flexi) -> _Sizes:
   """Weighs what is drawn at each step, and makes sure that the model can run each size."""
   network, shapes = learner.model, learner.shapes
-  batches_of, update_scale = _budget(
-    settings.token_budget, flexi, network, shapes["image"], bool(learner.teachers)
-  )
+  batches_of, update_scale = _budget(settings.token_budget, flexi, learner)
   batch_size, also = learner.input["batch_size"], learner.objective.also
+  # Backward is worth two passes; microbatches of a loss over the batch make their embeddings twice.
+  twice = not learner.objective.separable and settings.accumulate not in (1, "auto")
+  step_flops = functools.partial(
+    flops.step_flops, network, shapes, learner.teachers, also, passes=4 if twice else 3
+  )
 
   def cost(size: SizeArgs) -> float:
-    one = flops.step_flops(network, shapes, learner.teachers, also, size, batch_size=batch_size)
-    return one * batches_of(size)
+    return step_flops(size, batch_size=batch_size) * batches_of(size)
 
   flexi = patch_schedule.weigh(flexi, cost)
   for size in patch_schedule.all_static(flexi):
@@ -345,11 +371,13 @@ def _lengths(settings: Settings, learner: _Learner, sizes: _Sizes) -> _Lengths:
 
 
 def _optimizer(settings: Settings, learner: _Learner, lengths: _Lengths) -> Optimizer:
-  image_shape = learner.shapes["image"]
-  params = jax.eval_shape(
-    lambda: steps.init_params(learner.model, image_shape, settings.seed, settings.init_head_bias)
-  )
-  checks.check_channels(learner.init.params, image_shape)
+  params = jax.eval_shape(lambda: steps.init_params(learner.model, learner.shapes, settings.seed))
+  checks.check_channels(learner.init.params, learner.shapes["image"])
+  if settings.optim.get("clip_each") is not None and not learner.objective.separable:
+    raise errors.UserError(
+      "optim.clip_each limits the gradient of each example, but this objective compares the examples of a batch; use"
+      " optim.clip."
+    )
   return _make_optimizer(
     params, total_steps=lengths.total_steps, **lengths.units(), **settings.optim
   )
@@ -454,21 +482,22 @@ def _classes(
 
 
 def _budget(
-  section: Section | None,
-  flexi: patch_schedule.Flexi,
-  model: Model,
-  image_shape: Sequence[int],
-  taught: bool,
+  section: Section | None, flexi: patch_schedule.Flexi, learner: _Learner
 ) -> tuple[Callable[[SizeArgs], int], Callable[[SizeArgs], float] | None]:
   """Returns how many batches a step at a size takes, and by what its update is multiplied."""
   if section is None:
     return lambda size: 1, None
-  if taught:
+  if learner.teachers:
     raise errors.UserError("token_budget with teachers, whose batches are all alike; remove one.")
+  if not learner.objective.separable:
+    raise errors.UserError(
+      "token_budget with a loss that compares the examples of a batch: with how many an example is compared would"
+      " depend on the patch size; remove it."
+    )
   budget = token_budgets.make(**section)
 
   def tokens(size: SizeArgs) -> int:
-    rows, columns = model.grid(tuple(image_shape[:2]), **size).grid_hw
+    rows, columns = learner.model.grid(learner.shapes["image"][:2], **size).grid_hw
     return rows * columns
 
   every = itertools.product(*(choice.values for choice in flexi.values()))
@@ -493,12 +522,6 @@ def _total_steps(by_flops: float | None, **durations: Any) -> int:
   if not math.isfinite(by_flops):
     raise errors.UserError("total_flops is not finite; give a number, like 1e18.")
   return round(by_flops)
-
-
-def _inputs(objective: Objective) -> tuple[str, ...]:
-  """What an objective and its teachers take from a batch."""
-  taught = objective.teaching.inputs if objective.teaching else ()
-  return tuple(dict.fromkeys((*objective.inputs, *taught)))
 
 
 def _drawn(settings: Settings, learner: _Learner, digests: Mapping[str, str]) -> Json:

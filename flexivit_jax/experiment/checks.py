@@ -3,11 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from flexivit_jax import config, data, errors
+import jax
+
+from flexivit_jax import config, data, errors, specs
 from flexivit_jax.experiment.settings import Settings
 from flexivit_jax.models.base import Model
+from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import SizeArgs
+from flexivit_jax.specs import Shapes, Specs
 from flexivit_jax.trees import Params
 
 
@@ -69,9 +73,7 @@ def check_size(model: Model, image_shape: Sequence[int], size: SizeArgs) -> None
   model.grid(tuple(image_shape[:2]), **size)
 
 
-def check_teachers(
-  teachers: Mapping[str, Teacher], shapes: Mapping[str, tuple[int, ...]], num_classes: int
-) -> None:
+def check_teachers(teachers: Mapping[str, Teacher], shapes: Shapes, num_classes: int) -> None:
   """Raises a UserError for a teacher of other classes, or whose size does not divide its image."""
   for name, teacher in teachers.items():
     if teacher.model.num_classes != num_classes:
@@ -81,25 +83,55 @@ def check_teachers(
     teacher.model.grid(shapes[teacher.image][:2], **teacher.size)
 
 
-def example_shapes(
-  source: data.Source, pp: str, inputs: Sequence[str], num_classes: int, on_error: str = "raise"
-) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of what the preprocessing makes of the first example; labels have to fit the model."""
+def example_arrays(
+  source: data.Source, pp: str, on_error: str = "raise"
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shape and dtype on a device of each array that the preprocessing makes of the first example."""
   with config.naming("input"):
-    first = data.eval_batches(source, pp, batch_size=1, threads=0, on_error=on_error)
-    example = next(iter(first))
-  for name in inputs:
-    if name == "labels":
-      continue
-    if name not in example or example[name].ndim != 4:
-      got = (
-        f"no {name!r}" if name not in example else f"an image of shape {example[name].shape[1:]}"
-      )
-      raise errors.UserError(f"input.pp gives {got}; expected [h, w, c] under the key {name!r}.")
-  labels = example.get("labels")
-  if "labels" in inputs and (labels is None or labels.shape[1:] != (num_classes,)):
-    got = "no 'labels'" if labels is None else f"labels of shape {labels.shape[1:]}"
-    fix = f"use onehot({num_classes}), or onehot(), which counts them, and keep 'labels'"
-    fix += " (configs/folder.py: leave num_classes out)"
-    raise errors.UserError(f"input.pp gives {got}; the model has {num_classes} classes: {fix}.")
-  return {name: example[name].shape[1:] for name in inputs}
+    batches = data.eval_batches(source, pp, batch_size=1, threads=0, on_error=on_error)
+    example = next(iter(batches))
+  dtype = jax.dtypes.canonicalize_dtype
+  return {
+    name: jax.ShapeDtypeStruct(array.shape[1:], dtype(array.dtype))
+    for name, array in example.items()
+  }
+
+
+def check_inputs(
+  arrays: Mapping[str, jax.ShapeDtypeStruct], *all_specs: Specs, num_classes: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns those of the arrays that the specs name, after a comparison; labels have to fit the model.
+
+  Args:
+    arrays: of one example, see `example_arrays`.
+    *all_specs: the model's inputs, the objective's, its teachers'.
+    num_classes: of the model: the length of "classes".
+
+  Raises:
+    UserError: see `specs.check`.
+  """
+  lengths: Mapping[str, int] = {}
+  for one in all_specs:
+    if "labels" in one and one["labels"].shape == ("classes",):
+      _check_labels(arrays.get("labels"), num_classes)
+    lengths = specs.check(arrays, one, {"classes": num_classes, **lengths})
+  return {name: arrays[name] for name in specs.merge(*all_specs)}
+
+
+def _check_labels(labels: jax.ShapeDtypeStruct | None, num_classes: int) -> None:
+  if labels is not None and labels.shape == (num_classes,):
+    return
+  got = "no 'labels'" if labels is None else f"labels of shape {labels.shape}"
+  fix = f"use onehot({num_classes}), or onehot(), which counts them, and keep 'labels'"
+  fix += " (configs/folder.py: leave num_classes out)"
+  raise errors.UserError(f"input.pp gives {got}; the model has {num_classes} classes: {fix}.")
+
+
+def check_outputs(objective: Objective, model: Model) -> None:
+  """Raises a UserError where an objective takes what the model does not give."""
+  lacking = [name for name in objective.outputs if name not in model.outputs]
+  if lacking:
+    raise errors.UserError(
+      f"The objective takes {lacking} from the model, {type(model).__name__} gives {sorted(model.outputs)}; choose"
+      " another objective.name or model.name."
+    )

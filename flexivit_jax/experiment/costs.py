@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Sharding
 
 from flexivit_jax import data, experiment, trees, weights
@@ -116,7 +115,7 @@ def _planned_teacher(
   if model is None:
     return loaders.load_teacher(checkpoint=checkpoint, **options)
   network, _ = loaders.build_model(model, num_classes=0)
-  init = functools.partial(steps.init_params, network, (8, 8, 3), seed=0)
+  init = functools.partial(steps.init_params, network, {"image": (8, 8, 3)}, seed=0)
   params = jax.eval_shape(init) if shapes else {}
   size = {} if options.get("seqhw") is None else {"seqhw": options["seqhw"]}
   return Teacher(network, params, options.get("image", "image"), size)
@@ -143,24 +142,23 @@ def state_of(exp: experiment.Experiment) -> steps.TrainState:
   """The shapes of the state before the first step."""
 
   def init() -> steps.TrainState:
-    params = steps.init_params(exp.model, exp.image_shape, exp.seed, exp.head_bias)
+    params = steps.init_params(exp.model, exp.shapes, exp.seed)
     return steps.init_state(params, exp.optimizer.tx, exp.objective)
 
   return jax.eval_shape(init)
 
 
 def _sizes(exp: experiment.Experiment) -> list[Json]:
-  h, w, c = exp.image_shape
   mean = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
   rows = []
   for size, share, cost in patch_schedule.shares(exp.flexi, exp.step_flops):
     args: SizeArgs = dict(size)
-    grid = exp.model.grid((h, w), **args).grid_hw
+    grid = exp.model.grid(exp.image_shape[:2], **args).grid_hw
     rows.append(
       {
         "size": size_name(size),
         "tokens": grid[0] * grid[1],
-        "gmacs": exp.model.gmacs((h, w), c, **size),
+        "gmacs": exp.model.gmacs(exp.shapes, **size),
         "step_flops": cost,
         "share_of_steps": share,
         "share_of_flops": share * cost / mean,
@@ -172,17 +170,14 @@ def _sizes(exp: experiment.Experiment) -> list[Json]:
 def _evaluation_flops(exp: experiment.Experiment, evaluation: experiment.Evaluation) -> float:
   """FLOPs of one evaluator over the whole run: a forward pass at each size, and the teacher's once for all."""
   section = evaluation.section
-  h, w, c = exp.image_shape
   axes = {k: section[k] for k in ("seqhw", "stride", "depth") if section.get(k)}
   sizes = sizes_of(**axes) if axes else []
-  macs = sum(exp.model.gmacs((h, w), c, **size) for size in sizes)
+  macs = sum(exp.model.gmacs(exp.shapes, **size) for size in sizes)
   times = math.ceil(exp.total_steps / evaluation.every)
   if "teacher" in section:
     teacher = section["teacher"]
-    th, tw, tc = experiment.example_shapes(evaluation.source, evaluation.pp, (teacher.image,), 0)[
-      teacher.image
-    ]
-    macs += teacher.model.gmacs((th, tw), tc, **teacher.size)
+    arrays = experiment.example_arrays(evaluation.source, evaluation.pp)
+    macs += teacher.model.gmacs({"image": arrays[teacher.image].shape}, **teacher.size)
     times = 1 if not sizes else times
   return 2e9 * macs * len(evaluation.source) * times
 
@@ -191,7 +186,7 @@ def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -
   """Bytes on each device: the batch is divided, weights where the config's mesh says so."""
   mesh = _mesh(exp, devices) or sharding.abstract_mesh(devices)
   share = exp.batch_size / devices
-  batch = sum(4 * share * math.prod(shape) for shape in exp.input_shapes.values())
+  batch = sum(share * math.prod(x.shape) * x.dtype.itemsize for x in exp.inputs.values())
   teachers = exp.objective.teaching.frozen if exp.objective.teaching else ()
   costliest = max(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
   return {
@@ -202,9 +197,7 @@ def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -
     if exp.mesh.get("divide_teachers", True)
     else trees.size_in_bytes(teachers),
     "batch": batch,
-    "activations": exp.model.activation_bytes(exp.image_shape[:2], **costliest)
-    * share
-    / _microbatches(exp),
+    "activations": exp.model.activation_bytes(exp.shapes, **costliest) * share / _microbatches(exp),
   }
 
 
@@ -233,8 +226,9 @@ def lowered(settings: Section, meshes: Sequence[int]) -> dict[str, str]:
 
 def _gradients(exp: experiment.Experiment, model: Model) -> list[Jitted]:
   """The first program of a step at each size."""
+  clipping = {"clip_each": exp.optimizer.clip_each, "frozen": exp.optimizer.frozen}
   gradients = functools.partial(
-    steps.gradients, model=model, objective=exp.objective, **_common(exp)
+    steps.gradients, model=model, objective=exp.objective, **clipping, **_common(exp)
   )
   sizes = patch_schedule.all_static(exp.flexi)
   return [jax.jit(functools.partial(gradients, **size)) for size in sizes]
@@ -269,8 +263,10 @@ def _lower_for(
   def whole(tree: Tree) -> Tree:
     return jax.tree.map(_placed_one, tree, sharding.divided(tree, mesh))
 
-  shapes = {k: (exp.batch_size, *shape) for k, shape in exp.input_shapes.items()}
-  specs = {k: split(jax.ShapeDtypeStruct(shape, jnp.float32)) for k, shape in shapes.items()}
+  specs = {
+    k: split(jax.ShapeDtypeStruct((exp.batch_size, *x.shape), x.dtype))
+    for k, x in exp.inputs.items()
+  }
   state = whole(state_of(exp))
   batch: Json = {k: specs[k] for k in exp.objective.inputs}
   if teach is not None:

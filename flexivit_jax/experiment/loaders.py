@@ -159,7 +159,9 @@ def load_teacher(
     _check_model(network, model or {}, checkpoint)
   elif model is not None:
     network, _ = build_model({"head_zeroinit": False, **model}, num_classes=0)
-    params = steps.init_params(network, (8, 8, 3), seed=0)  # no parameter depends on the image
+    params = steps.init_params(
+      network, {"image": (8, 8, 3)}, seed=0
+    )  # no parameter depends on the image
   else:
     raise errors.UserError("A teacher has neither checkpoint nor model; give one of them.")
   size = {} if seqhw is None else {"seqhw": seqhw}

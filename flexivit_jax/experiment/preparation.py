@@ -65,7 +65,7 @@ def first_state(exp: experiment.Experiment, mesh: Mesh) -> steps.TrainState:
 
 
 def _init(exp: experiment.Experiment, weights: Params | None, seed: jax.Array) -> steps.TrainState:
-  params = steps.init_params(exp.model, exp.image_shape, seed, exp.head_bias)
+  params = steps.init_params(exp.model, exp.shapes, seed)
   params = {**params, **(weights or {})}  # loaded weights may lack the head
   return steps.init_state(params, exp.optimizer.tx, exp.objective)
 
@@ -201,6 +201,8 @@ def programs(
     model=exp.model,
     objective=exp.objective,
     tx=exp.optimizer.tx,
+    clip_each=exp.optimizer.clip_each,
+    frozen=exp.optimizer.frozen,
     skip_above=exp.skip_above,
     batches_of=exp.batches_of,
     update_scale=exp.update_scale,
@@ -214,8 +216,11 @@ def programs(
 
 def _specs(exp: experiment.Experiment, inputs: Iterable[str], mesh: Mesh) -> Json:
   local = exp.batch_size // jax.process_count()
-  shapes = {name: (local, *exp.input_shapes[name]) for name in inputs}
-  return sharding.specs({k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()}, mesh)
+  arrays = {
+    name: np.broadcast_to(exp.inputs[name].dtype.type(0), (local, *exp.inputs[name].shape))
+    for name in inputs
+  }
+  return sharding.specs(arrays, mesh)
 
 
 def report_of(kind: str, exp: experiment.Experiment) -> Callable[..., None]:

@@ -3,28 +3,33 @@
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from flexivit_jax.models.grid import Grid
+from flexivit_jax.sizes import SizeArgs
+from flexivit_jax.specs import Shapes, Specs
 from flexivit_jax.trees import Params
 
-# Fields that do not identify the architecture: Flax's own, and device placement.
-UNNAMED = ("parent", "name", "fsdp")
+# Fields that do not identify the architecture: Flax's own, device placement, how the head's bias begins.
+UNNAMED = ("parent", "name", "fsdp", "head_bias")
 
 
 @runtime_checkable
 class Model(Protocol):
-  """A Flax module from images to logits, at a size that its static arguments choose.
+  """A Flax module from named inputs to named outputs, at a size that its static arguments choose.
 
   The keyword arguments of `grid` are the static arguments: the keys that a config's `flexi` may draw and the keywords
-  that `apply` takes. One of them is `seqhw`, tokens per side; parameters are made with seqhw=1 and depend on no size.
+  that `apply` takes. One of them is `seqhw`, tokens per side of the image; parameters depend on no size.
   Parameters are named after Transformer blocks ("Transformer/encoderblock_0/...") where `optim.layer_decay` or a
-  number in `optim.freeze` is to work, and the head's are "head/kernel" and "head/bias". A module with a field `fsdp`
-  gets the mesh there if the mesh divides parameters.
+  number in `optim.freeze` is to work, and a classifier's head is "head/kernel" and "head/bias". A module with a field
+  `fsdp` gets the mesh there if the mesh divides parameters; one with a field `head_bias` gets `init_head_bias` there.
+
+  Every parameter begins as its initialiser makes it: nothing is filled in afterwards.
 
   Files of weights (`weights.load`, so `init`, a teacher's checkpoint, `flexivit eval` and `predict`) hold a FlexiViT.
 
   Attributes:
-    num_classes: length of the logits; a field of the module.
+    num_classes: number of classes of the data that the model is for, a field; 0 if it has no use for them.
     dtype: of the matrix products, "float32" or "bfloat16"; a field: a run sets it to what the device is fast in.
     is_random: optional; whether training draws masks, as for dropout: `accumulate="auto"` is then refused.
   """
@@ -33,15 +38,34 @@ class Model(Protocol):
   dtype: str
   __dataclass_fields__: ClassVar[dict[str, Any]]  # every Flax module is a dataclass
 
-  def init(self, rngs: jax.Array, image: jax.Array, *args: Any, **size: Any) -> dict[str, Params]:
-    """Flax's: returns {"params": ...} of float32 arrays for `image` [1, h, w, c]."""
+  @property
+  def inputs(self) -> Specs:
+    """What `apply` takes by name, of one example. "image", (h, w, c), is among them."""
+    ...
+
+  @property
+  def outputs(self) -> Specs:
+    """What `apply` returns by name, of one example; a classifier's "logits" and "pre_logits" among them."""
+    ...
+
+  def example(self, shapes: Shapes) -> tuple[dict[str, jax.Array], SizeArgs]:
+    """Returns inputs [1, ...] and static arguments with which `init` makes the parameters; `models.base.zeros` helps.
+
+    Args:
+      shapes: of the inputs, of one example.
+    """
+    ...
+
+  def init(self, rngs: jax.Array, *args: Any, **inputs: Any) -> dict[str, Params]:
+    """Flax's: returns {"params": ...} of float32 arrays for what `example` returns."""
     ...
 
   def apply(self, variables: dict[str, Params], *args: Any, **options: Any) -> Any:
-    """Flax's, of `(image [n, h, w, c], *, train=False, **size)`.
+    """Flax's, of `(image=[n, h, w, c], ..., *, train=False, **size)`, the inputs by name.
 
     Returns:
-      The logits [n, k], and a dict of intermediates: "pre_logits" [n, d] is what probes are fitted to.
+      The main output (a classifier's logits), and a dict of all `outputs` and any intermediates, [n, ...] each.
+      "pre_logits" [n, d] is what probes are fitted to.
     """
     ...
 
@@ -57,10 +81,25 @@ class Model(Protocol):
     """
     ...
 
-  def gmacs(self, image_hw: tuple[int, ...], channels: int = 3, **size: Any) -> float:
-    """Returns the multiply-adds of one forward pass for one image, in 1e9."""
+  def gmacs(self, shapes: Shapes, **size: Any) -> float:
+    """Returns the multiply-adds of one forward pass for one example of these shapes, in 1e9.
+
+    `counting.gmacs(self, shapes, **size)` counts them in the traced program.
+    """
     ...
 
-  def activation_bytes(self, image_hw: tuple[int, ...], **size: Any) -> float:
-    """Returns an estimate of the bytes that one image's activations take until the backward pass has used them."""
+  def activation_bytes(self, shapes: Shapes, **size: Any) -> float:
+    """Returns an estimate of the bytes that one example's activations take until the backward pass has used them.
+
+    `counting.activation_bytes(self, shapes, **size)` counts them in the traced program.
+    """
     ...
+
+
+def zeros(specs: Specs, shapes: Shapes) -> dict[str, jax.Array]:
+  """Returns inputs [1, ...] of zeros, for `Model.example`."""
+  dtypes = {"int": jnp.int32}
+  return {
+    name: jnp.zeros((1, *shapes[name]), dtypes.get(one.kind, jnp.float32))
+    for name, one in specs.items()
+  }

@@ -15,9 +15,10 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from flexivit_jax import errors, resize
-from flexivit_jax.models import attention, flops, vit
+from flexivit_jax.models import attention, base, flops, vit
 from flexivit_jax.models.grid import Grid, which_depth, which_grid
-from flexivit_jax.sizes import Size
+from flexivit_jax.sizes import Size, SizeArgs
+from flexivit_jax.specs import Shapes, Spec, Specs, image as image_spec
 
 
 class PatchEmbed(nn.Module):
@@ -104,6 +105,7 @@ class FlexiViT(nn.Module):
     scan, remat: one compiled loop over the blocks; recompute the blocks in the backward pass. Same numbers.
     attention: a form of `models/attention.py`: the same numbers, faster or slower; "auto" by backend and tokens.
     fsdp: the mesh along whose axis "fsdp" the parameters are divided (see `sharding`); None: none are.
+    head_bias: with which the head's bias begins; -10 for sigmoid losses over many classes.
   """
 
   num_classes: int = 0
@@ -132,6 +134,7 @@ class FlexiViT(nn.Module):
   remat: bool = False
   attention: str = "auto"
   fsdp: Mesh | AbstractMesh | None = None
+  head_bias: float = 0.0
 
   def __post_init__(self) -> None:
     for name, value in ({"patch_size": (32, 32)} | vit.decode_variant(self.variant)).items():
@@ -223,7 +226,8 @@ class FlexiViT(nn.Module):
 
     if self.num_classes:
       init = nn.initializers.zeros if self.head_zeroinit else nn.initializers.lecun_normal()
-      head = nn.Dense(self.num_classes, kernel_init=init, name="head")
+      bias = nn.initializers.constant(self.head_bias)
+      head = nn.Dense(self.num_classes, kernel_init=init, bias_init=bias, name="head")
       if x.shape[-1] == d:  # a head on two tokens has no logits for one
         out["logits_2d"] = head(tokens)
       x = out["logits"] = head(x)
@@ -305,6 +309,25 @@ class FlexiViT(nn.Module):
     """Length of the pre-logits."""
     return self.width * (1 + ("+" in self.pool_type))
 
+  @property
+  def inputs(self) -> Specs:
+    """See `Model.inputs`."""
+    return {"image": image_spec()}
+
+  @property
+  def outputs(self) -> Specs:
+    """See `Model.outputs`: the main ones of what `__call__` returns."""
+    tokens = {
+      "pre_logits": Spec((self.num_features,)),
+      "pre_logits_2d": Spec(("gh", "gw", self.width)),
+    }
+    return tokens | ({"logits": Spec((self.num_classes,))} if self.num_classes else {})
+
+  @nn.nowrap
+  def example(self, shapes: Shapes) -> tuple[dict[str, jax.Array], SizeArgs]:
+    """See `Model.example`. The kernel's own size need not divide the image, so there is one token."""
+    return base.zeros(self.inputs, shapes), {"seqhw": 1}
+
   @nn.nowrap
   def grid(
     self,
@@ -328,14 +351,14 @@ class FlexiViT(nn.Module):
     return grid
 
   @nn.nowrap
-  def gmacs(self, image_hw: tuple[int, ...], channels: int = 3, **size: Any) -> float:
+  def gmacs(self, shapes: Shapes, **size: Any) -> float:
     """See `flops.gmacs`."""
-    return flops.gmacs(self, image_hw, channels, **size)
+    return flops.gmacs(self, shapes, **size)
 
   @nn.nowrap
-  def activation_bytes(self, image_hw: tuple[int, ...], **size: Any) -> float:
+  def activation_bytes(self, shapes: Shapes, **size: Any) -> float:
     """See `flops.activation_bytes`."""
-    return flops.activation_bytes(self, image_hw, **size)
+    return flops.activation_bytes(self, shapes, **size)
 
 
 CHOICES = {

@@ -7,6 +7,7 @@ from flexivit_jax.models.base import Model
 from flexivit_jax.models.grid import Grid, which_depth
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import SizeArgs
+from flexivit_jax.specs import Shapes
 
 
 @runtime_checkable
@@ -37,21 +38,21 @@ class Transformer(Protocol):
     ...
 
 
-def gmacs(model: Transformer, image_hw: tuple[int, ...], channels: int = 3, **size: Any) -> float:
+def gmacs(model: Transformer, shapes: Shapes, **size: Any) -> float:
   """Multiply-adds of one forward pass for one image, in 1e9: matrix products only, PI-resize not counted.
 
   The paper's GFLOPs are twice this (its ViT-B/8 at 224 px: 156).
 
   Args:
     model: the model.
-    image_hw: pixels.
-    channels: of the image.
+    shapes: (h, w, c) of "image".
     **size: static arguments of the model, e.g. `seqhw=15`.
 
   Raises:
     UserError: the size does not fit the image.
   """
-  (ph, pw), _, (gh, gw) = model.grid(image_hw, **size)
+  *image_hw, channels = shapes["image"]
+  (ph, pw), _, (gh, gw) = model.grid(tuple(image_hw), **size)
   d, tokens = model.width, gh * gw
   length = tokens + model.prefix_length
   block = 4 * length * d * d + 2 * length * length * d + 2 * length * d * model.mlp_dim
@@ -68,7 +69,7 @@ def gmacs(model: Transformer, image_hw: tuple[int, ...], channels: int = 3, **si
   ) / 1e9
 
 
-def activation_bytes(model: Transformer, image_hw: tuple[int, ...], **size: Any) -> float:
+def activation_bytes(model: Transformer, shapes: Shapes, **size: Any) -> float:
   """Estimate of the bytes that one image's activations take until the backward pass has used them.
 
   Each block keeps of each token: in float32 its input, both LayerNorms and the residual (4 d); in the compute dtype
@@ -77,13 +78,13 @@ def activation_bytes(model: Transformer, image_hw: tuple[int, ...], **size: Any)
 
   Args:
     model: the model.
-    image_hw: pixels.
+    shapes: (h, w, c) of "image".
     **size: static arguments of the model.
 
   Raises:
     UserError: the size does not fit the image.
   """
-  rows, columns = model.grid(image_hw, **size).grid_hw
+  rows, columns = model.grid(shapes["image"][:2], **size).grid_hw
   tokens = rows * columns + model.prefix_length
   b = 2 if model.dtype == "bfloat16" else 4
   token = 16 * model.width + b * (5 * model.width + 2 * model.mlp_dim)
@@ -94,26 +95,26 @@ def activation_bytes(model: Transformer, image_hw: tuple[int, ...], **size: Any)
 
 def step_flops(
   model: Model,
-  shapes: Mapping[str, tuple[int, ...]],
+  shapes: Shapes,
   teachers: Mapping[str, Teacher],
   also: Sequence[Mapping[str, Any]],
   size: SizeArgs,
   *,
   batch_size: int,
+  passes: int = 3,
 ) -> float:
-  """FLOPs of a training step: three forward passes at the size, one for each teacher and for each size in `also`.
+  """FLOPs of a training step: passes at the size, a forward pass for each teacher and for each size in `also`.
 
   Args:
     model: the student.
-    shapes: (h, w, c) of each image in a batch, by its key; "image" is the student's.
+    shapes: of each input in the batch, of one example; those of the student's inputs are among them.
     teachers: by name.
     also: see `Objective.also`.
     size: static arguments of the student.
-    batch_size: images in a step.
+    batch_size: examples in a step.
+    passes: forward passes that forward and backward are worth; one more where embeddings are made twice.
   """
-  h, w, c = shapes["image"]
-  macs = 3 * model.gmacs((h, w), c, **size) + sum(model.gmacs((h, w), c, **s) for s in also)
+  macs = passes * model.gmacs(shapes, **size) + sum(model.gmacs(shapes, **s) for s in also)
   for teacher in teachers.values():
-    th, tw, tc = shapes[teacher.image]
-    macs += teacher.model.gmacs((th, tw), tc, **teacher.size)
+    macs += teacher.model.gmacs({"image": shapes[teacher.image]}, **teacher.size)
   return 2e9 * macs * batch_size

@@ -14,8 +14,17 @@ import numpy as np
 
 from flexivit_jax import errors
 from flexivit_jax.objectives import losses
-from flexivit_jax.objectives.base import Batch, ClassWeights, Objective, Predict, Teaching, weighted
+from flexivit_jax.objectives.base import (
+  Batch,
+  ClassWeights,
+  Losses,
+  Objective,
+  Predict,
+  Teaching,
+  weighted,
+)
 from flexivit_jax.sizes import SizeArgs
+from flexivit_jax.specs import image, spec
 from flexivit_jax.trees import Params
 
 
@@ -81,13 +90,13 @@ def distill(
       f"temperature={temperature}, label_weight={label_weight}, top_k={top_k};"
       " expected > 0, >= 0, and None or >= 1."
     )
-  inputs = ("image", *(("labels",) if label_weight else ()))
+  inputs = {"image": image(), **({"labels": spec("classes")} if label_weight else {})}
 
   def prepare(batch: Batch, key: jax.Array) -> Batch:
     mixed = losses.mixup(key, *(batch[name] for name in inputs), p=mixup_p)
     return {**dict(zip(inputs, mixed, strict=True)), "targets": batch["targets"]}
 
-  images = tuple(dict.fromkeys(t.image for t in teachers.values()))
+  images = {t.image: image(t.image) for t in teachers.values()}
 
   def prepare_images(batch: Batch, key: jax.Array) -> Batch:
     mixed = losses.mixup(key, *(batch[name] for name in images), p=mixup_p)
@@ -99,8 +108,8 @@ def distill(
       return taught
     return {name: losses.sparse_logits(logits, top_k) for name, logits in taught.items()}
 
-  def per_example(predict: Predict, batch: Batch) -> jax.Array:
-    logits = predict(batch["image"])
+  def loss_of(predict: Predict, batch: Batch) -> Losses:
+    logits = predict({"image": batch["image"]})["logits"]
     total = jnp.zeros(len(logits))
     if label_weight:
       total += label_weight * labels_loss(logits, batch["labels"])
@@ -108,10 +117,11 @@ def distill(
       target = top if top_k is None else losses.dense_logits(top, logits.shape[-1])
       far = losses.DISTANCES[distance](logits / temperature, target / temperature)
       total += temperature**2 * far
-    return total
+    return Losses(total)
 
   frozen = {name: t.params for name, t in teachers.items()}
-  return Objective(inputs, prepare, per_example, Teaching(images, prepare_images, targets, frozen))
+  teaching = Teaching(images, prepare_images, targets, frozen)
+  return Objective(inputs, ("logits",), prepare, loss_of, teaching)
 
 
 def reordered(teacher: Teacher, order: Sequence[int], class_names: Sequence[str] | None) -> Teacher:

@@ -11,7 +11,15 @@ import jax
 
 from flexivit_jax import errors
 from flexivit_jax.objectives import losses
-from flexivit_jax.objectives.base import Batch, ClassWeights, Objective, Predict, weighted
+from flexivit_jax.objectives.base import (
+  Batch,
+  ClassWeights,
+  Losses,
+  Objective,
+  Predict,
+  weighted,
+)
+from flexivit_jax.specs import image, spec
 
 
 def self_distill(
@@ -54,13 +62,15 @@ def self_distill(
   size = dict(size)
 
   def prepare(batch: Batch, key: jax.Array) -> Batch:
-    image, labels = losses.mixup(key, batch["image"], batch["labels"], p=mixup_p)
-    return {"image": image, "labels": labels}
+    mixed, labels = losses.mixup(key, batch["image"], batch["labels"], p=mixup_p)
+    return {"image": mixed, "labels": labels}
 
-  def per_example(predict: Predict, batch: Batch) -> jax.Array:
-    logits = predict(batch["image"])
-    target = predict(batch["image"], fixed=True, **size)
+  def loss_of(predict: Predict, batch: Batch) -> Losses:
+    inputs = {"image": batch["image"]}
+    logits = predict(inputs)["logits"]
+    target = predict(inputs, fixed=True, **size)["logits"]
     far = losses.DISTANCES[distance](logits / temperature, target / temperature)
-    return labels_loss(logits, batch["labels"]) + weight * temperature**2 * far
+    return Losses(labels_loss(logits, batch["labels"]) + weight * temperature**2 * far)
 
-  return Objective(("image", "labels"), prepare, per_example, ema=ema, also=(size,))
+  inputs = {"image": image(), "labels": spec("classes")}
+  return Objective(inputs, ("logits",), prepare, loss_of, ema=ema, also=(size,))

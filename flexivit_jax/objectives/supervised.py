@@ -3,7 +3,15 @@
 import jax
 
 from flexivit_jax.objectives import losses
-from flexivit_jax.objectives.base import Batch, ClassWeights, Objective, Predict, weighted
+from flexivit_jax.objectives.base import (
+  Batch,
+  ClassWeights,
+  Losses,
+  Objective,
+  Predict,
+  weighted,
+)
+from flexivit_jax.specs import image, spec
 
 
 def supervised(
@@ -20,10 +28,12 @@ def supervised(
   labels_loss = weighted(loss, class_weights)
 
   def prepare(batch: Batch, key: jax.Array) -> Batch:
-    image, labels = losses.mixup(key, batch["image"], batch["labels"], p=mixup_p)
-    return {"image": image, "labels": labels}
+    mixed, labels = losses.mixup(key, batch["image"], batch["labels"], p=mixup_p)
+    return {"image": mixed, "labels": labels}
 
-  def per_example(predict: Predict, batch: Batch) -> jax.Array:
-    return labels_loss(predict(batch["image"]), batch["labels"])
+  def loss_of(predict: Predict, batch: Batch) -> Losses:
+    logits = predict({"image": batch["image"]})["logits"]
+    return Losses(labels_loss(logits, batch["labels"]))
 
-  return Objective(("image", "labels"), prepare, per_example)
+  inputs = {"image": image(), "labels": spec("classes")}
+  return Objective(inputs, ("logits",), prepare, loss_of)

@@ -202,7 +202,7 @@ def evaluation_flops(item: Item) -> float:
 
 def _flops(work: Work) -> float:
   model = FlexiViT(variant=work.variant, num_classes=work.num_classes)
-  one = sum(model.gmacs((work.size, work.size), seqhw=n) for n in work.seqhw)
+  one = sum(model.gmacs({"image": (work.size, work.size, 3)}, seqhw=n) for n in work.seqhw)
   return 2e9 * one * work.images * work.passes
 
 

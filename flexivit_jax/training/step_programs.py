@@ -59,6 +59,8 @@ def compile_steps(
   model: nn.Module,
   objective: Objective,
   tx: optax.GradientTransformationExtraArgs,
+  clip_each: float | None = None,
+  frozen: Tree | None = None,
   microbatches: Sequence[int] = (1,),
   memory: float = math.inf,
   skip_above: float | None = None,
@@ -73,6 +75,7 @@ def compile_steps(
     state, batch, run: as the steps will get them, or their shapes.
     mesh: where they live.
     model, objective, tx: see `steps.step`.
+    clip_each, frozen: see `steps.gradients`.
     microbatches: candidate numbers of gradient-accumulation microbatches, from small to large; each size uses the
       smallest with which a step fits into `memory`.
     memory: bytes of each device for a step.
@@ -89,7 +92,9 @@ def compile_steps(
   # As the parameters and the state: left to the compiler, what is donated might be laid out anew.
   placed = (everywhere, sharding.divided(state.params, mesh))
   seen = state._replace(opt_state=None)
-  fn = functools.partial(steps.gradients, model=model, objective=objective)
+  fn = functools.partial(
+    steps.gradients, model=model, objective=objective, clip_each=clip_each, frozen=frozen
+  )
 
   def gradients(
     seen: Tree, batch: Tree, seed: jax.Array, *, microbatches: int, **size: Any

@@ -1,7 +1,7 @@
 """One training step, as pure functions: the gradients at a patch size, and the update, which knows no size."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flexivit_jax.objectives.base import Batch, Objective, Teaching
+from flexivit_jax.errors import UserError
+from flexivit_jax.objectives.base import (
+  Batch,
+  BatchLoss,
+  Losses,
+  Objective,
+  Predict,
+  Teaching,
+)
+from flexivit_jax.sizes import SizeArgs
+from flexivit_jax.specs import Shapes
 from flexivit_jax.trees import Params, Tree
 
 
@@ -22,19 +32,11 @@ class TrainState(NamedTuple):
   ema: Tree | None = None
 
 
-def init_params(
-  model: nn.Module,
-  image_shape: tuple[int, ...],
-  seed: int | jax.Array,
-  head_bias: float | None = None,
-) -> dict:
-  """Random parameters; `head_bias` fills the head's bias (-10 for sigmoid losses over many classes)."""
-  image = jnp.zeros((1, *image_shape), jnp.float32)
-  # The kernel's own size need not divide the image; parameters do not depend on the size in use.
-  params = model.init(jax.random.fold_in(jax.random.key(seed), 0), image, seqhw=1)["params"]
-  if head_bias is not None:
-    params["head"]["bias"] = jnp.full_like(params["head"]["bias"], head_bias)
-  return params
+def init_params(model: nn.Module, shapes: Shapes, seed: int | jax.Array) -> Params:
+  """Random parameters, by the model's own initialisers; `shapes` are those of its inputs, of one example each."""
+  inputs, size = model.example(shapes)
+  key = jax.random.fold_in(jax.random.key(seed), 0)
+  return model.init(key, **inputs, **size)["params"]
 
 
 def init_state(params: Tree, tx: optax.GradientTransformation, objective: Objective) -> TrainState:
@@ -51,17 +53,22 @@ def gradients(
   objective: Objective,
   seed: int | jax.Array,
   accumulate: int = 1,
+  clip_each: float | None = None,
+  frozen: Tree | None = None,
   **size: Any,
 ) -> tuple[jax.Array, Tree]:
   """The part of a training step that is another program for each patch size.
 
   Args:
     state: its optimizer's part is not used.
-    batch: "image" `[n, h, w, c]` and what else the objective takes; may hold more, which is ignored.
-    model: gives the logits as the first of two outputs.
+    batch: arrays `[n, ...]` by name; what `objective.inputs` names, and "targets" if there are teachers. May hold more,
+      which is ignored.
+    model: gives its outputs by name as the second of two results.
     objective: what to minimise, see `objectives.base`.
     seed: all randomness is a function of it and of `state.step`. An array where one program is to serve other seeds.
-    accumulate: number of microbatches, run one after the other, whose gradients are averaged.
+    accumulate: number of microbatches, run one after the other. Their gradients add up to those of the whole batch.
+    clip_each: largest norm of the gradient of one example; None: no limit.
+    frozen: tree of bools, the parameters whose gradients do not count in that norm; None: none.
     **size: static arguments of the model, e.g. `seqhw=15`.
 
   Returns:
@@ -69,20 +76,32 @@ def gradients(
   """
   mix_key, dropout_key = _keys(seed, state.step)
   prepared = objective.prepare(batch, mix_key)
+  seer = functools.partial(_predict, model, state, size)
+  if isinstance(objective.loss, BatchLoss):
+    run = _compared(objective.loss, seer, accumulate)
+  elif clip_each is not None:
+    run = _accumulated(_clipped_each(objective.loss, seer, clip_each, frozen), accumulate)
+  else:
+    run = _accumulated(jax.value_and_grad(_sums(objective.loss, seer), has_aux=True), accumulate)
+  return run(state.params, prepared, dropout_key)
 
-  def mean_loss(params: Tree, microbatch: Batch, key: jax.Array) -> jax.Array:
-    def predict(image: jax.Array, *, fixed: bool = False, **other: Any) -> jax.Array:
-      if fixed:
-        known = {"params": params if state.ema is None else state.ema}
-        return jax.lax.stop_gradient(model.apply(known, image, **(other or size))[0])
-      rngs = {"dropout": key}
-      return model.apply({"params": params}, image, train=True, rngs=rngs, **(other or size))[0]
 
-    return objective.loss(predict, microbatch).mean()
+def _predict(
+  model: nn.Module, state: TrainState, size: SizeArgs, params: Tree, key: jax.Array
+) -> Predict:
+  """The model of these parameters, as an objective sees it."""
 
-  return _accumulated(jax.value_and_grad(mean_loss), accumulate)(
-    state.params, prepared, dropout_key
-  )
+  def predict(
+    inputs: Mapping[str, jax.Array], *, fixed: bool = False, **other: Any
+  ) -> Mapping[str, Any]:
+    options = other or size
+    if fixed:
+      known = {"params": params if state.ema is None else state.ema}
+      return jax.lax.stop_gradient(model.apply(known, **inputs, **options)[1])
+    rngs = {"dropout": key}
+    return model.apply({"params": params}, **inputs, train=True, rngs=rngs, **options)[1]
+
+  return predict
 
 
 def update(
@@ -187,7 +206,7 @@ def targets(
   if accumulate == 1:
     return teaching.targets(frozen, prepared)
   made = jax.lax.map(functools.partial(teaching.targets, frozen), _split(prepared, accumulate))
-  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), made)
+  return _joined(made)
 
 
 def _keys(seed: int | jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -197,27 +216,130 @@ def _keys(seed: int | jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]
   return mix_key, dropout_key
 
 
-def _accumulated(value_and_grad: Callable, microbatches: int) -> Callable:
-  """The mean of `value_and_grad(params, microbatch, key)` over equal microbatches, one at a time."""
-  if microbatches == 1:
-    return value_and_grad
+Seer = Callable[[Tree, jax.Array], Predict]  # (parameters, key of dropout)
 
-  def run(params: Tree, batch: Tree, key: jax.Array) -> Tree:
-    split = _split(batch, microbatches)
 
-    def body(total: Tree, xs: Tree) -> tuple[Tree, None]:
-      microbatch, i = xs
-      return jax.tree.map(
-        jnp.add, total, value_and_grad(params, microbatch, jax.random.fold_in(key, i))
-      ), None
+def _sums(loss: Callable[[Predict, Batch], Losses], seer: Seer) -> Callable[..., Tree]:
+  """Returns `(params, microbatch, key) -> (loss, weight)`: the mean and None, or sums where examples have weights."""
 
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-    total, _ = jax.lax.scan(body, zeros, (split, jnp.arange(microbatches)))
-    return jax.tree.map(lambda x: x / microbatches, total)
+  def run(params: Tree, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    losses = loss(seer(params, key), microbatch)
+    if losses.weight is None:
+      return losses.total.mean(), None
+    return losses.total.sum(), jax.lax.stop_gradient(losses.weight).sum()
 
   return run
+
+
+def _accumulated(value_and_grad: Callable, microbatches: int) -> Callable:
+  """The mean over equal microbatches, one at a time; where examples have weights, their sum divides once, at the end.
+
+  Args:
+    value_and_grad: `(params, microbatch, key) -> ((loss, weight), grads)`, see `_sums`.
+    microbatches: their number.
+  """
+
+  def run(params: Tree, batch: Tree, key: jax.Array) -> tuple[jax.Array, Tree]:
+    if microbatches == 1:
+      (loss, weight), grads = value_and_grad(params, batch, key)
+      return (loss, grads) if weight is None else _divided((loss, grads), weight)
+    split = _split(batch, microbatches)
+
+    def body(total: Tree, xs: Tree) -> tuple[Tree, jax.Array | None]:
+      microbatch, i = xs
+      (loss, weight), grads = value_and_grad(params, microbatch, jax.random.fold_in(key, i))
+      return jax.tree.map(jnp.add, total, (loss, grads)), weight
+
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+    total, weights = jax.lax.scan(body, zeros, (split, jnp.arange(microbatches)))
+    if weights is None:
+      return jax.tree.map(lambda x: x / microbatches, total)
+    return _divided(total, weights.sum())
+
+  return run
+
+
+def _divided(sums: Tree, weight: jax.Array) -> Tree:
+  """Sums by their weight; where nothing counts they are 0 and stay so."""
+  return jax.tree.map(lambda x: x / jnp.where(weight > 0, weight, 1.0).astype(x.dtype), sums)
+
+
+def _clipped_each(
+  loss: Callable[[Predict, Batch], Losses], seer: Seer, limit: float, frozen: Tree | None
+) -> Callable:
+  """As `value_and_grad` of `_sums`, with the gradient of each example cut to a norm before the mean is taken."""
+
+  def one(params: Tree, example: Batch, key: jax.Array) -> jax.Array:
+    losses = loss(seer(params, key), jax.tree.map(lambda x: x[None], example))
+    if losses.weight is not None:
+      raise UserError(
+        "optim.clip_each limits the gradient of each example's own loss, but this objective divides by a weight over"
+        " the whole batch; use clip, or an objective that divides per example."
+      )
+    return losses.total[0]
+
+  def clipped(params: Tree, example: Batch, key: jax.Array) -> tuple[jax.Array, Tree]:
+    value, grads = jax.value_and_grad(one)(params, example, key)
+    moving = grads if frozen is None else _moving(grads, frozen)
+    # Written so that a norm of 0 divides nothing, and one that is not finite stays seen.
+    factor = limit / jnp.maximum(optax.tree.norm(moving), limit)
+    return value, jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+
+  def run(params: Tree, microbatch: Batch, key: jax.Array) -> Tree:
+    n = len(jax.tree.leaves(microbatch)[0])
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n))
+    values, grads = jax.vmap(clipped, (None, 0, 0))(params, microbatch, keys)
+    return (values.mean(), None), jax.tree.map(lambda g: g.mean(axis=0), grads)
+
+  return run
+
+
+def _moving(grads: Tree, frozen: Tree) -> list[jax.Array]:
+  pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(frozen), strict=True)
+  return [g for g, still in pairs if not still]
+
+
+def _compared(loss: BatchLoss, seer: Seer, microbatches: int) -> Callable:
+  """The gradients of a loss over the whole batch, in two passes over the microbatches where there are several.
+
+  First all embeddings, without their intermediates; from these the loss, and its gradient with respect to each
+  embedding; then the microbatches again, to take this gradient on to the parameters. So every example is compared with
+  the whole batch. Source: GradCache (arXiv 2101.06983).
+  """
+
+  def embed(params: Tree, microbatch: Batch, key: jax.Array) -> Tree:
+    return loss.embed(seer(params, key), microbatch)
+
+  def mean(embedded: Tree, batch: Batch) -> jax.Array:
+    return loss.loss(embedded, batch).mean()
+
+  def whole(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Tree]:
+    return jax.value_and_grad(lambda p: mean(embed(p, batch, key), batch))(params)
+
+  def run(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Tree]:
+    split = _split(batch, microbatches)
+    each = (split, jnp.arange(microbatches))
+    made = jax.lax.map(lambda xs: embed(params, xs[0], jax.random.fold_in(key, xs[1])), each)
+    value, pull = jax.value_and_grad(mean)(_joined(made), batch)
+
+    def body(total: Tree, xs: Tree) -> tuple[Tree, None]:
+      microbatch, i, cotangent = xs
+      again = lambda p: embed(p, microbatch, jax.random.fold_in(key, i))  # noqa: E731
+      (grads,) = jax.vjp(again, params)[1](cotangent)
+      return jax.tree.map(jnp.add, total, grads), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, _ = jax.lax.scan(body, zeros, (*each, _split(pull, microbatches)))
+    return value, grads
+
+  return whole if microbatches == 1 else run
 
 
 def _split(batch: Tree, microbatches: int) -> Tree:
   """Arrays [n, ...] as [microbatches, n / microbatches, ...], interleaved: each device divides its own share."""
   return jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _joined(parts: Tree) -> Tree:
+  """Undoes `_split`."""
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)

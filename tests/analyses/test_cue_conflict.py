@@ -107,7 +107,9 @@ def make_checkpoint(path, classes, always=None):
   """A small random model; `always` is the class that its head gives whatever it sees."""
   fields = dict(variant="mu", patch_size=(6, 6), posemb_size=(4, 4), num_classes=classes)
   model = FlexiViT(**fields)
-  params = jax.tree.map(np.array, jax.jit(lambda: steps.init_params(model, (24, 24, 3), seed=0))())
+  params = jax.tree.map(
+    np.array, jax.jit(lambda: steps.init_params(model, {"image": (24, 24, 3)}, seed=0))()
+  )
   if always is None:
     params["head"]["kernel"] = np.float32(np.random.default_rng(0).normal(size=(32, classes)))
   else:

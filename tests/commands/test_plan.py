@@ -42,7 +42,7 @@ def small(spec, *overrides):
 @pytest.mark.parametrize("variant", GMACS)
 def test_gmacs_at_ten_sizes_are_those_of_the_papers_models(variant):
   model = FlexiViT(num_classes=1000, variant=variant)
-  got = [gmacs(model, (240, 240), seqhw=seqhw) for seqhw in GRIDS]
+  got = [gmacs(model, {"image": (240, 240, 3)}, seqhw=seqhw) for seqhw in GRIDS]
   assert got == pytest.approx(GMACS[variant], rel=0.01)
 
 
@@ -50,7 +50,7 @@ def test_gmacs_at_ten_sizes_are_those_of_the_papers_models(variant):
 def test_parameters_at_patch_16_are_timms(variant):
   """With the position grid of that patch size, 15x15, as timm stores these models; a 7x7 grid has fewer."""
   model = FlexiViT(num_classes=1000, variant=f"{variant}/16", posemb_size=(15, 15))
-  params = jax.eval_shape(lambda: steps.init_params(model, (240, 240, 3), seed=0))
+  params = jax.eval_shape(lambda: steps.init_params(model, {"image": (240, 240, 3)}, seed=0))
   assert trees.count(params) / 1e6 == pytest.approx(PARAMETERS[variant], abs=0.01)
 
 
@@ -110,7 +110,7 @@ def test_activations_are_about_what_a_compiled_step_needs(remat, seqhw):
   settings["model"] |= {"remat": remat, "scan": remat, "num_heads": 2, "mlp_dim": 256, "depth": 4}
   exp = experiment.from_config(settings)
   state = costs.state_of(exp)
-  specs = {k: jax.ShapeDtypeStruct((64, *v), jnp.float32) for k, v in exp.input_shapes.items()}
+  specs = {k: jax.ShapeDtypeStruct((64, *v), jnp.float32) for k, v in exp.shapes.items()}
 
   def step(state, batch):
     fields = dict(model=exp.model, objective=exp.objective, tx=exp.optimizer.tx, seed=0)
@@ -118,9 +118,9 @@ def test_activations_are_about_what_a_compiled_step_needs(remat, seqhw):
 
   compiled = jax.jit(step, donate_argnums=(0,)).lower(state, specs).compile()
   found = compiled.memory_analysis().temp_size_in_bytes
-  estimate = 64 * exp.model.activation_bytes(
-    exp.image_shape[:2], seqhw=seqhw
-  ) + trees.size_in_bytes(state.params)
+  estimate = 64 * exp.model.activation_bytes(exp.shapes, seqhw=seqhw) + trees.size_in_bytes(
+    state.params
+  )
   assert found / 2.5 < estimate < found * 2.5
 
 

@@ -40,7 +40,7 @@ def compile_programs(path):
     tx, objective = optax.adam(1e-3), supervised()
 
     def init(model=model, tx=tx, objective=objective):
-      return steps.init_state(steps.init_params(model, (32, 32, 3), 0), tx, objective)
+      return steps.init_state(steps.init_params(model, {"image": (32, 32, 3)}, 0), tx, objective)
 
     shapes = jax.eval_shape(init)
     where = sharding.divided(shapes, mesh)

@@ -34,7 +34,7 @@ def train_and_evaluate(path: str) -> None:
   image = rng.uniform(-1, 1, size=(16, 12, 12, 3)).astype(np.float32)
   batch = {"image": image, "labels": labels}
   tx = optax.sgd(0.5)
-  params = jax.jit(lambda: steps.init_params(model, (12, 12, 3), seed=0))()
+  params = jax.jit(lambda: steps.init_params(model, {"image": (12, 12, 3)}, seed=0))()
   state = jax.device_put(
     steps.TrainState(np.int32(0), params, tx.init(params)), sharding.replicated(mesh)
   )

@@ -31,7 +31,7 @@ def make_model(num_classes=7):
     num_classes=num_classes, patch_size=(6, 6), posemb_size=(2, 2), width=8, depth=1, mlp_dim=8,
     num_heads=2, head_zeroinit=False,
   )  # fmt: skip
-  init = jax.jit(lambda: steps.init_params(model, (12, 12, 3), seed=0))
+  init = jax.jit(lambda: steps.init_params(model, {"image": (12, 12, 3)}, seed=0))
   return model, init()
 
 
@@ -274,7 +274,7 @@ def test_costs_say_patch_tokens_gflops_and_time_of_one_image():
   rows = evaluator.costs(params, repeats=2)
   assert [(row["patch"], row["tokens"]) for row in rows] == [(6, 4), ("4x3", 12)]
   for row, grid in zip(rows, [(2, 2), (3, 4)], strict=True):
-    assert row["gflops"] == 2 * model.gmacs((12, 12), grid_hw=grid)
+    assert row["gflops"] == 2 * model.gmacs({"image": (12, 12, 3)}, grid_hw=grid)
     assert 0 < row["ms"] < 1e3
 
 
@@ -307,7 +307,7 @@ def test_rows_say_stride_and_depth():
     num_classes=7, patch_size=(6, 6), posemb_size=(2, 2), width=8, depth=2, mlp_dim=8,
     num_heads=2, head_zeroinit=False,
   )  # fmt: skip
-  params = jax.jit(lambda: steps.init_params(model, (12, 12, 3), seed=0))()
+  params = jax.jit(lambda: steps.init_params(model, {"image": (12, 12, 3)}, seed=0))()
   batches = make_batches()
   evaluator = classification(
     model, batches, sharding.make_mesh(), seqhw=(), stride=[3], depth=[1, 2]
@@ -327,7 +327,7 @@ def test_rows_say_stride_and_depth():
   costs = evaluator.costs(params, repeats=1)
   assert [(c["patch"], c["tokens"]) for c in costs] == [(6, 9), (6, 9)]
   for cost, depth in zip(costs, (1, 2), strict=True):
-    assert cost["gflops"] == 2 * model.gmacs((12, 12), stride=3, depth=depth)
+    assert cost["gflops"] == 2 * model.gmacs({"image": (12, 12, 3)}, stride=3, depth=depth)
 
 
 def test_strides_and_depths_that_do_not_fit_are_errors():

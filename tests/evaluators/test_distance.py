@@ -23,7 +23,7 @@ FIELDS = dict(
 
 def made(seed, **fields):
   model = FlexiViT(**FIELDS | fields)
-  params = jax.jit(lambda: steps.init_params(model, (12, 12, 3), seed=seed))()
+  params = jax.jit(lambda: steps.init_params(model, {"image": (12, 12, 3)}, seed=seed))()
   rng = np.random.default_rng(seed)
   return model, jax.tree.map(lambda a: jnp.float32(rng.normal(size=a.shape)), params)
 

@@ -147,7 +147,7 @@ def make_model(num_classes=7):
     num_classes=num_classes, patch_size=(6, 6), posemb_size=(2, 2), width=48, depth=1, mlp_dim=32,
     num_heads=2, head_zeroinit=False, pool_type="gap",
   )  # fmt: skip
-  return model, jax.jit(lambda: steps.init_params(model, (12, 12, 3), seed=0))()
+  return model, jax.jit(lambda: steps.init_params(model, {"image": (12, 12, 3)}, seed=0))()
 
 
 def probed(num_classes=7, mesh=None, **changes):
@@ -231,7 +231,7 @@ def test_the_models_head_plays_no_part():
   evaluator = evaluation.make(headless, sharding.make_mesh())
   assert evaluator.run(body) == with_head
   for cost, size in zip(evaluator.costs(body, repeats=1), (2, 4), strict=True):
-    assert cost["gflops"] == 2 * headless.gmacs((12, 12), seqhw=size)
+    assert cost["gflops"] == 2 * headless.gmacs({"image": (12, 12, 3)}, seqhw=size)
     assert cost["tokens"] == size**2
 
 

@@ -91,7 +91,7 @@ def make_model():
     num_classes=7, patch_size=(6, 6), posemb_size=(2, 2), width=48, depth=1, mlp_dim=32,
     num_heads=2, head_zeroinit=False, pool_type="gap",
   )  # fmt: skip
-  return model, jax.jit(lambda: steps.init_params(model, (12, 12, 3), seed=0))()
+  return model, jax.jit(lambda: steps.init_params(model, {"image": (12, 12, 3)}, seed=0))()
 
 
 def probed(**changes):

@@ -80,6 +80,11 @@ def test_the_loss_of_an_example_is_multiplied_by_the_mean_weight_of_its_labels(l
   assert losses.weighted(loss, None) is losses.LOSSES[loss]
 
 
+def logits_of(inputs, **_):
+  """A model whose logits are its images."""
+  return {"logits": inputs["image"]}
+
+
 def test_an_example_has_the_same_weighted_loss_whatever_is_in_its_part_of_the_batch():
   objective = OBJECTIVES["supervised"](class_weights=(0.2, 1.0, 5.0))
   rng = np.random.default_rng(0)
@@ -87,9 +92,9 @@ def test_an_example_has_the_same_weighted_loss_whatever_is_in_its_part_of_the_ba
     "image": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32),
     "labels": jax.nn.one_hot(jnp.asarray([0, 0, 0, 0, 0, 1, 1, 2]), 3),
   }
-  whole = objective.loss(lambda logits: logits, batch)
+  whole = objective.loss(logits_of, batch).total
   parts = [
-    objective.loss(lambda logits: logits, jax.tree.map(lambda x, i=i: x[i : i + 2], batch))
+    objective.loss(logits_of, jax.tree.map(lambda x, i=i: x[i : i + 2], batch)).total
     for i in range(0, 8, 2)
   ]
   np.testing.assert_array_equal(np.concatenate(parts), whole)
@@ -111,7 +116,7 @@ def test_a_run_resolves_them_from_its_training_images():
   labels = jnp.eye(10)
   logits = jnp.zeros((10, 10))
   ratio = [
-    e.objective.loss(lambda image: image, {"image": logits, "labels": labels}) for e in (exp, plain)
+    e.objective.loss(logits_of, {"image": logits, "labels": labels}).total for e in (exp, plain)
   ]
   expected = class_weights.balanced(make_source(**settings["input"]["data"]), 10)
   np.testing.assert_allclose(ratio[0] / ratio[1], expected, rtol=1e-5)

@@ -26,10 +26,10 @@ def digits(**changes):
 def flops_of(settings, size):
   """Of a step, from the multiply-adds of the models alone."""
   exp = experiment.from_config(settings)
-  macs = 3 * gmacs(exp.model, (24, 24), 3, **size)
+  macs = 3 * gmacs(exp.model, {"image": (24, 24, 3)}, **size)
   for teacher in settings.get("objective", {}).get("teachers", {}).values():
     found = loaders.load_teacher(**teacher)
-    macs += gmacs(found.model, (24, 24), 3, **found.size)
+    macs += gmacs(found.model, {"image": (24, 24, 3)}, **found.size)
   return 2e9 * macs * settings["input"]["batch_size"]
 
 

@@ -9,7 +9,9 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import results
 from flexivit_jax.experiment import costs
 from flexivit_jax.models import MODELS, FlexiViT, Model, flops
+from flexivit_jax.models.base import zeros
 from flexivit_jax.models.grid import which_grid
+from flexivit_jax.specs import image, spec
 from flexivit_jax.training import steps
 
 
@@ -25,18 +27,31 @@ class Patches(nn.Module):
     n, h, w, c = image.shape
     x = image.reshape(n, seqhw, h // seqhw, seqhw, w // seqhw, c).mean((2, 4))
     x = nn.tanh(nn.Dense(self.width, name="embedding")(x)).mean((1, 2))
-    return nn.Dense(self.num_classes, name="head")(x), {"pre_logits": x}
+    logits = nn.Dense(self.num_classes, name="head")(x)
+    return logits, {"logits": logits, "pre_logits": x}
+
+  @property
+  def inputs(self):
+    return {"image": image()}
+
+  @property
+  def outputs(self):
+    return {"logits": spec("classes"), "pre_logits": spec("width")}
+
+  @nn.nowrap
+  def example(self, shapes):
+    return zeros(self.inputs, shapes), {"seqhw": 1}
 
   @nn.nowrap
   def grid(self, image_hw, *, seqhw):
     return which_grid(image_hw, (1, 1), seqhw=seqhw)
 
   @nn.nowrap
-  def gmacs(self, image_hw, channels=3, *, seqhw):
-    return (seqhw**2 * channels + self.num_classes) * self.width / 1e9
+  def gmacs(self, shapes, *, seqhw):
+    return (seqhw**2 * shapes["image"][-1] + self.num_classes) * self.width / 1e9
 
   @nn.nowrap
-  def activation_bytes(self, image_hw, *, seqhw):
+  def activation_bytes(self, shapes, *, seqhw):
     return 4.0 * self.width * seqhw**2
 
 
@@ -61,7 +76,7 @@ def registered(monkeypatch):
 def test_another_model_is_built_evaluated_and_its_training_steps_are_lowered(registered):
   exp = experiment.from_config(SETTINGS)
   assert isinstance(exp.model, Patches) and exp.step_flops({"seqhw": 2}) == 6 * 8 * 5 * 15
-  params = steps.init_params(exp.model, exp.image_shape, exp.seed)
+  params = steps.init_params(exp.model, exp.shapes, exp.seed)
   evaluator = exp.evaluations["test"].make(exp.model, sharding.make_mesh())
   rows = results.measure(evaluator, params)
   assert [(r["seqhw"], r["tokens"], r["n"]) for r in rows] == [(4, 16, 16)]

@@ -36,7 +36,7 @@ GMACS = {
 def test_gmacs_are_those_of_the_papers_models(variant):
   model = FlexiViT(variant=variant, num_classes=1000)
   for grid, want in zip(GRIDS, GMACS[variant], strict=True):
-    got = model.gmacs((240, 240), seqhw=grid)
+    got = model.gmacs({"image": (240, 240, 3)}, seqhw=grid)
     np.testing.assert_allclose(got, want, rtol=0.01, err_msg=f"{variant} {grid}")
 
 
@@ -63,7 +63,7 @@ def test_gmacs_count_the_matrix_products_that_are_run(pool, registers):
   model = make(pool_type=pool, patch_size=(12, 4), posemb_size=(2, 6), registers=registers)
   counted = multiply_adds(model, (24, 24))
   logits_2d = ("+" not in pool) * 12 * 16 * 5  # which nobody pays for who does not read them
-  want = model.gmacs((24, 24), grid_hw=(2, 6)) * 1e9
+  want = model.gmacs({"image": (24, 24, 3)}, grid_hw=(2, 6)) * 1e9
   np.testing.assert_allclose(counted - logits_2d, want, rtol=1e-12)
 
 
@@ -82,5 +82,5 @@ def test_gmacs_count_what_stride_and_depth_run(size, grid_hw):
   assert model.grid(image_hw, **size).grid_hw == grid_hw
   counted = multiply_adds(model, image_hw, **size)
   logits_2d = math.prod(grid_hw) * 16 * 5
-  want = model.gmacs(image_hw, **size) * 1e9
+  want = model.gmacs({"image": (*image_hw, 3)}, **size) * 1e9
   np.testing.assert_allclose(counted - logits_2d, want, rtol=1e-12)

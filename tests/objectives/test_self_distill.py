@@ -14,6 +14,7 @@ from flexivit_jax import errors, experiment, train as train_lib, weights
 from flexivit_jax.devices import sharding
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import self_distill, supervised
+from flexivit_jax.objectives.base import Losses
 from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.training import steps
@@ -27,7 +28,7 @@ FIELDS = dict(
 def made(seed=0):
   """Returns (model, parameters), every array random."""
   model = FlexiViT(**FIELDS)
-  params = jax.eval_shape(lambda: steps.init_params(model, (12, 12, 3), seed=seed))
+  params = jax.eval_shape(lambda: steps.init_params(model, {"image": (12, 12, 3)}, seed=seed))
   rng = np.random.default_rng(seed)
   return model, jax.tree.map(lambda a: jnp.float32(rng.normal(size=a.shape) * 0.3), params)
 
@@ -80,7 +81,7 @@ def test_where_it_teaches_only_the_labels_count():
 @pytest.mark.parametrize(("ema", "accumulate"), [(None, 1), (None, 2), (0.9, 1)])
 def test_elsewhere_it_is_the_formula_with_a_target_without_gradient(ema, accumulate):
   objective = self_distill(size={"seqhw": 6}, weight=0.7, temperature=2.0, ema=ema)
-  assert objective.inputs == ("image", "labels") and objective.also == ({"seqhw": 6},)
+  assert list(objective.inputs) == ["image", "labels"] and objective.also == ({"seqhw": 6},)
   params, labels = made()[1], batch()["labels"]
   teacher = params if ema is None else made(1)[1]
   loss, gradients, _ = step_and_gradient(
@@ -104,7 +105,8 @@ def test_the_fixed_pass_has_no_dropout():
   weights_of = np.float32(np.random.default_rng(3).normal(size=(4, 3)))
 
   def fixed_alone(predict, part):
-    return (predict(part["image"], fixed=True, seqhw=6) * weights_of).sum(-1)
+    logits = predict({"image": part["image"]}, fixed=True, seqhw=6)["logits"]
+    return Losses((logits * weights_of).sum(-1))
 
   objective, tx = self_distill(size={"seqhw": 6})._replace(loss=fixed_alone), optax.sgd(1.0)
   step = functools.partial(

@@ -128,10 +128,10 @@ def test_a_commands_work_is_counted():
   model = FlexiViT(variant="B", num_classes=1000)
   one = items.Item("", work=(items.Work("B", 10, (15,), passes=3),))
   assert reproduce.evaluation_flops(one) == pytest.approx(
-    2e9 * gmacs(model, (240, 240), seqhw=15) * 10 * 3
+    2e9 * gmacs(model, {"image": (240, 240, 3)}, seqhw=15) * 10 * 3
   )
   assert reproduce.evaluation_flops(items.find("fig4")) == pytest.approx(
-    2e9 * gmacs(model, (224, 224), seqhw=28) * 50_000 * 24
+    2e9 * gmacs(model, {"image": (224, 224, 3)}, seqhw=28) * 50_000 * 24
   )
 
 

@@ -18,7 +18,7 @@ FIELDS = dict(num_classes=4, width=8, depth=DEPTH, mlp_dim=16, num_heads=2, patc
 
 def params_of(**fields):
   model, rng = FlexiViT(**{**FIELDS, **fields}), np.random.default_rng(0)
-  shapes = jax.eval_shape(lambda: steps.init_params(model, (8, 8, 3), seed=0))
+  shapes = jax.eval_shape(lambda: steps.init_params(model, {"image": (8, 8, 3)}, seed=0))
   return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
 
 

@@ -32,7 +32,7 @@ def given():
     "image": rng.uniform(-1, 1, (16, 24, 24, 3)).astype(np.float32),
     "labels": np.eye(10, dtype=np.float32)[rng.integers(10, size=16)],
   }
-  params = jax.jit(lambda: steps.init_params(MODEL, (24, 24, 3), seed=0))()
+  params = jax.jit(lambda: steps.init_params(MODEL, {"image": (24, 24, 3)}, seed=0))()
   tx = optim.make(params, total_steps=10, lr=0.1, name="sgd", clip=1.0).tx
   objective = supervised(mixup_p=0.5)
   run = {"seed": np.uint32(0), "total_steps": np.int32(10)}

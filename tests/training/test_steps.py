@@ -10,8 +10,10 @@ import optax
 import pytest
 import scipy.special
 
+from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives import supervised
+from flexivit_jax.objectives.base import Losses, keep
 from flexivit_jax.training import steps
 
 pytestmark = pytest.mark.faults
@@ -28,7 +30,12 @@ class Tiny(nn.Module):
     x = image.reshape(n, seqhw, h // seqhw, seqhw, w // seqhw, c).mean((2, 4))
     x = nn.tanh(nn.Dense(8, name="embedding")(x))
     x = nn.Dropout(self.dropout)(x, deterministic=not train).mean((1, 2))
-    return nn.Dense(3, name="head", kernel_init=nn.initializers.zeros)(x), {}
+    x = nn.Dense(3, name="head", kernel_init=nn.initializers.zeros)(x)
+    return x, {"logits": x}
+
+  @nn.nowrap
+  def example(self, shapes):
+    return {"image": jnp.zeros((1, *shapes["image"]))}, {"seqhw": 1}
 
 
 MODEL = Tiny()
@@ -49,7 +56,7 @@ def compiled(model=MODEL, tx=None, mixup_p=0.0, **options):
   fn = functools.partial(
     steps.step, model=model, objective=supervised(mixup_p=mixup_p), tx=tx, **options
   )
-  params = steps.init_params(model, (12, 12, 3), seed=0)
+  params = steps.init_params(model, {"image": (12, 12, 3)}, seed=0)
   # A zero head, as it is initialised, would hide all other gradients.
   head = np.random.default_rng(0).normal(size=params["head"]["kernel"].shape)
   params["head"]["kernel"] = jnp.asarray(head, jnp.float32)
@@ -176,7 +183,7 @@ def test_one_seed_gives_the_same_bits():
 
   def train():
     _, step = compiled(mixup_p=1.0)
-    params, tx = steps.init_params(MODEL, (12, 12, 3), seed=0), optax.sgd(0.1)
+    params, tx = steps.init_params(MODEL, {"image": (12, 12, 3)}, seed=0), optax.sgd(0.1)
     state = steps.TrainState(jnp.int32(0), params, tx.init(params))
     for _ in range(2):
       state, measured = step(state, batch)
@@ -185,9 +192,82 @@ def test_one_seed_gives_the_same_bits():
   jax.tree.map(np.testing.assert_array_equal, train(), train())
 
 
+def weighted(weights):
+  """Cross-entropy of which each example counts as much as its weight says."""
+
+  def loss(predict, batch):
+    logits = predict({"image": batch["image"]})["logits"]
+    total = optax.softmax_cross_entropy(logits, batch["labels"]) * weights[batch["_id"]]
+    return Losses(total, weights[batch["_id"]])
+
+  prepare = keep("image", "labels", "_id")
+  return supervised()._replace(prepare=prepare, loss=loss)
+
+
+def gradients_of(objective, state, **options):
+  fn = functools.partial(steps.gradients, model=MODEL, objective=objective, seed=0, seqhw=4)
+  return jax.jit(functools.partial(fn, **options))(state, make_batch())
+
+
+@pytest.mark.parametrize("weights", [[0, 0, 0, 0, 5, 1, 1, 30], [0, 0, 0, 0, 2, 0, 0, 0]])
+def test_sums_of_examples_are_divided_once_by_their_weight(weights):
+  """Of microbatches the weights differ, and of some they are 0: a mean of means would be another number."""
+  (state, _), objective = compiled(), weighted(jnp.asarray(weights, jnp.float32))
+  loss, grads = gradients_of(objective, state)
+
+  def mean(params):
+    logits = MODEL.apply({"params": params}, make_batch()["image"], seqhw=4)[0]
+    total = optax.softmax_cross_entropy(logits, make_batch()["labels"])
+    return (total * jnp.asarray(weights)).sum() / sum(weights)
+
+  want, want_grads = jax.value_and_grad(mean)(state.params)
+  for accumulate in (1, 2, 4, 8):
+    loss, grads = gradients_of(objective, state, accumulate=accumulate)
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    assert_close(grads, want_grads, atol=1e-6)
+
+
+def test_a_batch_in_which_nothing_counts_changes_nothing():
+  (state, _), objective = compiled(), weighted(jnp.zeros(8))
+  for accumulate in (1, 4):
+    loss, grads = gradients_of(objective, state, accumulate=accumulate)
+    assert loss == 0 and not any(g.any() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_gradient_of_each_example_is_clipped_before_the_mean(accumulate):
+  state, _ = compiled()
+  frozen = jax.tree.map(lambda _: False, state.params)
+  frozen["embedding"] = {"kernel": True, "bias": True}
+  batch, each, norms = make_batch(), [], []
+  for i in range(8):
+    one = {k: v[i : i + 1] for k, v in batch.items()}
+
+    def loss(params, one=one):
+      logits = MODEL.apply({"params": params}, one["image"], seqhw=4)[0]
+      return optax.softmax_cross_entropy(logits, one["labels"])[0]
+
+    grads = jax.grad(loss)(state.params)
+    each.append(grads)
+    norms.append(float(optax.tree.norm(grads["head"])))
+  limit = float(np.median(norms))  # so that half of them are clipped
+  clipped = [
+    jax.tree.map(lambda g, norm=norm: g * min(1, limit / norm), grads)
+    for grads, norm in zip(each, norms, strict=True)
+  ]
+  want = jax.tree.map(lambda *g: sum(g) / 8, *clipped)
+  options = dict(clip_each=limit, frozen=frozen, accumulate=accumulate)
+  assert_close(gradients_of(supervised(), state, **options)[1], want, atol=1e-6)
+  with pytest.raises(UserError, match="use clip, or an objective that divides per example"):
+    gradients_of(weighted(jnp.ones(8)), state, **options)
+
+
 def test_initial_parameters_are_a_function_of_the_seed():
-  init = functools.partial(steps.init_params, MODEL, (12, 12, 3))
-  a, b, other = init(seed=0), init(seed=0, head_bias=-10.0), init(seed=1)
+  fields = dict(patch_size=(4, 4), posemb_size=(2, 2), width=16, depth=1, mlp_dim=8, num_heads=2)
+  model = FlexiViT(num_classes=3, **fields)
+  shapes = {"image": (12, 12, 3)}
+  a, other = (jax.jit(lambda s=s: steps.init_params(model, shapes, s))() for s in (0, 1))
+  b = jax.jit(lambda: steps.init_params(model.clone(head_bias=-10.0), shapes, 0))()
   np.testing.assert_array_equal(b["head"].pop("bias"), np.full(3, -10.0, np.float32))
   assert not a["head"].pop("bias").any() and not a["head"]["kernel"].any()
   jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -196,5 +276,5 @@ def test_initial_parameters_are_a_function_of_the_seed():
 
 def test_parameters_of_a_kernel_that_does_not_divide_the_image_can_be_made():
   model = FlexiViT(patch_size=(6, 6), posemb_size=(2, 2), width=16, depth=1, mlp_dim=8, num_heads=2)
-  params = jax.eval_shape(lambda: steps.init_params(model, (10, 10, 3), seed=0))
+  params = jax.eval_shape(lambda: steps.init_params(model, {"image": (10, 10, 3)}, seed=0))
   assert params["embedding"]["kernel"].shape == (6, 6, 3, 16)

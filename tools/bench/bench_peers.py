@@ -167,7 +167,9 @@ def onnx(kind: str, variant: str, seqhw: int, batch: int) -> Once:
   if kind != "forward":
     raise SystemExit("onnxruntime has --forward only.")
   model = FlexiViT(num_classes=1000, variant=variant)
-  params = jax.device_get(jax.jit(lambda: steps.init_params(model, (240, 240, 3), seed=0))())
+  params = jax.device_get(
+    jax.jit(lambda: steps.init_params(model, {"image": (240, 240, 3)}, seed=0))()
+  )
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = len(os.sched_getaffinity(0))
   with tempfile.TemporaryDirectory() as folder:

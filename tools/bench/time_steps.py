@@ -29,7 +29,7 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, dict]:
     num_classes=10, width=args.width, depth=args.depth, mlp_dim=4 * args.width, num_heads=args.heads,
     patch_size=(8, 8), posemb_size=(8, 8),
   )  # fmt: skip
-  params = steps.init_params(model, (args.image_size, args.image_size, 3), seed=0)
+  params = steps.init_params(model, {"image": (args.image_size, args.image_size, 3)}, seed=0)
   tx = optim.make(params, total_steps=1000, lr=1e-3, wd=1e-4, clip=1.0).tx
   state = jax.jit(lambda: steps.TrainState(jnp.int32(0), params, tx.init(params)))()
   rng, n = np.random.default_rng(0), args.batch_size

@@ -107,7 +107,7 @@ def main() -> None:
   if len(names) < 2:
     raise errors.UserError(f"One size, {names[0]}; this compares two or more.")
   h, w, channels = next(iter(data))["image"].shape[1:]
-  gflops = [2 * model.gmacs((h, w), channels, **size) for size in runner.sizes.values()]
+  gflops = [2 * model.gmacs({"image": (h, w, channels)}, **size) for size in runner.sizes.values()]
   parts = [
     jax.device_get([outputs[key] for key in runner.sizes])
     for outputs in runner.outputs(params, data)

@@ -1,0 +1,113 @@
+"""Costs of any model, counted in its traced program: for models that have no formula of their own."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core
+
+from flexivit_jax.models.base import Model
+from flexivit_jax.specs import Shapes
+from flexivit_jax.trees import Tree
+
+Jaxpr = Any  # jax.extend.core.Jaxpr
+
+
+def gmacs(model: Model, shapes: Shapes, **size: Any) -> float:
+  """Multiply-adds of one forward pass for one example, in 1e9: all matrix products and convolutions.
+
+  What two examples take less what one takes: what is made of parameters alone, such as a resized kernel, is left out.
+  A loop of unknown length counts once.
+
+  Args:
+    model: the model.
+    shapes: of its inputs, of one example.
+    **size: static arguments of the model.
+
+  Raises:
+    UserError: the size does not fit the image.
+  """
+  return (_macs(_program(model, shapes, 2, size)) - _macs(_program(model, shapes, 1, size))) / 1e9
+
+
+def activation_bytes(model: Model, shapes: Shapes, **size: Any) -> float:
+  """Bytes that one example's activations take until the backward pass has used them, before XLA fuses anything.
+
+  What two examples keep less what one keeps: parameters, and what is made of them alone, are kept once. What a block
+  needs while `remat` computes it again is not among them.
+
+  Args:
+    model: the model.
+    shapes: of its inputs, of one example.
+    **size: static arguments of the model.
+  """
+  return float(_kept(model, shapes, 2, size) - _kept(model, shapes, 1, size))
+
+
+def _inputs(model: Model, shapes: Shapes, n: int) -> tuple[Tree, Tree]:
+  """Shapes of the parameters and of a batch of n."""
+  inputs, size = model.example(shapes)
+  params = jax.eval_shape(functools.partial(model.init, **size), jax.random.key(0), **inputs)
+  batch = {k: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for k, x in inputs.items()}
+  return params, batch
+
+
+def _forward(model: Model, size: Any) -> Callable[[Tree, Tree], Tree]:
+  """The named outputs, which are all that anything is computed for."""
+
+  def run(params: Tree, batch: Tree) -> Tree:
+    out = model.apply(params, **batch, **size)[1]
+    return {name: out[name] for name in model.outputs}
+
+  return run
+
+
+def _program(model: Model, shapes: Shapes, n: int, size: Any) -> Jaxpr:
+  params, batch = _inputs(model, shapes, n)
+  return jax.make_jaxpr(_forward(model, size))(params, batch).jaxpr
+
+
+def _macs(jaxpr: Jaxpr) -> int:
+  total = 0
+  for eqn in jaxpr.eqns:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      sides = [eqn.invars[0].aval.shape[i] for i in contracted]
+      total += math.prod(eqn.outvars[0].aval.shape) * math.prod(sides)
+    elif name == "conv_general_dilated":
+      kernel = eqn.invars[1].aval.shape
+      out_axis = params["dimension_numbers"].rhs_spec[0]
+      each = math.prod(n for i, n in enumerate(kernel) if i != out_axis)
+      total += math.prod(eqn.outvars[0].aval.shape) * each
+    elif name == "cond":
+      total += max(_macs(branch.jaxpr) for branch in params["branches"])
+    else:
+      inner = sum(map(_macs, _inner(params)))
+      total += inner * (params["length"] if name == "scan" else 1)
+  return total
+
+
+def _inner(params: dict[str, Any]) -> list[Jaxpr]:
+  """The programs inside an operation: of a loop, a call, a checkpoint."""
+  found = []
+  for value in params.values():
+    if isinstance(value, jax.extend.core.ClosedJaxpr):
+      found.append(value.jaxpr)
+    elif isinstance(value, jax.extend.core.Jaxpr):
+      found.append(value)
+  return found
+
+
+def _kept(model: Model, shapes: Shapes, n: int, size: Any) -> int:
+  """Bytes of what the backward pass of n examples takes."""
+  params, batch = _inputs(model, shapes, n)
+  forward = _forward(model, size)
+
+  def pull(params: Tree, batch: Tree) -> Tree:
+    return jax.vjp(lambda p: forward(p, batch), params)[1]
+
+  kept = jax.tree.leaves(jax.eval_shape(pull, params, batch))
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in kept)
