@@ -164,10 +164,12 @@ def _example(plan: BatchPlan, epoch: int, index: int, record: Record | None) -> 
     key = np.random.SeedSequence((plan.seed or 0, epoch, index))
     rng = np.random.Generator(np.random.Philox(key))
   if plan.cache is None:
-    return plan.pp(_checked(plan.source, index, record), rng)
+    checked = _checked(plan.source, index, record)
+    return _check_mask(plan.source, checked, plan.pp(checked, rng))
   fixed, rest, examples = plan.cache
   if index not in examples:
-    examples[index] = fixed(_checked(plan.source, index, record), None)
+    checked = _checked(plan.source, index, record)
+    examples[index] = _check_mask(plan.source, checked, fixed(checked, None))
   return rest(examples[index], rng)
 
 
@@ -180,6 +182,26 @@ def _checked(source: Source, index: int, record: Record | None) -> Example:
     if not all(0 <= k < classes for k in (label if isinstance(label, _SEVERAL) else (label,))):
       raise UserError(f"{key} is {label}; expected 0..{classes - 1}")
   return {key: value for key, value in record.items() if key != "id"}
+
+
+def _check_mask(source: Source, record: Example, example: Example) -> Example:
+  """Returns the example; a UserError if its decoded mask has a number that is neither a class nor ignored.
+
+  Args:
+    source: has the number of classes.
+    record: the example before preprocessing, with the mask's `mask_ignore`.
+    example: the same after it.
+  """
+  mask, classes = example.get("mask"), source.num_classes
+  if not (isinstance(mask, np.ndarray) and mask.dtype.kind in "iu" and mask.size and classes):
+    return example
+  ignored = record.get("mask_ignore", 255)
+  wrong = mask[((mask < 0) | (mask >= classes)) & (mask != ignored)]
+  if wrong.size:
+    raise UserError(
+      f"the mask has the number {wrong[0]}; expected 0..{classes - 1}, or {ignored} (mask_ignore) for no class"
+    )
+  return example
 
 
 def example_cache(source: Source, pp: Preprocess, mebibytes: int) -> ExampleCache | None:

@@ -5,7 +5,7 @@ import pytest
 
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import Source
-from flexivit_jax.data.stream import BatchPlan, check_limit, make_chunk
+from flexivit_jax.data.stream import BatchPlan, check_limit, example_cache, make_chunk
 from flexivit_jax.errors import UserError
 
 pytestmark = pytest.mark.faults
@@ -81,6 +81,22 @@ def test_preprocessing_gets_every_key_of_a_record_but_its_id():
   assert batch["boxes"].shape == (12, 2, 4)
   with pytest.raises(UserError, match=r"box_labels is \[0 3\]; expected 0\.\.2"):
     make_chunk(with_boxes([0, 3]), 0)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_numbers_of_a_mask_are_classes_or_ignored(cached):
+  def with_mask(numbers, **extra):
+    mask = np.array(numbers, np.uint8).reshape(1, -1)
+    record = {"image": np.zeros((*mask.shape, 3), np.uint8), "id": "a", "mask": mask, **extra}
+    source = Source("m", "train", 3, None, 20, lambda ii: [record] * len(ii))
+    made = plan(source=source, pp=parse("decode|keep('mask')"))
+    return made._replace(cache=example_cache(source, made.pp, 1)) if cached else made
+
+  assert make_chunk(with_mask([0, 2, 255]), 0).batch["mask"].shape == (12, 1, 3)
+  assert make_chunk(with_mask([0, 2, 7], mask_ignore=7), 0).batch["mask"].max() == 7
+  for numbers, extra in (([0, 3], {}), ([255], {"mask_ignore": 7})):
+    with pytest.raises(UserError, match=rf"the mask has the number {numbers[-1]}; expected 0\.\.2"):
+      make_chunk(with_mask(numbers, **extra), 0)
 
 
 def test_strings_in_a_batch_are_an_error():
