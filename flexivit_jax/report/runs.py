@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
@@ -22,6 +21,7 @@ from flexivit_jax.running import ledger
 SizeText = int | str  # tokens or pixels of a side; "HxW" where the sides differ
 Key = tuple[SizeText, SizeText, int | None]  # (patch, seqhw, depth)
 Json = dict[str, Any]  # a JSON object
+LARGEST = 1e100  # beyond it an axis overflows
 FACTS = ("dataset", "split", "step", "params", "device", "jax", "command")
 
 
@@ -287,7 +287,7 @@ def _row(
 
 
 def _value(item: Json, metric: Metric, file: Path, at: str) -> float:
-  low, high = (0.0, 1.0) if metric.unit == "%" else (-math.inf, math.inf)
+  low, high = (0.0, 1.0) if metric.unit == "%" else (-LARGEST, LARGEST)
   return _number(item, metric.name, file, at, low=low, high=high)
 
 
@@ -301,7 +301,7 @@ def _interval(
   ends, where = stored[metric.name], f"{at}intervals."
   if not isinstance(ends, list) or len(ends) != 2:
     raise _bad(file, where + metric.name, ends, "two numbers, the low end and the high one")
-  low, high = (_number({metric.name: end}, metric.name, file, where, low=-math.inf) for end in ends)
+  low, high = (_number({metric.name: end}, metric.name, file, where, low=-LARGEST) for end in ends)
   if low > high:
     raise _bad(file, where + metric.name, ends, "the low end first")
   return low, high
@@ -387,19 +387,19 @@ def _number(
   at: str,
   *,
   low: float = 0.0,
-  high: float = math.inf,
+  high: float = LARGEST,
 ) -> float:
   value = _get(data, key, object, file, at)
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise _bad(file, at + key, value, "a number")
-  if not math.isfinite(value) or not low <= value <= high:
+  if not low <= value <= high:
     raise _bad(file, at + key, value, f"a finite number from {low:g} to {high:g}")
   return float(value)
 
 
 def _count(data: Json, key: str, file: Path, at: str) -> int:
   value = _get(data, key, object, file, at)
-  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+  if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
     raise _bad(file, at + key, value, "a whole number from 1")
   return value
 

@@ -413,6 +413,8 @@ def test_missing_keys_are_named(tmp_path, key):
     ("depth", 0),
     ("depth", "2"),
     ("tokens", -1),
+    ("tokens", 10**400),
+    ("ms", 1e300),
     ("seqhw", 0),
     ("seqhw", "8by6"),
     ("patch", 2.5),
