@@ -141,25 +141,21 @@ def _note(text: str) -> None:
 
 
 def _progress(size: int | None) -> Callable[["Done"], None]:
-  """Returns what prints a line every few seconds; the time that is left is judged by the rows since the start."""
+  """Returns what prints a line every few seconds; what is left is judged by the rows that were read since the start."""
   began = printed = time.monotonic()
-  first: int | None = None
 
   def show(done: "Done") -> None:
-    nonlocal printed, first, began
+    nonlocal printed
     now = time.monotonic()
-    if first is None or done.rows < first:
-      first, began = done.rows, now
     if now - printed < _EVERY_S:
       return
     printed = now
-    rate = (done.rows - first) / max(now - began, 1e-9)
-    left = f" | ETA {(size - done.rows) / rate / 60:.0f} min" if size and rate else ""
+    rate = done.read / (now - began)
     of = f"/{size:,}" if size else ""
-    skipped = f" | {done.skipped:,} left out" if done.skipped else ""
-    size_mb = done.bytes / 2**20
-    _note(
-      f"row {done.rows:,}{of} | {done.shards:,} shards | {size_mb:,.0f} MiB | {rate:,.0f} rows/s{left}{skipped}"
-    )
+    parts = [f"row {done.rows:,}{of}", f"{done.shards:,} shards", f"{done.bytes / 2**20:,.0f} MiB"]
+    parts += [f"{done.skipped:,} left out"] if done.skipped else []
+    parts += [f"{rate:,.0f} rows/s"]
+    parts += [f"{(size - done.rows) / rate / 60:,.1f} min left"] if size and rate else []
+    _note(" | ".join(parts))
 
   return show

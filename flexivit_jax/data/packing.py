@@ -31,9 +31,17 @@ _READER = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class Done(NamedTuple):
-  """How far a pack is: rows that were read or were in finished shards, and what became of them."""
+  """How far a pack is.
+
+  Attributes:
+    rows: of the input, those in shards that were there included.
+    read: rows that were read, not those.
+    examples, skipped: what became of the rows.
+    shards, bytes: finished ones; their size, and what the next one has so far.
+  """
 
   rows: int
+  read: int
   examples: int
   skipped: int
   shards: int
@@ -246,7 +254,7 @@ class _Writer:
     note: Callable[[str], None],
     progress: Callable[[Done], None],
   ):
-    self.done = Done(0, 0, 0, 0, 0)
+    self.done = Done(0, 0, 0, 0, 0, 0)
     self._folder, self._split, self._rows = folder, split, rows
     self._bytes, self._examples = shard_bytes, shard_examples
     self._tolerated, self._note, self._progress = tolerated, note, progress
@@ -254,13 +262,15 @@ class _Writer:
   def shard(self, number: int) -> Content:
     """Returns the index of a shard, which is written unless it is there."""
     path = self._folder / f"{packs.shard_name(self._split, number)}.array_record"
-    index = self._finished(path)
+    index, read = self._finished(path), 0
     if index is None:
       index = self._write(path)
+      read = index["rows"][1] - index["rows"][0]
       index["index_xxh3"] = packs.write_json(path.with_suffix(".json"), index)
     kept = index["examples"] > 0
     self.done = Done(
       index["rows"][1],
+      self.done.read + read,
       self.done.examples + index["examples"],
       self.done.skipped + len(index["skipped"]),
       self.done.shards + kept,
@@ -328,6 +338,7 @@ class _Writer:
         self._progress(
           self.done._replace(
             rows=number,
+            read=self.done.read + number - start,
             examples=self.done.examples + len(labels),
             skipped=self.done.skipped + len(skipped),
             bytes=self.done.bytes + size,

@@ -65,20 +65,20 @@ def parquet_input(
     matching(data_dir, files),
     _Columns(image_key, label_key, captions_key, mask_key, id_key),
   )
-  opened = [_open(path) for path in paths]
+  size = 0
   notes: dict[str, None] = {}
-  for path, file in zip(paths, opened, strict=True):
-    _check_columns(path, file, columns)
-    others = [name for name in file.schema_arrow.names if name not in columns]
-    if others:
-      notes[f"columns that are left out: {', '.join(others)}"] = None
+  for path in paths:
+    with _open(path) as file:
+      _check_columns(path, file, columns)
+      size += file.metadata.num_rows
+      if others := [name for name in file.schema_arrow.names if name not in columns]:
+        notes[f"columns that are left out: {', '.join(others)}"] = None
   names, number = classes_of(data_dir, classes, num_classes)
   if label_key and not number:
-    names = _stated_names(opened[0], label_key)
+    names = _stated_names(paths[0], label_key)
     number = len(names)
   about = {"name": "parquet", "split": split, "files": files}
   about |= {f"{kind}_key": name for kind, name in columns._asdict().items()} | {"ignore": ignore}
-  size = sum(file.metadata.num_rows for file in opened)
   return Input(
     about, number, names, upright, size, lambda: _rows(paths, columns, ignore), tuple(notes)
   )
@@ -108,9 +108,10 @@ def _check_columns(path: pathlib.Path, file: Any, columns: _Columns) -> None:
       raise unknown(f"column of {path} ({kind}_key=)", name, file.schema_arrow.names)
 
 
-def _stated_names(file: Any, label_key: str) -> tuple[str, ...]:
+def _stated_names(path: pathlib.Path, label_key: str) -> tuple[str, ...]:
   """Returns the class names in the metadata that Hugging Face writes."""
-  metadata = file.schema_arrow.metadata or {}
+  with _open(path) as file:
+    metadata = file.schema_arrow.metadata or {}
   try:
     feature = json.loads(metadata[b"huggingface"])["info"]["features"][label_key]
     return tuple(feature["names"] if "names" in feature else feature["feature"]["names"])

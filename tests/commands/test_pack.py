@@ -1,6 +1,7 @@
 """`flexivit pack`: the command line, its lock, its end by signals; and kills of the command itself."""
 
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import cli
+from flexivit_jax.commands import pack
 from flexivit_jax.data import make_source
 from flexivit_jax.running import exit_codes, run_folder
 
@@ -80,6 +82,14 @@ def test_bad_rows_and_bad_lines(photos, tmp_path, capsys):
     assert cli.main(["pack", *bad, "--out", str(tmp_path / "new")]) == 2
     assert text in capsys.readouterr().err, bad
   assert not (tmp_path / "new").exists()
+
+
+def test_progress_is_a_line_every_few_seconds(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(pack, "_EVERY_S", 0.0)
+  assert cli.main(["pack", *SYNTHETIC, f"--out={tmp_path}", "--shard_examples=5"]) == 0
+  lines = capsys.readouterr().err.splitlines()
+  line = r"row 7/50 \| 1 shards \| 0 MiB \| [\d,]+ rows/s \| 0\.0 min left"
+  assert len(lines) == 60 and re.fullmatch(line, lines[7])
 
 
 def test_only_one_packs_into_a_folder(tmp_path, capsys):
