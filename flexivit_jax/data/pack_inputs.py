@@ -38,6 +38,7 @@ class Input(NamedTuple):
     size: number of rows; None: known only at the end.
     rows: starts at row 0.
     notes: lines for the user.
+    left_out: as of a `Source`.
   """
 
   about: dict[str, Any]
@@ -47,6 +48,7 @@ class Input(NamedTuple):
   size: int | None
   rows: Callable[[], Iterator[Row]]
   notes: tuple[str, ...] = ()
+  left_out: tuple[str, ...] = ()
 
 
 def of_source(source: Source, about: dict[str, Any]) -> Input:
@@ -58,6 +60,7 @@ def of_source(source: Source, about: dict[str, Any]) -> Input:
     source.upright,
     len(source),
     lambda: _rows(source),
+    left_out=source.left_out,
   )
 
 

@@ -111,7 +111,7 @@ def pack(
   if not kept:
     (folder / f"{split}.begun.json").unlink(missing_ok=True)
     raise UserError(f"None of the {writer.done.rows:,} rows can be packed.")
-  _finish(folder, split, settings, indices)
+  _finish(folder, split, {**settings, "left_out": list(source.left_out)}, indices)
   return writer.done
 
 
@@ -209,9 +209,7 @@ def _remove_after(folder: pathlib.Path, split: str, shards: int) -> None:
       path.unlink()
 
 
-def _finish(
-  folder: pathlib.Path, split: str, settings: Content, indices: Sequence[Content]
-) -> None:
+def _finish(folder: pathlib.Path, split: str, about: Content, indices: Sequence[Content]) -> None:
   """Writes the manifest: the split is complete."""
   shards = []
   for number, index in enumerate(index for index in indices if index["examples"]):
@@ -220,7 +218,7 @@ def _finish(
     names = {"file": f"{name}.array_record", "index_file": f"{name}.json"}
     shards.append({**names, **stored, "index_xxh3": index["index_xxh3"]})
   content = {
-    **settings,
+    **about,
     "rows": indices[-1]["rows"][1],
     "examples": sum(index["examples"] for index in indices),
     "labelled": all(index["labels"] is not None for index in indices),

@@ -1,5 +1,6 @@
 """`flexivit pack`: the command line, its lock, its end by signals; and kills of the command itself."""
 
+import json
 import random
 import re
 import shutil
@@ -14,7 +15,7 @@ from PIL import Image
 
 from flexivit_jax import cli
 from flexivit_jax.commands import pack
-from flexivit_jax.data import make_source
+from flexivit_jax.data import make_source, packs
 from flexivit_jax.running import exit_codes, run_folder
 
 pytestmark = pytest.mark.faults
@@ -82,6 +83,30 @@ def test_bad_rows_and_bad_lines(photos, tmp_path, capsys):
     assert cli.main(["pack", *bad, "--out", str(tmp_path / "new")]) == 2
     assert text in capsys.readouterr().err, bad
   assert not (tmp_path / "new").exists()
+
+
+def test_bad_annotations_are_left_out_and_recorded(photos, tmp_path, capsys):
+  rows = [("0", "a cat"), ("1", " "), ("9", "no file"), ("2", "more")]
+  lines = [json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in rows]
+  (photos / "train" / "cat" / "metadata.jsonl").write_text("\n".join(lines))
+  line = [
+    "pack",
+    "name=captions",
+    f"data_dir={photos / 'train'}",
+    "split=cat",
+    "--out",
+    str(tmp_path / "out"),
+  ]
+  assert cli.main(line) == 2
+  assert (
+    "2 bad rows: line 2: the caption is empty; line 3: no file '9.png'" in capsys.readouterr().err
+  )
+  assert cli.main([*line, "--on_bad=skip"]) == 0
+  split = packs.split_of(tmp_path / "out", "cat")
+  assert split["left_out"] == ["line 2: the caption is empty", "line 3: no file '9.png'"]
+  source = make_source(name="packed", split="cat", data_dir=tmp_path / "out")
+  assert sorted(r["captions"] for r in source.read(range(2))) == [("a cat",), ("more",)]
+  assert source.labels is None
 
 
 def test_progress_is_a_line_every_few_seconds(tmp_path, capsys, monkeypatch):

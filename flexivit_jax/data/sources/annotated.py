@@ -48,8 +48,8 @@ class Findings:
   bad: list[str] = dataclasses.field(default_factory=list)
   clipped: int = 0
 
-  def judge(self, on_bad: str) -> None:
-    """Raises a UserError that lists the bad rows, or warns of them.
+  def judge(self, on_bad: str) -> list[str]:
+    """Raises a UserError that lists the bad rows, or warns of them and returns them.
 
     Args:
       on_bad: "raise", or "skip" where the rows have been left out.
@@ -59,13 +59,13 @@ class Findings:
         f"{self.where}: {self.clipped:,} boxes reach outside their image by no more than rounding does; clipped"
       )
     if not self.bad:
-      return
+      return []
     number = f"{len(self.bad):,} bad row{'s' if len(self.bad) > 1 else ''}"
     shown = "; ".join(self.bad[:_SHOWN])
     more = f"; and {len(self.bad) - _SHOWN:,} more" if len(self.bad) > _SHOWN else ""
     if on_bad == "skip":
       warn(f"{self.where}: skipped {number}: {shown}{more}")
-      return
+      return self.bad
     raise UserError(
       f"{self.where}: {number}: {shown}{more}. Repair what is bad, or leave it out: on_bad='skip' of the data"
       " (--config.input.data.on_bad=skip)."
@@ -286,11 +286,12 @@ def annotated_source(
   *,
   upright: bool,
   relative: bool = False,
+  left_out: Sequence[str] = (),
 ) -> Source:
   """Returns a source of the rows of some splits; each split in an order that depends on its paths alone.
 
   Args:
-    name, split, class_names, num_classes, upright: see `Source`.
+    name, split, class_names, num_classes, upright, left_out: see `Source`.
     root: the paths of the rows are below it.
     stored: split -> rows.
     relative: boxes are fractions of the image's sides, and become pixels when a record is read.
@@ -303,7 +304,17 @@ def annotated_source(
   read = functools.partial(read_rows, root, table, upright, relative)
   listing = functools.partial(_listing, table)
   return Source(
-    name, split, num_classes, class_names, len(rows), read, None, upright, str(root), listing
+    name,
+    split,
+    num_classes,
+    class_names,
+    len(rows),
+    read,
+    None,
+    upright,
+    str(root),
+    listing,
+    tuple(left_out),
   )
 
 

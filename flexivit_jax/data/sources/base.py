@@ -41,6 +41,7 @@ class Source:
     listing: returns the record of every example without what files hold ("image", "mask"), and without reading them;
       None: impossible. Boxes in it may be relative to the image's sides. `flexivit pack` tells by it whether the input
       is still the same.
+    left_out: "ROW: REASON" of what is no example because its annotations are bad.
   """
 
   name: str
@@ -53,6 +54,7 @@ class Source:
   upright: bool = False
   where: str | None = None
   listing: Callable[[], Iterable[Record]] | None = None
+  left_out: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return self.size

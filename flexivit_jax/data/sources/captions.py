@@ -56,12 +56,15 @@ def captions_source(
   check_on_bad(on_bad)
   root = data_root(data_dir)
   files, stored = Files(root), {}
+  left_out: list[str] = []
   for part in split_names(split):
     path = _find(root, part)
     findings = Findings(str(path))
     stored[part] = _rows(path, root, captions_key, files, findings)
-    findings.judge(on_bad)
-  return annotated_source("captions", split, root, stored, None, 0, upright=upright)
+    left_out += findings.judge(on_bad)
+  return annotated_source(
+    "captions", split, root, stored, None, 0, upright=upright, left_out=left_out
+  )
 
 
 def _find(root: pathlib.Path, split: str) -> pathlib.Path:

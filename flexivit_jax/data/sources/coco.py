@@ -76,6 +76,7 @@ def coco_source(
   check_on_bad(on_bad)
   root = data_root(data_dir)
   files, stored, categories = Files(root), {}, {}
+  left_out: list[str] = []
   for name in split_names(split):
     path = _find(root, annotations, name)
     content = _read(path)
@@ -88,9 +89,11 @@ def coco_source(
       stored[name] = _with_boxes(content["annotations"], entries, categories[name], findings)
     else:
       stored[name] = _with_captions(content["annotations"], entries, findings)
-    findings.judge(on_bad)
+    left_out += findings.judge(on_bad)
   names = _same(categories, stored)
-  return annotated_source("coco", split, root, stored, names, len(names or ()), upright=upright)
+  return annotated_source(
+    "coco", split, root, stored, names, len(names or ()), upright=upright, left_out=left_out
+  )
 
 
 class _Entry(NamedTuple):

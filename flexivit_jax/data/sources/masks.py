@@ -75,12 +75,15 @@ def masks_source(
       f" {_IGNORE}."
     )
   stored = {}
+  left_out: list[str] = []
   for part in split_names(split):
     folders = _folders(root, part, images, masks)
     findings = Findings(str(root / folders[1]))
     stored[part] = _rows(root, *folders, ignore, findings)
-    findings.judge(on_bad)
-  return annotated_source("masks", split, root, stored, names, number, upright=upright)
+    left_out += findings.judge(on_bad)
+  return annotated_source(
+    "masks", split, root, stored, names, number, upright=upright, left_out=left_out
+  )
 
 
 def _classes(

@@ -71,6 +71,7 @@ def voc_source(
   names = class_files.read(path) if path else _names_in(paths, parse, root)
   label_of = {class_names.plain(name): label for label, name in enumerate(names)}
   stored: dict[str, list[Row]] = {}
+  left_out: list[str] = []
   for part in split_names(split):
     findings = Findings(str(root / _ANNOTATIONS))
     stored[part] = []
@@ -84,8 +85,10 @@ def voc_source(
         stored[part].append((image, boxes))
       except BadRowError as error:
         findings.bad.append(f"{row}: {error}")
-    findings.judge(on_bad)
-  return annotated_source("voc", split, root, stored, names, len(names), upright=upright)
+    left_out += findings.judge(on_bad)
+  return annotated_source(
+    "voc", split, root, stored, names, len(names), upright=upright, left_out=left_out
+  )
 
 
 class _Object(NamedTuple):

@@ -60,13 +60,22 @@ def yolo_source(
   root = data_root(data_dir)
   names = _class_names(root, classes)
   stored = {}
+  left_out: list[str] = []
   for name in split_names(split):
     images, labels = _folders(root, name)
     findings = Findings(str(root / labels))
     stored[name] = _rows(root, images, labels, len(names), findings)
-    findings.judge(on_bad)
+    left_out += findings.judge(on_bad)
   return annotated_source(
-    "yolo", split, root, stored, names, len(names), upright=upright, relative=True
+    "yolo",
+    split,
+    root,
+    stored,
+    names,
+    len(names),
+    upright=upright,
+    left_out=left_out,
+    relative=True,
   )
 
 
@@ -113,7 +122,7 @@ def _rows(
     rows.append((os.path.join(images, image), boxes))
   for stem in texts.keys() - files.keys():
     if os.path.basename(stem) not in _NO_LABELS:
-      findings.bad.append(f"{stem}.txt: no image {stem} in {root / images}")
+      findings.bad.append(f"{stem}.txt: no image {stem} in {images}")
   findings.bad.sort(key=lambda text: text.partition(":")[0])
   return rows
 
