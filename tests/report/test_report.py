@@ -10,8 +10,9 @@ import pytest
 
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import intervals
-from flexivit_jax.report import pareto, plots, report, runs as runs_lib, table, tables
+from flexivit_jax.report import page, pareto, plots, report, runs as runs_lib, table, tables
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "report_of_accuracies.html"
 GRIDS = (2, 3, 4, 6, 8)
 FLEXI = (0.951, 0.967, 0.975, 0.978, 0.972)
 FIXED = (0.083, 0.121, 0.228, 0.431, 0.979)
@@ -89,6 +90,14 @@ def test_files_and_json(demo, tmp_path):
     assert row.pop("interval") == list(intervals.binomial(row["top1"], 360))
     assert row.pop("dominated").keys() == {"gflops", "ms"}
   assert data[0]["rows"] == [make_row(g, t) for g, t in zip(GRIDS[::-1], FLEXI[::-1], strict=True)]
+
+
+def test_the_page_of_accuracies_is_the_one_before_other_metrics_had_pages(demo):
+  loaded = runs_lib.load(demo)
+  nothing = dict.fromkeys(plots.AXES, plots.Drawing("", "<svg ></svg>", b""))
+  text = page.render(loaded, wide=nothing, narrow=nothing, command="made here")
+  body = re.sub(r"<svg.*?</svg>\s*", "", text[text.index("<main>") :], flags=re.DOTALL)
+  assert body == GOLDEN.read_text(encoding="utf-8")
 
 
 def test_report_is_deterministic(demo, tmp_path):
