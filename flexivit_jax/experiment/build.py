@@ -204,9 +204,8 @@ def from_config(
   # Patch sizes and durations.
   sizes = _sizes(checked, learner, flexi)
   lengths = _lengths(checked, learner, sizes)
-  checks.check_accumulate(
-    checked.accumulate, checked.memory_gib, learner.input["batch_size"], learner.model
-  )
+  batch_size, shapes = learner.input["batch_size"], learner.shapes
+  checks.check_accumulate(checked.accumulate, checked.memory_gib, batch_size, learner.model, shapes)
   digests = {name: opening.digest(teacher.params) for name, teacher in learner.teachers.items()}
   if checked.teacher_cache is not None and not learner.teachers:
     raise errors.UserError("teacher_cache is set, but the objective has no teachers; remove it.")

@@ -1,8 +1,10 @@
 """What a config may not say although each of its values is of the right type: the parts do not fit together."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
+import flax.errors
 import jax
 
 from flexivit_jax import config, data, errors, specs
@@ -48,11 +50,11 @@ def check_ranges(settings: Settings) -> None:
 
 
 def check_accumulate(
-  accumulate: int | str, memory_gib: float | None, batch_size: int, model: Model
+  accumulate: int | str, memory_gib: float | None, batch_size: int, model: Model, shapes: Shapes
 ) -> None:
   """Raises a UserError for parts that do not divide the batch, and for "auto" where the result would depend on it."""
   if accumulate == "auto":
-    if getattr(model, "is_random", False):
+    if _draws(model, shapes):
       raise errors.UserError(
         "accumulate='auto' with dropout or stochastic depth: masks would depend on the memory of the device; give"
         " accumulate a number."
@@ -66,6 +68,17 @@ def check_accumulate(
     )
   if memory_gib is not None:
     raise errors.UserError(f"memory_gib={memory_gib} has no effect without accumulate='auto'.")
+
+
+def _draws(model: Model, shapes: Shapes) -> bool:
+  """Whether the model draws anything in training: it then asks for random numbers, of which it is given none here."""
+  inputs, size = model.example(shapes)
+  params = jax.eval_shape(functools.partial(model.init, **size), jax.random.key(0), **inputs)
+  try:
+    jax.eval_shape(functools.partial(model.apply, train=True, **size), params, **inputs)
+  except flax.errors.InvalidRngError:
+    return True
+  return False
 
 
 def check_size(model: Model, image_shape: Sequence[int], size: SizeArgs) -> None:

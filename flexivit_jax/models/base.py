@@ -20,9 +20,10 @@ class Model(Protocol):
 
   The keyword arguments of `grid` are the static arguments: the keys that a config's `flexi` may draw and the keywords
   that `apply` takes. One of them is `seqhw`, tokens per side of the image; parameters depend on no size.
-  Parameters are named after Transformer blocks ("Transformer/encoderblock_0/...") where `optim.layer_decay` or a
-  number in `optim.freeze` is to work, and a classifier's head is "head/kernel" and "head/bias". A module with a field
-  `fsdp` gets the mesh there if the mesh divides parameters; one with a field `head_bias` gets `init_head_bias` there.
+  Parameters are named after Transformer blocks ("Transformer/encoderblock_0/...", also under a tower's name) where
+  `optim.layer_decay` or a number in `optim.freeze` is to work, and a classifier's head is "head/kernel" and
+  "head/bias". A module with a field `fsdp` gets the mesh there if the mesh divides parameters; one with a field
+  `head_bias` gets `init_head_bias` there.
 
   Every parameter begins as its initialiser makes it: nothing is filled in afterwards.
 

@@ -3,16 +3,38 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.extend.core
 
-from flexivit_jax.models.base import Model
-from flexivit_jax.specs import Shapes
+from flexivit_jax.models.base import Model, zeros
+from flexivit_jax.sizes import SizeArgs
+from flexivit_jax.specs import Shapes, Specs
 from flexivit_jax.trees import Tree
 
 Jaxpr = Any  # jax.extend.core.Jaxpr
+
+
+class Counted:
+  """Those methods of `Model` that most models can leave to this: a base class of a Flax module, after `nn.Module`.
+
+  The module gives `inputs` and `outputs`.
+  """
+
+  inputs: Specs
+
+  def example(self, shapes: Shapes) -> tuple[dict[str, jax.Array], SizeArgs]:
+    """See `Model.example`: zeros, and one token."""
+    return zeros(self.inputs, shapes), {"seqhw": 1}
+
+  def gmacs(self, shapes: Shapes, **size: Any) -> float:
+    """See `gmacs`."""
+    return gmacs(cast(Model, self), shapes, **size)
+
+  def activation_bytes(self, shapes: Shapes, **size: Any) -> float:
+    """See `activation_bytes`."""
+    return activation_bytes(cast(Model, self), shapes, **size)
 
 
 def gmacs(model: Model, shapes: Shapes, **size: Any) -> float:

@@ -16,7 +16,7 @@ from flexivit_jax import errors, experiment, specs, train as train_lib
 from flexivit_jax.data.sources import SOURCES, Source
 from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import preparation
-from flexivit_jax.models import MODELS, base, counting
+from flexivit_jax.models import MODELS, counting
 from flexivit_jax.models.grid import which_grid
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import BatchLoss, Losses, Objective, keep
@@ -27,7 +27,7 @@ from flexivit_jax.training import step_programs, steps
 pytestmark = pytest.mark.faults
 
 
-class Towers(nn.Module):
+class Towers(nn.Module, counting.Counted):
   """Two embeddings of unit length, of an image and of words, and a temperature."""
 
   num_classes: int = 0
@@ -56,20 +56,8 @@ class Towers(nn.Module):
     return {"image": specs.spec("e"), "words": specs.spec("e"), "t": specs.spec("")}
 
   @nn.nowrap
-  def example(self, shapes):
-    return base.zeros(self.inputs, shapes), {"seqhw": 1}
-
-  @nn.nowrap
   def grid(self, image_hw, *, seqhw):
     return which_grid(image_hw, (1, 1), seqhw=seqhw)
-
-  @nn.nowrap
-  def gmacs(self, shapes, **size):
-    return counting.gmacs(self, shapes, **size)
-
-  @nn.nowrap
-  def activation_bytes(self, shapes, **size):
-    return counting.activation_bytes(self, shapes, **size)
 
 
 def contrast():
@@ -288,6 +276,7 @@ def test_in_microbatches_a_run_is_the_same(registered, tmp_path):
       "takes .'image', 'words', 't'. from the model, Flexi",
     ),
     (dict(init_head_bias=1.0), "a Towers has no head_bias"),
+    (dict(accumulate="auto", model=dict(name="towers", dropout=0.5)), "masks would depend on the"),
   ],
 )
 def test_what_it_cannot_be_combined_with_is_said(registered, changes, message):

@@ -58,6 +58,7 @@ def make_source(
   num_classes: int | None = None,
   num_examples: int | None = None,
   seed: int | None = None,
+  annotated: bool | None = None,
   allow_empty: bool | None = None,
   upright: bool | None = None,
   annotations: str | None = None,
@@ -79,7 +80,7 @@ def make_source(
     data_dir: of TFDS (default: its own default), or the root of a folder of images.
     image_key, label_key, boxes_key, mask_key: TFDS only; see `tfds_source`.
     num_classes: TFDS, masks and synthetic.
-    image_size, num_examples, seed: synthetic only; see `synthetic_source`.
+    image_size, num_examples, seed, annotated: synthetic only; see `synthetic_source`.
     allow_empty, upright: folders of images only; see `folder_source`.
     annotations, images, masks, classes: folders with annotations; see `coco_source`, `yolo_source`, `voc_source`,
       `masks_source`, `captions_source`.
@@ -97,6 +98,7 @@ def make_source(
     "num_classes": num_classes,
     "num_examples": num_examples,
     "seed": seed,
+    "annotated": annotated,
     "allow_empty": allow_empty,
     "upright": upright,
     "annotations": annotations,

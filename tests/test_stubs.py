@@ -1,0 +1,77 @@
+"""Three tasks, each in one file, are planned, trained and resumed by the trainer as it is."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flexivit_jax import cli, config, data, train as train_lib
+from flexivit_jax.running import metrics_writer
+
+TASKS = ("image_text", "segmentation", "detection")
+
+
+@pytest.fixture
+def load(repository, monkeypatch):
+  """Loads a stub's config; what its file registers is gone after the test."""
+  from flexivit_jax.data.preprocess import OPS
+  from flexivit_jax.models import MODELS
+  from flexivit_jax.objectives import OBJECTIVES
+
+  tables = [(table, dict(table)) for table in (MODELS, OBJECTIVES, OPS)]
+  yield lambda task, *overrides: config.load(str(repository / f"tests/stubs/{task}.py"), overrides)
+  for table, before in tables:
+    table.clear()
+    table.update(before)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_is_planned(task, load, repository, capsys):
+  load(task)  # so that what it registers is taken back
+  cli.main(["plan", str(repository / f"tests/stubs/{task}.py"), "--json"])
+  plan = json.loads(capsys.readouterr().out)
+  assert [row["tokens"] for row in plan["sizes"]] == [4, 9, 16]
+  shares = [row["share_of_flops"] for row in plan["sizes"]]
+  np.testing.assert_allclose(shares, 1 / 3, rtol=1e-6)
+  assert plan["sizes"][0]["gmacs"] < plan["sizes"][2]["gmacs"]
+  assert plan["lowered"]["8"] == "3 training steps lowered"
+  assert plan["memory"]["1"]["activations"] > 0
+
+
+@pytest.mark.parametrize("task", [pytest.param(task, marks=pytest.mark.full) for task in TASKS])
+def test_a_task_is_trained_resumed_and_the_same_in_microbatches(task, load, train_until, tmp_path):
+  settings = load(task)
+  whole = losses(train_lib.train(settings, tmp_path / "whole"))
+  assert np.isfinite(whole).all() and len(whole) == 4
+  train_until(settings, tmp_path / "stopped", 3)
+  assert losses(train_lib.train(settings, tmp_path / "stopped")) == whole
+  four = losses(train_lib.train(settings | {"accumulate": 4}, tmp_path / "four"))
+  # The first losses: later ones are of parameters that rounding has moved.
+  np.testing.assert_allclose(four[0], whole[0], rtol=1e-6)
+  np.testing.assert_allclose(four, whole, rtol=1e-3)
+
+
+def losses(workdir):
+  return [row["loss"] for row in metrics_writer.read_rows(workdir / "metrics.jsonl")]
+
+
+def test_annotated_images_agree_with_their_annotations():
+  source = data.make_source(
+    name="synthetic", split="train", image_size=40, num_examples=20, annotated=True
+  )
+  for i in range(20):
+    record = source[i]
+    mask, image = record["mask"], record["image"]
+    inside = np.zeros(mask.shape, bool)
+    for (x0, y0, x1, y1), label in zip(
+      record["boxes"].astype(int), record["box_labels"], strict=True
+    ):
+      inside[y0:y1, x0:x1] = True
+      assert f"class {label}" in record["captions"][0]
+    np.testing.assert_array_equal(mask != 255, inside)
+    for label in np.unique(mask[mask != 255]):
+      assert len(np.unique(image[mask == label], axis=0)) == 1 and label in record["box_labels"]
+    x0, y0, x1, y1 = record["boxes"][-1].astype(int)  # which nothing hides
+    assert (mask[y0:y1, x0:x1] == record["box_labels"][-1]).all()
+  ids = np.concatenate([source[i]["box_ids"] for i in range(20)])
+  assert len(set(ids.tolist())) == len(ids)
