@@ -24,6 +24,7 @@ from flexivit_jax.data.sources.base import Label
 from flexivit_jax.errors import UserError, unknown
 
 ON_BAD = ("raise", "skip")
+_KINDS = ("label", "boxes", "mask", "captions")  # all records have the same of these
 _SHOWN = 10  # bad rows in one message
 # Images are compressed already, and random access reads one record. The bytes must not depend on threads.
 _WRITER = "group_size:1,uncompressed,max_parallelism:1"
@@ -54,6 +55,7 @@ class _Packed(NamedTuple):
   name: str
   data: bytes
   label: Label | None
+  kinds: list[str]
   problem: str | None
 
 
@@ -221,7 +223,7 @@ def _finish(folder: pathlib.Path, split: str, about: Content, indices: Sequence[
     **about,
     "rows": indices[-1]["rows"][1],
     "examples": sum(index["examples"] for index in indices),
-    "labelled": all(index["labels"] is not None for index in indices),
+    "kinds": indices[0]["kinds"],
     "skipped": [row for index in indices for row in index["skipped"]],
     "shards": shards,
   }
@@ -253,6 +255,7 @@ class _Writer:
     progress: Callable[[Done], None],
   ):
     self.done = Done(0, 0, 0, 0, 0, 0)
+    self._kinds: list[str] | None = None
     self._folder, self._split, self._rows = folder, split, rows
     self._bytes, self._examples = shard_bytes, shard_examples
     self._tolerated, self._note, self._progress = tolerated, note, progress
@@ -266,6 +269,7 @@ class _Writer:
       read = index["rows"][1] - index["rows"][0]
       index["index_xxh3"] = packs.write_json(path.with_suffix(".json"), index)
     kept = index["examples"] > 0
+    self._kinds = index["kinds"]
     self.done = Done(
       index["rows"][1],
       self.done.read + read,
@@ -322,7 +326,8 @@ class _Writer:
       while size < self._bytes and len(labels) != self._examples and self._rows.any():
         state_of_row, row = self._rows.next()
         _add(state, state_of_row)
-        if row.problem is None:
+        problem = row.problem or self._misfit(row.kinds)
+        if problem is None:
           if not problems or self._tolerated:
             write(row.data)
           written.update(row.data)
@@ -330,7 +335,7 @@ class _Writer:
           labels.append(row.label)
         else:
           skipped.append((number, row.name))
-          problems.append(f"row {number:,} ({row.name!r}): {row.problem}")
+          problems.append(f"row {number:,} ({row.name!r}): {problem}")
           self._bad(problems)
         number += 1
         self._progress(
@@ -351,9 +356,18 @@ class _Writer:
       "examples": len(labels),
       "bytes": part.stat().st_size,
       "xxh3": packs.xxh3_of(part),
-      "labels": None if None in labels else labels,
+      "kinds": self._kinds,
+      "labels": labels if "label" in (self._kinds or ()) else None,
       "skipped": skipped,
     }
+
+  def _misfit(self, kinds: list[str]) -> str | None:
+    """Returns how a record differs from those before it; of the first one None."""
+    if self._kinds is None:
+      self._kinds = kinds
+    if kinds == self._kinds:
+      return None
+    return f"it has {', '.join(kinds) or 'an image alone'}; rows before it have {', '.join(self._kinds) or 'that'}"
 
   def _bad(self, problems: Sequence[str]) -> None:
     """Says which row is left out; a UserError if these are too many."""
@@ -466,7 +480,8 @@ def _packed(row: Row, source: Input) -> _Packed:
     name = str(record.get("id", row.name))
     wrong = pack_inputs.problem(record, num_classes=source.num_classes, upright=source.upright)
     data = b"" if wrong else record_bytes.encode(record)
-    return _Packed(name, data, record.get("label"), wrong)
+    kinds = [key for key in _KINDS if key in record]
+    return _Packed(name, data, record.get("label"), kinds, wrong)
   except Exception as e:  # of any source, as the loader takes them
     reason = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
-    return _Packed(row.name, b"", None, reason)
+    return _Packed(row.name, b"", None, [], reason)

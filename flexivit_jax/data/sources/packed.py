@@ -36,7 +36,7 @@ def packed_source(*, split: str, data_dir: str | os.PathLike[str]) -> Source:
   runs = [run for part in parts for run in _runs(shards[part.name], part.start, part.stop)]
   reader = _Reader(folder, tuple(runs))
   first = stored[parts[0].name]  # all splits in a folder have the same classes
-  labelled = all(content["labelled"] for content in stored.values())
+  labelled = all("label" in content["kinds"] for content in stored.values())
   return Source(
     "packed",
     split,
