@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import pickle
+import unicodedata
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,25 @@ def test_coco_without_sizes_reads_the_headers(tmp_path):
   check(opened("coco", "train", tmp_path), tmp_path, "images", without(truth, "box_difficult"))
 
 
+def test_names_match_in_any_form_of_unicode_and_of_slashes(tmp_path):
+  truth = draw(np.random.default_rng(4))
+  stored = {unicodedata.normalize("NFD", name): record for name, record in truth.items()}
+  assert stored.keys() != truth.keys()
+  write_images(tmp_path / "val", stored)
+  written = {name.replace("/", "\\"): record for name, record in truth.items()}
+  write_coco(tmp_path / "val.json", written)
+  check(opened("coco", "val", tmp_path), tmp_path, "val", without(stored, "box_difficult"))
+  rng = np.random.default_rng(4)
+  write_yolo(tmp_path / "yolo", stored, 0, rng)
+  for path in sorted((tmp_path / "yolo" / "labels").rglob("*.*")):
+    path.rename(path.with_name(unicodedata.normalize("NFC", path.name)))
+  (tmp_path / "yolo" / "data.yaml").write_text(YAMLS[0])
+  records = opened("yolo", "val", tmp_path / "yolo").read(range(len(stored)))
+  assert sum(len(record["boxes"]) for record in records) == sum(
+    len(record["boxes"]) for record in truth.values()
+  )
+
+
 def test_coco_splits_are_joined_where_their_categories_are_equal(tmp_path):
   for split, seed in (("train", 0), ("val", 1)):
     truth = draw(np.random.default_rng(seed), 5)
@@ -259,6 +279,9 @@ def test_coco_files_that_are_none(tmp_path):
     opened("coco", "val", tmp_path, annotations="{split}.json")
   with pytest.raises(UserError, match="is no folder; data_dir="):
     opened("coco", "train", tmp_path / "nothing")
+  write_coco(tmp_path / "train.json", draw(np.random.default_rng(0), 2))
+  with pytest.raises(UserError, match=r"None of the first 2 images .*'a0\.png'. Give images='FOL"):
+    opened("coco", "train", tmp_path)
 
 
 def test_boxes_that_rounding_moved_outside_are_clipped(tmp_path, caplog):
@@ -643,12 +666,9 @@ def test_captions_give_back_what_was_written(tmp_path, caplog, suffix, key):
   write_captions(tmp_path / "val" / f"metadata.{suffix}", written, key)
   source = opened("captions", "val", tmp_path, captions_key=key)
   assert (source.num_classes, source.class_names) == (0, None)
-  for record in expected.values():
-    record["annotated_hw"] = None
-  sized = {n: r | {"annotated_hw": truth[n]["annotated_hw"]} for n, r in expected.items()}
   records = {r["id"]: r for r in source.read(range(len(source)))}
   assert {n: r["captions"] for n, r in records.items()} == {
-    f"val/{name}": record["captions"] for name, record in sized.items()
+    f"val/{name}": record["captions"] for name, record in expected.items()
   }
   assert all(r.keys() == {"image", "id", "captions"} for r in records.values())
   left = len(truth) - len(expected)
@@ -731,6 +751,65 @@ def test_arguments_that_no_format_takes(name, tmp_path):
     opened(name, "train", tmp_path, on_bad="skp")
   with pytest.raises(UserError, match="To plan, give the data set"):
     planned_source(name=name, split="train", data_dir=tmp_path)
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+  """The same with a few bytes removed, replaced or put in between."""
+  pieces = [
+    b"<",
+    b"&a;",
+    b"<!DOCTYPE x>",
+    b"\n",
+    b",",
+    b'"',
+    b"nan",
+    b"1e999",
+    b"-1",
+    b"\xff",
+    b"[",
+    b"{",
+    b"\0",
+  ]
+  for _ in range(int(rng.integers(1, 4))):
+    start, length = int(rng.integers(len(content))), int(rng.integers(4))
+    piece = pieces[int(rng.integers(len(pieces)))] if rng.random() < 0.8 else b""
+    content = content[:start] + piece + content[start + length :]
+  return content
+
+
+@pytest.mark.parametrize("name", ["coco", "yolo", "voc", "captions"])
+def test_damaged_annotations_are_refused_or_give_boxes_inside_their_images(tmp_path, name):
+  rng = np.random.default_rng(0)
+  truth = draw(rng, 4, flat=True)
+  if name == "yolo":
+    write_yolo(tmp_path, truth, 0, rng)
+    (tmp_path / "data.yaml").write_text(YAMLS[1])
+    path = next((tmp_path / "labels").rglob("*.[tT][xX][tT]"))
+  elif name == "voc":
+    write_voc(tmp_path, truth)
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("\n".join(Path(n).stem for n in truth))
+    path = tmp_path / "Annotations" / "B c1.xml"
+  else:
+    write_images(tmp_path / "val", truth)
+    path = tmp_path / ("val.json" if name == "coco" else "val/metadata.csv")
+    if name == "coco":
+      write_coco(path, truth)
+    else:
+      write_captions(path, [(key, f"a photo, {key}") for key in truth], "text")
+  content, good = path.read_bytes(), 0
+  for _ in range(40):
+    path.write_bytes(damaged(content, rng))
+    try:
+      source = opened(name, "val", tmp_path, on_bad="skip")
+    except UserError:
+      continue
+    good += 1
+    for record in source.read(range(len(source))) if name != "captions" else ():
+      boxes, (h, w) = record["boxes"], record["annotated_hw"]
+      assert np.isfinite(boxes).all() and (boxes[:, :2] < boxes[:, 2:]).all()
+      assert (boxes >= 0).all() and (boxes[:, 2:] <= (w, h)).all()
+  assert good
 
 
 # --- real data ---

@@ -15,7 +15,7 @@ from jaxtyping import Int64, Shaped
 
 from flexivit_jax.data import images
 from flexivit_jax.data.sources.base import Record, Source, select
-from flexivit_jax.data.sources.folder import mixed
+from flexivit_jax.data.sources.folder import mixed, say_left_out
 from flexivit_jax.data.walking import Tree
 from flexivit_jax.errors import UserError, unknown
 
@@ -95,7 +95,7 @@ class Files:
   """
 
   def __init__(self, root: str | os.PathLike[str]):
-    self._root = os.fspath(root)
+    self.root = os.fspath(root)
     self._listed: dict[str, dict[str, str]] = {}
 
   def find(self, name: object, below: str = "") -> str:
@@ -130,7 +130,7 @@ class Files:
     """Returns the names of the files in a folder, by themselves and by their normal form."""
     if folder not in self._listed:
       try:
-        with os.scandir(os.path.join(self._root, folder)) as entries:
+        with os.scandir(os.path.join(self.root, folder)) as entries:
           names = sorted(entry.name for entry in entries if entry.is_file())
       except (OSError, ValueError):  # A name with a zero byte is a ValueError.
         names = []
@@ -138,9 +138,19 @@ class Files:
     return self._listed[folder]
 
 
-def by_stem(folder: pathlib.Path, suffixes: Iterable[str] | None = None) -> dict[str, list[str]]:
-  """Returns path without suffix -> paths, of the visible files below a folder; None: of images."""
+def by_stem(
+  folder: pathlib.Path, suffixes: Iterable[str] | None = None, *, say: bool = False
+) -> dict[str, list[str]]:
+  """Returns path without suffix -> paths, of the visible files below a folder.
+
+  Args:
+    folder: the top.
+    suffixes: of the files, in lower case; None: those of images.
+    say: warn of what is left out.
+  """
   tree = Tree(folder, None if suffixes is None else frozenset(suffixes))
+  if say:
+    say_left_out(tree, folder)
   found: dict[str, list[str]] = {}
   for path in sorted(tree.images):
     found.setdefault(_plain(os.path.splitext(path)[0]), []).append(path)

@@ -81,7 +81,7 @@ def coco_source(
     path = _find(root, annotations, name)
     content = _read(path)
     findings = Findings(str(path))
-    folder = _images_folder(files, content["images"], images, name)
+    folder = _images_folder(files, content["images"], images, name, path)
     entries = _images(content["images"], files, folder, findings)
     if content["categories"]:
       categories[name] = _categories(content["categories"], path)
@@ -145,13 +145,21 @@ def _read(path: pathlib.Path) -> dict[str, list[Any]]:
   return lists
 
 
-def _images_folder(files: Files, entries: Sequence[Any], images: str | None, split: str) -> str:
+def _images_folder(
+  files: Files, entries: Sequence[Any], images: str | None, split: str, path: pathlib.Path
+) -> str:
   """Returns the folder, below data_dir, in which most of the first images are."""
   if images is not None:
     return filled(images, split)
   names = [entry.get("file_name") for entry in entries[:_TRIED] if isinstance(entry, dict)]
   folders = [filled(pattern, split) for pattern in _IMAGES]
-  return max(folders, key=lambda folder: sum(_is_there(files, name, folder) for name in names))
+  found = {folder: sum(_is_there(files, name, folder) for name in names) for folder in folders}
+  if names and not any(found.values()):
+    raise UserError(
+      f"None of the first {len(names)} images of {path} is in {files.root}, or its folders"
+      f" {', '.join(folder for folder in folders if folder)}; the first is {names[0]!r:.200}. Give images='FOLDER'."
+    )
+  return max(folders, key=found.__getitem__)
 
 
 def _is_there(files: Files, name: object, folder: str) -> bool:

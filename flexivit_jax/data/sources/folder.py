@@ -114,7 +114,7 @@ def _list_images(
   label_of = {name: names.index(class_names.plain(name)) for name in folders}
   parts = ((path, path.partition(os.sep)[0]) for path in tree.images if os.sep in path)
   files = [(os.path.join(split, path), label_of[name]) for path, name in parts if name in label_of]
-  _say(tree, root, len(tree.images) - len(files))
+  say_left_out(tree, root, len(tree.images) - len(files))
   _say_copies(tree)
   present = {label for _, label in files}
   empty = [name for label, name in enumerate(names) if label not in present]
@@ -180,7 +180,7 @@ def _why_empty(tree: Tree, name: str) -> str:
   return "; ".join(Tree(folder).left_out()) or "an empty folder"
 
 
-def _say(tree: Tree, root: pathlib.Path, unlabelled: int = 0) -> None:
+def say_left_out(tree: Tree, root: pathlib.Path, unlabelled: int = 0) -> None:
   """Says in one line what was left out of a tree, and in another where links led into other parts of the data."""
   reasons = tree.left_out()
   if unlabelled:
@@ -220,7 +220,7 @@ def _warn(message: str) -> None:
 def images_below(folder: pathlib.Path, root: pathlib.Path, label: Label) -> list[File]:
   """Returns (path below the root, label) of every image below a folder, in a mixed order."""
   tree = Tree(folder)
-  _say(tree, folder)
+  say_left_out(tree, folder)
   return mixed((os.path.relpath(tree.at(path), root), label) for path in tree.images)
 
 

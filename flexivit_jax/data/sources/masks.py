@@ -124,7 +124,7 @@ def _folders(
 def _rows(
   root: pathlib.Path, images: str, masks: str, ignore: int, findings: Findings
 ) -> list[Row]:
-  pictures, drawn = by_stem(root / images), by_stem(root / masks, (".png",))
+  pictures, drawn = by_stem(root / images, say=True), by_stem(root / masks, (".png",))
   rows = []
   for stem in sorted(pictures.keys() | drawn.keys()):
     try:

@@ -108,7 +108,7 @@ def _folders(root: pathlib.Path, split: str) -> tuple[str, str]:
 def _rows(
   root: pathlib.Path, images: str, labels: str, num_classes: int, findings: Findings
 ) -> list[Row]:
-  files, texts = by_stem(root / images), by_stem(root / labels, (".txt",))
+  files, texts = by_stem(root / images, say=True), by_stem(root / labels, (".txt",))
   rows = []
   for stem, paths in files.items():
     try:
@@ -120,10 +120,9 @@ def _rows(
       continue
     boxes = _boxes(lines, f"{stem}.txt", num_classes, findings)
     rows.append((os.path.join(images, image), boxes))
-  for stem in texts.keys() - files.keys():
+  for stem in sorted(texts.keys() - files.keys()):
     if os.path.basename(stem) not in _NO_LABELS:
       findings.bad.append(f"{stem}.txt: no image {stem} in {images}")
-  findings.bad.sort(key=lambda text: text.partition(":")[0])
   return rows
 
 
