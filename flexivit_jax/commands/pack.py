@@ -13,7 +13,7 @@ from flexivit_jax.commands import options
 
 if TYPE_CHECKING:
   from flexivit_jax.data.pack_inputs import Input
-  from flexivit_jax.data.packing import Done
+  from flexivit_jax.data.shards import Done
 
 HELP = "a folder, tar shards or parquet as shards with random access"
 _EVERY_S = 5.0  # between two lines of progress

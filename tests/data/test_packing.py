@@ -358,6 +358,37 @@ def test_rows_after_the_shards_that_are_there_may_change(tmp_path):
   assert contents(out) == contents(tmp_path / "again")
 
 
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("rows", [11, 12, 13, 14])
+def test_another_number_of_rows_is_another_input(rows, complete, tmp_path):
+  """Shards of 4 records, the last one full or not."""
+  few, more = (
+    made([{"image": PPM, "id": str(i)} for i in range(n)])._replace(size=None)
+    for n in (rows, rows + 1)
+  )
+  out = tmp_path / "out"
+  options = dict(split="train", shard_examples=4, threads=0)
+  packing.pack(few, out, **options)
+  before = contents(out)
+  if not complete:  # as if it had been stopped before the manifest
+    stored = packs.split_of(out, "train")
+    keys = ("input", "num_classes", "class_names", "upright", "shard_bytes", "shard_examples")
+    packs.write_json(out / "train.begun.json", {k: stored[k] for k in keys} | {"rows": None})
+    (out / packs.MANIFEST).unlink()
+  if rows % 4 == 0 and not complete:  # all shards are what they would be
+    packing.pack(more, out, **options)
+    packing.pack(more, tmp_path / "again", **options)
+    assert contents(out) == contents(tmp_path / "again")
+    return
+  with pytest.raises(UserError, match=r"the input has more now|The input has more rows than the 1"):
+    packing.pack(more, out, **options)
+  packing.pack(few, out, **options)
+  assert contents(out) == before
+  packing.pack(more, tmp_path / "more", **options)
+  with pytest.raises(UserError, match=r"Rows .* are not those|and the input has 1. now"):
+    packing.pack(few, tmp_path / "more", **options)
+
+
 def test_a_folder_of_others_stays_as_it_is(tmp_path):
   (tmp_path / "photo.jpg").write_text("the only one")
   with pytest.raises(UserError, match=r"has files that no pack writes, the first 'photo.jpg'"):
