@@ -1,11 +1,12 @@
 """Three tasks, each in one file, are planned, trained and resumed by the trainer as it is."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, config, data, train as train_lib
+from flexivit_jax import cli, config, data, experiment, train as train_lib
 from flexivit_jax.running import metrics_writer
 
 TASKS = ("image_text", "segmentation", "detection")
@@ -36,6 +37,23 @@ def test_a_task_is_planned(task, load, repository, capsys):
   assert plan["sizes"][0]["gmacs"] < plan["sizes"][2]["gmacs"]
   assert plan["lowered"]["8"] == "3 training steps lowered"
   assert plan["memory"]["1"]["activations"] > 0
+
+
+@pytest.mark.full
+def test_the_step_of_a_task_is_timed(load, repository, tmp_path):
+  load("segmentation")  # so that what it registers is taken back
+  stub, file = repository / "tests/stubs/segmentation.py", tmp_path / "bench.csv"
+  assert cli.main(["bench", f"--step={stub}", "--rounds=2", f"--out={file}"]) == 0
+  with file.open() as lines:
+    rows = list(csv.DictReader(lines))
+  assert [(row["model"], row["tokens"]) for row in rows] == [
+    ("Segmenter", n) for n in ("4", "9", "16")
+  ]
+  plan = experiment.from_config(load("segmentation"))
+  for row, size in zip(rows, (2, 3, 4), strict=True):
+    flops = float(row["gflops_per_s"]) * 1e6 * float(row["train_step_time"])
+    np.testing.assert_allclose(flops, plan.step_flops({"seqhw": size}), rtol=1e-6)
+    assert float(row["peak_mib"]) > 0 and row["train_batch_size"] == "8"
 
 
 @pytest.mark.parametrize("task", [pytest.param(task, marks=pytest.mark.full) for task in TASKS])

@@ -13,6 +13,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument("--forward", action="store_true", help="inference at each size")
   p.add_argument("--train", action="store_true", help="a training step at each size")
   p.add_argument("--compile", action="store_true", help="tracing and compiling each training step")
+  p.add_argument("--step", metavar="CONFIG", help="a config's own training step at each size")
   p.add_argument("--input", metavar="CONFIG", help="a config's training images: reading to batches")
   p.add_argument("--startup", metavar="CONFIG", help="from the command to the first step")
   p.add_argument("--variant", default="S", help="S (the default), B, L, ...")
@@ -71,13 +72,16 @@ def run(args: argparse.Namespace) -> None:
       tables["compile"] = benchmarks.compiling(
         model, seqhw, args.batch_size, args.image_size, args.memory_gib
       )
+  if args.step:
+    settings = config.load(args.step, args.overrides)
+    tables["step"] = benchmarks.stepping(settings, args.rounds)
   if args.input:
     tables["input"] = [benchmarks.reading(config.load(args.input, args.overrides))]
   if args.startup:
     tables["startup"] = benchmarks.starting(args.startup)
   if not tables:
     raise errors.UserError(
-      "Nothing to measure; give --forward, --train, --compile, --input CONFIG or --startup CONFIG."
+      "Nothing to measure; give --forward, --train, --compile, --step CONFIG, --input CONFIG or --startup CONFIG."
     )
   for name, rows in tables.items():
     print(f"\n{name}\n{benchmarks.table(rows)}")

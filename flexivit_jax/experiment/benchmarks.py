@@ -4,6 +4,7 @@ Times are medians over rounds in which all sizes take turns, so that a machine t
 columns are those of timm's benchmark.py where it has them, and the patch size.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -24,11 +25,12 @@ from flexivit_jax import errors, experiment, trees, weights
 from flexivit_jax.config import Section
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
+from flexivit_jax.experiment import preparation
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.supervised import supervised
-from flexivit_jax.sizes import SeqHw, SizeArgs, size_args, size_key, size_text
+from flexivit_jax.sizes import SeqHw, SizeArgs, SizeKey, size_args, size_key, size_name, size_text
 from flexivit_jax.tables import aligned
-from flexivit_jax.training import optim, step_programs, steps
+from flexivit_jax.training import optim, patch_schedule, step_programs, steps
 from flexivit_jax.trees import Json, Params
 
 BenchRow = Json
@@ -136,6 +138,56 @@ def training(
     return measured
 
   return step, shapes, programs
+
+
+def stepping(settings: Section, rounds: int) -> list[BenchRow]:
+  """A training step of a config at each of its sizes, whatever its model and objective: from a batch to the new state.
+
+  Its FLOPs are those that the model counts; its memory is that of the compiled programs.
+  """
+  trained = {k: v for k, v in settings.items() if k != "teacher_cache"}  # no files are written
+  exp, mesh = preparation.place(experiment.from_config(experiment.without_evaluations(trained)))
+  state = preparation.first_state(exp, mesh)
+  sizes = {size_key(size): size for size in patch_schedule.all_static(exp.flexi)}
+  with contextlib.ExitStack() as stack:
+    step = preparation.compile_step(exp, state, mesh, stack.enter_context)
+    batches = stack.enter_context(exp.batches(0))
+    numbers = {key: exp.batches_of(size) for key, size in sizes.items()}
+    taken = [next(batches) for _ in range(max(numbers.values()))]
+
+    def run(key: SizeKey) -> dict[str, jax.Array]:
+      nonlocal state
+      batch = {k: np.concatenate([b[k] for b in taken[: numbers[key]]]) for k in taken[0]}
+      state, measured = step(1, sizes[key], state, batch)
+      return measured
+
+    times = alternate({key: functools.partial(run, key) for key in sizes}, rounds)
+  peak = matmul_peak(exp.model.dtype)
+  opt_bytes = trees.size_in_bytes(state.opt_state)
+  rows = []
+  for key, size in sizes.items():
+    median = statistics.median(times[key])
+    grid, program = (
+      exp.model.grid(exp.image_shape[:2], **size).grid_hw,
+      step.programs.gradients[key],
+    )
+    flops = exp.step_flops(size) / median
+    rows.append(
+      {
+        "model": type(exp.model).__name__,
+        "size": size_name(size),
+        "tokens": grid[0] * grid[1],
+        "train_batch_size": numbers[key] * exp.batch_size,
+        "train_samples_per_sec": numbers[key] * exp.batch_size / median,
+        "train_step_time": median * 1e3,
+        "spread": (max(times[key]) - min(times[key])) / median,
+        "gflops_per_s": flops / 1e9,
+        "of_peak": flops / peak,
+        "peak_mib": (program.bytes + opt_bytes) / 2**20,
+        "parts": step.programs.microbatches[key],
+      }
+    )
+  return rows
 
 
 def alternate(runs: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, list[float]]:
