@@ -113,16 +113,13 @@ def _input(values: dict[str, Any], on_bad: str) -> "Input":
     UserError: an argument is unknown or missing, or see `data.make_source`.
   """
   from flexivit_jax import config, data
-  from flexivit_jax.data import pack_inputs
-  from flexivit_jax.data.parquet_input import parquet_input
-  from flexivit_jax.data.tar_input import tar_input
+  from flexivit_jax.data import pack_inputs, packing
 
   name = values["name"]
-  files: dict[str, Callable[..., Input]] = {"tar": tar_input, "parquet": parquet_input}
-  if name in files:
+  if build_input := packing.INPUTS.get(name):
     rest = {key: value for key, value in values.items() if key != "name"}
-    config.check("data", rest, files[name])
-    return files[name](**rest)
+    config.check("data", rest, build_input)
+    return build_input(**rest)
   build = data.SOURCES.get(name)
   if on_bad == "skip" and build and "on_bad" in inspect.signature(build).parameters:
     values = {"on_bad": on_bad, **values}

@@ -15,10 +15,14 @@ from flexivit_jax import files
 from flexivit_jax.data import packs
 from flexivit_jax.data.pack_inputs import Input
 from flexivit_jax.data.packs import Content
+from flexivit_jax.data.parquet_input import parquet_input
 from flexivit_jax.data.shards import Done, Rows, Writer, sync
+from flexivit_jax.data.tar_input import tar_input
 from flexivit_jax.errors import UserError, unknown
 
 ON_BAD = ("raise", "skip")
+# Formats that only `flexivit pack` reads; every data set of `sources.SOURCES` is an input, too.
+INPUTS: dict[str, Callable[..., Input]] = {"parquet": parquet_input, "tar": tar_input}
 
 
 def pack(
