@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax.data import OPS, eval_batches, make_source, planned_source
+from flexivit_jax.data import OPS, class_sizes, eval_batches, make_source, planned_source
 from flexivit_jax.data.images import decode_image, header_hw
 from flexivit_jax.data.sources import annotated
 from flexivit_jax.errors import UserError
@@ -321,9 +321,12 @@ def test_coco_captions(tmp_path, caplog):
 # --- YOLO ---
 
 
+LAYOUTS = (("images/val", "labels/val"), ("val/images", "val/labels"), ("val", "val"))
+
+
 def write_yolo(folder: Path, truth: Truth, layout: int, rng: np.random.Generator) -> Truth:
   """Writes labels, some of them as polygons; returns the truth, whose ids are lines of the files."""
-  images, labels = (("images/val", "labels/val"), ("val/images", "val/labels"))[layout]
+  images, labels = LAYOUTS[layout]
   write_images(folder / images, truth)
   changed = {}
   for name, record in truth.items():
@@ -358,14 +361,14 @@ YAMLS = (
 @pytest.mark.parametrize("seed", range(4))
 def test_yolo_gives_back_what_was_written(tmp_path, seed):
   rng = np.random.default_rng(seed)
-  truth = write_yolo(tmp_path, draw(rng), seed % 2, rng)
+  truth = write_yolo(tmp_path, draw(rng), seed % 3, rng)
   (tmp_path / "data.yaml").write_text(YAMLS[seed // 2], "utf-8-sig")
-  labels = tmp_path / ("labels/val", "val/labels")[seed % 2]
+  labels = tmp_path / LAYOUTS[seed % 3][1]
   for name in ("._a0.txt", "classes.txt", "train.cache"):
     (labels / name).write_bytes(b"\0\xff")
   source = opened("yolo", "val", tmp_path)
   assert (source.num_classes, source.class_names) == (5, NAMES)
-  check(source, tmp_path, ("images/val", "val/images")[seed % 2], truth, atol=1e-4)
+  check(source, tmp_path, LAYOUTS[seed % 3][0], truth, atol=1e-4)
 
 
 def test_yolo_names_its_bad_rows(tmp_path, caplog):
@@ -396,9 +399,14 @@ def test_yolo_names_its_bad_rows(tmp_path, caplog):
     assert "a0.txt line 3" in found and reason in found, (row, found)
   path.write_bytes(b"\xff\xfe\xfd")
   assert "a0.txt is not UTF-8" in reasons("yolo", "train", tmp_path, 1, caplog)
+  path.with_name("B c1.txt").write_text("")
   path.rename(path.with_name("a7.txt"))
   assert "a7.txt: no image a7" in reasons("yolo", "train", tmp_path, 1, caplog)
-  path.with_name("a7.txt").unlink()
+  path.with_name("B c1.txt").unlink()
+  with pytest.raises(UserError, match=r"None of the 2 images in .* has labels in .*B c1\.txt"):
+    opened("yolo", "train", tmp_path)
+  path.with_name("a7.txt").rename(path)
+  path.write_text("")
   (tmp_path / "images" / "train" / "a0.bmp").write_bytes(b"")
   assert "2 images: 'a0.bmp' and 'a0.png'" in reasons("yolo", "train", tmp_path, 1, caplog)
 
@@ -410,9 +418,11 @@ def test_yolo_folders_and_names_that_are_none(tmp_path):
 
   refused("No class names in")
   (tmp_path / "classes.txt").write_text("a\n\nb\n")
-  refused(r"No folder images/train or train/images in .* has no folder")
+  refused(r"No folder images/train or train/images or train in .* has no folder")
   (tmp_path / "images" / "val").mkdir(parents=True)
   refused(r"images has val")
+  (tmp_path / "train").mkdir()
+  refused("has no image that can be used")
   (tmp_path / "images" / "train").mkdir()
   refused(r"has no labels: expected the folder .*labels/train")
   (tmp_path / "labels" / "train").mkdir(parents=True)
@@ -616,9 +626,47 @@ def test_masks_name_their_bad_rows(tmp_path, caplog):
   for content in (b"", good[:20], b"\xff\xd8" + good[2:]):
     path.write_bytes(content)
     assert "b: the mask is no PNG" in reasons("masks", "train", tmp_path, 1, caplog, **options)
-  path.rename(path.with_name("c.png"))
+  path.rename(path.with_name("c\n.png"))
   found = reasons("masks", "train", tmp_path, 2, caplog, **options)
-  assert "b: no masks (.png); c: no images" in found
+  assert "b: no masks (.png); c\\n: no images" in found
+
+
+def test_masks_whose_names_end_otherwise_than_the_images(tmp_path):
+  for city in ("a", "b"):
+    for folder, mode, ends in (
+      ("left", "RGB", ("_left.png",)),
+      ("fine", "L", ("_color.png", "_ids.png", "_instances.png")),
+    ):
+      (tmp_path / folder / "val" / city).mkdir(parents=True)
+      for end in ends:
+        Image.new(mode, (4, 3), len(end)).save(tmp_path / folder / "val" / city / f"{city}0{end}")
+  options = {"images": "left/{split}/**/*_left.png", "masks": "fine/{split}/*_ids.png"}
+  source = opened("masks", "val", tmp_path, num_classes=9, **options)
+  assert sorted(record["id"] for record in source.read([0, 1])) == [
+    f"left/val/{city}/{city}0_left.png" for city in "ab"
+  ]
+  for record in source.read([0, 1]):
+    assert np.asarray(Image.open(io.BytesIO(record["mask"])))[0, 0] == len("_ids.png")
+  with pytest.raises(UserError, match=r"expected FOLDER, or FOLDER/\*END"):
+    opened("masks", "val", tmp_path, num_classes=9, images="left/*/*.png", masks="fine/*.png")
+  with pytest.raises(UserError, match=r"None of the 2 images in .*left/val has a mask in"):
+    opened("masks", "val", tmp_path, num_classes=9, images="left/{split}", masks="fine/{split}")
+
+
+def test_hidden_folders_and_loops_are_no_data(tmp_path, caplog):
+  root = tmp_path / "my [data] 100%"
+  for folder, mode in (("images", "RGB"), ("masks", "L")):
+    (root / folder / "train" / ".ipynb_checkpoints").mkdir(parents=True)
+    Image.new(mode, (4, 3)).save(root / folder / "train" / "a.png")
+    Image.new(mode, (4, 3)).save(root / folder / "train" / ".ipynb_checkpoints" / "b.png")
+    (root / folder / "train" / "up").symlink_to("..")
+  (root / "labels").mkdir()
+  (root / "labels" / "train").symlink_to("../texts")
+  (root / "texts").mkdir()
+  (root / "texts" / "a.txt").write_text("0 .5 .5 1 1")
+  (root / "classes.txt").write_text("a\nb")
+  assert len(opened("masks", "train", root)) == len(opened("yolo", "train", root)) == 1
+  assert "images/train: left out 1 hidden or system folder, 1 folder reached twice" in caplog.text
 
 
 def test_masks_need_folders_and_classes(tmp_path):
@@ -725,6 +773,19 @@ def test_captions_name_their_bad_rows(tmp_path, caplog):
 
 
 # --- all of them ---
+
+
+def test_class_sizes_count_boxes(tmp_path):
+  truth = draw(np.random.default_rng(0), 6)
+  write_images(tmp_path / "images", truth)
+  write_coco(tmp_path / "train.json", truth)
+  labels = [record["box_labels"] for record in truth.values()]
+  counts = np.bincount(np.concatenate(labels), minlength=5)
+  named = ", ".join(f"{name} {count}" for name, count in zip(NAMES, counts, strict=True))
+  source = opened("coco", "train", tmp_path)
+  assert class_sizes(source) == (
+    f"5 classes: {named}; 0 to {max(map(len, labels))} boxes in each of 6 images"
+  )
 
 
 def test_records_of_boxes_go_into_batches(tmp_path):

@@ -61,7 +61,7 @@ class Findings:
     if not self.bad:
       return []
     number = f"{len(self.bad):,} bad row{'s' if len(self.bad) > 1 else ''}"
-    shown = "; ".join(self.bad[:_SHOWN])
+    shown = "; ".join(map(_one_line, self.bad[:_SHOWN]))
     more = f"; and {len(self.bad) - _SHOWN:,} more" if len(self.bad) > _SHOWN else ""
     if on_bad == "skip":
       warn(f"{self.where}: skipped {number}: {shown}{more}")
@@ -70,6 +70,11 @@ class Findings:
       f"{self.where}: {number}: {shown}{more}. Repair what is bad, or leave it out: on_bad='skip' of the data"
       " (--config.input.data.on_bad=skip)."
     )
+
+
+def _one_line(text: str) -> str:
+  """Returns the text with escapes for what cannot be printed: names of files may hold anything."""
+  return text if text.isprintable() else repr(text)[1:-1]
 
 
 def check_on_bad(on_bad: str) -> None:

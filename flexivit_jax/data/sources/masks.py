@@ -3,7 +3,9 @@
 import os
 import pathlib
 import struct
+from collections.abc import Sequence
 
+from flexivit_jax.data import class_names
 from flexivit_jax.data.sources import class_files
 from flexivit_jax.data.sources.annotated import (
   HW,
@@ -54,9 +56,9 @@ def masks_source(
   Args:
     split: a folder; see `images`.
     data_dir: holds the folders and the names of the classes.
-    images, masks: folders below data_dir, in which {split} is the split's name; None: the first pair that exists of
-      images/{split} with masks/{split} or annotations/{split}, {split}/images with {split}/masks, {split} with
-      {split}_masks.
+    images, masks: folders below data_dir, in which {split} is the split's name. FOLDER/*END are its files that end so,
+      and * stands for what image and mask have in common. None: the first pair that exists of images/{split} with
+      masks/{split} or annotations/{split}, {split}/images with {split}/masks, {split} with {split}_masks.
     classes: the file with the names of the classes; None: classes.txt or classes.json.
     num_classes: instead of names.
     ignore: the value of pixels that count for no class. It may be that of a class, as in ADE20K's 0, "other".
@@ -111,7 +113,7 @@ def _folders(
   layouts = _LAYOUTS if images is None else ((images, masks),)
   pairs = [(filled(a, split), filled(b, split)) for a, b in layouts]
   for pair in pairs:
-    if all((root / folder).is_dir() for folder in pair):
+    if all((root / pattern.partition("*")[0]).is_dir() for pattern in pair):
       return pair
   looked = ", ".join(f"{a} with {b}" for a, b in pairs)
   there = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -124,7 +126,13 @@ def _folders(
 def _rows(
   root: pathlib.Path, images: str, masks: str, ignore: int, findings: Findings
 ) -> list[Row]:
-  pictures, drawn = by_stem(root / images, say=True), by_stem(root / masks, (".png",))
+  images, pictures = _chosen(root, images, None)
+  masks, drawn = _chosen(root, masks, (".png",))
+  if pictures and not pictures.keys() & drawn.keys():
+    raise UserError(
+      f"None of the {len(pictures):,} images in {root / images} has a mask in {root / masks}; expected, for the first,"
+      f" {next(iter(pictures))}.png, or masks='FOLDER/*END.png'."
+    )
   rows = []
   for stem in sorted(pictures.keys() | drawn.keys()):
     try:
@@ -137,6 +145,21 @@ def _rows(
     values = {"mask": mask, "annotated_hw": hw, "mask_ignore": ignore}
     rows.append((os.path.join(images, image), values))
   return rows
+
+
+def _chosen(
+  root: pathlib.Path, pattern: str, suffixes: Sequence[str] | None
+) -> tuple[str, dict[str, list[str]]]:
+  """Returns the folder of a pattern FOLDER or FOLDER/*END, and its files by what image and mask have in common."""
+  folder, _, end = pattern.replace("**/", "").partition("*")
+  if "*" in end or "/" in end:
+    raise UserError(f"Cannot read {pattern!r}; expected FOLDER, or FOLDER/*END.")
+  folder = folder.rstrip("/")
+  found = by_stem(root / folder, suffixes, say=suffixes is None)
+  if not end:
+    return folder, found
+  paths = (path for paths in found.values() for path in paths if path.endswith(end))
+  return folder, {class_names.plain(path.removesuffix(end)): [path] for path in paths}
 
 
 def _size(path: pathlib.Path) -> HW:

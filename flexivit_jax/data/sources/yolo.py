@@ -25,7 +25,11 @@ from flexivit_jax.data.sources.base import Source
 from flexivit_jax.data.splits import split_names
 from flexivit_jax.errors import UserError
 
-_LAYOUTS = (("images/{split}", "labels/{split}"), ("{split}/images", "{split}/labels"))
+_LAYOUTS = (
+  ("images/{split}", "labels/{split}"),
+  ("{split}/images", "{split}/labels"),
+  ("{split}", "{split}"),
+)
 _CLASSES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "classes.json")
 # Files that tools put between the labels; they are of no image.
 _NO_LABELS = frozenset(("classes", "labels", "obj"))
@@ -42,9 +46,9 @@ def yolo_source(
 ) -> Source:
   """Images with boxes in text files, `CLASS CX CY W H` a line in fractions of the sides: see docs/annotated_data.md.
 
-  The images are in images/SPLIT and the labels in labels/SPLIT, or in SPLIT/images and SPLIT/labels; a file of labels
-  has the path of its image, with the suffix .txt. An image without one has no boxes. Of a polygon (`CLASS X1 Y1 X2 Y2
-  X3 Y3 ...`) the bounding box is taken. Ids of boxes are their line numbers, from 1.
+  The images are in images/SPLIT and the labels in labels/SPLIT, or in SPLIT/images and SPLIT/labels, or both in SPLIT.
+  A file of labels has the path of its image, with the suffix .txt. An image without one has no boxes. Of a polygon
+  (`CLASS X1 Y1 X2 Y2 X3 Y3 ...`) the bounding box is taken. Ids of boxes are their line numbers, from 1.
 
   Args:
     split: a folder, as above.
@@ -109,6 +113,11 @@ def _rows(
   root: pathlib.Path, images: str, labels: str, num_classes: int, findings: Findings
 ) -> list[Row]:
   files, texts = by_stem(root / images, say=True), by_stem(root / labels, (".txt",))
+  if files and not texts.keys() & files.keys():
+    raise UserError(
+      f"None of the {len(files):,} images in {root / images} has labels in {root / labels}; expected, for the first,"
+      f" {next(iter(files))}.txt."
+    )
   rows = []
   for stem, paths in files.items():
     try:
