@@ -76,6 +76,9 @@ def gradients(
   """
   mix_key, dropout_key = _keys(seed, state.step)
   prepared = objective.prepare(batch, mix_key)
+  if clip_each is not None and getattr(model, "fsdp", None) is not None:
+    # Its blocks divide the batch by hand, and one example cannot be divided: XLA gathers the parameters instead.
+    model = model.clone(fsdp=None)
   seer = functools.partial(_predict, model, state, size)
   if isinstance(objective.loss, BatchLoss):
     run = _compared(objective.loss, seer, accumulate)

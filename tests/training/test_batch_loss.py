@@ -16,9 +16,9 @@ from flexivit_jax import errors, experiment, specs, train as train_lib
 from flexivit_jax.data.sources import SOURCES, Source
 from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import preparation
-from flexivit_jax.models import MODELS, counting
+from flexivit_jax.models import MODELS, FlexiViT, counting
 from flexivit_jax.models.grid import which_grid
-from flexivit_jax.objectives import OBJECTIVES
+from flexivit_jax.objectives import OBJECTIVES, supervised
 from flexivit_jax.objectives.base import BatchLoss, Losses, Objective, keep
 from flexivit_jax.running import metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints
@@ -210,10 +210,33 @@ def losses_of(devices, fsdp=1, accumulate=1):
 MESHES = {"2x4": (2, 4, 1), "8": (8, 1, 1), "8 in 2": (8, 1, 2), "2x4 in 2": (2, 4, 2)}
 
 
+def clipped_norm(mesh):
+  """The norm of a gradient whose examples are each clipped, of a FlexiViT whose blocks are divided by hand."""
+  model = FlexiViT(
+    num_classes=3,
+    patch_size=(4, 4),
+    width=16,
+    depth=1,
+    mlp_dim=16,
+    num_heads=2,
+    head_zeroinit=False,
+  )
+  params = jax.jit(lambda: steps.init_params(model, {"image": (12, 12, 3)}, 0))()
+  state = steps.init_state(params, optax.sgd(1.0), supervised())
+  arrays = {"image": batch()["image"], "labels": jnp.eye(3)[jnp.arange(16) % 3]}
+  if mesh is not None:
+    state = jax.device_put(state, sharding.divided(state, mesh))
+    arrays, model = jax.device_put(arrays, sharding.batch_split(mesh)), model.clone(fsdp=mesh)
+  options = dict(model=model, objective=supervised(), seed=0, seqhw=3, clip_each=0.1)
+  _, grads = jax.jit(functools.partial(steps.gradients, **options))(state, arrays)
+  return float(optax.tree.norm(grads))
+
+
 def on_meshes(path):
   """Called in a process that sees eight devices."""
   losses = {name: losses_of(*mesh) for name, mesh in MESHES.items()}
-  pathlib.Path(path).write_text(json.dumps(losses))
+  norm = clipped_norm(sharding.make_mesh(data=2, fsdp=4))
+  pathlib.Path(path).write_text(json.dumps({"losses": losses, "norm": norm}))
 
 
 def test_the_losses_are_equal_on_every_mesh(tmp_path, on_eight_devices):
@@ -221,7 +244,9 @@ def test_the_losses_are_equal_on_every_mesh(tmp_path, on_eight_devices):
   one = losses_of(1)
   assert one[0] - one[-1] > 0.01
   np.testing.assert_allclose(losses_of(1, accumulate=4), one, rtol=0, atol=1e-6)
-  for name, losses in json.loads((tmp_path / "losses.json").read_text()).items():
+  found = json.loads((tmp_path / "losses.json").read_text())
+  np.testing.assert_allclose(found["norm"], clipped_norm(None), rtol=1e-5)
+  for name, losses in found["losses"].items():
     np.testing.assert_allclose(losses, one, rtol=0, atol=1e-6, err_msg=name)
 
 
