@@ -1,0 +1,61 @@
+"""What an objective says of itself is true: of its examples, its inputs, its outputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexivit_jax.objectives import OBJECTIVES, losses
+from flexivit_jax.objectives.base import BatchLoss, Losses
+from flexivit_jax.objectives.distill import Teacher
+
+ARGUMENTS = {
+  "distill": dict(teachers={"t": Teacher(None, {}, "image", {})}, label_weight=0.5, top_k=2),
+  "self_distill": dict(size={"seqhw": 3}),
+}
+
+
+def predict(inputs, *, fixed=False, **size):
+  """A model whose logits are sums of its images."""
+  del size
+  return {"logits": inputs["image"].sum((1, 2)) * (0.5 if fixed else 1.0)}
+
+
+def batch():
+  rng = np.random.default_rng(0)
+  image = jnp.asarray(rng.normal(size=(8, 2, 2, 3)), jnp.float32)
+  target = losses.sparse_logits(jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), 2)
+  return {"image": image, "labels": jnp.eye(3)[jnp.arange(8) % 3], "targets": {"t": target}}
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_the_loss_of_an_example_depends_on_no_other_one_unless_it_says_so(name):
+  objective = OBJECTIVES[name](**ARGUMENTS.get(name, {}))
+  assert objective.separable is not isinstance(objective.loss, BatchLoss)
+  if not objective.separable:
+    pytest.skip("compares the examples of a batch")
+  whole = objective.loss(predict, batch())
+  for i in range(0, 8, 2):
+    part = objective.loss(predict, jax.tree.map(lambda x, i=i: x[i : i + 2], batch()))
+    got, want = (
+      jax.tree.leaves(x) for x in (part, jax.tree.map(lambda x, i=i: x[i : i + 2], whole))
+    )
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_nothing_else_of_the_batch_is_taken(name):
+  objective = OBJECTIVES[name](**ARGUMENTS.get(name, {}))
+  taken = {k: v for k, v in batch().items() if k in (*objective.inputs, "targets")}
+  prepared = objective.prepare(taken, jax.random.key(0))
+  assert set(prepared) <= set(taken) and set(objective.outputs) == {"logits"}
+
+
+def test_a_mean_of_sums_is_divided_once():
+  total, weight = jnp.array([6.0, 0.0, 4.0]), jnp.array([3.0, 0.0, 1.0])
+  assert float(Losses(total, weight).mean()) == 2.5
+  assert float(Losses(total).mean()) == pytest.approx(10 / 3)
+  assert float(Losses(jnp.zeros(3), jnp.zeros(3)).mean()) == 0
+  slope = jax.grad(lambda w: Losses(total, w).mean())(weight)
+  assert not slope.any()  # weights count examples; nothing is learned from them
