@@ -2,8 +2,8 @@
 
 `boxes` is float32 [m, 4]: x0, y0, x1, y1 in pixels of the image as it is at that point, from its
 upper left corner; the whole image is (0, 0, w, h). Every key that begins with `box_` has a row for
-each box, and loses the rows of boxes that are removed. `mask` is [h, w] of class numbers;
-`mask_ignore` is the number of no class.
+each box, and loses the rows of boxes that are removed. `mask` is [h, w] of class numbers. In a
+data set `mask_ignore` is the number of no class; once a mask is read it is int32, and NO_CLASS is.
 """
 
 from typing import Any
@@ -17,7 +17,8 @@ from flexivit_jax.errors import UserError, unknown
 
 Example = dict[str, Any]
 MIN_AREA = 0.1
-_IGNORE = 255  # The usual number of pixels without a class.
+NO_CLASS = -1
+_IGNORE = 255  # The usual number of pixels without a class, in files.
 _MIN_SIDE = 0.01  # Pixels; less is the rounding of float32, not a part of an object.
 _UNSURE = (
   "EXIF data rotate or mirror the image, and its boxes and mask are taken to be of the image after that;"
@@ -26,7 +27,7 @@ _UNSURE = (
 
 
 def opened(record: Example, hw: ImageSize, orientation: int = 1) -> Example:
-  """Returns the example with boxes and mask checked against its decoded image; the mask is decoded, to int32.
+  """Returns the example with boxes and mask checked against its decoded image; the mask is read, see `read_mask`.
 
   Boxes and mask are taken to be of the image as it was decoded.
 
@@ -49,9 +50,22 @@ def opened(record: Example, hw: ImageSize, orientation: int = 1) -> Example:
   if "boxes" in record:
     record["boxes"] = _boxes(record).astype(np.float32)
   if "mask" in record:
-    record["mask"] = _decoded(record["mask"], max(2**26, hw[0] * hw[1]))
+    record = read_mask(record, max(2**26, hw[0] * hw[1]))
     _mask(record, hw)
   return record
+
+
+def read_mask(record: Example, max_pixels: int = 2**26) -> Example:
+  """Returns the example with its mask decoded, int32, and NO_CLASS in the place of `mask_ignore` (default: 255).
+
+  Without `mask_ignore` a mask of int32 is taken to be read already.
+  """
+  mask, ignore = record["mask"], record.get("mask_ignore")
+  if ignore is None and isinstance(mask, np.ndarray) and mask.dtype == np.int32:
+    return record
+  numbers = _decoded(mask, max_pixels)
+  numbers = np.where(numbers == (_IGNORE if ignore is None else ignore), NO_CLASS, numbers)
+  return {k: v for k, v in record.items() if k != "mask_ignore"} | {"mask": numbers}
 
 
 def _other_size(stated: Any, hw: ImageSize) -> str:
@@ -82,8 +96,10 @@ def follow(record: Example, hw: ImageSize, affine: Affine, min_area: float) -> E
   """
   record = dict(record)
   if "mask" in record:
-    ignore = record.get("mask_ignore", _IGNORE) if affine.ignore is None else affine.ignore
-    record["mask"] = _move_mask(_mask(record, hw), affine, ignore)
+    _mask(record, hw)
+    record = read_mask(record)
+    ignore = NO_CLASS if affine.ignore is None else affine.ignore
+    record["mask"] = _move_mask(record["mask"], affine, ignore)
   if "boxes" in record:
     boxes, chosen = _move_boxes(_boxes(record), hw, affine, min_area)
     for key in box_keys(record):

@@ -33,7 +33,7 @@ class Affine(NamedTuple):
     flip: whether left and right change places.
     method: resizes the image, see `images.resize_image`; masks take the nearest pixel.
     fill: the image's value beyond its edges, or one for each channel.
-    ignore: the mask's value there; None: the example's own "mask_ignore", or 255.
+    ignore: the number of a class that pads the mask; None: no class, -1.
   """
 
   window: Window

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexivit_jax.data import images
+from flexivit_jax.data import annotations, images
 from flexivit_jax.data.balanced import Balanced, Place, place, shuffled
 from flexivit_jax.data.preprocess import Example, Preprocess
 from flexivit_jax.data.sources import Record, Source
@@ -165,11 +165,11 @@ def _example(plan: BatchPlan, epoch: int, index: int, record: Record | None) -> 
     rng = np.random.Generator(np.random.Philox(key))
   if plan.cache is None:
     checked = _checked(plan.source, index, record)
-    return _check_mask(plan.source, checked, plan.pp(checked, rng))
+    return _check_mask(plan.source, plan.pp(checked, rng))
   fixed, rest, examples = plan.cache
   if index not in examples:
     checked = _checked(plan.source, index, record)
-    examples[index] = _check_mask(plan.source, checked, fixed(checked, None))
+    examples[index] = _check_mask(plan.source, fixed(checked, None))
   return rest(examples[index], rng)
 
 
@@ -181,25 +181,21 @@ def _checked(source: Source, index: int, record: Record | None) -> Example:
     label = record[key]
     if not all(0 <= k < classes for k in (label if isinstance(label, _SEVERAL) else (label,))):
       raise UserError(f"{key} is {label}; expected 0..{classes - 1}")
-  return {key: value for key, value in record.items() if key != "id"}
+  record = {key: value for key, value in record.items() if key != "id"}
+  # An array is read here, for there need not be a `decode`, which reads an encoded one.
+  return annotations.read_mask(record) if isinstance(record.get("mask"), np.ndarray) else record
 
 
-def _check_mask(source: Source, record: Example, example: Example) -> Example:
-  """Returns the example; a UserError if its decoded mask has a number that is neither a class nor ignored.
-
-  Args:
-    source: has the number of classes.
-    record: the example before preprocessing, with the mask's `mask_ignore`.
-    example: the same after it.
-  """
+def _check_mask(source: Source, example: Example) -> Example:
+  """Returns the example; a UserError if its decoded mask has a number that is neither a class nor NO_CLASS."""
   mask, classes = example.get("mask"), source.num_classes
   if not (isinstance(mask, np.ndarray) and mask.dtype.kind in "iu" and mask.size and classes):
     return example
-  ignored = record.get("mask_ignore", 255)
-  wrong = mask[((mask < 0) | (mask >= classes)) & (mask != ignored)]
+  wrong = mask[((mask < 0) | (mask >= classes)) & (mask != annotations.NO_CLASS)]
   if wrong.size:
     raise UserError(
-      f"the mask has the number {wrong[0]}; expected 0..{classes - 1}, or {ignored} (mask_ignore) for no class"
+      f"the mask has the number {wrong[0]}; expected 0..{classes - 1}, or the one of no class, which is `ignore` of the"
+      " data (default 255)"
     )
   return example
 

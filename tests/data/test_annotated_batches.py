@@ -114,7 +114,7 @@ def test_evaluation_leaves_gaps_for_what_is_damaged():
     1,
     2,
     3,
-    255,
+    -1,
   }
 
 

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import ml_collections
 
 from flexivit_jax import specs
+from flexivit_jax.data.annotations import NO_CLASS
 from flexivit_jax.models import MODELS, FlexiViT
 from flexivit_jax.models.counting import Counted
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Losses, Objective, keep
-
-IGNORED = 255
 
 
 class Segmenter(nn.Module, Counted):
@@ -49,11 +48,11 @@ class Segmenter(nn.Module, Counted):
 
 
 def pixels() -> Objective:
-  """Cross-entropy, the mean over all pixels of the global batch that are not ignored."""
+  """Cross-entropy, the mean over all pixels of the global batch that have a class."""
 
   def loss(predict, batch):
     logits, mask = predict({"image": batch["image"]})["pixel_logits"], batch["mask"]
-    counts = mask != IGNORED
+    counts = mask != NO_CLASS
     labels = jnp.where(counts, mask, 0)
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
     return Losses(-(log_p * counts).sum((1, 2)), counts.sum((1, 2)).astype(jnp.float32))
