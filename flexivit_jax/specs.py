@@ -75,7 +75,7 @@ def check(
     wanted = f"[{', '.join(_shown(d, known, origin) for d in shape)}] under the key {name!r}"
     if name not in arrays:
       raise UserError(
-        f"{where} gives no {name!r}; expected {wanted}. It gives {sorted(arrays)}; make it in pp, and `keep` it."
+        f"{where} gives no {name!r}; expected {wanted}. It gives {_named(arrays)}; make it in pp, and `keep` it."
         f"{nearest(name, arrays)}"
       )
     got = tuple(arrays[name].shape)
@@ -86,13 +86,19 @@ def check(
     if not fits:
       raise UserError(f"{where} gives {name!r} of shape {list(got)}; expected {wanted}.")
     if np.dtype(arrays[name].dtype).kind not in KINDS[kind]:
+      advice = " `value_range` makes floats of an image." if kind == "float" else ""
       raise UserError(
-        f"{where} gives {name!r} of {arrays[name].dtype}; expected {kind} numbers, {wanted}."
+        f"{where} gives {name!r} of {arrays[name].dtype}; expected {kind} numbers, {wanted}.{advice}"
       )
     for d, n in zip(shape, got, strict=True):
       if isinstance(d, str) and d not in known:
         known[d], origin[d] = n, repr(name)
   return known
+
+
+def _named(arrays: Mapping[str, Any]) -> list[str]:
+  """Names that a pp may make; the others are the loader's own."""
+  return sorted(name for name in arrays if not name.startswith("_"))
 
 
 def _shown(d: Dim, known: Mapping[str, int], origin: Mapping[str, str]) -> str:

@@ -39,7 +39,11 @@ def test_what_fits_names_the_lengths():
     ),
     ("image", np.zeros((8, 6, 1), np.float32), r"of shape \[8, 6, 1\]; expected \[h, w, 3\]"),
     ("image", np.zeros((8, 6), np.float32), r"of shape \[8, 6\]; expected \[h, w, 3\]"),
-    ("image", np.zeros((8, 6, 3), np.uint8), r"'image' of uint8; expected float numbers"),
+    (
+      "image",
+      np.zeros((8, 6, 3), np.uint8),
+      r"'image' of uint8; expected float numbers.*value_range",
+    ),
     ("boxes", np.zeros((4, 4), np.float32), None),
     ("box_labels", np.zeros(4, np.int64), r"expected \[m=5 of 'boxes'\]"),
     ("tokens", np.zeros(12, np.int64), r"of shape \[12\]; expected \[16\]"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flexivit_jax import cli, config, data, experiment, train as train_lib
+from flexivit_jax.errors import UserError
 from flexivit_jax.running import metrics_writer
 
 TASKS = ("image_text", "segmentation", "detection")
@@ -67,6 +68,15 @@ def test_a_task_is_trained_resumed_and_the_same_in_microbatches(task, load, trai
   # The first losses: later ones are of parameters that rounding has moved.
   np.testing.assert_allclose(four[0], whole[0], rtol=1e-6)
   np.testing.assert_allclose(four, whole, rtol=1e-3)
+
+
+@pytest.mark.full
+def test_a_bad_step_of_a_task_is_replayed_by_its_config(load, repository, tmp_path, capsys):
+  with pytest.raises(UserError, match="flexivit replay"):
+    train_lib.train(load("image_text", "optim.lr=1e38", "accumulate=2"), tmp_path)
+  stub, dump = repository / "tests/stubs/image_text.py", str(tmp_path / "bad_step.json")
+  assert cli.main(["replay", dump, f"--config={stub}"]) == 0
+  assert "as in the dump" in capsys.readouterr().out
 
 
 def losses(workdir):
