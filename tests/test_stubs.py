@@ -1,13 +1,16 @@
 """Three tasks, each in one file, are planned, trained and resumed by the trainer as it is."""
 
+import contextlib
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
 
-from flexivit_jax import cli, config, data, experiment, train as train_lib
+from flexivit_jax import cli, config, data, experiment, train as train_lib, trees
 from flexivit_jax.errors import UserError
+from flexivit_jax.experiment import preparation
 from flexivit_jax.running import metrics_writer
 
 TASKS = ("image_text", "segmentation", "detection")
@@ -68,6 +71,26 @@ def test_a_task_is_trained_resumed_and_the_same_in_microbatches(task, load, trai
   # The first losses: later ones are of parameters that rounding has moved.
   np.testing.assert_allclose(four[0], whole[0], rtol=1e-6)
   np.testing.assert_allclose(four, whole, rtol=1e-3)
+
+
+@pytest.mark.full
+def test_in_as_many_microbatches_as_memory_asks_for_a_loss_over_the_batch_is_the_same(
+  load, tmp_path, capsys
+):
+  settings = load("image_text", "input.batch_size=32", "flexi.seqhw.v=(8,)")
+  exp, mesh = preparation.place(experiment.from_config(settings))
+  state = preparation.first_state(exp, mesh)
+  with contextlib.ExitStack() as stack:
+    step = preparation.compile_step(exp, state, mesh, stack.enter_context)
+  (program,) = step.programs.gradients.values()
+  needed = program.bytes + trees.size_in_bytes(state.opt_state)
+  whole = losses(train_lib.train(settings, tmp_path / "whole"))
+  auto = settings | {"accumulate": "auto", "memory_gib": (needed - 2**18) / 2**30}
+  capsys.readouterr()
+  parts = losses(train_lib.train(auto, tmp_path / "auto"))
+  assert re.search(r"seqhw=8: .* in \d+ parts", capsys.readouterr().err)
+  np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
+  np.testing.assert_allclose(parts, whole, rtol=1e-3)
 
 
 @pytest.mark.full
