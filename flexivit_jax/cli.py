@@ -16,6 +16,7 @@ from flexivit_jax.running import exit_codes, signals
 # Name on the command line -> module of `commands`, in the order of `--help`. A command is such a file, which imports
 # what is heavy only when it runs, and its line here.
 COMMANDS = {
+  "doctor": "doctor",
   "plan": "plan",
   "bench": "bench",
   "train": "train",

@@ -206,10 +206,7 @@ def keep_programs() -> pathlib.Path | None:
   if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
     return None
   try:
-    folder = files.cache_folder() / "programs" / _processor()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_private(folder)
-    _check_private(folder.parent)
+    folder = programs_folder()
   except (OSError, errors.UserError) as e:
     _LOG.warning("Compiled programs are not kept: %s", e)
     return None
@@ -221,6 +218,20 @@ def keep_programs() -> pathlib.Path | None:
   }
   for name, value in wanted.items():
     jax.config.update(name, value)
+  return folder
+
+
+def programs_folder() -> pathlib.Path:
+  """Makes and returns the folder of compiled programs.
+
+  Raises:
+    OSError: it is not private, or cannot be made.
+    UserError: no home folder is known.
+  """
+  folder = files.cache_folder() / "programs" / _processor()
+  folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+  _check_private(folder)
+  _check_private(folder.parent)
   return folder
 
 

@@ -28,19 +28,25 @@ def agree_on_config(settings: Mapping[str, object]) -> None:
   Raises:
     UserError: names the keys that differ, with their values; raised on all processes.
   """
+  lines = differences(settings)
+  if lines:
+    raise errors.UserError(
+      f"Not all processes have the config of process 0 (its value -> theirs): {'; '.join(lines)}. All were"
+      " stopped; start them from the same files, with the same command."
+    )
+
+
+def differences(settings: Mapping[str, object]) -> list[str]:
+  """Returns a line for each process whose settings are not those of process 0, at most eight; all must call it."""
   if not distributed.is_on():
-    return
+    return []
   configs = [json.loads(text) for text in distributed.texts(json.dumps(settings, default=str))]
   lines = {
     f"process {i}: {', '.join(list(differing.values())[:5])}"
     for i, other in enumerate(configs)
     if (differing := run_folder.diff(configs[0], other))
   }
-  if lines:
-    raise errors.UserError(
-      f"Not all processes have the config of process 0 (its value -> theirs): {'; '.join(sorted(lines)[:8])}. All were"
-      " stopped; start them from the same files, with the same command."
-    )
+  return sorted(lines)[:8]
 
 
 def take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
