@@ -7,7 +7,7 @@ that is plain data parallelism. No number depends on the mesh but for the order 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -87,7 +87,9 @@ def _spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:
 
 
 def over_divided(
-  fn: Callable[[Tree, jax.Array], Tree], mesh: Mesh | AbstractMesh
+  fn: Callable[[Tree, jax.Array], Tree],
+  mesh: Mesh | AbstractMesh,
+  remat: Mapping[str, Any] | None = None,
 ) -> Callable[[Tree, jax.Array], Tree]:
   """Returns `fn(params, x)`, which gathers the parameters while it runs, forwards and again backwards.
 
@@ -97,6 +99,7 @@ def over_divided(
   Args:
     fn: does the same with each example of `x` [n, l, d]; a block of a transformer.
     mesh: has an axis "fsdp".
+    remat: arguments of `jax.checkpoint` that say what `fn` keeps for the backward pass; None: all its activations.
   """
 
   def run(params: Tree, x: jax.Array) -> Tree:
@@ -111,7 +114,8 @@ def over_divided(
 
     def local(params: Tree, x: jax.Array) -> Tree:
       whole = lambda params, x: fn(jax.tree.map(gather, params, specs), x)  # noqa: E731
-      return jax.checkpoint(whole, policy=functools.partial(_of_tokens, *x.shape[:2]))(params, x)
+      kept = {"policy": functools.partial(_of_tokens, *x.shape[:2])} if remat is None else remat
+      return jax.checkpoint(whole, **kept)(params, x)
 
     split = PartitionSpec(AXES)
     return jax.shard_map(local, mesh=mesh, in_specs=(specs, split), out_specs=split)(params, x)

@@ -102,7 +102,10 @@ class FlexiViT(nn.Module):
       None: white noise, as in the paper.
     grid_operator: resize operator of the position grid; timm's is "cubic_antialias".
     dtype: of the matrix products, "float32" or "bfloat16".
-    scan, remat: one compiled loop over the blocks; recompute the blocks in the backward pass. Same numbers.
+    scan: one compiled loop over the blocks; True stores their parameters stacked, "by_block" as without (see
+      `vit.Encoder`). Same numbers.
+    remat: recompute blocks in the backward pass: True or "blocks" keeps only their inputs, "dots" also the products
+      with weights (see `vit.REMAT`). Same numbers, less memory, more FLOPs (`flops.recomputed`).
     attention: a form of `models/attention.py`: the same numbers, faster or slower; "auto" by backend and tokens.
     fsdp: the mesh along whose axis "fsdp" the parameters are divided (see `sharding`); None: none are.
     head_bias: with which the head's bias begins; -10 for sigmoid losses over many classes.
@@ -130,8 +133,8 @@ class FlexiViT(nn.Module):
   kernel_moment: resize.Moment | None = None
   grid_operator: str = "linear_antialias"
   dtype: str = "float32"
-  scan: bool = False
-  remat: bool = False
+  scan: bool | str = False
+  remat: bool | str = False
   attention: str = "auto"
   fsdp: Mesh | AbstractMesh | None = None
   head_bias: float = 0.0
@@ -361,7 +364,7 @@ class FlexiViT(nn.Module):
     return flops.activation_bytes(self, shapes, **size)
 
 
-CHOICES = {
+CHOICES: dict[str, tuple[Any, ...]] = {
   "pool_type": ("tok", "gap", "map", "tok+gap", "tok+reg"),
   "posemb": ("learn", "sincos2d"),
   "gelu": tuple(vit.GELU),
@@ -370,6 +373,8 @@ CHOICES = {
   "grid_operator": tuple(resize.OPERATORS),
   "dtype": ("float32", "bfloat16"),
   "attention": ("auto", *attention.FORMS),
+  "scan": (False, True, "by_block"),
+  "remat": (False, True, *vit.REMAT),
 }
 
 

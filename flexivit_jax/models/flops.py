@@ -21,7 +21,7 @@ class Transformer(Protocol):
   num_heads: int
   pool_type: str
   dtype: str
-  remat: bool
+  remat: bool | str
 
   @property
   def prefix_length(self) -> int:
@@ -67,6 +67,29 @@ def gmacs(model: Transformer, shapes: Shapes, **size: Any) -> float:
     + pool
     + model.num_features * model.num_classes
   ) / 1e9
+
+
+def recomputed(model: Transformer, shapes: Shapes, **size: Any) -> float:
+  """Multiply-adds in 1e9 for one image that the backward pass does again, as the model's `remat` says.
+
+  "blocks": all products of the blocks but the MLP's second, whose result nothing needs. "dots": the two of attention.
+
+  Args:
+    model: the model.
+    shapes: (h, w, c) of "image".
+    **size: static arguments of the model.
+
+  Raises:
+    UserError: the size does not fit the image.
+  """
+  if not model.remat:
+    return 0.0
+  rows, columns = model.grid(shapes["image"][:2], **size).grid_hw
+  length, d = rows * columns + model.prefix_length, model.width
+  block = 2 * length * length * d
+  if model.remat != "dots":
+    block += 4 * length * d * d + length * d * model.mlp_dim
+  return which_depth(model.depth, size.get("depth")) * block / 1e9
 
 
 def activation_bytes(model: Transformer, shapes: Shapes, **size: Any) -> float:

@@ -7,10 +7,11 @@ Source of the variants: Scaling Vision Transformers (arXiv 2106.04560), table 2;
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -66,6 +67,26 @@ GELU = {
   "exact": lambda x: nn.gelu(x, approximate=False),
   "quick": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
 }
+
+
+def _with_weights(prim: jax.extend.core.Primitive, *avals: Any, **params: Any) -> bool:
+  """Whether an operation multiplies tokens [n, l, ...] and a weight; attention's have batches, or are of [l, e]."""
+  if prim.name != "dot_general":
+    return False
+  _, batch = params["dimension_numbers"]
+  return batch == ((), ()) and avals[0].ndim > 2
+
+
+# What a block keeps for the backward pass where it is recomputed, as arguments of `jax.checkpoint`: nothing but its
+# input; or also the products with its weights, so that attention and what goes element by element are computed again.
+REMAT: dict[str, Json] = {"blocks": {}, "dots": {"policy": _with_weights}}
+
+
+def which_remat(remat: bool | str) -> str:
+  """The key of `REMAT` that a model's field `remat` means; "" where nothing is recomputed."""
+  if isinstance(remat, bool):
+    return "blocks" if remat else ""
+  return remat
 
 
 class MlpBlock(nn.Module):
@@ -175,8 +196,11 @@ class Encoder(nn.Module):
   Attributes:
     depth: number of blocks.
     config: of each block.
-    scan: the blocks are one compiled loop, and their parameters are stacked under "encoderblock" (see `stack_blocks`).
-    remat: the backward pass recomputes each block instead of storing its activations.
+    scan: the blocks are one compiled loop. True: their parameters are stacked under "encoderblock" (see
+      `stack_blocks`). "by_block": they are stored as without a loop, and stacked while a step runs, which takes memory
+      for a copy of them and of their gradients.
+    remat: the backward pass recomputes each block instead of storing its activations; a key of `REMAT`, or True for
+      "blocks".
     fsdp: the mesh along whose axis "fsdp" the parameters are divided (see `sharding`); each block gathers its own.
       None: every device has all of them.
     stochastic_depth: probability with which an example skips a branch of the last block in training; from the first
@@ -185,8 +209,8 @@ class Encoder(nn.Module):
 
   depth: int
   config: BlockConfig
-  scan: bool = False
-  remat: bool = False
+  scan: bool | str = False
+  remat: bool | str = False
   fsdp: Mesh | AbstractMesh | None = None
   stochastic_depth: float = 0.0
 
@@ -228,8 +252,8 @@ class Encoder(nn.Module):
 
   def _init_blocks(self, x: jax.Array) -> None:
     """Makes the parameters of all blocks; they do not depend on the tokens."""
-    block = _block_class(self.remat, self.scan)
-    if not self.scan:
+    block = _block_class(self.remat, bool(self.scan))
+    if self.scan is not True:
       for i in range(self.depth):
         block(self.config, name=f"encoderblock_{i}")(x, False)
       return
@@ -252,8 +276,8 @@ def apply_blocks(
   depth: int,
   config: BlockConfig,
   train: bool,
-  scan: bool,
-  remat: bool,
+  scan: bool | str,
+  remat: bool | str,
   fsdp: Mesh | AbstractMesh | None,
 ) -> tuple[Float[Array, "n l d"], Json]:
   """Runs the first blocks of an encoder, one after the other, with one traced function for all of them.
@@ -267,7 +291,7 @@ def apply_blocks(
   `analyses/relevance.py`, which changes attention in each block, runs the blocks itself.
 
   Args:
-    params: the encoder's: "encoderblock_0", ..., or with `scan` "encoderblock", stacked.
+    params: the encoder's: "encoderblock_0", ..., or with `scan=True` "encoderblock", stacked.
     x: tokens.
     keys: of the dropout and stochastic depth in each block; None: neither.
     drops: in each block, the probability with which an example skips a branch; None: no stochastic depth.
@@ -279,9 +303,13 @@ def apply_blocks(
   Returns:
     The tokens, and the intermediates of each block under "block00", "block01", ...
   """
-  block = _traced_block(config, train, scan, remat, fsdp)
+  block = _traced_block(config, train, bool(scan), which_remat(remat), fsdp)
   if scan:
-    first = jax.tree.map(lambda a: a[:depth], params["encoderblock"])
+    if scan is True:
+      first = jax.tree.map(lambda a: a[:depth], params["encoderblock"])
+    else:
+      blocks = [params[f"encoderblock_{i}"] for i in range(depth)]
+      first = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
     x, stacked = jax.lax.scan(lambda x, xs: block(xs[0], x, *xs[1:]), x, (first, keys, drops))
     each = {k: jnp.unstack(a) for k, a in stacked.items()}
     return x, {f"block{i:02d}": {k: a[i] for k, a in each.items()} for i in range(depth)}
@@ -294,10 +322,11 @@ def apply_blocks(
 
 @functools.cache
 def _traced_block(
-  config: BlockConfig, train: bool, scan: bool, remat: bool, fsdp: Mesh | AbstractMesh | None
+  config: BlockConfig, train: bool, scan: bool, remat: str, fsdp: Mesh | AbstractMesh | None
 ) -> Callable[..., Tree]:
   """One jitted function `(params, x, key, drop) -> (x, intermediates)` for all blocks of a configuration."""
-  module = _block_class(remat, scan)(config)
+  # Where parameters are divided, one checkpoint is around a block and what it gathers.
+  module = _block_class(remat if fsdp is None else False, scan)(config)
 
   def run(params: Params, x: jax.Array, key: jax.Array | None, drop: jax.Array | None) -> Tree:
     rngs = None if key is None else {"dropout": key}
@@ -305,14 +334,16 @@ def _traced_block(
 
   if fsdp is None:
     return jax.jit(run)
-  over = sharding.over_divided(lambda params, x: run(params, x, None, None), fsdp)
+  over = sharding.over_divided(
+    lambda params, x: run(params, x, None, None), fsdp, REMAT[remat] if remat else None
+  )
   return jax.jit(lambda params, x, key, drop: over(params, x))
 
 
-def _block_class(remat: bool, scan: bool) -> Callable[..., Tree]:
+def _block_class(remat: bool | str, scan: bool) -> Callable[..., Tree]:
   # In a loop XLA merges nothing across iterations, so the barriers against CSE would only cost time.
-  if remat:
-    return nn.remat(EncoderBlock, static_argnums=(2,), prevent_cse=not scan)
+  if policy := which_remat(remat):
+    return nn.remat(EncoderBlock, static_argnums=(2,), prevent_cse=not scan, **REMAT[policy])
   return EncoderBlock
 
 

@@ -21,6 +21,7 @@ IDENTITY = (
   "model", "input", "flexi", "objective", "optim", "seed", "init", "init_head_bias", "token_budget", "skip_above",
 )  # fmt: skip
 FREE = (
+  "model.remat",  # Changes memory and time, and no number but for rounding.
   "input.threads",
   "input.workers",
   "input.prefetch",

@@ -89,7 +89,7 @@ def load_with_record(
     # What the caller says of sizes is of the file.
     fields = {k: v for k, v in fields.items() if k not in ("patch_size", "posemb_size")}
   model = FlexiViT(**weights.fields | fields)
-  layout = vit.stack_blocks if model.scan else vit.unstack_blocks
+  layout = vit.stack_blocks if model.scan is True else vit.unstack_blocks
   params = layout(weights.params) if "Transformer" in weights.params else weights.params
   check(model, params, str(path))
   record = weights.record | {"model": _fields_of(model)}

@@ -172,6 +172,13 @@ def test_a_divided_block_stores_its_activations_and_no_gathered_weight(form, mon
   assert abs(activations(stored) - activations(plain)) <= 1
   assert activations(stored) > 20
 
+  kept = {}
+  for name, remat in vit.REMAT.items():
+    again = sharding.over_divided(apply, sharding.abstract_mesh(4, fsdp=2), remat)
+    kept[name] = activations(_residuals(again, params, x))
+  # The block's input; and the results of six products, but the MLP's second, which nothing needs.
+  assert kept == {"blocks": 1, "dots": 6}
+
   monkeypatch.setattr(sharding, "_of_tokens", lambda *_, **__: False)
   assert activations(_residuals(divided, params, x)) == 1  # the block's input
   monkeypatch.setattr(sharding, "_of_tokens", lambda *_, **__: True)

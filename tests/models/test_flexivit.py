@@ -365,12 +365,18 @@ def unrolled():
 
 
 @pytest.mark.parametrize(
-  "options", [dict(remat=True), dict(scan=True), dict(scan=True, remat=True)]
+  "options",
+  [
+    dict(remat=True),
+    dict(scan=True),
+    dict(scan=True, remat="blocks"),
+    dict(scan="by_block", remat="dots"),
+  ],
 )
 def test_scan_and_remat_give_the_same_numbers_and_gradients(unrolled, options):
   _, params = make()
   model, _ = make(**options)
-  values, grads = _gradients(model, vit.stack_blocks(params) if model.scan else params)
+  values, grads = _gradients(model, vit.stack_blocks(params) if model.scan is True else params)
   got = values, vit.unstack_blocks(grads)
   assert jax.tree.structure(got) == jax.tree.structure(unrolled)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(unrolled), strict=True):
@@ -384,6 +390,17 @@ def test_scan_initialises_each_block_differently_with_the_same_shapes():
   assert not trees.diff(make()[1], vit.unstack_blocks(scanned))
   first, second = scanned["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]["kernel"]
   assert not np.allclose(first, second)
+
+
+def test_a_loop_over_blocks_that_are_stored_one_by_one_has_the_parameters_of_no_loop():
+  image = jnp.zeros((1, 24, 24, 3))
+  one, loop = (
+    jax.jit(make(scan=scan)[0].init)(jax.random.key(0), image)["params"]
+    for scan in (False, "by_block")
+  )
+  assert not trees.diff(one, loop)
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(loop), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, counting, flops
 
 FIELDS = dict(num_classes=5, width=16, depth=2, mlp_dim=24, num_heads=4)
 
@@ -84,3 +84,23 @@ def test_gmacs_count_what_stride_and_depth_run(size, grid_hw):
   logits_2d = math.prod(grid_hw) * 16 * 5
   want = model.gmacs({"image": (*image_hw, 3)}, **size) * 1e9
   np.testing.assert_allclose(counted - logits_2d, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("remat", ["blocks", "dots"])
+def test_what_the_backward_pass_does_again_is_what_the_traced_program_has_more(remat):
+  shapes = {"image": (24, 24, 3)}
+  image = jax.ShapeDtypeStruct((1, 24, 24, 3), jnp.float32)
+
+  def count(model):
+    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, seqhw=1), image)
+    loss = lambda p, x: model.apply(p, x, seqhw=4)[0].sum()  # noqa: E731
+    traced = jax.jit(jax.grad(loss)).trace(params, image).jaxpr.jaxpr
+    return counting._macs(
+      jax.interpreters.partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))[0]
+    )
+
+  model = make(depth=3, scan=True)
+  again = model.clone(remat=remat)
+  want = flops.recomputed(again, shapes, seqhw=4) * 1e9
+  assert want > 0 == flops.recomputed(model, shapes, seqhw=4)
+  np.testing.assert_allclose(count(again) - count(model), want, rtol=1e-12)

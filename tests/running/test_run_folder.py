@@ -216,3 +216,8 @@ def test_several_processes_refuse_a_path_that_each_would_have_another_name_for(t
   run_folder.check_path(tmp_path / "plain", several=True)
   with pytest.raises(UserError, match=r"has \[ \] in its path.*ends in 'vit -lr=1'"):
     run_folder.check_path(tmp_path / "vit [lr=1]", several=True)
+
+
+def test_what_changes_memory_alone_may_change_when_a_run_resumes():
+  assert not run_folder.is_identity("model.remat", {})
+  assert run_folder.is_identity("model.scan", {})  # names of the parameters
