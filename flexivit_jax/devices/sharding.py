@@ -90,6 +90,7 @@ def over_divided(
   fn: Callable[[Tree, jax.Array], Tree],
   mesh: Mesh | AbstractMesh,
   remat: Mapping[str, Any] | None = None,
+  kernel_length: int | None = None,
 ) -> Callable[[Tree, jax.Array], Tree]:
   """Returns `fn(params, x)`, which gathers the parameters while it runs, forwards and again backwards.
 
@@ -100,6 +101,7 @@ def over_divided(
     fn: does the same with each example of `x` [n, l, d]; a block of a transformer.
     mesh: has an axis "fsdp".
     remat: arguments of `jax.checkpoint` that say what `fn` keeps for the backward pass; None: all its activations.
+    kernel_length: tokens as a kernel in `fn` pads them; None: there is no kernel in it.
   """
 
   def run(params: Tree, x: jax.Array) -> Tree:
@@ -114,22 +116,45 @@ def over_divided(
 
     def local(params: Tree, x: jax.Array) -> Tree:
       whole = lambda params, x: fn(jax.tree.map(gather, params, specs), x)  # noqa: E731
-      kept = {"policy": functools.partial(_of_tokens, *x.shape[:2])} if remat is None else remat
-      return jax.checkpoint(whole, **kept)(params, x)
+      policy = functools.partial(_of_tokens, len(x), {x.shape[1], kernel_length})
+      return jax.checkpoint(whole, **({"policy": policy} if remat is None else remat))(params, x)
 
     split = PartitionSpec(AXES)
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs, split), out_specs=split)(params, x)
+    # JAX's kernels do not say along which axes their results differ, so that is not checked where there is one: the
+    # sums of the gradients are the same.
+    checked = kernel_length is None
+    over = jax.shard_map(
+      local, mesh=mesh, in_specs=(specs, split), out_specs=split, check_vma=checked
+    )
+    return over(params, x)
 
   return run
 
 
-def _of_tokens(n: int, tokens: int, prim: object, *avals: Any, **params: Any) -> bool:
+def by_example(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+  """Returns `fn(*arrays)`, run by each device for its own examples: for kernels, which XLA cannot divide.
+
+  Where the examples do not divide over the mesh, as a single one under `jax.vmap`, each device runs it for all.
+
+  Args:
+    fn: does the same with each example of its arguments and has a result `[n, ...]`.
+    *arrays: `[n, ...]`.
+  """
+  mesh = jax.typeof(arrays[0]).sharding.mesh
+  if mesh.size == 1 or not mesh.are_all_axes_auto:  # one device, or inside of a `shard_map`
+    return fn(*arrays)
+  split = PartitionSpec(mesh.axis_names) if len(arrays[0]) % mesh.size == 0 else PartitionSpec()
+  over = jax.shard_map(fn, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+  return over(*arrays)
+
+
+def _of_tokens(n: int, lengths: set[int | None], prim: object, *avals: Any, **params: Any) -> bool:
   """Whether an operation has part in what is kept for the backward pass: activations are, parameters are not.
 
   Told apart by the shape: [examples, tokens, ...] or [examples, heads, tokens, ...].
   """
   del prim, params
-  return any(a.ndim > 2 and a.shape[0] == n and tokens in a.shape[1:3] for a in avals)
+  return any(a.ndim > 2 and a.shape[0] == n and bool(lengths & {*a.shape[1:3]}) for a in avals)
 
 
 def bytes_each(tree: Tree) -> int:

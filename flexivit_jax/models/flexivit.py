@@ -106,7 +106,8 @@ class FlexiViT(nn.Module):
       `vit.Encoder`). Same numbers.
     remat: recompute blocks in the backward pass: True or "blocks" keeps only their inputs, "dots" also the products
       with weights (see `vit.REMAT`). Same numbers, less memory, more FLOPs (`flops.recomputed`).
-    attention: a form of `models/attention.py`: the same numbers, faster or slower; "auto" by backend and tokens.
+    attention: a form of `models/attention.py`: the same numbers, faster or slower; "auto" by device, tokens, dtype and
+      width of a head. "auto:tpu": as on that platform, for programs that are lowered but not run here.
     fsdp: the mesh along whose axis "fsdp" the parameters are divided (see `sharding`); None: none are.
     head_bias: with which the head's bias begins; -10 for sigmoid losses over many classes.
   """
@@ -372,7 +373,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
   "kernel_operator": tuple(resize.OPERATORS),
   "grid_operator": tuple(resize.OPERATORS),
   "dtype": ("float32", "bfloat16"),
-  "attention": ("auto", *attention.FORMS),
   "scan": (False, True, "by_block"),
   "remat": (False, True, *vit.REMAT),
 }
@@ -383,6 +383,11 @@ def check_fields(model: FlexiViT) -> None:
   for name, known in CHOICES.items():
     if getattr(model, name) not in known:
       raise errors.unknown(name, getattr(model, name), known)
+  form, colon, platform = model.attention.partition(":")
+  if form not in ("auto", *attention.FORMS):
+    raise errors.unknown("attention", form, ("auto", *attention.FORMS))
+  if colon and platform not in attention.PLATFORMS:
+    raise errors.unknown("attention's platform", platform, attention.PLATFORMS)
   for name, least in (("width", 1), ("depth", 1), ("mlp_dim", 1), ("num_classes", 0)):
     if getattr(model, name) < least:
       raise errors.UserError(f"{name}={getattr(model, name)}: expected {least} or more.")

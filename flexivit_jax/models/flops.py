@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from flexivit_jax.models import attention
 from flexivit_jax.models.base import Model
 from flexivit_jax.models.grid import Grid, which_depth
 from flexivit_jax.objectives.distill import Teacher
@@ -21,6 +22,7 @@ class Transformer(Protocol):
   num_heads: int
   pool_type: str
   dtype: str
+  attention: str
   remat: bool | str
 
   @property
@@ -96,8 +98,9 @@ def activation_bytes(model: Transformer, shapes: Shapes, **size: Any) -> float:
   """Estimate of the bytes that one image's activations take until the backward pass has used them.
 
   Each block keeps of each token: in float32 its input, both LayerNorms and the residual (4 d); in the compute dtype
-  query, key, value, attention's output and the MLP's hidden layer before and after the GELU (5 d + 2 m); a row of
-  attention for each head in float32 and in the compute dtype. With remat only a block's input, and one block whole.
+  query, key, value, attention's output and the MLP's hidden layer before and after the GELU (5 d + 2 m); and where the
+  form of attention keeps scores, a row of them for each head in float32 and in the compute dtype. With remat only
+  a block's input, and one block whole.
 
   Args:
     model: the model.
@@ -111,7 +114,9 @@ def activation_bytes(model: Transformer, shapes: Shapes, **size: Any) -> float:
   tokens = rows * columns + model.prefix_length
   b = 2 if model.dtype == "bfloat16" else 4
   token = 16 * model.width + b * (5 * model.width + 2 * model.mlp_dim)
-  block = tokens * (token + (4 + b) * model.num_heads * tokens)
+  head = model.width // model.num_heads
+  kept = attention.keeps_scores(model.attention, tokens, model.dtype, head)
+  block = tokens * (token + (4 + b) * model.num_heads * tokens * kept)
   depth = which_depth(model.depth, size.get("depth"))
   return block + depth * tokens * 4 * model.width if model.remat else depth * block
 

@@ -112,7 +112,7 @@ class MlpBlock(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head dot-product attention of queries `q` over `kv`; `form` is a key of `attention.FORMS`, or "auto"."""
+  """Multi-head dot-product attention of queries `q` over `kv`; `form`: see `attention.resolve`."""
 
   num_heads: int
   dtype: str = "float32"
@@ -126,9 +126,9 @@ class Attention(nn.Module):
     query = nn.DenseGeneral(heads, name="query", **init)(q)
     key = nn.DenseGeneral(heads, name="key", **init)(kv)
     value = nn.DenseGeneral(heads, name="value", **init)(kv)
-    form = self.form
-    if form == "auto":
-      form = attention.choose(jax.default_backend(), q.shape[1], kv.shape[1], self.dtype)
+    form = "einsum"  # while it initialises: no parameter depends on the form
+    if not self.is_initializing():
+      form = attention.resolve(self.form, q.shape[1], kv.shape[1], self.dtype, heads[1])
     x = attention.FORMS[form](query, key, value)
     return nn.DenseGeneral(width, axis=(-2, -1), name="out", **init)(x)
 
@@ -144,7 +144,7 @@ class BlockConfig:
     gelu: a key of `GELU`.
     dtype: of the matrix products, "float32" or "bfloat16".
     layer_norm_eps: of both LayerNorms.
-    attention: a key of `attention.FORMS`, or "auto".
+    attention: a key of `attention.FORMS`, or "auto"; see `attention.resolve`.
   """
 
   mlp_dim: int
@@ -334,10 +334,17 @@ def _traced_block(
 
   if fsdp is None:
     return jax.jit(run)
-  over = sharding.over_divided(
-    lambda params, x: run(params, x, None, None), fsdp, REMAT[remat] if remat else None
-  )
-  return jax.jit(lambda params, x, key, drop: over(params, x))
+
+  def divided(params: Params, x: jax.Array, key: jax.Array | None, drop: jax.Array | None) -> Tree:
+    length = attention.kernel_length(
+      config.attention, x.shape[1], config.dtype, x.shape[2] // config.num_heads
+    )
+    over = sharding.over_divided(
+      lambda params, x: run(params, x, None, None), fsdp, REMAT[remat] if remat else None, length
+    )
+    return over(params, x)
+
+  return jax.jit(divided)
 
 
 def _block_class(remat: bool | str, scan: bool) -> Callable[..., Tree]:

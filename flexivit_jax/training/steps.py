@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.objectives.base import (
   Batch,
@@ -291,7 +292,9 @@ def _clipped_each(
   def run(params: Tree, microbatch: Batch, key: jax.Array) -> Tree:
     n = len(jax.tree.leaves(microbatch)[0])
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n))
-    values, grads = jax.vmap(clipped, (None, 0, 0))(params, microbatch, keys)
+    # The name is for kernels on a mesh: where examples are divided along its axes, each device computes its own.
+    each = jax.vmap(clipped, (None, 0, 0), spmd_axis_name=sharding.AXES)
+    values, grads = each(params, microbatch, keys)
     return (values.mean(), None), jax.tree.map(lambda g: g.mean(axis=0), grads)
 
   return run

@@ -1,7 +1,9 @@
 """Training on eight devices is training on one, and stores what it should for the backward pass."""
 
 import contextlib
+import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,13 @@ import pytest
 
 from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
-from flexivit_jax.models import vit
+from flexivit_jax.models import FlexiViT, attention, vit
+from flexivit_jax.objectives.supervised import supervised
+from flexivit_jax.training import steps
 
 
 def train_and_evaluate(path: str) -> None:
   """Writes the parameters after one step, and an evaluation's row, on all devices there are."""
-  import functools
-
   import optax
 
   from flexivit_jax.devices import compilation
@@ -141,6 +143,97 @@ def test_a_teacher_may_be_divided_otherwise_than_the_student(tmp_path, on_eight_
     np.testing.assert_allclose(divided, copies, rtol=1e-5, atol=1e-6)
     assert np.abs(copies).max() > 0.1
     assert found["bytes_each"][0] < 0.75 * found["bytes_each"][1]
+
+
+# --- a kernel, which XLA cannot divide ---
+
+
+def gradients_of_every_mesh(path: str) -> None:
+  """Writes by how much gradients with the kernel, of meshes of eight devices, differ from the formula's on one."""
+  attention.FORMS["splash"] = functools.partial(attention.splash, interpret=True)
+  fields = dict(
+    num_classes=3, patch_size=(4, 4), width=128, depth=1, mlp_dim=128, num_heads=2,
+    head_zeroinit=False,
+  )  # fmt: skip
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(16, 12, 12, 3)).astype(np.float32),
+    "labels": np.eye(3, dtype=np.float32)[np.arange(16) % 3],
+  }
+  shapes = {"image": (12, 12, 3)}
+  params = jax.jit(lambda: steps.init_params(FlexiViT(**fields), shapes, seed=0))()
+  state = steps.TrainState(jnp.int32(0), params, None)
+  step = functools.partial(steps.gradients, objective=supervised(), seed=0, seqhw=3)
+
+  def on_mesh(fsdp, clip_each, accumulate):
+    # Made for TPUs, whose kernel runs here step by step.
+    model = FlexiViT(**fields, attention="splash:tpu")
+    mesh = sharding.make_mesh(fsdp=fsdp)
+    if fsdp > 1:
+      model = model.clone(fsdp=mesh)
+    placed = jax.device_put(state, sharding.divided(state, mesh))
+    put = sharding.put_batch(batch, mesh)
+    run = functools.partial(step, model=model, clip_each=clip_each, accumulate=accumulate)
+    return jax.jit(run)(placed, put)[1]
+
+  found = {}
+  for name, arguments in {
+    "data": (1, None, 2),
+    "fsdp": (4, None, 1),
+    "each": (1, 0.5, 1),
+    "each, fsdp": (4, 0.5, 1),
+  }.items():
+    _, clip_each, accumulate = arguments
+    model = FlexiViT(**fields, attention="einsum")
+    run = functools.partial(step, model=model, clip_each=clip_each, accumulate=accumulate)
+    want, got = jax.jit(run)(state, batch)[1], on_mesh(*arguments)
+    differ = jax.tree.map(
+      lambda a, b: float(np.abs(np.asarray(a) - b).max() / np.abs(b).max()), got, want
+    )
+    found[name] = max(jax.tree.leaves(differ))
+  with open(path, "w") as file:
+    json.dump(found, file)
+
+
+@pytest.mark.full
+def test_a_kernel_runs_on_every_mesh(tmp_path, on_eight_devices):
+  on_eight_devices(gradients_of_every_mesh, str(tmp_path / "found.json"))
+  found = json.loads((tmp_path / "found.json").read_text())
+  assert found.keys() == {"data", "fsdp", "each", "each, fsdp"}
+  assert max(found.values()) < 1e-5
+
+
+@pytest.mark.parametrize(("fsdp", "clip_each"), [(1, None), (2, None), (1, 1.0)])
+def test_a_step_with_a_kernel_is_lowered_for_a_mesh_of_tpus(fsdp, clip_each):
+  """Of a kernel that sees more than its device's examples, lowering or the text would tell."""
+  mesh = sharding.abstract_mesh(4, fsdp=fsdp)
+  model = FlexiViT(
+    num_classes=3, patch_size=(2, 2), width=128, depth=1, mlp_dim=128, num_heads=2,
+    attention="splash:tpu", fsdp=mesh if fsdp > 1 else None,
+  )  # fmt: skip
+  shapes = {"image": (8, 8, 3)}
+  params = jax.eval_shape(lambda: steps.init_params(model, shapes, seed=0))
+
+  def placed(leaf, where):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+  state = steps.TrainState(
+    placed(jax.ShapeDtypeStruct((), jnp.int32), sharding.replicated(mesh)),
+    jax.tree.map(placed, params, sharding.divided(params, mesh)),
+    None,
+  )
+  batch = {
+    name: placed(jax.ShapeDtypeStruct((12, *shape), jnp.float32), sharding.batch_split(mesh))
+    for name, shape in {"image": (8, 8, 3), "labels": (3,)}.items()
+  }
+  run = functools.partial(
+    steps.gradients, model=model, objective=supervised(), seed=0, seqhw=4, clip_each=clip_each
+  )
+  text = jax.jit(run).trace(state, batch).lower(lowering_platforms=("tpu",)).as_text()
+  results = re.findall(r"@tpu_custom_call\(.*-> .*?tensor<((?:\d+x)+)128x64xf32>", text)
+  assert results and {r.split("x")[0] for r in results} == {"3"}
+  # Once forwards: where parameters are divided, the rest of a block is computed again, what the kernel says is kept.
+  assert len(re.findall(r'kernel_name = "splash_mha_fwd', text)) == 1
 
 
 # --- what is stored for the backward pass ---

@@ -104,3 +104,15 @@ def test_what_the_backward_pass_does_again_is_what_the_traced_program_has_more(r
   want = flops.recomputed(again, shapes, seqhw=4) * 1e9
   assert want > 0 == flops.recomputed(model, shapes, seqhw=4)
   np.testing.assert_allclose(count(again) - count(model), want, rtol=1e-12)
+
+
+def test_scores_count_where_the_form_of_attention_keeps_them():
+  def size(form, seqhw):
+    model = make(variant="S", dtype="bfloat16", attention=form)
+    return model.activation_bytes({"image": (240, 240, 3)}, seqhw=seqhw)
+
+  assert size("auto:tpu", 5) == size("einsum", 5)
+  assert (
+    size("einsum", 30) - size("auto:tpu", 30) == 2 * 901 * 901 * 4 * 6
+  )  # blocks, heads; float32 and bfloat16
+  assert size("auto:tpu v3", 30) == size("einsum", 30)
