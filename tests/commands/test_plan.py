@@ -99,7 +99,7 @@ def test_steps_flops_and_hours_of_the_small_distillation():
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("seqhw", [8])
 def test_activations_are_about_what_a_compiled_step_needs(remat, seqhw):
-  """Within a factor of two and a half of XLA's own figure on a CPU, which also holds the gradients."""
+  """Within a factor of 1.3 of XLA's own figure on a CPU, which also holds the gradients (more programs: results/)."""
   settings = load(
     "cifar10", "input.data.name=synthetic", "input.data.split=train", "model.width=64"
   )
@@ -121,7 +121,7 @@ def test_activations_are_about_what_a_compiled_step_needs(remat, seqhw):
   estimate = 64 * exp.model.activation_bytes(exp.shapes, seqhw=seqhw) + trees.size_in_bytes(
     state.params
   )
-  assert found / 2.5 < estimate < found * 2.5
+  assert found / 1.3 < estimate < found * 1.3, (found, estimate)
 
 
 def test_a_batch_that_does_not_divide_is_said():
