@@ -1,6 +1,7 @@
 """`flexivit bench`: what each patch size costs on this machine; see `experiment.benchmarks`."""
 
 import argparse
+from collections.abc import Callable
 
 from flexivit_jax import errors, sizes
 from flexivit_jax.commands import options
@@ -24,7 +25,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   )
   p.add_argument("--dtype", help="float32 or bfloat16 (default: float32 on CPUs)")
   p.add_argument(
-    "--attention", default="auto", help="a form of models/attention.py (default: auto)"
+    "--attention",
+    default="auto",
+    help="a form of models/attention.py (default: auto); 'all': each that can run here, forward and in training",
   )
   p.add_argument(
     "--memory_gib",
@@ -49,12 +52,15 @@ def run(args: argparse.Namespace) -> None:
     if getattr(args, name) < 1:
       raise errors.UserError(f"--{name}={getattr(args, name)}; expected at least 1.")
   tables: dict[str, list[benchmarks.BenchRow]] = {}
+  every_form = args.attention == "all"
+  if every_form and not (args.forward or args.train or args.compile):
+    args.forward = args.train = True
   if args.forward or args.train or args.compile:
     model = FlexiViT(
       num_classes=1000,
       variant=args.variant,
       dtype=args.dtype or default_dtype(),
-      attention=args.attention,
+      attention="auto" if every_form else args.attention,
     )
     every = grid.paper_sizes(args.image_size)
     lacking = f"no patch of 8 to 48 pixels divides {args.image_size} pixels"
@@ -64,14 +70,18 @@ def run(args: argparse.Namespace) -> None:
     print(
       f"{jax.devices()[0].device_kind}: {peak / 1e9:.4g} GFLOP/s in a {model.dtype} matrix product"
     )
+    forms = benchmarks.forms(model) if every_form else []
+    parts: dict[str, Callable[[FlexiViT], list[benchmarks.BenchRow]]] = {}
     if args.forward:
-      tables["forward"] = benchmarks.forward(model, seqhw, setting)
+      parts["forward"] = lambda model: benchmarks.forward(model, seqhw, setting)
     if args.train:
-      tables["train"] = benchmarks.train(model, seqhw, setting, args.memory_gib)
+      parts["train"] = lambda model: benchmarks.train(model, seqhw, setting, args.memory_gib)
     if args.compile:
-      tables["compile"] = benchmarks.compiling(
+      parts["compile"] = lambda model: benchmarks.compiling(
         model, seqhw, args.batch_size, args.image_size, args.memory_gib
       )
+    for name, measure in parts.items():
+      tables[name] = benchmarks.each_form(measure, model, forms) if every_form else measure(model)
   if args.step:
     settings = config.load(args.step, args.overrides)
     tables["step"] = benchmarks.stepping(settings, args.rounds)

@@ -26,7 +26,7 @@ from flexivit_jax.config import Section
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.experiment import preparation
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, attention
 from flexivit_jax.objectives.supervised import supervised
 from flexivit_jax.sizes import SeqHw, SizeArgs, SizeKey, size_args, size_key, size_name, size_text
 from flexivit_jax.tables import aligned
@@ -88,6 +88,50 @@ def train(
     row = _row("train", model, n, setting, times[n], programs.gradients[key], opt_bytes)
     rows.append(row | {"parts": programs.microbatches[key]})
   return rows
+
+
+def forms(model: FlexiViT) -> list[str]:
+  """Returns the forms of attention that can run here, and prints why the others cannot."""
+  reasons = {
+    form: attention.why_not(form, attention.here(), model.dtype, model.width // model.num_heads)
+    for form in attention.FORMS
+  }
+  for form, reason in reasons.items():
+    if reason:
+      print(f"attention={form} is not measured: {reason}")
+  return [form for form, reason in reasons.items() if not reason]
+
+
+def each_form(
+  measure: Callable[[FlexiViT], list[BenchRow]], model: FlexiViT, forms: Sequence[str]
+) -> list[BenchRow]:
+  """The rows of `measure(model)` with each of these forms of attention, from few tokens to many.
+
+  A column "attention" has the form, with a star where it is what "auto" is at that size. Forms that do not fit into
+  memory are printed.
+
+  Raises:
+    OutOfMemory: no form fits.
+  """
+  head, platform = model.width // model.num_heads, attention.here()
+  rows: list[BenchRow] = []
+  failed = None
+  for form in forms:
+    try:
+      measured = measure(model.clone(attention=form))
+    except compilation.OutOfMemory as e:
+      failed = e
+      print(f"attention={form} is not measured; give fewer tokens or images. {e}")
+      continue
+    for row in measured:
+      chosen = ""
+      if row["tokens"] != "all":
+        length = row["tokens"] + model.prefix_length
+        chosen = attention.choose(platform, length, length, model.dtype, head)
+      rows.append({"attention": form + " *" * (form == chosen)} | row)
+  if failed is not None and not rows:
+    raise failed
+  return sorted(rows, key=lambda row: math.inf if row["tokens"] == "all" else row["tokens"])
 
 
 def training(

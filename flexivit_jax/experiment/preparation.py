@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from flexivit_jax import experiment, trees
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.models import FlexiViT, attention
 from flexivit_jax.running import distributed
 from flexivit_jax.running.session import note
 from flexivit_jax.sizes import SizeArgs, size_name
@@ -22,12 +23,19 @@ Hold = Callable[[contextlib.AbstractContextManager[Any]], Any]
 
 
 def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Mesh]:
-  """Returns the experiment, its model knowing the mesh where that divides parameters, and the mesh that it names."""
+  """Returns the experiment, its model knowing the mesh where that divides parameters, and the mesh that it names.
+
+  Raises:
+    UserError: the batch does not divide over the mesh; a form of attention that cannot run on these devices.
+  """
   mesh = sharding.make_mesh(**{k: v for k, v in exp.mesh.items() if k != "divide_teachers"})
   whole = 1 if exp.accumulate == "auto" else int(exp.accumulate)
   sharding.check_divides(exp.batch_size // whole, mesh)
   for name, evaluation in exp.evaluations.items():
     sharding.check_divides(evaluation.section["batch_size"], mesh, f"evals.{name}.batch_size")
+  if isinstance(exp.model, FlexiViT):
+    model = exp.model
+    attention.resolve(model.attention, 1, 1, model.dtype, model.width // model.num_heads)
   if mesh.shape["fsdp"] > 1 and hasattr(exp.model, "fsdp"):
     exp = exp._replace(model=exp.model.clone(fsdp=mesh))
   return exp, mesh

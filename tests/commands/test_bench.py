@@ -2,11 +2,13 @@
 
 import csv
 import itertools
+import re
 
 import pytest
 
 from flexivit_jax import cli, errors, trees
 from flexivit_jax.commands import bench as command
+from flexivit_jax.devices import compilation
 from flexivit_jax.experiment import benchmarks as bench
 from flexivit_jax.models import FlexiViT, grid
 from flexivit_jax.models.flops import gmacs
@@ -41,6 +43,43 @@ def test_rates_follow_from_the_time_and_the_gmacs(rows, name, kind, passes):
     assert float(row[f"{kind}_samples_per_sec"]) == pytest.approx(2 / seconds)
     assert float(row["gflops_per_s"]) == pytest.approx(2 * passes * macs * 2 / seconds)
     assert float(row["of_peak"]) > 0 and float(row["peak_mib"]) > 0
+
+
+@pytest.mark.full
+def test_every_form_of_attention_that_can_run_here_is_measured_and_the_others_say_why(capsys):
+  assert (
+    cli.main(["bench", "--attention=all", "--forward", *SMALL[:-2], "--seqhw=2", "--rounds=1"]) == 0
+  )
+  printed = capsys.readouterr().out
+  for form, star in (("einsum", " "), ("heads_first", " *"), ("one_by_one", " ")):
+    assert re.search(rf"^ *{form}{re.escape(star)} +FlexiViT-mu", printed, re.MULTILINE)
+  assert "attention=splash is not measured: its kernel is for TPUs" in printed
+  assert "attention=cudnn is not measured: its kernel is for NVIDIA's GPUs" in printed
+
+
+def test_forms_that_cannot_run_here_are_named_with_the_reason(capsys):
+  assert bench.forms(FlexiViT(variant="mu")) == ["einsum", "heads_first", "one_by_one"]
+  printed = capsys.readouterr().out
+  assert "attention=splash is not measured: its kernel is for TPUs" in printed
+  assert "attention=cudnn is not measured: its kernel is for NVIDIA's GPUs" in printed
+
+
+def test_a_form_that_does_not_fit_into_memory_does_not_end_the_others(capsys):
+  model = FlexiViT(num_classes=2, variant="mu")
+
+  def measure(model):
+    if model.attention == "einsum":
+      raise compilation.OutOfMemory("8 GiB")
+    return [{"tokens": 300}, {"tokens": 4}]
+
+  rows = bench.each_form(measure, model, ["einsum", "heads_first", "one_by_one"])
+  assert [(r["tokens"], r["attention"]) for r in rows] == [
+    (4, "heads_first *"), (4, "one_by_one"), (300, "heads_first"), (300, "one_by_one *"),
+  ]  # fmt: skip
+  assert (
+    "attention=einsum is not measured; give fewer tokens or images. 8 GiB"
+    in capsys.readouterr().out
+  )
 
 
 def test_functions_take_turns_and_short_ones_are_called_more_often():

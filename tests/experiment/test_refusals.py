@@ -142,7 +142,10 @@ def test_a_refused_start_changes_nothing_whatever_the_state_of_the_folder(run, m
 
 
 @pytest.mark.parametrize("workdir", ["new", "new/a/b", "made"])
-@pytest.mark.parametrize("arguments", [["--config.memory_gib=1e-9"], ["--config.optim.lrr=1"]])
+@pytest.mark.parametrize(
+  "arguments",
+  [["--config.memory_gib=1e-9"], ["--config.optim.lrr=1"], ["--config.model.attention=splash"]],
+)
 def test_a_refused_start_leaves_no_folder(run, workdir, arguments):
   made = run.parent / "made"
   made.mkdir(exist_ok=True)
