@@ -16,10 +16,13 @@ import jax
 
 from flexivit_jax import errors, files, heartbeat
 from flexivit_jax.sizes import SizeArgs, SizeKey, size_key, size_name
-from flexivit_jax.trees import Tree
+from flexivit_jax.trees import Json, Tree
 
 _LOG = logging.getLogger(__name__)
 _CACHE_BYTES = 4 * 2**30
+# On GPUs XLA may else take operations whose sums have no fixed order, cuDNN's backward pass of attention among them
+# (openxla/xla, pull request 14125): a resumed run would not end with the same bits. XLA_FLAGS can say otherwise.
+DETERMINISTIC = "xla_gpu_exclude_nondeterministic_ops"
 
 
 class OutOfMemory(errors.UserError):
@@ -118,7 +121,7 @@ class _Lowered(NamedTuple):
   def compile(self) -> Program:
     begin = time.perf_counter()
     try:
-      compiled = self.lowered.compile()
+      compiled = self.lowered.compile(**_options())
     except jax.errors.JaxRuntimeError as e:
       if "RESOURCE_EXHAUSTED" not in str(e):
         raise
@@ -139,6 +142,13 @@ def _lower(
   placed = {} if out_shardings is None else {"out_shardings": out_shardings}
   lowered = jax.jit(fn, donate_argnums=donate, **placed).lower(*args)
   return _Lowered(lowered, name, time.perf_counter() - begin)
+
+
+def _options() -> Json:
+  """Arguments of every compilation."""
+  if jax.default_backend() != "gpu" or DETERMINISTIC in os.environ.get("XLA_FLAGS", ""):
+    return {}
+  return {"compiler_options": {DETERMINISTIC: True}}
 
 
 def fewest_microbatches(

@@ -35,7 +35,7 @@ def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Mesh]:
     sharding.check_divides(evaluation.section["batch_size"], mesh, f"evals.{name}.batch_size")
   if isinstance(exp.model, FlexiViT):
     model = exp.model
-    attention.resolve(model.attention, 1, 1, model.dtype, model.width // model.num_heads)
+    attention.check_here(model.attention, model.dtype, model.width // model.num_heads)
   if mesh.shape["fsdp"] > 1 and hasattr(exp.model, "fsdp"):
     exp = exp._replace(model=exp.model.clone(fsdp=mesh))
   return exp, mesh

@@ -89,7 +89,8 @@ FORMS: dict[str, Callable[..., Array]] = {
   "splash": splash,
   "cudnn": cudnn,
 }
-RECOMPUTED = ("one_by_one", "splash", "cudnn")  # these keep no scores for the backward pass
+KERNELS = ("splash", "cudnn")  # each for one kind of device
+RECOMPUTED = ("one_by_one", *KERNELS)  # these keep no scores for the backward pass
 # What `here` returns. "tpu v3" is for v2 too: JAX has no test of this kernel on them, so "auto" does not take it there.
 PLATFORMS = ("cpu", "gpu", "rocm", "tpu", "tpu v3")
 
@@ -131,6 +132,17 @@ def resolve(setting: str, queries: int, keys: int, dtype: Any, head: int) -> str
       f" {', '.join(f for f in FORMS if not why_not(f, platform, dtype, head))}."
     )
   return form
+
+
+def check_here(setting: str, dtype: Any, head: int) -> None:
+  """Raises a UserError for a setting with which nothing can run in this process; arguments as for `resolve`."""
+  _, colon, platform = setting.partition(":")
+  if colon and platform != here():
+    raise errors.UserError(
+      f"attention={setting!r} is for programs that are made for {platform!r} and not run, and the devices are of the"
+      f" kind {here()!r}; give {setting.partition(':')[0]!r}."
+    )
+  resolve(setting, 1, 1, dtype, head)
 
 
 def choose(platform: str, queries: int, keys: int, dtype: Any, head: int) -> str:

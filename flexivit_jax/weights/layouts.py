@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from flexivit_jax import errors, trees
-from flexivit_jax.models import UNNAMED, FlexiViT
+from flexivit_jax.models import UNNAMED, FlexiViT, attention
 from flexivit_jax.trees import Arrays, Json, Params
 from flexivit_jax.weights import bare, big_vision, other_models
 from flexivit_jax.weights.big_vision import Converted, Fields
@@ -124,6 +124,8 @@ def has_input(record: Json) -> bool:
 def fields_of_record(path: pathlib.Path, record: Json) -> Fields:
   """Returns the fields of the model in a record; one that lies in a file may hold anything.
 
+  A form of attention that is a kernel for the devices of that time is left to "auto": the numbers are the same.
+
   Raises:
     UserError: no fields, an unknown one, or a value of another type.
   """
@@ -137,4 +139,7 @@ def fields_of_record(path: pathlib.Path, record: Json) -> Fields:
     kind = tuple if name == "kernel_moment" else type(getattr(FlexiViT(), name))
     if value is not None and not isinstance(value, (int, float) if kind is float else kind):
       raise errors.UserError(f"{path}: its record has {name}={value!r}; expected {kind.__name__}.")
+  form = values.get("attention") or ""
+  if ":" in form or form in attention.KERNELS:
+    del values["attention"]
   return values

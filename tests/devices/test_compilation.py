@@ -197,3 +197,14 @@ def test_a_setting_of_jaxs_own_is_left_alone(tmp_path, monkeypatch):
   monkeypatch.setenv("FLEXIVIT_CACHE", str(tmp_path))
   assert jax.config.jax_compilation_cache_dir  # the tests'
   assert compilation.keep_programs() is None and not list(tmp_path.iterdir())
+
+
+def test_on_gpus_programs_take_no_operation_whose_sums_have_no_fixed_order(monkeypatch):
+  assert compilation._options() == {}
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  options = compilation._options()
+  assert options == {"compiler_options": {"xla_gpu_exclude_nondeterministic_ops": True}}
+  lowered = jax.jit(lambda x: x + 1).lower(X)
+  lowered.compile(**options)  # XLA knows the name
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=false")
+  assert compilation._options() == {}

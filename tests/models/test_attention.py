@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pathlib
 import re
 
 import jax
@@ -13,6 +14,7 @@ from flexivit_jax import errors
 from flexivit_jax.models import FlexiViT, attention, vit
 from flexivit_jax.objectives.supervised import supervised
 from flexivit_jax.training import steps
+from flexivit_jax.weights import layouts
 
 CPU = ("einsum", "heads_first", "one_by_one")
 SHAPES = {"self": (5, 5), "probe": (1, 7), "longer": (6, 3)}
@@ -119,6 +121,25 @@ def test_a_form_that_cannot_run_here_says_why():
     attention.resolve("cudnn:gpu", 26, 26, "bfloat16", 12)
   assert attention.resolve("splash:tpu v3", 26, 26, "float32", 64) == "splash"
   assert attention.resolve("auto:tpu", 901, 901, "float32", 64) == "splash"
+
+
+def test_what_is_made_for_other_devices_does_not_run_here():
+  attention.check_here("auto", "float32", 64)
+  attention.check_here("auto:cpu", "float32", 64)
+  with pytest.raises(
+    errors.UserError, match=r"'auto:tpu' is for programs .* of the kind 'cpu'; give 'auto'"
+  ):
+    attention.check_here("auto:tpu", "float32", 64)
+  with pytest.raises(errors.UserError, match="'splash' cannot run here"):
+    attention.check_here("splash", "float32", 64)
+
+
+def test_weights_of_a_run_with_a_kernel_are_read_anywhere():
+  path = pathlib.Path("run")
+  read = layouts.fields_of_record(path, {"model": {"variant": "S", "attention": "splash"}})
+  assert read == {"variant": "S"}
+  kept = layouts.fields_of_record(path, {"model": {"variant": "S", "attention": "einsum"}})
+  assert kept == {"variant": "S", "attention": "einsum"}
 
 
 def test_a_platform_is_one_of_those_that_are_known():
@@ -228,27 +249,25 @@ def test_lengths_are_padded_to_equal_blocks():
 # --- programs for chips that are not here ---
 
 
-def step_program(image_size, form, **fields):
-  """The StableHLO of the gradients of a step of FlexiViT-S at patches of 8 pixels, for a TPU."""
-  model = FlexiViT(num_classes=10, variant="S", dtype="bfloat16", attention=form, **fields)
+def step_program(form, platform="tpu"):
+  """The StableHLO of the gradients of a step of FlexiViT-S at patches of 8 pixels: 901 tokens."""
+  model = FlexiViT(num_classes=10, variant="S", dtype="bfloat16", attention=form)
   batch = {
-    "image": jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32),
+    "image": jax.ShapeDtypeStruct((2, 240, 240, 3), jnp.float32),
     "labels": jax.ShapeDtypeStruct((2, 10), jnp.float32),
   }
-  shapes = {"image": (image_size, image_size, 3)}
+  shapes = {"image": (240, 240, 3)}
   params = jax.eval_shape(lambda: steps.init_params(model, shapes, seed=0))
   state = steps.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, None)
-  run = functools.partial(
-    steps.gradients, model=model, objective=supervised(), seed=0, seqhw=image_size // 8
-  )
-  return jax.jit(run).trace(state, batch).lower(lowering_platforms=("tpu",)).as_text()
+  run = functools.partial(steps.gradients, model=model, objective=supervised(), seed=0, seqhw=30)
+  return jax.jit(run).trace(state, batch).lower(lowering_platforms=(platform,)).as_text()
 
 
-SQUARES = re.compile(r"x(?:901x901|1024x1024)x")
+SQUARES = re.compile(r"x(?:901x901|902x902|1024x1024)x")
 
 
 def test_a_step_for_tpus_at_901_tokens_holds_nothing_of_that_size_squared():
-  program = step_program(240, "auto:tpu")
+  program = step_program("auto:tpu")
   assert program.count("tpu_custom_call") >= 3  # forward, and the two of the backward pass
   assert not SQUARES.search(program)
 
@@ -256,7 +275,18 @@ def test_a_step_for_tpus_at_901_tokens_holds_nothing_of_that_size_squared():
 @pytest.mark.full
 def test_the_formula_holds_scores_and_an_old_tpu_has_the_formula():
   for form in ("einsum", "auto:tpu v3"):
-    assert SQUARES.search(step_program(240, form))
+    assert SQUARES.search(step_program(form))
+
+
+@pytest.mark.full
+def test_a_step_for_gpus_at_901_tokens_holds_nothing_of_that_size_squared(monkeypatch):
+  from jax._src.cudnn import fused_attention_stablehlo
+
+  # It asks the library that is installed, which is none here.
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+  program = step_program("auto:gpu", "cuda")
+  assert "@__cudnn$fmhaSoftmax(" in program and "@__cudnn$fmhaSoftmaxBackward(" in program
+  assert not SQUARES.search(program)
 
 
 def stored(form):
