@@ -67,13 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
   settings = None if args.data is None else config.load(args.data, args.overrides)
   try:
-    distributed.start(
-      args.coordinator_address,
-      args.num_processes,
-      args.process_id,
-      join_timeout=args.join_timeout,
-      heartbeat_timeout=args.heartbeat_timeout,
-    )
+    options.join(args)
   except errors.UserError as e:
     missing = findings.Finding(
       "processes", False, str(e), "start all with one --coordinator_address"

@@ -17,38 +17,48 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   )
   p.add_argument("--normalize", action="store_true", help="divide each vector by its length")
   options.add_reading(p)
+  options.add_processes(p)
 
 
 def run(args: argparse.Namespace) -> None:
   """Writes the features of args.image."""
-  from flexivit_jax import files, weights
-  from flexivit_jax.data.inputs import find_images
   from flexivit_jax.devices import compilation
+  from flexivit_jax.running import processes
+
+  options.join(args)
+  compilation.keep_programs()
+  with processes.ending():
+    _embed(args)
+
+
+def _embed(args: argparse.Namespace) -> None:
+  from flexivit_jax import weights
+  from flexivit_jax.data.inputs import find_images
   from flexivit_jax.inference import outputs, predictor
-  from flexivit_jax.inference.features import WRITERS, features
+  from flexivit_jax.inference.features import WRITERS, features, written
+  from flexivit_jax.running import distributed
   from flexivit_jax.sizes import size_text
 
-  compilation.keep_programs()
-  outputs.check_new(args.out, WRITERS, args.overwrite)
-  loaded = predictor.load(args.checkpoint, args.image_size, **options.loading(args))
+  distributed.on_first(lambda: outputs.check_new(args.out, WRITERS, args.overwrite), "--out")
+  given = options.loading(args)
+  loaded = distributed.each(
+    lambda: predictor.load(args.checkpoint, args.image_size, **given), "its checkpoint"
+  )
   sizes = predictor.sizes_of(args.seqhw, loaded)
-  weights.print_notes(loaded.record)
-  inputs = find_images(args.image, outputs.note)
-  tally = outputs.Tally(len(inputs), progress=True)
+  first = distributed.is_first()
+  if first:
+    weights.print_notes(loaded.record)
+  inputs = find_images(args.image, outputs.note if first else lambda text: None)
+  predictor.agree(loaded, inputs, sizes=sizes, batch_size=args.batch_size, normalize=args.normalize)
+  tally = outputs.Tally(len(inputs), first, progress=True)
   fn = functools.partial(features, normalize=args.normalize)
-  with files.replacing(args.out, unique=True) as part, contextlib.ExitStack() as stack:
-    with files.write_errors(args.out):
-      writer = WRITERS[args.out.suffix.lower()](part, sizes, loaded)
-    stack.enter_context(contextlib.closing(writer))
+  with written(args.out if first else None, sizes, loaded) as add, contextlib.ExitStack() as stack:
     stream = predictor.outcomes(loaded, fn, inputs, sizes, batch_size=args.batch_size)
     for outcome in stack.enter_context(contextlib.closing(stream)):
       tally.add(outcome.file, outcome.error)
       if outcome.error is None:
-        with files.write_errors(args.out):
-          writer.add(outcome.file, outcome.outputs)
+        add(outcome.file, outcome.outputs)
     tally.check_any()
-    with files.write_errors(args.out):
-      writer.finish()
   shown = ", ".join(str(size_text(size)) for size in sizes)
   print(
     f"{args.out}: {tally.done - tally.bad} images, {loaded.model.num_features} features, seqhw={shown}"

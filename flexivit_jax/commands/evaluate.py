@@ -23,37 +23,62 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     help="file for the results (default: eval.json in the run folder)",
   )
   options.add_reading(p)
+  options.add_processes(p)
 
 
 def run(args: argparse.Namespace) -> None:
   """Evaluates args.checkpoint on each of the config's evaluators, prints a table, writes the results."""
-  from flexivit_jax import config, experiment, weights
-  from flexivit_jax.data import class_names
-  from flexivit_jax.devices import compilation, sharding
-  from flexivit_jax.evaluators import results
+  from flexivit_jax.devices import compilation
+  from flexivit_jax.running import processes
 
+  options.join(args)
   compilation.keep_programs()
+  with processes.ending():
+    _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+  from flexivit_jax import config, experiment, trees, weights
+  from flexivit_jax.data import class_names
+  from flexivit_jax.devices import sharding
+  from flexivit_jax.evaluators import results
+  from flexivit_jax.running import distributed, processes
+
   evals = config.load(args.config, args.overrides).get("evals", {})
   if not evals:
     raise errors.UserError(
       f"{args.config} has no evals; add evals=dict(test=dict(data=..., pp=..., seqhw=...))."
     )
-  model, params, record = weights.load_with_record(args.checkpoint, **options.loading(args))
-  weights.print_notes(record)
+  given = options.loading(args)
+  model, params, record = distributed.each(
+    lambda: weights.load_with_record(args.checkpoint, **given), "its checkpoint"
+  )
+  if distributed.is_on():
+    digest = trees.digest(params)
+    processes.agree_on({"evals": evals, "seqhw": args.seqhw, "checkpoint": digest})
+  first = distributed.is_first()
+  if first:
+    weights.print_notes(record)
   of = f"the checkpoint {args.checkpoint}"
   classes = class_names.known_of(record, model.num_classes, of)
   trained = record.get("trained", {}).get("seqhw")
   override = {} if args.seqhw == "all" else {"seqhw": sizes.parse(args.seqhw)}
-  evaluations = {}
-  for name, written in evals.items():
-    section = {**written, **override} if "seqhw" in written else {**written}
-    evaluations[name] = experiment.build_evaluation(
-      f"evals.{name}", section, every=1, classes=classes
-    )
-  for name, evaluation in evaluations.items():
-    for note in evaluation.notes:
+  mesh = sharding.make_mesh()
+
+  def build() -> dict[str, experiment.Evaluation]:
+    evaluations = {}
+    for name, written in evals.items():
+      section = {**written, **override} if "seqhw" in written else {**written}
+      evaluations[name] = experiment.build_evaluation(
+        f"evals.{name}", section, every=1, classes=classes
+      )
+    return evaluations
+
+  placed = sharding.replicate(params, mesh)
+  for name, evaluation in distributed.each(build, "its data").items():
+    for note in evaluation.notes if first else ():
       print(f"note: evals.{name}: {note}", file=sys.stderr)
-    rows = results.measure(evaluation.make(model, sharding.make_mesh()), params)
+    rows = results.measure(evaluation.make(model, mesh), placed)
     print(
       f"{name}: {evaluation.source.name} {evaluation.source.split}\n{results.table(rows, evaluation.metrics)}"
     )

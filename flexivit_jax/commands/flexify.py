@@ -41,6 +41,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     "--moment", action="store_true", help="resize the kernel for patches like those of the images"
   )
   options.add_reading(p)
+  options.add_processes(p)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
   from flexivit_jax.devices import compilation
   from flexivit_jax.flexify import flexify, retention
   from flexivit_jax.models.grid import paper_sizes
+  from flexivit_jax.running import processes
 
+  options.join(args, saves=args.epochs != 0)
   compilation.keep_programs()
   values = options.chosen(
     args, "epochs", "image_size", "batch_size", "lr", "seed", "buffers", "on_error"
@@ -57,13 +60,14 @@ def run(args: argparse.Namespace) -> None:
     side = args.image_size or 240
     lacking = f"no patch of 8 to 48 pixels divides {side} pixels"
     values["seqhw"] = sizes.parse(args.seqhw, paper_sizes(side), lacking)
-  scores = flexify(
-    args.init,
-    args.data,
-    args.out,
-    moment=args.moment,
-    loading=options.loading(args),
-    **values,
-  )
+  with processes.ending():
+    scores = flexify(
+      args.init,
+      args.data,
+      args.out,
+      moment=args.moment,
+      loading=options.loading(args),
+      **values,
+    )
   print(retention.table(scores))
   print(f"wrote {args.out / 'model.npz'}, retention.json and README.md, the model card")

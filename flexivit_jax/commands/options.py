@@ -113,6 +113,26 @@ def add_processes(p: argparse.ArgumentParser) -> None:
   )
 
 
+def join(args: argparse.Namespace, *, saves: bool = False) -> None:
+  """Joins the processes of a command, by the arguments of `add_processes`; only process 0 prints the answer.
+
+  Args:
+    args: the arguments.
+    saves: see `distributed.start`.
+  """
+  from flexivit_jax.running import distributed
+
+  distributed.start(
+    args.coordinator_address,
+    args.num_processes,
+    args.process_id,
+    join_timeout=args.join_timeout,
+    heartbeat_timeout=args.heartbeat_timeout,
+    saves=saves,
+  )
+  distributed.hush()
+
+
 def add_no_verify(p: argparse.ArgumentParser) -> None:
   """`--no-verify`."""
   p.add_argument(

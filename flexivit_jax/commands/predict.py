@@ -20,30 +20,48 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument("--top_k", type=int, default=5, help="most likely classes (default 5)")
   p.add_argument("--time", action="store_true", help="measure milliseconds an image")
   options.add_reading(p)
+  options.add_processes(p)
 
 
 def run(args: argparse.Namespace) -> None:
   """Prints or writes the predictions for args.image."""
-  from flexivit_jax import weights
-  from flexivit_jax.data.inputs import find_images
   from flexivit_jax.devices import compilation
-  from flexivit_jax.inference import outputs, predictor
-  from flexivit_jax.inference.predictions import WRITERS, check_classes, predictions, sinks_of
+  from flexivit_jax.running import processes
 
-  compilation.keep_programs()
   if args.top_k < 1:
     raise errors.UserError(f"--top_k={args.top_k}; expected 1 or more.")
+  options.join(args)
+  compilation.keep_programs()
+  with processes.ending():
+    _predict(args)
+
+
+def _predict(args: argparse.Namespace) -> None:
+  from flexivit_jax import weights
+  from flexivit_jax.data.inputs import find_images
+  from flexivit_jax.inference import outputs, predictor
+  from flexivit_jax.inference.predictions import WRITERS, check_classes, predictions, sinks_of
+  from flexivit_jax.running import distributed
+
   if args.out:
-    outputs.check_new(args.out, WRITERS, args.overwrite)
-  loaded = predictor.load(args.checkpoint, args.image_size, **options.loading(args))
+    distributed.on_first(lambda: outputs.check_new(args.out, WRITERS, args.overwrite), "--out")
+  given = options.loading(args)
+  loaded = distributed.each(
+    lambda: predictor.load(args.checkpoint, args.image_size, **given), "its checkpoint"
+  )
   check_classes(loaded)
   sizes = predictor.sizes_of(args.seqhw, loaded)
-  weights.print_notes(loaded.record)
-  inputs = find_images(args.image, outputs.note)
+  first = distributed.is_first()
+  if first:
+    weights.print_notes(loaded.record)
+  inputs = find_images(args.image, outputs.note if first else lambda text: None)
+  predictor.agree(loaded, inputs, sizes=sizes, batch_size=args.batch_size, top_k=args.top_k)
   printed = args.json or not args.out
-  tally = outputs.Tally(len(inputs), progress=not (printed and sys.stdout.isatty()))
+  tally = outputs.Tally(len(inputs), first, progress=not (printed and sys.stdout.isatty()))
   with (
-    sinks_of(loaded, args.out, json_lines=args.json, k=args.top_k, timed=args.time) as sinks,
+    sinks_of(
+      loaded, args.out if first else None, json_lines=args.json, k=args.top_k, timed=args.time
+    ) as sinks,
     contextlib.closing(
       predictions(loaded, inputs, sizes, args.top_k, args.batch_size, args.time)
     ) as stream,

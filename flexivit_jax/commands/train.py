@@ -30,16 +30,9 @@ def run(args: argparse.Namespace) -> None:
   """Trains, or resumes, args.config in args.workdir."""
   from flexivit_jax import config, train
   from flexivit_jax.devices import compilation
-  from flexivit_jax.running import distributed
   from flexivit_jax.running.ledger import process_begun
 
-  distributed.start(
-    args.coordinator_address,
-    args.num_processes,
-    args.process_id,
-    join_timeout=args.join_timeout,
-    heartbeat_timeout=args.heartbeat_timeout,
-  )
+  options.join(args, saves=True)
   compilation.keep_programs()
   train.train(
     config.load(args.config, args.overrides),

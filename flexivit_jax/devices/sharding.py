@@ -59,6 +59,20 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
+  """Copies arrays that every process has, with the same values, to all devices; for one device they stay as given."""
+  if mesh is None or mesh.size == 1:
+    return tree
+
+  def place(leaf: Tree) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      return leaf  # it is there
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, replicated(mesh), lambda index: whole[index])
+
+  return jax.tree.map(place, tree)
+
+
 def batch_split(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Sharding of arrays `[n, ...]` whose examples are divided over the devices."""
   return NamedSharding(mesh, PartitionSpec(AXES))

@@ -1,5 +1,6 @@
 """What every evaluator does: score at each patch size, each image read and decoded once for all sizes."""
 
+import contextlib
 import functools
 import statistics
 import time
@@ -83,16 +84,19 @@ class PerSize:
       UserError: if a size does not divide the image, or the labels are of another number of classes.
     """
     self.check()
-    self.frozen = jax.device_put(self.frozen, sharding.replicated(self.mesh))
+    self.frozen = jax.device_put(
+      sharding.replicate(self.frozen, self.mesh), sharding.replicated(self.mesh)
+    )
     specs = sharding.specs(self._first, self.mesh)
     if self.once:
       specs = jax.eval_shape(self.once, self.frozen, specs)
       split = sharding.batch_split(self.mesh)
       specs = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=split) for k, s in specs.items()}
     fn = functools.partial(_gathered, self.fn, self.mesh) if self.resampled else self.fn
-    self._programs = compilation.compile_each(
-      fn, (params, specs), self.sizes.values(), report=report
-    )
+    with jax.set_mesh(self.mesh) if self.mesh.size > 1 else contextlib.nullcontext():
+      self._programs = compilation.compile_each(
+        fn, (params, specs), self.sizes.values(), report=report
+      )
 
   def run(self, params: Params) -> list[Row]:
     """Returns for each size {"seqhw", the mean of each metric, "n"}; accuracies are fractions.

@@ -36,8 +36,19 @@ def masked_sums(
   if mask is None:
     mask = jnp.ones(len(next(iter(values.values()))), jnp.float32)
   mask = mask.astype(jnp.float32)
+  values, mask = _gathered((dict(values), mask))
   total = {name: jnp.sum(jnp.where(mask > 0, v, 0.0) * mask) for name, v in values.items()}
   return Sums(total, jnp.sum(mask))
+
+
+def _gathered(values: Tree) -> Tree:
+  """Values of each example, whole on every device of the mesh under which a program is traced.
+
+  Then every device adds all of them, in one order: the sums are the same to the bit on any number of devices.
+  """
+  if jax.sharding.get_abstract_mesh().size <= 1:
+    return values
+  return jax.lax.with_sharding_constraint(values, jax.sharding.PartitionSpec())
 
 
 def merge(a: Sums, b: Sums) -> Sums:

@@ -16,7 +16,7 @@ from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import loaders
 from flexivit_jax.flexify import card, layout, recipe, retention
 from flexivit_jax.objectives.distill import Teacher
-from flexivit_jax.running import session
+from flexivit_jax.running import distributed, session
 from flexivit_jax.sizes import SeqHw
 from flexivit_jax.trees import Json
 
@@ -75,10 +75,12 @@ def flexify(
     UserError: no classes, no images, a size that does not divide the image; files of another origin in `out`.
   """
   loading = dict(loading or {})
-  _check_out(out)
-  teacher = _teacher(init, loading)
+  distributed.on_first(lambda: _check_out(out), "--out")
+  teacher = distributed.each(lambda: _teacher(init, loading), "its model")
   _, _, record = weights.load_with_record(init, **loading)
-  divided = layout.divide(images, batch_size if epochs else None)
+  divided = distributed.each(
+    lambda: layout.divide(images, batch_size if epochs else None), "its images"
+  )
   for line in divided.notes:
     session.note(line)
   plan = recipe.FlexifyRecipe(
@@ -107,12 +109,16 @@ def flexify(
     scores["after"] = retention.measure(plan, student, params, mesh)
   new_record = record | recipe.describe(plan, student, record, trained=epochs > 0)
   facts = dict(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, moment=moment)
-  # retention.json first: it says that the other two files are of this command.
-  out.mkdir(parents=True, exist_ok=True)
-  (out / "retention.json").write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
-  (out / "model.npz").unlink(missing_ok=True)
-  weights.save_npz(out / "model.npz", student, params, new_record)
-  (out / "README.md").write_text(card.text(plan, student, scores, {"init": init.name, **facts}))
+
+  def write() -> None:
+    # retention.json first: it says that the other two files are of this command.
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "retention.json").write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
+    (out / "model.npz").unlink(missing_ok=True)
+    weights.save_npz(out / "model.npz", student, params, new_record)
+    (out / "README.md").write_text(card.text(plan, student, scores, {"init": init.name, **facts}))
+
+  distributed.on_first(write, f"the folder {out}")
   return scores
 
 

@@ -3,6 +3,7 @@
 from jax.sharding import Mesh
 
 from flexivit_jax import experiment
+from flexivit_jax.devices import sharding
 from flexivit_jax.flexify import recipe
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.distill import Teacher
@@ -14,6 +15,7 @@ Rows = list[Json]
 
 def measure(plan: recipe.FlexifyRecipe, model: FlexiViT, params: Params, mesh: Mesh) -> Rows:
   """Returns a row for each size: seqhw, patch, agree1, agree5, kl, ..., n, and top1 if there are labels."""
+  params = sharding.replicate(params, mesh)
   scores = _evaluation(plan, recipe.evaluation(plan)).make(model, mesh).run(params)
   side = plan.sides[0]
   patches = (model.grid((side, side), **size_args(size)).patch_hw for size in plan.seqhw)
@@ -37,7 +39,8 @@ def original(plan: recipe.FlexifyRecipe, teacher: Teacher, mesh: Mesh) -> Json:
     seqhw=(native // patch,),
     **plan.skipping,
   )
-  (row,) = _evaluation(plan, section).make(teacher.model, mesh).run(teacher.params)
+  params = sharding.replicate(teacher.params, mesh)
+  (row,) = _evaluation(plan, section).make(teacher.model, mesh).run(params)
   return native_size | {"top1": row["top1"], "top5": row["top5"], "n": row["n"]}
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from flexivit_jax import trees
+from flexivit_jax import files, trees
 from flexivit_jax.inference import predictor
 from flexivit_jax.sizes import SeqHw, size_text
 
@@ -119,3 +119,36 @@ WRITERS: dict[str, Callable[[pathlib.Path, Sequence[SeqHw], predictor.Loaded], W
   ".npz": _Npz,
   ".csv": _Csv,
 }
+
+Add = Callable[[str, Sequence[np.ndarray]], None]
+
+
+@contextlib.contextmanager
+def written(
+  out: pathlib.Path | None, sizes: Sequence[SeqHw], loaded: predictor.Loaded
+) -> Iterator[Add]:
+  """Yields what takes the features of each image; the file `out` is there only after the last one, and whole.
+
+  Args:
+    out: a file that ends as one of `WRITERS`; None: nothing is written, as by all processes but the first.
+    sizes: of the features of an image.
+    loaded: the model.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  if out is None:
+    yield lambda file, features: None
+    return
+  with files.replacing(out, unique=True) as part, contextlib.ExitStack() as stack:
+    with files.write_errors(out):
+      writer = WRITERS[out.suffix.lower()](part, sizes, loaded)
+    stack.enter_context(contextlib.closing(writer))
+
+    def add(file: str, features: Sequence[np.ndarray]) -> None:
+      with files.write_errors(out):
+        writer.add(file, features)
+
+    yield add
+    with files.write_errors(out):
+      writer.finish()

@@ -46,12 +46,13 @@ class Tally:
     done, bad: how many.
   """
 
-  def __init__(self, total: int, progress: bool):
-    """Progress is shown for several files, and only on a terminal."""
+  def __init__(self, total: int, first: bool = True, *, progress: bool):
+    """Progress is shown for several files, and only on a terminal; of several processes only the first one speaks."""
+    self._first = first
     self.done = self.bad = 0
     self._last = ""
     self._total, self._begin, self._drawn = total, time.monotonic(), 0.0
-    self._progress = progress and total > 1 and sys.stderr.isatty()
+    self._progress = first and progress and total > 1 and sys.stderr.isatty()
 
   def add(self, name: str, error: str | None) -> None:
     """Counts one file."""
@@ -60,7 +61,7 @@ class Tally:
       self.bad += 1
       self.clear()
       self._last = f"{shown(name) or repr(name)}: {shown(error)}"
-      if self._total > 1:
+      if self._first and self._total > 1:
         print(self._last, file=sys.stderr, flush=True)
     self._draw()
 

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import os
 import stat
 import time
@@ -11,19 +12,22 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
+import msgpack
 import numpy as np
 from jaxtyping import Array, Float32, UInt8
 from PIL import Image
 
-from flexivit_jax import data, errors, sizes, weights
+from flexivit_jax import data, errors, sizes, trees, weights
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.vit import Intermediates
+from flexivit_jax.running import distributed, processes
 from flexivit_jax.sizes import SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 
 Prepare = Callable[[str], np.ndarray]
 Result = tuple[Array, Intermediates]  # logits [n, k] and the named intermediates of a model
+_ROUND = 8  # batches of each process between two exchanges
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -157,7 +161,7 @@ class _Batch(NamedTuple):
 def outcomes(
   loaded: Loaded,
   fn: Callable[[Result], Array],
-  inputs: Iterable[Input],
+  inputs: Sequence[Input],
   sizes: Sequence[SeqHw],
   *,
   batch_size: int | None = None,
@@ -166,7 +170,8 @@ def outcomes(
   """Yields what the model makes of each file, in the order of the inputs.
 
   Every batch has the same shape, the last one padded, and one program runs for all of them, so that an answer does not
-  depend, to the bit, on what else is asked. Only a few batches are in memory.
+  depend, to the bit, on what else is asked. Only a few batches are in memory. Several processes divide the files, in
+  rounds of `_ROUND` batches each; every process gets all outcomes.
 
   Args:
     loaded: the model.
@@ -184,6 +189,55 @@ def outcomes(
     raise errors.UserError(f"--batch_size={n}; expected 1 or more.")
   programs = [_program(loaded.model, fn, size) for size in sizes]
   times: dict[tuple[int, ...], tuple[float, ...]] = {}  # by the shape of an image
+  some = functools.partial(_outcomes, loaded, programs, sizes, n, timed, times)
+  if not distributed.is_on():
+    yield from some(inputs)
+    return
+  for begin in range(0, len(inputs), _ROUND * n * jax.process_count()):
+    mine = begin + _ROUND * n * jax.process_index()
+    yield from _of_all(functools.partial(some, inputs[mine : mine + _ROUND * n]))
+
+
+def _of_all(call: Callable[[], Iterable[Outcome]]) -> Iterator[Outcome]:
+  """Yields the outcomes of all processes, in their order."""
+  rows = [
+    (file, [(a.dtype.name, a.tobytes()) for a in outputs], error, ms)
+    for file, outputs, error, ms in distributed.each(lambda: list(call()), "its images")
+  ]
+  packed = msgpack.packb(rows, unicode_errors="surrogateescape")
+  for blob in distributed.blobs(packed):
+    for file, outputs, error, ms in msgpack.unpackb(blob, unicode_errors="surrogateescape"):
+      arrays = tuple(np.frombuffer(raw, np.dtype(name)) for name, raw in outputs)
+      yield Outcome(file, arrays, error, tuple(ms))
+
+
+def agree(loaded: Loaded, inputs: Sequence[Input], **others: object) -> None:
+  """Checks that all processes have the same model, files and settings.
+
+  Args:
+    loaded: the model.
+    inputs: the files.
+    **others: what else the answers depend on.
+
+  Raises:
+    UserError: names the processes that differ, and in what; raised on all processes.
+  """
+  if distributed.is_on():
+    names = "\n".join(path for path, _ in inputs).encode("utf-8", "surrogateescape")
+    listing = f"{len(inputs)} files, sha256 {hashlib.sha256(names).hexdigest()[:16]}"
+    processes.agree_on({"model": trees.digest(loaded.params), "images": listing, **others})
+
+
+def _outcomes(
+  loaded: Loaded,
+  programs: Sequence[Callable],
+  sizes: Sequence[SeqHw],
+  n: int,
+  timed: bool,
+  times: dict[tuple[int, ...], tuple[float, ...]],
+  inputs: Iterable[Input],
+) -> Generator[Outcome, None, None]:
+  """What this process makes of files; `times` are filled by the shape of an image."""
   with contextlib.closing(_batches(inputs, loaded.prepare, n)) as batches:
     for batch in batches:
       shape = batch.rows[0].shape if batch.rows else ()

@@ -10,6 +10,7 @@ import pathlib
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 from flexivit_jax import errors
 from flexivit_jax.running import exit_codes
 
+T = TypeVar("T")
 _HEARTBEAT = [100.0]
 _TPU = "the TPU's"
 FLAGS = ("coordinator_address", "num_processes", "process_id")
@@ -36,6 +38,7 @@ def start(
   *,
   join_timeout: int = 300,
   heartbeat_timeout: int = 100,
+  saves: bool = True,
 ) -> None:
   """Joins the processes of a run; call it before anything else of JAX. Does nothing for one process.
 
@@ -48,6 +51,7 @@ def start(
     process_id: the index of this process, from 0.
     join_timeout: seconds within which all processes must join.
     heartbeat_timeout: seconds without a heartbeat after which a process is lost and the others end.
+    saves: SIGTERM waits for `preempted`, which a command that saves calls; False: it ends the process at once.
 
   Raises:
     UserError: only some of the three are given; or a process did not join.
@@ -70,6 +74,7 @@ def start(
   late = threading.Timer(join_timeout, _say_late, (whose, num_processes, join_timeout))
   late.daemon = True
   late.start()
+  jax.config.update("jax_enable_preemption_service", saves)
   try:
     jax.distributed.initialize(
       coordinator_address,
@@ -141,6 +146,11 @@ def is_on() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def is_first() -> bool:
+  """Whether this is the only process, or process 0 of several, which writes what there is one of."""
+  return not is_on() or jax.process_index() == 0
+
+
 def preempted(step: int) -> bool:
   """Whether all processes must save and end after this step, because one got SIGTERM.
 
@@ -204,16 +214,63 @@ def agree(step: int, facts: Mapping[str, object]) -> None:
       )
 
 
+def each(call: Callable[[], T], what: str) -> T:
+  """Calls `call` on every process; an error of one of them is raised on all, so that none waits for it.
+
+  Args:
+    call: what may fail on some hosts only, such as reading files.
+    what: names it in the error on the other processes.
+
+  Raises:
+    UserError: `call` failed on another process, which is named.
+  """
+  if not is_on():
+    return call()
+  error: Exception | None = None
+  result: list[T] = []
+  try:
+    result.append(call())
+  except Exception as e:
+    error = e
+  said = texts("" if error is None else f"{type(error).__name__}: {error}")
+  if error is not None:
+    raise error
+  if failed := [f"process {i}: {text}" for i, text in enumerate(said) if text]:
+    raise errors.UserError(f"Another process could not go on ({what}); {'; '.join(failed[:4])}")
+  return result[0]
+
+
+def hush() -> None:
+  """From now on only process 0 prints to standard output, and only what Python prints: libraries' lines go to stderr.
+
+  Gloo writes to standard output whom it is connected to, in between the answers of a command.
+  """
+  if not is_on():
+    return
+  sys.stdout.flush()
+  answers = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
+  os.dup2(2, 1)
+  old = sys.stdout
+  sys.stdout = open(  # noqa: SIM115
+    answers, "w", encoding=old.encoding, errors=old.errors, buffering=1 if old.isatty() else -1
+  )
+
+
+def blobs(data: bytes) -> list[bytes]:
+  """Returns the bytes of all processes, in their order; all must call it."""
+  if not is_on():
+    return [data]
+  array = np.frombuffer(data, np.uint8)
+  lengths = np.asarray(multihost_utils.process_allgather(np.int32(array.size))).reshape(-1)
+  padded = np.zeros(max(1, lengths.max()), np.uint8)
+  padded[: array.size] = array
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return [row[:n].tobytes() for row, n in zip(rows, lengths, strict=True)]
+
+
 def texts(text: str) -> list[str]:
   """Returns the texts of all processes, in their order; all must call it."""
-  if not is_on():
-    return [text]
-  encoded = np.frombuffer(text.encode(), np.uint8)
-  lengths = np.asarray(multihost_utils.process_allgather(np.int32(encoded.size))).reshape(-1)
-  padded = np.zeros(max(1, lengths.max()), np.uint8)
-  padded[: encoded.size] = encoded
-  rows = np.asarray(multihost_utils.process_allgather(padded))
-  return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
+  return [data.decode() for data in blobs(text.encode())]
 
 
 def smallest(value: float) -> float:

@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 import jax
@@ -28,10 +28,15 @@ def agree_on_config(settings: Mapping[str, object]) -> None:
   Raises:
     UserError: names the keys that differ, with their values; raised on all processes.
   """
+  agree_on(settings, "config")
+
+
+def agree_on(settings: Mapping[str, object], what: str = "arguments") -> None:
+  """As `agree_on_config`, of settings that are called `what`."""
   lines = differences(settings)
   if lines:
     raise errors.UserError(
-      f"Not all processes have the config of process 0 (its value -> theirs): {'; '.join(lines)}. All were"
+      f"Not all processes have the {what} of process 0 (its value -> theirs): {'; '.join(lines)}. All were"
       " stopped; start them from the same files, with the same command."
     )
 
@@ -101,3 +106,23 @@ def abandon(error: Exception, workdir: pathlib.Path) -> NoReturn:
   peers.leave_word(folder, index, message)
   print(f"flexivit: error: process {index}: {message}", file=sys.stderr, flush=True)
   os._exit(code)
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+  """Around what several processes compute without a run folder: where the connection to another one breaks, because
+  it has ended, this one says so and ends with `exit_codes.HUNG`, without a traceback.
+  """
+  try:
+    yield
+  except Exception as error:
+    broken = isinstance(error, jax.errors.JaxRuntimeError) or _CONNECTION.search(str(error))
+    if not distributed.is_on() or isinstance(error, errors.UserError) or not broken:
+      raise
+    print(
+      f"flexivit: error: process {jax.process_index()}: another process has ended, and its message says why."
+      f" {str(error).splitlines()[0]:.300}",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(exit_codes.HUNG)
