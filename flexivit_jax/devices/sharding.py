@@ -154,7 +154,8 @@ def by_example(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     fn: does the same with each example of its arguments and has a result `[n, ...]`.
     *arrays: `[n, ...]`.
   """
-  mesh = jax.typeof(arrays[0]).sharding.mesh
+  # The mesh of those that are divided; an array made in the program, such as a constant, has none.
+  mesh = max((jax.typeof(a).sharding.mesh for a in arrays), key=lambda mesh: mesh.size)
   if mesh.size == 1 or not mesh.are_all_axes_auto:  # one device, or inside of a `shard_map`
     return fn(*arrays)
   split = PartitionSpec(mesh.axis_names) if len(arrays[0]) % mesh.size == 0 else PartitionSpec()

@@ -108,7 +108,11 @@ def _macs(jaxpr: Jaxpr) -> int:
       total += max(_macs(branch.jaxpr) for branch in params["branches"])
     else:
       inner = sum(map(_macs, _inner(params)))
-      total += inner * (params["length"] if name == "scan" else 1)
+      if name == "scan":
+        inner *= params["length"]
+      elif name == "pallas_call":  # a kernel, whose program is that of one block
+        inner *= math.prod(params["grid_mapping"].grid)
+      total += inner
   return total
 
 

@@ -33,3 +33,15 @@ def test_what_is_made_of_parameters_alone_is_counted_for_no_example():
   fine = coarse.clone(patch_size=(24, 24))  # a larger matrix resizes its kernel
   a, b = (counting.gmacs(m, SHAPES, seqhw=4) for m in (coarse, fine))
   assert a == b
+
+
+@pytest.mark.full
+def test_the_kernel_for_tpus_counts_with_all_its_blocks():
+  shapes = {"image": (240, 240, 3)}
+  fields = dict(num_classes=5, width=16, depth=2, mlp_dim=24, num_heads=2)
+  formula, kernel = (
+    counting.gmacs(FlexiViT(**fields, attention=form), shapes, seqhw=30)
+    for form in ("einsum", "auto:tpu")
+  )
+  more = 2 * 2 * 16 * (1024**2 - 901**2)  # two blocks, two products of padded tokens
+  np.testing.assert_allclose((kernel - formula) * 1e9, more)
