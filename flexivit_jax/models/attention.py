@@ -206,9 +206,10 @@ def _splash(q: Array, k: Array, v: Array, *, interpret: bool) -> Array:
     return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0)))
 
   # Queries attend to the keys of their own segment: all of them to the real ones. Outputs of padding are cut off below.
-  segments = kernels.SegmentIds(
-    jnp.ones(queries, jnp.int32), (jnp.arange(keys) < k.shape[1]).astype(jnp.int32)
-  )
+  segments = None
+  if keys > k.shape[1]:
+    real = (jnp.arange(keys) < k.shape[1]).astype(jnp.int32)
+    segments = kernels.SegmentIds(jnp.ones(queries, jnp.int32), real)
   sizes = kernels.BlockSizes(
     block_q=of_q,
     block_kv=of_k,
@@ -220,7 +221,7 @@ def _splash(q: Array, k: Array, v: Array, *, interpret: bool) -> Array:
   every = masks.MultiHeadMask([masks.FullMask((queries, keys))] * q.shape[2])
   kernel = kernels.make_splash_mha_single_device(every, block_sizes=sizes, interpret=interpret)
   arrays = lay_out(q * q.shape[-1] ** -0.5, queries), lay_out(k, keys), lay_out(v, keys)
-  out = jax.vmap(kernel, (0, 0, 0, None))(*arrays, segments)
+  out = jax.vmap(functools.partial(kernel, segment_ids=segments))(*arrays)
   return out[:, :, : q.shape[1]].swapaxes(1, 2)
 
 

@@ -202,7 +202,9 @@ def kernel_and_formula(tokens, head, dtype, heads=1):
     (26, 72, "float32"),  # So400m's heads
     *(
       pytest.param(tokens, head, dtype, marks=pytest.mark.full)
-      for tokens, head in ((26, 64), (226, 64), (577, 64), (901, 64), (26, 16), (226, 80), (577, 88), (901, 104))
+      for tokens, head in (
+        (26, 64), (226, 64), (577, 64), (901, 64), (26, 16), (226, 80), (577, 88), (901, 104), (256, 64),
+      )
       for dtype in ("float32", "bfloat16")
     ),
   ],

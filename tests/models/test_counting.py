@@ -45,3 +45,11 @@ def test_the_kernel_for_tpus_counts_with_all_its_blocks():
   )
   more = 2 * 2 * 16 * (1024**2 - 901**2)  # two blocks, two products of padded tokens
   np.testing.assert_allclose((kernel - formula) * 1e9, more)
+
+
+@pytest.mark.full
+def test_what_a_loop_keeps_with_the_kernel_is_what_the_formula_says():
+  model = FlexiViT(variant="S", depth=2, scan=True, dtype="bfloat16", attention="auto:tpu")
+  shapes = {"image": (240, 240, 3)}
+  got = counting.activation_bytes(model, shapes, seqhw=30)
+  np.testing.assert_allclose(got, flops.kept_bytes(model, shapes, seqhw=30), rtol=0.06)
