@@ -412,6 +412,7 @@ def test_tfds_boxes(tfds_dir, caplog):
   spots = by_number(make_source(**options | {"boxes_key": "spots"}, on_bad="skip"))
   assert set(spots[3]) == {"image", "id", "boxes", "box_labels", "box_ids", "annotated_hw"}
   np.testing.assert_array_equal(spots[3]["boxes"], found[3]["boxes"])
+  assert spots[3]["box_ids"].tolist() == [1, 2, 3] and not spots[3]["box_labels"].any()
   for key, message in (("image", "expected a sequence of boxes"), ("object", "Did you mean 'obj")):
     with pytest.raises(UserError, match=message):
       make_source(**options | {"boxes_key": key})
