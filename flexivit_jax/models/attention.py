@@ -67,19 +67,10 @@ def splash(q: Heads, k: Others, v: Others, *, interpret: bool = False) -> Heads:
 def cudnn(q: Heads, k: Others, v: Others) -> Heads:
   """The fused kernel of cuDNN, for half precision on NVIDIA's GPUs.
 
-  Its backward pass adds in any order unless XLA is told otherwise, which `devices/compilation.py` does.
+  Its backward pass adds in any order unless XLA is told otherwise, which `devices/compilation.py` does. Arrays that are
+  divided over a mesh by examples stay so.
   """
-  lengths = [x.shape[1] for x in (q, k)]
-  odd = [n % 2 for n in lengths]  # see `kernel_length`: its backward pass takes even lengths only
-  padded = [
-    jnp.pad(x, ((0, 0), (0, o), (0, 0), (0, 0)))
-    for x, o in zip((q, k, v), (odd[0], odd[1], odd[1]), strict=True)
-  ]
-  real = [jnp.full(len(q), n, jnp.int32) for n in lengths] if any(odd) else [None, None]
-  output = jax.nn.dot_product_attention(
-    *padded, query_seq_lengths=real[0], key_value_seq_lengths=real[1], implementation="cudnn"
-  )
-  return output[:, : lengths[0]]
+  return sharding.by_example(_cudnn, q, k, v)
 
 
 FORMS: dict[str, Callable[..., Array]] = {
@@ -223,6 +214,24 @@ def _splash(q: Array, k: Array, v: Array, *, interpret: bool) -> Array:
   arrays = lay_out(q * q.shape[-1] ** -0.5, queries), lay_out(k, keys), lay_out(v, keys)
   out = jax.vmap(functools.partial(kernel, segment_ids=segments))(*arrays)
   return out[:, :, : q.shape[1]].swapaxes(1, 2)
+
+
+def _cudnn(q: Array, k: Array, v: Array) -> Array:
+  lengths = [x.shape[1] for x in (q, k)]
+  odd = [n % 2 for n in lengths]  # see `kernel_length`: its backward pass takes even lengths only
+  padded = [
+    jnp.pad(x, ((0, 0), (0, o), (0, 0), (0, 0)))
+    for x, o in zip((q, k, v), (odd[0], odd[1], odd[1]), strict=True)
+  ]
+  real: list[Array | None] = [None, None]
+  if any(odd):
+    # Made from q, so that under `jax.vmap` they have the axis that it has: JAX's rule for this kernel asks for that.
+    zeros = 0 * jax.lax.bitcast_convert_type(q[:, 0, 0, 0], jnp.int16).astype(jnp.int32)
+    real = [zeros + n for n in lengths]
+  output = jax.nn.dot_product_attention(
+    *padded, query_seq_lengths=real[0], key_value_seq_lengths=real[1], implementation="cudnn"
+  )
+  return output[:, : lengths[0]]
 
 
 def padded(tokens: int) -> tuple[int, int]:

@@ -203,15 +203,14 @@ def test_a_kernel_runs_on_every_mesh(tmp_path, on_eight_devices):
   assert max(found.values()) < 1e-5
 
 
-@pytest.mark.parametrize(("fsdp", "clip_each"), [(1, None), (2, None), (1, 1.0)])
-def test_a_step_with_a_kernel_is_lowered_for_a_mesh_of_tpus(fsdp, clip_each):
-  """Of a kernel that sees more than its device's examples, lowering or the text would tell."""
-  mesh = sharding.abstract_mesh(4, fsdp=fsdp)
+def lowered(mesh, platform, form, clip_each, seqhw, dtype="float32"):
+  """The gradients of a step on a mesh, as StableHLO for a platform; three examples a device of four."""
+  fsdp = mesh if mesh.shape["fsdp"] > 1 else None
   model = FlexiViT(
-    num_classes=3, patch_size=(2, 2), width=128, depth=1, mlp_dim=128, num_heads=2,
-    attention="splash:tpu", fsdp=mesh if fsdp > 1 else None,
+    num_classes=3, patch_size=(2, 2), width=128, depth=1, mlp_dim=128, num_heads=2, dtype=dtype,
+    attention=form, fsdp=fsdp,
   )  # fmt: skip
-  shapes = {"image": (8, 8, 3)}
+  shapes = {"image": (2 * seqhw, 2 * seqhw, 3)}
   params = jax.eval_shape(lambda: steps.init_params(model, shapes, seed=0))
 
   def placed(leaf, where):
@@ -222,18 +221,46 @@ def test_a_step_with_a_kernel_is_lowered_for_a_mesh_of_tpus(fsdp, clip_each):
     jax.tree.map(placed, params, sharding.divided(params, mesh)),
     None,
   )
+  n = 3 * mesh.size
   batch = {
-    name: placed(jax.ShapeDtypeStruct((12, *shape), jnp.float32), sharding.batch_split(mesh))
-    for name, shape in {"image": (8, 8, 3), "labels": (3,)}.items()
+    name: placed(jax.ShapeDtypeStruct((n, *shape), jnp.float32), sharding.batch_split(mesh))
+    for name, shape in (shapes | {"labels": (3,)}).items()
   }
   run = functools.partial(
-    steps.gradients, model=model, objective=supervised(), seed=0, seqhw=4, clip_each=clip_each
+    steps.gradients, model=model, objective=supervised(), seed=0, seqhw=seqhw, clip_each=clip_each
   )
-  text = jax.jit(run).trace(state, batch).lower(lowering_platforms=("tpu",)).as_text()
+  return jax.jit(run).trace(state, batch).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("fsdp", "clip_each"), [(1, None), (2, None), (1, 1.0)])
+def test_a_step_with_a_kernel_is_lowered_for_a_mesh_of_tpus(fsdp, clip_each):
+  """Of a kernel that sees more than its device's examples, lowering or the text would tell."""
+  text = lowered(sharding.abstract_mesh(4, fsdp=fsdp), "tpu", "splash:tpu", clip_each, 4)
   results = re.findall(r"@tpu_custom_call\(.*-> .*?tensor<((?:\d+x)+)128x64xf32>", text)
   assert results and {r.split("x")[0] for r in results} == {"3"}
   # Once forwards: where parameters are divided, the rest of a block is computed again, what the kernel says is kept.
   assert len(re.findall(r'kernel_name = "splash_mha_fwd', text)) == 1
+
+
+def lowered_for_gpus(path: str) -> None:
+  """Writes the shapes of what cuDNN's calls return, on meshes of the devices there are."""
+  from jax._src.cudnn import fused_attention_stablehlo
+
+  fused_attention_stablehlo.check_cudnn_version = lambda: 91000  # none is installed here
+  found = []
+  for fsdp, clip_each in ((1, None), (2, None), (1, 1.0)):
+    text = lowered(sharding.make_mesh(fsdp=fsdp), "cuda", "auto:gpu", clip_each, 10, "bfloat16")
+    assert "CustomSPMDPartitioning" not in text
+    found.append(re.findall(r"custom_call @__cudnn.*-> \(tensor<(\S+)>,", text))
+  with open(path, "w") as file:
+    json.dump(found, file)
+
+
+@pytest.mark.full
+def test_a_step_with_a_kernel_is_lowered_for_meshes_of_gpus(tmp_path, on_eight_devices):
+  on_eight_devices(lowered_for_gpus, str(tmp_path / "found.json"))
+  shapes = json.loads((tmp_path / "found.json").read_text())
+  assert shapes == [["3x2x102x64xbf16"] * 2] * 3
 
 
 # --- what is stored for the backward pass ---

@@ -280,12 +280,26 @@ def test_the_formula_holds_scores_and_an_old_tpu_has_the_formula():
     assert SQUARES.search(step_program(form))
 
 
-@pytest.mark.full
-def test_a_step_for_gpus_at_901_tokens_holds_nothing_of_that_size_squared(monkeypatch):
+@pytest.fixture
+def for_cudnn(monkeypatch):
+  """Lets programs with cuDNN's kernel be traced where cuDNN, which JAX asks for its version, is not installed."""
   from jax._src.cudnn import fused_attention_stablehlo
 
-  # It asks the library that is installed, which is none here.
   monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tokens", [900, 901])
+def test_gradients_of_single_examples_are_one_call_of_cudnn(tokens, for_cudnn):
+  specs = [jax.ShapeDtypeStruct((4, 1, tokens, 6, 64), jnp.bfloat16)] * 3
+  loss = lambda *arrays: (attention.cudnn(*arrays) ** 2).sum(dtype=jnp.float32)  # noqa: E731
+  traced = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2)))).trace(*specs)
+  program = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert len(re.findall(r"custom_call @__cudnn.*-> \(tensor<4x6x90[02]x64xbf16>", program)) == 2
+
+
+@pytest.mark.full
+def test_a_step_for_gpus_at_901_tokens_holds_nothing_of_that_size_squared(for_cudnn):
   program = step_program("auto:gpu", "cuda")
   assert "@__cudnn$fmhaSoftmax(" in program and "@__cudnn$fmhaSoftmaxBackward(" in program
   assert not SQUARES.search(program)
