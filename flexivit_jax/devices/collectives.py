@@ -95,7 +95,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
       match = _COLLECTIVE.match(line)
       if match is None:
         continue
-      group = _group(line, devices)
+      group = len(groups(line, devices)[0])
       if group > 1:
         shapes = tuple(re.findall(r"[a-z]+\d+\[[\d,]*\]", match[1]))
         operations.append(
@@ -142,12 +142,33 @@ def _times(hlo: str) -> dict[str, int]:
   return {name: of(name) for name in inside}
 
 
-def _group(line: str, devices: int) -> int:
-  iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line)
-  if iota:
-    return int(iota[2])
-  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-  return len(listed[1].split(",")) if listed and listed[1] else devices
+def groups(line: str, devices: int) -> list[list[int]]:
+  """Which devices talk to each other in a collective of an optimized program, in each of the forms that XLA prints."""
+  if listed := re.search(r"replica_groups=\{\{([\d,{}]+)\}\}", line):
+    return [[int(n) for n in group.split(",")] for group in listed[1].split("},{")]
+  if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+    return _order(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()
+  axes = (
+    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
+  )
+  if mesh := re.search(axes, line):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+    along = re.findall(r"'(\w+)'", mesh[4])
+    order = _order(mesh[2] or str(devices), mesh[3]).reshape([int(n) for n in sizes.values()])
+    last = [list(sizes).index(name) for name in along]
+    moved = np.moveaxis(order, last, range(-len(last), 0))
+    return moved.reshape(-1, math.prod(int(sizes[name]) for name in along)).tolist()
+  return [list(range(devices))]
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(n) for n in text.split(",")]
+
+
+def _order(shape: str, axes: str | None) -> np.ndarray:
+  """The devices counted along `shape`, its axes in another order."""
+  counted = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+  return counted.transpose(_numbers(axes)) if axes else counted
 
 
 def _bytes(shape: str) -> int:

@@ -7,7 +7,7 @@ that is plain data parallelism. No number depends on the mesh but for the order 
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,16 +25,37 @@ STACKED = "encoderblock"  # parameters below this name have the blocks as their 
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
   """Returns the mesh of all devices of all processes, those of a process side by side.
 
+  Several TPU slices lie along "data": processes are numbered slice by slice, so that "fsdp", whose devices are
+  neighbours, stays inside of a slice and its fast links.
+
   Args:
     data: along this axis parameters are copies; -1: as many as there are devices for.
     fsdp: along this axis they are divided.
 
   Raises:
-    UserError: the product is not the number of devices.
+    UserError: the product is not the number of devices; or "fsdp" would cross slices.
   """
   devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   shape = mesh_shape(len(devices), data=data, fsdp=fsdp)
+  _check_slices([slice_of(d) for d in devices], shape[1])
   return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def slice_of(device: Any) -> int:
+  """The TPU slice of a device; 0 where there is one, or none: hosts of GPUs are no slices."""
+  return int(getattr(device, "slice_index", 0) or 0) if device.platform == "tpu" else 0
+
+
+def _check_slices(slices: Sequence[int], fsdp: int) -> None:
+  """Raises a UserError if neighbours along "fsdp" are of several slices; `slices` are those of the devices."""
+  groups = (set(slices[i : i + fsdp]) for i in range(0, len(slices), fsdp))
+  if all(len(group) == 1 for group in groups):
+    return
+  each = len(slices) // len(set(slices))
+  raise errors.UserError(
+    f"mesh.fsdp={fsdp} divides parameters over more than one of {len(set(slices))} slices of {each} devices, so that"
+    f" every block would be gathered over the slow network between them; give a number that divides {each}."
+  )
 
 
 def abstract_mesh(devices: int, *, data: int = -1, fsdp: int = 1) -> AbstractMesh:

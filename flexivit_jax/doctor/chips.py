@@ -57,6 +57,8 @@ def mesh(settings: Section | None) -> str:
   section.pop("divide_teachers", None)
   made = sharding.make_mesh(**section)
   text = " x ".join(f"{n} {name}" for name, n in made.shape.items())
+  slices = len({sharding.slice_of(device) for device in made.devices.flat})
+  text += f", {slices} slices along data" if slices > 1 else ""
   batch = (settings or {}).get("input", {}).get("batch_size")
   if batch is None:
     return text

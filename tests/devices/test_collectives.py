@@ -25,6 +25,7 @@ PROGRAMS = {"8x1": (8, 1, False), "1x8": (1, 8, True), "2x4": (2, 4, True)}
 def compile_programs(path):
   """Writes the collectives of the gradients' and the update's program on each mesh of eight devices."""
   import functools
+  import re
 
   import optax
 
@@ -72,6 +73,11 @@ def compile_programs(path):
     found[name] = {
       "gradients": collectives.collectives(text, mesh.size),
       "update": collectives.collectives(after.run.as_text(), mesh.size),
+      "groups": [
+        (match[1], collectives.groups(line, mesh.size))
+        for line in text.splitlines()
+        if (match := re.search(r" (all-gather|reduce-scatter|all-reduce)(?:-start)?\(", line))
+      ],
       "whole": [shape for shape in divided if shape in text + first.as_text()],
       "divided": len(divided),
       "held": sharding.bytes_each(state),
@@ -127,6 +133,31 @@ def test_divided_parameters_are_gathered_twice_and_their_gradients_scattered(pro
   assert summed <= sent["all-reduce"] <= summed + 2 * outside + 1024
   assert not sent["all-to-all"] and not sent["collective-permute"]
   assert not [c for c in one["update"] if c.bytes > 1024]
+
+
+@pytest.mark.slow
+def test_between_two_slices_only_sums_are_sent(programs):
+  """Two slices of four devices are the halves of the eight: parameters are gathered inside of each."""
+  found = {kind: set() for kind in ("all-gather", "reduce-scatter", "all-reduce")}
+  for kind, groups in programs["2x4"]["groups"]:
+    found[kind].add(any(len({device // 4 for device in group}) > 1 for group in groups))
+  assert found == {"all-gather": {False}, "reduce-scatter": {False}, "all-reduce": {False, True}}
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("{{0,1},{2,3}}", [[0, 1], [2, 3]]),
+    ("[2,2]<=[4]", [[0, 1], [2, 3]]),
+    ("[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+    ("mesh['a'=4] {'a'}", [[0, 1, 2, 3]]),
+    ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+    ("mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 1], [2, 3]]),
+    ("{}", [[0, 1, 2, 3]]),
+  ],
+)
+def test_groups_of_devices_are_read_in_each_form_that_xla_prints(text, expected):
+  assert collectives.groups(f"all-reduce(x), replica_groups={text}, to_apply=y", 4) == expected
 
 
 def _outside():

@@ -303,3 +303,31 @@ def test_a_divided_block_stores_its_activations_and_no_gathered_weight(form, mon
   assert activations(_residuals(divided, params, x)) == 1  # the block's input
   monkeypatch.setattr(sharding, "_of_tokens", lambda *_, **__: True)
   assert (4 * 128, 256) in _residuals(divided, params, x)
+
+
+class Chip:
+  platform = "tpu"
+
+  def __init__(self, id: int, process_index: int, slice_index: int):
+    self.id, self.process_index, self.slice_index = id, process_index, slice_index
+
+
+@pytest.mark.parametrize(("fsdp", "fits"), [(1, True), (2, True), (8, True), (16, False)])
+def test_parameters_are_divided_inside_of_a_slice_only(monkeypatch, fsdp, fits):
+  """Two slices of two hosts of four chips; they lie along "data", whatever the order in which JAX lists them."""
+  chips = [Chip(i, i // 4, i // 8) for i in range(16)]
+  monkeypatch.setattr(jax, "devices", lambda: chips[::-1])
+  if not fits:
+    with pytest.raises(UserError, match=r"2 slices of 8 devices.*divides 8"):
+      sharding.make_mesh(fsdp=fsdp)
+    return
+  for row in sharding.make_mesh(fsdp=fsdp).devices:
+    assert len({chip.slice_index for chip in row}) == 1
+
+
+def test_hosts_of_gpus_are_no_slices():
+  chip = Chip(0, 0, 3)
+  assert sharding.slice_of(chip) == 3
+  chip.platform = "gpu"
+  assert sharding.slice_of(chip) == 0
+  assert sharding.slice_of(jax.devices()[0]) == 0
