@@ -4,7 +4,8 @@
 #   launch/local.sh 2 --config configs/digits.py --workdir runs/two
 #
 # Each line is marked with its process. SIGTERM or Ctrl-C goes to all: they save the same step and end with code 75.
-# Variables: FLEXIVIT, the command (.venv/bin/flexivit); PORT, of the first process (default: a free one);
+# Variables: COMMAND, another one of flexivit: eval, predict, embed, flexify, doctor; FLEXIVIT, the command itself
+# (.venv/bin/flexivit); PORT, of the first process (default: a free one);
 # XLA_FLAGS=--xla_force_host_platform_device_count=4 gives each process four devices on a CPU;
 # with GPUs, GPUS_EACH=4 gives each process four of them.
 set -euo pipefail
@@ -26,7 +27,7 @@ for ((i = 0; i < count; i++)); do
     CUDA_VISIBLE_DEVICES=$(seq -s, $((i * GPUS_EACH)) $(((i + 1) * GPUS_EACH - 1)))
     export CUDA_VISIBLE_DEVICES
   fi
-  "$command" train --coordinator_address "127.0.0.1:$port" --num_processes "$count" --process_id "$i" "$@" \
+  "$command" "${COMMAND:-train}" --coordinator_address "127.0.0.1:$port" --num_processes "$count" --process_id "$i" "$@" \
     2> >(sed -u "s/^/[$i] /" >&2) &
   pids+=("$!")
 done
