@@ -18,7 +18,7 @@ from flexivit_jax.config import Section
 from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
-from flexivit_jax.models import MODELS, FlexiViT, Model
+from flexivit_jax.models import MODELS, FlexiViT, Model, attention
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import SizeArgs, size_name
 from flexivit_jax.training import patch_schedule, steps
@@ -302,12 +302,19 @@ def on_accelerator(settings: Section, platform: str = "tpu") -> Json:
 
 
 def _attention_of(section: Section, platform: str = "tpu") -> Json:
-  """A model's section whose attention is that of a platform; as it is where the model has no such field."""
+  """A model's section whose attention is that of a platform; as it is where the model has no such field.
+
+  A kernel for other devices than the platform's is "auto" there.
+  """
   network = MODELS.get(section.get("name", "flexivit"), FlexiViT)
   if "attention" not in inspect.signature(network).parameters:
     return {**section}
   form = section.get("attention", "auto")
-  return {**section, "attention": form if ":" in form else f"{form}:{platform}"}
+  if ":" in form:
+    return {**section}
+  if form in attention.KERNELS and attention.why_not(form, platform, "bfloat16", 8):
+    form = "auto"
+  return {**section, "attention": f"{form}:{platform}"}
 
 
 def _looped(settings: Section, opening: loaders.Opening = PLANNED) -> experiment.Experiment:

@@ -171,6 +171,18 @@ def test_known_data_sets_are_divided_as_real_ones():
     data.planned_source(name="imagenet2012", split="test")
 
 
+def test_attention_is_that_of_the_platform_whatever_this_machine_is(monkeypatch):
+  def form(attention, platform="tpu"):
+    return costs.on_accelerator({"model": {"attention": attention}}, platform)["model"]["attention"]
+
+  assert costs.on_accelerator({"model": {}})["model"]["attention"] == "auto:tpu"
+  assert form("splash") == "splash:tpu" and form("cudnn", "gpu") == "cudnn:gpu"
+  assert form("cudnn") == "auto:tpu" and form("splash", "gpu") == "auto:gpu"
+  assert form("auto:gpu") == "auto:gpu"
+  monkeypatch.setitem(costs.MODELS, "plain", lambda num_classes: None)
+  assert "attention" not in costs.on_accelerator({"model": {"name": "plain"}})["model"]
+
+
 def test_command(capsys):
   arguments = ["plan", str(CONFIGS / "digits.py"), "--config.flexi.seqhw.v=(2,)"]
   assert cli.main([*arguments, "--json"]) == 0
