@@ -92,6 +92,8 @@ def debug(
   for section in (*c.evals.values(), c.checkpoint):
     section.update({key: every for key, every in _EVERY.items() if key in section})
   c.model.update(dict(variant="mu") if "variant" in c.model else dict(depth=1))
+  if "accumulate" in c:
+    del c.accumulate  # with one number of microbatches, a size is compiled while the next is traced
   if "warmup_steps" in c.optim.schedule:
     c.optim.schedule.warmup_steps = 1
   if c.get("total_steps"):

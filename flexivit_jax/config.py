@@ -32,6 +32,8 @@ Kind = Any  # an annotation: a class, a union, a generic alias
 OPTIONAL = (
   "checkpoint", "early_stopping", "evals", "flexi", "init", "mesh", "objective", "token_budget", "wandb",
 )  # fmt: skip
+# Keys whose value may be of another type than the config's own: a number or "auto", a truth value or a name.
+OF_SEVERAL_TYPES = ("accumulate", "model.remat", "model.scan")
 
 # What to do instead where a key is often looked for.
 _LOGGED = (
@@ -346,7 +348,8 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
         "config section", key, [k for k in node if isinstance(node[k], ml_collections.ConfigDict)]
       )
     node = node[section]
-  value = _typed(f"--config.{key}", text, node.get(leaf))
+  like = None if key in OF_SEVERAL_TYPES else node.get(leaf)
+  value = _typed(f"--config.{key}", text, like)
   with (
     node.unlocked(),
     node.ignore_type(),

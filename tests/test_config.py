@@ -205,6 +205,15 @@ def test_a_section_with_a_name_that_no_section_can_have_is_an_error(file):
     config.load(str(file), ["model.deep={'a.b': 1}"])
 
 
+def test_a_number_of_microbatches_overrides_auto_and_a_name_a_truth_value(file):
+  file.write_text(
+    "import ml_collections\ndef get_config(arg=''):\n"
+    "  return ml_collections.ConfigDict(dict(accumulate='auto', model=dict(remat=True)))\n"
+  )
+  assert config.load(str(file), ["accumulate=4"])["accumulate"] == 4
+  assert config.load(str(file), ["model.remat=dots"])["model"]["remat"] == "dots"
+
+
 def test_the_last_override_wins(file):
   assert config.load(str(file), ["count=4", "count=5"])["count"] == 5
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--utilisation", type=float, default=0.4, help="share of a machine's peak (default 0.4)"
   )
+  p.add_argument(
+    "--machine",
+    metavar="NAME",
+    help="only the setting with which it fits this machine, e.g. v3-32, or all",
+  )
+  p.add_argument("--csv", metavar="FILE", help="with --machine: a file to add the rows to")
   p.add_argument("--json", action="store_true", help="everything, to be read by a program")
   options.add_overrides(p, "--config.input.batch_size=512")
 
@@ -29,7 +36,12 @@ def run(args: argparse.Namespace) -> None:
 
   if not 0 < args.utilisation <= 1:
     raise errors.UserError(f"--utilisation={args.utilisation}; expected a fraction, as 0.4.")
+  if args.csv and not args.machine:
+    raise errors.UserError("--csv takes the rows of --machine; give --machine NAME, or all.")
   settings = config.load(args.config, args.overrides)
+  if args.machine:
+    _fits(args, settings)
+    return
   if args.json:
     print(json.dumps(costs.plan(settings, utilisation=args.utilisation), indent=1))
     return
@@ -38,6 +50,30 @@ def run(args: argparse.Namespace) -> None:
   # Lowering for several devices takes longer than all that is printed above.
   for n, line in costs.lowered(settings, costs.several(costs.MESHES)).items():
     print(f"{n:>8} devices: {line}")
+
+
+def _fits(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+  """Prints with which setting the config fits each machine, or writes it."""
+  from flexivit_jax.evaluators import results
+  from flexivit_jax.experiment import fitting, machines
+
+  names = list(machines.MACHINES) if args.machine == "all" else [args.machine]
+  rows = list(fitting.rows(settings, names, utilisation=args.utilisation))
+  if args.csv:
+    name = pathlib.Path(args.config.partition(":")[0]).stem
+    config = f"{name} {args.config.partition(':')[2]}".strip().replace("variant=", "")
+    results.append_csv(pathlib.Path(args.csv), [{"config": config, **row} for row in rows])
+  if args.json:
+    print(json.dumps(rows, indent=1))
+    return
+  cells = [[k for k in rows[0] if k != "setting"]]
+  cells += [[v or "-" for k, v in row.items() if k != "setting"] for row in rows]
+  print("\n".join(aligned(cells, "<")))
+  print(
+    "\naccumulate: microbatches at the size of the most tokens; accumulate='auto' finds that number at each size. GiB:"
+    " estimated\nfor each device, of nine tenths of its memory. extra FLOPs: what remat computes again. hours: of"
+    f" training at {args.utilisation:.0%} of the peak."
+  )
 
 
 def text(plan: Mapping[str, Any]) -> list[str]:
@@ -66,6 +102,10 @@ def text(plan: Mapping[str, Any]) -> list[str]:
   for n, memory in plan["memory"].items():
     parts = ", ".join(f"{k} {v / 2**30:.3g}" for k, v in memory.items())
     lines.append(f"{n:>8} devices: {sum(memory.values()) / 2**30:.3g} = {parts}")
+  if plan["accumulate"] == "auto":
+    lines.append(
+      "With accumulate='auto' a run takes microbatches where this is more than there is: --machine all says how many."
+    )
   lines += ["", "MiB that each device sends to others in a step:"]
   lines += [f"{n:>8} devices: {sent / 2**20:.4g}" for n, sent in plan["sent"].items()]
   return lines

@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Sharding
@@ -18,6 +18,7 @@ from flexivit_jax.config import Section
 from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
+from flexivit_jax.experiment.machines import MACHINES
 from flexivit_jax.models import MODELS, FlexiViT, Model, attention
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import SizeArgs, size_name
@@ -27,19 +28,6 @@ from flexivit_jax.trees import Json, Tree
 Jitted = jax.stages.Wrapped
 
 
-class Machine(NamedTuple):
-  """Accelerators: the devices that JAX sees, and the dense bfloat16 FLOP/s of all together, as their makers state."""
-
-  devices: int
-  flops: float
-
-
-# TPU v3: 123e12 a chip of two cores (Google's page "TPU v3"); A100 312e12, H100 SXM 989e12 (NVIDIA's data sheets).
-MACHINES = {
-  "v3-32": Machine(32, 16 * 123e12),
-  "8xA100": Machine(8, 8 * 312e12),
-  "8xH100": Machine(8, 8 * 989e12),
-}
 MESHES = (1, 8, 32)
 
 
@@ -68,7 +56,7 @@ def costs(settings: Section, *, utilisation: float = 0.4, meshes: Sequence[int] 
   # The TPUs among `MACHINES` are v3, on which attention keeps its scores.
   exp = experiment.from_config(on_accelerator(settings, "tpu v3"), opening=PLANNED)
   state = state_of(exp)
-  training = _training_flops(exp)
+  training = flops_of_training(exp)
   evaluation = sum(_evaluation_flops(exp, e) for e in exp.evaluations.values())
   sizes = _sizes(exp)
   seconds = {k: 1 / (m.flops * utilisation) for k, m in MACHINES.items()}
@@ -77,6 +65,7 @@ def costs(settings: Section, *, utilisation: float = 0.4, meshes: Sequence[int] 
     "parameters": trees.count(state.params),
     "steps": exp.total_steps,
     "batch_size": exp.batch_size,
+    "accumulate": exp.accumulate,
     "epochs": exp.total_steps / exp.steps_per_epoch,
     "sizes": sizes,
     "training_flops": training,
@@ -95,10 +84,11 @@ def training_flops(settings: Section) -> float:
   """Returns what `costs` says of training, sooner: teachers have no parameters here, blocks are a loop."""
   teacher = functools.partial(_planned_teacher, shapes=False)
   exp = _looped(settings, PLANNED._replace(teacher=teacher))
-  return _training_flops(exp)
+  return flops_of_training(exp)
 
 
-def _training_flops(exp: experiment.Experiment) -> float:
+def flops_of_training(exp: experiment.Experiment) -> float:
+  """FLOPs of all steps, without what `remat` computes again."""
   return patch_schedule.mean_cost(exp.flexi, exp.step_flops) * exp.total_steps
 
 
@@ -183,23 +173,58 @@ def _evaluation_flops(exp: experiment.Experiment, evaluation: experiment.Evaluat
   return 2e9 * macs * len(evaluation.source) * times
 
 
-def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> dict[str, float]:
-  """Bytes on each device: the batch is divided, weights where the config's mesh says so."""
-  mesh = _mesh(exp, devices) or sharding.abstract_mesh(devices)
-  share = exp.batch_size / devices
+def memory(
+  exp: experiment.Experiment,
+  state: steps.TrainState,
+  mesh: AbstractMesh,
+  model: Model,
+  microbatches: int,
+) -> dict[str, float]:
+  """Returns bytes on each device at the costliest size: the batch is divided, weights where the mesh says so.
+
+  Args:
+    exp: the experiment.
+    state: see `state_of`.
+    mesh: its batch need not divide over it: a device then has a share of an image.
+    model: `exp.model`, or a copy with another `remat`, `scan` or `attention`.
+    microbatches: their number.
+  """
+  share = exp.batch_size / mesh.size
   batch = sum(share * math.prod(x.shape) * x.dtype.itemsize for x in exp.inputs.values())
   teachers = exp.objective.teaching.frozen if exp.objective.teaching else ()
   costliest = max(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
+  weights = collectives.state_bytes(state.params, mesh)
   return {
-    "parameters": collectives.state_bytes(state.params, mesh),
-    "gradients": collectives.state_bytes(state.params, mesh),
+    "parameters": weights + _copies(state.params, mesh, model),
+    "gradients": weights * (1 if microbatches == 1 else 2),  # of a microbatch, and their sum
     "optimizer": collectives.state_bytes((state.opt_state, state.ema), mesh),
     "teachers": collectives.state_bytes(teachers, mesh)
     if exp.mesh.get("divide_teachers", True)
     else trees.size_in_bytes(teachers),
     "batch": batch,
-    "activations": exp.model.activation_bytes(exp.shapes, **costliest) * share / _microbatches(exp),
+    "activations": model.activation_bytes(exp.shapes, **costliest) * share / microbatches,
   }
+
+
+def _copies(params: Tree, mesh: AbstractMesh, model: Model) -> float:
+  """Bytes of parameters that a step makes: those it stacks for a loop, and those it gathers along "fsdp".
+
+  Gathered are, with their gradients, one block, or all without a loop, and everything that is outside of blocks.
+  """
+  encoder = params.get("Transformer", {})
+  blocks = {k: v for k, v in encoder.items() if k.startswith("encoderblock")}
+  looped = getattr(model, "scan", False)
+  stacked = collectives.state_bytes(blocks, mesh) if looped == "by_block" else 0
+  if mesh.shape["fsdp"] == 1:
+    return stacked
+  inside = trees.size_in_bytes(blocks)
+  at_once = inside / getattr(model, "depth", 1) if looped else inside
+  return stacked + 2 * (trees.size_in_bytes(params) - inside + at_once)
+
+
+def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> dict[str, float]:
+  mesh = _mesh(exp, devices) or sharding.abstract_mesh(devices)
+  return memory(exp, state, mesh, exp.model, _microbatches(exp))
 
 
 def _sent(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> float:

@@ -144,7 +144,8 @@ def compile_step(
   numbers, memory = _microbatches(exp, mesh)
   room = memory - sharding.bytes_each(state)
   logits = teacher_logits(exp, int(state.step), mesh, hold, microbatches=numbers, memory=room)
-  compiled = programs(exp, state, logits, mesh, microbatches=numbers, memory=memory)
+  free = memory - (0 if logits is None else logits.bytes)
+  compiled = programs(exp, state, logits, mesh, microbatches=numbers, memory=free)
   if distributed.is_on():
     distributed.agree(
       int(state.step), {"parts of the batch": sorted(compiled.microbatches.items())}

@@ -192,9 +192,11 @@ class TeacherLogits:
     # Decided once, and alike on all processes: they run the teachers' program together or not at all.
     self._cached = frozenset() if cache is None else _cached_everywhere(cache, todo)
     self.complete = len(self._cached) == len(todo)
+    self.bytes = 0  # of the teachers' parameters on each device
     if not self.complete:
       where = sharding.divided(teaching.frozen, mesh) if divide else sharding.replicated(mesh)
       self._frozen = jax.device_put(teaching.frozen, where)
+      self.bytes = sharding.bytes_each(self._frozen)
 
       def make(accumulate: int) -> compilation.Program:
         parted = functools.partial(fn, accumulate=accumulate)
