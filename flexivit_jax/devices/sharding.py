@@ -166,6 +166,32 @@ def over_divided(
   return run
 
 
+def over_gathered(
+  fn: Callable[..., Tree], mesh: Mesh | AbstractMesh, remat: Mapping[str, Any] | None = None
+) -> Callable[..., Tree]:
+  """Returns `fn(params, x, ...)` as `over_divided`, for functions that draw random numbers.
+
+  All devices see one program, in which a random array is a function of its key and not of the mesh, and XLA gathers the
+  parameters where they are said to be whole. It sums their gradients whole and then takes a piece, unless its compiler
+  makes that a reduce-scatter.
+
+  Args:
+    fn: of parameters, `x` [n, l, d] and other arrays.
+    mesh, remat: as for `over_divided`.
+  """
+
+  def whole(params: Tree, x: jax.Array, *others: Any) -> Tree:
+    return fn(jax.lax.with_sharding_constraint(params, replicated(mesh)), x, *others)
+
+  def run(params: Tree, x: jax.Array, *others: Any) -> Tree:
+    policy = functools.partial(_of_tokens, len(x), {x.shape[1]})
+    return jax.checkpoint(whole, **({"policy": policy} if remat is None else remat))(
+      params, x, *others
+    )
+
+  return run
+
+
 def by_example(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
   """Returns `fn(*arrays)`, run by each device for its own examples: for kernels, which XLA cannot divide.
 

@@ -400,11 +400,6 @@ def check_fields(model: FlexiViT) -> None:
     raise errors.UserError(
       f"width={model.width} must be a multiple of num_heads={model.num_heads}."
     )
-  if model.fsdp is not None and model.is_random:
-    raise errors.UserError(
-      f"mesh.fsdp with dropout={model.dropout} and stochastic_depth={model.stochastic_depth}: masks would depend on the"
-      " mesh; set mesh.fsdp=1, or both to 0."
-    )
   if model.registers < (model.pool_type == "tok+reg"):
     raise errors.UserError(
       f"registers={model.registers}: expected 0 or more, and 1 or more with pool_type='tok+reg'."

@@ -335,13 +335,15 @@ def _traced_block(
   if fsdp is None:
     return jax.jit(run)
 
+  kept = REMAT[remat] if remat else None
+
   def divided(params: Params, x: jax.Array, key: jax.Array | None, drop: jax.Array | None) -> Tree:
+    if key is not None:
+      return sharding.over_gathered(run, fsdp, kept)(params, x, key, drop)
     length = attention.kernel_length(
       config.attention, x.shape[1], config.dtype, x.shape[2] // config.num_heads
     )
-    over = sharding.over_divided(
-      lambda params, x: run(params, x, None, None), fsdp, REMAT[remat] if remat else None, length
-    )
+    over = sharding.over_divided(lambda params, x: run(params, x, None, None), fsdp, kept, length)
     return over(params, x)
 
   return jax.jit(divided)

@@ -331,3 +331,51 @@ def test_hosts_of_gpus_are_no_slices():
   chip.platform = "gpu"
   assert sharding.slice_of(chip) == 0
   assert sharding.slice_of(jax.devices()[0]) == 0
+
+
+def gradients_with_masks(argument: str) -> None:
+  """Writes the gradients of a model with dropout and stochastic depth on each mesh of all devices.
+
+  The argument is JSON: [path of the result, meshes, fields of the model].
+  """
+  from flexivit_jax.models import FlexiViT
+
+  path, meshes, fields = json.loads(argument)
+  model = FlexiViT(
+    num_classes=3, patch_size=(6, 6), posemb_size=(2, 2), width=128, depth=2, mlp_dim=256, num_heads=2,
+    head_zeroinit=False, dropout=0.2, stochastic_depth=0.3, **fields,
+  )  # fmt: skip
+  image = np.random.default_rng(0).uniform(-1, 1, size=(8, 12, 12, 3)).astype(np.float32)
+  params = jax.jit(model.init)(jax.random.key(0), image)["params"]
+  found = {}
+  for axes in meshes:
+    mesh = sharding.make_mesh(**axes)
+    placed = jax.device_put(params, sharding.divided(params, mesh))
+    own = model.clone(fsdp=mesh if mesh.shape["fsdp"] > 1 else None)
+
+    def loss(p, x, own=own):
+      rngs = {"dropout": jax.random.key(1)}
+      return (own.apply({"params": p}, x, seqhw=4, train=True, rngs=rngs)[0] ** 2).mean()
+
+    compiled = jax.jit(jax.grad(loss)).lower(placed, sharding.put_batch(image, mesh)).compile()
+    leaves = jax.tree.leaves(compiled(placed, sharding.put_batch(image, mesh)))
+    found |= {f"{len(found)}": np.concatenate([np.ravel(leaf) for leaf in leaves])}
+  np.savez(path, **found)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+  ("fields", "meshes"),
+  [
+    ({}, [dict(data=8), dict(data=2, fsdp=4)]),
+    (dict(scan="by_block", remat="dots"), [dict(data=1, fsdp=8)]),
+  ],
+)
+def test_masks_are_the_same_on_every_mesh(tmp_path, on_eight_devices, fields, meshes):
+  on_eight_devices(gradients_with_masks, json.dumps([str(tmp_path / "eight.npz"), meshes, fields]))
+  gradients_with_masks(json.dumps([str(tmp_path / "one.npz"), [{}], fields]))
+  with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "eight.npz") as eight:
+    want = one["0"]
+    for mesh, axes in enumerate(meshes):
+      difference = np.linalg.norm(eight[f"{mesh}"] - want) / np.linalg.norm(want)
+      assert difference < 5e-6, (axes, difference)  # by other masks it is of the size of 1

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import FlexiViT, vit
 
@@ -120,13 +119,6 @@ def test_the_model_says_whether_training_draws_masks():
   model = FlexiViT(variant="mu")
   assert not model.is_random
   assert model.clone(stochastic_depth=0.1).is_random and model.clone(dropout=0.1).is_random
-
-
-@pytest.mark.parametrize("field", ["dropout", "stochastic_depth"])
-def test_masks_are_refused_where_they_would_depend_on_the_mesh(field):
-  mesh = sharding.abstract_mesh(2, fsdp=2)
-  with pytest.raises(UserError, match=f"mesh.fsdp with .*{field}=0.1.* depend on the mesh"):
-    FlexiViT(variant="mu", fsdp=mesh, **{field: 0.1})
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
