@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
   """Prints a line for each check: "ok", or what is wrong and what to do."""
   from flexivit_jax.doctor import examination, findings
 
-  if args.limit <= 0:
+  if not 0 < args.limit <= 86400:  # not a NaN either
     raise errors.UserError(f"--limit={args.limit}; expected seconds, as 60.")
   if args.images_per_s is not None and args.data is None:
     raise errors.UserError("--images_per_s is of the images of --data; give that, too.")

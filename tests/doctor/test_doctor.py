@@ -55,6 +55,8 @@ def test_a_red_line_is_code_2_and_stands_in_the_json(monkeypatch, capsys):
   ("arguments", "said"),
   [
     (["--limit=0"], "expected seconds"),
+    (["--limit=nan"], "expected seconds"),
+    (["--limit=inf"], "expected seconds"),
     (["--images_per_s=9"], "--data"),
     (["--config.seed=1"], "--data"),
   ],

@@ -149,3 +149,17 @@ def test_processes_with_other_images_or_another_model_all_end_with_a_line(
   assert codes == [2, 2]
   for _, err in said:
     assert "process 1: images: '75 files" in err and "'1 files" in err
+
+
+@pytest.mark.slow
+def test_when_a_process_is_killed_the_other_ends_and_leaves_no_file(made, tmp_path, environment_of):
+  out = tmp_path / "out.csv"
+  given = ["predict", *[made / "photos"] * 40, f"--checkpoint={made / 'run'}", "--seqhw=2,4"]
+  given += ["--json", "--batch_size=1", "--on_error=skip", f"--out={out}"]
+  first, second = start(environment_of(1), 2, *given)
+  assert first.stdout.readline().startswith("{")
+  second.kill()
+  codes, said = ended([first, second])
+  assert codes == [70, -9]
+  assert "another process has ended" in said[0][1] and "Traceback" not in said[0][1]
+  assert not list(tmp_path.iterdir())
