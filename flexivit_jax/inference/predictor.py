@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import stat
 import time
@@ -27,7 +28,7 @@ from flexivit_jax.trees import Json, Params
 
 Prepare = Callable[[str], np.ndarray]
 Result = tuple[Array, Intermediates]  # logits [n, k] and the named intermediates of a model
-_ROUND = 8  # batches of each process between two exchanges
+_ROUND = 8  # batches of each device between two exchanges of processes
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -170,8 +171,9 @@ def outcomes(
   """Yields what the model makes of each file, in the order of the inputs.
 
   Every batch has the same shape, the last one padded, and one program runs for all of them, so that an answer does not
-  depend, to the bit, on what else is asked. Only a few batches are in memory. Several processes divide the files, in
-  rounds of `_ROUND` batches each; every process gets all outcomes.
+  depend, to the bit, on what else is asked. Only a few batches are in memory. Several
+  devices take turns. Several processes divide the files, in rounds of `_ROUND` batches for each device; every process
+  gets all outcomes.
 
   Args:
     loaded: the model.
@@ -189,13 +191,18 @@ def outcomes(
     raise errors.UserError(f"--batch_size={n}; expected 1 or more.")
   programs = [_program(loaded.model, fn, size) for size in sizes]
   times: dict[tuple[int, ...], tuple[float, ...]] = {}  # by the shape of an image
-  some = functools.partial(_outcomes, loaded, programs, sizes, n, timed, times)
+  devices = jax.local_devices()
+  params = [jax.device_put(loaded.params, d) for d in devices] if devices[1:] else [loaded.params]
+  some = functools.partial(
+    _outcomes, loaded.model, params, loaded.prepare, programs, sizes, n, timed, times
+  )
   if not distributed.is_on():
     yield from some(inputs)
     return
-  for begin in range(0, len(inputs), _ROUND * n * jax.process_count()):
-    mine = begin + _ROUND * n * jax.process_index()
-    yield from _of_all(functools.partial(some, inputs[mine : mine + _ROUND * n]))
+  share = _ROUND * n * len(params)
+  for begin in range(0, len(inputs), share * jax.process_count()):
+    mine = begin + share * jax.process_index()
+    yield from _of_all(functools.partial(some, inputs[mine : mine + share]))
 
 
 def _of_all(call: Callable[[], Iterable[Outcome]]) -> Iterator[Outcome]:
@@ -229,7 +236,9 @@ def agree(loaded: Loaded, inputs: Sequence[Input], **others: object) -> None:
 
 
 def _outcomes(
-  loaded: Loaded,
+  model: FlexiViT,
+  params: Sequence[Params],
+  prepare: Prepare,
   programs: Sequence[Callable],
   sizes: Sequence[SeqHw],
   n: int,
@@ -237,17 +246,29 @@ def _outcomes(
   times: dict[tuple[int, ...], tuple[float, ...]],
   inputs: Iterable[Input],
 ) -> Generator[Outcome, None, None]:
-  """What this process makes of files; `times` are filled by the shape of an image."""
-  with contextlib.closing(_batches(inputs, loaded.prepare, n)) as batches:
+  """What this process makes of files; `times` are filled by the shape of an image.
+
+  `params` are one copy for each device, and the batches take turns on these: every batch is of one shape on one device,
+  so that no answer depends on how many there are.
+  """
+  waiting: collections.deque[tuple[list[Input], Sequence[Array], tuple[float, ...]]] = (
+    collections.deque()
+  )
+  turns = itertools.cycle(params)
+  with contextlib.closing(_batches(inputs, prepare, n)) as batches:
     for batch in batches:
       shape = batch.rows[0].shape if batch.rows else ()
       if shape and shape not in times:
         for size in sizes:
-          loaded.model.grid(shape[:2], **size_args(size))
+          model.grid(shape[:2], **size_args(size))
         images = np.zeros((n, *shape), np.float32)
-        times[shape] = tuple(_ms(p, loaded.params, images) for p in programs) if timed else ()
-      results = _run(loaded.params, programs, batch.rows, n) if shape else ()
-      yield from _by_file(batch.files, results, times.get(shape, ()))
+        times[shape] = tuple(_ms(p, params[0], images) for p in programs) if timed else ()
+      results = _run(next(turns), programs, batch.rows, n) if shape else ()
+      waiting.append((batch.files, results, times.get(shape, ())))
+      if len(waiting) == len(params):
+        yield from _by_file(*waiting.popleft())
+  while waiting:
+    yield from _by_file(*waiting.popleft())
 
 
 def default_batch_size() -> int:
@@ -264,21 +285,22 @@ def _program(model: FlexiViT, fn: Callable[[Result], Array], size: SeqHw) -> Cal
 
 def _run(
   params: Params, programs: Sequence[Callable], rows: Sequence[np.ndarray], n: int
-) -> tuple[np.ndarray, ...]:
+) -> tuple[Array, ...]:
+  """Starts the programs on the device of the parameters, and does not wait for them."""
   images = np.zeros((n, *rows[0].shape), np.float32)
   images[: len(rows)] = rows
-  return tuple(np.asarray(program(params, images)) for program in programs)
+  return tuple(program(params, images) for program in programs)
 
 
 def _by_file(
-  files: Iterable[Input], results: Sequence[np.ndarray], ms: tuple[float, ...]
+  files: Iterable[Input], results: Sequence[Array], ms: tuple[float, ...]
 ) -> Iterator[Outcome]:
-  row = 0
+  row, arrays = 0, [np.asarray(result) for result in results]
   for path, error in files:
     if error is not None:
       yield Outcome(path, error=error)
       continue
-    outputs = tuple(output[row] for output in results)
+    outputs = tuple(output[row] for output in arrays)
     row += 1
     if all(np.isfinite(output).all() for output in outputs):
       yield Outcome(path, outputs, ms=ms)
