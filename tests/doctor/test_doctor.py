@@ -329,3 +329,24 @@ def test_two_processes_that_differ(tmp_path, environment_of):
   assert "process 1" in lines["storage"] and "clock" in lines["storage"]
   assert out[1][0] == ""
   assert not list(tmp_path.iterdir())
+
+
+HANGS = """
+import sys, time
+from flexivit_jax import cli
+from flexivit_jax.doctor import chips
+chips.backend = lambda: time.sleep(3600)
+cli.entry(["doctor", "--limit=2"])
+"""
+
+
+@pytest.mark.slow
+def test_devices_that_never_answer_do_not_keep_the_command(environment_of):
+  begun = time.monotonic()
+  command = [sys.executable, "-c", HANGS]
+  done = subprocess.run(command, env=environment_of(1), capture_output=True, text=True, check=False)
+  assert done.returncode == 2 and time.monotonic() - begun < 60
+  lines = [line for line in done.stdout.splitlines() if line.startswith("BAD")]
+  assert "no answer within 2 s" in lines[0] and "restart their host" in lines[0]
+  assert all("not tried, because of devices" in line for line in lines[1:]) and len(lines) == 7
+  assert "7 of 12 checks are not green: devices, mesh" in done.stderr
