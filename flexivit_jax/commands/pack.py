@@ -16,6 +16,7 @@ if TYPE_CHECKING:
   from flexivit_jax.data.shards import Done
 
 HELP = "a folder, tar shards or parquet as shards with random access"
+_MOST_MB = 2**20  # a TiB in one file
 _EVERY_S = 5.0  # between two lines of progress
 
 
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
   from flexivit_jax.data import packing
   from flexivit_jax.running import run_folder, signals
 
+  if not 0 < args.shard_mb < _MOST_MB:
+    raise errors.UserError(f"--shard_mb is {args.shard_mb:g}; expected more than 0, below 2^20.")
   with signals.catch() as stop, stop.interruptible():
     source = _input(_values(args.data), args.on_bad)
     split = args.split or source.about["split"]

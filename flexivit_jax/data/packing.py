@@ -21,6 +21,7 @@ from flexivit_jax.data.tar_input import tar_input
 from flexivit_jax.errors import UserError, unknown
 
 ON_BAD = ("raise", "skip")
+_MOST_THREADS = 1000
 # Formats that only `flexivit pack` reads; every data set of `sources.SOURCES` is an input, too.
 INPUTS: dict[str, Callable[..., Input]] = {"parquet": parquet_input, "tar": tar_input}
 
@@ -107,6 +108,8 @@ def _check_arguments(
   for (name, low), value in zip(least.items(), given, strict=True):
     if value < low:
       raise UserError(f"{name}={value}; expected {low} or more.")
+  if threads > _MOST_THREADS:
+    raise UserError(f"threads={threads}; expected at most {_MOST_THREADS}.")
 
 
 # --- before and after the shards ---

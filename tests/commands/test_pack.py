@@ -78,6 +78,8 @@ def test_bad_rows_and_bad_lines(photos, tmp_path, capsys):
     (["name=a", "name=b"], "name= is given twice"),
     (["name=folder", "split=train", "data_dri=x"], "Did you mean 'data.data_dir'?"),
     (["name=tar"], "data.data_dir"),
+    (["name=tar", "data_dir=x", "--shard_mb=1e400"], "--shard_mb is inf; expected"),
+    (["name=tar", "data_dir=x", "--shard_mb=nan"], "--shard_mb is nan; expected"),
     (["name=tar", "data_dir=x", "num_classes=many"], "num_classes is 'many'; expected"),
   ):
     assert cli.main(["pack", *bad, "--out", str(tmp_path / "new")]) == 2

@@ -486,6 +486,7 @@ def test_arguments_are_checked(tmp_path):
     ({"on_bad": "skp"}, "Did you mean 'skip'"),
     ({"shard_examples": 0}, "shard_examples=0; expected 1"),
     ({"threads": -1}, "threads=-1"),
+    ({"threads": 10**20}, "expected at most 1000"),
   ):
     with pytest.raises(UserError, match=said):
       pack(tmp_path / "out", **options)

@@ -8,6 +8,7 @@ import pathlib
 import random
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,15 @@ COMMANDS = {
     "train --config {config} --workdir {new} --config.init.checkpoint={weights} --config.init.new_head=True",
   ],
   "report": ["report {run} --out {new}"],
-  "verify": ["verify {weights}", "verify {run}", "verify {export}"],
+  "pack": [
+    "pack name=folder data_dir={photos} split=train --out {new}",
+    "pack name=folder data_dir={photos} split=train --out {new} --on_bad skip --shard_examples 3",
+    "pack name=folder data_dir={photos} split=val --out {packed} --split val --shard_examples 3",
+    "pack name=tar data_dir={tars} --out {new}",
+    "pack name=parquet data_dir={parquet} label_key=label num_classes=2 --out {new}",
+    "pack name=packed data_dir={packed} split=train --out {new} --shard_mb 0.001",
+  ],
+  "verify": ["verify {weights}", "verify {run}", "verify {export}", "verify {packed}"],
   "replay": ["replay {bad_step}"],
   "plan": ["plan {config}"],
   "bench": ["bench --forward --variant mu --image_size 16 --rounds 1 --seqhw 2 --batch_size 1"],
@@ -109,6 +118,17 @@ def originals(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   _works("convert", run, folder / "transformers", "--to", "transformers", *small, "--no-verify")
   _works("export", run, folder / "export.zip", *small, "--platforms", "cpu", "--no-verify")
   shutil.copy(folder / "timm" / "model.safetensors", folder / "bare.safetensors")
+  _works(
+    "pack",
+    "name=folder",
+    f"data_dir={photos}",
+    "split=train",
+    "--out",
+    folder / "packed",
+    "--shard_examples",
+    3,
+  )
+  _archives(photos / "train", folder)
   weights = [run, folder / "ours.npz", folder / "timm", folder / "transformers"]
   weights += _others(folder, folder / "bare.safetensors")
   (run / "bad_step.json").write_text(
@@ -123,7 +143,30 @@ def originals(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     "export": [folder / "export.zip"],
     "bad_step": [run / "bad_step.json"],
     "results": [run / "eval.json"],
+    "packed": [folder / "packed"],
+    "tars": [folder / "tars"],
+    "parquet": [folder / "parquet"],
   }
+
+
+def _archives(images: pathlib.Path, folder: pathlib.Path) -> None:
+  """The images as tar shards and as parquet."""
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  paths = sorted(images.rglob("*.jpg"))
+  (folder / "tars").mkdir()
+  for k in range(2):
+    with tarfile.open(folder / "tars" / f"{k}.tar", "w") as archive:
+      for i, path in enumerate(paths[k::2]):
+        for suffix, data in (("jpg", path.read_bytes()), ("txt", b"a"), ("json", b'{"a": 1}')):
+          info = tarfile.TarInfo(f"{i}.{suffix}")
+          info.size = len(data)
+          archive.addfile(info, io.BytesIO(data))
+  (folder / "parquet").mkdir()
+  cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+  rows = pa.table({"image": cells, "label": [k % 2 for k in range(len(paths))]})
+  pq.write_table(rows, folder / "parquet" / "a.parquet", row_group_size=3)
 
 
 def _works(*argv: Any) -> None:
