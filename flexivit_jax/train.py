@@ -36,7 +36,7 @@ def train(
 
   Args:
     settings: the config.
-    workdir: the run folder.
+    workdir: the run folder; or s3://BUCKET/RUN, gs://BUCKET/RUN.
     resume: see `Checkpoints.choose`.
     allow_config_change: see `run_folder.check_config`.
     begun: `time.perf_counter()` from when on its time is counted; default: now.
@@ -54,7 +54,7 @@ def train(
     # Until the first step nothing is lost by a stop: a signal ends the start-up wherever it is.
     with run.stop.interruptible():
       # The config becomes objects: data, model, objective, optimizer, sizes, evaluators.
-      trained = restoring.trained(workdir)
+      trained = restoring.trained(run.workdir)
       exp = experiment.from_config(settings, name=run.name, trained=trained)
       report_costs(exp)
 
@@ -80,7 +80,7 @@ def train(
           evaluating.compile(state.params)
 
       # Whatever can refuse the start has passed.
-      restoring.write_start(workdir, settings, difference, state)
+      restoring.write_start(run.workdir, settings, difference, state)
       step, resumed = int(state.step), begin.resumed
       run.open(settings, keep=exp.keep, step=step, resumed=resumed, wandb=exp.wandb)
       evaluating.open_best(resumed=resumed)
@@ -142,7 +142,7 @@ def _loop(
         if saves or evaluating.end_the_run:
           _save(run, evaluating, step, state, record())
           saved = step
-        run.checkpoints.check()
+        run.check()
         for name in due:
           if not evaluating.is_followed(name):
             evaluating.evaluate(name, state, schedule)

@@ -2,6 +2,7 @@
 
 import argparse
 
+from flexivit_jax import errors
 from flexivit_jax.commands import options
 
 HELP = "accuracy, or another metric, against patch size and cost, as HTML and PNG"
@@ -20,7 +21,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Writes the page, prints the table."""
-  from flexivit_jax import report
+  from flexivit_jax import report, storage
+  from flexivit_jax.running import bucket_run
 
-  print(report.table(args.runs, args.metric))
-  print(report.report(args.runs, args.out or args.runs[0], metric=args.metric))
+  if args.out is None and storage.address(args.runs[0]):
+    raise errors.UserError(
+      f"A report on {storage.address(args.runs[0])} needs a folder of this machine to be written to: give --out."
+    )
+  runs = [bucket_run.fetched(run, bucket_run.without_checkpoints) for run in args.runs]
+  print(report.table(runs, args.metric))
+  print(report.report(runs, args.out or runs[0], metric=args.metric))

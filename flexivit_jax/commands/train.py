@@ -11,7 +11,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   """The config, the run's folder, how to resume, which process of several this is."""
   options.add_config(p)
   p.add_argument(
-    "--workdir", required=True, type=options.path, help="the run's folder; made, or resumed from"
+    "--workdir",
+    required=True,
+    type=options.path,
+    help="the run's folder, or s3://BUCKET/RUN, gs://BUCKET/RUN; made, or resumed from",
   )
   p.add_argument(
     "--resume",

@@ -53,7 +53,8 @@ def check_path(workdir: pathlib.Path, *, several: bool = False) -> None:
   shown, way = files.printable(workdir), "give another --workdir"
   if _ADDRESS.match(str(workdir)):
     raise errors.UserError(
-      f"--workdir {shown} is an address; expected a folder of this machine, as one on a disk or a mounted bucket."
+      f"--workdir {shown} is an address; expected a folder of this machine, as one on a disk or a mounted bucket, or"
+      " s3://BUCKET/RUN or gs://BUCKET/RUN."
     )
   try:
     for path in (workdir, *workdir.parents):
@@ -70,6 +71,21 @@ def check_path(workdir: pathlib.Path, *, several: bool = False) -> None:
   absolute = files.plain(workdir.absolute())
   if (odd := files.oddities(absolute)) and (several or not files.has_aliases()):
     raise files.no_alias(absolute, odd)
+
+
+def check_bucket(url: str, *, several: bool) -> None:
+  """Checks that the address of a run names a folder in a bucket.
+
+  Raises:
+    UserError: it is a whole bucket; or several processes are to share it.
+  """
+  if url.count("/") < 3:
+    raise errors.UserError(f"--workdir {url} is a whole bucket; give a folder in it, as {url}/RUN.")
+  if several:
+    raise errors.UserError(
+      f"--workdir {url}: several processes cannot write one run into a bucket by its address yet; mount the bucket on"
+      " all machines (docs/distributed.md), and give the mounted folder."
+    )
 
 
 @contextlib.contextmanager

@@ -15,9 +15,17 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from flexivit_jax import errors
+from flexivit_jax import errors, storage
 from flexivit_jax.config import Section
-from flexivit_jax.running import distributed, peers, processes, run_folder, signals, wandb_run
+from flexivit_jax.running import (
+  bucket_run,
+  distributed,
+  peers,
+  processes,
+  run_folder,
+  signals,
+  wandb_run,
+)
 from flexivit_jax.running.checkpoint import Checkpoints
 from flexivit_jax.running.ledger import Ledger
 from flexivit_jax.running.metrics_writer import MetricsWriter
@@ -30,7 +38,7 @@ class Session:
   """One start of a run, from `start`.
 
   Attributes:
-    workdir: the run folder.
+    workdir: the run folder; of a run in a bucket its copy on this machine.
     name: the last part of its path, also of "." and of a path that ends with "..".
     first: whether this is process 0, which writes the folder.
     stop: whether a signal has come.
@@ -51,11 +59,13 @@ class Session:
     stop: signals.Stop,
     begun: float,
     hang_after: object,
+    mirror: bucket_run.Mirror | None = None,
   ):
     self.workdir, self.stop, self._stack, self._begun = workdir, stop, stack, begun
     self.name = pathlib.Path(os.path.abspath(workdir)).name
     self.first = jax.process_index() == 0
     self.peers: peers.Peers | None = None
+    self._mirror = mirror
     self._opened = False
     # The config is not checked yet: a limit that is none is refused in a moment.
     limit = hang_after if isinstance(hang_after, int | float) and hang_after > 0 else None
@@ -114,6 +124,12 @@ class Session:
       MetricsWriter(self.workdir, restored_step=step, writing=self.first, others=others)
     )
 
+  def check(self) -> None:
+    """Raises a UserError if a save in the background has failed, here or into a bucket."""
+    self.checkpoints.check()
+    if self._mirror is not None:
+      self._mirror.check()
+
   def next(self, step: int, batches: Iterator[Batch], number: int) -> tuple[Batch, float]:
     """Returns the batch of a step, and the seconds that it was awaited.
 
@@ -148,7 +164,7 @@ def start(
 
   Args:
     settings: the config. All processes have to have the same.
-    workdir: the run folder.
+    workdir: the run folder, or the address of one in a bucket.
     hang_after: seconds without a heartbeat after which the process ends; None: never.
     begun: `time.perf_counter()` from when on the run's time is counted; default: now.
 
@@ -162,8 +178,13 @@ def start(
       stop = stack.enter_context(signals.catch(distributed.preempted if several else None))
       with stop.interruptible():
         processes.agree_on_config(settings)
-        session = Session(workdir, stack, stop, begun, hang_after)
-        run_folder.check_path(workdir, several=several)
+        mirror, folder = None, workdir
+        if url := storage.address(workdir):
+          run_folder.check_bucket(url, several=several)
+          mirror = stack.enter_context(bucket_run.opened(url))
+          folder = mirror.folder
+        session = Session(folder, stack, stop, begun, hang_after, mirror)
+        run_folder.check_path(folder, several=several)
         if settings.get("wandb") is not None:
           distributed.on_first(wandb_run.check, "its package wandb")
       yield session

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from flexivit_jax import errors, files
+from flexivit_jax import errors, files, storage
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.objectives.base import Teaching
 from flexivit_jax.training import steps
@@ -48,6 +48,10 @@ class TeacherCache:
   def __init__(
     self, folder: str | os.PathLike[str], identity: Mapping[str, object], process: tuple[int, int]
   ):
+    if url := storage.address(folder):
+      raise errors.UserError(
+        f"teacher_cache={url!r} is an address; expected a folder of this machine, as one of a mounted bucket."
+      )
     self.folder = pathlib.Path(folder)
     self._about = self.folder / "cache.json"
     self._mine = self.folder / f"process_{process[0]}_of_{process[1]}"

@@ -12,8 +12,9 @@ import re
 import urllib.parse
 from typing import Any, NamedTuple
 
-from flexivit_jax import errors
+from flexivit_jax import errors, storage
 from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.running import bucket_run
 from flexivit_jax.weights import download
 from flexivit_jax.weights.big_vision import Fields
 
@@ -102,6 +103,8 @@ PUBLISHED: dict[str, Published] = {
 def find(path: str | os.PathLike[str]) -> tuple[pathlib.Path, Published | None]:
   """Returns what is to be read, and what it must be: of a published name or an address, the file that was fetched.
 
+  Of a run in a bucket, s3://BUCKET/RUN or gs://BUCKET/RUN, its newest checkpoint is.
+
   A file or folder that is there is taken before a published one of that name.
 
   Raises:
@@ -109,6 +112,8 @@ def find(path: str | os.PathLike[str]) -> tuple[pathlib.Path, Published | None]:
   """
   # pathlib makes "https:/host" of an address.
   text = re.sub(r"^(https?):/(?=[^/])", r"\1://", os.fspath(path))
+  if storage.address(path) is not None:
+    return bucket_run.fetched(path, bucket_run.newest_checkpoint), None
   if text.startswith(("http://", "https://")):
     published = _at(text)
   elif text in PUBLISHED and not pathlib.Path(text).exists():

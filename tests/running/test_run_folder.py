@@ -183,7 +183,7 @@ def test_a_full_disk_is_one_line_with_the_file(tmp_path, name):
     ("broken/run", r"is a link to .*nowhere, which does not exist"),
     ("n" * 256, r"cannot be a folder: File name too long; give another --workdir"),
     ("a/" * 2100 + "b", r"cannot be a folder: File name too long"),
-    ("gs://bucket/run", r"gs:/bucket/run is an address; expected a folder of this machine"),
+    ("az://bucket/run", r"az:/bucket/run is an address; expected a folder of this machine"),
     ("file:///tmp/run", r"is an address"),
     ("new/run", None),
     ("link/run", None),

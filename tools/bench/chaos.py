@@ -4,8 +4,9 @@ python tools/bench/chaos.py 50 --config configs/digits.py:debug --out runs/chaos
 
 Each time the same command is started, and after a random time SIGKILL, or for some of them SIGTERM, is sent. Then it
 may end. Parameters, optimizer state and metrics rows (but for times) have to be those of the other run, to the bit, and
-each checkpoint that was listed at a kill has to be whole. The log is OUT/chaos.jsonl. A folder that has one is deleted
-at the start, any other has to be empty.
+each checkpoint that was listed at a kill has to be whole. With --workdir s3://BUCKET/RUN the run that is killed is in
+a bucket, where nothing may be yet; the other one is in OUT. The log is OUT/chaos.jsonl. A folder that has one is
+deleted at the start, any other has to be empty.
 """
 
 import argparse
@@ -17,11 +18,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
-from flexivit_jax import cli, config, errors
-from flexivit_jax.running import exit_codes, metrics_writer
+from flexivit_jax import cli, config, errors, storage
+from flexivit_jax.running import bucket_run, exit_codes, metrics_writer
 from flexivit_jax.running.checkpoint import Checkpoints
 
 LOG = "chaos.jsonl"
@@ -42,6 +44,24 @@ def digest(workdir: pathlib.Path) -> str:
   rows = metrics_writer.read_rows(workdir / "metrics.jsonl")
   kept = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
   return hashlib.sha256(json.dumps([sums, kept], sort_keys=True).encode()).hexdigest()
+
+
+def here(workdir: pathlib.Path) -> pathlib.Path:
+  """The run as files of this machine: of one in a bucket a copy, or an empty folder where there is nothing yet."""
+  try:
+    return bucket_run.fetched(workdir)
+  except errors.UserError:
+    return pathlib.Path(tempfile.gettempdir(), "none")
+
+
+def remove(workdir: pathlib.Path) -> None:
+  """Deletes a run."""
+  if url := storage.address(workdir):
+    bucket = storage.Bucket(url)
+    for name in bucket.entries():
+      bucket.delete(name)
+  else:
+    shutil.rmtree(workdir)
 
 
 def damaged(workdir: pathlib.Path) -> list[str]:
@@ -80,6 +100,7 @@ def main() -> None:
   parser.add_argument("kills", type=int)
   parser.add_argument("--config", default="configs/digits.py")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/chaos"))
+  parser.add_argument("--workdir", type=pathlib.Path, help="of the run that is killed")
   parser.add_argument(
     "--longest",
     type=float,
@@ -89,7 +110,7 @@ def main() -> None:
   parser.add_argument("--seed", type=int, default=0)
   args, overrides = parser.parse_known_args()
   rng = random.Random(args.seed)
-  whole, run = args.out / "whole", args.out / "run"
+  whole, run = args.out / "whole", args.workdir or args.out / "run"
   given = cli.parse(command(args.config, whole, overrides)[3:])
   config.load(given.config, given.overrides)
   log_file = make_room(args.out)
@@ -110,7 +131,7 @@ def main() -> None:
         except subprocess.TimeoutExpired:
           process.send_signal(signal.SIGTERM if gentle else signal.SIGKILL)
         _, said = process.communicate()
-      problems = damaged(run)
+      problems = damaged(here(run))
       wrong += len(problems)
       # 0: it came to its end before; the run begins anew, for there would be nothing left to kill.
       row: dict[str, Any] = {
@@ -122,10 +143,10 @@ def main() -> None:
       row |= {"resumed": next((s for s in said.splitlines() if "resumed from" in s), None)}
       row |= {"damaged": problems}
       if process.returncode == exit_codes.DONE:
-        same = digest(run) == digest(whole)
+        same = digest(here(run)) == digest(whole)
         wrong += not same
         row |= {"ended": True, "same": same}
-        shutil.rmtree(run)
+        remove(run)
       else:
         kill += 1
       # -SIGTERM: it came while Python was still importing, before there was anything to save.
@@ -141,7 +162,7 @@ def main() -> None:
       log.flush()
       print(row, flush=True)
   subprocess.run(command(args.config, run, overrides), check=True, stderr=subprocess.DEVNULL)
-  same = digest(run) == digest(whole)
+  same = digest(here(run)) == digest(whole)
   wrong += not same
   print(f"{args.kills} kills: {wrong} differences; the end is {'the same' if same else 'another'}")
   sys.exit(wrong > 0)

@@ -1,0 +1,124 @@
+"""An emulated bucket: moto's server of S3 on loopback, and a proxy in front of it that fails some requests."""
+
+import contextlib
+import http.client
+import importlib.util
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+MISSING = [name for name in ("obstore", "moto", "flask") if importlib.util.find_spec(name) is None]
+needed = pytest.mark.skipif(
+  bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install -r requirements-buckets.txt"
+)
+_ENVIRONMENT = {
+  "AWS_ACCESS_KEY_ID": "test",
+  "AWS_SECRET_ACCESS_KEY": "test",
+  "AWS_REGION": "us-east-1",
+  "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@contextlib.contextmanager
+def server():
+  """Starts the server with a bucket named "bucket"; yields its address."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+  url = f"http://127.0.0.1:{port}"
+  env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+  with subprocess.Popen(
+    command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
+  ) as process:
+    try:
+      for _ in range(600):
+        with contextlib.suppress(OSError):
+          request = urllib.request.Request(f"{url}/bucket", method="PUT")
+          urllib.request.urlopen(request, timeout=10).close()
+          break
+        assert process.poll() is None, "moto's server has ended"
+        time.sleep(0.1)
+      yield url
+    finally:
+      process.kill()
+
+
+def environment(url: str, cache: object) -> dict[str, str]:
+  """Environment variables of a process that uses the server, with a cache folder of its own."""
+  return {**_ENVIRONMENT, "AWS_ENDPOINT_URL": url, "FLEXIVIT_CACHE": str(cache)}
+
+
+class Failing:
+  """A proxy that fails some requests, before or after they reach the server: an answer may be lost.
+
+  Attributes:
+    share: of the requests that fail.
+    status: of their answer.
+    only: method and part of the path of those that may fail.
+    failed: how many did.
+  """
+
+  def __init__(self, url: str, seed: int = 0):
+    self.share, self.status, self.only, self.failed = 0.0, 503, ("", ""), 0
+    rng, lock, outer = random.Random(seed), threading.Lock(), self
+    host = url.removeprefix("http://")
+
+    class Handler(BaseHTTPRequestHandler):
+      protocol_version = "HTTP/1.1"
+
+      def forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        method, part = outer.only
+        with lock:
+          fails = rng.random() < outer.share and method in self.command and part in self.path
+          before = rng.random() < 0.5
+          outer.failed += fails
+        status, headers, content = outer.status, [], b"<Error><Code>SlowDown</Code></Error>"
+        if not (fails and before):
+          connection = http.client.HTTPConnection(host, timeout=60)
+          connection.request(self.command, self.path, body, dict(self.headers))
+          answer = connection.getresponse()
+          got = answer.read()
+          if not fails:
+            status, headers, content = answer.status, answer.getheaders(), got
+          connection.close()
+        self.send_response(status)
+        length = str(len(content))
+        for key, value in headers:
+          if key.lower() == "content-length":
+            length = value  # of a HEAD
+          elif key.lower() not in ("transfer-encoding", "connection", "date", "server"):
+            self.send_header(key, value)
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command != "HEAD":
+          self.wfile.write(content)
+
+      do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815
+
+      def log_message(self, *args: object) -> None:
+        del args
+
+    class Server(ThreadingHTTPServer):
+      def handle_error(self, *args: object) -> None:
+        del args  # a client that was killed
+
+    self._server = Server(("127.0.0.1", 0), Handler)
+    self._server.daemon_threads = True
+    self.url = f"http://127.0.0.1:{self._server.server_port}"
+    self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+    self._thread.start()
+
+  def close(self) -> None:
+    self._server.shutdown()
+    self._server.server_close()
+    self._thread.join()
