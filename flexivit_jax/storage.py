@@ -149,18 +149,36 @@ class Bucket:
         out.write(piece)
     return True
 
-  def check(self, name: str) -> None:
-    """Writes, reads and deletes an object of this name.
+  def check(self, name: str, content: bytes = b"") -> tuple[float, float]:
+    """Writes an object of this name, reads it, replaces it under a condition, and deletes it.
+
+    Args:
+      name: of no object that is there.
+      content: what is written; by default a few random bytes.
+
+    Returns:
+      The seconds that writing and reading took.
 
     Raises:
-      UserError: no credentials, no such bucket, no permission, no connection, or other content than was written.
+      UserError: no credentials, no such bucket, no permission, no connection; other content than was written; or a
+        server that ignores conditions, with which two runs could write one folder.
     """
-    content = os.urandom(16)
+    content, begun = content or os.urandom(16), time.perf_counter()
     self.write(name, content)
-    if (got := self.read(name)) != content:
+    written, begun = time.perf_counter() - begun, time.perf_counter()
+    got = self.read(name)
+    read = time.perf_counter() - begun
+    if got != content:
       shown = "nothing" if got is None else f"{len(got)} other bytes"
       raise errors.UserError(f"{self.of(name)} was written, and {shown} read.")
+    if self.create(name, content + b".") is not None:
+      self.delete(name)
+      raise errors.UserError(
+        f"{self.of(name)}: the server replaces an object though it was to be written only where there is none, so that"
+        " two runs could write one folder; use one that supports If-None-Match, or mount the bucket."
+      )
     self.delete(name)
+    return written, read
 
   def of(self, name: str) -> str:
     """The address of an object."""

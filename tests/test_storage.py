@@ -2,11 +2,13 @@
 
 import importlib.util
 import pathlib
+import re
 import sys
 
 import pytest
 
 from flexivit_jax import errors, storage
+from flexivit_jax.doctor import storage as doctor_storage
 
 pytestmark = pytest.mark.faults
 
@@ -122,6 +124,23 @@ class TestBucket:
   def test_a_bucket_that_is_not_there_is_named(self, proxy):
     with pytest.raises(errors.UserError, match="there is no bucket 'nobody'; make it"):
       storage.Bucket("s3://nobody/run").check("x")
+
+  def test_a_server_that_ignores_conditions_is_refused(self, proxy, monkeypatch):
+    bucket = storage.Bucket("s3://bucket/seven")
+    put = bucket._put
+    monkeypatch.setattr(bucket, "_put", lambda name, content, **options: put(name, content))
+    with pytest.raises(errors.UserError, match="two runs could write one folder"):
+      bucket.check("x")
+    assert bucket.stat("x") is None
+
+  def test_the_doctor_writes_reads_and_deletes(self, proxy):
+    found = doctor_storage.check(pathlib.Path("s3://bucket/eight/run"), [])
+    assert re.fullmatch(
+      r"s3://bucket/eight/run: \d+ MiB/s written, \d+ read, .* 0 requests repeated", found
+    )
+    assert storage.Bucket("s3://bucket/eight").entries() == {}
+    with pytest.raises(errors.UserError, match="there is no bucket 'nobody'"):
+      doctor_storage.check(pathlib.Path("s3://nobody/run"), [])
 
   def test_keys_are_found_in_the_files_of_aws(self, proxy, monkeypatch, tmp_path):
     file = tmp_path / "credentials"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import filelock
 
-from flexivit_jax import files
+from flexivit_jax import files, storage
 from flexivit_jax.doctor.findings import wrong
 from flexivit_jax.running import peers, run_folder
 
@@ -21,7 +21,7 @@ _ELSEWHERE = "give another --workdir"
 
 
 def check(workdir: pathlib.Path, new: list[pathlib.Path], *, several: bool = False) -> str:
-  """Writes, reads, renames, locks and deletes a file in a run folder; returns how fast it was.
+  """Writes, reads, renames, locks and deletes a file in a run folder, or an object in a bucket; returns the speed.
 
   Args:
     workdir: the folder.
@@ -32,6 +32,8 @@ def check(workdir: pathlib.Path, new: list[pathlib.Path], *, several: bool = Fal
     NotGreenError: what does not work there.
     UserError: it cannot be a run folder.
   """
+  if url := storage.address(workdir):
+    return _check_bucket(url, several=several)
   run_folder.check_path(workdir, several=several)
   name = f".doctor-{uuid.uuid4().hex}"
   probe, moved, lock = (workdir / f"{name}{end}" for end in ("", ".moved", ".lock"))
@@ -47,6 +49,18 @@ def check(workdir: pathlib.Path, new: list[pathlib.Path], *, several: bool = Fal
     for path in (probe, moved, lock):
       with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
+
+
+def _check_bucket(url: str, *, several: bool) -> str:
+  """Does what a run does at its start there; returns how fast it was."""
+  run_folder.check_bucket(url, several=several)
+  bucket = storage.Bucket(url)
+  written, read = bucket.check(f"probe.{uuid.uuid4().hex}", os.urandom(_SIZE))
+  mib = _SIZE / 2**20
+  return (
+    f"{url}: {mib / written:.0f} MiB/s written, {mib / read:.0f} read, in one request; conditions and deletes;"
+    f" {bucket.repeated} requests repeated"
+  )
 
 
 def _check(
