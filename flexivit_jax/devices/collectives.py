@@ -43,11 +43,16 @@ class Sent(NamedTuple):
     )
 
 
-def expected(params: Tree, mesh: Mesh | AbstractMesh) -> Sent:
+def expected(params: Tree, mesh: Mesh | AbstractMesh, *, gather_bytes: int = 4) -> Sent:
   """What a step sends for the parameters of a FlexiViT, or their shapes, without accumulation.
 
   A block's divided arrays are gathered forwards and backwards, and their gradients scattered; what lies outside the
   blocks is gathered once. Gradients of what is a copy are summed over all devices.
+
+  Args:
+    params: float32 arrays, or their shapes.
+    mesh: over which they are divided.
+    gather_bytes: of a number of a block that is gathered, 2 with `mesh.gather_dtype="bfloat16"`.
   """
   places = trees.flatten(sharding.divided(params, mesh))
   data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
@@ -57,7 +62,7 @@ def expected(params: Tree, mesh: Mesh | AbstractMesh) -> Sent:
     if "fsdp" not in places[name].spec:
       sent["all_reduce"] += size
     elif _IN_BLOCK.fullmatch(name):
-      sent["all_gather"] += 2 * size
+      sent["all_gather"] += 2 * size * gather_bytes // 4
       sent["reduce_scatter"] += size
       sent["all_reduce_data"] += size // fsdp if data > 1 else 0
     else:

@@ -18,6 +18,10 @@ from flexivit_jax import errors, trees
 from flexivit_jax.trees import Tree
 
 AXES = ("data", "fsdp")
+OPTIONS = (
+  "divide_teachers",
+  "gather_dtype",
+)  # of a config's mesh besides the arguments of `make_mesh`
 SMALLEST = 2**13  # elements: what is smaller, biases and the like, is a copy on each device
 STACKED = "encoderblock"  # parameters below this name have the blocks as their first axis
 
@@ -126,6 +130,7 @@ def over_divided(
   mesh: Mesh | AbstractMesh,
   remat: Mapping[str, Any] | None = None,
   kernel_length: int | None = None,
+  gather_dtype: str = "float32",
 ) -> Callable[[Tree, jax.Array], Tree]:
   """Returns `fn(params, x)`, which gathers the parameters while it runs, forwards and again backwards.
 
@@ -137,6 +142,7 @@ def over_divided(
     mesh: has an axis "fsdp".
     remat: arguments of `jax.checkpoint` that say what `fn` keeps for the backward pass; None: all its activations.
     kernel_length: tokens as a kernel in `fn` pads them; None: there is no kernel in it.
+    gather_dtype: in which parameters are sent; their gradients are scattered and summed in float32 all the same.
   """
 
   def run(params: Tree, x: jax.Array) -> Tree:
@@ -147,7 +153,7 @@ def over_divided(
         return leaf
       # Marked before: its gradient is then scattered along "fsdp" first, and only the piece summed along "data".
       leaf = jax.lax.pcast(leaf, "data", to="varying")
-      return jax.lax.all_gather(leaf, "fsdp", axis=len(spec) - 1, tiled=True)
+      return _gathered(len(spec) - 1, gather_dtype, leaf)
 
     def local(params: Tree, x: jax.Array) -> Tree:
       whole = lambda params, x: fn(jax.tree.map(gather, params, specs), x)  # noqa: E731
@@ -164,6 +170,24 @@ def over_divided(
     return over(params, x)
 
   return run
+
+
+def _gathered(axis: int, dtype: str, leaf: jax.Array) -> jax.Array:
+  """A parameter's pieces along "fsdp", put together; its gradient is not rounded as it is itself."""
+
+  def gather(leaf: jax.Array) -> jax.Array:
+    sent = jax.lax.all_gather(leaf.astype(dtype), "fsdp", axis=axis, tiled=True)
+    return sent.astype(leaf.dtype)
+
+  if dtype == leaf.dtype:
+    return gather(leaf)
+  rounded = jax.custom_vjp(gather)
+
+  def backward(_: None, g: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.psum_scatter(g, "fsdp", scatter_dimension=axis, tiled=True),)
+
+  rounded.defvjp(lambda leaf: (gather(leaf), None), backward)
+  return rounded(leaf)
 
 
 def over_gathered(

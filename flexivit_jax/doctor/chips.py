@@ -54,8 +54,7 @@ def _unused() -> str:
 def mesh(settings: Section | None) -> str:
   """Makes the mesh of a config, and divides its batch; without a config that of plain data parallelism."""
   section = {k: v for k, v in ((settings or {}).get("mesh") or {}).items() if v is not None}
-  section.pop("divide_teachers", None)
-  made = sharding.make_mesh(**section)
+  made = sharding.make_mesh(**{k: v for k, v in section.items() if k not in sharding.OPTIONS})
   text = " x ".join(f"{n} {name}" for name, n in made.shape.items())
   slices = len({sharding.slice_of(device) for device in made.devices.flat})
   text += f", {slices} slices along data" if slices > 1 else ""

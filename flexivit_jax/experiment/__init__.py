@@ -3,6 +3,7 @@
 from flexivit_jax.experiment.build import (
   Experiment,
   check,
+  divided_model,
   from_config,
   without_evaluations,
 )
@@ -20,6 +21,7 @@ __all__ = [
   "build_evaluation",
   "check",
   "classes_of_tables",
+  "divided_model",
   "example_arrays",
   "from_config",
   "without_evaluations",

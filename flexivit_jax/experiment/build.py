@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 from flexivit_jax import config, data, errors
 from flexivit_jax.config import Section
@@ -425,6 +426,22 @@ def _followed(
     None if best is None else monitor.parse("checkpoint.best", best, evals, mode),
     None if early is None else monitor.early_stopping(evals=evals, **early),
   )
+
+
+def divided_model(exp: Experiment, mesh: Mesh | AbstractMesh) -> Model:
+  """The model whose blocks gather what is divided over a mesh, as the config's `mesh` says.
+
+  Raises:
+    UserError: a `gather_dtype` that the model does not have, or that would round what its products take.
+  """
+  fields: dict[str, Any] = {"fsdp": mesh}
+  if "gather_dtype" in exp.mesh:
+    if not hasattr(exp.model, "gather_dtype"):
+      raise errors.UserError(
+        f"mesh.gather_dtype is for models with this field, and {type(exp.model).__name__} has none; leave it out."
+      )
+    fields["gather_dtype"] = exp.mesh["gather_dtype"]
+  return exp.model.clone(**fields)
 
 
 def without_evaluations(settings: Section) -> Json:

@@ -195,7 +195,8 @@ def memory(
   costliest = max(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
   weights = collectives.state_bytes(state.params, mesh)
   return {
-    "parameters": weights + _copies(state.params, mesh, model),
+    "parameters": weights,
+    "copies": _copies(state.params, mesh, model),
     "gradients": weights * (1 if microbatches == 1 else 2),  # of a microbatch, and their sum
     "optimizer": collectives.state_bytes((state.opt_state, state.ema), mesh),
     "teachers": collectives.state_bytes(teachers, mesh)
@@ -230,7 +231,9 @@ def _memory(exp: experiment.Experiment, state: steps.TrainState, devices: int) -
 def _sent(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> float:
   """Bytes that each device sends to others in a step, see `collectives`."""
   mesh = _mesh(exp, devices) or sharding.abstract_mesh(devices)
-  return collectives.expected(state.params, mesh).on_the_wire(*mesh.axis_sizes)
+  half = exp.mesh.get("gather_dtype") == "bfloat16"
+  sent = collectives.expected(state.params, mesh, gather_bytes=2 if half else 4)
+  return sent.on_the_wire(*mesh.axis_sizes)
 
 
 # --- lowering ---
@@ -283,7 +286,7 @@ def _lower_for(
     return f"not possible: mesh.fsdp={exp.mesh['fsdp']} does not divide them"
   # Blocks of a model with this field gather what is divided over the mesh; XLA does it for other models.
   if mesh.shape["fsdp"] > 1 and hasattr(exp.model, "fsdp"):
-    train = _gradients(exp, exp.model.clone(fsdp=mesh))
+    train = _gradients(exp, experiment.divided_model(exp, mesh))
   split = functools.partial(_placed, sharding.batch_split(mesh))
 
   def whole(tree: Tree) -> Tree:

@@ -28,7 +28,7 @@ def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Mesh]:
   Raises:
     UserError: the batch does not divide over the mesh; a form of attention that cannot run on these devices.
   """
-  mesh = sharding.make_mesh(**{k: v for k, v in exp.mesh.items() if k != "divide_teachers"})
+  mesh = sharding.make_mesh(**{k: v for k, v in exp.mesh.items() if k not in sharding.OPTIONS})
   whole = 1 if exp.accumulate == "auto" else int(exp.accumulate)
   sharding.check_divides(exp.batch_size // whole, mesh)
   for name, evaluation in exp.evaluations.items():
@@ -37,7 +37,7 @@ def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Mesh]:
     model = exp.model
     attention.check_here(model.attention, model.dtype, model.width // model.num_heads)
   if mesh.shape["fsdp"] > 1 and hasattr(exp.model, "fsdp"):
-    exp = exp._replace(model=exp.model.clone(fsdp=mesh))
+    exp = exp._replace(model=experiment.divided_model(exp, mesh))
   return exp, mesh
 
 

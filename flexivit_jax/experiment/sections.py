@@ -45,7 +45,8 @@ def check_sections(settings: Settings) -> None:
     config.check("objective.size", settings.objective["size"], network.grid, given=_GIVEN_SIZE)
   if settings.init is not None:
     config.check("init", settings.init, load_init, given=("model", "labels"))
-  config.check("mesh", settings.mesh or {}, sharding.make_mesh, optional={"divide_teachers": bool})
+  of_mesh = {"divide_teachers": bool, "gather_dtype": str}
+  config.check("mesh", settings.mesh or {}, sharding.make_mesh, optional=of_mesh)
   config.check("optim", settings.optim, _make_optimizer, given=_GIVEN_OPTIM)
   schedule = settings.optim.get("schedule") or {}
   for section in [schedule] if isinstance(schedule, Mapping) else [kw for _, kw in schedule if kw]:

@@ -11,7 +11,7 @@ from flexivit_jax.specs import Shapes, Specs
 from flexivit_jax.trees import Params
 
 # Fields that do not identify the architecture: Flax's own, device placement, how the head's bias begins.
-UNNAMED = ("parent", "name", "fsdp", "head_bias")
+UNNAMED = ("parent", "name", "fsdp", "gather_dtype", "head_bias")
 
 
 @runtime_checkable

@@ -109,6 +109,8 @@ class FlexiViT(nn.Module):
     attention: a form of `models/attention.py`: the same numbers, faster or slower; "auto" by device, tokens, dtype and
       width of a head. "auto:tpu": as on that platform, for programs that are lowered but not run here.
     fsdp: the mesh along whose axis "fsdp" the parameters are divided (see `sharding`); None: none are.
+    gather_dtype: in which blocks gather what is divided, an option of a config's mesh; "bfloat16" only where `dtype` is
+      that, so that products take the same numbers.
     head_bias: with which the head's bias begins; -10 for sigmoid losses over many classes.
   """
 
@@ -138,6 +140,7 @@ class FlexiViT(nn.Module):
   remat: bool | str = False
   attention: str = "auto"
   fsdp: Mesh | AbstractMesh | None = None
+  gather_dtype: str = "float32"
   head_bias: float = 0.0
 
   def __post_init__(self) -> None:
@@ -218,6 +221,7 @@ class FlexiViT(nn.Module):
       scan=self.scan,
       remat=self.remat,
       fsdp=self.fsdp,
+      gather_dtype=self.gather_dtype,
       stochastic_depth=self.stochastic_depth,
       name="Transformer",
     )(x, train, depth)
@@ -373,6 +377,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
   "kernel_operator": tuple(resize.OPERATORS),
   "grid_operator": tuple(resize.OPERATORS),
   "dtype": ("float32", "bfloat16"),
+  "gather_dtype": ("float32", "bfloat16"),
   "scan": (False, True, "by_block"),
   "remat": (False, True, *vit.REMAT),
 }
@@ -399,6 +404,11 @@ def check_fields(model: FlexiViT) -> None:
   if model.num_heads < 1 or model.width % model.num_heads:
     raise errors.UserError(
       f"width={model.width} must be a multiple of num_heads={model.num_heads}."
+    )
+  if model.gather_dtype == "bfloat16" != model.dtype:
+    raise errors.UserError(
+      f"mesh.gather_dtype='bfloat16' with model.dtype={model.dtype!r} would round the weights of every product; set"
+      " model.dtype='bfloat16', or leave gather_dtype out."
     )
   if model.registers < (model.pool_type == "tok+reg"):
     raise errors.UserError(

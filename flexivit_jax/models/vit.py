@@ -203,6 +203,7 @@ class Encoder(nn.Module):
       "blocks".
     fsdp: the mesh along whose axis "fsdp" the parameters are divided (see `sharding`); each block gathers its own.
       None: every device has all of them.
+    gather_dtype: in which a block gathers its divided parameters; "bfloat16" sends half as much.
     stochastic_depth: probability with which an example skips a branch of the last block in training; from the first
       block, which none skips, it grows linearly (arXiv 1603.09382, as in DeiT). A block alone is the first.
   """
@@ -212,6 +213,7 @@ class Encoder(nn.Module):
   scan: bool | str = False
   remat: bool | str = False
   fsdp: Mesh | AbstractMesh | None = None
+  gather_dtype: str = "float32"
   stochastic_depth: float = 0.0
 
   @nn.compact
@@ -246,6 +248,7 @@ class Encoder(nn.Module):
       scan=self.scan,
       remat=self.remat,
       fsdp=None if initializing else self.fsdp,
+      gather_dtype=self.gather_dtype,
     )
     out["pre_ln"] = x
     return nn.LayerNorm(self.config.layer_norm_eps, name="encoder_norm")(x), out
@@ -279,6 +282,7 @@ def apply_blocks(
   scan: bool | str,
   remat: bool | str,
   fsdp: Mesh | AbstractMesh | None,
+  gather_dtype: str = "float32",
 ) -> tuple[Float[Array, "n l d"], Json]:
   """Runs the first blocks of an encoder, one after the other, with one traced function for all of them.
 
@@ -298,12 +302,12 @@ def apply_blocks(
     depth: number of blocks to run.
     config: of each block.
     train: whether dropout applies.
-    scan, remat, fsdp: see `Encoder`.
+    scan, remat, fsdp, gather_dtype: see `Encoder`.
 
   Returns:
     The tokens, and the intermediates of each block under "block00", "block01", ...
   """
-  block = _traced_block(config, train, bool(scan), which_remat(remat), fsdp)
+  block = _traced_block(config, train, bool(scan), which_remat(remat), fsdp, gather_dtype)
   if scan:
     if scan is True:
       first = jax.tree.map(lambda a: a[:depth], params["encoderblock"])
@@ -322,7 +326,12 @@ def apply_blocks(
 
 @functools.cache
 def _traced_block(
-  config: BlockConfig, train: bool, scan: bool, remat: str, fsdp: Mesh | AbstractMesh | None
+  config: BlockConfig,
+  train: bool,
+  scan: bool,
+  remat: str,
+  fsdp: Mesh | AbstractMesh | None,
+  gather_dtype: str,
 ) -> Callable[..., Tree]:
   """One jitted function `(params, x, key, drop) -> (x, intermediates)` for all blocks of a configuration."""
   # Where parameters are divided, one checkpoint is around a block and what it gathers.
@@ -343,7 +352,9 @@ def _traced_block(
     length = attention.kernel_length(
       config.attention, x.shape[1], config.dtype, x.shape[2] // config.num_heads
     )
-    over = sharding.over_divided(lambda params, x: run(params, x, None, None), fsdp, kept, length)
+    over = sharding.over_divided(
+      lambda params, x: run(params, x, None, None), fsdp, kept, length, gather_dtype
+    )
     return over(params, x)
 
   return jax.jit(divided)

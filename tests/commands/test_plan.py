@@ -143,6 +143,9 @@ def test_divided_weights_are_held_sent_and_lowered():
   assert 1.3 < divided["sent"]["8"] / whole["sent"]["8"] < 1.55
   assert divided["lowered"]["8"] == divided["lowered"]["32"] == "2 training steps lowered"
   assert divided["lowered"]["4"] == "not possible: mesh.fsdp=8 does not divide them"
+  half = costs.plan(settings | {"mesh": {"fsdp": 8, "gather_dtype": "bfloat16"}}, meshes=(8,))
+  assert half["lowered"]["8"] == "2 training steps lowered"
+  assert 0.6 < half["sent"]["8"] / divided["sent"]["8"] < 0.75  # one third of it as it was
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,59 @@ def test_hosts_of_gpus_are_no_slices():
   assert sharding.slice_of(jax.devices()[0]) == 0
 
 
+GATHERING = dict(
+  num_classes=3, patch_size=(6, 6), posemb_size=(2, 2), width=128, depth=2, mlp_dim=256, num_heads=2,
+  head_zeroinit=False, dtype="bfloat16", scan=True, attention="einsum",
+)  # fmt: skip
+
+
+def test_blocks_send_their_parameters_in_the_dtype_that_the_mesh_says():
+  from flexivit_jax.models import FlexiViT
+
+  mesh = sharding.abstract_mesh(4, fsdp=4)
+  spec = jax.ShapeDtypeStruct((8, 12, 12, 3), jnp.float32, sharding=sharding.batch_split(mesh))
+  for dtype, sent in (("float32", "f32"), ("bfloat16", "bf16")):
+    model = FlexiViT(**GATHERING, fsdp=mesh, gather_dtype=dtype)
+    params = jax.eval_shape(model.init, jax.random.key(0), spec)["params"]
+    placed = jax.tree.map(
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+      params,
+      sharding.divided(params, mesh),
+    )
+    loss = lambda p, x, model=model: model.apply({"params": p}, x, seqhw=4)[0].sum()  # noqa: E731
+    text = jax.jit(jax.grad(loss)).trace(placed, spec).lower(lowering_platforms=("tpu",)).as_text()
+    gathered = re.findall(r"all_gather.*-> tensor<[^>]*x(\w+)>", text)
+    scattered = re.findall(r"reduce_scatter.*?-> tensor<[^>]*x(\w+)>", text, re.DOTALL)
+    assert len(gathered) == 12 and {*gathered} == {sent}  # six products, forwards and backwards
+    assert len(scattered) == 6 and {*scattered} == {"f32"}
+  with pytest.raises(UserError, match=r"gather_dtype='bfloat16' with model\.dtype='float32'"):
+    model.clone(dtype="float32")
+
+
+def gradients_by_gather_dtype(path: str) -> None:
+  """Writes the gradients of a model whose blocks send their parameters in float32 and in bfloat16."""
+  from flexivit_jax.models import FlexiViT
+
+  mesh, found = sharding.make_mesh(data=2, fsdp=4), {}
+  image = np.random.default_rng(0).uniform(-1, 1, size=(8, 12, 12, 3)).astype(np.float32)
+  for dtype in ("float32", "bfloat16"):
+    model = FlexiViT(**GATHERING, fsdp=mesh, gather_dtype=dtype)
+    params = jax.jit(model.init)(jax.random.key(0), image)["params"]
+    placed = jax.device_put(params, sharding.divided(params, mesh))
+    loss = lambda p, x, model=model: (model.apply({"params": p}, x, seqhw=4)[0] ** 2).mean()  # noqa: E731
+    leaves = jax.tree.leaves(jax.jit(jax.grad(loss))(placed, sharding.put_batch(image, mesh)))
+    found[dtype] = np.concatenate([np.ravel(leaf) for leaf in leaves])
+  np.savez(path, **found)
+
+
+@pytest.mark.full
+def test_parameters_sent_in_bfloat16_give_the_same_bits(tmp_path, on_eight_devices):
+  on_eight_devices(gradients_by_gather_dtype, str(tmp_path / "found.npz"))
+  with np.load(tmp_path / "found.npz") as found:
+    assert np.abs(found["float32"]).max() > 0
+    np.testing.assert_array_equal(found["float32"], found["bfloat16"])
+
+
 def gradients_with_masks(argument: str) -> None:
   """Writes the gradients of a model with dropout and stochastic depth on each mesh of all devices.
 
