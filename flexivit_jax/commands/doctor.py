@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from flexivit_jax import errors
 from flexivit_jax.commands import options
@@ -51,12 +51,12 @@ def run(args: argparse.Namespace) -> None:
     print(finding.line(examination.WIDTH), flush=True)
     printed.append(finding)
 
-  def end(rows: examination.Rows, processes: int = 1, *, first: bool = True) -> None:
+  def end(rows: examination.Rows, processes: int = 1, out: TextIO | None = None) -> None:
     rest = [row for row in rows if row[1] not in printed]
-    if first and args.json:
-      print(json.dumps(findings.as_json(rows, processes), indent=1), flush=True)
-    elif first and rest:
-      print(findings.as_text(rest), flush=True)
+    if args.json:
+      print(json.dumps(findings.as_json(rows, processes), indent=1), file=out, flush=True)
+    elif rest:
+      print(findings.as_text(rest), file=out, flush=True)
     _raise(rows)
 
   found = examination.of_machine(args.limit)
@@ -79,11 +79,16 @@ def run(args: argparse.Namespace) -> None:
   for finding in found if alone else ():
     show(finding)
   see = show if alone else lambda finding: None
-  found += examination.of_devices(args.workdir, settings, reading, args.limit, see)
-  rows, whole = examination.of_all(found, args.limit)
+  of_devices, reached = examination.of_devices(args.workdir, settings, reading, args.limit, see)
+  rows, whole = examination.of_all([*found, *of_devices], args.limit, reached=reached)
   import jax
 
-  end(rows, jax.process_count() if whole else 1, first=not whole or jax.process_index() == 0)
+  if whole:
+    return end(rows, jax.process_count())
+  # The others say nothing on standard output (`options.join`); here each has to speak for itself.
+  index = jax.process_index()
+  where = f"process {index}: " if distributed.is_on() else ""
+  return end([(where, f) for _, f in rows], out=sys.stderr if index else None)
 
 
 def _raise(rows: Sequence[tuple[str, Finding]]) -> None:

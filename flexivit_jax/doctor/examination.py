@@ -44,7 +44,7 @@ def of_devices(
   reading: Callable[[], str] | None,
   limit: float,
   show: Show,
-) -> list[Finding]:
+) -> tuple[list[Finding], bool]:
   """Checks the devices, the folder, and what the processes of a run must have in common; all must call it.
 
   Leaves nothing behind in the folder.
@@ -55,6 +55,9 @@ def of_devices(
     reading: measures the input of the config; None: it is not read.
     limit: seconds for each check; those that wait for other processes have as much for what these do before.
     show: called with each finding.
+
+  Returns:
+    The findings; and whether all devices have answered, so that the processes can reach each other.
   """
   from flexivit_jax.doctor import chips, hosts, storage
   from flexivit_jax.running import distributed
@@ -102,11 +105,16 @@ def of_devices(
     return ""
 
   within(limit, "end", tidy, "")
-  return found
+  return found, not broken
 
 
-def of_all(found: list[Finding], limit: float) -> tuple[Rows, bool]:
-  """Exchanges the findings of all processes; all must call it.
+def of_all(found: list[Finding], limit: float, *, reached: bool) -> tuple[Rows, bool]:
+  """Exchanges the findings of all processes.
+
+  Args:
+    found: of this process.
+    limit: seconds for a check.
+    reached: see `of_devices`; where it is False this process does not wait for the others.
 
   Returns:
     (Processes, finding) to print; and whether they are of all processes: where these do not reach each other, they
@@ -120,9 +128,11 @@ def of_all(found: list[Finding], limit: float) -> tuple[Rows, bool]:
     texts.extend(distributed.texts(json.dumps(found)))
     return ""
 
-  lost = any(f.failure == "time" for f in found)
-  if lost or not within(_ALONE * limit, "exchange", exchange, "").ok:
+  if not reached:
     return [("", f) for f in found], False
+  answer = within(_ALONE * limit, "processes", exchange, "read what the others print")
+  if not answer.ok:
+    return [("", f) for f in [*found, answer]], False
   return findings.merged([[Finding(*f) for f in json.loads(text)] for text in texts]), True
 
 

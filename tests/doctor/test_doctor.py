@@ -158,10 +158,15 @@ def test_locks_of_a_real_folder_exclude(tmp_path):
 def test_a_folder_that_does_not_answer_is_left_after_its_time(monkeypatch, tmp_path):
   monkeypatch.setattr(storage, "check", lambda *args, **kwargs: time.sleep(60))
   begun = time.monotonic()
-  found = examination.of_devices(tmp_path, None, None, 0.5, lambda f: None)
+  found, reached = examination.of_devices(tmp_path, None, None, 0.5, lambda f: None)
   assert time.monotonic() - begun < 10
   (red,) = (f for f in found if f.failure == "time")
-  assert red.check == "storage" and "no answer within 0.5 s" in red.said and "mount" in red.todo
+  assert (
+    reached
+    and red.check == "storage"
+    and "no answer within 0.5 s" in red.said
+    and "mount" in red.todo
+  )
 
 
 def test_programs_that_cannot_be_kept(monkeypatch, tmp_path):
@@ -210,9 +215,9 @@ def test_devices_that_cannot_be_had(monkeypatch):
     raise RuntimeError("The TPU is already in use by process 7")
 
   monkeypatch.setattr(chips, "backend", busy)
-  found = examination.of_devices(None, None, None, 5.0, lambda f: None)
+  found, reached = examination.of_devices(None, None, None, 5.0, lambda f: None)
   red = [f for f in found if not f.ok]
-  assert "already in use" in red[0].said and "restart their host" in red[0].todo
+  assert not reached and "already in use" in red[0].said and "restart their host" in red[0].todo
   assert all(f.said == "not tried, because of devices" for f in red[1:]) and len(red) == 7
 
 
@@ -294,6 +299,14 @@ def test_findings_of_all_processes_are_put_together():
   assert findings.merged([[bad], [bad]]) == [("all processes: ", bad)]
 
 
+def test_processes_that_do_not_answer_are_a_red_line_of_the_others(monkeypatch):
+  monkeypatch.setattr(distributed, "texts", lambda text: time.sleep(60))
+  good = findings.Finding("a", True, "x")
+  rows, whole = examination.of_all([good], 0.05, reached=True)
+  assert not whole and [(f.check, f.ok) for _, f in rows] == [("a", True), ("processes", False)]
+  assert examination.of_all([good], 0.05, reached=False) == ([("", good)], False)
+
+
 LATE = "import time; time.time = lambda now=time.time: now() + 3600"
 
 
@@ -338,6 +351,29 @@ from flexivit_jax.doctor import chips
 chips.backend = lambda: time.sleep(3600)
 cli.entry(["doctor", "--limit=2"])
 """
+
+
+@pytest.mark.slow
+def test_one_process_whose_devices_never_answer_ends_both(environment_of):
+  """The other waits six times as long for what it has to do before, and says that nobody answers."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  processes = []
+  for i in (0, 1):
+    given = ["doctor", "--limit=2", f"--coordinator_address=127.0.0.1:{port}"]
+    given += ["--num_processes=2", f"--process_id={i}"]
+    code = (HANGS if i else "from flexivit_jax import cli\n").replace('["doctor", "--limit=2"]', "")
+    code = code.replace("cli.entry()", "") + f"\ncli.entry({given!r})"
+    command = [sys.executable, "-c", code]
+    processes.append(
+      subprocess.Popen(
+        command, env=environment_of(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+      )
+    )
+  out = [p.communicate(timeout=100) for p in processes]
+  assert processes[1].returncode == 2 and "no answer within 2 s" in out[1][1]
+  assert processes[0].returncode == 2 and "BAD  sum" in out[0][0], out
 
 
 @pytest.mark.slow
