@@ -3,6 +3,7 @@
 #
 #   launch/gpus.sh --config configs/i1k_sup.py --workdir runs/i1k
 #   launch/gpus.sh --config configs/i1k_sup.py --workdir runs/i1k --config.mesh.fsdp=8   # weights divided by eight
+#   launch/gpus.sh --config configs/i1k_sup.py --workdir s3://BUCKET/runs/i1k            # a run in a bucket: docs/buckets.md
 #   COMMAND=doctor launch/gpus.sh --workdir runs/i1k --data configs/i1k_sup.py           # is everything ready?
 #
 # A run that hangs starts again (launch/again.sh); SIGTERM and Ctrl-C save and end it with code 75, and the same command

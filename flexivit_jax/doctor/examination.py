@@ -83,7 +83,7 @@ def of_devices(
     ("hosts", together, lambda: hosts.agreement(settings), network),
     ("clock", together, hosts.clocks, network),
   ]
-  if workdir is not None and several:
+  if workdir is not None and several and not storage.in_bucket(workdir):
     same = functools.partial(hosts.same_folder, workdir)
     checks.append(("same folder", max(together, 60.0), same, slow))
   if reading is not None:

@@ -20,6 +20,11 @@ _SIZE = 2**22
 _ELSEWHERE = "give another --workdir"
 
 
+def in_bucket(workdir: pathlib.Path) -> bool:
+  """Whether a run folder is an address in a bucket."""
+  return storage.address(workdir) is not None
+
+
 def check(workdir: pathlib.Path, new: list[pathlib.Path], *, several: bool = False) -> str:
   """Writes, reads, renames, locks and deletes a file in a run folder, or an object in a bucket; returns the speed.
 
@@ -54,7 +59,7 @@ def check(workdir: pathlib.Path, new: list[pathlib.Path], *, several: bool = Fal
 def _check_bucket(url: str, *, several: bool) -> str:
   """Does what a run does at its start there; returns how fast it was."""
   run_folder.check_bucket(url, several=several)
-  bucket = storage.Bucket(url)
+  bucket = storage.Bucket(url, attempts=3)  # the reason has to be known within the check's time
   written, read = bucket.check(f"probe.{uuid.uuid4().hex}", os.urandom(_SIZE))
   mib = _SIZE / 2**20
   return (

@@ -151,6 +151,17 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
   assert "is a file" in finding(lambda: storage.check(tmp_path / "file" / "run", []))
 
 
+def test_several_processes_with_a_bucket_leave_no_folder_of_its_name(tmp_path, monkeypatch):
+  """Whether they see one folder is not asked: a bucket of several processes is refused."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(distributed, "is_on", lambda: True)
+  monkeypatch.setattr(distributed, "texts", lambda text: [text])
+  bucket = pathlib.Path("s3://bucket/run")
+  found, _ = examination.of_devices(bucket, None, None, 5.0, lambda f: None)
+  assert [(f.check, "mount the bucket" in f.said) for f in found if not f.ok] == [("storage", True)]
+  assert "same folder" not in {f.check for f in found} and not list(tmp_path.iterdir())
+
+
 def test_locks_of_a_real_folder_exclude(tmp_path):
   assert storage._excludes(tmp_path / "lock")
 
