@@ -38,9 +38,9 @@ class Settings:
       steps as are expected to see each image once. Not with teachers.
     memory_gib: of each device, for accumulate="auto"; default: nine tenths of what the device has.
     init: weights to start from, arguments of `load_init`.
-    teacher_cache: folder where the teachers' logits are kept, step by step: another run with the same data, seed and
-      teachers reads them there, bit-equal, and runs no teacher. As large as steps x batch_size x classes x 4 bytes, or
-      with objective.top_k, x top_k x 8 bytes.
+    teacher_cache: folder, also in a bucket, where the teachers' logits are kept, step by step: another run with the
+      same data, seed and teachers reads them there, bit-equal, and runs no teacher. As large as steps x batch_size x
+      classes x 4 bytes, or with objective.top_k, x top_k x 8 bytes.
     init_head_bias: fills the head's bias at the start.
     log_every: steps between reads of the losses from the device.
     early_stopping: evaluations without improvement after which the run ends; or arguments of `monitor.early_stopping`.

@@ -28,6 +28,7 @@ from flexivit_jax.training import steps
 from flexivit_jax.trees import Tree
 
 _PENDING = 4  # steps whose arrays may wait for the disk
+_AHEAD = 4  # steps that are fetched at once from a bucket
 # What zipfile and NumPy raise over files of which any byte is another; RuntimeError: "is encrypted", "version 17.3".
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
 
@@ -37,7 +38,7 @@ class TeacherCache:
   """A folder of targets: trees of arrays [n, ...], this process's part of the batch.
 
   Args:
-    folder: made when the first step is written.
+    folder: made when the first step is written; or s3://BUCKET/FOLDER, gs://BUCKET/FOLDER.
     identity: JSON-able; everything that targets depend on. A folder of another is refused.
     process: (index, count) of this process. Each count has its own files: another one makes them again.
 
@@ -48,21 +49,22 @@ class TeacherCache:
   def __init__(
     self, folder: str | os.PathLike[str], identity: Mapping[str, object], process: tuple[int, int]
   ):
-    if url := storage.address(folder):
-      raise errors.UserError(
-        f"teacher_cache={url!r} is an address; expected a folder of this machine, as one of a mounted bucket."
-      )
-    self.folder = pathlib.Path(folder)
+    self.folder, url = pathlib.Path(folder), storage.address(folder)
+    self._bucket = storage.Bucket(url) if url else None
     self._about = self.folder / "cache.json"
     self._mine = self.folder / f"process_{process[0]}_of_{process[1]}"
+    self._there = set(self._bucket.entries(self._mine.name)) if self._bucket else set()
+    self._ahead: dict[int, concurrent.futures.Future[bytes | None]] = {}
     self._identity = json.loads(json.dumps(dict(identity), default=str))
     self._check()
     self._writer = concurrent.futures.ThreadPoolExecutor(1)
+    self._reader = concurrent.futures.ThreadPoolExecutor(_AHEAD)
     self._writes: list[concurrent.futures.Future] = []
 
   def has(self, step: int) -> bool:
     """Whether the targets of a step are there."""
-    return self._file(step).exists()
+    file = self._file(step)
+    return file.exists() if self._bucket is None else self._name(file) in self._there
 
   def read(self, step: int, like: Tree) -> Tree:
     """Returns the targets of a step as NumPy arrays, in a tree like `like`.
@@ -73,10 +75,11 @@ class TeacherCache:
     file, leaves = self._file(step), jax.tree.leaves(like)
     try:
       # Through memory: NumPy leaves a file open that it finds damaged.
-      with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+      with np.load(io.BytesIO(self._content(step)), allow_pickle=False) as arrays:
         found = [arrays[str(i)] for i in range(len(leaves))]
     except _DAMAGED as e:
-      raise errors.UserError(f"{file} is damaged ({e}); delete it, and it is made again.") from e
+      shown = self._bucket.of(self._name(file)) if self._bucket else file
+      raise errors.UserError(f"{shown} is damaged ({e}); delete it, and it is made again.") from e
     for got, want in zip(found, leaves, strict=True):
       if (got.shape[1:], got.dtype) != (want.shape[1:], want.dtype):
         raise errors.UserError(
@@ -96,30 +99,57 @@ class TeacherCache:
 
   def close(self) -> None:
     """Waits until everything is on disk; raises what went wrong there."""
+    self._reader.shutdown(cancel_futures=True)
     self._writer.shutdown(wait=True)
     while self._writes:
       self._writes.pop(0).result()
 
   def _write(self, step: int, leaves: list[jax.Array | np.ndarray]) -> None:
     # Unique names: other processes, and other runs that fill the same cache, may write the same file.
-    file = self._file(step)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not self._about.exists():
-      about = json.dumps(self._identity, indent=1)
-      files.write_atomically(self._about, about, unique=True)
+    file, about = self._file(step), json.dumps(self._identity, indent=1)
+    if self._bucket is not None:
+      self._bucket.create(self._about.name, about.encode())
+    else:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      if not self._about.exists():
+        files.write_atomically(self._about, about, unique=True)
     arrays: dict[str, Any] = {str(i): _local(leaf) for i, leaf in enumerate(leaves)}
     content = io.BytesIO()
     np.savez(content, **arrays)
-    files.write_atomically(file, content.getvalue(), unique=True)
+    if self._bucket is not None:
+      self._bucket.write(self._name(file), content.getvalue())
+    else:
+      files.write_atomically(file, content.getvalue(), unique=True)
+
+  def _content(self, step: int) -> bytes:
+    """Returns the bytes of a step's file; those of the next steps are fetched from a bucket meanwhile."""
+    if self._bucket is None:
+      return self._file(step).read_bytes()
+    for number in range(step, step + _AHEAD):
+      name = self._name(self._file(number))
+      if number not in self._ahead and name in self._there:
+        self._ahead[number] = self._reader.submit(self._bucket.read, name)
+    content = self._ahead.pop(step).result()
+    if content is None:
+      raise FileNotFoundError("it is gone")
+    return content
+
+  def _name(self, file: pathlib.Path) -> str:
+    """The name of an object in the bucket."""
+    return file.relative_to(self.folder).as_posix()
 
   def _file(self, step: int) -> pathlib.Path:
     return self._mine / f"{step // 1000:06d}" / f"{step:09d}.npz"
 
   def _check(self) -> None:
-    if not self._about.exists():
+    if self._bucket is not None:
+      about = self._bucket.read(self._about.name)
+    else:
+      about = self._about.read_bytes() if self._about.exists() else None
+    if about is None:
       return
     try:
-      stored = dict(json.loads(self._about.read_text()))
+      stored = dict(json.loads(about))
     except (ValueError, TypeError) as e:
       raise errors.UserError(f"{self._about} is damaged ({e}); give another folder.") from e
     keys = sorted(stored.keys() | self._identity.keys())

@@ -1,5 +1,6 @@
 """A run in a bucket: the same bits as a local one, whatever is killed, fails, or writes beside it."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import pytest
 from flexivit_jax import cli, config, errors, storage, train, weights
 from flexivit_jax.running import bucket_lock, bucket_run, manifest, metrics_writer, run_folder
 from flexivit_jax.running.checkpoint import Checkpoints
+from flexivit_jax.training import teachers
 
 pytestmark = pytest.mark.faults
 
@@ -272,6 +274,29 @@ class TestBucket:
     jax.tree.map(np.testing.assert_array_equal, params, expected[1])
     with pytest.raises(errors.UserError, match="nothing at s3://bucket/read/none"):
       weights.load("s3://bucket/read/none")
+
+  def test_a_cache_of_teachers_in_a_bucket_gives_the_bits_that_were_written(self, proxy):
+    url, proxy.share = "s3://bucket/teachers", 0.05
+    targets = [np.arange(12, dtype=np.float32).reshape(4, 3) * i for i in range(7)]
+    with contextlib.closing(teachers.TeacherCache(url, {"seed": 0}, (0, 1))) as cache:
+      assert not cache.has(0)
+      for step, array in enumerate(targets):
+        cache.write(step, {"a": array})
+    with contextlib.closing(teachers.TeacherCache(url, {"seed": 0}, (0, 1))) as cache:
+      like = {"a": jax.ShapeDtypeStruct((4, 3), np.float32)}
+      assert all(map(cache.has, range(7))) and not cache.has(7)
+      for step in (3, 4, 5, 6, 0, 1, 2):
+        np.testing.assert_array_equal(cache.read(step, like)["a"], targets[step])
+    assert not teachers.TeacherCache(url, {"seed": 0}, (1, 2)).has(0)
+    with pytest.raises(errors.UserError, match="was made for other targets"):
+      teachers.TeacherCache(url, {"seed": 1}, (0, 1))
+    bucket, name = storage.Bucket(url), "process_0_of_1/000000/000000002.npz"
+    damaged = bytearray(bucket.read(name))
+    damaged[len(damaged) // 2] ^= 1
+    bucket.write(name, bytes(damaged))
+    cache = teachers.TeacherCache(url, {"seed": 0}, (0, 1))
+    with contextlib.closing(cache), pytest.raises(errors.UserError, match=f"^{url}/{name} is dam"):
+      cache.read(2, like)
 
   def test_each_flipped_bit_in_a_checkpoint_is_found(self, proxy, local):
     bucket = storage.Bucket("s3://bucket/flips/run")
