@@ -95,7 +95,7 @@ def text(plan: Mapping[str, Any]) -> list[str]:
   ]
   for name, hours in plan["hours"].items():
     lines.append(
-      f"{name:>8}: {hours['training']:.3g} h to train, {hours['evaluation']:.3g} h to evaluate,"
+      f"{name:>9}: {hours['training']:.3g} h to train, {hours['evaluation']:.3g} h to evaluate,"
       f" at {plan['utilisation']:.0%} of its peak"
     )
   lines += ["", "GiB a device at the costliest size (activations are an estimate):"]
