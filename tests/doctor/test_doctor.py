@@ -16,6 +16,7 @@ import pytest
 
 from flexivit_jax import cli
 from flexivit_jax.doctor import chips, examination, findings, hosts, machine, storage
+from flexivit_jax.experiment import benchmarks
 from flexivit_jax.running import distributed
 
 pytestmark = pytest.mark.faults
@@ -259,11 +260,14 @@ def test_devices_whose_sum_is_wrong(monkeypatch):
   assert "the sum of 1 to 1 over the devices is 2, expected 1" in finding(chips.collective)
 
 
-def test_data_that_are_not_there_or_too_slow(capsys):
+def test_data_that_are_not_there_or_too_slow(monkeypatch, capsys):
+  row = {"image": "24x24x3", "images_per_s": 1e3, "images_per_core_s": 5e2}
+  monkeypatch.setattr(benchmarks, "reading", lambda settings, seconds: row)
   config = ["--data=configs/digits.py:debug", "--images_per_s=1e12"]
   assert cli.main(["doctor", *config]) == 2
   (line,) = (text for text in capsys.readouterr().out.splitlines() if text.startswith("BAD"))
   assert "1000000000000 are wanted" in line and "flexivit pack" in line
+  monkeypatch.undo()
   given = ["--data=configs/folder.py:data_dir=/no/such/folder"]
   assert cli.main(["doctor", *given]) == 2
   assert "/no/such/folder" in capsys.readouterr().out
