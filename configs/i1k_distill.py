@@ -75,9 +75,7 @@ def get_config(arg=""):
   c.evals.teacher = dict(type="teacher", data=test, pp=pp, teacher=teacher, batch_size=1024)
   c.checkpoint = dict(every_steps=1000)  # [ours]
   c.mesh = dict(data=-1, fsdp=1)
-  c.accumulate = (
-    "auto"  # the fewest microbatches that fit, at each size; same numbers but for rounding [ours]
-  )
+  c.accumulate = "auto"  # the fewest microbatches that fit; equal but for rounding [ours]
 
   if arg.debug:
     c.objective.teachers.deit3 = dict(image="teacher_image", model=shape | dict(variant="mu/16"))

@@ -58,9 +58,7 @@ def get_config(arg=""):
   c.evals.test.every_epochs, c.evals.val.every_epochs = 30, 5  # [ours]
   c.checkpoint = dict(every_steps=1000)  # [BV]
   c.mesh = dict(data=-1, fsdp=1)
-  c.accumulate = (
-    "auto"  # the fewest microbatches that fit, at each size; same numbers but for rounding [ours]
-  )
+  c.accumulate = "auto"  # the fewest microbatches that fit; equal but for rounding [ours]
 
   if arg.debug:
     common.debug(c, image_size=(250, 300), num_classes=1000)

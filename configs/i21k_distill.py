@@ -70,9 +70,7 @@ def get_config(arg=""):
   c.evals = common.evals(imagenet, splits, every_steps=5000, **far)  # [BV]
   c.checkpoint = dict(every_steps=1000)  # [BV]
   c.mesh = dict(data=-1, fsdp=1)
-  c.accumulate = (
-    "auto"  # the fewest microbatches that fit, at each size; same numbers but for rounding [ours]
-  )
+  c.accumulate = "auto"  # the fewest microbatches that fit; equal but for rounding [ours]
 
   if arg.debug:
     del c.evals.train, c.evals.val  # the same program three times
