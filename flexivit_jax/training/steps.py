@@ -80,13 +80,15 @@ def gradients(
   if clip_each is not None and getattr(model, "fsdp", None) is not None:
     # Its blocks divide the batch by hand, and one example cannot be divided: XLA gathers the parameters instead.
     model = model.clone(fsdp=None)
-  seer = functools.partial(_predict, model, state, size)
+  predict_of = functools.partial(_predict, model, state, size)
   if isinstance(objective.loss, BatchLoss):
-    run = _compared(objective.loss, seer, accumulate)
+    run = _in_two_passes(objective.loss, predict_of, accumulate)
   elif clip_each is not None:
-    run = _accumulated(_clipped_each(objective.loss, seer, clip_each, frozen), accumulate)
+    run = _accumulated(_clipped_each(objective.loss, predict_of, clip_each, frozen), accumulate)
   else:
-    run = _accumulated(jax.value_and_grad(_sums(objective.loss, seer), has_aux=True), accumulate)
+    run = _accumulated(
+      jax.value_and_grad(_sums(objective.loss, predict_of), has_aux=True), accumulate
+    )
   return run(state.params, prepared, dropout_key)
 
 
@@ -220,14 +222,14 @@ def _keys(seed: int | jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]
   return mix_key, dropout_key
 
 
-Seer = Callable[[Tree, jax.Array], Predict]  # (parameters, key of dropout)
+PredictOf = Callable[[Tree, jax.Array], Predict]  # (parameters, key of dropout)
 
 
-def _sums(loss: Callable[[Predict, Batch], Losses], seer: Seer) -> Callable[..., Tree]:
+def _sums(loss: Callable[[Predict, Batch], Losses], predict_of: PredictOf) -> Callable[..., Tree]:
   """Returns `(params, microbatch, key) -> (loss, weight)`: the mean and None, or sums where examples have weights."""
 
   def run(params: Tree, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    losses = loss(seer(params, key), microbatch)
+    losses = loss(predict_of(params, key), microbatch)
     if losses.weight is None:
       return losses.total.mean(), None
     return losses.total.sum(), jax.lax.stop_gradient(losses.weight).sum()
@@ -269,12 +271,12 @@ def _divided(sums: Tree, weight: jax.Array) -> Tree:
 
 
 def _clipped_each(
-  loss: Callable[[Predict, Batch], Losses], seer: Seer, limit: float, frozen: Tree | None
+  loss: Callable[[Predict, Batch], Losses], predict_of: PredictOf, limit: float, frozen: Tree | None
 ) -> Callable:
   """As `value_and_grad` of `_sums`, with the gradient of each example cut to a norm before the mean is taken."""
 
   def one(params: Tree, example: Batch, key: jax.Array) -> jax.Array:
-    losses = loss(seer(params, key), jax.tree.map(lambda x: x[None], example))
+    losses = loss(predict_of(params, key), jax.tree.map(lambda x: x[None], example))
     if losses.weight is not None:
       raise UserError(
         "optim.clip_each limits the gradient of each example's own loss, but this objective divides by a weight over"
@@ -305,7 +307,7 @@ def _moving(grads: Tree, frozen: Tree) -> list[jax.Array]:
   return [g for g, still in pairs if not still]
 
 
-def _compared(loss: BatchLoss, seer: Seer, microbatches: int) -> Callable:
+def _in_two_passes(loss: BatchLoss, predict_of: PredictOf, microbatches: int) -> Callable:
   """The gradients of a loss over the whole batch, in two passes over the microbatches where there are several.
 
   First all embeddings, without their intermediates; from these the loss, and its gradient with respect to each
@@ -314,7 +316,7 @@ def _compared(loss: BatchLoss, seer: Seer, microbatches: int) -> Callable:
   """
 
   def embed(params: Tree, microbatch: Batch, key: jax.Array) -> Tree:
-    return loss.embed(seer(params, key), microbatch)
+    return loss.embed(predict_of(params, key), microbatch)
 
   def mean(embedded: Tree, batch: Batch) -> jax.Array:
     return loss.loss(embedded, batch).mean()
