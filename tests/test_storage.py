@@ -42,19 +42,7 @@ def test_without_the_package_it_is_said_what_to_install(monkeypatch):
     storage.Bucket("gs://bucket/run")
 
 
-@pytest.fixture(scope="module")
-def server():
-  with emulated.server() as url:
-    yield url
-
-
-@pytest.fixture
-def proxy(server, monkeypatch, tmp_path):
-  proxy = emulated.Failing(server)
-  for key, value in emulated.environment(proxy.url, tmp_path).items():
-    monkeypatch.setenv(key, value)
-  yield proxy
-  proxy.close()
+server_fixture, proxy_fixture = emulated.server_fixture, emulated.proxy_fixture
 
 
 @emulated.needed

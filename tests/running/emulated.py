@@ -122,3 +122,20 @@ class Failing:
     self._server.shutdown()
     self._server.server_close()
     self._thread.join()
+
+
+@pytest.fixture(scope="module", name="server")
+def server_fixture():
+  """The address of an emulated server, one for the tests of a module."""
+  with server() as url:
+    yield url
+
+
+@pytest.fixture(name="proxy")
+def proxy_fixture(server, monkeypatch, tmp_path):
+  """Requests to that server, of which some can be made to fail; the environment that leads to it."""
+  proxy = Failing(server)
+  for key, value in environment(proxy.url, tmp_path / "cache").items():
+    monkeypatch.setenv(key, value)
+  yield proxy
+  proxy.close()

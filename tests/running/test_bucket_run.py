@@ -112,19 +112,7 @@ def test_an_address_that_cannot_hold_a_run_is_refused(url, several, message):
 # --- with one ---
 
 
-@pytest.fixture(scope="module")
-def server():
-  with emulated.server() as url:
-    yield url
-
-
-@pytest.fixture
-def proxy(server, monkeypatch, tmp_path):
-  proxy = emulated.Failing(server)
-  for key, value in emulated.environment(proxy.url, tmp_path / "cache").items():
-    monkeypatch.setenv(key, value)
-  yield proxy
-  proxy.close()
+server_fixture, proxy_fixture = emulated.server_fixture, emulated.proxy_fixture
 
 
 @pytest.fixture(scope="module")
