@@ -42,13 +42,16 @@ def run(args: argparse.Namespace) -> None:
   if args.machine:
     _fits(args, settings)
     return
+  meshes = costs.meshes_of(settings)
   if args.json:
-    print(json.dumps(costs.plan(settings, utilisation=args.utilisation), indent=1))
+    plan = costs.plan(settings, utilisation=args.utilisation, meshes=meshes)
+    print(json.dumps(plan, indent=1))
     return
-  print("\n".join(text(costs.costs(settings, utilisation=args.utilisation))), flush=True)
+  plan = costs.costs(settings, utilisation=args.utilisation, meshes=meshes)
+  print("\n".join(text(plan)), flush=True)
   print()
   # Lowering for several devices takes longer than all that is printed above.
-  for n, line in costs.lowered(settings, costs.several(costs.MESHES)).items():
+  for n, line in costs.lowered(settings, costs.several(meshes)).items():
     print(f"{n:>8} devices: {line}")
 
 
@@ -106,6 +109,16 @@ def text(plan: Mapping[str, Any]) -> list[str]:
     lines.append(
       "With accumulate='auto' a run takes microbatches where this is more than there is: --machine all says how many."
     )
+  divided = {n: found for n, found in plan["divided"].items() if found["pieces"].keys() != {"1"}}
+  if divided:
+    lines += ["", "MiB of parameters a device, and how they are divided:"]
+  for n, found in divided.items():
+    shares = [
+      f"{size / 2**20:.3g} in {pieces} pieces" if pieces != "1" else f"{size / 2**20:.3g} copied"
+      for pieces, size in found["pieces"].items()
+    ]
+    two = f" ({found['two_axes']} arrays along two axes)" if found["two_axes"] else ""
+    lines.append(f"{n:>8} devices: {found['each'] / 2**20:.3g} = {', '.join(shares)}{two}")
   lines += ["", "MiB that each device sends to others in a step:"]
   lines += [f"{n:>8} devices: {sent / 2**20:.4g}" for n, sent in plan["sent"].items()]
   return lines

@@ -47,7 +47,8 @@ def expected(params: Tree, mesh: Mesh | AbstractMesh, *, gather_bytes: int = 4) 
   """What a step sends for the parameters of a FlexiViT, or their shapes, without accumulation.
 
   A block's divided arrays are gathered forwards and backwards, and their gradients scattered; what lies outside the
-  blocks is gathered once. Gradients of what is a copy are summed over all devices.
+  blocks is gathered once. Gradients of what is a copy are summed over all devices; those of an array in fewer pieces
+  than there are devices along "fsdp", over the copies of each piece.
 
   Args:
     params: float32 arrays, or their shapes.
@@ -55,20 +56,20 @@ def expected(params: Tree, mesh: Mesh | AbstractMesh, *, gather_bytes: int = 4) 
     gather_bytes: of a number of a block that is gathered, 2 with `mesh.gather_dtype="bfloat16"`.
   """
   places = trees.flatten(sharding.divided(params, mesh))
-  data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+  data, fsdp = sharding.lengths(mesh)
   sent = dict.fromkeys(Sent._fields, 0)
   for name, leaf in trees.flatten(params).items():
     size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-    if "fsdp" not in places[name].spec:
+    pieces = sharding.pieces(leaf, places[name])
+    if pieces == 1:
       sent["all_reduce"] += size
-    elif _IN_BLOCK.fullmatch(name):
-      sent["all_gather"] += 2 * size * gather_bytes // 4
-      sent["reduce_scatter"] += size
-      sent["all_reduce_data"] += size // fsdp if data > 1 else 0
-    else:
-      sent["all_gather"] += size
-      sent["reduce_scatter"] += size
-      sent["all_reduce_data"] += size // fsdp if data > 1 else 0
+      continue
+    sent["all_gather"] += 2 * size * gather_bytes // 4 if _IN_BLOCK.fullmatch(name) else size
+    sent["reduce_scatter"] += size
+    if pieces < fsdp:
+      sent["all_reduce"] += size // pieces  # over fewer devices: an upper bound
+    elif data > 1:
+      sent["all_reduce_data"] += size // fsdp
   return Sent(**sent)
 
 

@@ -3,6 +3,9 @@
 The batch is divided along both. Parameters, optimizer state and the EMA are a copy on each device along "data"
 and divided along "fsdp" (fully sharded data parallelism, arXiv 1910.02054 and 2304.11277). With fsdp=1, the default,
 that is plain data parallelism. No number depends on the mesh but for the order in which floats are added.
+
+In the mesh "fsdp" is one axis for each of its prime factors: 8 devices are "fsdp0", "fsdp1" and "fsdp2" of two each. So
+an array of which no axis is a multiple of 8 is divided along two of its axes, by 4 and by 2.
 """
 
 import functools
@@ -17,7 +20,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from flexivit_jax import errors, trees
 from flexivit_jax.trees import Tree
 
-AXES = ("data", "fsdp")
 OPTIONS = (
   "divide_teachers",
   "gather_dtype",
@@ -40,9 +42,12 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     UserError: the product is not the number of devices; or "fsdp" would cross slices.
   """
   devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-  shape = mesh_shape(len(devices), data=data, fsdp=fsdp)
-  _check_slices([slice_of(d) for d in devices], shape[1])
-  return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
+  axes = _axes(len(devices), data=data, fsdp=fsdp)
+  _check_slices([slice_of(d) for d in devices], fsdp)
+  shape = tuple(axes.values())
+  return Mesh(
+    np.array(devices).reshape(shape), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
+  )
 
 
 def slice_of(device: Any) -> int:
@@ -64,12 +69,34 @@ def _check_slices(slices: Sequence[int], fsdp: int) -> None:
 
 def abstract_mesh(devices: int, *, data: int = -1, fsdp: int = 1) -> AbstractMesh:
   """The mesh that `make_mesh` would return where there are so many devices."""
-  shape = mesh_shape(devices, data=data, fsdp=fsdp)
-  return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
+  axes = _axes(devices, data=data, fsdp=fsdp)
+  return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _axes(devices: int, *, data: int, fsdp: int) -> dict[str, int]:
+  """Names and lengths of a mesh's axes."""
+  whole, divisor = mesh_shape(devices, data=data, fsdp=fsdp)
+  factors = _prime_factors(divisor)
+  if len(factors) < 2:
+    return {"data": whole, "fsdp": divisor}
+  return {"data": whole} | {f"fsdp{i}": n for i, n in enumerate(factors)}
+
+
+def _prime_factors(n: int) -> list[int]:
+  """From small to large; none of 1."""
+  for factor in range(2, math.isqrt(n) + 1):
+    if n % factor == 0:
+      return [factor, *_prime_factors(n // factor)]
+  return [n] if n > 1 else []
+
+
+def lengths(mesh: Mesh | AbstractMesh) -> tuple[int, int]:
+  """Numbers of devices along "data" and along "fsdp"."""
+  return mesh.shape["data"], mesh.size // mesh.shape["data"]
 
 
 def mesh_shape(devices: int, *, data: int = -1, fsdp: int = 1) -> tuple[int, int]:
-  """Returns the lengths of both axes; raises as `make_mesh`."""
+  """Returns the lengths along "data" and "fsdp"; raises as `make_mesh`."""
   whole = devices // fsdp if data == -1 and fsdp > 0 else data
   if fsdp < 1 or whole < 1 or whole * fsdp != devices:
     raise errors.UserError(
@@ -100,29 +127,50 @@ def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
 
 def batch_split(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Sharding of arrays `[n, ...]` whose examples are divided over the devices."""
-  return NamedSharding(mesh, PartitionSpec(AXES))
+  return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def divided(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
   """The shardings of parameters, or of what has their names and shapes: each large array is divided along "fsdp".
 
-  Along the last of its longest axes that can be; arrays where none can be, and small ones, are copies.
+  Along the last of its longest axes that can be. Where none can be, along the axis that takes most of the factors of
+  "fsdp", and those after it, which take the rest; a factor that no axis takes leaves copies. Small arrays are copies.
   """
 
   def place(name: str, leaf: Tree) -> NamedSharding:
     stacked = STACKED in name.split("/")[:-1]
-    spec = _spec(leaf.shape[stacked:], mesh.shape["fsdp"])
+    spec = _spec(leaf.shape[stacked:], mesh)
     return NamedSharding(mesh, PartitionSpec(*[None] * stacked, *spec) if spec else spec)
 
   return trees.map_named(place, tree)
 
 
-def _spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:
-  axes = [axis for axis, n in enumerate(shape) if n % parts == 0]
-  if parts == 1 or math.prod(shape) < SMALLEST or not axes:
+def _spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  left = {name: n for name, n in mesh.shape.items() if name != "data" and n > 1}
+  if math.prod(shape) < SMALLEST:
     return PartitionSpec()
-  chosen = max(axes, key=lambda axis: (shape[axis], axis))
-  return PartitionSpec(*[None] * chosen, "fsdp")
+  taken: dict[int, tuple[str, ...]] = {}
+  while left:
+    # No axis is chosen twice: of what it could take, nothing is left then.
+    fitting = {axis: _fitting(n, left) for axis, n in enumerate(shape) if axis not in taken}
+    best = max(
+      fitting, key=lambda a: (math.prod(left[k] for k in fitting[a]), shape[a], a), default=None
+    )
+    if best is None or not fitting[best]:
+      break
+    taken[best] = fitting[best]
+    left = {name: n for name, n in left.items() if name not in taken[best]}
+  each = [taken.get(axis) for axis in range(max(taken, default=-1) + 1)]
+  return PartitionSpec(*(names[0] if names and len(names) == 1 else names for names in each))
+
+
+def _fitting(n: int, axes: Mapping[str, int]) -> tuple[str, ...]:
+  """Names of those of a mesh's axes, of prime lengths, over which n elements divide."""
+  names: tuple[str, ...] = ()
+  for name, length in axes.items():
+    if n % length == 0:
+      names, n = (*names, name), n // length
+  return names
 
 
 def over_divided(
@@ -139,28 +187,31 @@ def over_divided(
 
   Args:
     fn: does the same with each example of `x` [n, l, d]; a block of a transformer.
-    mesh: has an axis "fsdp".
+    mesh: over whose "fsdp" the parameters are divided.
     remat: arguments of `jax.checkpoint` that say what `fn` keeps for the backward pass; None: all its activations.
     kernel_length: tokens as a kernel in `fn` pads them; None: there is no kernel in it.
     gather_dtype: in which parameters are sent; their gradients are scattered and summed in float32 all the same.
   """
 
   def run(params: Tree, x: jax.Array) -> Tree:
-    specs = jax.tree.map(lambda leaf: _spec(leaf.shape, mesh.shape["fsdp"]), params)
+    specs = jax.tree.map(lambda leaf: _spec(leaf.shape, mesh), params)
 
     def gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
       if not spec:
         return leaf
-      # Marked before: its gradient is then scattered along "fsdp" first, and only the piece summed along "data".
-      leaf = jax.lax.pcast(leaf, "data", to="varying")
-      return _gathered(len(spec) - 1, gather_dtype, leaf)
+      along = [(axis, _names(names)) for axis, names in enumerate(spec) if names]
+      divides = {name for _, names in along for name in names}
+      # Marked before: its gradient is then scattered along "fsdp" first, and only the piece summed over its copies.
+      copies = tuple(name for name in mesh.axis_names if name not in divides)
+      leaf = jax.lax.pcast(leaf, copies, to="varying")
+      return _gathered(along, gather_dtype, leaf)
 
     def local(params: Tree, x: jax.Array) -> Tree:
       whole = lambda params, x: fn(jax.tree.map(gather, params, specs), x)  # noqa: E731
       policy = functools.partial(_of_tokens, len(x), {x.shape[1], kernel_length})
       return jax.checkpoint(whole, **({"policy": policy} if remat is None else remat))(params, x)
 
-    split = PartitionSpec(AXES)
+    split = PartitionSpec(mesh.axis_names)
     # JAX's kernels do not say along which axes their results differ, so that is not checked where there is one: the
     # sums of the gradients are the same.
     checked = kernel_length is None
@@ -172,11 +223,24 @@ def over_divided(
   return run
 
 
-def _gathered(axis: int, dtype: str, leaf: jax.Array) -> jax.Array:
-  """A parameter's pieces along "fsdp", put together; its gradient is not rounded as it is itself."""
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+  return (names,) if isinstance(names, str) else names
+
+
+def _gathered(along: list[tuple[int, tuple[str, ...]]], dtype: str, leaf: jax.Array) -> jax.Array:
+  """A parameter's pieces, put together; its gradient is not rounded as it is itself.
+
+  Args:
+    along: its axes that are divided, each with the names of the mesh's axes. All that each device gets is the same in
+      one exchange for each or in one for all.
+    dtype: in which it is sent.
+    leaf: a device's piece.
+  """
 
   def gather(leaf: jax.Array) -> jax.Array:
-    sent = jax.lax.all_gather(leaf.astype(dtype), "fsdp", axis=axis, tiled=True)
+    sent = leaf.astype(dtype)
+    for axis, names in along:
+      sent = jax.lax.all_gather(sent, names, axis=axis, tiled=True)
     return sent.astype(leaf.dtype)
 
   if dtype == leaf.dtype:
@@ -184,7 +248,9 @@ def _gathered(axis: int, dtype: str, leaf: jax.Array) -> jax.Array:
   rounded = jax.custom_vjp(gather)
 
   def backward(_: None, g: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.psum_scatter(g, "fsdp", scatter_dimension=axis, tiled=True),)
+    for axis, names in reversed(along):
+      g = jax.lax.psum_scatter(g, names, scatter_dimension=axis, tiled=True)
+    return (g,)
 
   rounded.defvjp(lambda leaf: (gather(leaf), None), backward)
   return rounded(leaf)
@@ -225,13 +291,17 @@ def by_example(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     fn: does the same with each example of its arguments and has a result `[n, ...]`.
     *arrays: `[n, ...]`.
   """
-  # The mesh of those that are divided; an array made in the program, such as a constant, has none.
-  mesh = max((jax.typeof(a).sharding.mesh for a in arrays), key=lambda mesh: mesh.size)
+  mesh = mesh_of(*arrays)
   if mesh.size == 1 or not mesh.are_all_axes_auto:  # one device, or inside of a `shard_map`
     return fn(*arrays)
   split = PartitionSpec(mesh.axis_names) if len(arrays[0]) % mesh.size == 0 else PartitionSpec()
   over = jax.shard_map(fn, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
   return over(*arrays)
+
+
+def mesh_of(*arrays: jax.Array) -> AbstractMesh:
+  """The mesh of those arrays of a program that are divided; one that is made in it, such as a constant, has none."""
+  return max((jax.typeof(a).sharding.mesh for a in arrays), key=lambda mesh: mesh.size)
 
 
 def _of_tokens(n: int, lengths: set[int | None], prim: object, *avals: Any, **params: Any) -> bool:
@@ -241,6 +311,11 @@ def _of_tokens(n: int, lengths: set[int | None], prim: object, *avals: Any, **pa
   """
   del prim, params
   return any(a.ndim > 2 and a.shape[0] == n and bool(lengths & {*a.shape[1:3]}) for a in avals)
+
+
+def pieces(leaf: Tree, where: NamedSharding) -> int:
+  """Number of different pieces of an array, or of its shape, on the devices; 1 where each has a copy."""
+  return math.prod(leaf.shape) // max(1, math.prod(where.shard_shape(leaf.shape)))
 
 
 def bytes_each(tree: Tree) -> int:

@@ -37,6 +37,12 @@ def plan(settings: Section, *, utilisation: float = 0.4, meshes: Sequence[int] =
   return summary | {"lowered": lowered(settings, several(meshes))}
 
 
+def meshes_of(settings: Section) -> tuple[int, ...]:
+  """Returns `MESHES`, and as many devices as the config's `mesh.fsdp` needs where none of these are."""
+  fsdp = (settings.get("mesh") or {}).get("fsdp", 1)
+  return MESHES if any(n % fsdp == 0 for n in MESHES) else (*MESHES, fsdp)
+
+
 def several(meshes: Sequence[int]) -> list[int]:
   """Returns the numbers of more than one device: only these send anything."""
   return [n for n in meshes if n > 1]
@@ -76,6 +82,7 @@ def costs(settings: Section, *, utilisation: float = 0.4, meshes: Sequence[int] 
       for k, s in seconds.items()
     },
     "memory": {str(n): _memory(exp, state, n) for n in meshes},
+    "divided": {str(n): divided(state.params, mesh) for n in meshes if (mesh := _mesh(exp, n))},
     "sent": {str(n): _sent(exp, state, n) for n in several(meshes)},
   }
 
@@ -207,6 +214,30 @@ def memory(
   }
 
 
+def divided(params: Tree, mesh: AbstractMesh) -> Json:
+  """Returns how parameters, or their shapes, are divided over a mesh.
+
+  Returns:
+    "pieces": bytes of the arrays that are in so many pieces, 1 for copies; "two_axes": number of arrays that are
+    divided along more than one axis; "each": bytes on each device.
+  """
+  placed = zip(
+    jax.tree.leaves(params), jax.tree.leaves(sharding.divided(params, mesh)), strict=True
+  )
+  found: dict[str, int] = {}
+  two = 0
+  for leaf, where in placed:
+    pieces = str(sharding.pieces(leaf, where))
+    found[pieces] = found.get(pieces, 0) + trees.size_in_bytes(leaf)
+    two += sum(names is not None for names in where.spec) > 1
+  most_first = dict(sorted(found.items(), key=lambda item: -int(item[0])))
+  return {
+    "pieces": most_first,
+    "two_axes": two,
+    "each": collectives.state_bytes(params, mesh),
+  }
+
+
 def _copies(params: Tree, mesh: AbstractMesh, model: Model) -> float:
   """Bytes of parameters that a step makes: those it stacks for a loop, and those it gathers along "fsdp".
 
@@ -216,7 +247,7 @@ def _copies(params: Tree, mesh: AbstractMesh, model: Model) -> float:
   blocks = {k: v for k, v in encoder.items() if k.startswith("encoderblock")}
   looped = getattr(model, "scan", False)
   stacked = collectives.state_bytes(blocks, mesh) if looped == "by_block" else 0
-  if mesh.shape["fsdp"] == 1:
+  if sharding.lengths(mesh)[1] == 1:
     return stacked
   inside = trees.size_in_bytes(blocks)
   at_once = inside / getattr(model, "depth", 1) if looped else inside
@@ -233,7 +264,7 @@ def _sent(exp: experiment.Experiment, state: steps.TrainState, devices: int) -> 
   mesh = _mesh(exp, devices) or sharding.abstract_mesh(devices)
   half = exp.mesh.get("gather_dtype") == "bfloat16"
   sent = collectives.expected(state.params, mesh, gather_bytes=2 if half else 4)
-  return sent.on_the_wire(*mesh.axis_sizes)
+  return sent.on_the_wire(*sharding.lengths(mesh))
 
 
 # --- lowering ---
@@ -285,7 +316,7 @@ def _lower_for(
   if mesh is None:
     return f"not possible: mesh.fsdp={exp.mesh['fsdp']} does not divide them"
   # Blocks of a model with this field gather what is divided over the mesh; XLA does it for other models.
-  if mesh.shape["fsdp"] > 1 and hasattr(exp.model, "fsdp"):
+  if sharding.lengths(mesh)[1] > 1 and hasattr(exp.model, "fsdp"):
     train = _gradients(exp, experiment.divided_model(exp, mesh))
   split = functools.partial(_placed, sharding.batch_split(mesh))
 

@@ -36,7 +36,7 @@ def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Mesh]:
   if isinstance(exp.model, FlexiViT):
     model = exp.model
     attention.check_here(model.attention, model.dtype, model.width // model.num_heads)
-  if mesh.shape["fsdp"] > 1 and hasattr(exp.model, "fsdp"):
+  if sharding.lengths(mesh)[1] > 1 and hasattr(exp.model, "fsdp"):
     exp = exp._replace(model=experiment.divided_model(exp, mesh))
   return exp, mesh
 
@@ -65,9 +65,10 @@ def first_state(exp: experiment.Experiment, mesh: Mesh) -> steps.TrainState:
   seed = np.uint32(exp.seed)
   where = sharding.divided(jax.eval_shape(init, weights, seed), mesh)
   state = jax.jit(init, out_shardings=where)(weights, seed)
+  fsdp = sharding.lengths(mesh)[1]
   note(
     f"{trees.count(state.params):,} parameters on {mesh.size} x {jax.devices()[0].device_kind}"
-    + (f", divided by {mesh.shape['fsdp']}" if mesh.shape["fsdp"] > 1 else "")
+    + (f", divided by {fsdp}" if fsdp > 1 else "")
   )
   return state
 

@@ -294,8 +294,9 @@ def _clipped_each(
   def run(params: Tree, microbatch: Batch, key: jax.Array) -> Tree:
     n = len(jax.tree.leaves(microbatch)[0])
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n))
-    # The name is for kernels on a mesh: where examples are divided along its axes, each device computes its own.
-    each = jax.vmap(clipped, (None, 0, 0), spmd_axis_name=sharding.AXES)
+    # The names are for kernels on a mesh: where examples are divided along its axes, each device computes its own.
+    axes = sharding.mesh_of(*jax.tree.leaves(microbatch)).axis_names
+    each = jax.vmap(clipped, (None, 0, 0), spmd_axis_name=axes or None)
     values, grads = each(params, microbatch, keys)
     return (values.mean(), None), jax.tree.map(lambda g: g.mean(axis=0), grads)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from flexivit_jax import cli, config, data, errors, experiment, trees
+from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import costs
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.models.flops import gmacs
@@ -146,6 +147,20 @@ def test_divided_weights_are_held_sent_and_lowered():
   half = costs.plan(settings | {"mesh": {"fsdp": 8, "gather_dtype": "bfloat16"}}, meshes=(8,))
   assert half["lowered"]["8"] == "2 training steps lowered"
   assert 0.6 < half["sent"]["8"] / divided["sent"]["8"] < 0.75  # one third of it as it was
+
+
+def test_s_is_divided_over_256_devices():
+  """No axis of a block's query [384, 6, 64] is a multiple of 256, but one is of 128 and another of two."""
+  settings = {**load("i1k_sup"), "mesh": {"fsdp": 256}}
+  assert costs.meshes_of(settings) == (1, 8, 32, 256)
+  assert costs.meshes_of({**settings, "mesh": {"fsdp": 32}}) == (1, 8, 32)
+  exp = experiment.from_config(settings, opening=costs.PLANNED)
+  found = costs.divided(costs.state_of(exp).params, sharding.abstract_mesh(256, fsdp=256))
+  assert found["two_axes"] == 4 * 12 + 2  # with the patch embedding's kernel and the head's
+  assert list(found["pieces"]) == ["256", "128", "1"]
+  assert found["pieces"]["128"] == 4 * 49 * 384  # positions
+  assert found["pieces"]["1"] < 2**18 < found["each"] < 0.6 * 2**20
+  assert sum(found["pieces"].values()) > 86 * 2**20
 
 
 @pytest.mark.parametrize(

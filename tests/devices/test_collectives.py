@@ -1,6 +1,7 @@
 """What compiled steps send over a mesh is what is expected, and nothing else."""
 
 import json
+import math
 import pathlib
 
 import jax
@@ -67,7 +68,7 @@ def compile_programs(path):
     divided = [
       f"f32[{','.join(map(str, x.shape))}]"
       for x, w in zip(jax.tree.leaves(shapes.params), jax.tree.leaves(where.params), strict=True)
-      if "fsdp" in w.spec and x.shape[0] == SHAPE["depth"]
+      if sharding.pieces(x, w) > 1 and x.shape[0] == SHAPE["depth"]
     ]
     text, memory = made.as_text(), first.memory_analysis()
     found[name] = {
@@ -212,22 +213,40 @@ def test_collectives_are_read_from_a_program():
 
 def test_rules_of_division():
   mesh = sharding.abstract_mesh(8, fsdp=4)
-  assert (mesh.axis_names, mesh.axis_sizes) == (("data", "fsdp"), (2, 4))
+  assert (mesh.axis_names, mesh.axis_sizes) == (("data", "fsdp0", "fsdp1"), (2, 2, 2))
+  assert sharding.abstract_mesh(6, fsdp=3).axis_names == ("data", "fsdp")
   shapes = {
     "head": {"kernel": (64, 1000), "bias": (1000,)},
     "blocks": {"encoderblock": {"out": {"kernel": (12, 4, 32, 128)}, "odd": (12, 127, 129)}},
     "square": (128, 128),
+    "two axes": (130, 6, 90),
+    "half": (131, 90),
   }
   tree = jax.tree.map(
     lambda s: jax.ShapeDtypeStruct(s, np.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
   )
   specs = jax.tree.map(lambda s: tuple(s.spec), sharding.divided(tree, mesh))
-  assert specs["head"] == {"kernel": (None, "fsdp"), "bias": ()}
-  assert specs["blocks"]["encoderblock"]["out"]["kernel"] == (None, None, None, "fsdp")
-  assert not any(specs["blocks"]["encoderblock"]["odd"]) and specs["square"] == (None, "fsdp")
+  fsdp = ("fsdp0", "fsdp1")
+  assert specs["head"] == {"kernel": (None, fsdp), "bias": ()}
+  assert specs["blocks"]["encoderblock"]["out"]["kernel"] == (None, None, None, fsdp)
+  assert not any(specs["blocks"]["encoderblock"]["odd"]) and specs["square"] == (None, fsdp)
+  assert specs["two axes"] == ("fsdp0", None, "fsdp1") and specs["half"] == (None, "fsdp0")
   assert not any(
     jax.tree.leaves(sharding.divided(tree, sharding.abstract_mesh(8)), is_leaf=None)[0].spec
   )
+
+
+@pytest.mark.parametrize("devices", [8, 12, 256, 360])
+def test_every_factor_that_an_axis_has_divides_an_array(devices):
+  """Pieces are as many as there can be, and along one axis wherever one suffices."""
+  mesh, rng = sharding.abstract_mesh(devices, fsdp=devices), np.random.default_rng(0)
+  for _ in range(100):
+    shape = (32, *(int(n) for n in rng.integers(16, 800, size=2)))
+    where = sharding.divided({"a": jax.ShapeDtypeStruct(shape, np.float32)}, mesh)["a"]
+    pieces = sharding.pieces(jax.ShapeDtypeStruct(shape, np.float32), where)
+    assert pieces == math.gcd(math.prod(shape), devices)
+    if any(n % devices == 0 for n in shape):
+      assert sum(names is not None for names in where.spec) == 1
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_an_error():

@@ -205,7 +205,7 @@ def test_a_kernel_runs_on_every_mesh(tmp_path, on_eight_devices):
 
 def lowered(mesh, platform, form, clip_each, seqhw, dtype="float32"):
   """The gradients of a step on a mesh, as StableHLO for a platform; three examples a device of four."""
-  fsdp = mesh if mesh.shape["fsdp"] > 1 else None
+  fsdp = mesh if sharding.lengths(mesh)[1] > 1 else None
   model = FlexiViT(
     num_classes=3, patch_size=(2, 2), width=128, depth=1, mlp_dim=128, num_heads=2, dtype=dtype,
     attention=form, fsdp=fsdp,
@@ -321,7 +321,8 @@ def test_parameters_are_divided_inside_of_a_slice_only(monkeypatch, fsdp, fits):
     with pytest.raises(UserError, match=r"2 slices of 8 devices.*divides 8"):
       sharding.make_mesh(fsdp=fsdp)
     return
-  for row in sharding.make_mesh(fsdp=fsdp).devices:
+  mesh = sharding.make_mesh(fsdp=fsdp)
+  for row in mesh.devices.reshape(sharding.lengths(mesh)):
     assert len({chip.slice_index for chip in row}) == 1
 
 
@@ -360,6 +361,107 @@ def test_blocks_send_their_parameters_in_the_dtype_that_the_mesh_says():
     assert len(scattered) == 6 and {*scattered} == {"f32"}
   with pytest.raises(UserError, match=r"gather_dtype='bfloat16' with model\.dtype='float32'"):
     model.clone(dtype="float32")
+
+
+def gradients_of_odd_widths(path: str) -> None:
+  """Writes gradients on one device, and on eight along "fsdp", where no axis of a block is a multiple of eight."""
+  from flexivit_jax.models import FlexiViT
+
+  # Query, key, value [132, 2, 66] are in 4 x 2 pieces; the MLP's [132, 131] in four, of which there are two copies.
+  fields = GATHERING | dict(width=132, mlp_dim=131, dtype="float32")
+  image = np.random.default_rng(0).uniform(-1, 1, size=(8, 12, 12, 3)).astype(np.float32)
+  params = jax.jit(FlexiViT(**fields).init)(jax.random.key(0), image)["params"]
+  mesh, found = sharding.make_mesh(fsdp=8), {}
+  variants = {
+    "one": {},
+    "eight": {"fsdp": mesh},
+    "by XLA": {"fsdp": mesh, "dropout": 1e-9},  # draws masks, which drop nothing here
+    "float32": {"fsdp": mesh, "dtype": "bfloat16"},
+    "bfloat16": {"fsdp": mesh, "dtype": "bfloat16", "gather_dtype": "bfloat16"},
+  }
+  for name, others in variants.items():
+    model = FlexiViT(**fields | others)
+    placed, batch = params, image
+    if "fsdp" in others:
+      placed = jax.device_put(params, sharding.divided(params, mesh))
+      batch = sharding.put_batch(image, mesh)
+
+    def loss(p, x, model=model):
+      rngs = {"dropout": jax.random.key(1)}
+      return (model.apply({"params": p}, x, seqhw=4, train=True, rngs=rngs)[0] ** 2).mean()
+
+    leaves = jax.tree.leaves(jax.jit(jax.grad(loss))(placed, batch))
+    found[name] = np.concatenate([np.ravel(leaf) for leaf in leaves])
+  pieces = sorted(
+    {sharding.pieces(x, w)
+     for x, w in zip(*map(jax.tree.leaves, (params, sharding.divided(params, mesh))), strict=True)}
+  )  # fmt: skip
+  np.savez(path, pieces=pieces, **found)
+
+
+@pytest.mark.full
+def test_arrays_that_no_axis_divides_are_divided_along_two(tmp_path, on_eight_devices):
+  on_eight_devices(gradients_of_odd_widths, str(tmp_path / "found.npz"))
+  with np.load(tmp_path / "found.npz") as found:
+    assert found["pieces"].tolist() == [1, 4, 8]
+    norm = np.linalg.norm(found["one"])
+    assert norm > 0
+    for name in ("eight", "by XLA"):
+      assert np.linalg.norm(found[name] - found["one"]) < 2e-6 * norm, name
+    np.testing.assert_array_equal(found["float32"], found["bfloat16"])
+
+
+def s_on_256_devices(path: str) -> None:
+  """Writes what the gradients of S send in their program for 256 devices along "fsdp", and its memory."""
+  from flexivit_jax.devices import collectives
+  from flexivit_jax.models import FlexiViT
+
+  mesh = sharding.make_mesh(fsdp=256)
+  model = FlexiViT(num_classes=1000, variant="S", scan="by_block", attention="einsum", fsdp=mesh)
+  shapes = {"image": (48, 48, 3)}
+  params = jax.eval_shape(lambda: steps.init_params(model, shapes, seed=0))
+  where = sharding.divided(params, mesh)
+  everywhere, split = sharding.replicated(mesh), sharding.batch_split(mesh)
+
+  def placed(leaf, where):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+  step = placed(jax.ShapeDtypeStruct((), jnp.int32), everywhere)
+  batch = {
+    name: placed(jax.ShapeDtypeStruct((256, *shape), jnp.float32), split)
+    for name, shape in (shapes | {"labels": (1000,)}).items()
+  }
+  run = functools.partial(steps.gradients, model=model, objective=supervised(), seed=0, seqhw=3)
+  state = steps.TrainState(step, jax.tree.map(placed, params, where), None)
+  compiled = jax.jit(run, out_shardings=(everywhere, where)).lower(state, batch).compile()
+  found = {
+    "gathered": [
+      c.shapes[0]
+      for c in collectives.collectives(compiled.as_text(), 256)
+      if c.kind == "all-gather" and c.times == 12
+    ],
+    "results": compiled.memory_analysis().output_size_in_bytes,
+    "params": sharding.bytes_each(params),
+  }
+  with open(path, "w") as file:
+    json.dump(found, file)
+
+
+@pytest.mark.slow
+def test_s_is_compiled_for_256_devices(tmp_path, environment_of):
+  """Not run. Its gradients are 0.6 MiB a device: all arrays of its blocks are divided by 256."""
+  import subprocess
+  import sys
+
+  path = tmp_path / "found.json"
+  code = "import runpy, sys; runpy.run_path(sys.argv[1])['s_on_256_devices'](sys.argv[2])"
+  command = [sys.executable, "-c", code, __file__, str(path)]
+  subprocess.run(command, env=environment_of(256), check=True)
+  found = json.loads(path.read_text())
+  assert found["results"] < 0.6 * 2**20 < found["params"] / 140
+  # Of each block, in the one loop of the forward and of the backward pass: the whole, and of four a half before.
+  for whole, number in (("384,1536", 2), ("1536,384", 2), ("384,6,64", 6), ("6,64,384", 2)):
+    assert sum(f"f32[{whole}]" == shape for shape in found["gathered"]) == number, found["gathered"]
 
 
 def gradients_by_gather_dtype(path: str) -> None:
@@ -404,7 +506,7 @@ def gradients_with_masks(argument: str) -> None:
   for axes in meshes:
     mesh = sharding.make_mesh(**axes)
     placed = jax.device_put(params, sharding.divided(params, mesh))
-    own = model.clone(fsdp=mesh if mesh.shape["fsdp"] > 1 else None)
+    own = model.clone(fsdp=mesh if sharding.lengths(mesh)[1] > 1 else None)
 
     def loss(p, x, own=own):
       rngs = {"dropout": jax.random.key(1)}

@@ -24,12 +24,12 @@ def row(exp: experiment.Experiment, state: Any, devices: int, fsdp: int) -> str:
   """A line of the table."""
   mesh = sharding.abstract_mesh(devices, fsdp=fsdp)
   held = collectives.state_bytes(state, mesh)
-  sent = collectives.expected(state.params, mesh).on_the_wire(*mesh.axis_sizes)
+  sent = collectives.expected(state.params, mesh).on_the_wire(*sharding.lengths(mesh))
   step = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
   computing, sending = step / (devices * PEAK * REACHED), sent / LINKS
   none, hidden = computing / (computing + sending), computing / max(computing, sending)
   return (
-    f"| {mesh.axis_sizes[0]} x {fsdp} | {held / 2**20:.1f} | {sent / 2**20:.0f} | {computing * 1e3:.1f} |"
+    f"| {devices // fsdp} x {fsdp} | {held / 2**20:.1f} | {sent / 2**20:.0f} | {computing * 1e3:.1f} |"
     f" {sending * 1e3:.1f} | {none:.0%} | {hidden:.0%} |"
   )
 
