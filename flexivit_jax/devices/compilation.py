@@ -23,6 +23,9 @@ _CACHE_BYTES = 4 * 2**30
 # On GPUs XLA may else take operations whose sums have no fixed order, cuDNN's backward pass of attention among them
 # (openxla/xla, pull request 14125): a resumed run would not end with the same bits. XLA_FLAGS can say otherwise.
 DETERMINISTIC = "xla_gpu_exclude_nondeterministic_ops"
+# XLA's CPU compiler drops the barriers that `jax.checkpoint` puts around what is computed again, finds it twice, and
+# stores it after all: `remat` without a loop saved nothing. Without this pass it keeps them (docs/performance.md).
+DISABLED, BARRIERS = "xla_disable_hlo_passes", "cse_barrier_expander"
 
 
 class OutOfMemory(errors.UserError):
@@ -146,9 +149,10 @@ def _lower(
 
 def _options() -> Json:
   """Arguments of every compilation."""
-  if jax.default_backend() != "gpu" or DETERMINISTIC in os.environ.get("XLA_FLAGS", ""):
-    return {}
-  return {"compiler_options": {DETERMINISTIC: True}}
+  wanted: Json = {"gpu": {DETERMINISTIC: True}, "cpu": {DISABLED: BARRIERS}}
+  flags = os.environ.get("XLA_FLAGS", "")
+  options = {k: v for k, v in wanted.get(jax.default_backend(), {}).items() if k not in flags}
+  return {"compiler_options": options} if options else {}
 
 
 def fewest_microbatches(

@@ -106,7 +106,7 @@ class _Full:
   def __init__(self, message):
     self._message = message
 
-  def compile(self):
+  def compile(self, **options):
     raise jax.errors.JaxRuntimeError(self._message)
 
 
@@ -200,7 +200,6 @@ def test_a_setting_of_jaxs_own_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_on_gpus_programs_take_no_operation_whose_sums_have_no_fixed_order(monkeypatch):
-  assert compilation._options() == {}
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   options = compilation._options()
   assert options == {"compiler_options": {"xla_gpu_exclude_nondeterministic_ops": True}}
@@ -208,3 +207,25 @@ def test_on_gpus_programs_take_no_operation_whose_sums_have_no_fixed_order(monke
   lowered.compile(**options)  # XLA knows the name
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=false")
   assert compilation._options() == {}
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert compilation._options() == {}
+
+
+def test_on_a_cpu_what_is_recomputed_is_not_stored_after_all(monkeypatch):
+  """XLA's CPU compiler would find that the forward pass computes it, too, and keep that; the bits are the same."""
+
+  def loss(weights, x):
+    for weight in weights:
+      x = jax.checkpoint(lambda x, weight: jnp.sin(jnp.sin(x) @ weight))(x, weight)
+    return x.sum()
+
+  weights, x = [jnp.eye(64)] * 4, jnp.ones((512, 64))
+  made = compilation.compile_one(jax.grad(loss), (weights, x), "")
+  monkeypatch.setenv(
+    "XLA_FLAGS", "--xla_disable_hlo_passes=none"
+  )  # the user's own list is left alone
+  assert compilation._options() == {}
+  stored = compilation.compile_one(jax.grad(loss), (weights, x), "")
+  assert made.temp_bytes < 0.7 * stored.temp_bytes
+  for a, b in zip(made.run(weights, x), stored.run(weights, x), strict=True):
+    np.testing.assert_array_equal(a, b)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from flexivit_jax import cli, trees
-from flexivit_jax.devices import sharding
+from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.evaluators import results
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.supervised import supervised
@@ -51,7 +51,7 @@ def temporary(model: FlexiViT, side: int, seqhw: int, each: int) -> int:
   step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
   state = steps.TrainState(step, placed, None)
   fn = functools.partial(steps.gradients, model=model, objective=supervised(), seed=0, seqhw=seqhw)
-  return int(jax.jit(fn).lower(state, batch).compile().memory_analysis().temp_size_in_bytes)
+  return compilation.compile_one(fn, (state, batch), "the gradients").temp_bytes
 
 
 def estimate(model: FlexiViT, side: int, seqhw: int, each: int) -> float:
