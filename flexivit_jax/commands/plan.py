@@ -74,7 +74,8 @@ def _fits(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
   print("\n".join(aligned(cells, "<")))
   print(
     "\naccumulate: microbatches at the size of the most tokens; accumulate='auto' finds that number at each size. GiB:"
-    " estimated\nfor each device, of nine tenths of its memory. extra FLOPs: what remat computes again. hours: of"
+    " estimated\nfor each device, of nine tenths of its memory. extra FLOPs: what remat, and attention that"
+    " stores no scores, compute again, and the padding of attention's kernel on TPUs. hours: of"
     f" training at {args.utilisation:.0%} of the peak."
   )
 

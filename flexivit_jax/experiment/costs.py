@@ -48,19 +48,25 @@ def several(meshes: Sequence[int]) -> list[int]:
   return [n for n in meshes if n > 1]
 
 
-def costs(settings: Section, *, utilisation: float = 0.4, meshes: Sequence[int] = MESHES) -> Json:
+def costs(
+  settings: Section,
+  *,
+  utilisation: float = 0.4,
+  meshes: Sequence[int] = MESHES,
+  platform: str = "tpu v3",
+) -> Json:
   """Returns what a config will cost, JSON-able.
 
   Args:
     settings: the config.
     utilisation: the share of its peak that a machine reaches.
     meshes: numbers of devices for which memory is estimated.
+    platform: of these devices, one of `attention.PLATFORMS`; on a TPU v3 attention keeps its scores.
 
   Raises:
     UserError: what is wrong with the config; a data set that is neither here nor known.
   """
-  # The TPUs among `MACHINES` are v3, on which attention keeps its scores.
-  exp = experiment.from_config(on_accelerator(settings, "tpu v3"), opening=PLANNED)
+  exp = planned(settings, platform)
   state = state_of(exp)
   training = flops_of_training(exp)
   evaluation = sum(_evaluation_flops(exp, e) for e in exp.evaluations.values())
@@ -102,17 +108,26 @@ def flops_of_training(exp: experiment.Experiment) -> float:
 # --- the parts ---
 
 
+def planned(settings: Section, platform: str) -> experiment.Experiment:
+  """The experiment of a config with stand-ins for what it opens, for a platform: one of `attention.PLATFORMS`."""
+  teacher = functools.partial(_planned_teacher, platform=platform)
+  return experiment.from_config(
+    on_accelerator(settings, platform), opening=PLANNED._replace(teacher=teacher)
+  )
+
+
 def _planned_teacher(
   *,
   checkpoint: str | None = None,
   model: Section | None = None,
   shapes: bool = True,
+  platform: str = "tpu",
   **options: Any,
 ) -> Teacher:
   """As `load_teacher`, of shapes only where the config names the model, or without those."""
   if model is None:
     return loaders.load_teacher(checkpoint=checkpoint, **options)
-  network, _ = loaders.build_model(_attention_of(model), num_classes=0)
+  network, _ = loaders.build_model(_attention_of(model, platform), num_classes=0)
   init = functools.partial(steps.init_params, network, {"image": (8, 8, 3)}, seed=0)
   params = jax.eval_shape(init) if shapes else {}
   size = {} if options.get("seqhw") is None else {"seqhw": options["seqhw"]}

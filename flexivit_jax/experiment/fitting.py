@@ -26,7 +26,7 @@ class Fit(NamedTuple):
     scan: of `model.scan`.
     fsdp: of `mesh.fsdp`.
     gib: estimated memory of each device in GiB.
-    extra: FLOPs that `remat` adds to those of training, as a share of them.
+    extra: FLOPs of what is computed again and of kernels' padding, `flops.recomputed`, as a share of training's.
     reason: why nothing fits; "" where this does.
   """
 
@@ -65,13 +65,15 @@ def rows(
   for name in names:
     if name not in MACHINES:
       raise errors.unknown("machine", name, MACHINES)
-  exp = experiment.from_config(
-    costs.on_accelerator(experiment.without_evaluations(settings)), opening=costs.PLANNED
-  )
-  state = costs.state_of(exp)
-  flops = costs.flops_of_training(exp)
+  settings = experiment.without_evaluations(settings)
+  # Attention, and with it what is stored, is that of each platform.
+  platforms = dict.fromkeys(MACHINES[name].platform for name in names)
+  exps = {platform: costs.planned(settings, platform) for platform in platforms}
+  state = costs.state_of(next(iter(exps.values())))  # the same for all
   for name in names:
     machine = MACHINES[name]
+    exp = exps[machine.platform]
+    flops = costs.flops_of_training(exp)
     found = fit(exp, state, machine)
     hours = flops * (1 + found.extra) / (machine.flops * utilisation) / 3600
     yield {
@@ -96,7 +98,7 @@ def fit(exp: experiment.Experiment, state: steps.TrainState, machine: Machine) -
   Where nothing fits the setting of the least memory is returned, with the reason.
 
   Args:
-    exp: of `costs.PLANNED`.
+    exp: `costs.planned` for the machine's platform.
     state: see `costs.state_of`.
     machine: one of `MACHINES`.
   """
@@ -106,7 +108,7 @@ def fit(exp: experiment.Experiment, state: steps.TrainState, machine: Machine) -
   share = exp.batch_size // machine.devices
   fewest = 1 if exp.accumulate == "auto" else int(exp.accumulate)
   tried: list[Fit] = []
-  for model, extra in _models(exp, machine.platform):
+  for model, extra in _models(exp):
     for fsdp in _divisions(exp.mesh.get("fsdp", 1), machine.devices):
       looped = _looped(model) if fsdp > 1 else model
       remat, scan = which_remat(getattr(looped, "remat", False)), getattr(looped, "scan", False)
@@ -133,13 +135,11 @@ def _in_microbatches(whole: dict[str, float], n: int) -> float:
   return sum(whole.values()) + whole["gradients"] - whole["activations"] * (1 - 1 / n)
 
 
-def _models(exp: experiment.Experiment, platform: str) -> list[tuple[Model, float]]:
-  """The model with each kind of remat from its own on, and the share of FLOPs that this adds."""
+def _models(exp: experiment.Experiment) -> list[tuple[Model, float]]:
+  """The model with each kind of remat from its own on, and the share of FLOPs besides those of training."""
   model: Any = exp.model
   if not isinstance(model, FlexiViT):
     return [(model, 0.0)]
-  form = model.attention.partition(":")[0]
-  model = model.clone(attention=f"{form}:{platform}")
   step = patch_schedule.mean_cost(exp.flexi, exp.step_flops)
 
   def extra(remat: str) -> float:
@@ -147,9 +147,8 @@ def _models(exp: experiment.Experiment, platform: str) -> list[tuple[Model, floa
     again = lambda size: 2e9 * exp.batch_size * recomputed(other, exp.shapes, **size)  # noqa: E731
     return patch_schedule.mean_cost(exp.flexi, again) / step
 
-  own = extra(which_remat(model.remat))
   kinds = REMAT[REMAT.index(which_remat(model.remat)) :]
-  return [(model.clone(remat=kind or False), extra(kind) if kind else own) for kind in kinds]
+  return [(model.clone(remat=kind or False), extra(kind)) for kind in kinds]
 
 
 def _looped(model: Model) -> Model:

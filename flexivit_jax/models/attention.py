@@ -181,6 +181,23 @@ def kernel_length(setting: str, tokens: int, dtype: Any, head: int) -> int | Non
   return tokens + tokens % 2 if form == "cudnn" else None
 
 
+def products(setting: str, tokens: int, dtype: Any, head: int) -> tuple[int, int]:
+  """Length and number of the products of length squared times width that a form computes for self-attention.
+
+  Two forwards and four backwards are the formula's. The other forms compute the scores again. The kernel for TPUs has
+  two programs backwards, one for queries and one for keys and values: each computes the scores and their gradients.
+
+  Args:
+    setting, tokens, dtype, head: as for `resolve`.
+
+  Returns:
+    Tokens with padding; products forwards and backwards.
+  """
+  form = resolve(setting, tokens, tokens, dtype, head)
+  length = kernel_length(setting, tokens, dtype, head) or tokens
+  return length, {"splash": 2 + 7, "cudnn": 2 + 5, "one_by_one": 2 + 5}.get(form, 2 + 4)
+
+
 # --- kernels ---
 
 

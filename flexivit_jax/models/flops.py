@@ -74,9 +74,11 @@ def gmacs(model: Transformer, shapes: Shapes, **size: Any) -> float:
 
 
 def recomputed(model: Transformer, shapes: Shapes, **size: Any) -> float:
-  """Multiply-adds in 1e9 for one image that the backward pass does again, as the model's `remat` says.
+  """Multiply-adds in 1e9 for one image besides those of a forward and a plain backward pass.
 
-  "blocks": all products of the blocks but the MLP's second, whose result nothing needs. "dots": the two of attention.
+  What the model's `remat` makes the backward pass do again: with "blocks" all products of the blocks but the MLP's
+  second, whose result nothing needs; with "dots" the two of attention. And what the form of attention adds: scores that
+  it computes again because it does not store them, and the padding of kernels.
 
   Args:
     model: the model.
@@ -86,12 +88,14 @@ def recomputed(model: Transformer, shapes: Shapes, **size: Any) -> float:
   Raises:
     UserError: the size does not fit the image.
   """
-  if not model.remat:
-    return 0.0
   rows, columns = model.grid(shapes["image"][:2], **size).grid_hw
   length, d = rows * columns + model.prefix_length, model.width
-  block = 2 * length * length * d
-  if model.remat != "dots":
+  heads = (model.dtype, d // model.num_heads)
+  padded, products = attention.products(model.attention, length, *heads)
+  block = (products * padded**2 - 6 * length**2) * d
+  if model.remat:
+    block += 2 * padded**2 * d
+  if model.remat and model.remat != "dots":
     block += 4 * length * d * d + length * d * model.mlp_dim
   return which_depth(model.depth, size.get("depth")) * block / 1e9
 

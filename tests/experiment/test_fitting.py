@@ -26,7 +26,7 @@ def load(spec):
 @pytest.fixture(scope="module")
 def planned():
   settings = experiment.without_evaluations(load("i1k_distill"))
-  exp = experiment.from_config(costs.on_accelerator(settings), opening=costs.PLANNED)
+  exp = costs.planned(settings, "tpu v3")
   return exp, costs.state_of(exp)
 
 
@@ -46,10 +46,9 @@ def test_the_fewest_microbatches_that_fit_are_found(planned):
   machine = MACHINES["v3-32"]
   found = fitting.fit(exp, state, machine)
   assert (found.setting, found.reason) == ("2", "")
-  model = exp.model.clone(attention="auto:tpu v3")
 
   def total(n):
-    return sum(costs.memory(exp, state, sharding.abstract_mesh(32), model, n).values())
+    return sum(costs.memory(exp, state, sharding.abstract_mesh(32), exp.model, n).values())
 
   assert total(2) == found.gib * GIB <= machine.room < total(1)
 
@@ -81,6 +80,19 @@ def test_a_machine_that_is_not_known_and_rows_without_one_are_errors(capsys):
   assert "Did you mean 'v3-8'" in capsys.readouterr().err
   assert cli.main([*arguments, "--csv", "a.csv"]) == 2
   assert "give --machine" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_attention_is_that_of_each_machine():
+  """A kernel for TPUs is "auto" on GPUs; what it computes again is counted, and its scores are not stored."""
+  settings = load("i1k_sup")
+  settings = {**settings, "model": {**settings["model"], "attention": "splash"}}
+  names = ["v3-8", "v6e-8", "8xH100"]
+  v3, v6e, h100 = fitting.rows(settings, names)
+  assert float(v6e["extra FLOPs in %"]) > float(h100["extra FLOPs in %"]) > 0
+  (auto,) = fitting.rows(load("i1k_sup"), ["v3-8"])
+  assert float(auto["extra FLOPs in %"]) == 0 < float(v3["extra FLOPs in %"])
+  assert float(v3["GiB"]) / float(v3["of GiB"]) <= 1
 
 
 @pytest.mark.full

@@ -86,8 +86,11 @@ def test_gmacs_count_what_stride_and_depth_run(size, grid_hw):
   np.testing.assert_allclose(counted - logits_2d, want, rtol=1e-12)
 
 
-@pytest.mark.parametrize("remat", ["blocks", "dots"])
-def test_what_the_backward_pass_does_again_is_what_the_traced_program_has_more(remat):
+@pytest.mark.parametrize(
+  ("remat", "form"),
+  [("blocks", "einsum"), ("dots", "einsum"), (False, "one_by_one"), ("blocks", "one_by_one")],
+)
+def test_what_the_backward_pass_does_again_is_what_the_traced_program_has_more(remat, form):
   shapes = {"image": (24, 24, 3)}
   image = jax.ShapeDtypeStruct((1, 24, 24, 3), jnp.float32)
 
@@ -99,11 +102,33 @@ def test_what_the_backward_pass_does_again_is_what_the_traced_program_has_more(r
       jax.interpreters.partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))[0]
     )
 
-  model = make(depth=3, scan=True)
-  again = model.clone(remat=remat)
+  model = make(depth=3, scan=True, attention="einsum")
+  again = model.clone(remat=remat, attention=form)
   want = flops.recomputed(again, shapes, seqhw=4) * 1e9
   assert want > 0 == flops.recomputed(model, shapes, seqhw=4)
   np.testing.assert_allclose(count(again) - count(model), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("remat", [False, "blocks"])
+def test_what_the_kernel_for_tpus_computes_besides_is_what_its_programs_have_more(remat):
+  """With 257 tokens, which it pads to 384; traced, not run."""
+  shapes = {"image": (32, 32, 3)}
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+
+  def count(**fields):
+    model = make(width=128, num_heads=2, depth=1, **fields)
+    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, seqhw=1), image)
+    loss = lambda p, x: model.apply(p, x, seqhw=16)[0].sum()  # noqa: E731
+    traced = jax.jit(jax.grad(loss)).trace(params, image).jaxpr.jaxpr
+    used = jax.interpreters.partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))[0]
+    return counting._macs(used), flops.recomputed(model, shapes, seqhw=16) * 1e9
+
+  (plain, none), (kernel, want) = (
+    count(attention="einsum"),
+    count(attention="splash:tpu", remat=remat),
+  )
+  assert none == 0 and want > 9 * 384**2 * 128 - 6 * 257**2 * 128 - 1
+  np.testing.assert_allclose(kernel - plain, want, rtol=1e-3)  # and a product of length times width
 
 
 def test_scores_count_where_the_form_of_attention_keeps_them():
