@@ -44,6 +44,7 @@ class Experiment(NamedTuple):
     model, model_record: the network, and the JSON-able record from which it is built again.
     inputs: shape and dtype of one example for each input of the model, the objective and its teachers.
     objective, optimizer: what a step minimises, and how.
+    teachers: the objective's, by name.
     flexi: the schedule of sizes.
     step_flops: FLOPs of a step at a size.
     evaluations: the evaluators by name.
@@ -78,6 +79,7 @@ class Experiment(NamedTuple):
   inputs: dict[str, jax.ShapeDtypeStruct]
   objective: Objective
   optimizer: Optimizer
+  teachers: Mapping[str, Teacher]
   flexi: patch_schedule.Flexi
   step_flops: patch_schedule.Cost
   evaluations: dict[str, Evaluation]
@@ -227,6 +229,7 @@ def from_config(
     inputs=learner.inputs,
     objective=learner.objective,
     optimizer=optimizer,
+    teachers=learner.teachers,
     evaluations=evaluations,
     batches=batches,
     batch_size=learner.input["batch_size"],

@@ -19,7 +19,7 @@ from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
 from flexivit_jax.experiment.machines import MACHINES
-from flexivit_jax.models import MODELS, FlexiViT, Model, attention
+from flexivit_jax.models import MODELS, FlexiViT, Model, attention, flops
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import SizeArgs, size_name
 from flexivit_jax.training import patch_schedule, steps
@@ -127,7 +127,8 @@ def _planned_teacher(
   """As `load_teacher`, of shapes only where the config names the model, or without those."""
   if model is None:
     return loaders.load_teacher(checkpoint=checkpoint, **options)
-  network, _ = loaders.build_model(_attention_of(model, platform), num_classes=0)
+  section = {"dtype": "bfloat16", **_attention_of(model, platform)}
+  network, _ = loaders.build_model(section, num_classes=0)
   init = functools.partial(steps.init_params, network, {"image": (8, 8, 3)}, seed=0)
   params = jax.eval_shape(init) if shapes else {}
   size = {} if options.get("seqhw") is None else {"seqhw": options["seqhw"]}
@@ -204,6 +205,9 @@ def memory(
 ) -> dict[str, float]:
   """Returns bytes on each device at the costliest size: the batch is divided, weights where the mesh says so.
 
+  "activations" are those of the student or of the teachers, whichever are more: the teachers' are freed before the
+  student's step begins, for they are another program.
+
   Args:
     exp: the experiment.
     state: see `state_of`.
@@ -225,8 +229,23 @@ def memory(
     if exp.mesh.get("divide_teachers", True)
     else trees.size_in_bytes(teachers),
     "batch": batch,
-    "activations": model.activation_bytes(exp.shapes, **costliest) * share / microbatches,
+    "activations": max(model.activation_bytes(exp.shapes, **costliest), _taught_bytes(exp))
+    * share
+    / microbatches,
   }
+
+
+def _taught_bytes(exp: experiment.Experiment) -> float:
+  """Bytes of the teachers' forward passes for one example, which are computed one after the other."""
+
+  def forward(teacher: Teacher) -> float:
+    shapes = {"image": exp.inputs[teacher.image].shape}
+    if isinstance(teacher.model, flops.Transformer):
+      return flops.forward_bytes(teacher.model, shapes, **teacher.size)
+    # What a backward pass would keep: an upper bound.
+    return teacher.model.activation_bytes(shapes, **teacher.size)
+
+  return max(map(forward, exp.teachers.values()), default=0.0)
 
 
 def divided(params: Tree, mesh: AbstractMesh) -> Json:

@@ -135,6 +135,21 @@ def kept_bytes(model: Transformer, shapes: Shapes, **size: Any) -> float:
   return around + which_depth(model.depth, size.get("depth")) * stored
 
 
+def forward_bytes(model: Transformer, shapes: Shapes, **size: Any) -> float:
+  """Estimate of the bytes that a forward pass of one image takes, of which nothing is kept: a teacher's.
+
+  The residual stream, and the larger of two parts of a block: the MLP's hidden layer before and after its GELU; or
+  query, key, value, the result, and attention's scores and weights where the form has them. Within a factor of 1.3 of
+  what XLA's CPU compiler allocates (results/teachers.csv). Arguments and errors: as `activation_bytes`.
+  """
+  rows, columns = model.grid(shapes["image"][:2], **size).grid_hw
+  length, d, b = rows * columns + model.prefix_length, model.width, _itemsize(model)
+  scores = 0
+  if attention.keeps_scores(model.attention, length, model.dtype, d // model.num_heads):
+    scores = (4 + b) * model.num_heads * length
+  return length * (4.0 * d + max(2 * b * model.mlp_dim, 4 * b * d + scores))
+
+
 # Arrays [tokens, mlp_dim] that the MLP keeps: in a loop by its GELU; without one XLA makes the rest again.
 _HIDDEN_IN_LOOP = {"tanh": 6, "exact": 4, "quick": 4}
 _HIDDEN = 3

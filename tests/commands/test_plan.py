@@ -97,6 +97,20 @@ def test_steps_flops_and_hours_of_the_small_distillation():
   assert only["evaluation_flops"] == pytest.approx(2e9 * 2 * student * 50_000 * 11, rel=0.1)
 
 
+def test_activations_are_the_students_or_the_teachers_whichever_are_more():
+  """Never both: the teachers are a program of their own."""
+  exp = costs.planned(small("i1k_distill"), "tpu v3")
+  state, mesh = costs.state_of(exp), sharding.abstract_mesh(32)
+  found = costs.memory(exp, state, mesh, exp.model, 2)["activations"]
+  assert found == exp.model.activation_bytes(exp.shapes, seqhw=30) * 1024 / 32 / 2
+  (teacher,) = exp.teachers.values()
+  assert teacher.model.dtype == "bfloat16" and teacher.model.attention == "auto:tpu v3"
+  large = teacher._replace(model=teacher.model.clone(mlp_dim=2**20))
+  found = costs.memory(exp._replace(teachers={"large": large}), state, mesh, exp.model, 2)
+  tokens = 577  # 384 pixels at patch 16, and the class token
+  assert found["activations"] == tokens * (4 * large.model.width + 4 * 2**20) * 1024 / 32 / 2
+
+
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("seqhw", [8])
 def test_activations_are_about_what_a_compiled_step_needs(remat, seqhw):

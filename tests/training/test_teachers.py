@@ -1,5 +1,6 @@
 """A cache of what teachers said: no bit of a run changes, no teacher runs, and nothing else is read for it."""
 
+import contextlib
 import copy
 import functools
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from flexivit_jax import errors, experiment, train as train_lib, weights
+from flexivit_jax.experiment import preparation
 from flexivit_jax.objectives import losses
 from flexivit_jax.running import metrics_writer
 from flexivit_jax.training import teachers
@@ -95,6 +97,18 @@ def test_a_cached_run_is_bit_for_bit_the_live_one_and_has_no_teacher(
   assert "compiled teachers" not in said and "of all steps are in" in said
   with pytest.raises(AttributeError, match="NoneType"):  # so that it could have failed
     train_lib.train(changed(teacher_cache=str(tmp_path / "empty")), tmp_path / "live")
+
+
+def test_nothing_of_the_teachers_but_their_logits_outlives_a_call():
+  """Neither their activations, which are their program's own, nor what they saw."""
+  exp, mesh = preparation.place(experiment.from_config(CONFIG))
+  taught = preparation.teacher_logits(exp, 0, mesh, contextlib.ExitStack().enter_context)
+  batch = {"image": np.ones((4, 12, 12, 3), np.float32)}
+  step = jax.numpy.int32(0)
+  before = {id(x) for x in jax.live_arrays()}
+  logits = jax.block_until_ready(taught(0, batch, step))
+  left = [x.shape for x in jax.live_arrays() if id(x) not in before]
+  assert left == [x.shape for x in jax.tree.leaves(logits)] == [(4, 3)]
 
 
 @pytest.mark.full
