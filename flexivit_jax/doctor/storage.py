@@ -38,7 +38,7 @@ def check(workdir: pathlib.Path, new: list[pathlib.Path], *, several: bool = Fal
     UserError: it cannot be a run folder.
   """
   if url := storage.address(workdir):
-    return _check_bucket(url, several=several)
+    return _check_bucket(url)
   run_folder.check_path(workdir, several=several)
   name = f".doctor-{uuid.uuid4().hex}"
   probe, moved, lock = (workdir / f"{name}{end}" for end in ("", ".moved", ".lock"))
@@ -56,9 +56,9 @@ def check(workdir: pathlib.Path, new: list[pathlib.Path], *, several: bool = Fal
         path.unlink(missing_ok=True)
 
 
-def _check_bucket(url: str, *, several: bool) -> str:
+def _check_bucket(url: str) -> str:
   """Does what a run does at its start there; returns how fast it was."""
-  run_folder.check_bucket(url, several=several)
+  run_folder.check_bucket(url)
   bucket = storage.Bucket(url, attempts=3)  # the reason has to be known within the check's time
   written, read = bucket.check(f"probe.{uuid.uuid4().hex}", os.urandom(_SIZE))
   mib = _SIZE / 2**20

@@ -49,9 +49,7 @@ class Evaluating:
 
   def open_best(self, *, resumed: bool) -> None:
     """Opens RUN/best, where the config asks for it."""
-    best = following.open_best(self._run.workdir, self._exp.best, begun=resumed)
-    if best is not None:
-      self._run.closing(best)
+    best = following.open_best(self._run, self._exp.best, begun=resumed)
     self._follow = following.Following(best, self._exp.best, self._exp.early, self._early)
 
   def due(self, step: int) -> list[str]:

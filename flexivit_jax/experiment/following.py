@@ -6,15 +6,14 @@ evaluation before that step is lost. The state of early stopping is in the recor
 step that is evaluated is written after the evaluation.
 """
 
-import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 
 from flexivit_jax.experiment import preparation
 from flexivit_jax.experiment.monitor import EarlyStopping, FollowedMetric
 from flexivit_jax.running import distributed, manifest
-from flexivit_jax.running.checkpoint import BEST, Checkpoints
-from flexivit_jax.running.session import note
+from flexivit_jax.running.checkpoint import BEST
+from flexivit_jax.running.session import Saver, Session, note
 from flexivit_jax.training import steps
 from flexivit_jax.trees import Json
 
@@ -31,7 +30,7 @@ class Following:
 
   def __init__(
     self,
-    checkpoints: Checkpoints | None,
+    checkpoints: Saver | None,
     best: FollowedMetric | None,
     early: EarlyStopping | None,
     state: Json | None,
@@ -116,13 +115,11 @@ class Following:
       self._checkpoints.wait()
 
 
-def open_best(
-  workdir: pathlib.Path, best: FollowedMetric | None, *, begun: bool
-) -> Checkpoints | None:
+def open_best(run: Session, best: FollowedMetric | None, *, begun: bool) -> Saver | None:
   """Opens RUN/best where a config asks for it; a run that begins anew deletes an old one."""
   if best is None:
     return None
-  folder = workdir / BEST
+  folder = run.workdir / BEST
 
   def forget() -> None:
     if not begun and folder.is_dir():
@@ -130,24 +127,22 @@ def open_best(
       shutil.rmtree(folder)
 
   distributed.on_first(forget, f"its folder {BEST}")
-  return Checkpoints(folder, keep=1, name=BEST)
+  return run.saver(BEST, keep=1, key=BEST)
 
 
-def _value(checkpoints: Checkpoints, best: FollowedMetric | None) -> float | None:
-  """Returns the metric's value of the kept checkpoint; None: there is none."""
+def _value(checkpoints: Saver, best: FollowedMetric | None) -> float | None:
+  """Returns the metric's value of the kept checkpoint, which process 0 reads for all; None: there is none."""
+  return distributed.on_first(lambda: _value_on_disk(checkpoints, best), "its best checkpoint")
+
+
+def _value_on_disk(checkpoints: Saver, best: FollowedMetric | None) -> float | None:
   step = checkpoints.latest_step()
   if step is None or best is None:
     return None
-
-  def damaged() -> int:
-    try:
-      checkpoints.verify(step)
-      return 0
-    except manifest.Damaged as damage:
-      note(f"{damage} The next evaluation takes its place.")
-      return 1
-
-  if distributed.on_first(damaged, "its best checkpoint"):
+  try:
+    checkpoints.verify(step)
+  except manifest.Damaged as damage:
+    note(f"{damage} The next evaluation takes its place.")
     return None
   of = checkpoints.record(step).get("best", {})
   if (of.get("metric"), of.get("mode")) == (str(best), best.mode):

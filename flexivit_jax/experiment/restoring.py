@@ -38,8 +38,13 @@ class Start(NamedTuple):
 
 
 def trained(workdir: pathlib.Path) -> class_names.Trained | None:
-  """Returns what the newest checkpoint in a run folder says of its classes; None: there is none. Writes nothing."""
-  newest = checkpoint.read_record(workdir / "checkpoints")
+  """Returns what the newest checkpoint in a run folder says of its classes; None: there is none. Writes nothing.
+
+  Process 0 reads it for all.
+  """
+  newest = distributed.on_first(
+    lambda: checkpoint.read_record(workdir / "checkpoints"), "its newest checkpoint"
+  )
   return newest and class_names.trained(newest[1], str(workdir))
 
 
@@ -70,7 +75,7 @@ def start(
     UserError: no checkpoint that can be read; one that does not fit the config; no room for the next.
   """
   differences: list[run_folder.Start] = []
-  with contextlib.closing(Checkpoints(run.workdir / "checkpoints", read_only=True)) as checkpoints:
+  with contextlib.closing(run.reader()) as checkpoints:
 
     def choose() -> int | None:
       latest = checkpoints.choose(resume, note)
@@ -122,9 +127,7 @@ def _first_or_restored(
   state = preparation.first_state(exp, mesh)
   if latest is None:
     return Start(state, patch_schedule.init_state(exp.flexi), {}, resumed=False)
-  params, rest, record = checkpoints.restore(
-    latest, state.params, preparation.rest(state), verified=True
-  )
+  params, rest, record = run.restore(checkpoints, latest, state.params, preparation.rest(state))
   batches.set_state(record["data"])
   seen = record["data"]["step"] * record["data"]["batch_size"]
   epoch = seen / record["data"]["examples"]

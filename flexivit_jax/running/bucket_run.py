@@ -59,6 +59,15 @@ def newest_checkpoint(names: Sequence[str]) -> Sequence[str]:
   return names
 
 
+def checkpoint(step: int) -> Choice:
+  """Those of one checkpoint of a run."""
+
+  def of_step(names: Sequence[str]) -> Sequence[str]:
+    return [name for name in names if name.startswith(f"checkpoints/{step}/")]
+
+  return of_step
+
+
 def without_checkpoints(names: Sequence[str]) -> Sequence[str]:
   """What a report reads: no checkpoints, and no event files."""
   return [name for name in names if not name.startswith(("checkpoints/", "best/", "tb/"))]
@@ -381,6 +390,11 @@ class Mirror:
         return
 
 
+def folder_of(url: str) -> pathlib.Path:
+  """Returns the folder of this machine that a run in a bucket writes."""
+  return _cache(url) / "run" / url.rpartition("/")[2]
+
+
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[Mirror]:
   """Takes a run in a bucket: checks that it can be written, locks it, and copies what it holds into the cache folder.
@@ -391,7 +405,7 @@ def opened(url: str) -> Iterator[Mirror]:
   bucket = storage.Bucket(url)
   bucket.check(f"probe.{secrets.token_hex(8)}")
   with _held(bucket) as lock:
-    folder = _cache(url) / "run" / url.rpartition("/")[2]
+    folder = folder_of(url)
     entries = bucket.entries()
     names = _names(bucket, entries)
     _copy_here(bucket, _entries_of(bucket, names, entries), folder)

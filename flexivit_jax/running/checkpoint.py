@@ -42,6 +42,7 @@ class Checkpoints:
     name: distinguishes several such folders of one run when several processes write; None: the main folder.
     read_only: creates and deletes nothing, because a run may be writing there and an unfinished save may be its own.
       Only the process that holds the lock (`run_folder.locked`) writes, and deletes unfinished saves of earlier ones.
+    own: only this one of several processes opens the folder, and waits for no other; see `gathered`.
   """
 
   def __init__(
@@ -51,21 +52,28 @@ class Checkpoints:
     keep: int | None = 1,
     name: str | None = None,
     read_only: bool = False,
+    own: bool = False,
   ):
     # Replaced checkpoints are moved before they are deleted: an interrupted deletion must not damage a listed one.
-    together = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+    alone = dict(primary_host=jax.process_index(), active_processes={jax.process_index()})
+    prefix = f"own {name}" if own else name
+    together = ocp.options.MultiprocessingOptions(
+      barrier_sync_key_prefix=prefix, **(alone if own else {})
+    )
     writing = dict(
       max_to_keep=keep,
       cleanup_tmp_directories=True,
       todelete_subdir=_OLD,
       multiprocessing_options=together,
+      create=not own,  # Orbax refuses to; it is created below
     )
-    reading = dict(create=False)  # Orbax's own read_only would warn each time
+    # Orbax's own read_only would warn each time.
+    reading = dict(create=False, **(dict(multiprocessing_options=together) if own else {}))
     options = ocp.CheckpointManagerOptions(**(reading if read_only else writing))
     handlers = {
-      "params": ocp.StandardCheckpointHandler(),
-      "state": ocp.StandardCheckpointHandler(),
-      "record": ocp.JsonCheckpointHandler(),
+      "params": ocp.StandardCheckpointHandler(multiprocessing_options=together),
+      "state": ocp.StandardCheckpointHandler(multiprocessing_options=together),
+      "record": ocp.JsonCheckpointHandler(multiprocessing_options=together),
       manifest.FOLDER: _ManifestHandler(),  # the last: it seals the others
     }
     self.folder = pathlib.Path(folder).absolute()
@@ -162,8 +170,22 @@ class Checkpoints:
         " in full."
       ) from e
 
-  def save(self, step: int, params: Params, state: Tree, record: Json) -> None:
+  def save(
+    self,
+    step: int,
+    params: Params,
+    state: Tree,
+    record: Json,
+    *,
+    pieces: dict[str, dict[str, np.ndarray]] | None = None,
+  ) -> None:
     """Copies the arrays and returns; files and checksums are written in the background.
+
+    Args:
+      step: of the checkpoint.
+      params, state: arrays.
+      record: as JSON.
+      pieces: item -> the arrays or pieces that get checksums, by name; default: those of `manifest.pieces`.
 
     Raises:
       UserError: this or the previous checkpoint cannot be written; names the folder and the reason.
@@ -172,7 +194,7 @@ class Checkpoints:
       params=ocp.args.StandardSave(params),
       state=ocp.args.StandardSave(state),
       record=ocp.args.JsonSave(record),
-      **{manifest.FOLDER: _SaveManifest({"params": params, "state": state})},
+      **{manifest.FOLDER: _SaveManifest({"params": params, "state": state}, pieces)},
     )
     self._or_user_error(lambda: self._manager.save(step, args=items))
     self._saved = True
@@ -359,7 +381,7 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
     folder, process = pathlib.Path(directory), jax.process_index()
     self._saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args.items)
     # Views on a CPU (JAX does not donate memory that is viewed); copies from a device.
-    host = {item: manifest.pieces(tree) for item, tree in args.items.items()}
+    host = args.pieces or {item: manifest.pieces(tree) for item, tree in args.items.items()}
 
     async def write() -> None:
       sums = {item: manifest.array_sums(arrays) for item, arrays in host.items()}
@@ -383,10 +405,12 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
 
 @ocp.args.register_with_handler(_ManifestHandler, for_save=True, for_restore=True)
 class _SaveManifest(ocp.args.CheckpointArgs):
-  """The arrays of each item."""
+  """The arrays of each item, and the pieces of them that get checksums."""
 
-  def __init__(self, items: Json | None = None):
-    self.items = items or {}
+  def __init__(
+    self, items: Json | None = None, pieces: dict[str, dict[str, np.ndarray]] | None = None
+  ):
+    self.items, self.pieces = items or {}, pieces
 
 
 def find(path: pathlib.Path) -> tuple[pathlib.Path, int]:

@@ -4,17 +4,21 @@ JAX does the work: `jax.distributed` joins the processes, its coordination servi
 service chooses the step after which all save when one gets SIGTERM.
 """
 
+import contextlib
 import importlib.util
+import itertools
+import json
 import os
 import pathlib
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import xxhash
+from jax._src import distributed as jax_distributed  # JAX has no public name for its client
 from jax.experimental import multihost_utils
 
 from flexivit_jax import errors
@@ -22,6 +26,9 @@ from flexivit_jax.running import exit_codes
 
 T = TypeVar("T")
 _HEARTBEAT = [100.0]
+_CALLS = itertools.count()  # of `on_first`
+_LONG_MS = 7 * 24 * 3600 * 1000  # what process 0 does alone may take: a lost process ends the wait
+_FAILED = "failed"
 _TPU = "the TPU's"
 FLAGS = ("coordinator_address", "num_processes", "process_id")
 # Launchers of several processes: name -> (variables they set, variable with the number of processes).
@@ -159,12 +166,17 @@ def preempted(step: int) -> bool:
   return multihost_utils.reached_preemption_sync_point(step)
 
 
-def on_first(call: Callable[[], int | None], what: str) -> int | None:
-  """Calls `call` on process 0 while the others wait; returns its result on all processes.
+def service() -> Any:
+  """Returns the client of JAX's coordination service, which keeps text by key in the memory of process 0."""
+  return jax_distributed.global_state.client
+
+
+def on_first(call: Callable[[], T], what: str) -> T:
+  """Calls `call` on process 0 while the others wait, however long; returns its result on all processes.
 
   Args:
-    call: what one process alone must do, such as writing files, which the others see afterwards; returns a
-      non-negative number or None.
+    call: what one process alone must do, such as writing files, which the others see afterwards; returns what JSON can
+      hold.
     what: names it in the error on the other processes.
 
   Raises:
@@ -172,20 +184,27 @@ def on_first(call: Callable[[], int | None], what: str) -> int | None:
   """
   if not is_on():
     return call()
-  failed: BaseException | None = None
-  answer = 0
+  client, key = service(), f"flexivit/on_first/{next(_CALLS)}"
   if jax.process_index() == 0:
     try:
-      number = call()
-      answer = -1 if number is None else number
-    except errors.UserError as e:
-      failed, answer = e, -2
-  answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
-  if failed is not None:
-    raise failed
-  if answer == -2:
-    raise errors.UserError(f"Process 0 could not go on ({what}); its own message says why.")
-  return None if answer == -1 else answer
+      text = json.dumps(call())
+    except errors.UserError:
+      client.key_value_set(key, _FAILED)
+      _meet(key)
+      raise
+    client.key_value_set(key, text)
+  else:
+    text = client.blocking_key_value_get(key, _LONG_MS)
+    if text == _FAILED:
+      _meet(key)
+      raise errors.UserError(f"Process 0 could not go on ({what}); its own message says why.")
+  return json.loads(text)
+
+
+def _meet(key: str) -> None:
+  """Waits a moment for the others: the service ends with process 0, which must not end before they have read."""
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    service().wait_at_barrier(f"{key}/read", timeout_in_ms=10_000)
 
 
 def agree(step: int, facts: Mapping[str, object]) -> None:

@@ -50,6 +50,21 @@ def pieces(tree: Tree) -> dict[str, np.ndarray]:
   }
 
 
+def pieces_of(host: Tree, like: Tree) -> dict[str, np.ndarray]:
+  """Returns what `pieces` returns on all processes together, as views of whole arrays.
+
+  Args:
+    host: whole arrays, in the memory of this process.
+    like: the same arrays as they are divided over devices.
+  """
+  arrays, leaves = trees.flatten(host), trees.flatten(like)
+  return {
+    name + where: arrays[name][index]
+    for name, leaf in leaves.items()
+    for where, index in _regions(leaf).items()
+  }
+
+
 def array_sums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
   """Returns the checksum of each array."""
   return {name: _sum(array) for name, array in arrays.items()}
@@ -183,8 +198,20 @@ def _pieces_of(leaf: Tree) -> Iterator[tuple[str, np.ndarray]]:
     return
   for shard in leaf.addressable_shards:
     if shard.replica_id == 0:
-      bounds = [s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True)]
-      yield "[" + ",".join(f"{a}:{b}" for a, b in bounds) + "]", np.asarray(shard.data)
+      yield _region(shard.index, leaf.shape), np.asarray(shard.data)
+
+
+def _region(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
+  bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+  return "[" + ",".join(f"{a}:{b}" for a, b in bounds) + "]"
+
+
+def _regions(leaf: Tree) -> dict[str, tuple[slice, ...]]:
+  """Returns the regions of an array's pieces; one without a name, if it is not divided."""
+  if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated:
+    return {"": ()}
+  indices = leaf.sharding.devices_indices_map(leaf.shape).values()
+  return {_region(index, leaf.shape): index for index in indices}
 
 
 def _piece(leaf: Tree, region: str | None) -> np.ndarray | None:

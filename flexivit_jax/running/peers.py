@@ -1,4 +1,4 @@
-"""Heartbeats of the processes of a run, in RUN/processes: they tell which process hangs when the others wait for it."""
+"""Heartbeats of the processes of a run, see `signs`: they tell which process hangs when the others wait for it."""
 
 import contextlib
 import json
@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterable
 from typing import TypedDict
 
-from flexivit_jax import errors, files, heartbeat
+from flexivit_jax import heartbeat
+from flexivit_jax.running.signs import InFolder, Signs
 
 FOLDER = "processes"
 _MARK = "mark"
@@ -52,12 +53,6 @@ def sees(folder: pathlib.Path, number: int) -> bool:
     time.sleep(0.2)
 
 
-def leave_word(folder: pathlib.Path, index: int, reason: str) -> None:
-  """Records why a process ends, so that the others can report it."""
-  with contextlib.suppress(OSError):
-    (folder / f"{index}.ended").write_text(reason)
-
-
 class Heartbeat(TypedDict):
   """What a process writes of itself: `written` is its clock, `idle` the seconds since it last did something."""
 
@@ -76,20 +71,22 @@ class Peers:
   Clocks are not compared: a heartbeat that does not change is silent.
 
   Args:
-    folder: the folder of all heartbeats.
+    signs: where all heartbeats are, or their folder.
     index, count: the index of this process, and the number of processes.
     limit: seconds without a change after which a process is reported as silent; None: never.
   """
 
-  def __init__(self, folder: pathlib.Path, index: int, count: int, limit: float | None = None):
-    self._folder, self._index, self._count, self._limit = folder, index, count, limit
+  def __init__(
+    self, signs: Signs | pathlib.Path, index: int, count: int, limit: float | None = None
+  ):
+    self._signs = InFolder(signs) if isinstance(signs, pathlib.Path) else signs
+    self._index, self._count, self._limit = index, count, limit
     self._reported = ""
     self._every = max(2.0, count / 4)  # so that the reads a second do not grow with the count
     self.step = 0  # the step of this process
     self._written = -self._every
     self._begun = time.monotonic()
     self._seen: dict[int, tuple[float, Heartbeat]] = {}  # when it changed, and what it holds
-    folder.mkdir(parents=True, exist_ok=True)
     self.tick()
 
   def tick(self) -> None:
@@ -105,8 +102,7 @@ class Peers:
       written=time.time(),
       idle=heartbeat.idle(),
     )
-    with contextlib.suppress(errors.UserError):  # a heartbeat is no reason to end a run
-      files.write_atomically(self._folder / f"{self._index}.json", json.dumps(about) + "\n")
+    self._signs.write(self._index, json.dumps(about) + "\n")
     if self._limit is None:
       return
     self._look(range(self._count) if self._index == 0 else (0,))
@@ -147,18 +143,14 @@ class Peers:
 
   def _look(self, indices: Iterable[int]) -> None:
     for index in indices:
-      with contextlib.suppress(OSError, ValueError):
-        about = json.loads((self._folder / f"{index}.json").read_text())
+      with contextlib.suppress(ValueError):
+        about = json.loads(self._signs.read(index))
         if index not in self._seen or self._seen[index][1]["written"] != about["written"]:
           self._seen[index] = (time.monotonic(), about)
 
   def _ended(self) -> str:
-    """Returns the reason of the process that ended first; the others may have ended because of it."""
-    reasons = [
-      (f.stat().st_mtime, int(f.stem), f.read_text()) for f in self._folder.glob("*.ended")
-    ]
-    others = [reason for reason in sorted(reasons) if reason[1] != self._index]
-    return f"process {others[0][1]} has ended: {others[0][2]:.500}" if others else ""
+    word = self._signs.word(self._index)
+    return f"process {word.process} has ended: {word.reason:.500}" if word else ""
 
   def _lost(self) -> dict[int, str]:
     return self._silent(3 * self._every) | self._missing()

@@ -8,13 +8,13 @@ import re
 import socket
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import jax
 
 from flexivit_jax import errors
-from flexivit_jax.running import distributed, exit_codes, peers, run_folder
+from flexivit_jax.running import distributed, exit_codes, peers, run_folder, signs
 
 # Words in the errors of JAX, Gloo and NCCL about a broken connection, whatever their type.
 _CONNECTION = re.compile(
@@ -54,23 +54,28 @@ def differences(settings: Mapping[str, object]) -> list[str]:
   return sorted(lines)[:8]
 
 
-def take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
+def take(workdir: pathlib.Path, stack: contextlib.ExitStack, *, shared: bool = True) -> None:
   """Locks the folder for this run until the stack closes, and checks that all processes see it.
+
+  Args:
+    workdir: the folder.
+    stack: releases the lock.
+    shared: False: only process 0 has the folder.
 
   Raises:
     UserError: another run holds it; or some processes see a different folder (they are named).
   """
-  signs = workdir / peers.FOLDER
+  heartbeats = workdir / peers.FOLDER
 
   def first() -> int | None:
     stack.enter_context(run_folder.locked(workdir))
-    peers.clear(signs)
-    return peers.mark(signs) if distributed.is_on() else None
+    peers.clear(heartbeats)
+    return peers.mark(heartbeats) if distributed.is_on() and shared else None
 
   number = distributed.on_first(first, f"the folder {workdir}")
   if number is None:
     return
-  blind = distributed.texts("" if peers.sees(signs, number) else socket.gethostname())
+  blind = distributed.texts("" if peers.sees(heartbeats, number) else socket.gethostname())
   if named := [f"process {i} on {host}" for i, host in enumerate(blind) if host]:
     raise errors.UserError(
       f"{', '.join(named[:8])} ({len(named)} of {len(blind)}) do not see {workdir} as process 0 has it; the folder of a"
@@ -78,33 +83,52 @@ def take(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
     )
 
 
-def heartbeats(workdir: pathlib.Path) -> peers.Peers | None:
+def heartbeats(where: signs.Signs | pathlib.Path) -> peers.Peers | None:
   """Returns the heartbeats of all processes, which report a silent one before the runtime ends this process.
 
   None for a single process.
+
+  Args:
+    where: they are, or the run folder.
   """
   if not distributed.is_on():
     return None
   limit = 0.3 * distributed.heartbeat()
-  return peers.Peers(workdir / peers.FOLDER, jax.process_index(), jax.process_count(), limit)
+  place = where / peers.FOLDER if isinstance(where, pathlib.Path) else where
+  return peers.Peers(place, jax.process_index(), jax.process_count(), limit)
 
 
-def abandon(error: Exception, workdir: pathlib.Path) -> NoReturn:
+def abandon(
+  error: Exception,
+  where: signs.Signs | pathlib.Path,
+  finish: Callable[[], None] = lambda: None,
+) -> NoReturn:
   """Ends one of several processes at once: the others would wait for it, and it for them.
 
   Records its error for the others. If the error only says that a connection broke, names the process that is gone.
+
+  Args:
+    error: why it ends.
+    where: see `heartbeats`.
+    finish: called before the end.
   """
-  folder, index = workdir / peers.FOLDER, jax.process_index()
+  place = signs.InFolder(where / peers.FOLDER) if isinstance(where, pathlib.Path) else where
+  index = jax.process_index()
   message, code = f"{type(error).__name__}: {error}", exit_codes.HUNG
   if isinstance(error, errors.UserError):
     message, code = str(error), exit_codes.ERROR
   elif isinstance(error, jax.errors.JaxRuntimeError) or _CONNECTION.search(str(error)):
-    lost = peers.Peers(folder, index, jax.process_count()).blame_lost()
+    lost = peers.Peers(place, index, jax.process_count()).blame_lost()
     message = f"{lost}. {message.splitlines()[0]:.300}"
+    if word := place.word(index):
+      code = word.code
   else:
     traceback.print_exception(error)
-  peers.leave_word(folder, index, message)
   print(f"flexivit: error: process {index}: {message}", file=sys.stderr, flush=True)
+  place.leave_word(signs.Word(index, code, message))
+  finish()
+  if code == exit_codes.ERROR:
+    place.wait_until_read()
   os._exit(code)
 
 

@@ -73,19 +73,14 @@ def check_path(workdir: pathlib.Path, *, several: bool = False) -> None:
     raise files.no_alias(absolute, odd)
 
 
-def check_bucket(url: str, *, several: bool) -> None:
+def check_bucket(url: str) -> None:
   """Checks that the address of a run names a folder in a bucket.
 
   Raises:
-    UserError: it is a whole bucket; or several processes are to share it.
+    UserError: it is a whole bucket.
   """
   if url.count("/") < 3:
     raise errors.UserError(f"--workdir {url} is a whole bucket; give a folder in it, as {url}/RUN.")
-  if several:
-    raise errors.UserError(
-      f"--workdir {url}: several processes cannot write one run into a bucket by its address yet; mount the bucket on"
-      " all machines (docs/distributed.md), and give the mounted folder."
-    )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import importlib.util
+import json
 import os
 import random
 import socket
@@ -14,6 +15,9 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
+from flexivit_jax.running import metrics_writer
+from flexivit_jax.running.checkpoint import Checkpoints
 
 MISSING = [name for name in ("obstore", "moto", "flask") if importlib.util.find_spec(name) is None]
 needed = pytest.mark.skipif(
@@ -55,6 +59,25 @@ def server():
 def environment(url: str, cache: object) -> dict[str, str]:
   """Environment variables of a process that uses the server, with a cache folder of its own."""
   return {**_ENVIRONMENT, "AWS_ENDPOINT_URL": url, "FLEXIVIT_CACHE": str(cache)}
+
+
+def content(run):
+  """What of a run must not depend on where it is: arrays, rows without times, results."""
+  times = ("step_s", "images_per_s", "data_wait")
+  found = []
+  for folder in (run / "checkpoints", run / "best"):
+    checkpoints = Checkpoints(folder, read_only=True)
+    for step in sorted(checkpoints._manager.all_steps()):
+      checkpoints.verify_arrays(step)
+      found.append((folder.name, step, checkpoints.verify(step).arrays, checkpoints.record(step)))
+    checkpoints.close()
+  found += [
+    {k: v for k, v in row.items() if k not in times}
+    for row in metrics_writer.read_rows(run / "metrics.jsonl")
+  ]
+  results = json.loads((run / "eval.json").read_text())["rows"]
+  found += [[row[k] for k in ("seqhw", "loss", "top1", "n")] for row in results]
+  return [*found, (run / "config.json").read_text()]
 
 
 class Failing:

@@ -2,9 +2,10 @@
 
 Keys: "process" and "count", with "port"; "fault": what this process does wrong; "jobs", in turn: "workdir", "config",
 what is changed, and "restore", {run folder: .npz}, in the place of training. Writes the ids of each batch that it sees
-to WORKDIR.ids.PROCESS.
+to WORKDIR.ids.PROCESS; of a run in a bucket "ids" is in the place of WORKDIR.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import signal
 import sys
 import time
 
-from flexivit_jax import errors, train
+from flexivit_jax import errors, storage, train
 from flexivit_jax.devices import compilation
 from flexivit_jax.running import distributed, exit_codes, session, signals
 from flexivit_jax.training import patch_schedule
@@ -72,7 +73,11 @@ def do(job, process, fault) -> None:
   if "restore" in job:
     restore(config, job["restore"])
     return
-  ids, next_batch, draw = pathlib.Path(f"{job['workdir']}.ids.{process}"), NEXT_BATCH, DRAW
+  ids, next_batch, draw = (
+    pathlib.Path(f"{job.get('ids', job['workdir'])}.ids.{process}"),
+    NEXT_BATCH,
+    DRAW,
+  )
 
   def noting(*args):
     batch = next_batch(*args)
@@ -89,6 +94,9 @@ def do(job, process, fault) -> None:
   def other(flexi, *, step, **rest):
     return {"seqhw": fault["size"]} if step == fault["at"] else draw(flexi, step=step, **rest)
 
+  if fault.get("kind") == "impatient":
+    wait = dict(attempts=3, wait_s=0.01, longest_s=0.1)
+    storage.Bucket = functools.partial(storage.Bucket, **wait)
   if fault.get("kind") == "memory":
     compilation.device_memory = lambda: fault["bytes"]
   config |= fault.get("config", {})

@@ -17,7 +17,7 @@ import pytest
 
 from flexivit_jax import heartbeat
 from flexivit_jax.errors import UserError
-from flexivit_jax.running import distributed, manifest, metrics_writer, peers
+from flexivit_jax.running import distributed, manifest, metrics_writer, peers, signs
 from flexivit_jax.weights import verification
 
 pytestmark = pytest.mark.faults
@@ -411,7 +411,7 @@ def test_heartbeats_tell_which_process_is_silent_and_which_is_slow(tmp_path, mon
   assert re.fullmatch(r"process 1 \(\d+ on \S+, step 4\) is silent for 60 s", first.blame())
   (tmp_path / "1.json").unlink()
   assert peers.Peers(tmp_path, 0, 2).blame() == "process 1 has no heartbeat"
-  peers.leave_word(tmp_path, 1, "no disk")
+  signs.InFolder(tmp_path).leave_word(signs.Word(1, 2, "no disk"))
   assert peers.Peers(tmp_path, 0, 2).blame() == "process 1 has ended: no disk"
 
 
