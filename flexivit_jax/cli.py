@@ -139,12 +139,18 @@ def tool(run: Callable[[], None]) -> None:
 
 def entry(argv: Sequence[str] | None = None) -> None:
   """The command: `main`, and then the end of the process."""
+  argv = sys.argv[1:] if argv is None else argv
+  trains = "train" in argv[:1]
+  if trains:  # its imports take a second, and a scheduler may take the machine back in it
+    signals.leave_at_once()
   code = main(argv)
   # It is loaded only by commands that may run in several processes.
   if "flexivit_jax.running.distributed" in sys.modules:
     importlib.import_module("flexivit_jax.running.distributed").leave(code)
   if code == exit_codes.STOPPED:
     signals.leave()
+  if trains:
+    signals.leave_at_once(code)
   sys.exit(code)
 
 

@@ -21,6 +21,8 @@ from flexivit_jax.running import exit_codes
 
 DATA_NOTE_S = 10.0  # seconds of waiting for data after which a line says so
 _AGAIN_S = 1.0  # seconds until `Stopped` is raised again
+_SOON_S = 0.01
+_COUNTING = (__file__, contextlib.__file__)  # the files that `Stop.interruptible` runs in
 
 
 class Stopped(BaseException):
@@ -48,29 +50,40 @@ class Stop:
 
   @contextlib.contextmanager
   def interruptible(self) -> Iterator[None]:
-    """Code inside may be interrupted anywhere: a signal raises `Stopped` there, at once."""
+    """Code inside may be interrupted anywhere: a signal raises `Stopped` there, at once.
+
+    An error that leaves the code after that is `Stopped` too: a library that catches everything (`except:`, the
+    initialization of an extension module) makes an error of its own of it, which says nothing about the run.
+    """
     self._at_once += 1
     try:
       self.check()
       yield
+    except Exception as error:
+      if self.signal is None:
+        raise
+      raise Stopped(self.signal) from error
     finally:
       self._at_once -= 1
 
   def _handle(self, number: int, frame: types.FrameType | None) -> None:
-    del frame
     name = signal.Signals(number).name
     if self.signal:
       os.write(2, f"second signal, {name}: ended at once\n".encode())
       os._exit(128 + number)
     self.signal = name
-    self._obey()
+    self._obey(number, frame)
 
-  def _obey(self, *_: object) -> None:
+  def _obey(self, number: int, frame: types.FrameType | None) -> None:
     """Raises `Stopped` if the code is interruptible, and again a second later.
 
-    Signals also arrive in a __del__ or a callback of the garbage collector, where Python only prints the exception.
+    Signals also arrive in a __del__ or a callback of the garbage collector, where Python only prints the exception;
+    and between two lines of `interruptible`, which would lose count.
     """
-    if self._at_once:
+    del number
+    if self._at_once and frame is not None and frame.f_code.co_filename in _COUNTING:
+      signal.setitimer(signal.ITIMER_REAL, _SOON_S)
+    elif self._at_once:
       signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
       raise Stopped(self.signal)
 
@@ -99,6 +112,25 @@ def catch(reached: Callable[[int], bool] | None = None) -> Iterator[Stop]:
       signal.setitimer(signal.ITIMER_REAL, 0)
     for number, old in before.items():
       signal.signal(number, old)
+
+
+def leave_at_once(code: int = exit_codes.STOPPED) -> None:
+  """From now on SIGTERM and SIGINT end this process with a code: before a run has begun, and after its end.
+
+  `catch` handles them in between. Only for a process whose only work is the run, and in its main thread.
+  """
+
+  def end(number: int, frame: object) -> None:
+    del frame
+    if code == exit_codes.STOPPED:
+      name = signal.Signals(number).name
+      os.write(2, f"flexivit: stopped by {name}; the same command goes on\n".encode())
+    os._exit(code)
+
+  sys.stdout.flush()
+  sys.stderr.flush()
+  signal.signal(signal.SIGTERM, end)
+  signal.signal(signal.SIGINT, end)
 
 
 def leave() -> NoReturn:

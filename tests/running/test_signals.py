@@ -16,6 +16,7 @@ from flexivit_jax import cli, experiment, heartbeat, train as train_lib
 from flexivit_jax.data import loader
 from flexivit_jax.data.loader import TrainBatches
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators.per_size import PerSize
 from flexivit_jax.running import exit_codes, ledger, metrics_writer, signals
 from flexivit_jax.running.checkpoint import Checkpoints
@@ -235,6 +236,32 @@ def test_a_signal_that_python_swallows_is_obeyed_all_the_same(monkeypatch, where
   assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
+@pytest.mark.parametrize("error", [ImportError, UserError])
+def test_a_library_that_makes_an_error_of_a_signal_does_not_hide_it(error):
+  """As an extension module that is initialized: one of seventy signals to a run in a bucket ended it with code 2."""
+  with signals.catch() as stop:
+    with pytest.raises(error), stop.interruptible():
+      raise error("no signal has come")
+    with pytest.raises(signals.Stopped, match="SIGTERM"), stop.interruptible():
+      try:
+        terminate()
+        time.sleep(60)
+      except BaseException as e:
+        raise error("initialization failed") from e
+
+
+def test_a_signal_between_the_lines_that_count_is_obeyed_after_them():
+  """Raised before the count is back at none, it would come again while the step in hand is being saved."""
+  there = eval(compile("sys._getframe()", contextlib.__file__, "eval"))
+  later = False
+  with signals.catch() as stop:
+    with pytest.raises(signals.Stopped), stop.interruptible():
+      stop._handle(signal.SIGTERM, there)
+      later = True
+      time.sleep(60)
+    assert later and stop._at_once == 0
+
+
 def test_a_signal_is_not_obeyed_again_where_it_may_not_be(monkeypatch):
   """Where it has been, the step in hand is being saved."""
   monkeypatch.setattr(signals, "_AGAIN_S", 0.05)
@@ -274,6 +301,24 @@ def test_the_command_ends_with_75(monkeypatch, capsys, tmp_path):
   code = cli.main(["train", "--config=configs/digits.py:debug", f"--workdir={tmp_path / 'run'}"])
   assert code == exit_codes.STOPPED == 75
   assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
+
+
+IMPORTING = """
+import os, signal, sys
+class Import:
+  def find_spec(name, *_):
+    if name == "flexivit_jax.train":
+      os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Import)
+from flexivit_jax import cli
+cli.entry(["train", "--config=none", "--workdir=none"])
+"""
+
+
+def test_a_signal_while_the_command_imports_ends_with_75():
+  run = python(IMPORTING)
+  assert run.returncode == exit_codes.STOPPED
+  assert run.stderr == "flexivit: stopped by SIGTERM; the same command goes on\n"
 
 
 SECOND = """
