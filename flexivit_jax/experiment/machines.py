@@ -31,12 +31,15 @@ class Machine(NamedTuple):
     return 0.9 * self.gib * GIB
 
 
-# FLOP/s and nominal memory of TPUs: Google's pages docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v6e}, read 2026-11-28:
-# v3 123e12 and 32 GiB a chip of two cores, v4 275e12 and 32 GiB, v5e 197e12 and 16 GB, v6e 918e12 and 32 GB. What is
-# left of the memory: as XLA's own messages have it ("Used 19.46G of 15.48G hbm" and so on) in public reports of runs.
-# FLOP/s of GPUs: NVIDIA's data sheets, half of what these state "with sparsity"; the sheets themselves could not be
-# read here, pages that quote them agree. Their memory: three quarters of the nominal size, which JAX takes at the
-# start (docs.jax.dev, "GPU memory allocation"); the exact size of each GPU was not verified.
+# Read on 2026-11-28; docs/distributed.md has a table of it with what could not be verified.
+# FLOP/s and nominal memory of TPUs: Google's pages docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v6e}: v3 123e12 and 32 GiB
+# a chip of two cores, v4 275e12 and 32 GiB, v5e 197e12 and 16 GB, v6e 918e12 and 32 GB. That JAX lists the cores of a
+# v3 and the chips of a v4: jax-ml/jax pull request 21242 and discussion 36155, huggingface/transformers issue 20252.
+# What is left of the memory, in XLA's messages in reports of runs: v4 "of 30.75G hbm" (erfanzar/EasyDeL issue 166), v6e
+# 31.25 (megacpp.pages.dev/blog/oom-on-v6e); 15.48 of a v3 and 15.75 of a v5e were read earlier and not found again.
+# FLOP/s of GPUs: NVIDIA's data sheets as pages quote them (glennklockwood.com/garden/processors), without sparsity.
+# Their memory: three quarters, which JAX takes at the start (docs.jax.dev, "GPU memory allocation"), of what nvidia-smi
+# says: 40, 80 and 79.65 GiB (thundergolfer.com/blog/nvidia-gpu-memory-capacity); the RTX 4090's is nominal.
 _TPU_V3 = (15.48, 123e12 / 2, "tpu v3")
 _TPU_V4 = (30.75, 275e12, "tpu")
 _TPU_V5E = (15.75, 197e12, "tpu")
@@ -51,6 +54,6 @@ MACHINES = {
   "v6e-8": Machine(8, *_TPU_V6E),
   "8xA100-40": Machine(8, 0.75 * 40, 312e12, "gpu"),
   "8xA100-80": Machine(8, 0.75 * 80, 312e12, "gpu"),
-  "8xH100": Machine(8, 0.75 * 80, 989e12, "gpu"),
+  "8xH100": Machine(8, 0.75 * 79.65, 989e12, "gpu"),
   "RTX4090": Machine(1, 0.75 * 24, 165e12, "gpu"),  # one GPU of 24 GB
 }
