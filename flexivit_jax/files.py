@@ -93,6 +93,11 @@ def has_aliases() -> bool:
   return _DESCRIPTORS.is_dir()
 
 
+def of_descriptor(number: int) -> pathlib.Path:
+  """A path of a file that this process holds open, which is that file even if another has its name by now."""
+  return (_DESCRIPTORS if has_aliases() else pathlib.Path("/dev/fd")) / str(number)
+
+
 def no_alias(folder: pathlib.Path, odd: str) -> errors.UserError:
   """Returns the error for a folder whose path has oddities, where these cannot be got around."""
   plain = re.sub(r"-+", "-", _ODD.sub("-", folder.name)).strip("-") or "run"

@@ -89,18 +89,35 @@ class Bucket:
     """Returns the content of a small object; None: there is none."""
     return self._found(name, lambda: bytes(self._obstore.get(self._store, name).bytes()))
 
-  def read_range(self, name: str, start: int, end: int) -> bytes:
+  def read_range(self, name: str, start: int, end: int, version: Version | None = None) -> bytes:
     """Returns the bytes [start, end) of an object.
 
+    Args:
+      name: of the object.
+      start, end: the range.
+      version: the content that the object must have; None: any.
+
     Raises:
-      UserError: there is no such object.
+      UserError: there is no such object; or it has another version, or is shorter.
     """
-    content = self._found(
-      name, lambda: bytes(self._obstore.get_range(self._store, name, start=start, end=end))
-    )
-    if content is None:
+
+    def call() -> tuple[Version, bytes]:
+      result = self._obstore.get(self._store, name, options={"range": (start, end)})
+      return _version(result.meta), bytes(result.bytes())
+
+    found = self._found(name, call)
+    if found is None:
       raise errors.UserError(f"{self.of(name)} is gone.")
-    return content
+    if version is not None and found[0].tag != version.tag:  # a listing need not say the generation
+      raise errors.UserError(
+        f"{self.of(name)} has changed since it was opened; what was read before may not fit it. Start again, and leave"
+        " objects in use as they are."
+      )
+    if len(found[1]) != end - start:
+      raise errors.UserError(
+        f"{self.of(name)}: bytes {start:,} to {end - 1:,} were asked for, and {len(found[1]):,} bytes came."
+      )
+    return found[1]
 
   def stat(self, name: str) -> Entry | None:
     """Returns size and version of an object; None: there is none."""

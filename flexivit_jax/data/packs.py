@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import xxhash
@@ -149,18 +149,31 @@ def shards_of(content: Content) -> list[Shard]:
   return shards
 
 
-def check_present(folder: pathlib.Path, shard: Shard) -> None:
-  """Raises DamagedError if a shard or its index is missing, or the shard has another size."""
+def is_about(name: str) -> bool:
+  """Whether a file describes a packed data set, and holds no records."""
+  return name == MANIFEST or (name.endswith(".json") and bool(_OURS.fullmatch(name)))
+
+
+def check_present(
+  folder: pathlib.Path, shard: Shard, size_of: Callable[[str], int | None] | None = None
+) -> None:
+  """Raises DamagedError if a shard or its index is missing, or the shard has another size.
+
+  Args:
+    folder: of the data set.
+    shard: as the manifest lists it.
+    size_of: name -> bytes of a file, or None where it is missing; by default those of the folder.
+  """
   path = folder / shard.file
   if not (folder / shard.index_file).is_file():
     raise DamagedError(f"{folder / shard.index_file} is missing. {_REPAIR}")
-  size = path.stat().st_size if path.is_file() else None
+  size = size_of(shard.file) if size_of else path.stat().st_size if path.is_file() else None
   if size != shard.bytes:
     state = "is missing" if size is None else f"has {size:,} bytes, written were {shard.bytes:,}"
     raise DamagedError(f"{path} {state}. {_REPAIR}")
 
 
-def damaged(path: pathlib.Path, error: object) -> DamagedError:
+def damaged(path: str | os.PathLike[str], error: object) -> DamagedError:
   """Returns (does not raise) the error for a shard that cannot be read."""
   return DamagedError(f"{path} is damaged: {error}. {_REPAIR}")
 

@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from flexivit_jax import heartbeat
-from flexivit_jax.data.sources import Record, Source
+from flexivit_jax.data.sources import Source
 from flexivit_jax.errors import UserError
 
+_Result = TypeVar("_Result")
 _CHUNK = 256  # Records per request: fast for array_record, and few are read in vain.
 
 
@@ -46,17 +48,19 @@ def subset(source: Source, indices: Sequence[int]) -> Source:
   outside = [i for i in indices if not 0 <= i < len(source)]
   if outside:
     raise UserError(f"{_name(source)} has {len(source)} examples, none of index {outside[0]}.")
-  read = functools.partial(_read_at, source.read, tuple(int(i) for i in indices))
+  chosen = tuple(int(i) for i in indices)
+  read = functools.partial(_at, source.read, chosen)
+  ahead = source.ahead and functools.partial(_at, source.ahead, chosen)
   split = f"{len(indices)} of {source.split}"
   return dataclasses.replace(
-    source, split=split, size=len(indices), read=read, labels=None, listing=None
+    source, split=split, size=len(indices), read=read, ahead=ahead, labels=None, listing=None
   )
 
 
-def _read_at(
-  read: Callable[[Sequence[int]], list[Record]], chosen: Sequence[int], indices: Sequence[int]
-) -> list[Record]:
-  return read([chosen[i] for i in indices])
+def _at(
+  call: Callable[[Sequence[int]], _Result], chosen: Sequence[int], indices: Sequence[int]
+) -> _Result:
+  return call([chosen[i] for i in indices])
 
 
 def _first_of_each(source: Source, shots: int, order: np.ndarray) -> list[list[int]]:

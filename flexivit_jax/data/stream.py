@@ -22,6 +22,7 @@ Value = np.ndarray | float | str | bytes | tuple[int, ...] | tuple[str, ...]  # 
 Bad = dict[int, str]  # Example index -> why it cannot be used.
 Odd = dict[str, list[int]]  # Warning -> indices of examples that are used all the same.
 _LABELS = {"label", "box_labels"}  # keys of a record whose values are numbers of classes
+_AHEAD = 16  # chunks for which examples in a bucket are asked before they are needed
 _SEVERAL = (tuple, np.ndarray)
 
 
@@ -85,14 +86,14 @@ class Chunk(NamedTuple):
 
 def make_chunk(plan: BatchPlan, chunk: int) -> Chunk:
   """Makes one of the `plan.chunks` parts of a batch; a pure function of its arguments."""
-  step, part = divmod(int(chunk), plan.chunks)
-  first = step * plan.batch_size + plan.offset
-  low, high = (plan.local * k // plan.chunks for k in (part, part + 1))
-  positions = range(first + low, first + high)
+  positions = _positions(plan, int(chunk))
   places = [place_of(plan, position) for position in positions]
   bad: Bad = {}
   odd: Odd = {}
   cached = plan.cache.examples if plan.cache else {}
+  if plan.source.ahead is not None:
+    soon = (index_of(plan, position) for position in _positions(plan, int(chunk) + _AHEAD))
+    plan.source.ahead([i for i in soon if i >= 0 and i not in cached])
   records = _read(plan.source, [-1 if i in cached else i for _, i in places])
   pairs = [
     _prepare(plan, position, there, record, bad, odd)
@@ -100,6 +101,14 @@ def make_chunk(plan: BatchPlan, chunk: int) -> Chunk:
   ]
   check_limit(bad, plan)
   return Chunk(_stack(plan, pairs), bad, odd)
+
+
+def _positions(plan: BatchPlan, chunk: int) -> range:
+  """Returns the positions of the stream that are in a chunk."""
+  step, part = divmod(chunk, plan.chunks)
+  first = step * plan.batch_size + plan.offset
+  low, high = (plan.local * k // plan.chunks for k in (part, part + 1))
+  return range(first + low, first + high)
 
 
 def index_of(plan: BatchPlan, position: int) -> int:

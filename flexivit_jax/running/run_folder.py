@@ -29,6 +29,7 @@ FREE = (
   "input.on_error",  # A run that resumes has met no image to which it applies.
   "input.max_errors",
   "input.data.data_dir",
+  "input.data.cache_gb",
   "input.data.allow_empty",
 )
 

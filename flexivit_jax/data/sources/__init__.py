@@ -9,6 +9,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 
+from flexivit_jax import storage
 from flexivit_jax.data.sources.base import Label, Record, Source
 from flexivit_jax.data.sources.captions import captions_source
 from flexivit_jax.data.sources.coco import coco_source
@@ -70,6 +71,7 @@ def make_source(
   mask_key: str | None = None,
   captions_key: str | None = None,
   on_bad: str | None = None,
+  cache_gb: float | None = None,
   by_number: bool = False,
 ) -> Source:
   """Opens a data set.
@@ -77,7 +79,8 @@ def make_source(
   Args:
     name: a key of `SOURCES`, or any TFDS name (`cifar10`, `imagenet_v2/matched-frequency:3.0.0`).
     split: TFDS split syntax, e.g. `train[:99%]`; see `splits.parse_split`.
-    data_dir: of TFDS (default: its own default), or the root of a folder of images.
+    data_dir: of TFDS (default: its own default), or the root of a folder of images; of TFDS and packed data the address
+      of a folder in a bucket, too.
     image_key, label_key, boxes_key, mask_key: TFDS only; see `tfds_source`.
     num_classes: TFDS, masks and synthetic.
     image_size, num_examples, seed, annotated: synthetic only; see `synthetic_source`.
@@ -85,6 +88,8 @@ def make_source(
     annotations, images, masks, classes: folders with annotations; see `coco_source`, `yolo_source`, `voc_source`,
       `masks_source`, `captions_source`.
     ignore, captions_key, on_bad: of annotations, in folders and TFDS.
+    cache_gb: of TFDS and packed data in a bucket: GB of this machine's cache folder that hold records, see
+      `remote_shards`.
     by_number: drops the class names, so that classes are matched to those of a model by number.
 
   Raises:
@@ -110,6 +115,7 @@ def make_source(
     "mask_key": mask_key,
     "captions_key": captions_key,
     "on_bad": on_bad,
+    "cache_gb": cache_gb,
   }
   options = {key: value for key, value in options.items() if value is not None}
   build = SOURCES.get(name) or functools.partial(tfds_source, name)
@@ -120,5 +126,10 @@ def make_source(
   for key, parameter in takes.items():
     if key not in options and key != "split" and parameter.default is parameter.empty:
       raise UserError(f"Data set {name!r} needs {key}=.")
+  if name in SOURCES and name != "packed" and (url := storage.address(data_dir or "")):
+    raise UserError(
+      f"Data set {name!r} is read from a folder of this machine, and data_dir={url} is an address; pack it (`flexivit"
+      " pack`) and copy the pack there, or mount the bucket."
+    )
   source = build(split=split, **options)
   return dataclasses.replace(source, class_names=None) if by_number else source

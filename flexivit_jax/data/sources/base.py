@@ -42,6 +42,7 @@ class Source:
       None: impossible. Boxes in it may be relative to the image's sides. `flexivit pack` tells by it whether the input
       is still the same.
     left_out: "ROW: REASON" of what is no example because its annotations are bad.
+    ahead: told indices that are read soon, of data in a bucket; does not wait for them. None: of no use.
   """
 
   name: str
@@ -55,6 +56,7 @@ class Source:
   where: str | None = None
   listing: Callable[[], Iterable[Record]] | None = None
   left_out: tuple[str, ...] = ()
+  ahead: Callable[[Sequence[int]], None] | None = None
 
   def __len__(self) -> int:
     return self.size

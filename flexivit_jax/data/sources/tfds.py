@@ -1,15 +1,21 @@
 """TFDS data sets that were prepared as array_record."""
 
+import bisect
 import functools
 import gc
+import itertools
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import numpy as np
 
+from flexivit_jax import storage
+from flexivit_jax.data import remote_shards
+from flexivit_jax.data.remote_shards import RemoteShards
 from flexivit_jax.data.sources.annotated import check_on_bad, in_pixels
 from flexivit_jax.data.sources.base import Label, Record, Source
 from flexivit_jax.data.sources.folder import subfolders
@@ -41,6 +47,7 @@ def tfds_source(
   num_classes: int | None = None,
   ignore: int = 255,
   on_bad: str = "raise",
+  cache_gb: float = remote_shards.CACHE_GB,
 ) -> Source:
   """A TFDS data set that was prepared as array_record, read without TensorFlow.
 
@@ -49,7 +56,7 @@ def tfds_source(
   Args:
     name: `NAME`, `NAME/CONFIG`, `NAME:VERSION`.
     split: TFDS split syntax.
-    data_dir: where TFDS prepared it; None is TFDS's own default.
+    data_dir: where TFDS prepared it, which may be an address in a bucket; None is TFDS's own default.
     image_key: its feature of images.
     label_key: its feature of labels, which may be a sequence of classes (`imagenet2012_real`). None: `label`, unless
       one of the next three is given; then images have no label. With boxes_key: the field of a box's class instead.
@@ -60,12 +67,14 @@ def tfds_source(
     num_classes: needed only where labels or masks are plain integers.
     ignore: the value of a mask's pixels of no class.
     on_bad: a box without area, or outside its image: "raise" makes its example a bad one, "skip" leaves the box out.
+    cache_gb: of data in a bucket: GB of this machine's cache folder that hold records.
 
   Raises:
     UserError: the data set, a feature or the split is unknown, or the classes are.
   """
   check_on_bad(on_bad)
-  builder = _builder(name, data_dir)
+  remote = _remote(name, data_dir, cache_gb)
+  builder = _builder(name, data_dir, remote)
   features = builder.info.features
   if label_key is None and not (boxes_key or mask_key or captions_key):
     label_key = "label"
@@ -93,8 +102,13 @@ def tfds_source(
     f"{name}/{split}",
   )
   data = _open(builder, split, [key for key in (image_key, mask_key) if key])
+  ahead = None
+  if remote is not None:
+    data.data_source = records = _Records(remote, builder, split)
+    ahead = records.ahead
   read = functools.partial(_read_tfds, data, reading)
-  return Source(name, split, number, names, sum(p.stop - p.start for p in parts), read)
+  size = sum(p.stop - p.start for p in parts)
+  return Source(name, split, number, names, size, read, ahead=ahead)
 
 
 class _Reading(NamedTuple):
@@ -150,13 +164,25 @@ def _classes(
 def is_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
   """Whether TFDS has prepared a data set there as array_record; arguments as in `tfds_source`."""
   try:
-    _builder(name, data_dir)
+    _builder(name, data_dir, _remote(name, data_dir, remote_shards.CACHE_GB))
   except UserError:
     return False
   return True
 
 
-def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
+def _remote(
+  name: str, data_dir: str | os.PathLike[str] | None, cache_gb: float
+) -> RemoteShards | None:
+  """Opens the folder of a data set in a bucket; None: it is in a folder of this machine."""
+  url = storage.address(data_dir or "")
+  if url is None:
+    return None
+  return RemoteShards(url, below=re.split("[/:]", name)[0], cache_gb=cache_gb)
+
+
+def _builder(
+  name: str, data_dir: str | os.PathLike[str] | None, remote: RemoteShards | None
+) -> Any:
   from flexivit_jax.data.sources import SOURCES  # Lazy: that imports this.
 
   try:
@@ -169,12 +195,14 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
       "TensorFlow Datasets, which is not installed (`make demo` leaves it out): "
       f"`{sys.executable} -m pip install tensorflow-datasets`."
     ) from None
-  where = None if data_dir is None else os.path.expanduser(data_dir)
+  where = place = None if data_dir is None else os.path.expanduser(data_dir)
+  if remote is not None:  # of its files TFDS gets those that say what is in the others
+    where, place = remote.url, str(_copies(remote))
   try:
-    builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
+    builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=place)
   except tfds.core.DatasetNotFoundError:
     shown = where or tfds.core.constants.DATA_DIR
-    names = [*SOURCES, *subfolders(pathlib.Path(shown))]
+    names = [*SOURCES, *subfolders(pathlib.Path(place or shown))]
     raise UserError(
       f"Data set {name!r} is not prepared in {shown} and is none of {sorted(names)}."
       f"{nearest(name, names)} {_how_to_prepare(name, where)}"
@@ -182,8 +210,8 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
   if "array_record" not in {f.value for f in builder.info.available_file_formats()}:
     file_format = builder.info.file_format.value
     raise UserError(
-      f"Data set {name!r} in {builder.data_dir} is prepared as {file_format}, which TensorFlow alone "
-      f"reads; expected array_record. {_how_to_prepare(name, where)}"
+      f"Data set {name!r} in {remote.url if remote else builder.data_dir} is prepared as {file_format}, which"
+      f" TensorFlow alone reads; expected array_record. {_how_to_prepare(name, where)}"
     )
   return builder
 
@@ -199,6 +227,57 @@ def _how_to_prepare(name: str, data_dir: str | None) -> str:
 def _open(builder: Any, split: str, encoded: Sequence[str]) -> Any:
   skip = _tfds().decode.SkipDecoding()
   return builder.as_data_source(split, decoders=dict.fromkeys(encoded, skip))
+
+
+def _copies(remote: RemoteShards) -> pathlib.Path:
+  return remote.copies([name for name in remote.entries if name.endswith((".json", ".txt"))])
+
+
+@final
+class _Records:
+  """The records of a split in a bucket, as array_record's own source has those of a local folder."""
+
+  def __init__(self, remote: RemoteShards, builder: Any, split: str):
+    from tensorflow_datasets.core import data_sources
+
+    found = data_sources.base.file_instructions(builder.info, split)
+    folder = pathlib.Path(builder.data_dir).relative_to(_copies(remote))
+    self._remote = remote
+    self._names = [str(folder / os.path.basename(f.filename)) for f in found]
+    self._ranges = [range(f.skip, f.skip + f.take) for f in found]
+    self._ends = list(itertools.accumulate(map(len, self._ranges)))
+    remote.expect({name: f.examples_in_shard for name, f in zip(self._names, found, strict=True)})
+
+  def __len__(self) -> int:
+    return self._ends[-1] if self._ends else 0
+
+  def __getitems__(self, indices: Sequence[int]) -> list[bytes]:
+    self.ahead(indices)  # all shards at once
+    records = [b""] * len(indices)
+    for name, pairs in self._places(indices).items():
+      try:
+        found = self._remote.read(name, [n for _, n in pairs])
+      except ValueError as e:
+        if isinstance(e, UserError):
+          raise
+        raise UserError(f"{self._remote.of(name)} is damaged: {e}.") from e
+      for (k, _), record in zip(pairs, found, strict=True):
+        records[k] = record
+    return records
+
+  def ahead(self, indices: Sequence[int]) -> None:
+    """Begins to fetch records."""
+    places = self._places(indices)
+    self._remote.begin({name: [n for _, n in pairs] for name, pairs in places.items()})
+
+  def _places(self, indices: Sequence[int]) -> dict[str, list[tuple[int, int]]]:
+    """Returns shard -> [(place among the indices, number of the record)]."""
+    places: dict[str, list[tuple[int, int]]] = {}
+    for k, index in enumerate(indices):
+      number = bisect.bisect_right(self._ends, index)
+      first = self._ends[number] - len(self._ranges[number])
+      places.setdefault(self._names[number], []).append((k, self._ranges[number][index - first]))
+    return places
 
 
 def _tfds() -> Any:
