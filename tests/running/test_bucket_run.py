@@ -143,10 +143,12 @@ class TestBucket:
   def test_kills_change_nothing(self, proxy, settings, tmp_path):
     proxy.share = 0.05
     command = [sys.executable, TOOL, "3", f"--config={settings[1]}", f"--out={tmp_path / 'chaos'}"]
-    command += ["--workdir=s3://bucket/killed/run", "--terminate=0", "--seed=3"]
+    command += ["--workdir=s3://bucket/killed/run", "--terminate=0", "--seed=3", "--flips=5"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "3 kills: 0 differences; the end is the same" in run.stdout
+    assert "two writers: the second is refused" in run.stdout
+    assert "5 flipped bits: 0 not found" in run.stdout
 
   def test_one_of_two_writers_is_refused_and_nothing_is_changed(self, proxy, settings):
     url = "s3://bucket/two/run"
