@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flexivit_jax import errors, files, heartbeat
+from flexivit_jax import errors, files, heartbeat, storage
+from flexivit_jax.devices import bucket_programs
 from flexivit_jax.sizes import SizeArgs, SizeKey, size_key, size_name
 from flexivit_jax.trees import Json, Tree
 
@@ -210,23 +211,28 @@ def keep_programs() -> pathlib.Path | None:
   """Keeps compiled programs on disk from now on, so that the next start compiles nothing.
 
   In JAX's persistent compilation cache, 4 GiB of the last used programs, below `folders.cache_folder()`; a setting of
-  JAX's own (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) is left alone. Programs are code that a reader of
-  the folder runs, so it must be this user's and writable by nobody else; each kind of processor has its own.
+  JAX's own (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) is left alone, but that an address in a bucket,
+  s3:// or gs://, is read and written by `storage`, and not bounded. Programs are code that a reader of the folder
+  runs, so it must be this user's and writable by nobody else; each kind of processor has its own.
 
   Returns:
     The folder; None with a warning where it is not private or cannot be made: programs are then not kept.
   """
   settings = jax.config.values
-  if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
+  given = settings["jax_compilation_cache_dir"]
+  url = storage.address(given or "")
+  if (given and not url) or not settings["jax_enable_compilation_cache"]:
     return None
   try:
     folder = programs_folder()
+    directory = bucket_programs.cache_dir(f"{url}/{_processor()}", folder) if url else str(folder)
   except (OSError, errors.UserError) as e:
     _LOG.warning("Compiled programs are not kept: %s", e)
+    jax.config.update("jax_compilation_cache_dir", None)
     return None
   wanted = {
-    "jax_compilation_cache_dir": str(folder),
-    "jax_compilation_cache_max_size": _CACHE_BYTES,
+    "jax_compilation_cache_dir": directory,
+    "jax_compilation_cache_max_size": -1 if url else _CACHE_BYTES,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
   }

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexivit_jax import errors, storage
 from flexivit_jax.config import Section
 from flexivit_jax.devices import compilation, sharding
 from flexivit_jax.doctor.findings import wrong
@@ -140,10 +141,17 @@ def cache() -> str:
         f"compiled programs are not kept: {e.strerror or e} {e.filename or ''}".strip(),
         "set FLEXIVIT_CACHE to a folder of this user, or each start compiles everything",
       )
+  name = f".doctor-{os.getpid()}-{jax.process_index()}"
+  if url := storage.address(setting):
+    try:
+      storage.Bucket(url, attempts=3).check(name)
+    except errors.UserError as e:
+      wrong(f"JAX_COMPILATION_CACHE_DIR={setting}: {e}", "or name a folder; docs/buckets.md")
+    return f"{setting}: writable"
   from etils import epath
 
   folder = epath.Path(setting)
-  probe = folder / f".doctor-{os.getpid()}-{jax.process_index()}"
+  probe = folder / name
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe.write_text("x")
@@ -152,7 +160,7 @@ def cache() -> str:
   except Exception as e:  # each kind of storage has its own
     wrong(
       f"JAX_COMPILATION_CACHE_DIR={setting}: {type(e).__name__}: {e!s:.200}",
-      "name a folder or bucket that may be written to, and install what reads it (gcsfs, s3fs)",
+      "name a folder or bucket that may be written to",
     )
   if not same:
     wrong(f"JAX_COMPILATION_CACHE_DIR={setting} returns other bytes", "name another folder")
