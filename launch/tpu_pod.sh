@@ -2,19 +2,20 @@
 # A TPU VM pod, one process a host, by gcloud:
 #
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh create v5litepod-32
-#   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh doctor --workdir /shared/runs/i1k --data configs/i1k_sup.py
-#   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh train --config configs/i1k_sup.py --workdir /shared/runs/i1k
+#   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh doctor --workdir gs://BUCKET/runs/i1k --data configs/i1k_sup.py
+#   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh train --config configs/i1k_sup.py --workdir gs://BUCKET/runs/i1k
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh log       # the first host's log; Ctrl-C ends only the display
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh stop      # SIGTERM: all save the same step
 #   NAME=flexivit ZONE=us-central1-a launch/tpu_pod.sh delete
 #
-# The hosts find each other by the TPU's own metadata. The run's folder and the data have to be on a file system that
-# all hosts see (Filestore: NFS=10.0.0.2:/share). The same `train` resumes from the last checkpoint. It does not need this
+# The hosts find each other by the TPU's own metadata. The run and the data (--config.input.data.data_dir=gs://...) are in a
+# bucket, which the hosts' service account may read and write, or on a file system that all hosts see (Filestore:
+# NFS=10.0.0.2:/share, then /shared/runs/i1k). The same `train` resumes from the last checkpoint. It does not need this
 # terminal, and each host writes flexivit.log in its home. What ends with code 70, 75 or 134 starts again (again.sh).
 # Several slices (a queued resource of several nodes) are NAME=NODE-0, NODE-1, ...: the same command for each of them; use
 # --config.mesh.fsdp=CHIPS of a slice.
 # Variables: NAME, ZONE, NFS; RUNTIME, the image of the hosts; PYTHON, which uv installs there (3.12); CACHE, a folder or
-# bucket for compiled programs (default: each host's own; a bucket needs PACKAGES=gcsfs); PACKAGES, further ones to install.
+# bucket for compiled programs (gs://BUCKET/compiled; default: each host's own folder); PACKAGES, further ones to install.
 set -euo pipefail
 
 : "${NAME:?is the name of the pod}" "${ZONE:?is its zone}"
@@ -38,7 +39,7 @@ case ${1:-} in
     everywhere "mkdir -p flexivit && tar -C flexivit -xzf flexivit.tgz"
     # The images have an older Python than this project needs.
     everywhere "python3 -m pip install -q --user uv && uv=\$HOME/.local/bin/uv && \$uv venv -q --python ${PYTHON:-3.12} .venv &&
-      \$uv pip install -q --python .venv 'jax[tpu]' ./flexivit ${PACKAGES:-}"
+      \$uv pip install -q --python .venv 'jax[tpu]' './flexivit[gcs]' ${PACKAGES:-}"
     if [[ -n ${NFS:-} ]]; then
       everywhere "sudo apt-get -qq install nfs-common && sudo mkdir -p /shared && sudo mount -o rw,hard '$NFS' /shared"
     fi

@@ -7,8 +7,6 @@ A bucket that fails costs a compilation and a warning, never the run.
 
 import contextlib
 import logging
-import os
-import pathlib
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -60,20 +58,18 @@ class _Place:
 
 
 _places: dict[str, _Place] = {}
-_folders: dict[str, pathlib.Path] = {}
 
 
-def cache_dir(url: str, folder: pathlib.Path) -> str:
+def cache_dir(url: str) -> str:
   """Returns the value of `jax_compilation_cache_dir` with which JAX keeps its programs in a bucket.
 
   Args:
     url: of a folder in a bucket that nobody else may write to, for what is in it is run.
-    folder: of this machine, for what XLA alone writes: what it measured of a GPU's kernels.
 
   Raises:
     UserError: obstore is not installed; or the address is none.
   """
-  _places[url], _folders[url] = _places.get(url) or _Place(url), folder
+  _places[url] = _places.get(url) or _Place(url)
   return f"{_PREFIX}{url}"
 
 
@@ -91,11 +87,6 @@ class ProgramPath:
 
   def __truediv__(self, name: str) -> "ProgramPath":
     return self.joinpath(name)
-
-  def __fspath__(self) -> str:
-    return os.fspath(_folders[self._url] / self.name)
-
-  __str__ = __fspath__
 
   def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
     """Does nothing: a bucket has no folders."""

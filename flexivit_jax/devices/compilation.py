@@ -216,7 +216,8 @@ def keep_programs() -> pathlib.Path | None:
   runs, so it must be this user's and writable by nobody else; each kind of processor has its own.
 
   Returns:
-    The folder; None with a warning where it is not private or cannot be made: programs are then not kept.
+    The folder; None where there is none: it is a bucket's or JAX's, or, with a warning, it is not private or cannot be
+    made, and programs are not kept.
   """
   settings = jax.config.values
   given = settings["jax_compilation_cache_dir"]
@@ -224,8 +225,12 @@ def keep_programs() -> pathlib.Path | None:
   if (given and not url) or not settings["jax_enable_compilation_cache"]:
     return None
   try:
-    folder = programs_folder()
-    directory = bucket_programs.cache_dir(f"{url}/{_processor()}", folder) if url else str(folder)
+    if url:
+      directory = bucket_programs.cache_dir(f"{url}/{_processor()}")
+      folder = None
+    else:
+      folder = programs_folder()
+      directory = str(folder)
   except (OSError, errors.UserError) as e:
     _LOG.warning("Compiled programs are not kept: %s", e)
     jax.config.update("jax_compilation_cache_dir", None)
@@ -236,6 +241,10 @@ def keep_programs() -> pathlib.Path | None:
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
   }
+  if url:
+    # XLA's own caches of a GPU's kernels need a folder, whose path is part of every program's key (jax 0.10.2): another
+    # machine would find nothing.
+    wanted["jax_persistent_cache_enable_xla_caches"] = "none"
   for name, value in wanted.items():
     jax.config.update(name, value)
   return folder

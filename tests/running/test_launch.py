@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from flexivit_jax import cli, config
+from flexivit_jax import cli, config, storage
 from flexivit_jax.devices import sharding
 from flexivit_jax.running import exit_codes
 
@@ -59,11 +59,12 @@ def test_a_pod_gets_the_files_and_trains_without_the_terminal(home):
   assert made.returncode == 0, made.stderr
   said = (home / "said").read_text()
   assert "uv venv -q --python 3.12 .venv\n" in said
-  assert "uv pip install -q --python .venv jax[tpu] ./flexivit\n" in said
+  assert "uv pip install -q --python .venv jax[tpu] ./flexivit[gcs]\n" in said
   assert (home / "flexivit" / "configs" / "i1k_sup.py").exists()
 
   stand_in(home / ".venv" / "bin" / "flexivit", FLEXIVIT)
   given = ["--config", "configs/i1k_sup.py", "--config.optim.schedule={'a': 1}"]
+  given += ["--workdir", "gs://bucket/runs/i1k"]
   assert run("tpu_pod.sh", "train", *given, **pod).returncode == 0
   end, log = time.monotonic() + 20, home / "flexivit.log"
   while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < end:
@@ -203,6 +204,13 @@ def test_a_jobset_starts_as_many_processes_as_it_has_hosts_and_resumes(file):
   assert words[0] == "flexivit"
   args = cli.parse(words[1:])
   settings = config.load(args.config, args.overrides)
+  # Pods share a bucket and nothing else.
+  environment = {variable["name"]: variable["value"] for variable in container["env"]}
+  shared = [str(args.workdir), environment["JAX_COMPILATION_CACHE_DIR"]]
+  shared.append(settings["input"]["data"]["data_dir"])
+  assert all(storage.address(place) for place in shared)
+  assert not storage.address(environment["FLEXIVIT_CACHE"])
+  assert [list(volume) for volume in pod["volumes"] if "emptyDir" not in volume] == []
   names = {mount["name"] for mount in container["volumeMounts"]}
   assert names == {volume["name"] for volume in pod["volumes"]}
   (chips,) = container["resources"]["limits"].values()
