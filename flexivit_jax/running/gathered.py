@@ -1,7 +1,7 @@
 """Checkpoints of several processes that share no file system: process 0 writes, and has the others' arrays sent.
 
-An array that is divided over the processes is gathered on all their devices, one array at a time, and copied to the
-host of process 0. On disk is what one process would have written. A copy of the state, and Orbax's copy of that, are in
+An array that is divided over the processes is gathered on their devices, one array at a time, and copied to the host of
+process 0. On disk is what one process would have written. A copy of the state, and Orbax's copy of that, are in
 the memory of that host until it is written; the other hosts hold none.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexivit_jax.running import manifest
 from flexivit_jax.running.checkpoint import Checkpoints
@@ -88,11 +88,33 @@ def whole(leaf: jax.Array | np.ndarray) -> np.ndarray | None:
     return np.asarray(leaf) if first else None
   if _is_on_first(leaf):
     return _joined(leaf) if first else None
+  # A device has room for its share of one array, hardly for all: they come one after the other.
+  if jax.process_count() * leaf.addressable_shards[0].data.size < leaf.size:
+    return _gathered_by_place(leaf)
   assert isinstance(leaf.sharding, NamedSharding), leaf.sharding
-  gathered = _copy_to_all(leaf.sharding.mesh)(leaf)
-  # One at a time: their copies would fill the devices.
-  jax.block_until_ready(gathered)
+  gathered = jax.block_until_ready(_resharded(leaf.sharding.mesh, PartitionSpec())(leaf))
   return np.asarray(gathered) if first else None
+
+
+def _gathered_by_place(leaf: jax.Array) -> np.ndarray | None:
+  """As `whole`: the n-th device of each process has the pieces of all n-th devices sent, not the whole array."""
+  places = np.array([jax.local_devices(process_index=i) for i in range(jax.process_count())])
+  mesh = Mesh(places, ("process", "place"))
+  shards = [shard.data[None, None] for shard in leaf.addressable_shards]
+  of_all = jax.make_array_from_single_device_arrays(
+    (*places.shape, *shards[0].shape[2:]),
+    NamedSharding(mesh, PartitionSpec("process", "place")),
+    shards,
+  )
+  gathered = jax.block_until_ready(_resharded(mesh, PartitionSpec(None, "place"))(of_all))
+  if jax.process_index() != 0:
+    return None
+  indices = leaf.sharding.devices_indices_map(leaf.shape)
+  array = np.empty(leaf.shape, leaf.dtype)
+  for shard in gathered.addressable_shards:
+    for process, pieces in enumerate(np.asarray(shard.data)):
+      array[indices[places[process, shard.index[1].start]]] = pieces[0]
+  return array
 
 
 def _is_on_first(leaf: jax.Array) -> bool:
@@ -111,5 +133,5 @@ def _joined(leaf: jax.Array) -> np.ndarray:
 
 
 @functools.cache
-def _copy_to_all(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
-  return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def _resharded(mesh: Mesh, spec: PartitionSpec) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, spec))

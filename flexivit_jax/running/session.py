@@ -301,13 +301,14 @@ class _Bucket:
 
   def _finish(self, reason: str) -> None:
     """Copies what is left, and releases the lock; an error that was told is not told again."""
-    if not self._ending.acquire(blocking=False):
-      return
-    try:
-      self._own.close()
-    except errors.UserError as e:
-      if str(e) != reason:
-        print(str(e), file=sys.stderr, flush=True)
+    with (
+      self._ending
+    ):  # the main thread and that of `signs` may come here; the second waits for the first
+      try:
+        self._own.close()
+      except errors.UserError as e:
+        if str(e) != reason:
+          print(str(e), file=sys.stderr, flush=True)
 
 
 def next_batch(batches: Iterator[Batch], number: int, stop: signals.Stop) -> Batch:

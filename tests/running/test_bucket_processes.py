@@ -116,7 +116,7 @@ def launch(environment_of, server, tmp_path):
 
 def ended(processes):
   """Waits; the exit codes and what was said on standard error."""
-  said = [process.communicate(timeout=240)[1] for process in processes]
+  said = [process.communicate(timeout=600)[1] for process in processes]
   return [process.returncode for process in processes], said
 
 
@@ -171,8 +171,7 @@ class TestProcesses:
       assert "lock.json" not in left and not any("processes" in n for n in left)
     parts = manifest.read(copy / "checkpoints" / "6" / manifest.FOLDER).arrays["params"]
     assert sum("[" in key for key in parts) >= 8, "divided arrays have checksums of their pieces"
-    others = {p.parts[-5] for p in (tmp_path / "cache1").rglob("checkpoints/*/record")}
-    assert not others, "the other process keeps no checkpoint"
+    assert not list((tmp_path / "cache1").rglob("record")), "the other process has no checkpoint"
 
   def test_killed_and_restored_on_other_topologies(self, launch, proxy, tmp_path):
     url, job = "s3://bucket/killed/run", {"ids": str(tmp_path / "killed")}
@@ -246,12 +245,17 @@ class TestProcesses:
     assert re.search(rf"error: process 0: {url}/.*: given up after 3 attempts", said[0]), said
     assert f"process 1: process 0 has ended: {url}/" in said[1] and "Traceback" not in said[1], said
 
-  def test_an_error_of_one_process_ends_all_and_the_run_is_in_the_bucket(self, launch, tmp_path):
+  def test_an_error_of_one_process_ends_all_and_the_run_is_in_the_bucket(
+    self, launch, proxy, tmp_path
+  ):
     url = "s3://bucket/error/run"
     jobs = [{"workdir": url, "ids": str(tmp_path / "ids"), "config": SMALL}]
     codes, said = ended(launch(jobs, devices=1, faults={1: {"kind": "error", "at": 8}}))
     assert codes == [2, 2], said
     assert "process 1 has ended: no such luck" in said[0] and "Traceback" not in said[0], said
+    assert "lock.json" not in storage.Bucket(url).entries()
+    saved = [p.name for p in (bucket_run.fetched(url) / "checkpoints").iterdir()]
+    assert "3" in saved
 
   def test_sigterm_to_one_saves_on_all_and_all_wait_for_the_bucket(self, launch, proxy, tmp_path):
     url = "s3://bucket/term/run"
