@@ -47,9 +47,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Packs args.data, and prints what came of it; goes on where it was stopped."""
+  from flexivit_jax import storage
   from flexivit_jax.data import packing
   from flexivit_jax.running import run_folder, signals
 
+  if url := storage.address(args.out):
+    raise errors.UserError(
+      f"--out {url} is an address; expected a folder of this machine, which is copied there afterwards: `aws s3 cp"
+      f" --recursive FOLDER {url}`, or `gcloud storage cp -r`."
+    )
   if not 0 < args.shard_mb < _MOST_MB:
     raise errors.UserError(f"--shard_mb is {args.shard_mb:g}; expected more than 0, below 2^20.")
   with signals.catch() as stop, stop.interruptible():
@@ -106,7 +112,15 @@ _TEXTS = (
   "masks",
 )  # A folder may be called 2024.
 # Where data are on this machine, and what does not change a row that is not bad. Class names are recorded themselves.
-_NOT_ABOUT = ("data_dir", "on_bad", "allow_empty", "classes", "num_classes", "upright")
+_NOT_ABOUT = (
+  "data_dir",
+  "cache_gb",
+  "on_bad",
+  "allow_empty",
+  "classes",
+  "num_classes",
+  "upright",
+)
 
 
 def _input(values: dict[str, Any], on_bad: str) -> "Input":

@@ -31,7 +31,7 @@ CACHE_GB = 50.0
 READER = "readahead_buffer_size:0,max_parallelism:0"  # array_record's advice for random access
 # Neighbours that are fetched with a record where they all fit into the cache: docs/performance.md has what others cost.
 PIECE = 2**18
-_REQUESTS = 32  # at a time; more than the cores, for they wait
+_REQUESTS = 64  # at a time; more than the cores, for they wait
 _OPEN = 256  # shards that are open at a time
 _SMALL = 2**26  # bytes of a file that is fetched as a whole
 _Result = TypeVar("_Result")
@@ -181,7 +181,8 @@ class RemoteShards:
   def _open(self, name: str) -> "concurrent.futures.Future[_Shard]":
     with self._lock:
       job = self._opened.get(name)
-      if job is None or (job.done() and job.exception()):
+      # Of a deleted one (the cache was full) what is open can still be read, and no one else finds it.
+      if job is None or (job.done() and (job.exception() or job.result().is_deleted())):
         job = self._opened[name] = _start_job(functools.partial(self._opening, name))
       self._opened.move_to_end(name)
       while len(self._opened) > _OPEN:

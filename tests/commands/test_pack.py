@@ -129,6 +129,8 @@ def test_only_one_packs_into_a_folder(tmp_path, capsys):
   (tmp_path / "mine" / "photo.jpg").touch()
   assert cli.main([*line[:-1], str(tmp_path / "mine")]) == 2
   assert [p.name for p in (tmp_path / "mine").iterdir()] == ["photo.jpg"]
+  assert cli.main([*line[:-1], "s3://bucket/packed"]) == 2
+  assert "aws s3 cp --recursive FOLDER s3://bucket/packed" in capsys.readouterr().err
 
 
 def command(out):

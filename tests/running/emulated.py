@@ -88,15 +88,32 @@ class Failing:
     status: of their answer.
     only: method and part of the path of those that may fail.
     failed: how many did.
+    delay_s: seconds before each request goes on, as a bucket takes for its first byte.
+    requests: how many came.
+    objects: path -> (ETag, content) of objects of which it answers requests for ranges itself: moto takes milliseconds
+      of a core for each.
   """
 
   def __init__(self, url: str, seed: int = 0):
     self.share, self.status, self.only, self.failed = 0.0, 503, ("", ""), 0
+    self.delay_s, self.requests = 0.0, 0
+    self.objects: dict[str, tuple[str, bytes]] = {}
     rng, lock, outer = random.Random(seed), threading.Lock(), self
     host = url.removeprefix("http://")
 
     class Handler(BaseHTTPRequestHandler):
       protocol_version = "HTTP/1.1"
+
+      def range_of(self, tag: str, content: bytes) -> None:
+        start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        part = content[start : end + 1]
+        self.send_response(206)
+        self.send_header("ETag", tag)
+        self.send_header("Last-Modified", self.date_time_string())
+        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
 
       def forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -105,6 +122,11 @@ class Failing:
           fails = rng.random() < outer.share and method in self.command and part in self.path
           before = rng.random() < 0.5
           outer.failed += fails
+          outer.requests += 1
+        time.sleep(outer.delay_s)
+        if self.command == "GET" and "Range" in self.headers and self.path in outer.objects:
+          self.range_of(*outer.objects[self.path])
+          return
         status, headers, content = outer.status, [], b"<Error><Code>SlowDown</Code></Error>"
         if not (fails and before):
           connection = http.client.HTTPConnection(host, timeout=60)
