@@ -1,6 +1,7 @@
 """Data in a bucket: the same records and the same batches as from a local folder, whatever fails or is damaged."""
 
 import importlib.util
+import json
 import pathlib
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from flexivit_jax import storage
+from flexivit_jax import cli, storage
 from flexivit_jax.data import loader, pack_inputs, packing, record_layout, remote_shards
 from flexivit_jax.data.sources import make_source
 from flexivit_jax.errors import UserError
@@ -237,3 +238,45 @@ def test_tfds_data_in_a_bucket_are_those_of_the_folder(proxy, tmp_path):
   bucket.delete(shard)
   with pytest.raises(UserError, match=f"s3://bucket/tfds/{shard} is missing"):
     make_source(**data, data_dir="s3://bucket/tfds")
+
+
+CONFIG = """
+import ml_collections
+
+
+def get_config(arg=""):
+  del arg
+  pp = "value_range(-1, 1)|onehot(4)|keep('image', 'labels')"
+  return ml_collections.ConfigDict(dict(
+    total_steps=12,
+    log_every=1,
+    input=dict(
+      data=dict(name="packed", split="train", data_dir=""), pp=f"decode|flip_lr|{pp}", batch_size=30, keep_mb=0
+    ),
+    model=dict(variant="mu", patch_size=(8, 8), posemb_size=(4, 4), depth=1),
+    flexi=dict(seqhw=dict(v=(4,))),
+    optim=dict(lr=1e-2, wd=1e-3, schedule=dict(warmup_steps=2)),
+    checkpoint=dict(every_steps=6, keep=2),
+  ))
+"""
+
+
+@emulated.needed
+@pytest.mark.slow
+def test_a_run_may_go_on_from_a_bucket_that_began_from_a_folder(folder, proxy, tmp_path):
+  put(folder, "s3://bucket/run")
+  proxy.share = 0.05
+  config = tmp_path / "config.py"
+  config.write_text(CONFIG)
+
+  def losses(run, *changes):
+    line = ["train", "--config", str(config), "--workdir", str(tmp_path / run)]
+    assert cli.main([*line, *(f"--config.input.data.{change}" for change in changes)]) == 0
+    rows = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+
+  expected = losses("local", f"data_dir={folder}")
+  assert len(expected) == 12
+  assert losses("remote", "data_dir=s3://bucket/run", "cache_gb=1") == expected
+  shutil.rmtree(tmp_path / "local" / "checkpoints" / "12")
+  assert losses("local", "data_dir=s3://bucket/run", "cache_gb=5e-4") == expected
