@@ -2,6 +2,7 @@
 
 python tools/bench/bucket_input.py --data_dir DIR        # DIR has TFDS's cifar10, as array_record
 python tools/bench/bucket_input.py --data_dir DIR --wait 40
+python tools/bench/bucket_input.py --data_dir DIR --requests 32 64
 
 The bucket is moto's server behind a proxy that answers requests for ranges itself, both in Python and on the same cores
 as what is measured (requirements-buckets.txt). Photographs are those of tools/bench/time_input.py, packed. Each line is
@@ -121,6 +122,30 @@ def throughput(
   return rows
 
 
+def by_requests(
+  remote: Options, proxy: Any, scratch: pathlib.Path, numbers: list[int], rounds: int
+) -> list[dict[str, str]]:
+  """Measures records alone with so many requests at a time."""
+  rates: dict[tuple[int, int], list[float]] = {}
+  changed = {**remote_shards.RemoteShards.__init__.__kwdefaults__, "piece": 1}
+  for turn in range(rounds):
+    for number in numbers:
+      for delay in (20, 50):
+        proxy.delay_s = delay / 1000
+        with (
+          mock.patch.object(remote_shards, "_REQUESTS", number),
+          mock.patch.object(remote_shards.RemoteShards.__init__, "__kwdefaults__", changed),
+          fresh_cache(f"{number} {delay} {turn}", scratch),
+        ):
+          rates.setdefault((number, delay), []).append(images_per_s(remote, READ))
+  rows = []
+  for (number, delay), found in rates.items():
+    row = {"requests at a time": str(number), "delay ms": str(delay)}
+    rows.append(row | {"images/s": f"{max(found):.0f}"})
+    print(*rows[-1].values(), sep=" | ", flush=True)
+  return rows
+
+
 def data_wait(steps: int, folders: dict[str, str], scratch: pathlib.Path) -> list[dict[str, str]]:
   """Trains configs/cifar10.py for some steps with its data in each place; returns the shares of time waited."""
   rows = []
@@ -157,6 +182,9 @@ def main() -> None:
   parser.add_argument(
     "--wait", type=int, metavar="STEPS", help="data wait of configs/cifar10.py instead"
   )
+  parser.add_argument(
+    "--requests", type=int, nargs="+", metavar="N", help="so many at a time, records alone, instead"
+  )
   parser.add_argument("--csv", type=pathlib.Path, help="a file to add the numbers to")
   args = parser.parse_args()
   emulated = module("tests/running/emulated.py")
@@ -172,6 +200,9 @@ def main() -> None:
       proxy.delay_s = 0.02
       places = {"local folder": str(args.data_dir), "bucket": URL, "bucket, in the cache": URL}
       rows = data_wait(args.wait, places, scratch)
+    elif args.requests:
+      remote = dict(name="cifar10", split="test", data_dir=URL)
+      rows = by_requests(remote, proxy, scratch, args.requests, args.rounds)
     else:
       pack_photos(scratch / "photos", args.number)
       upload(scratch / "photos", f"{URL}/photos", proxy)
