@@ -26,7 +26,7 @@ from flexivit_jax.experiment.loaders import (
 )
 from flexivit_jax.experiment.sections import DURATIONS
 from flexivit_jax.experiment.settings import Settings
-from flexivit_jax.models import UNNAMED, Model, flops
+from flexivit_jax.models import UNNAMED, Model, TwoTowers, flops
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
@@ -293,12 +293,15 @@ def _learner(settings: Settings, opening: Opening, trained: class_names.Trained 
   with config.naming("model"):
     network, record = build_model({"dtype": default_dtype(), **fields}, source.num_classes)
   network = _biased(network, settings.init_head_bias)
+  if isinstance(network, TwoTowers):
+    network = network.with_batch(section["batch_size"])
   objective = settings.objective
   teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
   with config.naming("objective"):
     unweighted = {k: v for k, v in objective.items() if k != "class_weights"}
     goal = build_objective(unweighted, teachers)
   checks.check_outputs(goal, network)
+  checks.check_pairs(goal, section["batch_size"])
   init, labelled = _classes(
     source, network, settings.init, teachers, "labels" in goal.inputs, opening, trained
   )

@@ -148,3 +148,12 @@ def check_outputs(objective: Objective, model: Model) -> None:
       f"The objective takes {lacking} from the model, {type(model).__name__} gives {sorted(model.outputs)}; choose"
       " another objective.name or model.name."
     )
+
+
+def check_pairs(objective: Objective, batch_size: int) -> None:
+  """Raises a UserError for a batch of one where examples are compared with each other."""
+  if not objective.separable and batch_size < 2:
+    raise errors.UserError(
+      f"input.batch_size={batch_size}, but the objective compares the examples of a batch with each other; expected at"
+      " least 2."
+    )

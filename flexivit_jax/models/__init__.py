@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 from flexivit_jax.models.base import UNNAMED, Model
 from flexivit_jax.models.flexivit import FlexiViT
+from flexivit_jax.models.text import TextTower
+from flexivit_jax.models.two_towers import TwoTowers
 
-__all__ = ["MODELS", "UNNAMED", "FlexiViT", "Model"]
+__all__ = ["MODELS", "UNNAMED", "FlexiViT", "Model", "TextTower", "TwoTowers"]
 
-MODELS: dict[str, Callable[..., Model]] = {"flexivit": FlexiViT}
+MODELS: dict[str, Callable[..., Model]] = {"flexivit": FlexiViT, "two_towers": TwoTowers}

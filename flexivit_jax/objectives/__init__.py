@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from flexivit_jax.objectives.base import Objective
+from flexivit_jax.objectives.contrastive import sigmoid_contrastive, softmax_contrastive
 from flexivit_jax.objectives.distill import distill
 from flexivit_jax.objectives.self_distill import self_distill
 from flexivit_jax.objectives.supervised import supervised
@@ -11,4 +12,6 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
   "supervised": supervised,
   "distill": distill,
   "self_distill": self_distill,
+  "softmax_contrastive": softmax_contrastive,
+  "sigmoid_contrastive": sigmoid_contrastive,
 }

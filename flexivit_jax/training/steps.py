@@ -69,7 +69,8 @@ def gradients(
     seed: all randomness is a function of it and of `state.step`. An array where one program is to serve other seeds.
     accumulate: number of microbatches, run one after the other. Their gradients add up to those of the whole batch.
     clip_each: largest norm of the gradient of one example; None: no limit.
-    frozen: tree of bools, the parameters whose gradients do not count in that norm; None: none.
+    frozen: tree of bools, the parameters that do not move: their gradients are zeros, and no backward pass goes
+      through what only they are part of. None: none.
     **size: static arguments of the model, e.g. `seqhw=15`.
 
   Returns:
@@ -80,11 +81,11 @@ def gradients(
   if clip_each is not None and getattr(model, "fsdp", None) is not None:
     # Its blocks divide the batch by hand, and one example cannot be divided: XLA gathers the parameters instead.
     model = model.clone(fsdp=None)
-  predict_of = functools.partial(_predict, model, state, size)
+  predict_of = functools.partial(_predict, model, state, size, frozen)
   if isinstance(objective.loss, BatchLoss):
     run = _in_two_passes(objective.loss, predict_of, accumulate)
   elif clip_each is not None:
-    run = _accumulated(_clipped_each(objective.loss, predict_of, clip_each, frozen), accumulate)
+    run = _accumulated(_clipped_each(objective.loss, predict_of, clip_each), accumulate)
   else:
     run = _accumulated(
       jax.value_and_grad(_sums(objective.loss, predict_of), has_aux=True), accumulate
@@ -93,9 +94,16 @@ def gradients(
 
 
 def _predict(
-  model: nn.Module, state: TrainState, size: SizeArgs, params: Tree, key: jax.Array
+  model: nn.Module,
+  state: TrainState,
+  size: SizeArgs,
+  frozen: Tree | None,
+  params: Tree,
+  key: jax.Array,
 ) -> Predict:
   """The model of these parameters, as an objective sees it."""
+  if frozen is not None:
+    params = jax.tree.map(lambda p, still: jax.lax.stop_gradient(p) if still else p, params, frozen)
 
   def predict(
     inputs: Mapping[str, jax.Array], *, fixed: bool = False, **other: Any
@@ -271,7 +279,7 @@ def _divided(sums: Tree, weight: jax.Array) -> Tree:
 
 
 def _clipped_each(
-  loss: Callable[[Predict, Batch], Losses], predict_of: PredictOf, limit: float, frozen: Tree | None
+  loss: Callable[[Predict, Batch], Losses], predict_of: PredictOf, limit: float
 ) -> Callable:
   """As `value_and_grad` of `_sums`, with the gradient of each example cut to a norm before the mean is taken."""
 
@@ -286,9 +294,8 @@ def _clipped_each(
 
   def clipped(params: Tree, example: Batch, key: jax.Array) -> tuple[jax.Array, Tree]:
     value, grads = jax.value_and_grad(one)(params, example, key)
-    moving = grads if frozen is None else _moving(grads, frozen)
     # Written so that a norm of 0 divides nothing, and one that is not finite stays seen.
-    factor = limit / jnp.maximum(optax.tree.norm(moving), limit)
+    factor = limit / jnp.maximum(optax.tree.norm(grads), limit)
     return value, jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 
   def run(params: Tree, microbatch: Batch, key: jax.Array) -> Tree:
@@ -301,11 +308,6 @@ def _clipped_each(
     return (values.mean(), None), jax.tree.map(lambda g: g.mean(axis=0), grads)
 
   return run
-
-
-def _moving(grads: Tree, frozen: Tree) -> list[jax.Array]:
-  pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(frozen), strict=True)
-  return [g for g, still in pairs if not still]
 
 
 def _in_two_passes(loss: BatchLoss, predict_of: PredictOf, microbatches: int) -> Callable:
