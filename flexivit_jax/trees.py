@@ -53,6 +53,15 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
   return tree
 
 
+def overlaid(params: Mapping[str, Any], others: Mapping[str, Any]) -> Params:
+  """Returns a tree of dicts in which the leaves of the second stand in the place of those of the first."""
+  out = dict(params)
+  for name, value in others.items():
+    both = isinstance(value, Mapping) and isinstance(out.get(name), Mapping)
+    out[name] = overlaid(out[name], value) if both else value
+  return out
+
+
 def map_named(f: Callable[[str, Any], Any], tree: Tree) -> Tree:
   """Returns the tree of `f(name, leaf)`."""
   return jax.tree_util.tree_map_with_path(lambda path, leaf: f(_name(path), leaf), tree)

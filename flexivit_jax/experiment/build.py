@@ -295,6 +295,7 @@ def _learner(settings: Settings, opening: Opening, trained: class_names.Trained 
   network = _biased(network, settings.init_head_bias)
   if isinstance(network, TwoTowers):
     network = network.with_batch(section["batch_size"])
+    record = record | {"bias": network.bias}
   objective = settings.objective
   teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
   with config.naming("objective"):
@@ -496,7 +497,8 @@ def _classes(
   if init is not None:
     # A run that goes on has its own head by now.
     needed = labelling.classes_of(source, "input.data") if labels and trained is None else None
-    start = opening.init(model, labels=needed, **init)
+    load = opening.parts if hasattr(model, "parts") else opening.init
+    start = load(model, labels=needed, **init)
   labelled = labelling.of_run(
     source, model.num_classes, init=start.classes, teachers=teachers, labels=labels, trained=trained
   )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import flax.errors
 import jax
 
-from flexivit_jax import config, data, errors, specs
+from flexivit_jax import config, data, errors, specs, trees
 from flexivit_jax.experiment.settings import Settings
 from flexivit_jax.models.base import Model
 from flexivit_jax.objectives.base import Objective
@@ -19,12 +19,13 @@ from flexivit_jax.trees import Params
 
 def check_channels(params: Params | None, image_shape: Sequence[int]) -> None:
   """Raises a UserError where weights to start from take images of another number of channels than there are."""
-  kernel = None if params is None else params.get("embedding", {}).get("kernel")
-  if kernel is not None and kernel.shape[2] != image_shape[-1]:
-    raise errors.UserError(
-      f"init: the weights take images of {kernel.shape[2]} channels, the data's have {image_shape[-1]}; start from"
-      f" weights for {image_shape[-1]}."
-    )
+  for name, kernel in trees.flatten(params or {}).items():
+    patches = f"/{name}".endswith("/embedding/kernel") and kernel.ndim == 4
+    if patches and kernel.shape[2] != image_shape[-1]:
+      raise errors.UserError(
+        f"init: the weights take images of {kernel.shape[2]} channels, the data's have {image_shape[-1]}; start from"
+        f" weights for {image_shape[-1]}."
+      )
 
 
 def check_ranges(settings: Settings) -> None:

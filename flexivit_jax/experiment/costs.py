@@ -146,6 +146,7 @@ PLANNED = loaders.Opening(
   source=data.planned_source,
   teacher=_planned_teacher,
   init=lambda model, **_: loaders.Init(None, None),
+  parts=lambda model, **_: loaders.Init(None, None),
   fields=_planned_fields,
   digest=lambda params: "planned",
   shots=lambda source, **_: source,

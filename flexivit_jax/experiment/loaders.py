@@ -33,6 +33,7 @@ class Opening(NamedTuple):
     source: as `data.make_source`.
     teacher: as `load_teacher`.
     init: as `load_init`.
+    parts: as `load_parts`.
     fields: as `fields_of`.
     digest: of a teacher's parameters.
     shots: `(source, section) -> source` of the few images that an evaluator is fitted to.
@@ -41,6 +42,7 @@ class Opening(NamedTuple):
   source: Callable[..., data.Source]
   teacher: Callable[..., Teacher]
   init: Callable[..., Init]
+  parts: Callable[..., Init]
   fields: Callable[..., Json]
   digest: Callable[[Params], str]
   shots: Callable[..., data.Source]
@@ -236,6 +238,28 @@ def load_init(
   return Init(jax.tree.map(np.asarray, params), classes[0] if classes else None)
 
 
+def load_parts(model: Any, labels: Classes | None = None, **sections: Section) -> Init:
+  """Returns parameters to start from of a model made of parts, such as two towers.
+
+  Args:
+    model: has `parts`.
+    labels: as for `load_init`; the parts' own heads are no classifiers, so they are not compared.
+    **sections: for each part that starts from a file, the arguments of its function in `PART_LOADERS`.
+  """
+  del labels
+  parts = model.parts
+  loaded = {name: _load_part(parts[name], section) for name, section in sections.items()}
+  return Init(loaded, None)
+
+
+def _load_part(part: Any, section: Section) -> Params:
+  return PART_LOADERS[type(part).__name__](part, **section).params
+
+
+PART_LOADERS: dict[str, Callable[..., Init]] = {"FlexiViT": load_init}
+"""What fills a part of a model, by the class of the part."""
+
+
 def _how_to_fit(checkpoint: str) -> str:
   """Returns what to do where the config's model is not that of its initial weights."""
   like = f"--config.model={ {'like': checkpoint} }"
@@ -277,4 +301,6 @@ def _given(
   return options | ({"ema": True} if ema else {})
 
 
-REAL = Opening(data.make_source, load_teacher, load_init, fields_of, trees.digest, data.few_shots)
+REAL = Opening(
+  data.make_source, load_teacher, load_init, load_parts, fields_of, trees.digest, data.few_shots
+)

@@ -75,7 +75,7 @@ def first_state(exp: experiment.Experiment, mesh: Mesh) -> steps.TrainState:
 
 def _init(exp: experiment.Experiment, weights: Params | None, seed: jax.Array) -> steps.TrainState:
   params = steps.init_params(exp.model, exp.shapes, seed)
-  params = {**params, **(weights or {})}  # loaded weights may lack the head
+  params = trees.overlaid(params, weights or {})  # loaded weights may lack a head, or a tower
   return steps.init_state(params, exp.optimizer.tx, exp.objective)
 
 

@@ -9,7 +9,7 @@ from flexivit_jax.config import Function, Section
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.registry import EVALUATORS
 from flexivit_jax.experiment import monitor
-from flexivit_jax.experiment.loaders import load_init, load_teacher
+from flexivit_jax.experiment.loaders import PART_LOADERS, load_init, load_teacher
 from flexivit_jax.experiment.settings import Settings
 from flexivit_jax.models import MODELS, UNNAMED
 from flexivit_jax.objectives import OBJECTIVES
@@ -44,7 +44,7 @@ def check_sections(settings: Settings) -> None:
   if "size" in settings.objective:
     config.check("objective.size", settings.objective["size"], network.grid, given=_GIVEN_SIZE)
   if settings.init is not None:
-    config.check("init", settings.init, load_init, given=("model", "labels"))
+    _check_init(settings.init, network)
   of_mesh = {"divide_teachers": bool, "gather_dtype": str}
   config.check("mesh", settings.mesh or {}, sharding.make_mesh, optional=of_mesh)
   config.check("optim", settings.optim, _make_optimizer, given=_GIVEN_OPTIM)
@@ -90,6 +90,20 @@ def check_evaluation(where: str, section: object) -> None:
     config.check(f"{where}.{key}", keys[key], data.make_source)
   if "teacher" in keys:
     check_teacher(f"{where}.teacher", keys["teacher"])
+
+
+def _check_init(section: Section, network: Any) -> None:
+  """Raises a UserError for the first wrong key or type in what says where weights to start from are."""
+  given = ("model", "labels")
+  if not (parts := getattr(network, "PARTS", {})):
+    config.check("init", section, load_init, given=given)
+    return
+  if "checkpoint" in section:
+    raise errors.UserError(
+      f"init.checkpoint of a model of parts; say which part it is for: init.{next(iter(parts))}.checkpoint."
+    )
+  for name, one in config.check("init", section, optional=dict.fromkeys(parts, Mapping)).items():
+    config.check(f"init.{name}", one, PART_LOADERS[parts[name]], given=given)
 
 
 def check_teacher(where: str, section: object) -> None:

@@ -27,6 +27,9 @@ class Model(Protocol):
 
   Every parameter begins as its initialiser makes it: nothing is filled in afterwards.
 
+  A model made of parts, as two towers are, says which: a class attribute `PARTS`, the class of each by the name of its
+  parameters, and a property `parts`, the modules. A run may start from a file for each (`init.image.checkpoint`).
+
   Files of weights (`weights.load`, so `init`, a teacher's checkpoint, `flexivit eval` and `predict`) hold a FlexiViT.
 
   Attributes:

@@ -10,7 +10,7 @@ import jax.extend.core
 
 from flexivit_jax.models.base import Model, zeros
 from flexivit_jax.sizes import SizeArgs
-from flexivit_jax.specs import Shapes, Specs
+from flexivit_jax.specs import Shapes
 from flexivit_jax.trees import Tree
 
 Jaxpr = Any  # jax.extend.core.Jaxpr
@@ -22,11 +22,9 @@ class Counted:
   The module gives `inputs` and `outputs`.
   """
 
-  inputs: Specs
-
   def example(self, shapes: Shapes) -> tuple[dict[str, jax.Array], SizeArgs]:
     """See `Model.example`: zeros, and one token."""
-    return zeros(self.inputs, shapes), {"seqhw": 1}
+    return zeros(cast(Model, self).inputs, shapes), {"seqhw": 1}
 
   def gmacs(self, shapes: Shapes, **size: Any) -> float:
     """See `gmacs`."""

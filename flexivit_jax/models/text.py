@@ -118,7 +118,9 @@ class TextTower(nn.Module):
     mask = counted[:, None, None, :]
     if self.causal:
       mask = mask & jnp.tril(jnp.ones((length, length), bool))[None, None]
-    x = TextEncoder(self.depth, self.block, self.norm_first, self.remat, name="Transformer")(x, mask)
+    x = TextEncoder(self.depth, self.block, self.norm_first, self.remat, name="Transformer")(
+      x, mask
+    )
     out["encoded"] = x
     x = out["pre_logits"] = self._pool(x, tokens, counted)
     if self.num_classes:
@@ -177,8 +179,8 @@ def _check(tower: TextTower) -> None:
       raise errors.unknown(f"{name} of a text tower", getattr(tower, name), known)
   if (tower.pool_type == "eos") != (tower.eos_token is not None):
     raise errors.UserError(
-      f"A text tower has pool_type={tower.pool_type!r} and eos_token={tower.eos_token}; expected a token with 'eos', and"
-      " None with the others."
+      f"A text tower has pool_type={tower.pool_type!r} and eos_token={tower.eos_token}; expected a token with 'eos',"
+      " and None with the others."
     )
   for name, token in {"pad_token": tower.pad_token, "eos_token": tower.eos_token}.items():
     if token is not None and not 0 <= token < tower.vocab_size:

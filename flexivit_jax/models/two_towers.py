@@ -5,10 +5,9 @@ The patch size is the image tower's; texts have none, so one text embedding serv
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
@@ -20,10 +19,10 @@ from flexivit_jax.models.counting import Counted
 from flexivit_jax.models.flexivit import FlexiViT
 from flexivit_jax.models.grid import Grid
 from flexivit_jax.models.text import TextTower
+from flexivit_jax.sizes import Size
 from flexivit_jax.specs import Spec, Specs, image as image_spec, spec
 from flexivit_jax.trees import Json
 
-TOWERS = ("image", "text")
 EPS = 1e-8  # added to the norm, as in big_vision's two_towers.py
 
 
@@ -36,12 +35,14 @@ class TwoTowers(nn.Module, Counted):
     embed_dim: length of both embeddings, for towers whose num_classes is not given: each then has a projection to it.
       None: what each tower gives is compared as it is.
     temperature: 1 / scale of the products at the start; the scale is learned as its logarithm, "t".
-    bias: added to the scaled products, learned, "b", where it begins; "auto": as the share of pairs in a batch asks, see
+    bias: where "b" begins, which is learned and added to the scaled products; "auto": as the batch asks, see
       `with_batch`; None: there is no bias (softmax losses cancel it).
     dtype: of both towers' matrix products.
     fsdp, gather_dtype: see `FlexiViT`.
-    num_classes: 0; classes are texts.
+    num_classes: of the data; without effect, classes are texts.
   """
+
+  PARTS: ClassVar[dict[str, str]] = {"image": "FlexiViT", "text": "TextTower"}
 
   image: Mapping[str, Any]
   text: Mapping[str, Any]
@@ -54,13 +55,9 @@ class TwoTowers(nn.Module, Counted):
   num_classes: int = 0
 
   def __post_init__(self) -> None:
-    for name in TOWERS:  # a module has to be hashable, and a config gives lists
+    for name in self.PARTS:  # a module has to be hashable, and a config gives lists
       fields = {k: tuple(v) if isinstance(v, list) else v for k, v in getattr(self, name).items()}
       setattr(self, name, FrozenDict(fields))
-    if self.num_classes:
-      raise errors.UserError(
-        f"num_classes={self.num_classes} of two towers, whose classes are texts; leave it out."
-      )
     if isinstance(self.bias, str) and self.bias != "auto":
       raise errors.UserError(f"bias={self.bias!r}; expected a number, 'auto', or None.")
     if not self.temperature > 0:
@@ -134,9 +131,24 @@ class TwoTowers(nn.Module, Counted):
     return self.clone(bias=-math.log(max(batch_size - 1, 1)))
 
   @nn.nowrap
-  def grid(self, image_hw: tuple[int, ...], *args: Any, **size: Any) -> Grid:
+  def grid(
+    self,
+    image_hw: tuple[int, ...],
+    *,
+    seqhw: int | None = None,
+    grid_hw: Size | None = None,
+    patch_hw: Size | None = None,
+    stride: int | None = None,
+    depth: int | None = None,
+  ) -> Grid:
     """See `FlexiViT.grid`."""
-    return self._towers()[0].grid(image_hw, *args, **size)
+    size = dict(seqhw=seqhw, grid_hw=grid_hw, patch_hw=patch_hw, stride=stride, depth=depth)
+    return self._towers()[0].grid(image_hw, **size)
+
+  @property
+  def parts(self) -> dict[str, nn.Module]:
+    """See `Model.parts`."""
+    return dict(zip(self.PARTS, self._towers(), strict=True))
 
   @property
   def is_random(self) -> bool:

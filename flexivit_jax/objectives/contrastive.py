@@ -19,7 +19,8 @@ CHUNK = 1024  # texts whose scores are in memory at once
 
 Images = Float[Array, "n e"]
 Texts = Float[Array, "m e"]
-PerImage, PerText = Float[Array, "n"], Float[Array, "m"]
+PerImage = Float[Array, "n"]
+PerText = Float[Array, "m"]
 
 
 def softmax_contrastive(*, max_scale: float | None = 100.0, chunk: int = CHUNK) -> Objective:

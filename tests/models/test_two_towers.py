@@ -54,7 +54,6 @@ def test_the_bias_begins_at_the_log_odds_of_a_pair_in_the_batch():
   ("fields", "expected"),
   [
     (dict(embed_dim=None), r"vectors of length 32, the text tower of 16; give embed_dim"),
-    (dict(num_classes=3), "whose classes are texts"),
     (dict(temperature=0.0), "temperature=0.0; expected more than 0"),
     (dict(bias="log"), "bias='log'; expected a number"),
     (dict(text=TEXT | {"kind": "gpt"}), "kind of a text tower"),

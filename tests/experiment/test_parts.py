@@ -1,0 +1,86 @@
+"""A model of two towers is trained by the trainer as it is: its parts start from files, each under its own name."""
+
+import numpy as np
+import pytest
+
+from flexivit_jax import errors, experiment, train as train_lib, trees, weights
+from flexivit_jax.data.preprocess import OPS
+from flexivit_jax.models import FlexiViT
+from flexivit_jax.running import checkpoint, metrics_writer
+from flexivit_jax.training import steps
+
+FIELDS = dict(variant="mu", num_classes=3)
+
+
+@pytest.fixture
+def settings(monkeypatch):
+  monkeypatch.setitem(OPS, "numbers", numbers)
+  data = dict(name="synthetic", split="train", image_size=24, num_classes=4, num_examples=32)
+  pp = "decode|value_range|numbers|keep('image', 'tokens')"
+  text = dict(width=16, depth=1, mlp_dim=16, num_heads=2, vocab_size=20, max_length=5)
+  return dict(
+    total_steps=3,
+    input=dict(data=dict(data, annotated=True), pp=pp, batch_size=8, threads=0),
+    model=dict(name="two_towers", embed_dim=8, image=dict(variant="mu"), text=text),
+    objective=dict(name="sigmoid_contrastive"),
+    flexi=dict(seqhw=dict(v=(2, 4))),
+    optim=dict(lr=1e-2),
+    log_every=1,
+  )
+
+
+def numbers(record):
+  return record | {"tokens": np.arange(5, dtype=np.int32) + record["label"]}
+
+
+@pytest.fixture
+def file(tmp_path):
+  model = FlexiViT(**FIELDS)
+  params = steps.init_params(model, {"image": (24, 24, 3)}, 1)
+  weights.save_npz(tmp_path / "vit.npz", model, params, {"model": FIELDS})
+  return str(tmp_path / "vit.npz"), params
+
+
+def test_a_locked_tower_starts_from_a_file_and_stays_as_it_is(settings, file, tmp_path):
+  path, params = file
+  settings["init"] = dict(image=dict(checkpoint=path, new_head=True))
+  settings["optim"]["freeze"] = ("image/.*",)
+  run = tmp_path / "run"
+  train_lib.train(settings, run)
+  saved, record = checkpoint.load_params(run)
+  for name in ("embedding", "Transformer", "pos_embedding"):
+    expected = params[name]
+    assert trees.digest(saved["image"][name]) == trees.digest(expected)
+  assert record["model"]["bias"] == pytest.approx(-np.log(7))
+  rows = metrics_writer.read_rows(run / "metrics.jsonl")
+  assert len({row["loss"] for row in rows}) == 3
+
+
+@pytest.mark.parametrize(
+  ("init", "expected"),
+  [
+    (dict(checkpoint="x.npz"), r"init\.checkpoint of a model of parts; .* init\.image\.checkpoint"),
+    (dict(imag=dict(checkpoint="x")), r"init\.imag.*init\.image"),
+    (dict(image=dict(checkpoints="x")), r"init\.image\.checkpoints.*init\.image\.checkpoint"),
+    (dict(image="x.npz"), r"init\.image is 'x.npz'"),
+  ],
+)
+def test_where_parts_start_is_checked(settings, init, expected):
+  settings["init"] = init
+  with pytest.raises(errors.UserError, match=expected):
+    experiment.from_config(settings)
+
+
+def test_a_file_of_other_channels_is_refused(settings, tmp_path):
+  model = FlexiViT(**FIELDS)
+  params = steps.init_params(model, {"image": (24, 24, 1)}, 1)
+  weights.save_npz(tmp_path / "grey.npz", model, params, {"model": FIELDS})
+  settings["init"] = dict(image=dict(checkpoint=str(tmp_path / "grey.npz"), new_head=True))
+  with pytest.raises(errors.UserError, match="images of 1 channels, the data's have 3"):
+    experiment.from_config(settings)
+
+
+def test_a_batch_of_one_is_refused(settings):
+  settings["input"]["batch_size"] = 1
+  with pytest.raises(errors.UserError, match=r"compares the examples of a batch.*at least 2"):
+    experiment.from_config(settings)
