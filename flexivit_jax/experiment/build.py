@@ -30,10 +30,10 @@ from flexivit_jax.models import UNNAMED, Model, TwoTowers, flops
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.distill import Teacher
-from flexivit_jax.sizes import SizeArgs
+from flexivit_jax.sizes import SizeArgs, SizeKey, size_key
 from flexivit_jax.training import patch_schedule, schedules, steps, token_budget as token_budgets
-from flexivit_jax.training.optim import Optimizer, make as _make_optimizer
-from flexivit_jax.trees import Json, Params
+from flexivit_jax.training.optim import Optimizer, frozen, make as _make_optimizer
+from flexivit_jax.trees import Json, Params, Tree
 
 
 class Experiment(NamedTuple):
@@ -344,11 +344,22 @@ def _sizes(settings: Settings, learner: _Learner, flexi: patch_schedule.Flexi) -
   # Backward is worth two passes; microbatches of a loss over the batch make their embeddings twice.
   twice = not learner.objective.separable and settings.accumulate not in (1, "auto")
   step_flops = functools.partial(
-    flops.step_flops, network, shapes, learner.teachers, also, passes=4 if twice else 3
+    flops.step_flops,
+    network,
+    shapes,
+    learner.teachers,
+    also,
+    passes=4 if twice else 3,
+    batch_size=batch_size,
+    frozen=_locked(settings, learner),
   )
+  known: dict[SizeKey, float] = {}
 
   def cost(size: SizeArgs) -> float:
-    return step_flops(size, batch_size=batch_size) * batches_of(size)
+    key = size_key(size)
+    if key not in known:  # a traced program takes a moment
+      known[key] = step_flops(size) * batches_of(size)
+    return known[key]
 
   flexi = patch_schedule.weigh(flexi, cost)
   for size in patch_schedule.all_static(flexi):
@@ -357,6 +368,15 @@ def _sizes(settings: Settings, learner: _Learner, flexi: patch_schedule.Flexi) -
     with config.naming("objective.size"):
       checks.check_size(network, shapes["image"], dict(fixed))
   return _Sizes(flexi, cost, batches_of, update_scale)
+
+
+def _locked(settings: Settings, learner: _Learner) -> Tree | None:
+  """Which parameters do not move, of a model of parts; None: all do, or it is one network."""
+  if not hasattr(learner.model, "parts"):
+    return None
+  params = jax.eval_shape(lambda: steps.init_params(learner.model, learner.shapes, settings.seed))
+  still = frozen(params, settings.optim.get("freeze"), settings.optim.get("schedule"))
+  return still if any(jax.tree.leaves(still)) else None
 
 
 def _lengths(settings: Settings, learner: _Learner, sizes: _Sizes) -> _Lengths:

@@ -19,7 +19,7 @@ from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
 from flexivit_jax.experiment.machines import MACHINES
-from flexivit_jax.models import MODELS, FlexiViT, Model, attention, flops
+from flexivit_jax.models import MODELS, FlexiViT, Model, attention, counting, flops
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import SizeArgs, size_name
 from flexivit_jax.training import patch_schedule, steps
@@ -197,6 +197,13 @@ def _evaluation_flops(exp: experiment.Experiment, evaluation: experiment.Evaluat
   return 2e9 * macs * len(evaluation.source) * times
 
 
+def _activation_bytes(exp: experiment.Experiment, model: Model, size: SizeArgs) -> float:
+  """Bytes of one example's activations; a part of the model that does not move keeps none."""
+  if not hasattr(model, "parts"):
+    return model.activation_bytes(exp.shapes, **size)
+  return counting.activation_bytes(model, exp.shapes, exp.optimizer.frozen, **size)
+
+
 def memory(
   exp: experiment.Experiment,
   state: steps.TrainState,
@@ -230,7 +237,7 @@ def memory(
     if exp.mesh.get("divide_teachers", True)
     else trees.size_in_bytes(teachers),
     "batch": batch,
-    "activations": max(model.activation_bytes(exp.shapes, **costliest), _taught_bytes(exp))
+    "activations": max(_activation_bytes(exp, model, costliest), _taught_bytes(exp))
     * share
     / microbatches,
   }

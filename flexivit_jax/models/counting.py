@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 
 from flexivit_jax.models.base import Model, zeros
 from flexivit_jax.sizes import SizeArgs
@@ -52,7 +53,32 @@ def gmacs(model: Model, shapes: Shapes, **size: Any) -> float:
   return (_macs(_program(model, shapes, 2, size)) - _macs(_program(model, shapes, 1, size))) / 1e9
 
 
-def activation_bytes(model: Model, shapes: Shapes, **size: Any) -> float:
+def step_gmacs(model: Model, shapes: Shapes, frozen: Tree, **size: Any) -> float:
+  """Multiply-adds of forward and backward pass for one example, in 1e9, where some parameters do not move.
+
+  No backward pass goes through what only these are part of: a locked tower costs its forward pass alone.
+
+  Args:
+    model, shapes, size: as for `gmacs`.
+    frozen: tree of bools, the parameters that do not move.
+  """
+
+  def macs(n: int) -> int:
+    params, batch = _inputs(model, shapes, n)
+    forward = _forward(model, size)
+
+    def total(params: Tree, batch: Tree) -> jax.Array:
+      out = forward(_stopped(params, frozen), batch)
+      return sum((x.sum() for x in jax.tree.leaves(out)), jnp.float32(0))
+
+    return _macs(jax.make_jaxpr(jax.grad(total))(params, batch).jaxpr)
+
+  return (macs(2) - macs(1)) / 1e9
+
+
+def activation_bytes(
+  model: Model, shapes: Shapes, frozen: Tree | None = None, **size: Any
+) -> float:
   """Bytes that one example's activations take until the backward pass has used them, before XLA fuses anything.
 
   What two examples keep less what one keeps: parameters, and what is made of them alone, are kept once. What a block
@@ -61,9 +87,10 @@ def activation_bytes(model: Model, shapes: Shapes, **size: Any) -> float:
   Args:
     model: the model.
     shapes: of its inputs, of one example.
+    frozen: see `step_gmacs`; None: all parameters move.
     **size: static arguments of the model.
   """
-  return float(_kept(model, shapes, 2, size) - _kept(model, shapes, 1, size))
+  return float(_kept(model, shapes, 2, size, frozen) - _kept(model, shapes, 1, size, frozen))
 
 
 def _inputs(model: Model, shapes: Shapes, n: int) -> tuple[Tree, Tree]:
@@ -125,13 +152,21 @@ def _inner(params: dict[str, Any]) -> list[Jaxpr]:
   return found
 
 
-def _kept(model: Model, shapes: Shapes, n: int, size: Any) -> int:
+def _stopped(params: Tree, frozen: Tree | None) -> Tree:
+  """The parameters, without a gradient for those that do not move."""
+  if frozen is None:
+    return params
+  stop = lambda p, still: jax.lax.stop_gradient(p) if still else p  # noqa: E731
+  return jax.tree.map(stop, params, {"params": frozen})
+
+
+def _kept(model: Model, shapes: Shapes, n: int, size: Any, frozen: Tree | None) -> int:
   """Bytes of what the backward pass of n examples takes."""
   params, batch = _inputs(model, shapes, n)
   forward = _forward(model, size)
 
   def pull(params: Tree, batch: Tree) -> Tree:
-    return jax.vjp(lambda p: forward(p, batch), params)[1]
+    return jax.vjp(lambda p: forward(_stopped(p, frozen), batch), params)[1]
 
   kept = jax.tree.leaves(jax.eval_shape(pull, params, batch))
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in kept)

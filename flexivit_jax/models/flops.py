@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from flexivit_jax.models import attention
+from flexivit_jax.models import attention, counting
 from flexivit_jax.models.base import Model
 from flexivit_jax.models.grid import Grid, which_depth
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import SizeArgs
 from flexivit_jax.specs import Shapes
+from flexivit_jax.trees import Tree
 
 
 @runtime_checkable
@@ -194,6 +195,7 @@ def step_flops(
   *,
   batch_size: int,
   passes: int = 3,
+  frozen: Tree | None = None,
 ) -> float:
   """FLOPs of a training step: passes at the size, a forward pass for each teacher and for each size in `also`.
 
@@ -205,8 +207,14 @@ def step_flops(
     size: static arguments of the student.
     batch_size: examples in a step.
     passes: forward passes that forward and backward are worth; one more where embeddings are made twice.
+    frozen: of a model of parts, the parameters that do not move, for which the traced program is counted.
   """
-  macs = passes * model.gmacs(shapes, **size) + sum(model.gmacs(shapes, **s) for s in also)
+  if frozen is None:
+    macs = passes * model.gmacs(shapes, **size)
+  else:
+    macs = counting.step_gmacs(model, shapes, frozen, **size)
+    macs += (passes - 3) * model.gmacs(shapes, **size)
+  macs += sum(model.gmacs(shapes, **s) for s in also)
   for teacher in teachers.values():
     macs += teacher.model.gmacs({"image": shapes[teacher.image]}, **teacher.size)
   return 2e9 * macs * batch_size

@@ -130,6 +130,17 @@ def make(
   return Optimizer(optax.with_extra_args_support(tx), by_regex, frozen, clip_each)
 
 
+def frozen(
+  params: Tree,
+  freeze: int | str | Sequence[str] | None = None,
+  schedule: Section | Sequence[tuple[str, Section | None]] | None = None,
+) -> Tree:
+  """Returns the tree of bools of the parameters that do not move; arguments and errors as of `make`."""
+  patterns = [*_frozen_patterns(params, freeze), *_schedule_patterns(schedule)]
+  which = _which_schedule(params, patterns)
+  return jax.tree.map(lambda i: patterns[i][1] is None, which)
+
+
 def adam(
   *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, mu_dtype: str = "bfloat16"
 ) -> optax.GradientTransformation:

@@ -5,7 +5,7 @@ import pytest
 
 from flexivit_jax import errors, experiment, train as train_lib, trees, weights
 from flexivit_jax.data.preprocess import OPS
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, counting
 from flexivit_jax.running import checkpoint, metrics_writer
 from flexivit_jax.training import steps
 
@@ -84,3 +84,17 @@ def test_a_batch_of_one_is_refused(settings):
   settings["input"]["batch_size"] = 1
   with pytest.raises(errors.UserError, match=r"compares the examples of a batch.*at least 2"):
     experiment.from_config(settings)
+
+
+def test_a_locked_tower_is_counted_without_its_backward_pass(settings):
+  free = experiment.from_config(settings)
+  settings["optim"]["freeze"] = ("image/.*",)
+  locked = experiment.from_config(settings)
+  size, shapes = {"seqhw": 4}, free.shapes
+  image = 2e9 * 8 * FlexiViT(variant="mu", num_classes=8).gmacs(shapes, **size)
+  np.testing.assert_allclose(free.step_flops(size) - locked.step_flops(size), 2 * image, rtol=0.05)
+  whole, part = (
+    counting.activation_bytes(free.model, shapes, frozen, **size)
+    for frozen in (None, locked.optimizer.frozen)
+  )
+  assert part < 0.3 * whole
