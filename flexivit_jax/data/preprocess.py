@@ -13,6 +13,7 @@ else. Images stay uint8 until `value_range`.
 """
 
 import ast
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from flexivit_jax.data import annotations, geometry, images
+from flexivit_jax.data import annotations, geometry, images, text as text_lib
 from flexivit_jax.data.annotations import Example
 from flexivit_jax.data.geometry import Image
 from flexivit_jax.data.randaug import randaug
@@ -101,6 +102,73 @@ def multihot(
   return record | {key_result: vector}
 
 
+def first_caption(record: Example) -> Example:
+  """Puts the first of the "captions" of an example under "caption"."""
+  return record | {"caption": _captions(record)[0]}
+
+
+def random_caption(record: Example, *, rng: np.random.Generator) -> Example:
+  """Puts one of the "captions" of an example under "caption", each with the same probability."""
+  captions = _captions(record)
+  return record | {"caption": captions[int(rng.integers(len(captions)))]}
+
+
+def tokenize(
+  record: Example,
+  path: str,
+  *,
+  length: int,
+  pad: str | int,
+  end: str | int | None,
+  lower: bool = False,
+  key: str = "caption",
+) -> Example:
+  """Text under `key` -> "tokens" int32 [length]; see `text.load` for the arguments.
+
+  Errors: a text without words.
+  """
+  tokens = _tokens(path, length, pad, end, lower)
+  return record | {"tokens": tokens.encode([_get(record, key)])[0]}
+
+
+def tokenize_all(
+  record: Example,
+  path: str,
+  *,
+  length: int,
+  pad: str | int,
+  end: str | int | None,
+  lower: bool = False,
+  captions: int = 5,
+) -> Example:
+  """All "captions" -> "texts" int32 [captions, length], and "texts_mask" float32 [captions], 0 for rows of padding.
+
+  Errors: more captions than rows; a caption without words.
+  """
+  tokens, texts = _tokens(path, length, pad, end, lower), _captions(record)
+  if len(texts) > captions:
+    raise UserError(f"{len(texts)} captions; expected at most {captions}, which is captions= here.")
+  rows = np.full((captions, length), tokens.pad, np.int32)
+  rows[: len(texts)] = tokens.encode(texts)
+  mask = (np.arange(captions) < len(texts)).astype(np.float32)
+  return record | {"texts": rows, "texts_mask": mask}
+
+
+# A file is read once in each process.
+@functools.lru_cache(maxsize=16)
+def _tokens(
+  path: str, length: int, pad: str | int, end: str | int | None, lower: bool
+) -> text_lib.Tokens:
+  return text_lib.load(path, length=length, pad=pad, end=end, lower=lower)
+
+
+def _captions(record: Example) -> tuple[str, ...]:
+  captions = _get(record, "captions")
+  if not captions:
+    raise UserError("no caption; expected at least one.")
+  return captions
+
+
 def copy(record: Example, inkey: str, outkey: str) -> Example:
   """Copies the value of `inkey` to `outkey`."""
   return record | {outkey: _get(record, inkey)}
@@ -129,6 +197,10 @@ OPS: dict[str, Callable[..., Any]] = {
   "multihot": multihot,
   "pad_boxes": annotations.pad_boxes,
   "relative_boxes": annotations.relative_boxes,
+  "first_caption": first_caption,
+  "random_caption": random_caption,
+  "tokenize": tokenize,
+  "tokenize_all": tokenize_all,
   "copy": copy,
   "keep": keep,
 }
@@ -218,6 +290,24 @@ def parse(pp: str) -> Preprocess:
 def counted(pp: str, num_classes: int) -> str:
   """Returns the string with the number of classes of the data in `onehot()`."""
   return re.sub(r"\bonehot\(\s*\)", f"onehot({num_classes})", pp)
+
+
+def tokens_of(pp: str) -> text_lib.Tokens | None:
+  """Returns how the operations of a string make tokens of texts; None: they make none.
+
+  Raises:
+    UserError: two operations that do it in two ways; see `text.load`.
+  """
+  found = []
+  for op in parse(pp).ops:
+    if op.function in (tokenize, tokenize_all):
+      bound = inspect.signature(op.function).bind(None, *op.args, **op.kwargs)
+      bound.apply_defaults()
+      names = inspect.signature(_tokens).parameters
+      found.append(_tokens(*(bound.arguments[name] for name in names)))
+  if any(one != found[0] for one in found):
+    raise UserError(f"{pp!r} makes tokens in two ways; expected one.")
+  return found[0] if found else None
 
 
 def _apply(op: Op, record: Example, rng: np.random.Generator | None) -> Example:
