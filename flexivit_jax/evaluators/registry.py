@@ -6,7 +6,7 @@ Not in `__init__.py`: that would import JAX for `flexivit report`, which needs `
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flexivit_jax.evaluators import classification, distance, fewshot, knn, teacher
+from flexivit_jax.evaluators import classification, distance, fewshot, knn, retrieval, teacher
 from flexivit_jax.evaluators.base import Evaluator
 from flexivit_jax.evaluators.metrics import Metric
 
@@ -15,6 +15,7 @@ _DECLARED: dict[str, tuple[Callable[..., Evaluator], tuple[Metric, ...]]] = {
   "distance": (distance.distance, distance.METRICS),
   "fewshot": (fewshot.fewshot, fewshot.METRICS),
   "knn": (knn.knn, knn.METRICS),
+  "retrieval": (retrieval.retrieval, retrieval.METRICS),
   "teacher": (teacher.teacher, teacher.METRICS),
 }
 
