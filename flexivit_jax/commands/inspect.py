@@ -18,7 +18,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Prints what is in args.file, or the published checkpoints."""
   from flexivit_jax import weights
-  from flexivit_jax.weights import description
+  from flexivit_jax.weights import description, towers
 
   if args.list == (args.file is not None):
     raise errors.UserError("Give a file or a published name to inspect, or --list alone.")
@@ -26,5 +26,8 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(description.listing()))
     return
   loading = options.loading(args)
-  model, params, record = weights.load_with_record(args.file, finite=False, **loading)
-  print("\n".join(description.describe(model, params, record)))
+  if towers.text_of(args.file) is not None:
+    lines = description.describe_towers(*towers.load(args.file, finite=False, **loading))
+  else:
+    lines = description.describe(*weights.load_with_record(args.file, finite=False, **loading))
+  print("\n".join(lines))

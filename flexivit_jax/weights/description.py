@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from flexivit_jax import trees, weights
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.tables import aligned
 from flexivit_jax.trees import Json, Params
@@ -52,8 +54,39 @@ def describe(model: FlexiViT, params: Params, record: Json) -> list[str]:
     rows["fetched from"] = record["url"]
   if "flexified_from" in record:
     rows["flexified"] = f"kernel {_by(model.patch_size)} pixels, grid {_by(model.posemb_size)}"
-  lines = aligned([(name, str(value)) for name, value in rows.items()], "<", gap=" ", least=(13,))
-  return lines + [f"note: {note}" for note in record["notes"]]
+  return _rows(rows) + [f"note: {note}" for note in record["notes"]]
+
+
+def describe_towers(model: TwoTowers, params: Params, record: Json) -> list[str]:
+  """Returns the lines of `describe` for the image tower, and those of the text tower."""
+  image, text = model.parts["image"], model.parts["text"]
+  lines = describe(image, params["image"], record)
+  notes = [line for line in lines if line.startswith("note: ")]
+  head = f", projection to {text.num_classes}" if text.num_classes else ", no projection"
+  size = f"width {text.width}, depth {text.depth}, mlp {text.mlp_dim}, {text.num_heads} heads"
+  bias = f", bias {params['b'][0]:.4g}" if "b" in params else ""
+  causal = ", causal" if text.causal else ""
+  rows = {
+    "text tower": f"kind {text.kind}, {size}",
+    "texts": f"{text.vocab_size} tokens, {text.max_length} positions, pool {text.pool_type}{causal}{head}",
+    "parameters": f"{trees.count(params['text']):,}",
+    "activation": f"gelu {text.gelu}, LayerNorm eps {text.layer_norm_eps:g}",
+    "products": f"scale {np.exp(params['t'][0]):.4g}{bias}",
+    "tokenizer": _tokenizer(record.get("text")),
+  }
+  return [*(line for line in lines if line not in notes), *_rows(rows), *notes]
+
+
+def _tokenizer(text: Json | None) -> str:
+  if text is None:
+    return "none: texts cannot be encoded, tokens can"
+  end = "" if text.get("end") is None else f", ends with {text['end']}"
+  lower = ", lower case" if text.get("lower") else ""
+  return f"{text['length']} tokens a text{end}, pads with {text['pad']}{lower}"
+
+
+def _rows(rows: Json) -> list[str]:
+  return aligned([(name, str(value)) for name, value in rows.items()], "<", gap=" ", least=(13,))
 
 
 def _image(size: list[int] | None) -> str:

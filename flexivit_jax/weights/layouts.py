@@ -2,8 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import UNNAMED, FlexiViT, attention
@@ -109,6 +109,12 @@ def describe(path: pathlib.Path, format_: str, model: FlexiViT, *, one_size: boo
     "native_grid": list(model.posemb_size),
     "notes": [],
   }
+
+
+def json_fields(model: Any, names: Iterable[str]) -> Json:
+  """Returns fields of a module as a record holds them."""
+  values = {name: getattr(model, name) for name in names}
+  return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def input_record(mean: Sequence[float], std: Sequence[float], where: str) -> Json:

@@ -17,8 +17,9 @@ import numpy as np
 import safetensors
 
 from flexivit_jax import errors, files, trees
-from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.models import FlexiViT, TwoTowers, vit
 from flexivit_jax.trees import Arrays, Json, Params
+from flexivit_jax.weights import tower_names
 from flexivit_jax.weights.export import artifact
 
 # The entry of an .npz that holds the record: JSON in UTF-8 as uint8. It stands beside "params/...", where big_vision's
@@ -86,8 +87,12 @@ READERS: dict[str, Callable[[pathlib.Path], tuple[Arrays, Json]]] = {
 }
 
 
-def save_npz(path: str | os.PathLike[str], model: FlexiViT, params: Params, record: Json) -> None:
+def save_npz(
+  path: str | os.PathLike[str], model: FlexiViT | TwoTowers, params: Params, record: Json
+) -> None:
   """Writes an .npz in big_vision's names ("params/..."), which `load` and big_vision's own loader read.
+
+  Those of two towers are "params/img/...", "params/txt/...", "params/t" and "params/b".
 
   The record, with the fields of the model, goes in as one more entry that big_vision does not look at. The file
   appears under its name only when it is complete.
@@ -100,9 +105,14 @@ def save_npz(path: str | os.PathLike[str], model: FlexiViT, params: Params, reco
     raise errors.UserError(f"{path}: only .npz can be written; give a name that ends so.")
   if path.exists():
     raise errors.UserError(f"{path} is there already; remove it or give another name.")
-  flat = trees.flatten(vit.unstack_blocks(params))
+  if isinstance(model, TwoTowers):
+    flat = tower_names.to_big_vision(params)
+    image = {**record["model"]["image"], "scan": False}
+    record = record | {"model": record["model"] | {"image": image}}
+  else:
+    flat = trees.flatten(vit.unstack_blocks(params))
+    record = record | {"model": record["model"] | {"scan": False}}
   arrays = {f"params/{name}": np.asarray(array) for name, array in flat.items()}
-  record = record | {"model": record["model"] | {"scan": False}}
   path.parent.mkdir(parents=True, exist_ok=True)
   arrays[RECORD] = encode(record | {"sealed": True})
   with files.replacing(path) as part:

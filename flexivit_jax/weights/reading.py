@@ -92,7 +92,7 @@ def load_with_record(
   layout = vit.stack_blocks if model.scan is True else vit.unstack_blocks
   params = layout(weights.params) if "Transformer" in weights.params else weights.params
   check(model, params, str(path))
-  record = weights.record | {"model": _fields_of(model)}
+  record = weights.record | {"model": layouts.json_fields(model, layouts.FIELDS)}
   return model, jax.tree.map(jnp.asarray, params), record
 
 
@@ -212,11 +212,6 @@ def _published(weights: Weights, published: registry.Published, file: pathlib.Pa
   name = weights.record.get("name") or published.name
   origin = {"name": name, "url": published.url, "notes": notes}
   return weights._replace(record=weights.record | origin)
-
-
-def _fields_of(model: FlexiViT) -> Json:
-  values = {name: getattr(model, name) for name in layouts.FIELDS}
-  return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _fold_input(

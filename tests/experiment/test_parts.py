@@ -54,6 +54,12 @@ def test_a_locked_tower_starts_from_a_file_and_stays_as_it_is(settings, file, tm
   assert record["model"]["bias"] == pytest.approx(-np.log(7))
   rows = metrics_writer.read_rows(run / "metrics.jsonl")
   assert len({row["loss"] for row in rows}) == 3
+  # The run is read as two towers, and its image tower as a FlexiViT.
+  towers, both, _ = weights.towers.load(run)
+  assert trees.digest(both) == trees.digest(saved)
+  vit, image = weights.load(run)
+  assert trees.digest(image) == trees.digest(saved["image"])
+  assert vit == towers.parts["image"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,173 @@
+"""Image and text towers in: `load` turns a file or folder that holds both into a `TwoTowers` and its parameters.
+
+The image tower is what `reading.load_with_record` makes of the same file, so that all it knows of files holds here too;
+here come the text tower, the scale and the bias of the products, and the tokenizer.
+"""
+
+import os
+import pathlib
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexivit_jax import errors, trees
+from flexivit_jax.models import TextTower, TwoTowers, text as text_model
+from flexivit_jax.sizes import Size
+from flexivit_jax.trees import Arrays, Json, Params
+from flexivit_jax.weights import layouts, npz, reading, registry, tower_names, tower_records
+from flexivit_jax.weights.big_vision import Fields
+
+
+class Text(NamedTuple):
+  """What a file holds beside its image tower.
+
+  Attributes:
+    params: of the text tower, by our names.
+    fields: those of the `TextTower` that the arrays and the files beside them tell.
+    scalars: "t", log of the scale, [1]; "b", the bias, [1], where there is one.
+    tokenizer: entry "text" of the record, see `data.text.Tokens`; None where no file has it.
+    notes: what a user should know.
+  """
+
+  params: Params
+  fields: Fields
+  scalars: Arrays
+  tokenizer: Json | None = None
+  notes: Sequence[str] = ()
+
+
+def load(
+  path: str | os.PathLike[str],
+  *,
+  mean: Sequence[float] | None = None,
+  std: Sequence[float] | None = None,
+  flexify: tuple[Size, Size] | None = None,
+  ema: bool = False,
+  finite: bool = True,
+  text: Fields | None = None,
+  **fields: Any,
+) -> tuple[TwoTowers, Params, Json]:
+  """Returns (model, params, record) of a file or folder with two towers.
+
+  These are: a run of the model `two_towers` and the `.npz` made of it; big_vision's `.npz` (LiT, SigLIP).
+
+  Args:
+    path, mean, std, flexify, ema, finite: as in `reading.load_with_record`.
+    text: fields of the `TextTower` that arrays cannot tell, or that are to differ.
+    **fields: likewise of the `FlexiViT`; `dtype` is that of both.
+
+  Returns:
+    A record as of `reading.load_with_record`; its "model" is that of both towers, and "text" describes the tokenizer,
+    where there is one: without it texts cannot be encoded, and a note says so.
+
+  Raises:
+    UserError: see `reading.load_with_record`; no text tower, or one that a `TextTower` cannot be.
+  """
+  options: Json = dict(mean=mean, std=std, flexify=flexify, ema=ema, finite=finite)
+  image, image_params, record = reading.load_with_record(path, **options, **fields)
+  found = text_of(path)
+  if found is None:
+    raise errors.UserError(
+      f"{path} has an image tower and no text tower; expected two towers: a run or .npz of the model two_towers, or"
+      " big_vision's .npz of two towers."
+    )
+  tower = TextTower(**found.fields | (text or {}))
+  _check(tower, found.params, path, finite)
+  model = TwoTowers(
+    image=_fields(image, layouts.FIELDS),
+    text=_fields(tower, text_model.FIELDS),
+    temperature=float(np.exp(-found.scalars["t"][0])),
+    bias=float(found.scalars["b"][0]) if "b" in found.scalars else None,
+    dtype=image.dtype,
+  )
+  params = {"image": image_params, "text": found.params, **found.scalars}
+  tokenizer = found.tokenizer or record.get("text")
+  notes = [note for note in record["notes"] if not _TEXT_LEFT_OUT.search(note)] + [*found.notes]
+  notes += [] if tokenizer else [NO_TOKENIZER]
+  record = record | {"model": tower_records.record_of(model), "notes": notes}
+  record |= {"text": tokenizer} if tokenizer else {}
+  return model, jax.tree.map(jnp.asarray, params), record
+
+
+NO_TOKENIZER = (
+  "No tokenizer is with these weights: names, captions and queries cannot be encoded; tokens can. Give the tokenizer"
+  " that the text tower was trained with."
+)
+# Notes that are about the image tower alone.
+_TEXT_LEFT_OUT = re.compile(
+  f"^{re.escape(tower_records.IMAGE_ALONE)}$|^Left out: |of the text tower and of the loss"
+)
+
+
+def text_of(path: str | os.PathLike[str]) -> Text | None:
+  """Returns what a file holds beside its image tower; None where it holds no text tower.
+
+  Raises:
+    UserError: a text tower that a `TextTower` cannot be.
+  """
+  file, _ = registry.find(path)
+  reader = next((read for recognises, read in _READERS if recognises(file)), None)
+  return None if reader is None else reader(file)
+
+
+def _read_run(path: pathlib.Path) -> Text | None:
+  from flexivit_jax.running import checkpoint  # Lazy: Orbax, a fifth of a second.
+
+  params, record = checkpoint.load_params(path)
+  return _recorded(path, params, record) if tower_records.is_two_towers(record) else None
+
+
+def _read_npz(path: pathlib.Path) -> Text | None:
+  arrays, record = npz.read_npz(path)
+  if not tower_names.has_text(arrays):
+    return None
+  params = tower_names.of_big_vision(arrays)
+  if tower_records.is_two_towers(record):
+    return _recorded(path, params, record)
+  fields = tower_names.text_fields(params["text"])
+  scalars = {name: params[name] for name in tower_names.SCALARS if name in params}
+  if "t" not in scalars:
+    raise errors.UserError(f"{path} has no array t, the log of the scale of the products.")
+  note = "The text is taken to be pooled at its last position, which the arrays do not say."
+  return Text(params["text"], fields, scalars, notes=[note])
+
+
+def _recorded(path: pathlib.Path, params: Params, record: Json) -> Text:
+  tower = tower_records.of_record(path, record).parts["text"]
+  scalars = {name: np.asarray(params[name]) for name in tower_names.SCALARS if name in params}
+  fields = _fields(tower, text_model.FIELDS)
+  return Text(params["text"], fields, scalars, record.get("text"))
+
+
+def _is_npz(path: pathlib.Path) -> bool:
+  return path.suffix.lower() == ".npz" and zipfile.is_zipfile(path)
+
+
+# The first that recognises a path reads it.
+_READERS: tuple[
+  tuple[Callable[[pathlib.Path], bool], Callable[[pathlib.Path], Text | None]], ...
+] = (
+  (pathlib.Path.is_dir, _read_run),
+  (_is_npz, _read_npz),
+)
+
+
+def _fields(module: Any, names: Sequence[str]) -> Fields:
+  """All fields but the dtype, which is that of both towers."""
+  return {name: getattr(module, name) for name in names if name != "dtype"}
+
+
+def _check(tower: TextTower, params: Params, path: str | os.PathLike[str], finite: bool) -> None:
+  """Raises a UserError that lists every array of a text tower that is missing, extra, or of another shape."""
+  what = f"The text tower of {path}"
+  if finite:
+    reading.check_finite(params, what)
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  expected = jax.eval_shape(tower.init, jax.random.key(0), tokens)["params"]
+  if lines := trees.diff(expected, params, max_lines=10**6):
+    raise errors.UserError(f"{what} does not fit its fields:\n  " + "\n  ".join(lines))

@@ -1,0 +1,124 @@
+"""Files of two towers: what is written comes back, and the image tower alone is a FlexiViT."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexivit_jax import trees, weights
+from flexivit_jax.errors import UserError
+from flexivit_jax.models import TwoTowers
+from flexivit_jax.weights import description, npz, tower_names, tower_records, towers
+
+IMAGE = dict(
+  patch_size=(4, 4), posemb_size=(3, 3), width=16, depth=2, mlp_dim=24, num_heads=2, pool_type="map"
+)
+TEXT = dict(vocab_size=12, max_length=5, width=8, depth=2, mlp_dim=12, num_heads=2)
+TOKENIZER = {"tokenizer": "{}", "length": 5, "pad": 1, "end": 1, "lower": True}
+
+
+def made(seed=0, **fields):
+  """A model, random parameters of it, and its record."""
+  model = TwoTowers(**(dict(image=IMAGE, text=TEXT, embed_dim=6, bias=-2.0) | fields))
+  inputs = jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 5), int)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+  rng = np.random.default_rng(seed)
+  params = jax.tree.map(lambda s: rng.normal(0.1, 0.3, s.shape).astype(np.float32), shapes)
+  return model, params, {"model": tower_records.record_of(model), "text": TOKENIZER}
+
+
+def assert_same(params, others):
+  params, others = trees.flatten(params), trees.flatten(others)
+  assert params.keys() == others.keys()
+  for name, array in params.items():
+    np.testing.assert_array_equal(array, others[name], name)
+
+
+@pytest.mark.parametrize("image", [{}, {"scan": True}])
+def test_an_npz_of_ours_comes_back_with_its_tokenizer(tmp_path, image):
+  model, params, record = made(image=IMAGE | image)
+  weights.save_npz(tmp_path / "w.npz", model, params, record)
+  got, back, again = towers.load(tmp_path / "w.npz", **image)
+  assert_same(back, params)
+  assert again["text"] == TOKENIZER
+  assert again["model"] == tower_records.record_of(got)
+  assert got.parts == model.parts and got.bias == back["b"][0]
+  assert "embedding" not in again["model"] and again["notes"] == []
+
+
+def test_the_image_tower_alone_is_a_flexivit(tmp_path):
+  model, params, record = made()
+  weights.save_npz(tmp_path / "w.npz", model, params, record | {"class_names": ["a", "b"]})
+  got, back, again = weights.load_with_record(tmp_path / "w.npz")
+  assert got == model.parts["image"]
+  assert_same(back, params["image"])
+  assert "class_names" not in again and tower_records.IMAGE_ALONE in again["notes"]
+  with pytest.raises(UserError, match="has an image tower and no text tower"):
+    weights.save_npz(tmp_path / "image.npz", got, back, again)
+    towers.load(tmp_path / "image.npz")
+
+
+def by_big_vision(params):
+  """Names of big_vision's module, written out once more: its own submodules are numbered by Flax."""
+  theirs = {
+    "image/": "params/img/",
+    "text/embedding/": "params/txt/Embed_0/",
+    "text/Transformer/": "params/txt/Encoder_0/",
+    "text/": "params/txt/",
+    "": "params/",
+  }
+  flat = {}
+  for name, array in trees.flatten(params).items():
+    ours = next(prefix for prefix in theirs if name.startswith(prefix))
+    flat[theirs[ours] + name.removeprefix(ours)] = array
+  return flat
+
+
+def test_big_visions_file_of_two_towers_is_read(tmp_path):
+  _, params, _ = made()
+  np.savez(tmp_path / "siglip.npz", **by_big_vision(params))
+  got, back, record = towers.load(tmp_path / "siglip.npz")
+  assert_same(back, params)
+  assert got.parts["text"].num_heads == 2 and got.parts["text"].pool_type == "last"
+  assert got.parts["image"].pool_type == "map"
+  assert towers.NO_TOKENIZER in record["notes"]
+  # What is written has the names that were read, and nothing else but the record.
+  weights.save_npz(tmp_path / "again.npz", got, back, record)
+  with np.load(tmp_path / "again.npz") as archive:
+    assert {*archive.files} - {npz.RECORD} == by_big_vision(params).keys()
+  with np.load(tmp_path / "siglip.npz") as archive:
+    stacked = trees.flatten(tower_names.of_big_vision(dict(archive)))
+  assert_same(trees.unflatten(stacked), params)
+
+
+@pytest.mark.parametrize(
+  ("change", "expected"),
+  [
+    (lambda a: {n: v for n, v in a.items() if n != "params/t"}, "no array t"),
+    (lambda a: a | {"params/txt/MAPHead_0/probe": np.zeros(3)}, "pools by attention"),
+    (lambda a: {n.replace("Encoder_0", "BertEncoder_0"): v for n, v in a.items()}, "missing"),
+    (lambda a: a | {"params/txt/extra": np.zeros(3, np.float32)}, "text tower.*extra"),
+    (lambda a: a | {"params/txt/head/bias": np.full(6, np.nan, np.float32)}, "not finite"),
+  ],
+)
+def test_another_text_tower_is_refused_by_name(tmp_path, change, expected):
+  _, params, _ = made()
+  np.savez(tmp_path / "w.npz", **change(by_big_vision(params)))
+  with pytest.raises(UserError, match=f"(?s){expected}"):
+    towers.load(tmp_path / "w.npz")
+
+
+def test_a_record_of_other_fields_is_refused(tmp_path):
+  model, params, record = made()
+  record["model"]["text"]["widht"] = 3
+  weights.save_npz(tmp_path / "w.npz", model, params, record)
+  with pytest.raises(UserError, match=r"widht.*Did you mean 'width'"):
+    towers.load(tmp_path / "w.npz")
+
+
+def test_both_towers_are_described(tmp_path):
+  model, params, record = made()
+  weights.save_npz(tmp_path / "w.npz", model, params, record)
+  text = "\n".join(description.describe_towers(*towers.load(tmp_path / "w.npz")))
+  assert "12 tokens, 5 positions, pool last, projection to 6" in text
+  assert "bias" in text and "pads with 1" in text
