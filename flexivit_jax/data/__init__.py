@@ -4,7 +4,14 @@ from flexivit_jax.data.balanced import by_class
 from flexivit_jax.data.census import class_sizes
 from flexivit_jax.data.known import planned_source
 from flexivit_jax.data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
-from flexivit_jax.data.preprocess import OPS, Preprocess, counted, parse, tokens_of
+from flexivit_jax.data.preprocess import (
+  OPS,
+  Preprocess,
+  counted,
+  parse,
+  tokens_of,
+  without_tokenizers,
+)
 from flexivit_jax.data.renumbering import renumber
 from flexivit_jax.data.shots import few_shots, subset
 from flexivit_jax.data.sources import SOURCES, Source, is_prepared, make_source
@@ -33,4 +40,5 @@ __all__ = [
   "subset",
   "tokens_of",
   "train_batches",
+  "without_tokenizers",
 ]

@@ -13,7 +13,16 @@ from jax.sharding import AbstractMesh, Mesh
 from flexivit_jax import config, data, errors
 from flexivit_jax.config import Section
 from flexivit_jax.data import class_names
-from flexivit_jax.experiment import checks, class_weights, evaluation, labelling, monitor, sections
+from flexivit_jax.data.text import Tokens
+from flexivit_jax.experiment import (
+  checks,
+  class_weights,
+  evaluation,
+  labelling,
+  monitor,
+  sections,
+  texts,
+)
 from flexivit_jax.experiment.evaluation import Evaluation
 from flexivit_jax.experiment.loaders import (
   REAL,
@@ -66,6 +75,7 @@ class Experiment(NamedTuple):
     mesh: arguments of `sharding.make_mesh`.
     class_names: names of the logits.
     data_classes: names of the training data's labels.
+    tokens: how texts become tokens; None: there are none.
     notes: what the user should know of the classes.
     class_lines: returns lines on the number of examples of each class, and on class weights.
     best, early: metric whose best checkpoint stays; when the run ends early.
@@ -104,6 +114,7 @@ class Experiment(NamedTuple):
   mesh: Json
   class_names: tuple[str, ...] | None
   data_classes: tuple[str, ...] | None
+  tokens: Tokens | None
   notes: list[str]
   class_lines: Callable[[], Sequence[str]] = tuple
   best: monitor.FollowedMetric | None = None
@@ -134,6 +145,7 @@ class _Learner(NamedTuple):
   labelled: labelling.Labelled
   input: Section
   inputs: dict[str, jax.ShapeDtypeStruct]
+  tokens: Tokens | None
 
   @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -244,6 +256,7 @@ def from_config(
     mesh=dict(checked.mesh or {}),
     class_names=learner.labelled.model.names,
     data_classes=learner.labelled.data_names,
+    tokens=learner.tokens,
     notes=[
       *learner.labelled.notes,
       *(f"evals.{key}: {n}" for key, e in evaluations.items() for n in e.notes),
@@ -303,6 +316,9 @@ def _learner(settings: Settings, opening: Opening, trained: class_names.Trained 
     goal = build_objective(unweighted, teachers)
   checks.check_outputs(goal, network)
   checks.check_pairs(goal, section["batch_size"])
+  tokens = texts.of_run(section["pp"], network, opening.tokens)
+  pps = {name: one["pp"] for name, one in settings.evals.items() if "pp" in one}
+  texts.check_same(tokens, pps, opening.tokens)
   init, labelled = _classes(
     source, network, settings.init, teachers, "labels" in goal.inputs, opening, trained
   )
@@ -319,8 +335,9 @@ def _learner(settings: Settings, opening: Opening, trained: class_names.Trained 
     arrays, network.inputs, goal.inputs, taught, num_classes=network.num_classes
   )
   learner = _Learner(
-    source, network, record, goal, objective, teachers, init, labelled, section, inputs
-  )
+    source, network, record, goal, objective, teachers, init, labelled, section, inputs,
+    tokens,
+  )  # fmt: skip
   checks.check_teachers(teachers, learner.shapes, network.num_classes)
   return learner
 
@@ -435,8 +452,10 @@ def _evaluations(
 
 
 def _class_lines(learner: _Learner) -> list[str]:
-  """Lines on how many examples each class has, and what it weighs."""
+  """Lines on how many examples each class has, what it weighs, and how many captions are cut."""
   sizes = [data.class_sizes(learner.source)]
+  if learner.tokens is not None:
+    sizes.append(texts.note(learner.tokens, learner.source))
   return [*filter(None, sizes), *_rare(learner.objective_section, learner.input, learner.source)]
 
 

@@ -150,6 +150,7 @@ PLANNED = loaders.Opening(
   fields=_planned_fields,
   digest=lambda params: "planned",
   shots=lambda source, **_: source,
+  tokens=lambda pp: None,
 )
 
 
@@ -398,8 +399,20 @@ def _mesh(exp: experiment.Experiment, devices: int) -> AbstractMesh | None:
 
 
 def on_accelerator(settings: Section, platform: str = "tpu") -> Json:
-  """A config with the dtype and the form of attention that it has there, whatever this machine is."""
-  return {**settings, "model": {"dtype": "bfloat16", **_attention_of(settings["model"], platform)}}
+  """A config with the dtype and the form of attention that it has there, whatever this machine is and has of files."""
+  model = {"dtype": "bfloat16", **_attention_of(settings["model"], platform)}
+  evals = {k: _without_tokenizers(e) for k, e in (settings.get("evals") or {}).items()}
+  return {
+    **settings,
+    "model": model,
+    "input": _without_tokenizers(settings["input"]),
+    "evals": evals,
+  }
+
+
+def _without_tokenizers(section: Section) -> Section:
+  pp = section.get("pp") if isinstance(section, Mapping) else None
+  return {**section, "pp": data.without_tokenizers(pp)} if isinstance(pp, str) else section
 
 
 def _attention_of(section: Section, platform: str = "tpu") -> Json:

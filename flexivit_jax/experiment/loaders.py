@@ -13,6 +13,7 @@ from flexivit_jax import data, errors, trees, weights
 from flexivit_jax.config import Section
 from flexivit_jax.data import class_names
 from flexivit_jax.data.class_names import Classes
+from flexivit_jax.data.text import Tokens
 from flexivit_jax.models import MODELS, UNNAMED, FlexiViT, Model
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.training import steps
@@ -37,6 +38,7 @@ class Opening(NamedTuple):
     fields: as `fields_of`.
     digest: of a teacher's parameters.
     shots: `(source, section) -> source` of the few images that an evaluator is fitted to.
+    tokens: as `preprocess.tokens_of`.
   """
 
   source: Callable[..., data.Source]
@@ -46,6 +48,7 @@ class Opening(NamedTuple):
   fields: Callable[..., Json]
   digest: Callable[[Params], str]
   shots: Callable[..., data.Source]
+  tokens: Callable[[str], Tokens | None]
 
 
 def sharing(opening: Opening) -> Opening:
@@ -302,5 +305,6 @@ def _given(
 
 
 REAL = Opening(
-  data.make_source, load_teacher, load_init, load_parts, fields_of, trees.digest, data.few_shots
-)
+  data.make_source, load_teacher, load_init, load_parts, fields_of, trees.digest, data.few_shots,
+  data.tokens_of,
+)  # fmt: skip

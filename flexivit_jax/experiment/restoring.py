@@ -110,6 +110,7 @@ def _misfit(
   try:
     checkpoints.check_fit(latest, state.params, preparation.rest(state))
     check_frozen(exp, record.get("frozen", {}), where)
+    check_text(exp, record.get("text"), where)
     check_data(batches.get_state(), record["data"], settings["input"]["data"], where.parent.parent)
   except errors.UserError as e:
     return str(e)
@@ -176,6 +177,7 @@ def record(
     "data_classes": list(exp.data_classes) if exp.data_classes else None,
     "frozen": exp.frozen_digests,
     "schedule": schedule,
+    **({} if exp.tokens is None else {"text": exp.tokens.record()}),
     "trained": {name: list(choice.values) for name, choice in exp.flexi.items()},
   }
 
@@ -186,6 +188,19 @@ def check_frozen(exp: Experiment, stored: dict[str, str], where: pathlib.Path) -
     raise errors.UserError(
       f"{where} was trained with other teachers: {stored} there, {exp.frozen_digests} here (sha256);"
       " give the same ones, or another --workdir."
+    )
+
+
+def check_text(exp: Experiment, stored: Json | None, where: pathlib.Path) -> None:
+  """Raises a UserError if a checkpoint was trained with texts as other tokens."""
+  own = exp.tokens and exp.tokens.record()
+  if own != stored:
+    keys = [
+      k for k in {**(own or {}), **(stored or {})} if (own or {}).get(k) != (stored or {}).get(k)
+    ]
+    raise errors.UserError(
+      f"{where} was trained with texts as other tokens, which differ in {', '.join(keys)}; give the same tokenizer and"
+      " options of tokenize, or another --workdir."
     )
 
 
