@@ -6,7 +6,15 @@ Not in `__init__.py`: that would import JAX for `flexivit report`, which needs `
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flexivit_jax.evaluators import classification, distance, fewshot, knn, retrieval, teacher
+from flexivit_jax.evaluators import (
+  classification,
+  distance,
+  fewshot,
+  knn,
+  retrieval,
+  teacher,
+  zero_shot,
+)
 from flexivit_jax.evaluators.base import Evaluator
 from flexivit_jax.evaluators.metrics import Metric
 
@@ -17,6 +25,7 @@ _DECLARED: dict[str, tuple[Callable[..., Evaluator], tuple[Metric, ...]]] = {
   "knn": (knn.knn, knn.METRICS),
   "retrieval": (retrieval.retrieval, retrieval.METRICS),
   "teacher": (teacher.teacher, teacher.METRICS),
+  "zero_shot": (zero_shot.zero_shot, zero_shot.METRICS),
 }
 
 EVALUATORS = {name: make for name, (make, _) in _DECLARED.items()}

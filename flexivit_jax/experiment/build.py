@@ -445,7 +445,9 @@ def _evaluations(
   for key, section in settings.evals.items():
     where = f"evals.{key}"
     often = every(where, section, default=saving if key in followed else lengths.total_steps)
-    evaluations[key] = evaluation.build_evaluation(where, section, often, opening, classes)
+    evaluations[key] = evaluation.build_evaluation(
+      where, section, often, opening, classes, learner.tokens
+    )
     with config.naming(where):
       evaluation.check_evaluation(evaluations[key], learner.model, learner.source)
   return saving, evaluations

@@ -12,6 +12,7 @@ from flexivit_jax import config, data, errors
 from flexivit_jax.config import Function, Section
 from flexivit_jax.data import class_names
 from flexivit_jax.data.loader import Waiting
+from flexivit_jax.data.text import Tokens
 from flexivit_jax.evaluators.base import Evaluator
 from flexivit_jax.evaluators.classification import table_classes
 from flexivit_jax.evaluators.metrics import Metric
@@ -49,6 +50,7 @@ def build_evaluation(
   every: int,
   opening: Opening | None = None,
   classes: Sequence[class_names.Classes] = (),
+  tokens: Tokens | None = None,
 ) -> Evaluation:
   """Checks the section of an evaluator and opens its data; its device programs are made later, by `make(model, mesh)`.
 
@@ -59,13 +61,14 @@ def build_evaluation(
     opening: how data and weights are opened; default: `REAL`.
     classes: those of the model, then those of its training data, to which labels are mapped by name; none: labels are
       as they are.
+    tokens: how texts become tokens of the model; None: it has no texts, or a run is planned.
 
   Raises:
     UserError: a wrong key or value; what cannot be opened; labels or a teacher of other classes than the model's.
   """
   sections.check_evaluation(where, section)
   with config.naming(where):
-    return _open(section, every, opening or REAL, classes)
+    return _open(section, every, opening or REAL, classes, tokens)
 
 
 def _open(
@@ -73,6 +76,7 @@ def _open(
   every: int,
   opening: Opening,
   classes: Sequence[class_names.Classes],
+  tokens: Tokens | None,
 ) -> Evaluation:
   source = opening.source(**section["data"])
   evaluator = EVALUATORS[section.get("type", "classification")]
@@ -93,6 +97,8 @@ def _open(
 
   def of(model: Model, mesh: Mesh | None, waiting: Waiting, loading: Section) -> Evaluator:
     scoring = _arguments(section, evaluator)
+    if "tokens" in inspect.signature(evaluator).parameters:
+      scoring |= {"class_names": source.class_names, "tokens": tokens}
     if training:
       batches = data.eval_batches(training, waiting=waiting, **loading)
       scoring |= {"train_batches": batches, "num_classes": source.num_classes}

@@ -153,7 +153,10 @@ def of_evaluation(
   return source, teacher, tuple(note for note in notes if note)
 
 
-_OF_TEXTS = ("retrieval",)  # evaluators that compare images with texts, of no class of the model
+_OF_TEXTS = (
+  "retrieval",
+  "zero_shot",
+)  # evaluators that compare images with texts, of no class of the model
 
 
 def check_onehot(pp: str, num_classes: int) -> None:

@@ -19,7 +19,9 @@ from flexivit_jax.training.optim import make as _make_optimizer
 
 # Arguments that the program provides, so no keys of a config.
 _GIVEN_DATA = ("source", "seed", "num_steps", "start_step", "process_index", "process_count")
-_GIVEN_EVALS = ("model", "batches", "train_batches", "num_classes", "mesh", "source")
+_GIVEN_EVALS = (
+  "model", "batches", "train_batches", "num_classes", "mesh", "source", "class_names", "tokens",
+)  # fmt: skip
 _GIVEN_OPTIM = ("params", "total_steps", "batch_size", "dataset_size")
 _GIVEN_SIZE = ("self", "image_hw")
 DURATIONS = ("steps", "epochs", "examples", "percent")

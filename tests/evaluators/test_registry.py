@@ -2,7 +2,7 @@
 
 import inspect
 
-from flexivit_jax.evaluators import per_size, probing, retrieval, teacher
+from flexivit_jax.evaluators import per_size, probing, retrieval, teacher, zero_shot
 from flexivit_jax.evaluators.base import Evaluator
 from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.evaluators.registry import EVALUATORS, METRICS, metrics_of
@@ -12,7 +12,13 @@ def test_what_the_functions_of_the_registry_return_are_evaluators():
   assert METRICS.keys() == EVALUATORS.keys()
   for make in EVALUATORS.values():
     cls = inspect.signature(make).return_annotation
-    assert cls in (per_size.PerSize, probing.Probing, retrieval.Retrieval, teacher.Once)
+    assert cls in (
+      per_size.PerSize,
+      probing.Probing,
+      retrieval.Retrieval,
+      teacher.Once,
+      zero_shot.ZeroShot,
+    )
     for name in ("check", "compile", "run", "costs"):
       want, got = (list(inspect.signature(getattr(c, name)).parameters) for c in (Evaluator, cls))
       assert got == want, (cls, name)
