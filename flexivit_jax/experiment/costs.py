@@ -401,13 +401,12 @@ def _mesh(exp: experiment.Experiment, devices: int) -> AbstractMesh | None:
 def on_accelerator(settings: Section, platform: str = "tpu") -> Json:
   """A config with the dtype and the form of attention that it has there, whatever this machine is and has of files."""
   model = {"dtype": "bfloat16", **_attention_of(settings["model"], platform)}
-  evals = {k: _without_tokenizers(e) for k, e in (settings.get("evals") or {}).items()}
-  return {
-    **settings,
-    "model": model,
-    "input": _without_tokenizers(settings["input"]),
-    "evals": evals,
-  }
+  changed: Json = {**settings, "model": model}
+  if "input" in changed:
+    changed["input"] = _without_tokenizers(changed["input"])
+  if changed.get("evals"):
+    changed["evals"] = {k: _without_tokenizers(one) for k, one in changed["evals"].items()}
+  return changed
 
 
 def _without_tokenizers(section: Section) -> Section:
