@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
   from flexivit_jax import config, experiment, trees, weights
-  from flexivit_jax.data import class_names
+  from flexivit_jax.data import class_names, text
   from flexivit_jax.devices import sharding
   from flexivit_jax.evaluators import results
+  from flexivit_jax.experiment import labelling
   from flexivit_jax.running import distributed, processes
 
   evals = config.load(args.config, args.overrides).get("evals", {})
@@ -50,9 +51,9 @@ def _evaluate(args: argparse.Namespace) -> None:
       f"{args.config} has no evals; add evals=dict(test=dict(data=..., pp=..., seqhw=...))."
     )
   given = options.loading(args)
-  model, params, record = distributed.each(
-    lambda: weights.load_with_record(args.checkpoint, **given), "its checkpoint"
-  )
+  of_texts = any(section.get("type") in labelling.OF_TEXTS for section in evals.values())
+  load = weights.towers.load if of_texts else weights.load_with_record
+  model, params, record = distributed.each(lambda: load(args.checkpoint, **given), "its checkpoint")
   if distributed.is_on():
     digest = trees.digest(params)
     processes.agree_on({"evals": evals, "seqhw": args.seqhw, "checkpoint": digest})
@@ -61,6 +62,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     weights.print_notes(record)
   of = f"the checkpoint {args.checkpoint}"
   classes = class_names.known_of(record, model.num_classes, of)
+  tokens = text.of_record(record["text"]) if record.get("text") else None
   trained = record.get("trained", {}).get("seqhw")
   override = {} if args.seqhw == "all" else {"seqhw": sizes.parse(args.seqhw)}
   mesh = sharding.make_mesh()
@@ -70,7 +72,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     for name, written in evals.items():
       section = {**written, **override} if "seqhw" in written else {**written}
       evaluations[name] = experiment.build_evaluation(
-        f"evals.{name}", section, every=1, classes=classes
+        f"evals.{name}", section, every=1, classes=classes, tokens=tokens
       )
     return evaluations
 

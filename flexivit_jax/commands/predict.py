@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import os
 import sys
 
 from flexivit_jax import errors
 from flexivit_jax.commands import options
 
-HELP = "classify images at a chosen patch size"
+HELP = "classify images at a chosen patch size, also among names of your own"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -18,6 +19,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   )
   p.add_argument("--json", action="store_true", help="print a line of JSON for each answer")
   p.add_argument("--top_k", type=int, default=5, help="most likely classes (default 5)")
+  p.add_argument(
+    "--names",
+    help="texts to choose from, with a model of two towers: 'cat,dog,a red car', or a file with one a line",
+  )
+  p.add_argument(
+    "--templates",
+    help="sentences for the names: name (default: as they are), one, clip_best, clip_paper, or a file",
+  )
   p.add_argument("--time", action="store_true", help="measure milliseconds an image")
   options.add_reading(p)
   options.add_processes(p)
@@ -30,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
 
   if args.top_k < 1:
     raise errors.UserError(f"--top_k={args.top_k}; expected 1 or more.")
+  if args.templates and not args.names:
+    raise errors.UserError("--templates are sentences for --names; give these, or leave it out.")
   options.join(args)
   compilation.keep_programs()
   with processes.ending():
@@ -39,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
   from flexivit_jax import weights
   from flexivit_jax.data.inputs import find_images
-  from flexivit_jax.inference import outputs, predictor
+  from flexivit_jax.inference import outputs, predictor, texts
   from flexivit_jax.inference.predictions import WRITERS, check_classes, predictions, sinks_of
   from flexivit_jax.running import distributed
 
@@ -47,23 +58,42 @@ def _predict(args: argparse.Namespace) -> None:
     distributed.on_first(lambda: outputs.check_new(args.out, WRITERS, args.overwrite), "--out")
   given = options.loading(args)
   loaded = distributed.each(
-    lambda: predictor.load(args.checkpoint, args.image_size, **given), "its checkpoint"
+    lambda: predictor.load(args.checkpoint, args.image_size, texts=bool(args.names), **given),
+    "its checkpoint",
   )
-  check_classes(loaded)
+  among = None
+  if args.names:
+    among = texts.of_names(loaded, _names(args.names), args.templates or "name")
+  else:
+    check_classes(loaded)
   sizes = predictor.sizes_of(args.seqhw, loaded)
   first = distributed.is_first()
   if first:
     weights.print_notes(loaded.record)
+    if among is not None and among.bias is not None:
+      outputs.note("each name has a probability of its own, they do not add up to 100 %")
   inputs = find_images(args.image, outputs.note if first else lambda text: None)
-  predictor.agree(loaded, inputs, sizes=sizes, batch_size=args.batch_size, top_k=args.top_k)
+  predictor.agree(
+    loaded,
+    inputs,
+    sizes=sizes,
+    batch_size=args.batch_size,
+    top_k=args.top_k,
+    names=args.names,
+    templates=args.templates,
+  )
+  classes = len(among.names) if among else loaded.model.num_classes
   printed = args.json or not args.out
   tally = outputs.Tally(len(inputs), first, progress=not (printed and sys.stdout.isatty()))
   with (
     sinks_of(
-      loaded, args.out if first else None, json_lines=args.json, k=args.top_k, timed=args.time
+      args.out if first else None,
+      json_lines=args.json,
+      k=min(args.top_k, classes),
+      timed=args.time,
     ) as sinks,
     contextlib.closing(
-      predictions(loaded, inputs, sizes, args.top_k, args.batch_size, args.time)
+      predictions(loaded, inputs, sizes, args.top_k, args.batch_size, args.time, among)
     ) as stream,
   ):
     for file, rows in stream:
@@ -75,3 +105,10 @@ def _predict(args: argparse.Namespace) -> None:
   if args.out and not args.json:
     print(f"{args.out}: {tally.done - tally.bad} images")
   tally.check_all(args.on_error)
+
+
+def _names(text: str) -> list[str]:
+  """Names between commas, or the lines of a file."""
+  from flexivit_jax.data import prompts
+
+  return [*prompts.listed(text, "--names")] if os.path.isfile(text) else text.split(",")

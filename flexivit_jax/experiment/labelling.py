@@ -133,7 +133,7 @@ def of_evaluation(
     UserError: labels or a teacher of other classes.
   """
   kind, teacher = section.get("type", "classification"), section.get("teacher")
-  if not classes or section.get("label_map") is not None or kind in _OF_TEXTS:
+  if not classes or section.get("label_map") is not None or kind in OF_TEXTS:
     return source, teacher, ()
   # Fewer names than logits, and no names for all of these: the labels are then those of the training data.
   named = [c for c in classes[1:] if c.number == source.num_classes]
@@ -153,7 +153,7 @@ def of_evaluation(
   return source, teacher, tuple(note for note in notes if note)
 
 
-_OF_TEXTS = (
+OF_TEXTS = (
   "retrieval",
   "zero_shot",
 )  # evaluators that compare images with texts, of no class of the model

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 from flexivit_jax import errors, files
 from flexivit_jax.data import class_names
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.inference import outputs, predictor
+from flexivit_jax.inference import outputs, predictor, texts
 from flexivit_jax.sizes import SeqHw, size_text
 from flexivit_jax.trees import Json
+from flexivit_jax.weights import tower_records
 
 
 class Prediction(NamedTuple):
@@ -75,20 +76,34 @@ def predictions(
   k: int = 5,
   batch_size: int | None = None,
   timed: bool = False,
+  among: texts.Names | None = None,
 ) -> Generator[tuple[str, list[Prediction]], None, None]:
-  """Yields (file, its predictions at each size) in order; of a bad file a single one, with its error."""
-  model, record = loaded.model, loaded.record
-  recorded = class_names.of_record(record, model.num_classes, f"the checkpoint {loaded.name}").names
-  names = recorded or [""] * model.num_classes
+  """Yields (file, its predictions at each size) in order; of a bad file a single one, with its error.
+
+  Args:
+    loaded: the model; with `among` two towers.
+    inputs: the files.
+    sizes: at each of these.
+    k: how many classes.
+    batch_size, timed: see `predictor.outcomes`.
+    among: the classes, where they are texts; None: those of the model's head.
+  """
+  if among is None:
+    model, record, fn = loaded.model, loaded.record, _probabilities
+    of = f"the checkpoint {loaded.name}"
+    names = class_names.of_record(record, model.num_classes, of).names or [""] * model.num_classes
+  else:
+    names, fn = among.names, texts.embedding
   with contextlib.closing(
-    predictor.outcomes(loaded, _probabilities, inputs, sizes, batch_size=batch_size, timed=timed)
+    predictor.outcomes(loaded, fn, inputs, sizes, batch_size=batch_size, timed=timed)
   ) as outcomes:
     for file, outputs, error, ms in outcomes:
       if error is not None:
         yield file, [Prediction(file, error=error)]
         continue
       times = ms or [None] * len(sizes)
-      tops = [_top(probabilities, names, k) for probabilities in outputs]
+      each = outputs if among is None else map(among.probabilities, outputs)
+      tops = [_top(probabilities, names, k) for probabilities in each]
       yield file, [Prediction(file, *row) for row in zip(sizes, tops, times, strict=True)]
 
 
@@ -98,6 +113,10 @@ def _probabilities(result: predictor.Result) -> Float[Array, "n k"]:
 
 def check_classes(loaded: predictor.Loaded) -> None:
   """Raises a UserError if a model has no classes."""
+  if tower_records.IMAGE_ALONE in loaded.record.get("notes", ()):
+    raise errors.UserError(
+      f"{loaded.name} has two towers and no classes of its own; give --names, e.g. --names=cat,dog."
+    )
   if not loaded.model.num_classes:
     raise errors.UserError(f"{loaded.name} has no classes; `flexivit embed` writes its features.")
 
@@ -114,12 +133,11 @@ Sink = Callable[[Prediction], None]
 
 @contextlib.contextmanager
 def sinks_of(
-  loaded: predictor.Loaded, out: pathlib.Path | None, *, json_lines: bool, k: int, timed: bool
+  out: pathlib.Path | None, *, json_lines: bool, k: int, timed: bool
 ) -> Iterator[list[Sink]]:
   """What takes each answer: stdout, the file `out`, or both. The file is there only after the last answer.
 
   Args:
-    loaded: the model.
     out: a .csv or .jsonl file; None: only stdout.
     json_lines: print lines of JSON, also where there is a file.
     k: how many classes an answer has.
@@ -133,7 +151,6 @@ def sinks_of(
   if out is None:
     yield sinks
     return
-  k = min(k, loaded.model.num_classes)
   with files.replacing(out, unique=True) as part:
     with files.write_errors(out):
       file = part.open("x", encoding="utf-8", errors="backslashreplace", newline="")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from flexivit_jax import data, errors, sizes, trees, weights
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.models.vit import Intermediates
 from flexivit_jax.running import distributed, processes
 from flexivit_jax.sizes import SeqHw, size_args, size_text
@@ -36,12 +36,12 @@ class Loaded(NamedTuple):
   """A model that is ready for image files.
 
   Attributes:
-    model, params, record: see `weights.load_with_record`.
+    model, params, record: see `weights.load_with_record`, or for two towers `weights.towers.load`.
     name: what the user called it.
     prepare: path -> what the model takes of one image, [h, w, c].
   """
 
-  model: FlexiViT
+  model: FlexiViT | TwoTowers
   params: Params
   record: Json
   name: str
@@ -58,20 +58,29 @@ class Outcome(NamedTuple):
 
 
 def load(
-  checkpoint: str | os.PathLike[str], image_size: int | None = None, **loading: Any
+  checkpoint: str | os.PathLike[str],
+  image_size: int | None = None,
+  *,
+  texts: bool = False,
+  **loading: Any,
 ) -> Loaded:
   """Loads a model and finds out how its images are prepared.
 
   Args:
     checkpoint: what `weights.load` takes.
     image_size: pixels a side for weights that do not say; default that of a fixed model, or 240 as in the paper.
+    texts: both towers, see `weights.towers.load`; else of two towers the one of images.
     **loading: see `weights.load`.
 
   Raises:
     UserError: it cannot be loaded; `image_size` where the weights say it; a model of other than 1 or 3 channels.
   """
-  model, params, record = weights.load_with_record(checkpoint, **loading)
-  channels = params["embedding"]["kernel"].shape[2]
+  model: FlexiViT | TwoTowers
+  if texts:
+    model, params, record = weights.towers.load(checkpoint, **loading)
+  else:
+    model, params, record = weights.load_with_record(checkpoint, **loading)
+  channels = params.get("image", params)["embedding"]["kernel"].shape[2]
   if channels not in (1, 3):
     raise errors.UserError(
       f"{checkpoint} takes images of {channels} channels; image files have 3, or 1 where they are grey."
@@ -103,9 +112,9 @@ def preparer(pp: str, channels: int) -> Prepare:
   """Returns the function that reads and prepares one file.
 
   Files are decoded upright, as their EXIF orientation says, unless the string says otherwise, and into grey for a model
-  of one channel (ITU-R 601 luma, as Pillow's "L").
+  of one channel (ITU-R 601 luma, as Pillow's "L"). What an evaluation does with captions is left out.
   """
-  parsed = data.parse(pp)
+  parsed = _of_images(data.parse(pp))
   decoders = data.OPS["decode"], data.OPS["decode_inception_crop"]
   if not any(op.function in decoders for op in parsed.ops):
     parsed = data.parse(f"decode|{pp}")
@@ -116,6 +125,15 @@ def preparer(pp: str, channels: int) -> Prepare:
     )
     parsed = parsed._replace(ops=tuple(ops))
   return functools.partial(_prepare, parsed, channels)
+
+
+def _of_images(parsed: data.Preprocess) -> data.Preprocess:
+  """Returns it without what makes tokens of captions, and what keeps them."""
+  texts = {data.OPS[n] for n in ("first_caption", "random_caption", "tokenize", "tokenize_all")}
+  if not any(op.function in texts for op in parsed.ops):
+    return parsed
+  texts.add(data.OPS["keep"])
+  return parsed._replace(ops=tuple(op for op in parsed.ops if op.function not in texts))
 
 
 def _in_grey(encoded: bytes, *args: Any, **kwargs: Any) -> UInt8[np.ndarray, "h w 1"]:
@@ -236,7 +254,7 @@ def agree(loaded: Loaded, inputs: Sequence[Input], **others: object) -> None:
 
 
 def _outcomes(
-  model: FlexiViT,
+  model: FlexiViT | TwoTowers,
   params: Sequence[Params],
   prepare: Prepare,
   programs: Sequence[Callable],
@@ -277,7 +295,7 @@ def default_batch_size() -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _program(model: FlexiViT, fn: Callable[[Result], Array], size: SeqHw) -> Callable:
+def _program(model: FlexiViT | TwoTowers, fn: Callable[[Result], Array], size: SeqHw) -> Callable:
   return jax.jit(
     lambda params, image: fn(model.apply({"params": params}, image, **size_args(size)))
   )

@@ -1,0 +1,93 @@
+"""Texts for image files: names among which a model of two towers chooses, and queries that it looks for."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Float32
+from scipy import special
+
+from flexivit_jax import errors
+from flexivit_jax.data import prompts, text
+from flexivit_jax.evaluators.zero_shot import unit
+from flexivit_jax.inference import predictor
+from flexivit_jax.models import TwoTowers
+
+_ROWS = 64  # texts that are embedded at a time
+
+
+class Names(NamedTuple):
+  """Classes that are texts.
+
+  Attributes:
+    names: as they were given.
+    vectors: of length 1, what stands for each.
+    scale: of the products.
+    bias: what is added to these; None: the model was trained to choose among texts, not to judge each.
+  """
+
+  names: tuple[str, ...]
+  vectors: Float[np.ndarray, "k e"]
+  scale: float
+  bias: float | None
+
+  def probabilities(self, image: Float[np.ndarray, "e"]) -> Float[np.ndarray, "k"]:
+    """Returns those of an image: a softmax over the names, or of each by itself (sigmoid) where there is a bias."""
+    scores = self.scale * (self.vectors @ image.astype(np.float64))
+    return special.softmax(scores) if self.bias is None else special.expit(scores + self.bias)
+
+
+def embedding(result: predictor.Result) -> Float[Array, "n e"]:
+  """What of a model's result is compared with texts."""
+  return result[1]["image"]
+
+
+def of_names(
+  loaded: predictor.Loaded, names: Sequence[str], templates: str | Sequence[str] = "name"
+) -> Names:
+  """Embeds names, each in all templates: the mean of unit vectors, made a unit vector.
+
+  Args:
+    loaded: two towers, see `predictor.load`.
+    names: as they stand in a sentence.
+    templates: see `prompts.templates`.
+
+  Raises:
+    UserError: a name that is empty or twice; see `embed`.
+  """
+  plain = prompts.class_texts(names, plain=False)
+  chosen = prompts.templates(templates)
+  sentences = [prompts.sentence(template, name) for template in chosen for name in plain]
+  each = unit(embed(loaded, sentences).astype(np.float64)).reshape(len(chosen), len(plain), -1)
+  scale, bias = float(np.exp(loaded.params["t"][0])), loaded.params.get("b")
+  return Names(plain, unit(each.sum(axis=0)), scale, None if bias is None else float(bias[0]))
+
+
+def embed(loaded: predictor.Loaded, texts: Sequence[str]) -> Float32[np.ndarray, "n e"]:
+  """Returns unit vectors of texts.
+
+  Raises:
+    UserError: the weights have no tokenizer; a text without words; vectors that are not finite.
+  """
+  model = loaded.model
+  assert isinstance(model, TwoTowers)
+  if not loaded.record.get("text"):
+    raise errors.UserError(
+      f"{loaded.name} has no tokenizer beside its text tower, so texts cannot be encoded; take the run itself, whose"
+      " checkpoints have it, or weights that come with their tokenizer."
+    )
+  tokens = text.of_record(loaded.record["text"]).encode(texts)
+  program = jax.jit(lambda params, rows: model.apply({"params": params}, tokens=rows)[1]["text"])
+  parts = []
+  rows = min(_ROWS, len(tokens))
+  for start in range(0, len(tokens), rows):
+    block = tokens[start : start + rows]
+    padded = np.concatenate([block, block[:1].repeat(rows - len(block), axis=0)])
+    parts.append(np.asarray(program(loaded.params, padded))[: len(block)])
+  vectors = np.concatenate(parts)
+  if not np.isfinite(vectors).all():
+    raise errors.UserError(
+      f"{loaded.name}: its text embeddings are not finite; are its weights whole?"
+    )
+  return vectors
