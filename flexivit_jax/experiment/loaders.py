@@ -14,10 +14,11 @@ from flexivit_jax.config import Section
 from flexivit_jax.data import class_names
 from flexivit_jax.data.class_names import Classes
 from flexivit_jax.data.text import Tokens
-from flexivit_jax.models import MODELS, UNNAMED, FlexiViT, Model
+from flexivit_jax.models import MODELS, UNNAMED, FlexiViT, Model, TextTower
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.training import steps
 from flexivit_jax.trees import Json, Params
+from flexivit_jax.weights import text as text_weights
 
 
 class Init(NamedTuple):
@@ -259,7 +260,33 @@ def _load_part(part: Any, section: Section) -> Params:
   return PART_LOADERS[type(part).__name__](part, **section).params
 
 
-PART_LOADERS: dict[str, Callable[..., Init]] = {"FlexiViT": load_init}
+def load_text(
+  model: TextTower,
+  *,
+  checkpoint: str,
+  new_head: bool = False,
+  num_heads: int | None = None,
+  labels: Classes | None = None,
+) -> Init:
+  """Returns parameters to start a text tower from; of the file's positions it has the first `model.max_length`.
+
+  Args:
+    model: the tower that they are for.
+    checkpoint: what `weights.text.load` takes: a BERT, two towers.
+    new_head: its head is not used.
+    num_heads: as in `weights.text.load`.
+    labels: without effect, a text tower's head is no classifier.
+
+  Raises:
+    UserError: see `weights.text.load_into`.
+  """
+  del labels
+  params, record = text_weights.load_into(checkpoint, model, num_heads=num_heads, new_head=new_head)
+  _print_notes(record)
+  return Init(jax.tree.map(np.asarray, params), None)
+
+
+PART_LOADERS: dict[str, Callable[..., Init]] = {"FlexiViT": load_init, "TextTower": load_text}
 """What fills a part of a model, by the class of the part."""
 
 
