@@ -28,6 +28,7 @@ COMMANDS = {
   "convert": "convert",
   "export": "export",
   "pack": "pack",
+  "tokenizer": "tokenizer",
   "flexify": "flexify",
   "verify": "verify",
   "replay": "replay",

@@ -3,7 +3,7 @@
 import argparse
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexivit_jax import errors
@@ -183,6 +183,39 @@ def add_loading(p: argparse.ArgumentParser) -> None:
 def chosen(args: argparse.Namespace, *names: str) -> dict[str, Any]:
   """Returns the arguments that have a value, as keyword arguments: the function knows the defaults."""
   return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def data_values(data: Sequence[str]) -> dict[str, Any]:
+  """Returns the keys and values of a data section given as KEY=VALUE, as `--config.KEY=VALUE` reads them.
+
+  Raises:
+    UserError: no KEY=VALUE, a key that comes twice, no name.
+  """
+  from flexivit_jax import config
+
+  values: dict[str, Any] = {}
+  for text in data:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+      raise errors.UserError(f"Got {text!r}; expected KEY=VALUE, e.g. data_dir=photos.")
+    if key in values:
+      raise errors.UserError(f"{key}= is given twice.")
+    values[key] = value if key in _TEXTS else config.literal(value)
+  if "name" not in values:
+    raise errors.UserError("Give name=, e.g. name=folder, name=tar or name=parquet.")
+  return values
+
+
+_TEXTS = (
+  "name",
+  "split",
+  "data_dir",
+  "files",
+  "classes",
+  "annotations",
+  "images",
+  "masks",
+)  # A folder may be called 2024.
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
   if not 0 < args.shard_mb < _MOST_MB:
     raise errors.UserError(f"--shard_mb is {args.shard_mb:g}; expected more than 0, below 2^20.")
   with signals.catch() as stop, stop.interruptible():
-    source = _input(_values(args.data), args.on_bad)
+    source = _input(options.data_values(args.data), args.on_bad)
     split = args.split or source.about["split"]
     for text in source.notes:
       _note(text)
@@ -84,33 +84,6 @@ def run(args: argparse.Namespace) -> None:
   )
 
 
-def _values(data: list[str]) -> dict[str, Any]:
-  """Returns the keys and values of a section, as `--config.KEY=VALUE` reads them."""
-  from flexivit_jax import config
-
-  values: dict[str, Any] = {}
-  for text in data:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-      raise errors.UserError(f"Got {text!r}; expected KEY=VALUE, e.g. data_dir=photos.")
-    if key in values:
-      raise errors.UserError(f"{key}= is given twice.")
-    values[key] = value if key in _TEXTS else config.literal(value)
-  if "name" not in values:
-    raise errors.UserError("Give name=, e.g. name=folder, name=tar or name=parquet.")
-  return values
-
-
-_TEXTS = (
-  "name",
-  "split",
-  "data_dir",
-  "files",
-  "classes",
-  "annotations",
-  "images",
-  "masks",
-)  # A folder may be called 2024.
 # Where data are on this machine, and what does not change a row that is not bad. Class names are recorded themselves.
 _NOT_ABOUT = (
   "data_dir",

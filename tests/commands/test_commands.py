@@ -47,8 +47,8 @@ def seqhw(value):
   return value if value in (None, "all") else sizes.parse(str(value))
 
 
-def test_old_command_lines_are_of_every_command():
-  assert {args["command"] for args in OLD.values()} == set(cli.COMMANDS)
+def test_old_command_lines_are_of_every_command_of_then():
+  assert {args["command"] for args in OLD.values()} <= set(cli.COMMANDS)
 
 
 def test_help_and_parsing_import_nothing_heavy():
