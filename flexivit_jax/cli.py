@@ -22,6 +22,7 @@ COMMANDS = {
   "train": "train",
   "eval": "evaluate",
   "predict": "predict",
+  "search": "search",
   "embed": "embed",
   "report": "report",
   "inspect": "inspect",
