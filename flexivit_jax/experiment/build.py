@@ -319,13 +319,15 @@ def _learner(settings: Settings, opening: Opening, trained: class_names.Trained 
   tokens = texts.of_run(section["pp"], network, opening.tokens)
   pps = {name: one["pp"] for name, one in settings.evals.items() if "pp" in one}
   texts.check_same(tokens, pps, opening.tokens)
+  # Of embeddings it does not matter which classes a teacher knows.
+  classifiers = teachers if "logits" in goal.outputs else {}
   init, labelled = _classes(
-    source, network, settings.init, teachers, "labels" in goal.inputs, opening, trained
+    source, network, settings.init, classifiers, "labels" in goal.inputs, opening, trained
   )
   if labelled.source is not source or "labels" in goal.inputs:
     with config.naming("input"):
       labelling.check_onehot(section["pp"], network.num_classes)
-  source, teachers = labelled.source, labelled.teachers
+  source, teachers = labelled.source, {**teachers, **labelled.teachers}
   with config.naming("objective"):
     objective = _weighted(objective, source, network.num_classes)
     goal = build_objective(objective, teachers)
@@ -338,7 +340,7 @@ def _learner(settings: Settings, opening: Opening, trained: class_names.Trained 
     source, network, record, goal, objective, teachers, init, labelled, section, inputs,
     tokens,
   )  # fmt: skip
-  checks.check_teachers(teachers, learner.shapes, network.num_classes)
+  checks.check_teachers(teachers, learner.shapes, network, goal.outputs)
   return learner
 
 
@@ -593,8 +595,10 @@ def _drawn(settings: Settings, learner: _Learner, digests: Mapping[str, str]) ->
   """What the teachers' logits depend on: images, their draws and mixup, and the teachers."""
   section, objective = learner.input, learner.objective_section
   sampler = {} if section.get("sampler") != "balanced" else {"sampler": "balanced"}
+  output = {} if "output" not in objective else {"output": objective["output"]}
   return dict(
     **sampler,
+    **output,
     data={**section["data"], "examples": len(learner.source)},
     pp=section["pp"],
     batch_size=section["batch_size"],

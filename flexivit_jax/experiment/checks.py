@@ -87,14 +87,31 @@ def check_size(model: Model, image_shape: Sequence[int], size: SizeArgs) -> None
   model.grid(tuple(image_shape[:2]), **size)
 
 
-def check_teachers(teachers: Mapping[str, Teacher], shapes: Shapes, num_classes: int) -> None:
-  """Raises a UserError for a teacher of other classes, or whose size does not divide its image."""
+def check_teachers(
+  teachers: Mapping[str, Teacher], shapes: Shapes, model: Model, outputs: Sequence[str]
+) -> None:
+  """Raises a UserError for a teacher of other classes, or whose size does not divide its image.
+
+  Args:
+    teachers: by name.
+    shapes: of the batch's arrays, of one example.
+    model: the student.
+    outputs: what the objective compares, by name.
+  """
   for name, teacher in teachers.items():
-    if teacher.model.num_classes != num_classes:
-      raise errors.UserError(
-        f"objective.teachers.{name} has {teacher.model.num_classes} classes, the model {num_classes}."
-      )
+    for output in outputs:
+      _check_same_length(f"objective.teachers.{name}", output, teacher.model, model)
     teacher.model.grid(shapes[teacher.image][:2], **teacher.size)
+
+
+def _check_same_length(where: str, output: str, teacher: Model, model: Model) -> None:
+  if output == "logits" and teacher.num_classes != model.num_classes:
+    raise errors.UserError(
+      f"{where} has {teacher.num_classes} classes, the model {model.num_classes}."
+    )
+  theirs, ours = (m.outputs[output].shape[0] for m in (teacher, model))
+  if theirs != ours:
+    raise errors.UserError(f"{where} has {output} of length {theirs}, the model of {ours}.")
 
 
 def example_arrays(

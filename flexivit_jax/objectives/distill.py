@@ -4,7 +4,7 @@ Student and teachers see the same crop, flip and mixup of an image, each at its 
 arXiv 2106.05237; FlexiViT, arXiv 2212.08013, section on distillation).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ from flexivit_jax.objectives.base import (
   weighted,
 )
 from flexivit_jax.sizes import SizeArgs
-from flexivit_jax.specs import image, spec
+from flexivit_jax.specs import Specs, image, spec
 from flexivit_jax.trees import Params
 
 
@@ -96,11 +96,7 @@ def distill(
     mixed = losses.mixup(key, *(batch[name] for name in inputs), p=mixup_p)
     return {**dict(zip(inputs, mixed, strict=True)), "targets": batch["targets"]}
 
-  images = {t.image: image(t.image) for t in teachers.values()}
-
-  def prepare_images(batch: Batch, key: jax.Array) -> Batch:
-    mixed = losses.mixup(key, *(batch[name] for name in images), p=mixup_p)
-    return dict(zip(images, mixed, strict=True))
+  images, prepare_images = taught_images(teachers, mixup_p)
 
   def targets(frozen: Params, batch: Batch) -> dict[str, Any]:
     taught = {name: teach(t, frozen[name], batch) for name, t in teachers.items()}
@@ -122,6 +118,19 @@ def distill(
   frozen = {name: t.params for name, t in teachers.items()}
   teaching = Teaching(images, prepare_images, targets, frozen)
   return Objective(inputs, ("logits",), prepare, loss_of, teaching)
+
+
+def taught_images(
+  teachers: Mapping[str, Teacher], mixup_p: float
+) -> tuple[Specs, Callable[[Batch, jax.Array], Batch]]:
+  """Returns the images that teachers take from the batch, and a `prepare` that mixes them as the student's."""
+  images = {t.image: image(t.image) for t in teachers.values()}
+
+  def prepare(batch: Batch, key: jax.Array) -> Batch:
+    mixed = losses.mixup(key, *(batch[name] for name in images), p=mixup_p)
+    return dict(zip(images, mixed, strict=True))
+
+  return images, prepare
 
 
 def reordered(teacher: Teacher, order: Sequence[int], class_names: Sequence[str] | None) -> Teacher:

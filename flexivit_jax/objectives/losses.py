@@ -109,6 +109,40 @@ def dense_logits(sparse: SparseLogits, k: int) -> Float32[Array, "n k"]:
   return jnp.put_along_axis(dense, sparse.indices, sparse.values, axis=-1, inplace=False)
 
 
+def cosine_distance(
+  embedding: Float[Array, "n d"], teacher: Float[Array, "n d"]
+) -> Float32[Array, "n"]:
+  """1 - the cosine of the angle between student and teacher, 0 to 2; 1 where one of them is zero."""
+  return 1.0 - jnp.sum(_unit(embedding) * _unit(teacher), axis=-1)
+
+
+def relation(
+  embedding: Float[Array, "n d"], teacher: Float[Array, "n e"], temperature: float
+) -> Float32[Array, "n"]:
+  """How differently student and teacher see, from each example, the other examples of the batch.
+
+  Of each example's cosine similarities to the others, divided by `temperature`, the softmax; of these distributions
+  KL(teacher || student) in nats: the cross-entropy, less what no student can change. An example's similarity to itself
+  is left out: it is 1 for both. The two spaces may have different lengths. Source: SEED (arXiv 2101.04731), there with
+  a queue of examples. Memory: two matrices [n, n].
+  """
+  log_p, log_q = (_log_neighbours(x, temperature) for x in (teacher, embedding))
+  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _log_neighbours(x: Float[Array, "n d"], temperature: float) -> Float32[Array, "n n"]:
+  unit = _unit(x)
+  similarity = jnp.matmul(unit, unit.T, precision=jax.lax.Precision.HIGHEST) / temperature
+  # Not -inf: 0 times the difference of two of these has to be 0.
+  return jax.nn.log_softmax(jnp.where(jnp.eye(len(x), dtype=bool), -1e9, similarity))
+
+
+def _unit(x: Float[Array, "n d"]) -> Float32[Array, "n d"]:
+  x = x.astype(jnp.float32)
+  # The gradient of a vector of zeros is finite.
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
 DISTANCES = {"kl": kl, "logsoftmax_euclidean": logsoftmax_euclidean}
 
 
