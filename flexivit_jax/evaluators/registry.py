@@ -9,6 +9,7 @@ from typing import Any
 from flexivit_jax.evaluators import (
   classification,
   distance,
+  embeddings,
   fewshot,
   knn,
   retrieval,
@@ -21,6 +22,7 @@ from flexivit_jax.evaluators.metrics import Metric
 _DECLARED: dict[str, tuple[Callable[..., Evaluator], tuple[Metric, ...]]] = {
   "classification": (classification.classification, classification.METRICS),
   "distance": (distance.distance, distance.METRICS),
+  "embeddings": (embeddings.embeddings, embeddings.METRICS),
   "fewshot": (fewshot.fewshot, fewshot.METRICS),
   "knn": (knn.knn, knn.METRICS),
   "retrieval": (retrieval.retrieval, retrieval.METRICS),

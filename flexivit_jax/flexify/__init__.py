@@ -2,7 +2,8 @@
 
 The student starts from the model's own weights. At each step a patch size is drawn, and the student's logits there are
 trained towards those of the original at its native size, on the same crops: the paper's distillation (FlexiViT, arXiv
-2212.08013) with the model as its own teacher. Agreement with the original is measured at every size, before and after.
+2212.08013) with the model as its own teacher. A model without classes (CLIP, SigLIP, DINOv2) teaches its embeddings.
+Agreement with the original is measured at every size, before and after.
 """
 
 import contextlib
@@ -15,7 +16,6 @@ from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import loaders
 from flexivit_jax.flexify import card, layout, recipe, retention
-from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.running import distributed, session
 from flexivit_jax.sizes import SeqHw
 from flexivit_jax.trees import Json
@@ -54,7 +54,7 @@ def flexify(
   """Writes OUT/model.npz, OUT/retention.json, OUT/README.md (the model card) and OUT/run.
 
   Args:
-    init: a classifier, as `weights.load` takes it.
+    init: a model, as `weights.load` takes it: one with classes teaches their logits, another its embeddings.
     images: any folder of images; `layout.divide` chooses the held-out ones. Labels are for measuring only.
     out: the output folder; the same command resumes a run that was stopped.
     epochs: passes over the training images; 0 resizes and measures without training.
@@ -72,11 +72,12 @@ def flexify(
     The content of retention.json; see `retention.measure`. "note" says why top-1 is missing, or is by class number.
 
   Raises:
-    UserError: no classes, no images, a size that does not divide the image; files of another origin in `out`.
+    UserError: no images, a size that does not divide the image; files of another origin in `out`.
   """
   loading = dict(loading or {})
   distributed.on_first(lambda: _check_out(out), "--out")
-  teacher = distributed.each(lambda: _teacher(init, loading), "its model")
+  section = dict(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
+  teacher = distributed.each(lambda: loaders.load_teacher(**section), "its model")
   _, _, record = weights.load_with_record(init, **loading)
   divided = distributed.each(
     lambda: layout.divide(images, batch_size if epochs else None), "its images"
@@ -84,7 +85,7 @@ def flexify(
   for line in divided.notes:
     session.note(line)
   plan = recipe.FlexifyRecipe(
-    teacher=dict(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading),
+    teacher=section,
     sources=divided.sources,
     num_classes=teacher.model.num_classes,
     sides=(image_size, recipe.native_side(record)),
@@ -92,6 +93,7 @@ def flexify(
     batch_size=batch_size,
     known=class_names.of_record(record, teacher.model.num_classes, "the model"),
     on_error=on_error,
+    embedding=recipe.embedding_of(teacher.model, record),
   )
   student = recipe.student_of(teacher.model, buffers)
   if moment:
@@ -129,17 +131,3 @@ def _check_out(out: pathlib.Path) -> None:
       raise errors.UserError(
         f"{out / name} is there already, of something else; give another --out."
       )
-
-
-def _teacher(init: pathlib.Path, loading: Json) -> Teacher:
-  """Loads the classifier that the student starts from and learns from.
-
-  Raises:
-    UserError: it has no classes.
-  """
-  teacher = loaders.load_teacher(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
-  if not teacher.model.num_classes:
-    raise errors.UserError(
-      f"{init} has no classes: its logits are what is taught; give a classifier."
-    )
-  return teacher

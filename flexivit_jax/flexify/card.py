@@ -14,12 +14,12 @@ A Vision Transformer that runs at any patch size that divides its image, made fr
 
 {table}
 
-"Agreement" is how often this model names the same class as the original at its native size.
+{meaning}
 
 ## Use
 
 ```bash
-flexivit predict IMAGE --checkpoint model.npz --seqhw {seqhw}
+{use}
 ```
 
 `--seqhw` is the number of tokens per side: {sizes}. More is finer and slower. Images are {side} x {side} pixels.
@@ -38,19 +38,34 @@ measured. It can know no more than the original, whose licence and limits hold f
 """
 
 
+_CLASSES = (
+  '"Agreement" is how often this model names the same class as the original at its native size.',
+  "flexivit predict IMAGE --checkpoint model.npz --seqhw {seqhw}",
+)
+_EMBEDDINGS = (
+  '"Cosine" is that of the angle between the embeddings of this model and of the original at its native size, the mean'
+  ' and the 5th percentile\nover images. "Neighbours": of the images nearest to an image by the original, how many are'
+  " among its nearest by this model.",
+  "flexivit embed PHOTOS --checkpoint model.npz --out features.npz --seqhw {seqhw}",
+)
+
+
 def text(plan: recipe.FlexifyRecipe, student: FlexiViT, scores: Json, facts: Json) -> str:
   """Returns the card in Markdown; every number in it is from this run."""
+  taught = "answers" if plan.embedding is None else "embeddings"
   trained = (
-    "Its weights were trained towards the original's answers at randomly drawn patch sizes, without labels."
+    f"Its weights were trained towards the original's {taught} at randomly drawn patch sizes, without labels."
     if "after" in scores
     else "Nothing was trained: kernel and position grid are resized, that is all."
   )
+  meaning, use = _CLASSES if plan.embedding is None else _EMBEDDINGS
   return _TEXT.format(
+    meaning=meaning,
+    use=use.format(seqhw=size_text(plan.seqhw[len(plan.seqhw) // 2])),
     title=f"{facts['init'].rpartition('.')[0] or facts['init']}, flexified",
     init=facts["init"],
     how=trained,
     table=retention.table(scores),
-    seqhw=size_text(plan.seqhw[len(plan.seqhw) // 2]),
     sizes=", ".join(str(size_text(size)) for size in plan.seqhw),
     side=plan.sides[0],
     facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),

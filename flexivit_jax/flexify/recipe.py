@@ -11,6 +11,7 @@ from flexivit_jax.sizes import SeqHw
 from flexivit_jax.trees import Json
 
 TEACHER_IMAGE = "teacher_image"
+NEIGHBOURS = 5  # of each held-out image, compared where there are no classes
 _CROP = 0.9  # of the shorter side, in the evaluation: as AugReg and timm do
 
 
@@ -26,6 +27,8 @@ class FlexifyRecipe(NamedTuple):
     batch_size: of training and evaluation.
     known: the classes of teacher and student; None: they have only numbers.
     on_error: "raise" at a damaged image, or "skip" it.
+    embedding: the output that is taught where the model has no classes, see `distill_embeddings`; None: the logits of
+      its classes.
   """
 
   teacher: Json
@@ -36,6 +39,7 @@ class FlexifyRecipe(NamedTuple):
   batch_size: int
   known: class_names.Classes | None = None
   on_error: str = "raise"
+  embedding: str | None = None
 
   @property
   def skipping(self) -> dict[str, str]:
@@ -55,7 +59,7 @@ class FlexifyRecipe(NamedTuple):
 
 def labels_of(plan: FlexifyRecipe) -> tuple[bool, str | None]:
   """Returns whether the labels of the test images are classes of the model, and a note for the user or None."""
-  if plan.sources["test"]["name"] != "folder":
+  if plan.sources["test"]["name"] != "folder" or plan.embedding is not None:
     return False, None
   source, ours = data.make_source(**plan.sources["test"]), plan.classes
   theirs = class_names.Classes(source.class_names, source.num_classes, "the folders")
@@ -124,12 +128,25 @@ def settings(
     model=dict(fields_of(student), name="flexivit", scan=True, remat=True),
     init=_without_image(plan.teacher),
     # Mixup as in the paper: with few images, mixtures of them are most of the inputs to match.
-    objective=dict(name="distill", teachers=dict(original=plan.teacher), mixup_p=1.0),
+    objective=_goal(plan) | dict(teachers=dict(original=plan.teacher), mixup_p=1.0),
     # Equal FLOPs for each size, so coarse sizes are drawn more often: they are cheap and differ most from the original.
     flexi=_flexi(plan.seqhw),
     optim=dict(lr=lr, wd=lr / 10, clip=1.0, schedule=dict(warmup_percent=0.05)),
     checkpoint=dict(every_percent=0.1),
   )
+
+
+def _goal(plan: FlexifyRecipe) -> Json:
+  if plan.embedding is None:
+    return dict(name="distill")
+  return dict(name="distill_embeddings", output=plan.embedding)
+
+
+def embedding_of(model: FlexiViT, record: Json) -> str | None:
+  """Returns the output that is the embedding of a model without classes; None: it has classes."""
+  if record.get("projection"):
+    return "logits"
+  return None if model.num_classes else "pre_logits"
 
 
 def _flexi(sizes: tuple[SeqHw, ...]) -> Json:
@@ -167,20 +184,22 @@ def central(side: int, key: str = "image") -> str:
 
 
 def evaluation(plan: FlexifyRecipe) -> Json:
-  """Returns a section of `evals`: agreement with the teacher, and accuracy if there are labels."""
+  """Returns a section of `evals`: agreement with the teacher, and accuracy if there are labels; or embeddings."""
   side, native = plan.sides
   pp = f"decode|copy('image', '{TEACHER_IMAGE}')|{central(side)}|{central(native, TEACHER_IMAGE)}"
   keys = f"'image', '{TEACHER_IMAGE}'"
   if plan.labelled:
     pp, keys = f"{pp}|onehot({plan.num_classes})", f"{keys}, 'labels'"
+  compared: Json = dict(type="distance", labels=plan.labelled)
+  if plan.embedding is not None:
+    compared = dict(type="embeddings", output=plan.embedding, k=NEIGHBOURS)
   return dict(
-    type="distance",
+    **compared,
     data=plan.sources["test"],
     pp=f"{pp}|keep({keys})",
     batch_size=plan.batch_size,
     seqhw=plan.seqhw,
     teacher=plan.teacher,
-    labels=plan.labelled,
     **plan.skipping,
   )
 

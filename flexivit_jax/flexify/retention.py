@@ -1,4 +1,7 @@
-"""Retention at each patch size: agreement with the original model, and accuracy if there are labels."""
+"""Retention at each patch size: agreement with the original model, and accuracy if there are labels.
+
+Of a model without classes: the cosine to the original's embeddings, and the nearest neighbours in common.
+"""
 
 from jax.sharding import Mesh
 
@@ -14,7 +17,9 @@ Rows = list[Json]
 
 
 def measure(plan: recipe.FlexifyRecipe, model: FlexiViT, params: Params, mesh: Mesh) -> Rows:
-  """Returns a row for each size: seqhw, patch, agree1, agree5, kl, ..., n, and top1 if there are labels."""
+  """Returns a row for each size: seqhw, patch, n, and agree1, agree5, kl, ..., top1 if there are labels; or without
+  classes cosine, cosine_p5, neighbours.
+  """
   params = sharding.replicate(params, mesh)
   scores = _evaluation(plan, recipe.evaluation(plan)).make(model, mesh).run(params)
   side = plan.sides[0]
@@ -49,18 +54,29 @@ def _evaluation(plan: recipe.FlexifyRecipe, section: Json) -> experiment.Evaluat
 
 
 def table(scores: Json) -> str:
-  """Returns a Markdown table: before and after at each size, in percent."""
+  """Returns a Markdown table: before and after at each size, in percent; cosines as they are."""
   stages = [stage for stage in ("before", "after") if stage in scores]
-  metrics = [("agree1", "agreement")] + (
-    [("top1", "top-1")] if "top1" in scores["before"][0] else []
-  )
+  metrics = [(key, name) for key, name in _COLUMNS.items() if key in scores["before"][0]]
   columns = [(stage, key, f"{name} {stage}") for key, name in metrics for stage in stages]
   head = "| patch | grid | " + " | ".join(title for _, _, title in columns) + " |"
   lines = [head, "|---" * (2 + len(columns)) + "|"]
   for i, row in enumerate(scores["before"]):
-    cells = [f"{100 * scores[stage][i][key]:.1f}" for stage, key, _ in columns]
+    cells = [_cell(key, scores[stage][i][key]) for stage, key, _ in columns]
     lines.append(f"| {row['patch']} | {_grid(row['seqhw'])} | " + " | ".join(cells) + " |")
   return "\n".join([*lines, "", summary(scores)])
+
+
+_COLUMNS = {
+  "agree1": "agreement",
+  "top1": "top-1",
+  "cosine": "cosine",
+  "cosine_p5": "5th percentile",
+  "neighbours": "neighbours",
+}
+
+
+def _cell(key: str, value: float) -> str:
+  return f"{value:.3f}" if key.startswith("cosine") else f"{100 * value:.1f}"
 
 
 def _grid(seqhw: int | str) -> str:
@@ -68,9 +84,15 @@ def _grid(seqhw: int | str) -> str:
 
 
 def summary(scores: Json) -> str:
-  """Returns a sentence about the images and the original model behind the percentages."""
-  first, n = scores["original"], scores["before"][0]["n"]
-  text = f"Percent of {n} images that were not trained on. The original"
+  """Returns sentences about the images and the original model behind the numbers."""
+  first, row = scores["original"], scores["before"][0]
+  text = "Percent of" if "agree1" in row else "Cosine to the original's embedding, and"
+  text += (
+    ""
+    if "agree1" in row
+    else (f" percent of the {recipe.NEIGHBOURS} nearest neighbours that are the original's too, of")
+  )
+  text += f" {row['n']} images that were not trained on. The original"
   text += f" is of patch {first['patch']} at {first['image_size']} px"
   text += f", top-1 {100 * first['top1']:.1f}." if "top1" in first else "."
   return f"{text} {scores['note']}" if "note" in scores else text

@@ -86,6 +86,7 @@ def of_arrays(path: pathlib.Path, content: bare.Content, fields: Fields) -> Weig
   model = FlexiViT(**converted.fields | fields)
   record = describe(path, f"{path.suffix[1:]} in {layout.name}", model, one_size=layout.one_size)
   record["notes"] = [*content.notes, *converted.notes]
+  record |= {"projection": True} if content.is_open_clip and model.num_classes else {}
   params = trees.unflatten(converted.flat)
   return Weights(params, converted.fields, record, takes_normalisation=layout.takes_normalisation)
 

@@ -69,7 +69,8 @@ def load_with_record(
 
   Keys: "format" (of this file), "source" (file and format that the weights came from), "model" (all fields),
   "position", "image_size" (pixels, None where any will do), "native_patch_size", "native_grid",
-  "notes"; "folded_input" (mean and std) where these were folded in; "input" (mean, std and "from", what says them) of
+  "notes"; "projection" (True) where the head is one to a space of texts, as CLIP's, and no classifier;
+  "folded_input" (mean and std) where these were folded in; "input" (mean, std and "from", what says them) of
   timm's and transformers'; "pp" (how an image is prepared) and "class_names" where a file beside the weights, or a run,
   says them; of a file that was fetched "name" and "url".
   """

@@ -154,10 +154,26 @@ def test_a_model_for_images_that_are_not_square_is_an_error():
   assert recipe.native_side({"image_size": None, "image_shape": [24, 24, 3]}) == 24
 
 
-def test_a_model_without_classes_is_an_error(tmp_path, timm_state_dict):
+def test_a_projection_and_a_model_without_classes_teach_embeddings():
+  headless, head = FlexiViT(variant="mu"), FlexiViT(variant="mu", num_classes=7)
+  assert recipe.embedding_of(headless, {}) == "pre_logits"
+  assert recipe.embedding_of(head, {"projection": True}) == "logits"
+  assert recipe.embedding_of(head, {}) is None
+
+
+@pytest.mark.full
+def test_a_model_without_classes_is_nearer_to_its_own_embeddings(tmp_path, timm_state_dict):
+  """Also where folders have names: these are no classes of the model."""
   save_file(timm_state_dict(classes=0), tmp_path / "vit.safetensors")
-  draw(tmp_path / "photos", 10)
-  with pytest.raises(errors.UserError, match="has no classes"):
-    flexify(
-      tmp_path / "vit.safetensors", tmp_path / "photos", tmp_path / "out", loading=dict(num_heads=4)
-    )
+  for split, n in (("train", 30), ("val", 9)):
+    draw(tmp_path / "photos" / split / "a", n, seed=n)
+  out = tmp_path / "out"
+  given = command(tmp_path / "vit.safetensors", tmp_path / "photos", out, "--epochs=6", "--lr=3e-4")
+  assert cli.main(given) == 0
+  kept = json.loads((out / "retention.json").read_text())
+  before, after = ({r["seqhw"]: r for r in kept[stage]} for stage in ("before", "after"))
+  assert before[4]["cosine"] == pytest.approx(1, abs=1e-6) and before[4]["neighbours"] == 1
+  assert after[2]["cosine"] > before[2]["cosine"] and after[2]["n"] == 9
+  assert "| patch | grid | cosine before | cosine after |" in retention.table(kept)
+  card = (out / "README.md").read_text()
+  assert "original's embeddings at randomly" in card and "flexivit embed PHOTOS" in card

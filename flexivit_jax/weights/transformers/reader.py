@@ -14,6 +14,7 @@ from flexivit_jax.weights.transformers import (
   images as transformers_images,
   names as transformers_names,
 )
+from flexivit_jax.weights.transformers.families import PROJECTION
 
 
 def read_folder(path: pathlib.Path, fields: Fields, *, ema: bool, ours: bool) -> Weights:
@@ -52,6 +53,7 @@ def _read(path: pathlib.Path, arrays: Arrays, fields: Fields) -> Weights:
   record = layouts.describe(path.resolve(), format_, model, one_size=True)
   names, name_notes = transformers_config.class_names(config, model.num_classes)
   record |= {} if names is None else {"class_names": names}
+  record |= {"projection": True} if spec.head.dense == PROJECTION else {}
   images = transformers_images.read(path, config["model_type"], spec.image_size, spec.channels)
   record["notes"] = [*notes, *converted.notes, *name_notes, *images.notes]
   record |= {} if images.stated is None else stated.keep(images.stated)
