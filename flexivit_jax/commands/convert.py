@@ -23,6 +23,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     help="one size, tokens per side, with --to: 8 or 4x6 (default: buffers as they are stored)",
   )
   p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
+  p.add_argument(
+    "--image_only",
+    action="store_true",
+    help="of a file with an image and a text tower, the image tower",
+  )
   options.add_no_verify(p)
   options.add_loading(p)
 
@@ -33,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
 
   if args.to not in conversion.FORMATS:
     raise errors.unknown("--to", args.to, conversion.FORMATS)
-  values = dict(image_size=args.image_size, verify=args.verify, **options.loading(args))
+  values = dict(image_size=args.image_size, verify=args.verify, image_only=args.image_only)
+  values |= options.loading(args)
   if args.to == "big_vision":
     if args.seqhw is not None:
       raise errors.UserError(
@@ -46,10 +52,7 @@ def run(args: argparse.Namespace) -> None:
     seqhw = None if args.seqhw is None else sizes.parse_one(args.seqhw, why)
     rows, compared = conversion.convert_to(args.to, args.file, args.out, seqhw=seqhw, **values)
   for row in rows:
-    print(
-      f"seqhw {sizes.size_text(row.seqhw)!s:>3}: largest difference of the logits"
-      f" {row.difference:.1e}, in {compared}"
-    )
+    print(f"seqhw {sizes.size_text(row.seqhw)!s:>3}: {row.words()}, in {compared}")
   if args.verify:
     print(f"wrote {args.out} and {certificate.path_of(args.out)}")
   else:

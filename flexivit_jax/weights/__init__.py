@@ -14,6 +14,7 @@ from flexivit_jax.weights.reading import (
 from flexivit_jax.weights.registry import PUBLISHED, differences, is_here
 from flexivit_jax.weights.stated import preparation, print_notes, written_for
 from flexivit_jax.weights.timm.writer import save_timm
+from flexivit_jax.weights.transformers.towers_writer import save_towers
 from flexivit_jax.weights.transformers.writer import save_transformers
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
   "print_notes",
   "save_npz",
   "save_timm",
+  "save_towers",
   "save_transformers",
   "towers",
   "written_for",

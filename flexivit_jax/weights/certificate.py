@@ -1,4 +1,7 @@
-"""Certificates: the logits of a model and of what was made of it, on the same images, at several patch sizes."""
+"""Certificates: what a model and what was made of it give on the same inputs, at several patch sizes.
+
+That is logits; of two towers, both embeddings and their scaled products, the similarity.
+"""
 
 import json
 import pathlib
@@ -7,13 +10,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, TextTower, TwoTowers
 from flexivit_jax.sizes import SeqHw, Size, size_args, size_text
 from flexivit_jax.trees import Json, Params
 
 _TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ by less
+_EMBEDDINGS = 1e-5  # of vectors of length 1
 
 
 class Row(NamedTuple):
@@ -31,7 +35,82 @@ class Row(NamedTuple):
   @property
   def limit(self) -> float:
     """Returns the largest difference that rounding can explain."""
-    return _TOLERANCE * max(1.0, float(np.abs(self.source).max()))
+    return _limit(self.source)
+
+  @property
+  def is_close(self) -> bool:
+    """Tells whether rounding can explain the difference; it cannot explain NaN."""
+    return self.difference <= self.limit
+
+  def words(self) -> str:
+    """Returns the difference, for people."""
+    return f"largest difference of the logits {self.difference:.1e}"
+
+  def entries(self) -> Json:
+    """Returns what the certificate holds."""
+    return {
+      "largest_difference": self.difference,
+      "source_logits": self.source.tolist(),
+      "target_logits": self.target.tolist(),
+    }
+
+
+class Embeddings(NamedTuple):
+  """Unit vectors of images and texts, and the similarity: their products, scaled, with the bias."""
+
+  image: Float[np.ndarray, "n e"]
+  text: Float[np.ndarray, "m e"]
+  similarity: Float[np.ndarray, "n m"]
+
+
+class TowersRow(NamedTuple):
+  """Embeddings at one patch size."""
+
+  seqhw: SeqHw
+  source: Embeddings
+  target: Embeddings
+
+  @property
+  def differences(self) -> dict[str, float]:
+    """Returns the largest difference of each: image, text, similarity."""
+    pairs = zip(Embeddings._fields, self.source, self.target, strict=True)
+    return {name: float(np.abs(a - b).max()) for name, a, b in pairs}
+
+  @property
+  def difference(self) -> float:
+    """Returns the largest of all."""
+    return max(self.differences.values())
+
+  @property
+  def limit(self) -> float:
+    """Returns the largest difference of embeddings that rounding can explain."""
+    return _EMBEDDINGS
+
+  @property
+  def is_close(self) -> bool:
+    """Tells whether rounding can explain all differences; it cannot explain NaN."""
+    similarity = _limit(self.source.similarity)
+    limits = {"image": _EMBEDDINGS, "text": _EMBEDDINGS, "similarity": similarity}
+    return all(self.differences[name] <= limit for name, limit in limits.items())
+
+  def words(self) -> str:
+    """Returns the differences, for people."""
+    shown = ", ".join(f"{name} {value:.1e}" for name, value in self.differences.items())
+    return f"largest differences: {shown}"
+
+  def entries(self) -> Json:
+    """Returns what the certificate holds."""
+    both = {"source": self.source, "target": self.target}
+    arrays = {
+      f"{side}_{name}": array.tolist()
+      for side, e in both.items()
+      for name, array in e._asdict().items()
+    }
+    return {"largest_differences": self.differences, **arrays}
+
+
+def _limit(source: Float[np.ndarray, "n k"]) -> float:
+  return _TOLERANCE * max(1.0, float(np.abs(source).max()))
 
 
 def path_of(out: pathlib.Path) -> pathlib.Path:
@@ -42,27 +121,22 @@ def path_of(out: pathlib.Path) -> pathlib.Path:
 def write(
   out: pathlib.Path,
   source: pathlib.Path,
-  rows: Sequence[Row],
+  rows: Sequence[Row | TowersRow],
   record: Json,
   hw: tuple[int, int],
 ) -> None:
-  """Writes the certificate of `out`, made of `source`, beside it."""
+  """Writes the certificate of `out`, made of `source`, beside it; the tokenizer, which may be large, stays out."""
+  record = {k: v for k, v in record.items() if k != "text"}
   certificate = {
     # A published name may have a slash in it.
     "source": source.name if source.exists() else str(source),
     "target": out.name,
     "record": record,
     "images": f"2 seeded ones of {hw[0]}x{hw[1]} pixels: smooth colours and noise",
-    "rows": [
-      {
-        "seqhw": size_text(row.seqhw),
-        "largest_difference": row.difference,
-        "source_logits": row.source.tolist(),
-        "target_logits": row.target.tolist(),
-      }
-      for row in rows
-    ],
+    "rows": [{"seqhw": size_text(row.seqhw), **row.entries()} for row in rows],
   }
+  if any(isinstance(row, TowersRow) for row in rows):
+    certificate["texts"] = "3 seeded ones of random tokens"
   path_of(out).write_text(json.dumps(certificate) + "\n")
 
 
@@ -94,3 +168,37 @@ def logits(
   size = {} if seqhw is None else size_args(seqhw)
   with jax.default_matmul_precision("highest"):
     return np.asarray(jax.jit(lambda p, x: model.apply({"params": p}, x, **size)[0])(params, image))
+
+
+def texts(tower: TextTower) -> Int[np.ndarray, "3 l"]:
+  """Returns random tokens; where the first end token is pooled, it stands at the end and twice before."""
+  rng, length = np.random.default_rng(0), tower.max_length
+  tokens = rng.integers(0, tower.vocab_size, (3, length))
+  if tower.eos_token is not None:
+    tokens[tokens == tower.eos_token] = (tower.eos_token + 1) % tower.vocab_size
+    tokens[np.arange(3), [length - 1, length // 2, length // 3]] = tower.eos_token
+  return tokens.astype(np.int32)
+
+
+def embeddings(
+  model: TwoTowers,
+  params: Params,
+  image: Float[np.ndarray, "n h w c"],
+  tokens: Int[np.ndarray, "m l"],
+  seqhw: SeqHw | None,
+) -> Embeddings:
+  """Runs both towers in full precision; without `seqhw` at the image tower's own patch size."""
+  size = {} if seqhw is None else size_args(seqhw)
+  run = jax.jit(lambda p, **inputs: model.apply({"params": p}, **inputs, **size)[1])
+  with jax.default_matmul_precision("highest"):
+    out = run(params, image=image, tokens=tokens)
+  vectors = np.asarray(out["image"]), np.asarray(out["text"])
+  return Embeddings(*vectors, similarity(params, *vectors))
+
+
+def similarity(
+  params: Params, image: Float[np.ndarray, "n e"], text: Float[np.ndarray, "m e"]
+) -> Float[np.ndarray, "n m"]:
+  """Returns the products of all images with all texts, scaled, with the bias if there is one."""
+  products = np.exp(np.asarray(params["t"])) * (np.asarray(image) @ np.asarray(text).T)
+  return products + np.asarray(params["b"]) if "b" in params else products

@@ -3,7 +3,7 @@
 The certificate beside it holds the logits of the source and of what was written on the same images. An .npz is read
 back and compared at several patch sizes; the source runs as it was published, its input normalised with its own mean
 and standard deviation. A folder for timm or transformers is compared at its one size, in that framework where it is
-installed.
+installed. Of a file with two towers both are written; the certificate then holds embeddings and similarities.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexivit_jax import errors, weights
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.sizes import SeqHw, Size, size_args, size_text
 from flexivit_jax.trees import Json, Params
@@ -23,10 +23,10 @@ from flexivit_jax.weights.export import frameworks
 
 
 class Framework(NamedTuple):
-  """Writes a model's folder, and runs it on normalised pixels where the package is installed."""
+  """Writes a model's folder, and runs it on normalised pixels (and tokens) where the package is installed."""
 
   save: Callable[..., None]
-  run: Callable[[pathlib.Path, np.ndarray], np.ndarray]
+  run: Callable[..., Any]
   package: str
 
 
@@ -36,7 +36,14 @@ FRAMEWORKS = {
     weights.save_transformers, frameworks.transformers_logits, "transformers"
   ),
 }
+OF_TOWERS = {
+  "transformers": Framework(
+    weights.save_towers, frameworks.transformers_embeddings, "transformers"
+  ),
+}
 FORMATS = ("big_vision", *FRAMEWORKS)
+Model = FlexiViT | TwoTowers
+Row = certificate.Row | certificate.TowersRow
 
 
 def convert_to(
@@ -47,8 +54,9 @@ def convert_to(
   seqhw: SeqHw | None = None,
   image_size: int | None = None,
   verify: bool = True,
+  image_only: bool = False,
   **options: Any,
-) -> tuple[list[certificate.Row], str]:
+) -> tuple[list[Row], str]:
   """Writes a folder for another framework, and returns the certificate's row and what it was compared in.
 
   Args:
@@ -58,29 +66,36 @@ def convert_to(
     seqhw: tokens per side, or (per column, per row); None: the kernel and the positions as they are stored.
     image_size: pixels a side; by default the model's own, or 240.
     verify: compare; without it there is no certificate.
+    image_only: of two towers, the image tower alone. timm has no text towers, so it gets that in any case.
     **options: as in `weights.load`.
 
   Raises:
-    UserError: see `weights.load`, `weights.save_timm` and `weights.save_transformers`; or logits that differ, and then
-      nothing is left behind.
+    UserError: see `weights.load`, `weights.save_timm`, `weights.save_transformers` and `weights.save_towers`; or
+      outputs that differ, and then nothing is left behind.
   """
-  save, execute, package = FRAMEWORKS[framework]
-  model, params, record = weights.load_with_record(source, **{"dtype": "float32", **options})
+  image_only = image_only or framework not in OF_TOWERS
+  model, params, record = _load(source, image_only, **{"dtype": "float32", **options})
+  frameworks_ = OF_TOWERS if isinstance(model, TwoTowers) else FRAMEWORKS
+  save, execute, package = frameworks_[framework]
   weights.print_notes(record)
   hw = certificate.image_hw(record, image_size)
+  vit, channels = _image_tower(model, params)
   if seqhw is None:
-    (ph, pw), (gh, gw) = model.patch_size, model.posemb_size
+    (ph, pw), (gh, gw) = vit.patch_size, vit.posemb_size
     hw = ph * gh, pw * gw
   save(out, model, params, record, image_hw=hw, seqhw=seqhw)
   if not verify:
     return [], ""
   try:
-    image = certificate.images(hw, params["embedding"]["kernel"].shape[2])
-    size = seqhw or _square(model.grid(hw).grid_hw)
+    image, tokens = certificate.images(hw, channels), _texts(model)
+    size = seqhw or _square(vit.grid(hw).grid_hw)
     compared = optional.version(package) or "flexivit_jax, for it is not installed"
-    target = execute(out, image) if optional.version(package) else _read_back(out, image)
-    row = certificate.Row(size, certificate.logits(model, params, image, seqhw), target)
-    if not row.difference <= row.limit:
+    if not optional.version(package):
+      target = _run(*_load(out, image_only)[:2], image, tokens, None)
+    else:
+      target = execute(out, image) if tokens is None else execute(out, image, tokens)
+    row = _row(size, _run(model, params, image, tokens, seqhw), target)
+    if not row.is_close:
       raise errors.UserError(
         f"The written model differs by {row.difference:.1e}, more than {row.limit:.1e}; nothing is"
         " written. Please report this."
@@ -96,8 +111,41 @@ def _square(size: Size) -> SeqHw:
   return size[0] if size[0] == size[1] else size
 
 
-def _read_back(out: pathlib.Path, image: np.ndarray) -> np.ndarray:
-  return certificate.logits(*weights.load(out), image, None)
+def _load(source: pathlib.Path, image_only: bool, **options: Any) -> tuple[Model, Params, Json]:
+  """Reads both towers of a file that has two, unless the image tower alone is wanted."""
+  if image_only or weights.towers.text_of(source) is None:
+    return weights.load_with_record(source, **options)
+  return weights.towers.load(source, **options)
+
+
+def _image_tower(model: Model, params: Params) -> tuple[FlexiViT, int]:
+  """Returns the image tower, and the channels of its images."""
+  towers = isinstance(model, TwoTowers)
+  vit, own = (model.parts["image"], params["image"]) if towers else (model, params)
+  return vit, own["embedding"]["kernel"].shape[2]
+
+
+def _texts(model: Model) -> np.ndarray | None:
+  return certificate.texts(model.parts["text"]) if isinstance(model, TwoTowers) else None
+
+
+def _run(
+  model: Model,
+  params: Params,
+  image: np.ndarray,
+  tokens: np.ndarray | None,
+  seqhw: SeqHw | None,
+) -> Any:
+  """Returns logits, of two towers `certificate.Embeddings`."""
+  if isinstance(model, TwoTowers) and tokens is not None:
+    return certificate.embeddings(model, params, image, tokens, seqhw)
+  return certificate.logits(model, params, image, seqhw)
+
+
+def _row(seqhw: SeqHw, source: Any, target: Any) -> Row:
+  if isinstance(source, certificate.Embeddings):
+    return certificate.TowersRow(seqhw, source, certificate.Embeddings(*target))
+  return certificate.Row(seqhw, source, target)
 
 
 def convert(
@@ -110,8 +158,9 @@ def convert(
   mean: Sequence[float] | None = None,
   std: Sequence[float] | None = None,
   flexify: tuple[Size, Size] | None = None,
+  image_only: bool = False,
   **fields: Any,
-) -> list[certificate.Row]:
+) -> list[Row]:
   """Writes `out` and the certificate beside it, and returns the certificate's rows.
 
   Args:
@@ -120,12 +169,13 @@ def convert(
     image_size: pixels a side for the certificate; by default the model's own, or 240.
     verify: compare; without it there is no certificate.
     exact: the native size must give the same logits; a flexified model does so only nearly.
+    image_only: of two towers, the image tower alone.
 
   Raises:
-    UserError: see `weights.load` and `weights.save_npz`; or logits that differ, and then nothing is left behind.
+    UserError: see `weights.load` and `weights.save_npz`; or outputs that differ, and then nothing is left behind.
   """
   options = dict(mean=mean, std=std, flexify=flexify, **fields)
-  model, params, record = weights.load_with_record(source, **options)
+  model, params, record = _load(source, image_only, **options)
   weights.print_notes(record)
   weights.save_npz(out, model, params, record)
   if not verify:
@@ -133,10 +183,11 @@ def convert(
   try:
     folded = _folded(record)
     plain: Json = {name: [0.5] * len(values) for name, values in folded.items()}
-    published, target = weights.load(source, **plain, **fields), weights.load(out)
+    published = _load(source, image_only, **plain, **fields)[:2]
+    target = _load(out, image_only)[:2]
     hw = certificate.image_hw(record, image_size)
     rows = compare(published, target, hw, folded.get("mean"), folded.get("std"))
-    _judge(rows, hw, published[0], exact, folded=bool(folded))
+    _judge(rows, hw, _image_tower(*published)[0], exact, folded=bool(folded))
   except Exception:
     out.unlink()
     raise
@@ -145,22 +196,21 @@ def convert(
 
 
 def compare(
-  source: tuple[FlexiViT, Params],
-  target: tuple[FlexiViT, Params],
+  source: tuple[Model, Params],
+  target: tuple[Model, Params],
   hw: Size,
   mean: Sequence[float] | None,
   std: Sequence[float] | None,
-) -> list[certificate.Row]:
+) -> list[Row]:
   """Runs two models on the same two images at up to five patch sizes, the source's own among them."""
-  channels = source[1]["embedding"]["kernel"].shape[2]
-  image = certificate.images(hw, channels)
+  vit, channels = _image_tower(*source)
+  image, tokens = certificate.images(hw, channels), _texts(source[0])
   raw = image
   if mean is not None and std is not None:
     raw = (((image + 1) / 2 - np.asarray(mean)) / np.asarray(std)).astype(np.float32)
-  sizes = _sizes(hw, source[0].patch_size)
   return [
-    certificate.Row(s, certificate.logits(*source, raw, s), certificate.logits(*target, image, s))
-    for s in sizes
+    _row(s, _run(*source, raw, tokens, s), _run(*target, image, tokens, s))
+    for s in _sizes(hw, vit.patch_size)
   ]
 
 
@@ -170,13 +220,11 @@ def _folded(record: Json) -> Json:
   return record.get("folded_input", {}) if as_published else {}
 
 
-def _judge(
-  rows: list[certificate.Row], hw: Size, model: FlexiViT, exact: bool, folded: bool
-) -> None:
+def _judge(rows: list[Row], hw: Size, model: FlexiViT, exact: bool, folded: bool) -> None:
   for row in rows:
     native = model.patch_size == model.grid(hw, **size_args(row.seqhw)).patch_hw
     # Where its kernel shrinks, a folded input is exact only nearly; a flexified model, nowhere.
-    if exact and (native or not folded) and not row.difference <= row.limit:
+    if exact and (native or not folded) and not row.is_close:
       raise errors.UserError(
         f"The converted model differs at seqhw={size_text(row.seqhw)} by {row.difference:.1e}, more than"
         f" {row.limit:.1e}; nothing is written. Please report this."

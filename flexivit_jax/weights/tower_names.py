@@ -3,13 +3,14 @@
 Source of the names: google-research/big_vision, models/proj/image_text/two_towers.py and text_transformer.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from flexivit_jax import errors, trees
 from flexivit_jax.models import text as text_model, vit
-from flexivit_jax.trees import Arrays, Params
+from flexivit_jax.trees import Arrays, Json, Params
 from flexivit_jax.weights import big_vision
 from flexivit_jax.weights.big_vision import Fields
 
@@ -21,6 +22,24 @@ _OURS = {
   "Encoder_0": "Transformer",
 }  # of the text tower; other names are the same
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+class Text(NamedTuple):
+  """What a file holds beside its image tower.
+
+  Attributes:
+    params: of the text tower, by our names.
+    fields: those of the `TextTower` that the arrays and the files beside them tell.
+    scalars: "t", log of the scale, [1]; "b", the bias, [1], where there is one.
+    tokenizer: entry "text" of the record, see `data.text.Tokens`; None where no file has it.
+    notes: what a user should know.
+  """
+
+  params: Params
+  fields: Fields
+  scalars: Arrays
+  tokenizer: Json | None = None
+  notes: Sequence[str] = ()
 
 
 def to_big_vision(params: Params) -> Params:

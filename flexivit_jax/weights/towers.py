@@ -9,7 +9,7 @@ import pathlib
 import re
 import zipfile
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +18,14 @@ import numpy as np
 from flexivit_jax import errors, trees
 from flexivit_jax.models import TextTower, TwoTowers, text as text_model
 from flexivit_jax.sizes import Size
-from flexivit_jax.trees import Arrays, Json, Params
+from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import layouts, npz, reading, registry, tower_names, tower_records
 from flexivit_jax.weights.big_vision import Fields
-
-
-class Text(NamedTuple):
-  """What a file holds beside its image tower.
-
-  Attributes:
-    params: of the text tower, by our names.
-    fields: those of the `TextTower` that the arrays and the files beside them tell.
-    scalars: "t", log of the scale, [1]; "b", the bias, [1], where there is one.
-    tokenizer: entry "text" of the record, see `data.text.Tokens`; None where no file has it.
-    notes: what a user should know.
-  """
-
-  params: Params
-  fields: Fields
-  scalars: Arrays
-  tokenizer: Json | None = None
-  notes: Sequence[str] = ()
+from flexivit_jax.weights.tower_names import Text
+from flexivit_jax.weights.transformers import (
+  folder as transformers_folder,
+  towers as transformers_towers,
+)
 
 
 def load(
@@ -54,7 +41,8 @@ def load(
 ) -> tuple[TwoTowers, Params, Json]:
   """Returns (model, params, record) of a file or folder with two towers.
 
-  These are: a run of the model `two_towers` and the `.npz` made of it; big_vision's `.npz` (LiT, SigLIP).
+  These are: a run of the model `two_towers` and the `.npz` made of it; big_vision's `.npz` (LiT, SigLIP); folders of
+  transformers: CLIP, SigLIP, SigLIP 2 of a fixed size.
 
   Args:
     path, mean, std, flexify, ema, finite: as in `reading.load_with_record`.
@@ -73,8 +61,8 @@ def load(
   found = text_of(path)
   if found is None:
     raise errors.UserError(
-      f"{path} has an image tower and no text tower; expected two towers: a run or .npz of the model two_towers, or"
-      " big_vision's .npz of two towers."
+      f"{path} has an image tower and no text tower; expected two towers: a run or .npz of the model two_towers,"
+      " big_vision's .npz of two towers, or a folder of transformers (CLIPModel, SiglipModel)."
     )
   tower = TextTower(**found.fields | (text or {}))
   _check(tower, found.params, path, finite)
@@ -152,6 +140,7 @@ def _is_npz(path: pathlib.Path) -> bool:
 _READERS: tuple[
   tuple[Callable[[pathlib.Path], bool], Callable[[pathlib.Path], Text | None]], ...
 ] = (
+  (transformers_folder.is_folder, transformers_towers.read),
   (pathlib.Path.is_dir, _read_run),
   (_is_npz, _read_npz),
 )

@@ -1,11 +1,13 @@
 """Files of two towers: what is written comes back, and the image tower alone is a FlexiViT."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexivit_jax import trees, weights
+from flexivit_jax import cli, trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import TwoTowers
 from flexivit_jax.weights import description, npz, tower_names, tower_records, towers
@@ -114,6 +116,35 @@ def test_a_record_of_other_fields_is_refused(tmp_path):
   weights.save_npz(tmp_path / "w.npz", model, params, record)
   with pytest.raises(UserError, match=r"widht.*Did you mean 'width'"):
     towers.load(tmp_path / "w.npz")
+
+
+@pytest.mark.full
+def test_a_conversion_compares_both_embeddings_and_the_similarity(tmp_path, capsys):
+  model, params, record = made()
+  weights.save_npz(tmp_path / "w.npz", model, params, record)
+  given = ["convert", str(tmp_path / "w.npz"), "--image_size=12"]
+  assert cli.main([*given, str(tmp_path / "out.npz")]) == 0
+  assert "seqhw   3: largest differences: image 0.0e+00, text 0.0e+00" in capsys.readouterr().out
+  assert_same(towers.load(tmp_path / "out.npz")[1], params)
+  certificate = json.loads((tmp_path / "out.certificate.json").read_text())
+  assert {row["seqhw"] for row in certificate["rows"]} == {2, 3, 4, 6, 12}
+  row = certificate["rows"][1]
+  assert row["largest_differences"].keys() == {"image", "text", "similarity"}
+  image, text = np.array(row["source_image"]), np.array(row["source_text"])
+  want = np.exp(params["t"]) * image @ text.T + params["b"]
+  np.testing.assert_allclose(row["target_similarity"], want, atol=1e-5)
+  assert cli.main([*given, str(tmp_path / "image.npz"), "--image_only", "--no-verify"]) == 0
+  assert weights.load(tmp_path / "image.npz")[0] == model.parts["image"]
+  assert towers.text_of(tmp_path / "image.npz") is None
+
+
+def test_towers_that_no_model_of_transformers_has_are_refused_by_their_features(tmp_path):
+  model, params, record = made(image=IMAGE | dict(pool_type="tok"))
+  with pytest.raises(UserError) as error:
+    weights.save_towers(tmp_path / "out", model, params, record, image_hw=(12, 12))
+  for words in ("CLIPModel", "pre_norm=False", "causal=False", "pool_type='last'"):
+    assert words in str(error.value)
+  assert not (tmp_path / "out").exists()
 
 
 def test_both_towers_are_described(tmp_path):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from flexivit_jax import errors
 from flexivit_jax.trees import Arrays
@@ -44,6 +44,36 @@ def transformers_logits(
   Raises:
     UserError: transformers or torch is not installed, or arrays that the model has are not in the folder.
   """
+  torch, model = _transformers_model(folder)
+  pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+  with torch.no_grad():
+    output = _pooled(model, pixels)
+  return output.numpy()
+
+
+def transformers_embeddings(
+  folder: str | os.PathLike[str],
+  image: Float[np.ndarray, "n h w c"],
+  tokens: Int[np.ndarray, "m l"],
+) -> tuple[Float[np.ndarray, "n e"], Float[np.ndarray, "m e"], Float[np.ndarray, "n m"]]:
+  """Runs a CLIP or SigLIP of transformers: unit vectors of images and texts, and their scaled products.
+
+  Args:
+    folder, image: as for `transformers_logits`.
+    tokens: of texts; every one counts, also of padding.
+
+  Raises:
+    UserError: see `transformers_logits`.
+  """
+  torch, model = _transformers_model(folder)
+  pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+  with torch.no_grad():
+    out = model(pixel_values=pixels, input_ids=torch.from_numpy(tokens.astype(np.int64)))
+  return out.image_embeds.numpy(), out.text_embeds.numpy(), out.logits_per_image.numpy()
+
+
+def _transformers_model(folder: str | os.PathLike[str]) -> tuple[types.ModuleType, Foreign]:
+  """Returns torch, and the model of a folder, in float32 and not in training."""
   why = f"Running {folder}"
   torch, transformers = optional.require("torch", why), optional.require("transformers", why)
   config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -54,10 +84,7 @@ def transformers_logits(
   )
   if lacking := sorted(loaded["missing_keys"]):
     raise errors.UserError(f"{folder} lacks arrays of {name}: {', '.join(lacking)}.")
-  pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
-  with torch.no_grad():
-    output = _pooled(model.eval(), pixels)
-  return output.numpy()
+  return torch, model.eval()
 
 
 def _pooled(model: Foreign, pixels: Foreign) -> Foreign:

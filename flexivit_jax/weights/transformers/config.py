@@ -44,9 +44,9 @@ def spec(config: Json) -> Spec:
     head,
     _fields(tower, family)
     | {"pool_type": head.pool_type, "num_classes": _outputs(config, tower, head)},
-    channels=_whole(tower, "num_channels"),
+    channels=whole(tower, "num_channels"),
     qkv_bias=bool(tower.get("qkv_bias", True)),
-    pooler=_whole(tower, pooler),
+    pooler=whole(tower, pooler),
     image_size=_pair(tower, "image_size"),
   )
 
@@ -75,7 +75,7 @@ def _family(config: Json) -> Family:
     )
   if isinstance(name, str) and name not in FAMILIES and (reason := other_models.kind(name)):
     raise errors.UserError(other_models.refusal(f"model_type {name!r} in config.json", reason))
-  return FAMILIES[_known("model_type", name, FAMILIES)]
+  return FAMILIES[known("model_type", name, FAMILIES)]
 
 
 def _head(config: Json, family: Family) -> Head:
@@ -85,7 +85,7 @@ def _head(config: Json, family: Family) -> Head:
     raise errors.UserError(
       f"config.json has architectures={architectures!r}; expected a list with one of {expected}."
     )
-  return family.classes[_known("architecture", architectures[0], family.classes)]
+  return family.classes[known("architecture", architectures[0], family.classes)]
 
 
 def _tower(config: Json, family: Family) -> Json:
@@ -116,7 +116,7 @@ def _check(tower: Json, head: Head) -> None:
 
 def _fields(tower: Json, family: Family) -> Json:
   """The fields of the FlexiViT, but for its head."""
-  width, heads = _whole(tower, "hidden_size"), _whole(tower, "num_attention_heads")
+  width, heads = whole(tower, "hidden_size"), whole(tower, "num_attention_heads")
   if width % heads:
     raise errors.UserError(
       f"config.json has hidden_size={width}, no multiple of num_attention_heads={heads}."
@@ -125,13 +125,13 @@ def _fields(tower: Json, family: Family) -> Json:
     "patch_size": _pair(tower, "patch_size"),
     "posemb_size": _grid(_pair(tower, "image_size"), _pair(tower, "patch_size")),
     "width": width,
-    "depth": _whole(tower, "num_hidden_layers"),
+    "depth": whole(tower, "num_hidden_layers"),
     "mlp_dim": _mlp_dim(tower, width),
     "num_heads": heads,
     "registers": _registers(tower, family),
     "pre_norm": bool(family.layout.pre_norm),
-    "layer_norm_eps": _positive(tower, "layer_norm_eps"),
-    "gelu": GELU[_known("hidden_act", tower["hidden_act"], GELU)],
+    "layer_norm_eps": positive(tower, "layer_norm_eps"),
+    "gelu": GELU[known("hidden_act", tower["hidden_act"], GELU)],
     "kernel_operator": "cubic_antialias",
     "grid_operator": "cubic_antialias",
   }
@@ -151,9 +151,9 @@ def _outputs(config: Json, tower: Json, head: Head) -> int:
   if not head.dense:
     return 0
   if head.dense == PROJECTION:
-    return _whole(tower, "projection_dim")
+    return whole(tower, "projection_dim")
   if "id2label" not in config:
-    return _whole({"num_labels": 2, **config}, "num_labels")  # two is transformers' default
+    return whole({"num_labels": 2, **config}, "num_labels")  # two is transformers' default
   if not isinstance(config["id2label"], dict):
     raise errors.UserError(
       f"config.json has id2label={config['id2label']!r}; expected names by number."
@@ -165,31 +165,34 @@ def _outputs(config: Json, tower: Json, head: Head) -> int:
 
 def _mlp_dim(tower: Json, width: int) -> int:
   if "mlp_ratio" in tower:
-    return int(width * _positive(tower, "mlp_ratio"))
-  return _whole(tower, "intermediate_size")
+    return int(width * positive(tower, "mlp_ratio"))
+  return whole(tower, "intermediate_size")
 
 
 def _registers(tower: Json, family: Family) -> int:
   """Registers, or DeiT's distillation token, which is one once its position is folded in."""
   if "num_register_tokens" in tower:
-    return _whole(tower, "num_register_tokens")
+    return whole(tower, "num_register_tokens")
   return max(0, len(family.layout.tokens) - 1)
 
 
-def _known(kind: str, name: object, choices: Mapping[str, object]) -> str:
+def known(kind: str, name: object, choices: Mapping[str, object]) -> str:
+  """Returns a name that is one of the choices; a UserError for another one."""
   if not isinstance(name, str) or name not in choices:
     raise errors.unknown(f"{kind} in config.json:", name, choices)
   return name
 
 
-def _whole(config: Json, name: str) -> int:
+def whole(config: Json, name: str) -> int:
+  """Returns a whole number from 1; a UserError for another value."""
   value = config[name]
   if type(value) is not int or value < 1:
     raise errors.UserError(f"config.json has {name}={value!r}; expected a whole number from 1.")
   return value
 
 
-def _positive(config: Json, name: str) -> float:
+def positive(config: Json, name: str) -> float:
+  """Returns a number above 0; a UserError for another value."""
   value = config[name]
   if type(value) not in (int, float) or not value > 0:
     raise errors.UserError(f"config.json has {name}={value!r}; expected a number > 0.")

@@ -14,7 +14,7 @@ from flexivit_jax.weights.transformers.config import Spec
 from flexivit_jax.weights.transformers.shapes import MAP, MASK, POOLER, REGISTERS
 
 # SigLIP's names of the parts of its attention pooling.
-_POOL = {
+POOL = {
   "probe": "probe",
   "norm": "layernorm",
   "qkv": "attention.in_proj",
@@ -83,7 +83,7 @@ def _convert(a: Arrays, s: Spec) -> Arrays:
     # One array holds all three projections, without the dot that other layers have: in_proj_weight.
     theirs = torch_layout.under(f"{MAP}.", a)
     theirs = {name.replace("in_proj_", "in_proj."): array for name, array in theirs.items()}
-    pool = torch_layout.pool_from_torch(theirs, _POOL, heads)
+    pool = torch_layout.pool_from_torch(theirs, POOL, heads)
     flat |= {f"MAPHead_0/{name}": array for name, array in pool.items()}
   return flat | (_convert_head(a, s.head.dense) if s.fields["num_classes"] else {})
 

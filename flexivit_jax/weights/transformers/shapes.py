@@ -1,6 +1,6 @@
 """Which arrays a config.json of Hugging Face's `transformers` promises: names and shapes, all of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
@@ -29,38 +29,46 @@ def check(s: Spec, arrays: Arrays, prefix: str) -> None:
     )
   tower = _tower(s) | _unused(s, [name.removeprefix(prefix) for name in arrays])
   expected = {prefix + name: shape for name, shape in tower.items()} | _head(s)
-  kind = lambda name: np.int64 if name.endswith(IDS) else np.float32  # noqa: E731
-  specs = {name: jax.ShapeDtypeStruct(shape, kind(name)) for name, shape in expected.items()}
-  lines = trees.diff(specs, dict(arrays), max_lines=10**6)
-  if lines:
-    raise errors.UserError("The arrays are not those of config.json:\n  " + "\n  ".join(lines))
+  compare(expected, arrays)
   ids = arrays.get(prefix + IDS)
   if ids is not None and (ids[0] != np.arange(ids.size)).any():
     raise errors.UserError(f"{prefix}{IDS}: expected 0, 1, 2, ..., got another order.")
 
 
-def _dense(name: str, out: int, in_: int, *, bias: bool = True) -> Shapes:
+def compare(expected: Shapes, arrays: Arrays) -> None:
+  """Raises a UserError that lists all differences between arrays and what config.json promises."""
+  kind = lambda name: np.int64 if name.endswith(IDS) else np.float32  # noqa: E731
+  specs = {name: jax.ShapeDtypeStruct(shape, kind(name)) for name, shape in expected.items()}
+  lines = trees.diff(specs, dict(arrays), max_lines=10**6)
+  if lines:
+    raise errors.UserError("The arrays are not those of config.json:\n  " + "\n  ".join(lines))
+
+
+def dense(name: str, out: int, in_: int, *, bias: bool = True) -> Shapes:
+  """Of a linear layer."""
   return {f"{name}.weight": (out, in_)} | ({f"{name}.bias": (out,)} if bias else {})
 
 
-def _norm(name: str, width: int) -> Shapes:
+def norm(name: str, width: int) -> Shapes:
+  """Of a LayerNorm."""
   return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
 def _tower(s: Spec) -> Shapes:
   """All arrays before the head."""
   f, names = s.fields, s.family.layout
-  d, block = f["width"], _block(s)
+  d = f["width"]
+  parts = block(names.block, d, f["mlp_dim"], qkv_bias=s.qkv_bias)
   shapes: Shapes = {f"{names.patch}.weight": (d, s.channels, *f["patch_size"])}
   shapes[names.position] = (*names.lead, _length(s), d)
   shapes |= {name: (*names.lead, *names.lead, d) for name in names.tokens}
   if f["registers"] and len(names.tokens) == 1:  # DeiT's is a token with a position
     shapes[REGISTERS] = (1, f["registers"], d)
   # CLIP has a LayerNorm in place of the bias.
-  shapes |= _norm(names.pre_norm, d) if names.pre_norm else {f"{names.patch}.bias": (d,)}
+  shapes |= norm(names.pre_norm, d) if names.pre_norm else {f"{names.patch}.bias": (d,)}
   for i in range(f["depth"]):
-    shapes |= {f"{names.blocks}.{i}.{name}": shape for name, shape in block.items()}
-  shapes |= _norm(names.norm, d)
+    shapes |= {f"{names.blocks}.{i}.{name}": shape for name, shape in parts.items()}
+  shapes |= norm(names.norm, d)
   return shapes | (_map(d, f["mlp_dim"]) if f["pool_type"] == "map" else {})
 
 
@@ -69,13 +77,13 @@ def _length(s: Spec) -> int:
   return len(s.family.layout.tokens) + int(np.prod(s.fields["posemb_size"]))
 
 
-def _block(s: Spec) -> Shapes:
-  names, d, mlp = s.family.layout.block, s.fields["width"], s.fields["mlp_dim"]
-  shapes = _norm(names["norm1"], d) | _norm(names["norm2"], d)
+def block(names: Mapping[str, str], d: int, mlp: int, *, qkv_bias: bool = True) -> Shapes:
+  """Of a block, without the prefix that all its names share; `names` are those of `Layout.block`."""
+  shapes = norm(names["norm1"], d) | norm(names["norm2"], d)
   for part in ("query", "key", "value"):
-    shapes |= _dense(names[part], d, d, bias=s.qkv_bias)
-  shapes |= _dense(names["out"], d, d)
-  shapes |= _dense(names["fc1"], mlp, d) | _dense(names["fc2"], d, mlp)
+    shapes |= dense(names[part], d, d, bias=qkv_bias)
+  shapes |= dense(names["out"], d, d)
+  shapes |= dense(names["fc1"], mlp, d) | dense(names["fc2"], d, mlp)
   return shapes | {names[part]: (d,) for part in ("scale1", "scale2") if part in names}
 
 
@@ -84,10 +92,10 @@ def _map(d: int, mlp: int) -> Shapes:
     f"{MAP}.probe": (1, 1, d),
     f"{MAP}.attention.in_proj_weight": (3 * d, d),
     f"{MAP}.attention.in_proj_bias": (3 * d,),
-    **_dense(f"{MAP}.attention.out_proj", d, d),
-    **_norm(f"{MAP}.layernorm", d),
-    **_dense(f"{MAP}.mlp.fc1", mlp, d),
-    **_dense(f"{MAP}.mlp.fc2", d, mlp),
+    **dense(f"{MAP}.attention.out_proj", d, d),
+    **norm(f"{MAP}.layernorm", d),
+    **dense(f"{MAP}.mlp.fc1", mlp, d),
+    **dense(f"{MAP}.mlp.fc2", d, mlp),
   }
 
 
@@ -98,7 +106,7 @@ def _head(s: Spec) -> Shapes:
   shapes: Shapes = {}
   for name in layers if classes else ():
     inputs = s.fields["width"] * tokens // len(layers)
-    shapes |= _dense(name, classes, inputs, bias=layers != PROJECTION)
+    shapes |= dense(name, classes, inputs, bias=layers != PROJECTION)
   return shapes
 
 
@@ -112,7 +120,7 @@ def _unused(s: Spec, got: Iterable[str]) -> Shapes:
   else:
     groups[MASK] = {MASK: (1, d) if dino else (1, 1, d)}
   if not (clip or dino or s.head.dense):
-    groups[POOLER] = _dense(POOLER, s.pooler, d)
+    groups[POOLER] = dense(POOLER, s.pooler, d)
   if clip and s.fields["pool_type"] == "gap":
     groups[MAP] = _map(d, s.fields["mlp_dim"])
   there = [group for group in groups if any(name.startswith(group) for name in got)]

@@ -64,15 +64,13 @@ def save_transformers(
   labels = class_names.of_record(record, model.num_classes, f"what is to be written to {out}")
   config = _config(fixed, channels, image_hw, labels.names)
   record = stated.written_for(record, image_hw)
-  _write(
+  write(
     out,
     {
-      transformers_folder.CONFIG: _json(config),
+      transformers_folder.CONFIG: to_json(config),
       transformers_folder.WEIGHTS: weights,
-      transformers_images.PREPROCESSOR: _json(
-        _preprocessor(image_hw, channels) | _resize(stated.of_record(record))
-      ),
-      folders.RECORD: _json(_record(record, fixed, image_hw)),
+      transformers_images.PREPROCESSOR: to_json(preprocessor(image_hw, channels, record)),
+      folders.RECORD: to_json(_record(record, fixed, image_hw)),
     },
   )
 
@@ -121,7 +119,7 @@ def _config(model: FlexiViT, channels: int, hw: Size, names: Sequence[str] | Non
     "num_hidden_layers": model.depth,
     "num_attention_heads": model.num_heads,
     "intermediate_size": model.mlp_dim,
-    "hidden_act": _hidden_act(model.gelu),
+    "hidden_act": hidden_act(model.gelu),
     "layer_norm_eps": model.layer_norm_eps,
     "image_size": _one_or_two(hw),
     "patch_size": _one_or_two(model.patch_size),
@@ -137,7 +135,8 @@ def _config(model: FlexiViT, channels: int, hw: Size, names: Sequence[str] | Non
   return config | {"id2label": {str(i): n for i, n in enumerate(labels)}, "label2id": ids}
 
 
-def _hidden_act(gelu: str) -> str:
+def hidden_act(gelu: str) -> str:
+  """Returns transformers' name of a GELU."""
   return next(theirs for theirs, ours in transformers_config.GELU.items() if ours == gelu)
 
 
@@ -146,8 +145,9 @@ def _one_or_two(size: Size) -> int | list[int]:
   return size[0] if size[0] == size[1] else list(size)
 
 
-def _preprocessor(hw: Size, channels: int) -> Json:
-  return {
+def preprocessor(hw: Size, channels: int, record: Json) -> Json:
+  """Returns the preprocessor_config.json of images of `hw`, resized and cut as the record says, else squashed."""
+  default = {
     "image_processor_type": "ViTImageProcessor",
     "do_resize": True,
     "size": {"height": hw[0], "width": hw[1]},
@@ -158,6 +158,7 @@ def _preprocessor(hw: Size, channels: int) -> Json:
     "image_mean": [0.5] * channels,
     "image_std": [0.5] * channels,
   }
+  return default | _resize(stated.of_record(record))
 
 
 def _resize(images: stated.Stated | None) -> Json:
@@ -191,11 +192,13 @@ def _record(record: Json, model: FlexiViT, hw: Size) -> Json:
   }
 
 
-def _json(content: Json) -> bytes:
+def to_json(content: Json) -> bytes:
+  """Returns a file of JSON."""
   return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _write(out: pathlib.Path, parts: dict[str, bytes]) -> None:
+def write(out: pathlib.Path, parts: dict[str, bytes]) -> None:
+  """Writes files into a folder that appears when it is complete."""
   with folders.new(out) as folder:
     for name, content in parts.items():
       (folder / name).write_bytes(content)

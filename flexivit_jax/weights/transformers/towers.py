@@ -1,0 +1,178 @@
+"""CLIP and SigLIP of `transformers`: what a folder holds beside the image tower."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from flexivit_jax import errors, trees
+from flexivit_jax.trees import Arrays, Json
+from flexivit_jax.weights import folders, torch_layout, wrappers
+from flexivit_jax.weights.big_vision import Fields
+from flexivit_jax.weights.timm import folder as timm_folder
+from flexivit_jax.weights.tower_names import Text
+from flexivit_jax.weights.transformers import (
+  config as transformers_config,
+  folder as transformers_folder,
+  shapes as transformers_shapes,
+)
+from flexivit_jax.weights.transformers.families import FAMILIES
+
+TOWER, PROJECTION, SCALE, BIAS = (
+  "text_model.", "text_projection", "logit_scale", "logit_bias",
+)  # fmt: skip
+TOKENS, POSITIONS = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
+BLOCKS, NORM, HEAD = "encoder.layers", "final_layer_norm", "head"
+BLOCK = FAMILIES["clip"].layout.block
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_SENTENCEPIECE = "spiece.model"
+# Before transformers 4.31 CLIP's config had this number; the largest token of a text was pooled, and still is there.
+LEGACY_END = 2
+
+# Of the config classes, as in `families`.
+_SIZES = dict(num_hidden_layers=12)
+DEFAULTS: dict[str, Json] = {
+  "clip": _SIZES | dict(
+    vocab_size=49408, hidden_size=512, intermediate_size=2048, num_attention_heads=8, max_position_embeddings=77,
+    hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=49407,
+  ),
+  "siglip": _SIZES | dict(
+    vocab_size=32000, hidden_size=768, intermediate_size=3072, num_attention_heads=12, max_position_embeddings=64,
+    hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6,
+  ),
+}  # fmt: skip
+CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
+
+
+def read(path: pathlib.Path) -> Text | None:
+  """Returns the text tower of a folder, its scalars and its tokenizer; None for a model without them.
+
+  Raises:
+    UserError: arrays that are not those of config.json, or a value there that cannot be.
+  """
+  config = transformers_folder.read_config(path)
+  family = config.get("model_type")
+  if family not in CLASSES or config.get("architectures") != [CLASSES[family]]:
+    return None
+  fields, notes = _fields(config, family)
+  arrays = wrappers.unwrap(transformers_folder.read_arrays(path)).arrays
+  ours = (TOWER, PROJECTION, SCALE, BIAS)
+  arrays = {name: a for name, a in arrays.items() if name.startswith(ours)}
+  transformers_shapes.compare(_shapes(family, fields, arrays), arrays)
+  scalars = {"t": arrays[SCALE].reshape(1)}
+  scalars |= {"b": arrays[BIAS].reshape(1)} if family == "siglip" else {}
+  tokenizer, more = _tokenizer(path, family, fields)
+  params = trees.unflatten(_convert(family, fields, arrays))
+  return Text(params, fields, scalars, tokenizer, [*notes, *more])
+
+
+def settings(config: Json, family: str) -> Json:
+  """Returns the settings of the text tower in a config.json, all of them."""
+  given = config.get("text_config_dict") or config.get("text_config") or {}
+  if not isinstance(given, dict):
+    raise errors.UserError(f"config.json has text_config={given!r}; expected an object.")
+  return {**DEFAULTS[family], **{k: v for k, v in given.items() if v is not None}}
+
+
+def _fields(config: Json, family: str) -> tuple[Fields, list[str]]:
+  text, whole = settings(config, family), transformers_config.whole
+  if family == "clip":
+    outputs = whole({"projection_dim": 512, **config}, "projection_dim")
+  else:
+    outputs = whole({"projection_size": text["hidden_size"], **text}, "projection_size")
+  gelu = transformers_config.known("hidden_act", text["hidden_act"], transformers_config.GELU)
+  fields: Fields = dict(
+    kind=family,
+    vocab_size=whole(text, "vocab_size"),
+    max_length=whole(text, "max_position_embeddings"),
+    width=whole(text, "hidden_size"),
+    depth=whole(text, "num_hidden_layers"),
+    mlp_dim=whole(text, "intermediate_size"),
+    num_heads=whole(text, "num_attention_heads"),
+    gelu=transformers_config.GELU[gelu],
+    layer_norm_eps=transformers_config.positive(text, "layer_norm_eps"),
+    num_classes=outputs,
+  )
+  if family != "clip":
+    return fields, []
+  end = whole(text, "eos_token_id")
+  if end != LEGACY_END:
+    return fields | {"eos_token": end}, []
+  last = fields["vocab_size"] - 1
+  note = f"config.json has eos_token_id={LEGACY_END}, by which the largest token is pooled: the last, {last}, is taken."
+  return fields | {"eos_token": last}, [note]
+
+
+def _shapes(family: str, f: Fields, arrays: Arrays) -> transformers_shapes.Shapes:
+  """All arrays of the text tower, and the scalars."""
+  d = f["width"]
+  shapes: transformers_shapes.Shapes = {
+    TOKENS: (f["vocab_size"], d),
+    POSITIONS: (f["max_length"], d),
+  }
+  shapes |= transformers_shapes.norm(NORM, d)
+  block = transformers_shapes.block(BLOCK, d, f["mlp_dim"])
+  if f["depth"] > len(arrays):
+    raise errors.UserError(
+      f"config.json has {f['depth']} layers of text; there are {len(arrays)} arrays."
+    )
+  for i in range(f["depth"]):
+    shapes |= {f"{BLOCKS}.{i}.{name}": shape for name, shape in block.items()}
+  if family == "siglip":
+    shapes |= transformers_shapes.dense(HEAD, f["num_classes"], d)
+  if TOWER + transformers_shapes.IDS in arrays:
+    shapes[transformers_shapes.IDS] = (1, f["max_length"])
+  whole = {TOWER + name: shape for name, shape in shapes.items()}
+  if family == "siglip":
+    return whole | {SCALE: (1,), BIAS: (1,)}
+  return (
+    whole | transformers_shapes.dense(PROJECTION, f["num_classes"], d, bias=False) | {SCALE: ()}
+  )
+
+
+def _convert(family: str, f: Fields, arrays: Arrays) -> Arrays:
+  a = torch_layout.under(TOWER, arrays)
+  flat = {
+    "embedding/embedding": a[TOKENS],
+    "pos_embedding": a[POSITIONS][None],
+    **torch_layout.norm_from_torch(a, NORM, "Transformer/encoder_norm"),
+  }
+  for i in range(f["depth"]):
+    theirs = torch_layout.under(f"{BLOCKS}.{i}.", a)
+    block = torch_layout.block_from_torch(theirs, BLOCK, f["num_heads"])
+    flat |= {f"Transformer/encoderblock_{i}/{name}": array for name, array in block.items()}
+  if family == "siglip":
+    return flat | torch_layout.dense_from_torch(a, HEAD, "head")
+  return flat | {"head/kernel": np.ascontiguousarray(arrays[f"{PROJECTION}.weight"].T)}
+
+
+def _tokenizer(path: pathlib.Path, family: str, f: Fields) -> tuple[Json | None, list[str]]:
+  """Returns the record of the folder's tokenizer, and a note if there is one that cannot be used."""
+  # Here, for it imports OpenCV, which `import flexivit_jax` does without.
+  from flexivit_jax.data import text
+
+  file = next((path / n for n in (TOKENIZER, _SENTENCEPIECE) if (path / n).is_file()), None)
+  if file is None:
+    return None, []
+  config = path / TOKENIZER_CONFIG
+  stated = timm_folder.read_json(config) if config.is_file() else {}
+  end = f["eos_token"] if family == "clip" else _word(stated.get("eos_token")) or "</s>"
+  pad = _word(stated.get("pad_token")) or end
+  options = dict(length=f["max_length"], pad=pad, end=end, lower=family == "siglip")
+  record = path / folders.RECORD  # of a folder that we wrote
+  options |= (timm_folder.read_json(record).get("text") or {}) if record.is_file() else {}
+  try:
+    tokens = text.load(file, **options)
+    if tokens.vocab_size > f["vocab_size"]:
+      raise errors.UserError(
+        f"it has {tokens.vocab_size} tokens, the text tower {f['vocab_size']}."
+      )
+  except errors.UserError as e:
+    return None, [f"{file.name} is not used: {e}"]
+  return json.loads(json.dumps(tokens.record())), []
+
+
+def _word(token: object) -> str | None:
+  """A special token, which may be an object with more about it."""
+  token = token.get("content") if isinstance(token, dict) else token
+  return token if isinstance(token, str) else None
