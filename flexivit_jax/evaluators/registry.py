@@ -9,7 +9,7 @@ from typing import Any
 from flexivit_jax.evaluators import (
   classification,
   distance,
-  embeddings,
+  embedding_distance,
   fewshot,
   knn,
   retrieval,
@@ -22,7 +22,7 @@ from flexivit_jax.evaluators.metrics import Metric
 _DECLARED: dict[str, tuple[Callable[..., Evaluator], tuple[Metric, ...]]] = {
   "classification": (classification.classification, classification.METRICS),
   "distance": (distance.distance, distance.METRICS),
-  "embeddings": (embeddings.embeddings, embeddings.METRICS),
+  "embedding_distance": (embedding_distance.embedding_distance, embedding_distance.METRICS),
   "fewshot": (fewshot.fewshot, fewshot.METRICS),
   "knn": (knn.knn, knn.METRICS),
   "retrieval": (retrieval.retrieval, retrieval.METRICS),

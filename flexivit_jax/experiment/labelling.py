@@ -133,7 +133,7 @@ def of_evaluation(
     UserError: labels or a teacher of other classes.
   """
   kind, teacher = section.get("type", "classification"), section.get("teacher")
-  without_classes = kind in (*OF_TEXTS, "embeddings")
+  without_classes = kind in (*OF_TEXTS, "embedding_distance")
   if not classes or section.get("label_map") is not None or without_classes:
     return source, teacher, ()
   # Fewer names than logits, and no names for all of these: the labels are then those of the training data.

@@ -16,9 +16,11 @@ from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import loaders
 from flexivit_jax.flexify import card, layout, recipe, retention
+from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.running import distributed, session
 from flexivit_jax.sizes import SeqHw
-from flexivit_jax.trees import Json
+from flexivit_jax.trees import Json, Params
+from flexivit_jax.weights import tower_records
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
 
@@ -53,6 +55,8 @@ def flexify(
 ) -> Json:
   """Writes OUT/model.npz, OUT/retention.json, OUT/README.md (the model card) and OUT/run.
 
+  Of two towers the image tower becomes flexible; model.npz holds the text tower and the tokenizer as they were.
+
   Args:
     init: a model, as `weights.load` takes it: one with classes teaches their logits, another its embeddings.
     images: any folder of images; `layout.divide` chooses the held-out ones. Labels are for measuring only.
@@ -79,6 +83,7 @@ def flexify(
   section = dict(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
   teacher = distributed.each(lambda: loaders.load_teacher(**section), "its model")
   _, _, record = weights.load_with_record(init, **loading)
+  two_towers = distributed.each(lambda: _has_text(init), "its text tower")
   divided = distributed.each(
     lambda: layout.divide(images, batch_size if epochs else None), "its images"
   )
@@ -93,7 +98,7 @@ def flexify(
     batch_size=batch_size,
     known=class_names.of_record(record, teacher.model.num_classes, "the model"),
     on_error=on_error,
-    embedding=recipe.embedding_of(teacher.model, record),
+    embedding=recipe.embedding_of(teacher.model, record, two_towers),
   )
   student = recipe.student_of(teacher.model, buffers)
   if moment:
@@ -109,7 +114,10 @@ def flexify(
     train.train(recipe.settings(plan, student, epochs=epochs, lr=lr, seed=seed), out / "run")
     _, params = weights.load(out / "run", scan=False)
     scores["after"] = retention.measure(plan, student, params, mesh)
-  new_record = record | recipe.describe(plan, student, record, trained=epochs > 0)
+  new = recipe.describe(plan, student, record, trained=epochs > 0)
+  made = student, params, record | new
+  if two_towers:
+    made = _with_text(weights.towers.load(init, **loading), student, params, new)
   facts = dict(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, moment=moment)
 
   def write() -> None:
@@ -117,11 +125,37 @@ def flexify(
     out.mkdir(parents=True, exist_ok=True)
     (out / "retention.json").write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
     (out / "model.npz").unlink(missing_ok=True)
-    weights.save_npz(out / "model.npz", student, params, new_record)
+    weights.save_npz(out / "model.npz", *made)
     (out / "README.md").write_text(card.text(plan, student, scores, {"init": init.name, **facts}))
 
   distributed.on_first(write, f"the folder {out}")
   return scores
+
+
+def _has_text(init: pathlib.Path) -> bool:
+  """Whether a file has a text tower that we can keep; prints why not where it has another."""
+  try:
+    return weights.towers.text_of(init) is not None
+  except errors.UserError as e:
+    session.note(f"the text tower is left out: {e}")
+    return False
+
+
+def _with_text(
+  whole: tuple[TwoTowers, Params, Json], student: FlexiViT, params: Params, new: Json
+) -> tuple[TwoTowers, Params, Json]:
+  """Two towers with the student in the place of the image tower; the other one, and the tokenizer, as they were.
+
+  Args:
+    whole: the original, as `weights.towers.load` returns it.
+    student, params: the image tower.
+    new: what the record says of it, see `recipe.describe`.
+  """
+  model, both, record = whole
+  fields = {name: value for name, value in recipe.fields_of(student).items() if name != "dtype"}
+  model = model.clone(image=fields)
+  record = record | new | {"model": tower_records.record_of(model)}
+  return model, {**both, "image": params}, record
 
 
 def _check_out(out: pathlib.Path) -> None:

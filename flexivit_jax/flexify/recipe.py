@@ -142,11 +142,16 @@ def _goal(plan: FlexifyRecipe) -> Json:
   return dict(name="distill_embeddings", output=plan.embedding)
 
 
-def embedding_of(model: FlexiViT, record: Json) -> str | None:
-  """Returns the output that is the embedding of a model without classes; None: it has classes."""
-  if record.get("projection"):
-    return "logits"
-  return None if model.num_classes else "pre_logits"
+def embedding_of(model: FlexiViT, record: Json, two_towers: bool = False) -> str | None:
+  """Returns the output that is the embedding of a model without classes; None: it has classes.
+
+  Args:
+    model, record: see `weights.load_with_record`.
+    two_towers: whether the file has a text tower, too, so that a head is a projection.
+  """
+  if not model.num_classes:
+    return "pre_logits"
+  return "logits" if two_towers or record.get("projection") else None
 
 
 def _flexi(sizes: tuple[SeqHw, ...]) -> Json:
@@ -192,7 +197,7 @@ def evaluation(plan: FlexifyRecipe) -> Json:
     pp, keys = f"{pp}|onehot({plan.num_classes})", f"{keys}, 'labels'"
   compared: Json = dict(type="distance", labels=plan.labelled)
   if plan.embedding is not None:
-    compared = dict(type="embeddings", output=plan.embedding, k=NEIGHBOURS)
+    compared = dict(type="embedding_distance", output=plan.embedding, k=NEIGHBOURS)
   return dict(
     **compared,
     data=plan.sources["test"],

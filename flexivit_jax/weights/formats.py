@@ -100,6 +100,7 @@ def _recorded(path: pathlib.Path, format_: str, params: Params, record: Json) ->
     image = tower_records.of_record(path, record).parts["image"]
     fields = {name: getattr(image, name) for name in layouts.FIELDS}
     params = params["image"]
+    record = record | ({"projection": True} if image.num_classes else {})
     # Its output is an embedding: classes, if the data have any, are not the head's.
     record = {k: v for k, v in record.items() if k not in ("class_names", "data_classes")}
     record["notes"] = [*record.get("notes", []), tower_records.IMAGE_ALONE]

@@ -2,7 +2,14 @@
 
 import inspect
 
-from flexivit_jax.evaluators import embeddings, per_size, probing, retrieval, teacher, zero_shot
+from flexivit_jax.evaluators import (
+  embedding_distance,
+  per_size,
+  probing,
+  retrieval,
+  teacher,
+  zero_shot,
+)
 from flexivit_jax.evaluators.base import Evaluator
 from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.evaluators.registry import EVALUATORS, METRICS, metrics_of
@@ -13,7 +20,7 @@ def test_what_the_functions_of_the_registry_return_are_evaluators():
   for make in EVALUATORS.values():
     cls = inspect.signature(make).return_annotation
     assert cls in (
-      embeddings.Embeddings,
+      embedding_distance.EmbeddingDistance,
       per_size.PerSize,
       probing.Probing,
       retrieval.Retrieval,

@@ -55,6 +55,7 @@ def test_the_image_tower_alone_is_a_flexivit(tmp_path):
   assert got == model.parts["image"]
   assert_same(back, params["image"])
   assert "class_names" not in again and tower_records.IMAGE_ALONE in again["notes"]
+  assert again["projection"] is True
   with pytest.raises(UserError, match="has an image tower and no text tower"):
     weights.save_npz(tmp_path / "image.npz", got, back, again)
     towers.load(tmp_path / "image.npz")

@@ -586,6 +586,15 @@ def test_a_model_that_is_not_supported_is_refused_before_its_arrays_are_read(tmp
     weights.load(folder)
 
 
+@pytest.mark.parametrize(
+  ("kind", "projection"),
+  [("CLIPVisionModelWithProjection", True), ("ViTForImageClassification", None)],
+)
+def test_a_record_says_that_a_projection_is_no_classifier(tmp_path, kind, projection):
+  _, _, record = weights.load_with_record(save(tmp_path / "model", *make(kind)))
+  assert record.get("projection") is projection
+
+
 def test_flexified_it_keeps_what_it_was(tmp_path):
   folder = save(tmp_path / "model", *make("ViTModel"))
   model, params, record = weights.load_with_record(folder, flexify=((16, 16), (7, 7)))

@@ -49,7 +49,7 @@ def eval_step(
 
 
 @final
-class Embeddings:
+class EmbeddingDistance:
   """An evaluator with the interface of `PerSize`, which makes the embeddings; the host compares them at the end.
 
   Args:
@@ -143,7 +143,7 @@ def in_common(
   return (a[:, :, None] == b[:, None]).any(axis=-1).mean(axis=-1)
 
 
-def embeddings(
+def embedding_distance(
   model: Model,
   batches: Batches,
   mesh: Mesh | None,
@@ -154,7 +154,7 @@ def embeddings(
   depth: Sequence[int] = (),
   output: str = "pre_logits",
   k: int = 5,
-) -> Embeddings:
+) -> EmbeddingDistance:
   """Compares a model's embeddings with a teacher's, on images that need no labels. The teacher runs once for all sizes.
 
   The host holds the embeddings of all images at all sizes.
@@ -186,7 +186,7 @@ def embeddings(
   features = PerSize(
     fn, model, batches, mesh, sizes=sizes, inputs=inputs, once=once, frozen=teacher.params
   )
-  return Embeddings(features, k)
+  return EmbeddingDistance(features, k)
 
 
 def _with_target(teacher: Teacher, output: str, frozen: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import pytest
 
 from flexivit_jax import errors
 from flexivit_jax.devices import sharding
-from flexivit_jax.evaluators.embeddings import embeddings, in_common, neighbours
+from flexivit_jax.evaluators.embedding_distance import embedding_distance, in_common, neighbours
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.training import steps
@@ -40,7 +40,7 @@ def test_rows_are_the_cosines_and_neighbours_of_the_real_images():
   (model, params), (teacher, frozen) = made(0), made(4)
   professor = Teacher(teacher, frozen, "image", {"seqhw": 3})
   mesh = sharding.make_mesh()
-  rows = embeddings(model, batches(), mesh, seqhw=[2], teacher=professor, k=3).run(params)
+  rows = embedding_distance(model, batches(), mesh, seqhw=[2], teacher=professor, k=3).run(params)
   target = of(teacher, frozen, seqhw=3)
   for row in rows:
     ours = of(model, params, seqhw=row["seqhw"])
@@ -62,9 +62,9 @@ def test_rows_are_the_cosines_and_neighbours_of_the_real_images():
 def test_of_spaces_of_other_lengths_only_neighbours_are_compared():
   professor = Teacher(*made(1, width=16), "image", {})
   model, params = made(0)
-  (row,) = embeddings(model, batches(), sharding.make_mesh(), seqhw=[2], teacher=professor).run(
-    params
-  )
+  (row,) = embedding_distance(
+    model, batches(), sharding.make_mesh(), seqhw=[2], teacher=professor
+  ).run(params)
   assert row.keys() == {"seqhw", "neighbours", "n"} and 0 <= row["neighbours"] <= 1
 
 
@@ -85,7 +85,7 @@ def test_of_equal_neighbours_the_first_count():
 def test_mistakes_are_errors(options, message):
   model, params = made(0)
   with pytest.raises(errors.UserError, match=message):
-    embeddings(
+    embedding_distance(
       model,
       batches(),
       sharding.make_mesh(),
