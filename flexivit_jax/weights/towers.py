@@ -19,8 +19,9 @@ from flexivit_jax import errors, trees
 from flexivit_jax.models import TextTower, TwoTowers, text as text_model
 from flexivit_jax.sizes import Size
 from flexivit_jax.trees import Json, Params
-from flexivit_jax.weights import layouts, npz, reading, registry, tower_names, tower_records
+from flexivit_jax.weights import bare, layouts, npz, reading, registry, tower_names, tower_records
 from flexivit_jax.weights.big_vision import Fields
+from flexivit_jax.weights.open_clip import text as open_clip_text
 from flexivit_jax.weights.tower_names import Text
 from flexivit_jax.weights.transformers import (
   folder as transformers_folder,
@@ -42,7 +43,7 @@ def load(
   """Returns (model, params, record) of a file or folder with two towers.
 
   These are: a run of the model `two_towers` and the `.npz` made of it; big_vision's `.npz` (LiT, SigLIP); folders of
-  transformers: CLIP, SigLIP, SigLIP 2 of a fixed size.
+  transformers: CLIP, SigLIP, SigLIP 2 of a fixed size; files of OpenAI's CLIP and OpenCLIP.
 
   Args:
     path, mean, std, flexify, ema, finite: as in `reading.load_with_record`.
@@ -58,11 +59,12 @@ def load(
   """
   options: Json = dict(mean=mean, std=std, flexify=flexify, ema=ema, finite=finite)
   image, image_params, record = reading.load_with_record(path, **options, **fields)
-  found = text_of(path)
+  given = {name: fields[name] for name in ("gelu",) if name in fields}
+  found = text_of(path, given | (text or {}))
   if found is None:
     raise errors.UserError(
       f"{path} has an image tower and no text tower; expected two towers: a run or .npz of the model two_towers,"
-      " big_vision's .npz of two towers, or a folder of transformers (CLIPModel, SiglipModel)."
+      " big_vision's .npz of two towers, a folder of transformers (CLIPModel, SiglipModel), or OpenCLIP's file."
     )
   tower = TextTower(**found.fields | (text or {}))
   _check(tower, found.params, path, finite)
@@ -92,25 +94,31 @@ _TEXT_LEFT_OUT = re.compile(
 )
 
 
-def text_of(path: str | os.PathLike[str]) -> Text | None:
+def text_of(path: str | os.PathLike[str], fields: Fields | None = None) -> Text | None:
   """Returns what a file holds beside its image tower; None where it holds no text tower.
+
+  Args:
+    path: as in `load`.
+    fields: those of the text tower that the caller gives; files that say nothing of them are read with these.
 
   Raises:
     UserError: a text tower that a `TextTower` cannot be.
   """
   file, _ = registry.find(path)
+  if not file.exists():
+    return None
   reader = next((read for recognises, read in _READERS if recognises(file)), None)
-  return None if reader is None else reader(file)
+  return None if reader is None else reader(file, fields or {})
 
 
-def _read_run(path: pathlib.Path) -> Text | None:
+def _read_run(path: pathlib.Path, given: Fields) -> Text | None:
   from flexivit_jax.running import checkpoint  # Lazy: Orbax, a fifth of a second.
 
   params, record = checkpoint.load_params(path)
   return _recorded(path, params, record) if tower_records.is_two_towers(record) else None
 
 
-def _read_npz(path: pathlib.Path) -> Text | None:
+def _read_npz(path: pathlib.Path, given: Fields) -> Text | None:
   arrays, record = npz.read_npz(path)
   if not tower_names.has_text(arrays):
     return None
@@ -137,12 +145,12 @@ def _is_npz(path: pathlib.Path) -> bool:
 
 
 # The first that recognises a path reads it.
-_READERS: tuple[
-  tuple[Callable[[pathlib.Path], bool], Callable[[pathlib.Path], Text | None]], ...
-] = (
-  (transformers_folder.is_folder, transformers_towers.read),
+_Reader = Callable[[pathlib.Path, Fields], Text | None]
+_READERS: tuple[tuple[Callable[[pathlib.Path], bool], _Reader], ...] = (
+  (transformers_folder.is_folder, lambda path, given: transformers_towers.read(path)),
   (pathlib.Path.is_dir, _read_run),
   (_is_npz, _read_npz),
+  (bare.has_reader, open_clip_text.read),
 )
 
 

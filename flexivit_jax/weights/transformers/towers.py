@@ -61,9 +61,9 @@ def read(path: pathlib.Path) -> Text | None:
   transformers_shapes.compare(_shapes(family, fields, arrays), arrays)
   scalars = {"t": arrays[SCALE].reshape(1)}
   scalars |= {"b": arrays[BIAS].reshape(1)} if family == "siglip" else {}
-  tokenizer, more = _tokenizer(path, family, fields)
+  found, more = tokenizer(path, family, fields)
   params = trees.unflatten(_convert(family, fields, arrays))
-  return Text(params, fields, scalars, tokenizer, [*notes, *more])
+  return Text(params, fields, scalars, found, [*notes, *more])
 
 
 def settings(config: Json, family: str) -> Json:
@@ -146,8 +146,14 @@ def _convert(family: str, f: Fields, arrays: Arrays) -> Arrays:
   return flat | {"head/kernel": np.ascontiguousarray(arrays[f"{PROJECTION}.weight"].T)}
 
 
-def _tokenizer(path: pathlib.Path, family: str, f: Fields) -> tuple[Json | None, list[str]]:
-  """Returns the record of the folder's tokenizer, and a note if there is one that cannot be used."""
+def tokenizer(path: pathlib.Path, family: str, f: Fields) -> tuple[Json | None, list[str]]:
+  """Returns the record of the tokenizer in a folder, and a note if there is one that cannot be used.
+
+  Args:
+    path: the folder.
+    family: "clip" or "siglip": CLIP's texts end with `eos_token`, SigLIP's are put into lower case.
+    f: fields of the text tower.
+  """
   # Here, for it imports OpenCV, which `import flexivit_jax` does without.
   from flexivit_jax.data import text
 
