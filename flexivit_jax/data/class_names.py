@@ -128,8 +128,11 @@ def of_record(record: Record, count: int, of: str) -> Classes:
 
 
 def known_of(record: Record, count: int, of: str) -> tuple[Classes, ...]:
-  """Returns the classes of a model and, if recorded, those of its training data; () for a model without a head."""
-  if not count:
+  """Returns the classes of a model and, if recorded, those of its training data; () for a model without classes.
+
+  These are one without a head, and one whose head is a projection (CLIP's): probes fit them to any labels.
+  """
+  if not count or record.get("projection"):
     return ()
   model, data = of_record(record, count, of), record.get("data_classes")
   return (model, Classes(tuple(data), len(data), of)) if data else (model,)

@@ -101,6 +101,7 @@ def test_a_record_names_as_many_classes_as_the_model_has_or_none():
   assert class_names.of_record({"class_names": ["a", "b"]}, 2, "x").names == ("a", "b")
   assert class_names.of_record({"class_names": None}, 2, "x") == Classes(None, 2, "x")
   assert class_names.known_of({"class_names": ["a"]}, 0, "x") == ()
+  assert class_names.known_of({"projection": True}, 512, "x") == ()
   with pytest.raises(UserError, match="record of x has 3 class_names; the model has 2 classes"):
     class_names.of_record({"class_names": ["a", "b", "c"]}, 2, "x")
   with pytest.raises(UserError, match="expected a list of names"):
