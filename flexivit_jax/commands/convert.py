@@ -23,11 +23,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     help="one size, tokens per side, with --to: 8 or 4x6 (default: buffers as they are stored)",
   )
   p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
-  p.add_argument(
-    "--image_only",
-    action="store_true",
-    help="of a file with an image and a text tower, the image tower",
-  )
+  options.add_image_only(p)
   options.add_no_verify(p)
   options.add_loading(p)
 

@@ -31,6 +31,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     type=lambda text: tuple(text.split(",")),
     help="where it is to run, of cpu,cuda,rocm,tpu (default: cpu,cuda,tpu); not with --to",
   )
+  options.add_image_only(p)
   options.add_no_verify(p)
   options.add_loading(p)
 
@@ -48,12 +49,11 @@ def run(args: argparse.Namespace) -> None:
     image_size=args.image_size,
     platforms=args.platforms,
     verified=args.verify,
+    image_only=args.image_only,
     loading=options.loading(args),
   )
   for row in rows:
-    print(
-      f"seqhw {size_text(row.seqhw)!s:>3}: largest difference of the logits {row.difference:.1e}"
-    )
+    print(f"seqhw {size_text(row.seqhw)!s:>3}: {row.words()}")
   if rows:
     print(f"wrote {args.out} and {certificate.path_of(args.out)}")
   elif args.verify:

@@ -166,6 +166,15 @@ def add_reading(p: argparse.ArgumentParser) -> None:
   )
 
 
+def add_image_only(p: argparse.ArgumentParser) -> None:
+  """--image_only, where a file may have two towers."""
+  p.add_argument(
+    "--image_only",
+    action="store_true",
+    help="of a file with an image and a text tower, the image tower",
+  )
+
+
 def add_loading(p: argparse.ArgumentParser) -> None:
   """As `add_reading`, and `--flexify`."""
   add_reading(p)

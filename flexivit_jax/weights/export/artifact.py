@@ -22,10 +22,15 @@ Size = int | tuple[int, ...]  # tokens per side, or (per column, per row)
 
 
 class Artifact(NamedTuple):
-  """The record, and for each size a function from images [n, h, w, c] to logits [n, k]."""
+  """The record, and for each size a function from images [n, h, w, c] to logits [n, k].
+
+  Of two towers the functions give embeddings of length 1, and `text` those of tokens [m, l]; else it is None. The
+  similarity is `record["scale"] * image @ text.T + record["bias"]`; `record["text"]` describes the tokenizer.
+  """
 
   record: dict[str, Any]
   programs: dict[Size, Callable[[Any], Any]]
+  text: Callable[[Any], Any] | None = None
 
   @property
   def sizes(self) -> tuple[Size, ...]:
@@ -39,6 +44,15 @@ class Artifact(NamedTuple):
     if (shape := [*np.shape(image)[1:]]) != self.record["image_shape"]:
       raise ValueError(f"Expected images of shape {self.record['image_shape']}, got {shape}.")
     return np.asarray(self.programs[size](np.asarray(image, np.float32)))
+
+  def encode(self, tokens: Any) -> np.ndarray:
+    """Embeddings [m, e] of texts, tokens [m, l]; ValueError for texts of another length, or no text tower."""
+    if self.text is None:
+      raise ValueError("This artifact has no text tower.")
+    tokens, length = np.asarray(tokens), self.record["text_length"]
+    if tokens.ndim != 2 or tokens.shape[1] != length or tokens.dtype.kind not in "iu":
+      raise ValueError(f"Expected tokens [m, {length}], got {tokens.dtype} {[*tokens.shape]}.")
+    return np.asarray(self.text(tokens.astype(np.int32)))
 
 
 def load_artifact(path: Any) -> Artifact:
@@ -61,7 +75,16 @@ def load_artifact(path: Any) -> Artifact:
   weights = _arrays(parts["weights.npz"])
   # "4x6" in the record is the size (4, 6).
   sizes = {s: s if isinstance(s, int) else tuple(map(int, s.split("x"))) for s in record["sizes"]}
-  return Artifact(record, {k: _program(parts, weights, record, s) for s, k in sizes.items()})
+  image = record["image_shape"], np.float32
+  programs = {
+    k: _program(parts, record, s, weights | _arrays(parts[f"{s}/embedding.npz"]), image)
+    for s, k in sizes.items()
+  }
+  if "text/program.mlirbc" not in parts:
+    return Artifact(record, programs)
+  tokens = [record["text_length"]], np.int32
+  text = _program(parts, record, "text", _arrays(parts["text/weights.npz"]), tokens)
+  return Artifact(record, programs, text)
 
 
 def is_sealed(path: Any) -> bool:
@@ -74,13 +97,15 @@ def _arrays(part: bytes) -> dict[str, jax.Array]:
   return {k: jnp.asarray(v) for k, v in np.load(io.BytesIO(part), allow_pickle=False).items()}
 
 
-def _program(parts: dict[str, bytes], weights: Any, record: Any, size: Any) -> Callable[[Any], Any]:
-  """The StableHLO of one size in place of that of an empty function with the same signature."""
-  weights = weights | _arrays(parts[f"{size}/embedding.npz"])
-  image = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *record["image_shape"]), np.float32)
+def _program(
+  parts: dict[str, bytes], record: Any, name: Any, weights: Any, example: Any
+) -> Callable[[Any], Any]:
+  """The StableHLO of one program in place of that of an empty function with the same signature."""
+  shape, dtype = example  # of one input
+  x = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *shape), dtype)
   empty = jax.jit(lambda w, x: jnp.zeros((x.shape[0], record["outputs"])), keep_unused=True)
-  exported = export.export(empty, platforms=record["platforms"])(weights, image)
-  module: dict[str, Any] = {"mlir_module_serialized": parts[f"{size}/program.mlirbc"]}
+  exported = export.export(empty, platforms=record["platforms"])(weights, x)
+  module: dict[str, Any] = {"mlir_module_serialized": parts[f"{name}/program.mlirbc"]}
   module["calling_convention_version"] = record["calling_convention_version"]
   exported = dataclasses.replace(exported, **module)
   try:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors, sizes, weights
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import certificate, optional
 from flexivit_jax.weights.export import (
@@ -26,6 +26,9 @@ WRITERS: dict[str, Callable] = {
   "onnx": onnx_folder.write,
   "saved_model": saved_model.write,
 }
+OF_TOWERS = ("stablehlo",)  # what can hold two towers
+Model = FlexiViT | TwoTowers
+Row = certificate.Row | certificate.TowersRow
 LOADERS: dict[str, Callable] = {
   "stablehlo": artifact.load_artifact,
   "onnx": onnx_folder.load,
@@ -42,8 +45,9 @@ def export(
   image_size: int | None = None,
   platforms: Sequence[str] | None = None,
   verified: bool = True,
+  image_only: bool = False,
   loading: Mapping[str, Any],
-) -> list[certificate.Row]:
+) -> list[Row]:
   """Writes `out` and the certificate beside it, and returns the certificate's rows; none where nothing was compared.
 
   Args:
@@ -54,6 +58,7 @@ def export(
     image_size: pixels a side; by default the model's own, or 240.
     platforms: where a StableHLO export is to run; None: its defaults.
     verified: compare with the source; without it there is no certificate.
+    image_only: of two towers, the image tower alone.
     loading: arguments of `weights.load`.
 
   Raises:
@@ -62,8 +67,7 @@ def export(
   if seqhw != "all":
     sizes.parse(seqhw)  # before the checkpoint is read
   writing = _options(to, platforms, verified)
-  model, params, record = weights.load_with_record(source, **loading)
-  model = model.clone(attention="einsum")  # what runs everywhere, and is not this machine's choice
+  model, params, record = _load(source, image_only, to, **loading)
   if to == "onnx" and model.dtype != "float32":
     model, record = _in_float32(model, record)
   weights.print_notes(record)
@@ -78,10 +82,25 @@ def export(
   return rows
 
 
-def verify(
-  out: pathlib.Path, model: FlexiViT, params: Params, *, to: str = "stablehlo"
-) -> list[certificate.Row]:
-  """Reads what was written back and compares its logits with the model's, on the CPU; no rows if it cannot run there.
+def _load(
+  source: str | os.PathLike[str], image_only: bool, to: str, **loading: Any
+) -> tuple[Model, Params, Json]:
+  """Reads the model, of two towers both; its attention is what runs everywhere, and not this machine's choice."""
+  everywhere = {"attention": "einsum"}
+  if image_only or weights.towers.text_of(source) is None:
+    model, params, record = weights.load_with_record(source, **loading)
+    return model.clone(**everywhere), params, record
+  if to not in OF_TOWERS:
+    raise errors.UserError(
+      f"--to={to} takes an image tower alone, and {source} has two towers; add --image_only, or write one of"
+      f" {', '.join(OF_TOWERS)}."
+    )
+  towers, params, record = weights.towers.load(source, **loading)
+  return towers.clone(image={**towers.image, **everywhere}), params, record
+
+
+def verify(out: pathlib.Path, model: Model, params: Params, *, to: str = "stablehlo") -> list[Row]:
+  """Reads what was written back and compares what it gives with the model, on the CPU; no rows if it cannot run there.
 
   Raises:
     UserError: they differ. What was written is removed then, and after any other error.
@@ -89,7 +108,7 @@ def verify(
   try:
     rows = _compare(out, model, params, LOADERS[to])
     for row in rows:
-      if not row.difference <= row.limit:
+      if not row.is_close:
         raise errors.UserError(
           f"The artifact differs at seqhw={sizes.size_text(row.seqhw)} by {row.difference:.1e}, more than"
           f" {row.limit:.1e}; nothing is written. Please report this."
@@ -100,9 +119,7 @@ def verify(
   return rows
 
 
-def _compare(
-  out: pathlib.Path, model: FlexiViT, params: Params, load: Callable
-) -> list[certificate.Row]:
+def _compare(out: pathlib.Path, model: Model, params: Params, load: Callable) -> list[Row]:
   cpu = _cpu()
   with jax.default_device(cpu):
     loaded = load(out)
@@ -110,10 +127,22 @@ def _compare(
       return []
     *hw, channels = loaded.record["image_shape"]
     image, params = certificate.images(tuple(hw), channels), jax.tree.map(np.asarray, params)
-    return [
-      certificate.Row(s, certificate.logits(model, params, image, s), loaded.predict(image, s))
-      for s in loaded.sizes
-    ]
+    return [_row(loaded, model, params, image, size) for size in loaded.sizes]
+
+
+def _row(
+  loaded: artifact.Artifact, model: Model, params: Params, image: np.ndarray, size: sizes.SeqHw
+) -> Row:
+  target = loaded.predict(image, size)
+  if not isinstance(model, TwoTowers):
+    return certificate.Row(size, certificate.logits(model, params, image, size), target)
+  tokens = certificate.texts(model.parts["text"])
+  source, text = (
+    certificate.embeddings(model, params, image, tokens, size),
+    loaded.encode(tokens),
+  )
+  products = loaded.record["scale"] * target @ text.T + loaded.record["bias"]
+  return certificate.TowersRow(size, source, certificate.Embeddings(target, text, products))
 
 
 def _cpu() -> jax.Device | None:
@@ -142,7 +171,7 @@ def _options(to: str, platforms: Sequence[str] | None, verified: bool) -> dict[s
   return {}
 
 
-def _in_float32(model: FlexiViT, record: Json) -> tuple[FlexiViT, Json]:
+def _in_float32(model: Model, record: Json) -> tuple[Model, Json]:
   """The same model with its matrix products in float32, as ONNX graphs have them, and a note of that."""
   note = f"ONNX graphs are in float32; the model's own matrix products are in {model.dtype}."
   print(f"note: {note}")

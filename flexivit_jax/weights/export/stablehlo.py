@@ -2,6 +2,7 @@
 
 A zip: the weights once; for each size its kernel and position grid, resampled here and never again, and a StableHLO
 program that takes all of them and any number of images; a record with the sha256 of each part. `artifact.py` runs it.
+Of two towers the programs give embeddings, and there is one more, of texts, with weights of its own.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import io
 import json
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from jax import export
 
 from flexivit_jax import errors, trees
 from flexivit_jax.files import replacing
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, TextTower, TwoTowers, two_towers
 from flexivit_jax.sizes import SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, npz
@@ -28,7 +29,7 @@ FORMAT = "flexivit artifact 1"
 
 def write(
   out: pathlib.Path,
-  model: FlexiViT,
+  model: FlexiViT | TwoTowers,
   params: Params,
   record: Json,
   *,
@@ -40,7 +41,8 @@ def write(
 
   Args:
     out: a name that ends in .zip and is not there yet.
-    model, params, record: what `weights.load_with_record` returns; the record goes into the file.
+    model, params, record: what `weights.load_with_record` or `weights.towers.load` returns; the record goes into the
+      file, and with it the tokenizer.
     image_hw: pixels.
     sizes: tokens per side or (per column, per row), a program each; in the file (4, 6) is "4x6".
     platforms: where it is to run, of `PLATFORMS`.
@@ -49,29 +51,49 @@ def write(
     UserError: a size that does not divide the image, an unknown platform, another suffix, a file that is there.
   """
   _check(out, platforms)
-  shape = (*image_hw, params["embedding"]["kernel"].shape[2])
-  shared = {n: a for n, a in trees.flatten(params).items() if n not in baking.RESAMPLED}
+  towers = isinstance(model, TwoTowers)
+  vit, own = (model.parts["image"], params["image"]) if towers else (model, params)
+  end = two_towers.unit if towers else lambda x: x
+  shape = (*image_hw, own["embedding"]["kernel"].shape[2])
+  shared = {n: a for n, a in trees.flatten(own).items() if n not in baking.RESAMPLED}
   parts = {"weights.npz": _npz(shared)}
   for size in dict.fromkeys(sizes):
-    fixed, baked = baking.bake(model, params, image_hw=image_hw, **size_args(size))
+    fixed, baked = baking.bake(vit, own, image_hw=image_hw, **size_args(size))
     flat = trees.flatten(baked)
-    program = _program(fixed, flat, shape, platforms)
+    program = _program(fixed, end, flat, (shape, np.float32), platforms)
     parts[f"{size_text(size)}/embedding.npz"] = _npz(
       {n: flat[n] for n in baking.RESAMPLED if n in flat}
     )
     parts[f"{size_text(size)}/program.mlirbc"] = program.mlir_module_serialized
+  if towers:
+    text, flat = model.parts["text"], trees.flatten(params["text"])
+    program = _program(text, end, flat, ((text.max_length,), np.int32), platforms)
+    parts["text/weights.npz"] = _npz(flat)
+    parts["text/program.mlirbc"] = program.mlir_module_serialized
+    record = record | scalars(model, params)
   described = record | {
     "format": FORMAT,
     "sizes": [size_text(size) for size in dict.fromkeys(sizes)],
     "image_size": list(image_hw),
     "image_shape": list(shape),
-    "outputs": model.num_classes or model.num_features,
+    "outputs": vit.num_classes or vit.num_features,
     "platforms": list(platforms),
     "calling_convention_version": program.calling_convention_version,
     "jax": jax.__version__,
     "sha256": {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()},
   }
   _write(out, parts | {"record.json": json.dumps(described, allow_nan=False).encode()})
+
+
+def scalars(model: TwoTowers, params: Params) -> Json:
+  """Returns what a record says of texts and of the products of embeddings.
+
+  "text_length": tokens of a text; "scale" and "bias" (0 where there is none): the similarity is
+  `scale * image @ text + bias`.
+  """
+  bias = float(params["b"][0]) if "b" in params else 0.0
+  length = model.parts["text"].max_length
+  return {"text_length": length, "scale": float(np.exp(params["t"][0])), "bias": bias}
 
 
 def _check(out: pathlib.Path, platforms: Sequence[str]) -> None:
@@ -85,17 +107,30 @@ def _check(out: pathlib.Path, platforms: Sequence[str]) -> None:
 
 
 def _program(
-  model: FlexiViT, flat: Params, shape: tuple[int, ...], platforms: Sequence[str]
+  model: FlexiViT | TextTower,
+  end: Callable[[jax.Array], jax.Array],
+  flat: Params,
+  example: tuple[tuple[int, ...], type],
+  platforms: Sequence[str],
 ) -> export.Exported:
-  """The forward pass at the model's own patch size, of arrays by name and a batch of any size."""
+  """The forward pass, of a FlexiViT at its own patch size, of arrays by name and a batch of any size.
 
-  def forward(flat: Params, image: jax.Array) -> jax.Array:
-    return model.apply({"params": trees.unflatten(flat)}, image)[0]
+  Args:
+    model: what runs.
+    end: of what it gives.
+    flat: its parameters by name.
+    example: shape and dtype of one input, without the axis of the batch.
+    platforms: where it is to run.
+  """
+
+  def forward(flat: Params, x: jax.Array) -> jax.Array:
+    return end(model.apply({"params": trees.unflatten(flat)}, x)[0].astype(np.float32))
 
   arrays = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in flat.items()}
-  image = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *shape), np.float32)
+  shape, dtype = example
+  x = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *shape), dtype)
   # Every argument is kept, used or not: the loader knows their names, not what the model does with them.
-  return export.export(jax.jit(forward, keep_unused=True), platforms=platforms)(arrays, image)
+  return export.export(jax.jit(forward, keep_unused=True), platforms=platforms)(arrays, x)
 
 
 def _npz(arrays: Params) -> bytes:

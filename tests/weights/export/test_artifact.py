@@ -175,7 +175,7 @@ def test_a_program_that_this_jax_cannot_read_says_what_it_was_made_with(path, tm
 
 
 def test_the_loader_is_short():
-  """Fewer than 50 lines of functions and classes, their docstrings and empty lines left out."""
+  """Fewer than 70 lines of functions and classes, their docstrings and empty lines left out."""
   tree = ast.parse(Path(artifact.__file__).read_text())
   nodes = [n for n in ast.walk(tree) if isinstance(n, ast.stmt)]
   texts = {line for n in nodes if _is_text(n) for line in range(n.lineno, n.end_lineno + 1)}
@@ -184,7 +184,7 @@ def test_the_loader_is_short():
     line for n in ast.walk(tree) if hasattr(n, "lineno") for line in (n.lineno, n.end_lineno)
   }
   begin = min(block.lineno for block in blocks)
-  assert len({line for line in lines if line >= begin} - texts) < 50
+  assert len({line for line in lines if line >= begin} - texts) < 70
 
 
 def _is_text(node):
