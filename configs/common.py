@@ -8,6 +8,8 @@ from typing import Any
 
 import ml_collections
 
+from flexivit_jax import config
+
 # Every how often a debug form evaluates and saves: twice in four steps of two epochs.
 _EVERY = dict(every_steps=2, every_epochs=1, every_percent=0.5)
 
@@ -39,6 +41,37 @@ def two_images(resize: str, num_classes: int = 0) -> str:
   if num_classes:
     return f"{values}|onehot({num_classes})|keep('image', 'teacher_image', 'labels')"
   return f"{values}|keep('image', 'teacher_image')"
+
+
+# Needs no file; its tokens PAD and END have the numbers 0 and 1, as those of `flexivit tokenizer` have.
+BYTES = dict(path="bytes", pad="[PAD]", end="[END]")
+
+
+def captioned(name: str, data_dir: str) -> dict[str, Any]:
+  """Returns the section of a data set of images with captions, but for its split.
+
+  Args:
+    name: "coco_captions", by TFDS, whose splits are Karpathy's; or "captions", a folder with metadata for each split.
+    data_dir: where it is; "" is TFDS's own folder.
+  """
+  where = ml_collections.config_dict.placeholder(str)
+  where.set(data_dir or None)
+  known = {"coco_captions": dict(captions_key="captions"), "captions": {}}
+  return dict(name=name, data_dir=where, **config.choose("data", name, known))
+
+
+def pairs(tokenizer: Mapping[str, Any], length: int, captions: int = 7) -> tuple[str, str]:
+  """Returns the ends of preprocessing: for training with one caption of an image, for retrieval with all of them.
+
+  Args:
+    tokenizer: `path`, `pad` and `end` of the operation `tokenize`.
+    length: tokens of a text.
+    captions: at most, of an image; COCO has up to seven.
+  """
+  options = ", ".join(f"{key}={value!r}" for key, value in {**tokenizer, "length": length}.items())
+  one = f"random_caption|tokenize({options})|keep('image', 'tokens')"
+  every = f"tokenize_all({options}, captions={captions})|keep('image', 'texts', 'texts_mask')"
+  return f"value_range(-1, 1)|{one}", f"value_range(-1, 1)|{every}"
 
 
 def evals(
@@ -84,6 +117,8 @@ def debug(
     c: the complete config; what it names of teachers' and initial weights is the caller's to take out.
     image_size: pixels of a synthetic image, a side or (h, w).
     num_classes: of the labels.
+
+  Two towers get synthetic captions; the caller gives them `BYTES`.
   """
   data = dict(name="synthetic", image_size=image_size, num_classes=num_classes, num_examples=20)
   c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
@@ -91,7 +126,13 @@ def debug(
     section.data, section.batch_size = data | dict(split="test"), 8
   for section in (*c.evals.values(), c.checkpoint):
     section.update({key: every for key, every in _EVERY.items() if key in section})
-  c.model.update(dict(variant="mu") if "variant" in c.model else dict(depth=1))
+  towers = [c.model[name] for name in ("image", "text") if name in c.model]
+  for model in towers or [c.model]:
+    model.update(dict(variant="mu") if "variant" in model else dict(depth=1))
+  if towers:
+    c.input.data.annotated = True
+    for section in c.evals.values():
+      section.data.annotated = True
   if "accumulate" in c:
     del c.accumulate  # with one number of microbatches, a size is compiled while the next is traced
   if "warmup_steps" in c.optim.schedule:

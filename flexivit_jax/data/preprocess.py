@@ -300,7 +300,7 @@ def tokens_of(pp: str) -> text_lib.Tokens | None:
     UserError: two operations that do it in two ways; see `text.load`.
   """
   found = []
-  for op in parse(pp).ops:
+  for op in parse(counted(pp, 1)).ops:  # the classes are counted later
     if op.function in (tokenize, tokenize_all):
       bound = inspect.signature(op.function).bind(None, *op.args, **op.kwargs)
       bound.apply_defaults()

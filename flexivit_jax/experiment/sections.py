@@ -11,7 +11,7 @@ from flexivit_jax.evaluators.registry import EVALUATORS
 from flexivit_jax.experiment import monitor
 from flexivit_jax.experiment.loaders import PART_LOADERS, load_init, load_teacher
 from flexivit_jax.experiment.settings import Settings
-from flexivit_jax.models import MODELS, UNNAMED
+from flexivit_jax.models import MODELS, UNNAMED, FlexiViT, TextTower
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.running import wandb_run
 from flexivit_jax.training import schedules, token_budget as token_budgets
@@ -26,6 +26,7 @@ _GIVEN_OPTIM = ("params", "total_steps", "batch_size", "dataset_size")
 _GIVEN_SIZE = ("self", "image_hw")
 DURATIONS = ("steps", "epochs", "examples", "percent")
 _NAME = {"name": str}
+_PARTS: dict[str, Function] = {"FlexiViT": FlexiViT, "TextTower": TextTower}  # of a model of parts
 _EVERY = {f"every_{unit}": schedules.Duration for unit in DURATIONS}
 
 
@@ -38,8 +39,13 @@ def check_sections(settings: Settings) -> None:
     "input", settings.input, data.train_batches, given=_GIVEN_DATA, needed={"data": Mapping}
   )
   config.check("input.data", settings.input["data"], data.make_source)
+  config.check_known(
+    "model", settings.model, *MODELS.values(), given=UNNAMED, optional=("name", "like")
+  )
   like = {"like": str | None}
   config.check("model", settings.model, network, given=UNNAMED, optional=_NAME | like)
+  for part, of in getattr(network, "PARTS", {}).items():
+    config.check(f"model.{part}", settings.model.get(part, {}), _PARTS[of], given=UNNAMED)
   config.check("objective", settings.objective, goal, optional=_NAME)
   for name, section in settings.objective.get("teachers", {}).items():
     check_teacher(f"objective.teachers.{name}", section)
