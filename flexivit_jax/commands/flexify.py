@@ -40,6 +40,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--moment", action="store_true", help="resize the kernel for patches like those of the images"
   )
+  p.add_argument(
+    "--names",
+    help="of two towers: measure how often images have the same nearest of these texts, 'cat,dog,a red car'",
+  )
   options.add_reading(p)
   options.add_processes(p)
 
@@ -56,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
   values = options.chosen(
     args, "epochs", "image_size", "batch_size", "lr", "seed", "buffers", "on_error"
   )
+  if args.names is not None:
+    values["names"] = tuple(args.names.split(","))
   if args.seqhw is not None:
     side = args.image_size or 240
     lacking = f"no patch of 8 to 48 pixels divides {side} pixels"

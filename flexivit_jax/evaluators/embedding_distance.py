@@ -2,7 +2,8 @@
 
 Two things are measured: the cosine between both embeddings of an image, whose mean hides the worst and so has the 5th
 percentile beside it; and the neighbours: of the k images that are nearest to an image by the teacher, how many are
-among the k nearest by the model. The second needs no common space and is what a search would notice.
+among the k nearest by the model. The second needs no common space and is what a search would notice. Where texts are
+given as vectors of the same space, also how often both choose the same text.
 """
 
 import functools
@@ -31,6 +32,7 @@ METRICS = (
   Metric("cosine", title="cosine to the teacher's embedding"),
   Metric("cosine_p5", label="cosine, 5th percentile", title="5th percentile of the cosine"),
   Metric("neighbours", unit="%", title="nearest neighbours in common with the teacher"),
+  Metric("zero_shot", "max", "binomial", "%", title="same text as the teacher", needs="anchors"),
 )
 _ROWS = 1024  # images whose similarities to all others are in memory at once
 
@@ -55,10 +57,11 @@ class EmbeddingDistance:
   Args:
     features: gives what `eval_step` returns.
     k: neighbours of each image.
+    anchors: vectors [m, d] among which the nearest is chosen; None: there are none.
   """
 
-  def __init__(self, features: PerSize, k: int):
-    self.features, self.k = features, k
+  def __init__(self, features: PerSize, k: int, anchors: np.ndarray | None = None):
+    self.features, self.k, self.anchors = features, k, anchors
 
   def check(self) -> None:
     """See `PerSize.check`."""
@@ -69,7 +72,7 @@ class EmbeddingDistance:
     self.features.compile(params, report)
 
   def run(self, params: Params) -> list[Row]:
-    """Returns for each size {"seqhw", "cosine", "cosine_p5", "neighbours" (a fraction), "n"}.
+    """Returns for each size {"seqhw", "cosine", "cosine_p5", "neighbours" (a fraction), "n"}, with anchors "zero_shot".
 
     Raises:
       UserError: no more images than neighbours; an embedding that is not finite.
@@ -106,7 +109,11 @@ class EmbeddingDistance:
       return {"neighbours": float(same)}
     cosine = (ours.astype(np.float64) * target).sum(axis=-1)
     low = np.percentile(cosine, 5)
-    return {"cosine": float(cosine.mean()), "cosine_p5": float(low), "neighbours": float(same)}
+    row = {"cosine": float(cosine.mean()), "cosine_p5": float(low), "neighbours": float(same)}
+    if self.anchors is not None:
+      chosen, expected = ((x @ self.anchors.T).argmax(axis=-1) for x in (ours, target))
+      row["zero_shot"] = float((chosen == expected).mean())
+    return row
 
   def costs(self, params: Params, repeats: int = 5) -> list[Row]:
     """See `PerSize.costs`."""
@@ -154,6 +161,7 @@ def embedding_distance(
   depth: Sequence[int] = (),
   output: str = "pre_logits",
   k: int = 5,
+  anchors: Sequence[Sequence[float]] | None = None,
 ) -> EmbeddingDistance:
   """Compares a model's embeddings with a teacher's, on images that need no labels. The teacher runs once for all sizes.
 
@@ -167,9 +175,10 @@ def embedding_distance(
     seqhw, stride, depth: sizes to evaluate, see `per_size.sizes_of`.
     output: of both models, see `objectives.distill_embeddings`; of other lengths, only neighbours are compared.
     k: neighbours of each image.
+    anchors: embeddings of texts in the space of the teacher's: how often the model is nearest to the same one.
 
   Raises:
-    UserError: k below 1; an output that one of the models does not give.
+    UserError: k below 1; anchors of another length; an output that one of the models does not give.
   """
   if output not in OUTPUTS:
     raise errors.unknown("output", output, OUTPUTS)
@@ -186,7 +195,14 @@ def embedding_distance(
   features = PerSize(
     fn, model, batches, mesh, sizes=sizes, inputs=inputs, once=once, frozen=teacher.params
   )
-  return EmbeddingDistance(features, k)
+  if anchors is None:
+    return EmbeddingDistance(features, k)
+  texts = unit(np.asarray(anchors, np.float32))
+  if texts.shape[-1:] != (length := teacher.model.outputs[output].shape):
+    raise errors.UserError(
+      f"anchors of shape {list(texts.shape)}; expected vectors of {length[0]}."
+    )
+  return EmbeddingDistance(features, k, texts)
 
 
 def _with_target(teacher: Teacher, output: str, frozen: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import loaders
 from flexivit_jax.flexify import card, layout, recipe, retention
+from flexivit_jax.inference import predictor, texts
 from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.running import distributed, session
 from flexivit_jax.sizes import SeqHw
@@ -51,6 +52,7 @@ def flexify(
   buffers: tuple[int, ...] | None = None,
   moment: bool = False,
   on_error: str = "raise",
+  names: Sequence[str] = (),
   loading: Json | None = None,
 ) -> Json:
   """Writes OUT/model.npz, OUT/retention.json, OUT/README.md (the model card) and OUT/run.
@@ -70,13 +72,15 @@ def flexify(
     moment: resizes the kernel for patches like those of the training images, not for white noise; see
       `resize.second_moment`. Matters when the kernel shrinks.
     on_error: "raise" at a damaged image, or "skip" it.
+    names: texts; of two towers it is measured how often an image is nearest to the same one as by the original.
     loading: further arguments of `weights.load`.
 
   Returns:
     The content of retention.json; see `retention.measure`. "note" says why top-1 is missing, or is by class number.
 
   Raises:
-    UserError: no images, a size that does not divide the image; files of another origin in `out`.
+    UserError: no images, a size that does not divide the image; files of another origin in `out`;
+      names without a text tower or its tokenizer.
   """
   loading = dict(loading or {})
   distributed.on_first(lambda: _check_out(out), "--out")
@@ -99,6 +103,7 @@ def flexify(
     known=class_names.of_record(record, teacher.model.num_classes, "the model"),
     on_error=on_error,
     embedding=recipe.embedding_of(teacher.model, record, two_towers),
+    anchors=_anchors(init, names, loading) if names else None,
   )
   student = recipe.student_of(teacher.model, buffers)
   if moment:
@@ -130,6 +135,14 @@ def flexify(
 
   distributed.on_first(write, f"the folder {out}")
   return scores
+
+
+def _anchors(
+  init: pathlib.Path, names: Sequence[str], loading: Json
+) -> tuple[tuple[float, ...], ...]:
+  """Embeddings of names by the text tower, which does not change."""
+  whole = predictor.load(init, texts=True, **loading)
+  return tuple(map(tuple, texts.of_names(whole, names).vectors.tolist()))
 
 
 def _has_text(init: pathlib.Path) -> bool:

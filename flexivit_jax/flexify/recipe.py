@@ -29,6 +29,7 @@ class FlexifyRecipe(NamedTuple):
     on_error: "raise" at a damaged image, or "skip" it.
     embedding: the output that is taught where the model has no classes, see `distill_embeddings`; None: the logits of
       its classes.
+    anchors: of two towers, embeddings of names, for which zero-shot agreement is measured; None: it is not.
   """
 
   teacher: Json
@@ -40,6 +41,7 @@ class FlexifyRecipe(NamedTuple):
   known: class_names.Classes | None = None
   on_error: str = "raise"
   embedding: str | None = None
+  anchors: tuple[tuple[float, ...], ...] | None = None
 
   @property
   def skipping(self) -> dict[str, str]:
@@ -198,6 +200,7 @@ def evaluation(plan: FlexifyRecipe) -> Json:
   compared: Json = dict(type="distance", labels=plan.labelled)
   if plan.embedding is not None:
     compared = dict(type="embedding_distance", output=plan.embedding, k=NEIGHBOURS)
+    compared |= {} if plan.anchors is None else {"anchors": plan.anchors}
   return dict(
     **compared,
     data=plan.sources["test"],

@@ -18,7 +18,7 @@ Rows = list[Json]
 
 def measure(plan: recipe.FlexifyRecipe, model: FlexiViT, params: Params, mesh: Mesh) -> Rows:
   """Returns a row for each size: seqhw, patch, n, and agree1, agree5, kl, ..., top1 if there are labels; or without
-  classes cosine, cosine_p5, neighbours.
+  classes cosine, cosine_p5, neighbours, and zero_shot if there are names.
   """
   params = sharding.replicate(params, mesh)
   scores = _evaluation(plan, recipe.evaluation(plan)).make(model, mesh).run(params)
@@ -72,6 +72,7 @@ _COLUMNS = {
   "cosine": "cosine",
   "cosine_p5": "5th percentile",
   "neighbours": "neighbours",
+  "zero_shot": "same name",
 }
 
 

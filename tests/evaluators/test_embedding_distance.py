@@ -40,7 +40,10 @@ def test_rows_are_the_cosines_and_neighbours_of_the_real_images():
   (model, params), (teacher, frozen) = made(0), made(4)
   professor = Teacher(teacher, frozen, "image", {"seqhw": 3})
   mesh = sharding.make_mesh()
-  rows = embedding_distance(model, batches(), mesh, seqhw=[2], teacher=professor, k=3).run(params)
+  anchors = np.random.default_rng(0).normal(size=(3, 8)).tolist()
+  rows = embedding_distance(
+    model, batches(), mesh, seqhw=[2], teacher=professor, k=3, anchors=anchors
+  ).run(params)
   target = of(teacher, frozen, seqhw=3)
   for row in rows:
     ours = of(model, params, seqhw=row["seqhw"])
@@ -55,6 +58,10 @@ def test_rows_are_the_cosines_and_neighbours_of_the_real_images():
     want = [cosine.mean(), np.percentile(cosine, 5), np.mean(same)]
     got = [row[k] for k in ("cosine", "cosine_p5", "neighbours")]
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    chosen = [
+      (x @ (anchors / np.linalg.norm(anchors, axis=1)[:, None]).T).argmax(1) for x in (ours, target)
+    ]
+    assert row["zero_shot"] == np.mean(chosen[0] == chosen[1])
     assert row["n"] == 13
 
 
@@ -79,6 +86,7 @@ def test_of_equal_neighbours_the_first_count():
   [
     (dict(k=0), "k=0; expected at least 1"),
     (dict(output="logits"), "The teacher gives .*, no 'logits'"),
+    (dict(anchors=[[1.0, 2.0]]), r"anchors of shape \[1, 2\]; expected vectors of 8"),
     (dict(k=13), "13 images have no 13 neighbours each"),
   ],
 )

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from flexivit_jax import cli, errors, experiment, trees, weights
+from flexivit_jax.data import text as text_data
 from flexivit_jax.flexify import flexify, layout, recipe, retention
 from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.training import patch_schedule
@@ -169,22 +170,24 @@ def test_a_projection_and_a_model_without_classes_teach_embeddings():
 @pytest.mark.full
 def test_of_two_towers_the_image_tower_is_made_flexible_and_the_text_tower_stays(tmp_path):
   image = dict(variant="mu", patch_size=(8, 8), posemb_size=(4, 4))
-  text = dict(vocab_size=12, max_length=5, width=8, depth=1, mlp_dim=12, num_heads=2)
+  tokens = text_data.load("bytes", length=5, pad=text_data.PAD, end=text_data.END)
+  text = dict(vocab_size=tokens.vocab_size, max_length=5, width=8, depth=1, mlp_dim=12, num_heads=2)
   model = TwoTowers(image=image, text=text, embed_dim=6, bias=-2.0)
   inputs = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 5), int)
   params = model.init(jax.random.key(0), *inputs)["params"]
-  about = {"model": tower_records.record_of(model), "image_size": [32, 32], "text": {"length": 5}}
+  about = {"model": tower_records.record_of(model), "image_size": [32, 32], "text": tokens.record()}
   about |= {"native_patch_size": [8, 8], "native_grid": [4, 4]}
   weights.save_npz(tmp_path / "towers.npz", model, params, about)
   draw(tmp_path / "photos", 60)
   kept = flexify(
     tmp_path / "towers.npz", tmp_path / "photos", tmp_path / "out",
-    epochs=1, image_size=32, seqhw=(2, 4), batch_size=4,
+    epochs=1, image_size=32, seqhw=(2, 4), batch_size=4, names=("cat", "dog", "car"),
   )  # fmt: skip
   assert kept["before"][1]["cosine"] == pytest.approx(1, abs=1e-6)
   both, made, record = weights.towers.load(tmp_path / "out" / "model.npz")
   assert trees.digest(made["text"]) == trees.digest(params["text"])
-  assert record["text"] == {"length": 5} and made["t"] == params["t"] and both.bias == -2.0
+  assert kept["before"][1]["zero_shot"] == 1 and "same name after" in retention.table(kept)
+  assert record["text"] == tokens.record() and made["t"] == params["t"] and both.bias == -2.0
   _, tower = weights.load(tmp_path / "out" / "model.npz")
   assert trees.digest(tower) == trees.digest(made["image"]) != trees.digest(params["image"])
   assert record["trained"] == {"seqhw": [2, 4]}
