@@ -71,9 +71,23 @@ for form, debug, folder in (
   train = "flexivit train --config configs/cifar10.py{} --workdir runs/cifar10/{}"
   INSTEAD[train.format(form, folder)] = train.format(debug, folder)
 
+# Drawings with captions, and towers that learn in seconds.
+captioned = "name=captions data_dir=captioned split=train --out tokenizer.json --size 8192"
+INSTEAD[f"flexivit tokenizer {captioned}"] = (
+  f"python {REPOSITORY / 'tests' / 'make_captions.py'} && flexivit tokenizer {captioned}"
+)
+clip = "flexivit train --config configs/flexiclip.py:data=captions,data_dir=captioned,vocab=8192 --workdir runs/clip"
+INSTEAD[clip] = (
+  f"{clip} --config.total_epochs=4 --config.input.batch_size=48 --config.evals.test.batch_size=24"
+  " --config.flexi.seqhw.v='(5,)' --config.evals.test.seqhw='(5, 8)' --config.model.image.variant=mu"
+  " --config.model.text.width=32 --config.model.text.depth=1 --config.model.text.mlp_dim=64 --config.optim.lr=3e-3"
+)
+
 # Shown command: why it is not run.
 _TINY = "flexivit export runs/tiny.npz {} --image_size=24 --seqhw=2,4,8"
 NOT_RUN: dict[str, str] = {
+  "flexivit train --config configs/flexilit.py:data=captions,data_dir=captioned,text=bert-base-uncased --workdir"
+  " runs/lit": "needs published weights: tests/experiment/test_parts.py",
   _TINY.format("tiny_onnx --to=onnx"): "needs onnx: tests/foreign/test_onnx.py",
   _TINY.format("tiny_tf --to=saved_model"): "needs TensorFlow: tests/foreign/test_saved_model.py",
 }
