@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from flexivit_jax import errors, heartbeat
 from flexivit_jax.data import label_maps, prompts
@@ -31,8 +31,6 @@ from flexivit_jax.trees import Params
 
 METRICS = (metrics.TOP1, metrics.TOP5)
 ROWS = 256  # texts that are embedded at a time
-
-Encode = Callable[[Sequence[str]], Int32[np.ndarray, "n l"]]
 
 
 class Classes(NamedTuple):
@@ -87,10 +85,10 @@ class ZeroShot:
     scored: PerSize,
     classes: Classes,
     templates: Sequence[str],
-    encode: Encode | None,
+    tokens: Tokens | None,
   ):
     self._model, self._mesh, self._scored = model, mesh, scored
-    self._classes, self._templates, self._encode = classes, templates, encode
+    self._classes, self._templates, self._tokens = classes, templates, tokens
     self._program: embedding.Texts | None = None
 
   def check(self) -> None:
@@ -103,25 +101,31 @@ class ZeroShot:
     Raises:
       UserError: it is not known how texts become tokens.
     """
-    if self._encode is None:
+    if self._tokens is None:
       raise errors.UserError(
         "Zero-shot classification needs the tokenizer of the text tower. A run has it from tokenize(...) in input.pp, a"
         " checkpoint from its run; this one has none."
       )
     n = min(ROWS, len(self._classes.texts))
     self._rows = -(-n // self._mesh.size) * self._mesh.size
-    first = self._encode([prompts.sentence(self._templates[0], self._classes.texts[0])])
+    sentences = (prompts.sentence(t, x) for t in self._templates for x in self._classes.texts)
+    self._cut = sum(self._tokens.full_length(one) > self._tokens.length for one in sentences)
+    first = self._tokens.encode([prompts.sentence(self._templates[0], self._classes.texts[0])])
     example = np.zeros((self._rows // jax.process_count(), first.shape[1]), np.int32)
     self._program = embedding.Texts(self._model, self._mesh, params, {"texts": example})
     spec = jax.ShapeDtypeStruct(self._shape, jnp.float32, sharding=sharding.replicated(self._mesh))
     self._scored.compile({"model": params, "texts": spec}, report)
 
   def run(self, params: Params) -> list[Row]:
-    """Returns for each size {"seqhw", "top1", "top5", "n"}; accuracies are fractions."""
+    """Returns for each size {"seqhw", "top1", "top5", "n"}; accuracies are fractions.
+
+    Where sentences are longer than the text tower takes, also "sentences_cut", how many.
+    """
     if self._program is None:
       self.compile(params)
     self._last = self.classifier(params)
-    return self._scored.run({"model": params, "texts": self._last})
+    rows = self._scored.run({"model": params, "texts": self._last})
+    return [row | ({"sentences_cut": self._cut} if self._cut else {}) for row in rows]
 
   def costs(self, params: Params, repeats: int = 5) -> list[Row]:
     """Returns what the image tower costs at each size, once the classes are known; see `PerSize.costs`."""
@@ -153,7 +157,7 @@ class ZeroShot:
     begin = mine * jax.process_index()
     for start in range(0, len(sentences), self._rows):
       block = sentences[start : start + self._rows]
-      tokens = self._encode(block)
+      tokens = self._tokens.encode(block)
       tokens = np.concatenate([tokens, tokens[:1].repeat(self._rows - len(block), axis=0)])
       found = self._program(params, {"texts": tokens[begin : begin + mine]})
       yield jax.device_get(found["embedded"])[: len(block)]
@@ -229,7 +233,7 @@ def zero_shot(
     num_classes=len(own),
     label_map=chosen.label_map,
   )
-  return ZeroShot(model, mesh, scored, chosen, made, tokens.encode if tokens else None)
+  return ZeroShot(model, mesh, scored, chosen, made, tokens)
 
 
 def _names(names: str | Sequence[str] | None, class_names: Sequence[str] | None) -> Sequence[str]:

@@ -11,7 +11,7 @@ from scipy import special
 from flexivit_jax import errors
 from flexivit_jax.data import prompts, text
 from flexivit_jax.evaluators.zero_shot import unit
-from flexivit_jax.inference import predictor
+from flexivit_jax.inference import outputs, predictor
 from flexivit_jax.models import TwoTowers
 
 _ROWS = 64  # texts that are embedded at a time
@@ -65,7 +65,7 @@ def of_names(
 
 
 def embed(loaded: predictor.Loaded, texts: Sequence[str]) -> Float32[np.ndarray, "n e"]:
-  """Returns unit vectors of texts.
+  """Returns unit vectors of texts; a note on stderr says where some are cut.
 
   Raises:
     UserError: the weights have no tokenizer; a text without words; vectors that are not finite.
@@ -77,7 +77,10 @@ def embed(loaded: predictor.Loaded, texts: Sequence[str]) -> Float32[np.ndarray,
       f"{loaded.name} has no tokenizer beside its text tower, so texts cannot be encoded; take the run itself, whose"
       " checkpoints have it, or weights that come with their tokenizer."
     )
-  tokens = text.of_record(loaded.record["text"]).encode(texts)
+  made = text.of_record(loaded.record["text"])
+  tokens = made.encode(texts)
+  if cut := sum(made.full_length(one) > made.length for one in texts):
+    outputs.note(f"{cut} of {len(texts)} texts are longer than {made.length} tokens and are cut")
   program = jax.jit(lambda params, rows: model.apply({"params": params}, tokens=rows)[1]["text"])
   parts = []
   rows = min(_ROWS, len(tokens))

@@ -57,26 +57,27 @@ def expected(file, image, size, templates=("{}",)):
   return np.exp(scores) / np.exp(scores).sum()
 
 
+@pytest.mark.parametrize("bias", [-1.0, pytest.param(None, marks=pytest.mark.full)])
 def test_probabilities_are_a_softmax_over_the_names_or_of_each_by_itself(
-  save_towers, photos, capsys
+  save_towers, photos, capsys, bias
 ):
   common = ("--names=cat,a red car, dog", "--seqhw=4")
-  for bias in (-1.0, None):
-    args = ("predict", "0.png", "2.png", f"--checkpoint={save_towers(bias)}", *common, "--json")
-    code, out, err = run(capsys, *args)
-    assert code == 0 and ("do not add up" in err) == (bias is not None)
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert [(row["file"], row["seqhw"]) for row in rows] == [
-      ("0.png", 4), ("2.png", 4)
-    ]  # fmt: skip
-    for row in rows:
-      want = expected(save_towers(bias), row["file"], row["seqhw"])
-      order = np.argsort(-want)
-      assert [one["name"] for one in row["top"]] == [NAMES[k] for k in order]
-      found = [one["probability"] for one in row["top"]]
-      np.testing.assert_allclose(found, want[order], atol=1e-5)
+  args = ("predict", "0.png", "2.png", f"--checkpoint={save_towers(bias)}", *common, "--json")
+  code, out, err = run(capsys, *args)
+  assert code == 0 and ("do not add up" in err) == (bias is not None)
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert [(row["file"], row["seqhw"]) for row in rows] == [
+    ("0.png", 4), ("2.png", 4)
+  ]  # fmt: skip
+  for row in rows:
+    want = expected(save_towers(bias), row["file"], row["seqhw"])
+    order = np.argsort(-want)
+    assert [one["name"] for one in row["top"]] == [NAMES[k] for k in order]
+    found = [one["probability"] for one in row["top"]]
+    np.testing.assert_allclose(found, want[order], atol=1e-5)
 
 
+@pytest.mark.full
 def test_templates_a_file_of_names_and_the_other_forms(save_towers, photos, capsys):
   (photos / "names.txt").write_text("\n".join(NAMES))
   (photos / "templates.txt").write_text("a {}\nmy {}.\n")
@@ -95,6 +96,9 @@ def test_templates_a_file_of_names_and_the_other_forms(save_towers, photos, caps
   want = expected(save_towers(None), "1.png", 4, ["a {}", "my {}."])
   assert row["name_1"] == NAMES[int(want.argmax())] and "name_3" in row and "name_4" not in row
   assert float(row["probability_1"]) == pytest.approx(want.max(), abs=1e-5)
+  long = ("--names=cat,a very long name", "--seqhw=4")
+  code, _, err = run(capsys, "predict", "1.png", f"--checkpoint={save_towers(None)}", *long)
+  assert code == 0 and "1 of 2 texts are longer than 12 tokens and are cut" in err
   code, out, _ = run(capsys, "predict", "1.png", f"--checkpoint={save_towers(None)}", *common)
   assert code == 0 and len(out.splitlines()) == 4 and "%  a red car" in out
 

@@ -202,6 +202,7 @@ def test_equal_ones_come_in_the_order_of_the_files():
 # --- the command ---
 
 
+@pytest.mark.full
 def test_the_images_found_are_those_whose_vectors_are_most_alike(photos, save_towers, capsys):
   file = save_towers()
   ask = ("red car", "--data", "photos", f"--checkpoint={file}", "--seqhw=4")

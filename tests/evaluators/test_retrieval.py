@@ -216,6 +216,7 @@ def test_eight_devices_retrieve_as_one(tmp_path, on_eight_devices):
   assert rows["eight"]["devices"] == 8 and rows["eight"]["rows"] == rows["one"]["rows"]
 
 
+@pytest.mark.full
 def test_a_config_asks_for_it(monkeypatch):
   def numbers(record):
     texts = np.int32([[len(text), ord(text[0]) % 9, 1, 2, 3] for text in record["captions"]])

@@ -113,6 +113,7 @@ def test_names_and_templates_are_taken_as_they_are_where_that_is_asked():
   assert named == run()
 
 
+@pytest.mark.full
 def test_some_classes_are_scored_among_themselves_all_or_others_too():
   labels = np.concatenate([b["labels"] for b in batches()])[:21, [2, 4]]
   counted = labels.any(axis=1)
@@ -165,6 +166,12 @@ def test_what_cannot_be_asked_is_refused(options, expected):
     run(**options)
 
 
+@pytest.mark.full
+def test_sentences_that_are_cut_are_counted():
+  (row,) = run(templates=["a long sentence about a {}", "{}"], seqhw=[2])
+  assert row["sentences_cut"] == 7 and list(run(seqhw=[2])[0]) == ["seqhw", "top1", "top5", "n"]
+
+
 def test_a_model_without_texts_is_refused():
   with pytest.raises(UserError, match="A FlexiViT embeds no texts"):
     zero_shot(FlexiViT(variant="mu"), batches(), None, class_names=NAMES, seqhw=SIZES)
@@ -183,6 +190,7 @@ def test_eight_devices_find_as_one(tmp_path, on_eight_devices):
   assert found == {"rows": run(), "devices": 8}
 
 
+@pytest.mark.full
 def test_a_config_asks_for_it():
   data = dict(name="digits", split="test[:40]")
   pp = "resize(12)|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
