@@ -26,7 +26,7 @@ WRITERS: dict[str, Callable] = {
   "onnx": onnx_folder.write,
   "saved_model": saved_model.write,
 }
-OF_TOWERS = ("stablehlo",)  # what can hold two towers
+OF_TOWERS = ("stablehlo", "onnx")  # what can hold two towers
 Model = FlexiViT | TwoTowers
 Row = certificate.Row | certificate.TowersRow
 LOADERS: dict[str, Callable] = {

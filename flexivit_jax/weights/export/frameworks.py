@@ -129,12 +129,13 @@ def save_onnx(
 
 def _graph_proto(onnx: types.ModuleType, graph: onnx_graph.Graph, initializers: list) -> Foreign:
   def described(name: str, shape: tuple[int | str, ...]) -> Foreign:
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+    kind = onnx.TensorProto.INT64 if name == "tokens" else onnx.TensorProto.FLOAT
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
 
   return onnx.helper.make_graph(
     [onnx.helper.make_node(n.op, n.inputs, [n.name], n.name, **n.attributes) for n in graph.nodes],
     "flexivit",
-    [described("image", ("n", *graph.image_shape))],
+    [described(graph.input, ("n", *graph.shape))],
     [described(graph.nodes[-1].name, ("n", graph.outputs))],
     initializers,
   )
@@ -145,11 +146,15 @@ def check_onnx(path: pathlib.Path) -> None:
   optional.require("onnx", "Writing ONNX").checker.check_model(str(path), full_check=True)
 
 
-def onnx_program(path: pathlib.Path) -> Program:
-  """Returns the function from images [n, h, w, c] to logits [n, k] of an ONNX model, in onnxruntime on the CPU."""
+def onnx_program(path: pathlib.Path, input_name: str = "image") -> Program:
+  """Returns the function from images [n, h, w, c] to logits [n, k] of an ONNX model, in onnxruntime on the CPU.
+
+  With input_name="tokens" it takes those, [n, l].
+  """
   runtime = optional.require("onnxruntime", COMPARING_ONNX)
   session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-  return lambda image: session.run(None, {"image": image})[0]
+  dtype = np.int64 if input_name == "tokens" else np.float32
+  return lambda x: session.run(None, {input_name: x.astype(dtype)})[0]
 
 
 def timm_logits(model: Foreign, image: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n k"]:

@@ -1,6 +1,7 @@
 """An ONNX export: a folder with a graph for each patch size and one file of weights that all of them share.
 
 seqhw_05.onnx, seqhw_08.onnx, ...   a graph each; runs alone beside weights.bin
+text.onnx                           of two towers, the text tower
 weights.bin                         what no size changes once, then each size's kernel and position embeddings
 record.json                         what the model is
 flexivit_manifest.txt               the checksums of the files above
@@ -16,14 +17,14 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors, trees
-from flexivit_jax.models import FlexiViT, vit
+from flexivit_jax.models import FlexiViT, TextTower, TwoTowers, vit as vit_model
 from flexivit_jax.sizes import SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, folders, optional, reading
-from flexivit_jax.weights.export import artifact, frameworks, onnx_graph
+from flexivit_jax.weights.export import artifact, frameworks, onnx_graph, stablehlo
 
 FORMAT = "flexivit onnx 1"
-WEIGHTS = "weights.bin"
+WEIGHTS, TEXT = "weights.bin", "text.onnx"
 
 
 class Place(NamedTuple):
@@ -35,7 +36,7 @@ class Place(NamedTuple):
 
 def write(
   out: pathlib.Path,
-  model: FlexiViT,
+  model: FlexiViT | TwoTowers,
   params: Params,
   record: Json,
   *,
@@ -46,7 +47,8 @@ def write(
 
   Args:
     out: a name that is not there yet and does not end in .zip.
-    model, params, record: what `weights.load_with_record` returns; the record goes into the folder.
+    model, params, record: what `weights.load_with_record` or `weights.towers.load` returns; the record goes into the
+      folder. Of two towers the graphs give embeddings of length 1.
     image_hw: pixels.
     sizes: tokens per side or (per column, per row), a graph each.
 
@@ -56,10 +58,16 @@ def write(
   """
   optional.require("onnx", "Writing ONNX")
   _check(out)
-  reading.check(model, params, "What is to be exported")
-  sizes, shape = list(dict.fromkeys(sizes)), (*image_hw, params["embedding"]["kernel"].shape[2])
+  vit, own, text = model, params, None
+  if isinstance(model, TwoTowers):
+    vit, own, text = model.parts["image"], params["image"], model.parts["text"]
+    record = record | stablehlo.scalars(model, params)
+  reading.check(vit, own, "What is to be exported")
+  sizes, shape = list(dict.fromkeys(sizes)), (*image_hw, own["embedding"]["kernel"].shape[2])
   with folders.new(out) as part:
-    graphs = _write_graphs(part, model, params, image_hw, sizes)
+    graphs = _write_graphs(part, vit, own, image_hw, sizes, unit=text is not None)
+    if text is not None:
+      _write_text(part, text, params["text"])
     described = record | {
       "format": FORMAT,
       "sizes": [size_text(size) for size in sizes],
@@ -84,7 +92,10 @@ def load(folder: pathlib.Path) -> artifact.Artifact:
   """Reads an export back, to run in onnxruntime on the CPU; as `artifact.load_artifact` for the other kind."""
   record = read_record(folder)
   programs = {size: frameworks.onnx_program(folder / name_of(size)) for size in record["sizes"]}
-  return artifact.Artifact(record, programs)
+  text = folder / TEXT
+  if not text.is_file():
+    return artifact.Artifact(record, programs)
+  return artifact.Artifact(record, programs, frameworks.onnx_program(text, "tokens"))
 
 
 def name_of(size: SeqHw) -> str:
@@ -104,9 +115,11 @@ def _write_graphs(
   params: Params,
   image_hw: tuple[int, int],
   sizes: Sequence[SeqHw],
+  *,
+  unit: bool = False,
 ) -> list[onnx_graph.Graph]:
   """Writes the weights and the graphs, and has onnx check each."""
-  model, params = model.clone(scan=False), vit.unstack_blocks(params)
+  model, params = model.clone(scan=False), vit_model.unstack_blocks(params)
   channels, graphs = params["embedding"]["kernel"].shape[2], []
   with (folder / WEIGHTS).open("wb") as file:
     flat = trees.flatten(params)
@@ -114,11 +127,19 @@ def _write_graphs(
     for size in sizes:
       fixed, baked = baking.bake(model, params, image_hw=image_hw, **size_args(size))
       resampled = {name: _append(file, array) for name, array in _own(fixed, baked).items()}
-      graphs.append(onnx_graph.describe(fixed, channels))
+      graphs.append(onnx_graph.describe(fixed, channels, unit=unit))
       frameworks.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | resampled)
   for size in sizes:
     frameworks.check_onnx(folder / name_of(size))
   return graphs
+
+
+def _write_text(folder: pathlib.Path, model: TextTower, params: Params) -> None:
+  """Adds the text tower: its weights to the file of weights, and its graph."""
+  with (folder / WEIGHTS).open("ab") as file:
+    places = {f"text/{n}": _append(file, a) for n, a in trees.flatten(params).items()}
+  frameworks.save_onnx(folder / TEXT, onnx_graph.describe_text(model), WEIGHTS, places)
+  frameworks.check_onnx(folder / TEXT)
 
 
 def _own(model: FlexiViT, params: Params) -> Params:
@@ -126,7 +147,7 @@ def _own(model: FlexiViT, params: Params) -> Params:
   flat = trees.flatten(params)
   resampled = {name: flat[name] for name in baking.RESAMPLED if name in flat}
   if model.posemb == "sincos2d":
-    resampled["pos_embedding"] = vit.sincos2d(model.posemb_size, model.width)
+    resampled["pos_embedding"] = vit_model.sincos2d(model.posemb_size, model.width)
   return resampled
 
 

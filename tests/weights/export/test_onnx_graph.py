@@ -116,7 +116,7 @@ def test_height_and_width_are_not_exchanged():
   model, params = make(pool_type="map")
   fixed, baked = bake(model, params, image_hw=(24, 36), grid_hw=(4, 3))
   graph = onnx_graph.describe(fixed, 3)
-  assert graph.image_shape == (24, 36, 3)
+  assert graph.shape == (24, 36, 3)
   want, _ = model.apply({"params": params}, images(2, (24, 36)), grid_hw=(4, 3))
   got = interpret(graph, jax.tree.map(np.asarray, flat_of(fixed, baked)), images(2, (24, 36)))
   np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
