@@ -24,7 +24,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument("--image_size", type=int, help="pixels a side (default 240)")
   p.add_argument("--seqhw", help="tokens per side, e.g. 5,8,4x6; 'all': patches of 8 to 48 pixels")
   p.add_argument("--batch_size", type=int, help="default 16")
-  p.add_argument("--lr", type=float, help="default 3e-5")
+  p.add_argument("--lr", type=float, help="default 3e-5; 1e-5 for a model without classes")
   p.add_argument("--seed", type=int, help="default 0")
   p.add_argument(
     "--buffers",

@@ -47,7 +47,7 @@ def flexify(
   image_size: int = 240,
   seqhw: Sequence[SeqHw] = SIZES,
   batch_size: int = 16,
-  lr: float = 3e-5,
+  lr: float | None = None,
   seed: int = 0,
   buffers: tuple[int, ...] | None = None,
   moment: bool = False,
@@ -66,7 +66,7 @@ def flexify(
     epochs: passes over the training images; 0 resizes and measures without training.
     image_size: pixels a side of the student's images; the teacher keeps its native size.
     seqhw: tokens per side or (per column, per row), the sizes to draw and to measure.
-    batch_size, lr, seed: of the training.
+    batch_size, lr, seed: of the training; default of lr: `recipe.LR`.
     buffers: sides of the stored kernel (pixels) and position grid (cells); default: the model's own, so that its
       output at the native size does not change.
     moment: resizes the kernel for patches like those of the training images, not for white noise; see
@@ -105,6 +105,7 @@ def flexify(
     embedding=recipe.embedding_of(teacher.model, record, two_towers),
     anchors=_anchors(init, names, loading) if names else None,
   )
+  lr = recipe.LR["classes" if plan.embedding is None else "embeddings"] if lr is None else lr
   student = recipe.student_of(teacher.model, buffers)
   if moment:
     size = (image_size, max(student.patch_size))
