@@ -60,6 +60,7 @@ def test_a_locked_tower_starts_from_a_file_and_stays_as_it_is(settings, file, tm
   vit, image = weights.load(run)
   assert trees.digest(image) == trees.digest(saved["image"])
   assert vit == towers.parts["image"]
+  assert trees.digest(weights.load_into(run, vit)) == trees.digest(image)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from flexivit_jax import cli, trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import TwoTowers
-from flexivit_jax.weights import description, npz, tower_names, tower_records, towers
+from flexivit_jax.weights import certificate, description, npz, tower_names, tower_records, towers
 
 IMAGE = dict(
   patch_size=(4, 4), posemb_size=(3, 3), width=16, depth=2, mlp_dim=24, num_heads=2, pool_type="map"
@@ -36,7 +36,7 @@ def assert_same(params, others):
     np.testing.assert_array_equal(array, others[name], name)
 
 
-@pytest.mark.parametrize("image", [{}, {"scan": True}])
+@pytest.mark.parametrize("image", [{}, pytest.param({"scan": True}, marks=pytest.mark.full)])
 def test_an_npz_of_ours_comes_back_with_its_tokenizer(tmp_path, image):
   model, params, record = made(image=IMAGE | image)
   weights.save_npz(tmp_path / "w.npz", model, params, record)
@@ -94,6 +94,54 @@ def test_big_visions_file_of_two_towers_is_read(tmp_path):
   assert_same(trees.unflatten(stacked), params)
 
 
+def big_visions_text(file, tokens):
+  """big_vision's text transformer in float64, by the names in its file; the heads are axes of the arrays."""
+  txt = "params/txt/"
+  a = {n.removeprefix(txt): v.astype(np.float64) for n, v in file.items() if n.startswith(txt)}
+
+  def norm(name, x):
+    centred = x - x.mean(-1, keepdims=True)
+    scale = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    return centred / scale * a[f"{name}/scale"] + a[f"{name}/bias"]
+
+  def dense(name, x):
+    return x @ a[f"{name}/kernel"] + a[f"{name}/bias"]
+
+  x = a["Embed_0/embedding"][tokens] + a["pos_embedding"]
+  for i in range(2):
+    base = f"Encoder_0/encoderblock_{i}"
+    mha, y = f"{base}/MultiHeadDotProductAttention_0", norm(f"{base}/LayerNorm_0", x)
+    q, k, v = (
+      np.einsum("nld,dhe->nhle", y, a[f"{mha}/{part}/kernel"])
+      + a[f"{mha}/{part}/bias"][None, :, None]
+      for part in ("query", "key", "value")
+    )
+    p = np.exp(q @ k.transpose(0, 1, 3, 2) / np.sqrt(q.shape[-1]))
+    y = (p / p.sum(-1, keepdims=True)) @ v
+    x = x + np.einsum("nhle,hed->nld", y, a[f"{mha}/out/kernel"]) + a[f"{mha}/out/bias"]
+    y = dense(f"{base}/MlpBlock_0/Dense_0", norm(f"{base}/LayerNorm_1", x))
+    y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    x = x + dense(f"{base}/MlpBlock_0/Dense_1", y)
+  x = dense("head", norm("Encoder_0/encoder_norm", x)[:, -1])
+  return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-8)
+
+
+@pytest.mark.parametrize("written", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_texts_are_embedded_as_by_big_visions_names(tmp_path, written):
+  """The image tower's numbers are compared in tests/models/test_flexivit.py."""
+  model, params, record = made()
+  np.savez(tmp_path / "siglip.npz", **by_big_vision(params))
+  if written:
+    weights.save_npz(tmp_path / "w.npz", model, params, record)
+  with np.load(tmp_path / ("w.npz" if written else "siglip.npz")) as archive:
+    file = dict(archive)
+  loaded, params, _ = towers.load(tmp_path / "siglip.npz")
+  tokens = certificate.texts(loaded.parts["text"])
+  text = loaded.parts["text"].apply({"params": params["text"]}, tokens)[0]
+  got = text / np.linalg.norm(text, axis=1, keepdims=True)
+  np.testing.assert_allclose(got, big_visions_text(file, tokens), atol=1e-5)
+
+
 @pytest.mark.parametrize(
   ("change", "expected"),
   [
@@ -127,9 +175,9 @@ def test_a_conversion_compares_both_embeddings_and_the_similarity(tmp_path, caps
   assert cli.main([*given, str(tmp_path / "out.npz")]) == 0
   assert "seqhw   3: largest differences: image 0.0e+00, text 0.0e+00" in capsys.readouterr().out
   assert_same(towers.load(tmp_path / "out.npz")[1], params)
-  certificate = json.loads((tmp_path / "out.certificate.json").read_text())
-  assert {row["seqhw"] for row in certificate["rows"]} == {2, 3, 4, 6, 12}
-  row = certificate["rows"][1]
+  rows = json.loads((tmp_path / "out.certificate.json").read_text())["rows"]
+  assert {row["seqhw"] for row in rows} == {2, 3, 4, 6, 12}
+  row = rows[1]
   assert row["largest_differences"].keys() == {"image", "text", "similarity"}
   image, text = np.array(row["source_image"]), np.array(row["source_text"])
   want = np.exp(params["t"]) * image @ text.T + params["b"]
