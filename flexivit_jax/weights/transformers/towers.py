@@ -162,6 +162,10 @@ def tokenizer(path: pathlib.Path, family: str, f: Fields) -> tuple[Json | None, 
     return None, []
   config = path / TOKENIZER_CONFIG
   stated = timm_folder.read_json(config) if config.is_file() else {}
+  if stated.get("padding_side") == "left":
+    return None, [
+      f"{file.name} is not used: {config.name} puts padding before a text, here it follows."
+    ]
   end = f["eos_token"] if family == "clip" else _word(stated.get("eos_token")) or "</s>"
   pad = _word(stated.get("pad_token")) or end
   options = dict(length=f["max_length"], pad=pad, end=end, lower=family == "siglip")
@@ -175,7 +179,12 @@ def tokenizer(path: pathlib.Path, family: str, f: Fields) -> tuple[Json | None, 
       )
   except errors.UserError as e:
     return None, [f"{file.name} is not used: {e}"]
-  return json.loads(json.dumps(tokens.record())), []
+  notes = []
+  if str(stated.get("tokenizer_class")).startswith("SiglipTokenizer"):
+    notes.append(
+      "SigLIP's own tokenizer leaves punctuation out; here it stays, so write texts without it."
+    )
+  return json.loads(json.dumps(tokens.record())), notes
 
 
 def _word(token: object) -> str | None:
