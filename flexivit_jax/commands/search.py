@@ -102,7 +102,10 @@ def run(args: argparse.Namespace) -> None:
       print(json.dumps({**row._asdict(), "seqhw": fine}))
     else:
       print(f"{row.similarity:7.4f}  {outputs.shown(row.file)}")
-  tally.check_all(args.on_error)
+  if tally.bad and args.on_error == "raise":
+    raise errors.UserError(
+      f"{tally.bad} images cannot be read; each is named above. With --on_error=skip this is no error."
+    )
 
 
 def _check(args: argparse.Namespace) -> None:

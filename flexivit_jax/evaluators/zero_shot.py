@@ -144,7 +144,7 @@ class ZeroShot:
     total = np.zeros(self._shape)
     for template in self._templates:
       sentences = [prompts.sentence(template, text) for text in self._classes.texts]
-      total += unit(np.concatenate([*self._embed(params, sentences)]).astype(np.float64))
+      total += np.concatenate([*self._embed(params, sentences)])  # unit vectors
     made = np.float32(unit(total))
     if not np.isfinite(made).all():
       raise errors.UserError(

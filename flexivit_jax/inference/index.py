@@ -196,7 +196,7 @@ def update(
     if time.monotonic() - last > SAVE_EVERY:
       write(path, key, entries)
       last = time.monotonic()
-  if touched or not path.exists():
+  if touched or (entries and not path.exists()):
     write(path, key, entries)
   vectors = {name: entries[at[name]].vector for name in wanted if at[name] in entries}
   return vectors, Changes(embedded, len(vectors) - embedded, len(gone))

@@ -59,7 +59,7 @@ def of_names(
   plain = prompts.class_texts(names, plain=False)
   chosen = prompts.templates(templates)
   sentences = [prompts.sentence(template, name) for template in chosen for name in plain]
-  each = unit(embed(loaded, sentences).astype(np.float64)).reshape(len(chosen), len(plain), -1)
+  each = embed(loaded, sentences).astype(np.float64).reshape(len(chosen), len(plain), -1)
   scale, bias = float(np.exp(loaded.params["t"][0])), loaded.params.get("b")
   return Names(plain, unit(each.sum(axis=0)), scale, None if bias is None else float(bias[0]))
 

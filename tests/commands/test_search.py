@@ -98,6 +98,14 @@ def test_only_what_is_new_or_changed_is_embedded_and_what_is_gone_is_dropped(fil
   assert update(files, Embedding())[1] == (0, 4, 0)
 
 
+def test_a_new_time_of_the_same_content_is_kept(files, monkeypatch):
+  update(files, Embedding())
+  os.utime(files / "b")
+  assert update(files, Embedding())[1] == (0, 4, 0)
+  monkeypatch.setattr(index, "content", lambda name: pytest.fail("is read again"))
+  assert update(files, Embedding())[1] == (0, 4, 0)
+
+
 def test_content_that_changed_at_the_same_size_and_time_is_seen_where_that_is_asked(files):
   update(files, Embedding())
   state = os.stat(files / "a")
@@ -124,6 +132,13 @@ def test_an_update_that_was_ended_goes_on(files, monkeypatch):
     update(files, Embedding(stop=3))
   embed = Embedding()
   assert update(files, embed)[1] == (1, 3, 0) and embed.asked == ["d"]
+
+
+def test_of_no_files_nothing_is_written(files):
+  for file in files.iterdir():
+    file.unlink()
+  assert update(files, Embedding()) == ({}, (0, 0, 0), [])
+  assert not (files.parent / "index.npz").exists()
 
 
 def test_only_what_is_wanted_is_embedded(files):
@@ -232,7 +247,8 @@ def test_the_images_found_are_those_whose_vectors_are_most_alike(photos, save_to
   (photos / "bad.png").write_bytes(b"damaged")
   code, out, err = run(capsys, *ask)
   assert code == 0 and "photos/bad.png" in err and len(out.splitlines()) == 5
-  assert run(capsys, *ask, "--on_error=raise")[0] == 2
+  code, _, err = run(capsys, *ask, "--on_error=raise")
+  assert code == 2 and "1 images cannot be read; each is named above" in err
   shutil.rmtree(photos)
   (photos.parent / "photos").mkdir()
   code, out, err = run(capsys, *ask)
