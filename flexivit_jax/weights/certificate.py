@@ -3,10 +3,11 @@
 That is logits; of two towers, both embeddings and their scaled products, the similarity.
 """
 
+import functools
 import json
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -188,12 +189,19 @@ def embeddings(
   seqhw: SeqHw | None,
 ) -> Embeddings:
   """Runs both towers in full precision; without `seqhw` at the image tower's own patch size."""
-  size = {} if seqhw is None else size_args(seqhw)
-  run = jax.jit(lambda p, **inputs: model.apply({"params": p}, **inputs, **size)[1])
+  size = () if seqhw is None else tuple(size_args(seqhw).items())
   with jax.default_matmul_precision("highest"):
-    out = run(params, image=image, tokens=tokens)
-  vectors = np.asarray(out["image"]), np.asarray(out["text"])
-  return Embeddings(*vectors, similarity(params, *vectors))
+    images_, texts_ = (
+      np.asarray(_encoder(model, "image", size)(params, image)),
+      np.asarray(_encoder(model, "tokens", ())(params, tokens)),
+    )
+  return Embeddings(images_, texts_, similarity(params, images_, texts_))
+
+
+@functools.lru_cache(maxsize=16)
+def _encoder(model: TwoTowers, name: str, size: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+  """Returns the program of one tower; texts have the same one at all sizes."""
+  return jax.jit(lambda p, x: model.apply({"params": p}, **{name: x}, **dict(size))[0])
 
 
 def similarity(
