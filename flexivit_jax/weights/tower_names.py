@@ -102,6 +102,7 @@ def text_fields(params: Params) -> Fields:
     depth=len({name.split("/")[1] for name in flat if name.startswith(f"{block[:-1]}")}),
     mlp_dim=flat[dense].shape[1],
     num_heads=flat[query].shape[1],
+    pool_type="last",
     num_classes=flat["head/kernel"].shape[1] if "head/kernel" in flat else 0,
   )
 

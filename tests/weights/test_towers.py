@@ -10,7 +10,15 @@ import pytest
 from flexivit_jax import cli, trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.models import TwoTowers
-from flexivit_jax.weights import certificate, description, npz, tower_names, tower_records, towers
+from flexivit_jax.weights import (
+  certificate,
+  description,
+  npz,
+  text,
+  tower_names,
+  tower_records,
+  towers,
+)
 
 IMAGE = dict(
   patch_size=(4, 4), posemb_size=(3, 3), width=16, depth=2, mlp_dim=24, num_heads=2, pool_type="map"
@@ -84,6 +92,9 @@ def test_big_visions_file_of_two_towers_is_read(tmp_path):
   assert_same(back, params)
   assert got.parts["text"].num_heads == 2 and got.parts["text"].pool_type == "last"
   assert got.parts["image"].pool_type == "map"
+  tower, text_params, about = text.load(tmp_path / "siglip.npz")
+  assert tower == got.parts["text"] and "BERT" not in " ".join(about["notes"])
+  assert_same(text_params, params["text"])
   assert towers.NO_TOKENIZER in record["notes"]
   # What is written has the names that were read, and nothing else but the record.
   weights.save_npz(tmp_path / "again.npz", got, back, record)
@@ -137,8 +148,8 @@ def test_texts_are_embedded_as_by_big_visions_names(tmp_path, written):
     file = dict(archive)
   loaded, params, _ = towers.load(tmp_path / "siglip.npz")
   tokens = certificate.texts(loaded.parts["text"])
-  text = loaded.parts["text"].apply({"params": params["text"]}, tokens)[0]
-  got = text / np.linalg.norm(text, axis=1, keepdims=True)
+  out = loaded.parts["text"].apply({"params": params["text"]}, tokens)[0]
+  got = out / np.linalg.norm(out, axis=1, keepdims=True)
   np.testing.assert_allclose(got, big_visions_text(file, tokens), atol=1e-5)
 
 
@@ -199,6 +210,6 @@ def test_towers_that_no_model_of_transformers_has_are_refused_by_their_features(
 def test_both_towers_are_described(tmp_path):
   model, params, record = made()
   weights.save_npz(tmp_path / "w.npz", model, params, record)
-  text = "\n".join(description.describe_towers(*towers.load(tmp_path / "w.npz")))
-  assert "12 tokens, 5 positions, pool last, projection to 6" in text
-  assert "bias" in text and "pads with 1" in text
+  lines = "\n".join(description.describe_towers(*towers.load(tmp_path / "w.npz")))
+  assert "12 tokens, 5 positions, pool last, projection to 6" in lines
+  assert "bias" in lines and "pads with 1" in lines

@@ -92,6 +92,7 @@ def _fields(config: Json, family: str) -> tuple[Fields, list[str]]:
     gelu=transformers_config.GELU[gelu],
     layer_norm_eps=transformers_config.positive(text, "layer_norm_eps"),
     num_classes=outputs,
+    pool_type="eos" if family == "clip" else "last",
   )
   if family != "clip":
     return fields, []
