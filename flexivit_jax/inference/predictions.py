@@ -18,7 +18,6 @@ from flexivit_jax.data.inputs import Input
 from flexivit_jax.inference import outputs, predictor, texts
 from flexivit_jax.sizes import SeqHw, size_text
 from flexivit_jax.trees import Json
-from flexivit_jax.weights import tower_records
 
 
 class Prediction(NamedTuple):
@@ -113,9 +112,10 @@ def _probabilities(result: predictor.Result) -> Float[Array, "n k"]:
 
 def check_classes(loaded: predictor.Loaded) -> None:
   """Raises a UserError if a model has no classes."""
-  if tower_records.IMAGE_ALONE in loaded.record.get("notes", ()):
+  if loaded.record.get("projection"):
     raise errors.UserError(
-      f"{loaded.name} has two towers and no classes of its own; give --names, e.g. --names=cat,dog."
+      f"{loaded.name} has no classes of its own: its head is a projection. With its text tower give --names, e.g."
+      " --names=cat,dog; `flexivit embed` writes its features."
     )
   if not loaded.model.num_classes:
     raise errors.UserError(f"{loaded.name} has no classes; `flexivit embed` writes its features.")

@@ -118,7 +118,7 @@ def test_a_tokenizer_is_used_in_blocks_without_changing_anything(save_towers, mo
     (("--names=cat,dog, cat",), "Names 0 and 2 are the same text, 'cat'"),
     (("--names=cat", "--templates=five"), "templates='five' is neither of"),
     (("--templates=one",), "--templates are sentences for --names"),
-    ((), "has two towers and no classes of its own; give --names"),
+    ((), "has no classes of its own: its head is a projection. With its text tower give"),
   ],
 )
 def test_what_cannot_be_asked_is_refused(save_towers, photos, capsys, args, message):
