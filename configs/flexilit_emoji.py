@@ -14,7 +14,8 @@ all-MiniLM-L6-v2, of which the last block and a new projection learn. Without te
 with a tokenizer of the captions: `flexivit tokenizer name=captions data_dir=emoji split=train --out tokenizer.json
 --size 2000`; without image= the image tower begins from nothing, too, and is not locked. Data: `python
 tools/maintain/unpack_emoji.py emoji_captions_96.npz emoji`; --shuffled makes the control, --without flags leaves the
-flags out, which are many and alike. All of it is ours.
+flags out, which are many and alike. All of it is ours. With image= add --config.tower_cache=DIR: the locked tower
+then runs once for each image and size.
 """
 
 import ml_collections
@@ -46,7 +47,7 @@ def get_config(arg=""):
   data = common.captioned("captions", arg.data_dir)
   c.input = dict(
     data=data | dict(split="train"),
-    pp=f"decode|resize(160)|flip_lr|{train}",
+    pp=f"decode|resize(160)|{train}",  # no flip: captions say left and right
     batch_size=128,
     threads=1,
   )

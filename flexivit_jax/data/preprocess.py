@@ -311,6 +311,13 @@ def tokens_of(pp: str) -> text_lib.Tokens | None:
   return found[0] if found else None
 
 
+def image_operations(pp: str) -> tuple[list[str], list[str]]:
+  """Returns the operations of a string that can change an image, as they are written; and those of them that draw."""
+  of_texts = (first_caption, random_caption, tokenize, tokenize_all, keep)
+  ops = [op for op in parse(counted(pp, 1)).ops if op.function not in of_texts]
+  return [op.text for op in ops], [op.text for op in ops if op.random]
+
+
 def without_tokenizers(pp: str) -> str:
   """Returns the string with bytes in the place of tokenizers that are not here, to plan by: shapes are the same."""
   pp = pp.replace("\n", " ").strip()

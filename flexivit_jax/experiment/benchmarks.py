@@ -189,7 +189,8 @@ def stepping(settings: Section, rounds: int) -> list[BenchRow]:
 
   Its FLOPs are those that the model counts; its memory is that of the compiled programs.
   """
-  trained = {k: v for k, v in settings.items() if k != "teacher_cache"}  # no files are written
+  caches = ("teacher_cache", "tower_cache")  # no files are written
+  trained = {k: v for k, v in settings.items() if k not in caches}
   exp, mesh = preparation.place(experiment.from_config(experiment.without_evaluations(trained)))
   state = preparation.first_state(exp, mesh)
   sizes = {size_key(size): size for size in patch_schedule.all_static(exp.flexi)}

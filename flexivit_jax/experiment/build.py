@@ -33,6 +33,7 @@ from flexivit_jax.experiment.loaders import (
   model_like,
   sharing,
 )
+from flexivit_jax.experiment.locked import TowerCache, tower_cache
 from flexivit_jax.experiment.sections import DURATIONS
 from flexivit_jax.experiment.settings import Settings
 from flexivit_jax.models import UNNAMED, Model, TwoTowers, flops
@@ -69,6 +70,7 @@ class Experiment(NamedTuple):
     frozen_digests: sha256 of the objective's teachers by name.
     drawn: everything that the teachers' logits depend on; the key of their cache.
     teacher_cache: folder of the teachers' logits.
+    tower_cache: of the embeddings of a locked image tower; None: they are made in each step.
     save_every, keep: steps between checkpoints, and how many stay.
     log_every: steps between reads from the devices.
     skip_above, skip_limit: gradient norm above which a step is skipped; skipped steps in a row that end the run.
@@ -106,6 +108,7 @@ class Experiment(NamedTuple):
   frozen_digests: dict[str, str]
   drawn: Json
   teacher_cache: str | None
+  tower_cache: TowerCache | None
   save_every: int
   keep: int | None
   log_every: int
@@ -227,6 +230,7 @@ def from_config(
 
   # Optimizer and evaluators.
   optimizer = _optimizer(checked, learner, lengths)
+  cached = _tower_cache(checked, learner, optimizer)
   saving, evaluations = _evaluations(checked, learner, lengths, opening, best, early)
 
   largest = max(map(sizes.batches_of, patch_schedule.all_static(sizes.flexi)))
@@ -257,6 +261,7 @@ def from_config(
     class_names=learner.labelled.model.names,
     data_classes=learner.labelled.data_names,
     tokens=learner.tokens,
+    tower_cache=cached,
     notes=[
       *learner.labelled.notes,
       *(f"evals.{key}: {n}" for key, e in evaluations.items() for n in e.notes),
@@ -387,6 +392,22 @@ def _sizes(settings: Settings, learner: _Learner, flexi: patch_schedule.Flexi) -
     with config.naming("objective.size"):
       checks.check_size(network, shapes["image"], dict(fixed))
   return _Sizes(flexi, cost, batches_of, update_scale)
+
+
+def _tower_cache(settings: Settings, learner: _Learner, optimizer: Optimizer) -> TowerCache | None:
+  """What the embeddings of a locked image tower are cached by, where the config asks for it."""
+  if settings.tower_cache is None:
+    return None
+  parts = getattr(learner.model, "parts", {})
+  return tower_cache(
+    settings.tower_cache,
+    source=learner.source,
+    section=learner.input,
+    model=learner.model,
+    fields=_fields(parts["image"]) if "image" in parts else {},
+    objective=learner.objective,
+    frozen=optimizer.frozen,
+  )
 
 
 def _locked(settings: Settings, learner: _Learner) -> Tree | None:

@@ -12,11 +12,18 @@ from jax.sharding import Mesh
 
 from flexivit_jax import experiment, trees
 from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.models import FlexiViT, attention
+from flexivit_jax.models import FlexiViT, attention, two_towers
+from flexivit_jax.objectives import contrastive
 from flexivit_jax.running import distributed
 from flexivit_jax.running.session import note
 from flexivit_jax.sizes import SizeArgs, size_name
-from flexivit_jax.training import patch_schedule, step_programs, steps, teachers
+from flexivit_jax.training import (
+  locked as locked_tower,
+  patch_schedule,
+  step_programs,
+  steps,
+  teachers,
+)
 from flexivit_jax.trees import Json, Params
 
 Hold = Callable[[contextlib.AbstractContextManager[Any]], Any]
@@ -99,7 +106,8 @@ class Step(NamedTuple):
     teachers: gives the teachers' logits of a batch; None: there are no teachers.
     constants: arrays constant within a run that differ between runs of the same programs.
     mesh: where all of it lives.
-    inputs: the keys of a batch that the objective takes.
+    inputs: the keys of a batch that the objective takes from the data.
+    tower: gives the images' vectors of a locked tower whose embeddings are cached; None: there is none.
   """
 
   programs: step_programs.StepPrograms
@@ -107,16 +115,21 @@ class Step(NamedTuple):
   constants: dict[str, jax.Array]
   mesh: Mesh
   inputs: tuple[str, ...]
+  tower: locked_tower.LockedTower | None = None
 
   def __call__(
     self, number: int, size: SizeArgs, state: steps.TrainState, batch: dict[str, np.ndarray]
   ) -> tuple[steps.TrainState, dict[str, jax.Array]]:
     """Makes step `number`, counted from 1, at a size. The memory of `state` is taken."""
-    return self.programs(size, state, self.put(number, state, batch), self.constants)
+    return self.programs(size, state, self.put(number, size, state, batch), self.constants)
 
-  def put(self, number: int, state: steps.TrainState, batch: dict[str, np.ndarray]) -> Json:
-    """Returns the inputs of a step on the devices, with the teachers' logits."""
+  def put(
+    self, number: int, size: SizeArgs, state: steps.TrainState, batch: dict[str, np.ndarray]
+  ) -> Json:
+    """Returns the inputs of a step on the devices, with the teachers' logits or the locked tower's embeddings."""
     on_device = sharding.put_batch({k: batch[k] for k in self.inputs}, self.mesh)
+    if self.tower is not None:
+      on_device["embedded"] = self.tower(size, state.params["image"], batch)
     if self.teachers is not None:
       on_device["targets"] = self.teachers(number - 1, batch, state.step)
     return on_device
@@ -125,7 +138,8 @@ class Step(NamedTuple):
     self, number: int, size: SizeArgs, state: steps.TrainState, batch: dict[str, np.ndarray]
   ) -> tuple[steps.TrainState, dict[str, jax.Array], Params]:
     """As a call, and returns the gradients too."""
-    return self.programs.with_gradients(size, state, self.put(number, state, batch), self.constants)
+    inputs = self.put(number, size, state, batch)
+    return self.programs.with_gradients(size, state, inputs, self.constants)
 
 
 def compile_step(
@@ -143,15 +157,43 @@ def compile_step(
     UserError: a step that does not fit into memory; on several processes, other microbatches on one of them.
   """
   numbers, memory = _microbatches(exp, mesh)
+  tower = _locked_tower(exp, state, mesh)
+  if tower is not None:
+    exp = exp._replace(objective=contrastive.of_embeddings(exp.objective))
   room = memory - sharding.bytes_each(state)
   logits = teacher_logits(exp, int(state.step), mesh, hold, microbatches=numbers, memory=room)
   free = memory - (0 if logits is None else logits.bytes)
-  compiled = programs(exp, state, logits, mesh, microbatches=numbers, memory=free)
+  compiled = programs(exp, state, logits, mesh, tower, microbatches=numbers, memory=free)
   if distributed.is_on():
     distributed.agree(
       int(state.step), {"parts of the batch": sorted(compiled.microbatches.items())}
     )
-  return Step(compiled, logits, constants(exp, mesh), mesh, tuple(exp.objective.inputs))
+  from_data = tuple(name for name in exp.objective.inputs if name != "embedded")
+  return Step(compiled, logits, constants(exp, mesh), mesh, from_data, tower)
+
+
+def _locked_tower(
+  exp: experiment.Experiment, state: steps.TrainState, mesh: Mesh
+) -> locked_tower.LockedTower | None:
+  """Returns what embeds the images of a batch, where the config caches them; else None."""
+  if exp.tower_cache is None:
+    return None
+  assert isinstance(exp.model, two_towers.TwoTowers)  # `locked.tower_cache` has seen to it
+  params, part = state.params["image"], exp.model.parts["image"]
+
+  def embed(params: Params, images: jax.Array, **size: Any) -> jax.Array:
+    return two_towers.unit(part.apply({"params": params}, images, **size)[0].astype(np.float32))
+
+  images = _specs(exp, ["image"], mesh)["image"]
+  cached = locked_tower.EmbeddingCache(
+    exp.tower_cache.folder,
+    exp.tower_cache.identity(trees.digest(params)),
+    exp.tower_cache.examples,
+    int(exp.model.outputs["image"].shape[0]),
+  )
+  sizes = sorted(patch_schedule.all_static(exp.flexi), key=exp.step_flops)
+  report = report_of("locked tower", exp)
+  return locked_tower.LockedTower(embed, params, images, sizes, mesh, cache=cached, report=report)
 
 
 def teacher_logits(
@@ -193,12 +235,15 @@ def programs(
   state: steps.TrainState,
   logits: teachers.TeacherLogits | None,
   mesh: Mesh,
+  tower: locked_tower.LockedTower | None = None,
   *,
   microbatches: Sequence[int] = (1,),
   memory: float = math.inf,
 ) -> step_programs.StepPrograms:
   """Compiles the steps at all sizes."""
-  batch = _specs(exp, exp.objective.inputs, mesh)
+  batch = _specs(exp, [name for name in exp.objective.inputs if name in exp.inputs], mesh)
+  if tower is not None:
+    batch["embedded"] = tower.specs
   if logits is not None:
     batch["targets"] = logits.specs
   sizes = sorted(patch_schedule.all_static(exp.flexi), key=exp.step_flops)

@@ -41,6 +41,8 @@ class Settings:
     teacher_cache: folder, also in a bucket, where the teachers' logits are kept, step by step: another run with the
       same data, seed and teachers reads them there, bit-equal, and runs no teacher. As large as steps x batch_size x
       classes x 4 bytes, or with objective.top_k, x top_k x 8 bytes.
+    tower_cache: folder where the embeddings of a locked image tower are kept, by example and size: another epoch or run
+      with the same images and tower reads them there, bit-equal. As large as examples x sizes x length x 4 bytes.
     init_head_bias: fills the head's bias at the start.
     log_every: steps between reads of the losses from the device.
     early_stopping: evaluations without improvement after which the run ends; or arguments of `monitor.early_stopping`.
@@ -75,6 +77,7 @@ class Settings:
   token_budget: Section | None = None
   init: Section | None = None
   teacher_cache: str | None = None
+  tower_cache: str | None = None
   init_head_bias: float | None = None
   log_every: int = 50
   early_stopping: int | Section | None = None

@@ -86,6 +86,7 @@ class TwoTowers(nn.Module, Counted):
     image: Float[Array | np.ndarray, "n h w c"] | None = None,
     tokens: Int[Array | np.ndarray, "m l"] | None = None,
     *,
+    embedded: Float[Array | np.ndarray, "n e"] | None = None,
     train: bool = False,
     **size: Any,
   ) -> tuple[Float[Array, "n e"], Json]:
@@ -94,6 +95,7 @@ class TwoTowers(nn.Module, Counted):
     Args:
       image: pixels in [-1, 1].
       tokens: see `TextTower`; as many as images, or any number.
+      embedded: unit vectors of images, in their place: of an image tower that is locked, see `training.locked`.
       train: as for the towers.
       **size: of the image tower, e.g. `seqhw=8`.
 
@@ -105,6 +107,8 @@ class TwoTowers(nn.Module, Counted):
     if image is not None:
       x, inside = towers[0](image, train=train, **size)
       out |= {"image": unit(x.astype(jnp.float32)), "pre_logits": inside["pre_logits"]}
+    if embedded is not None:
+      out["image"] = jnp.asarray(embedded)
     if tokens is not None:
       x, _ = towers[1](tokens, train=train)
       out["text"] = unit(x.astype(jnp.float32))

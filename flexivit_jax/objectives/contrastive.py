@@ -74,6 +74,19 @@ def sigmoid_contrastive(*, chunk: int = CHUNK) -> Objective:
   return _objective(("image", "text", "t", "b"), loss, chunk)
 
 
+def of_embeddings(objective: Objective) -> Objective:
+  """Returns the objective for images that are embedded already, "embedded" [n, e] in the place of "image"."""
+  assert isinstance(objective.loss, BatchLoss)
+  inputs = {"embedded": specs.spec("e"), "tokens": objective.inputs["tokens"]}
+
+  def embed(predict: Predict, batch: Batch) -> Mapping[str, jax.Array]:
+    out = predict({name: batch[name] for name in inputs})
+    return {name: out[name] for name in objective.outputs}
+
+  loss = objective.loss._replace(embed=embed)
+  return objective._replace(inputs=inputs, prepare=keep(*inputs), loss=loss)
+
+
 def _objective(
   outputs: tuple[str, ...], loss: Callable[[Tree, Batch], Losses], chunk: int
 ) -> Objective:
