@@ -33,7 +33,7 @@ OPTIONAL = (
   "checkpoint", "early_stopping", "evals", "flexi", "init", "mesh", "objective", "token_budget", "wandb",
 )  # fmt: skip
 # Keys whose value may be of another type than the config's own: a number or "auto", a truth value or a name.
-OF_SEVERAL_TYPES = ("accumulate", "model.remat", "model.scan")
+OF_SEVERAL_TYPES = ("accumulate", "model.bias", "model.remat", "model.scan", "optim.freeze")
 
 # What to do instead where a key is often looked for.
 _LOGGED = (

@@ -125,6 +125,8 @@ def test_a_value_of_a_wrong_type_is_named_at_once(name):
     for wrong in wrong_values(at(settings, path)):
       if ".".join(path) in config.OF_SEVERAL_TYPES and wrong == 3:
         continue  # a number is right there, as a text is
+      if path == ("optim", "freeze") and wrong == "x":
+        continue  # a text is right there, as texts are
       said, seconds = check(name, changed(settings, path, wrong))
       slowest, tried = max(slowest, seconds), tried + 1
       assert ".".join(path) in said, (path, wrong, said)
