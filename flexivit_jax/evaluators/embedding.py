@@ -45,8 +45,7 @@ def images(
     more: other keys of the batches, which come back as they are.
   """
   fn = functools.partial(_image_step, model=model, mesh=mesh, more=more)
-  tower = getattr(model, "parts", {}).get("image", model)
-  return PerSize(fn, tower, batches, mesh, sizes=sizes, inputs=("image", *more))
+  return PerSize(fn, model, batches, mesh, sizes=sizes, inputs=("image", *more))
 
 
 def _image_step(

@@ -152,13 +152,14 @@ class PerSize:
     """
     batch = self._on_device(self._first)
     n, h, w, channels = batch["image"].shape
+    tower = getattr(self.model, "parts", {}).get("image", self.model)  # of two, that of images
     rows = []
     for key, size in self.sizes.items():
       program = self._programs[key].run
       times = (_seconds(program, params, batch) for _ in range(repeats))
       ms = statistics.median(times) * 1e3 / n
       patch, _, grid = self.model.grid((h, w), **size)
-      gflops = 2 * self.model.gmacs({"image": (h, w, channels)}, **size)
+      gflops = 2 * tower.gmacs({"image": (h, w, channels)}, **size)
       patch_text = patch[0] if patch[0] == patch[1] else size_text(patch)
       rows.append({"patch": patch_text, "tokens": grid[0] * grid[1], "gflops": gflops, "ms": ms})
     return rows

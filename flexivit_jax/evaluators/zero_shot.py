@@ -225,7 +225,7 @@ def zero_shot(
   fn = functools.partial(eval_step, model=model, classes=chosen, skip_unlabelled=skip_unlabelled)
   scored = PerSize(
     fn,
-    getattr(model, "parts", {}).get("image", model),
+    model,
     batches,
     mesh,
     sizes=sizes_of(seqhw, stride, depth),

@@ -17,7 +17,7 @@ from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators.knn import blocks, classify, knn, normalized, votes
 from flexivit_jax.experiment import sections
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.training import steps
 
 PP = "resize(12)|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
@@ -136,6 +136,25 @@ def test_k_and_shots_are_what_the_section_says():
   right = reference(1, 1.0, *features_of(4, "train")).predict(asked) == expected
   assert row["top1"] == right.mean()
   assert probed(seqhw=(4,), shots=3)[0]["top1"] < probed(seqhw=(4,))[0]["top1"]
+
+
+@pytest.mark.full
+def test_of_two_towers_the_images_features_are_taken():
+  image = dict(variant="mu", depth=1, patch_size=(6, 6), posemb_size=(2, 2))
+  text = dict(width=16, depth=1, mlp_dim=16, num_heads=2, vocab_size=20, max_length=5)
+  model = TwoTowers(image=image, text=text, embed_dim=8, bias=None)
+  params = steps.init_params(model, {"image": (12, 12, 3), "tokens": (5,)}, seed=0)
+  evaluation = experiment.build_evaluation("evals.test", SECTION, every=1)
+  found = []
+  for network, weights in ((model, params), (model.parts["image"], params["image"])):
+    evaluator = evaluation.make(network, sharding.make_mesh())
+    rows = evaluator.run(weights)
+    found.append((rows, evaluator.costs(weights, 1)))
+  (rows, costs), (of_image, costs_of_image) = found
+  assert rows == of_image
+  for one, other in zip(costs, costs_of_image, strict=True):
+    assert one["tokens"] == other["tokens"]
+    assert one["gflops"] == pytest.approx(other["gflops"], rel=0.01)  # a projection more
 
 
 def test_what_is_masked_is_not_seen():
