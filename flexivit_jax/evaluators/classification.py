@@ -112,10 +112,14 @@ def classification(
       their top1. Takes 4 * k * k bytes a size for k classes, at most `MAX_CLASSES`.
 
   Raises:
-    UserError: an unknown name; more classes than `per_class` bears.
+    UserError: an unknown name; more classes than `per_class` bears; two towers, which have no classes.
   """
   if loss not in losses.LOSSES:
     raise errors.unknown("loss", loss, losses.LOSSES)
+  if "text" in model.outputs and "logits" not in model.outputs:
+    raise errors.UserError(
+      f"A {type(model).__name__} has no classes, but texts; use type='zero_shot', whose classes are texts."
+    )
   chosen = None if label_map is None else label_maps.label_map(label_map)
   classes = model.num_classes if chosen is None else len(chosen.columns)
   if per_class and classes > MAX_CLASSES:

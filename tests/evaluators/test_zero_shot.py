@@ -12,6 +12,7 @@ from flexivit_jax.data import label_maps, text
 from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import zero_shot as module
+from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.zero_shot import zero_shot
 from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.training import steps
@@ -175,6 +176,11 @@ def test_sentences_that_are_cut_are_counted():
 def test_a_model_without_texts_is_refused():
   with pytest.raises(UserError, match="A FlexiViT embeds no texts"):
     zero_shot(FlexiViT(variant="mu"), batches(), None, class_names=NAMES, seqhw=SIZES)
+
+
+def test_the_classes_of_two_towers_are_no_logits():
+  with pytest.raises(UserError, match="has no classes, but texts; use type='zero_shot'"):
+    classification(made()[0], batches(), None, seqhw=SIZES)
 
 
 def on_all_devices(path: str) -> None:
