@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from flexivit_jax import data, errors
+from flexivit_jax import config, data, errors
 from flexivit_jax.data import text
 from flexivit_jax.data.text import Tokens
 from flexivit_jax.models import Model, TextTower
@@ -38,7 +38,8 @@ def check_same(
 ) -> None:
   """Raises a UserError where an evaluation's preprocessing makes tokens in another way than the training's."""
   for name, pp in evals.items():
-    other = tokens_of(pp)
+    with config.naming(f"evals.{name}"):
+      other = tokens_of(pp)
     if other is not None and tokens is not None and other != tokens:
       fields = [f for f, value in tokens.record().items() if value != other.record()[f]]
       raise errors.UserError(
