@@ -11,7 +11,9 @@ import pytest
 from flexivit_jax import cli, config, experiment
 
 # Options of other programs, commands of tools/ (of which test_reproduce.py knows), and variables of CSS.
-OTHERS = re.compile(r"--xla_\w+|--file_format|export-credentials --format|s3 cp --recursive|var\(--\w+|--\w+:")
+OTHERS = re.compile(
+  r"--xla_\w+|--file_format|export-credentials --format|s3 cp --recursive|var\(--\w+|--\w+:"
+)
 ELSEWHERE = ("items.py", "comparing.py")
 
 
