@@ -311,14 +311,14 @@ def _learner(settings: Settings, opening: Opening, trained: class_names.Trained 
   with config.naming("model"):
     network, record = build_model({"dtype": default_dtype(), **fields}, source.num_classes)
   network = _biased(network, settings.init_head_bias)
-  if isinstance(network, TwoTowers):
-    network = network.with_batch(section["batch_size"])
-    record = record | {"bias": network.bias}
   objective = settings.objective
   teachers = {name: opening.teacher(**t) for name, t in objective.get("teachers", {}).items()}
   with config.naming("objective"):
     unweighted = {k: v for k, v in objective.items() if k != "class_weights"}
     goal = build_objective(unweighted, teachers)
+  if isinstance(network, TwoTowers):
+    network = _with_bias(network, goal, section["batch_size"])
+    record = record | {"bias": network.bias}
   checks.check_outputs(goal, network)
   checks.check_pairs(goal, section["batch_size"])
   tokens = texts.of_run(section["pp"], network, opening.tokens)
@@ -358,6 +358,16 @@ def _biased(model: Model, bias: float | None) -> Model:
       f"init_head_bias={bias}, but a {type(model).__name__} has no head_bias; leave it out."
     )
   return model.clone(head_bias=bias)
+
+
+def _with_bias(network: TwoTowers, goal: Objective, batch_size: int) -> TwoTowers:
+  """The model whose bias, where it is "auto", begins as the batch asks; of an objective without one there is none.
+
+  A bias that nothing trains would be taken for one that was: `predict --names` reads probabilities off it.
+  """
+  if network.bias == "auto" and "b" not in goal.outputs:
+    return network.clone(bias=None)
+  return network.with_batch(batch_size)
 
 
 def _sizes(settings: Settings, learner: _Learner, flexi: patch_schedule.Flexi) -> _Sizes:

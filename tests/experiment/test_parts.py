@@ -105,3 +105,12 @@ def test_a_locked_tower_is_counted_without_its_backward_pass(settings):
     for frozen in (None, locked.optimizer.frozen)
   )
   assert part < 0.3 * whole
+
+
+def test_an_objective_without_a_bias_trains_a_model_without_one(settings):
+  assert experiment.from_config(settings).model.bias == pytest.approx(-np.log(7))
+  settings["objective"]["name"] = "softmax_contrastive"
+  softmax = experiment.from_config(settings)
+  assert softmax.model.bias is None and softmax.model_record["bias"] is None
+  settings["model"]["bias"] = -3.0  # as it was asked for
+  assert experiment.from_config(settings).model.bias == -3.0
