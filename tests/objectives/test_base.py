@@ -11,7 +11,14 @@ from flexivit_jax.objectives.distill import Teacher
 
 ARGUMENTS = {
   "distill": dict(teachers={"t": Teacher(None, {}, "image", {})}, label_weight=0.5, top_k=2),
+  "distill_embeddings": dict(teachers={"t": Teacher(None, {}, "image", {})}),
   "self_distill": dict(size={"seqhw": 3}),
+}
+# What an objective takes of the model; the others take its logits.
+OUTPUTS = {
+  "distill_embeddings": {"pre_logits"},
+  "sigmoid_contrastive": {"image", "text", "t", "b"},
+  "softmax_contrastive": {"image", "text", "t"},
 }
 
 
@@ -25,7 +32,8 @@ def batch():
   rng = np.random.default_rng(0)
   image = jnp.asarray(rng.normal(size=(8, 2, 2, 3)), jnp.float32)
   target = losses.sparse_logits(jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), 2)
-  return {"image": image, "labels": jnp.eye(3)[jnp.arange(8) % 3], "targets": {"t": target}}
+  labels, tokens = jnp.eye(3)[jnp.arange(8) % 3], jnp.ones((8, 4), jnp.int32)
+  return {"image": image, "labels": labels, "tokens": tokens, "targets": {"t": target}}
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
@@ -48,7 +56,8 @@ def test_nothing_else_of_the_batch_is_taken(name):
   objective = OBJECTIVES[name](**ARGUMENTS.get(name, {}))
   taken = {k: v for k, v in batch().items() if k in (*objective.inputs, "targets")}
   prepared = objective.prepare(taken, jax.random.key(0))
-  assert set(prepared) <= set(taken) and set(objective.outputs) == {"logits"}
+  assert set(prepared) <= set(taken)
+  assert set(objective.outputs) == OUTPUTS.get(name, {"logits"})
 
 
 def test_a_mean_of_sums_is_divided_once():

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from flexivit_jax import cli
+
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIDE, PATCH, HEADS, DEPTH, EPS = 224, 16, 12, 12, 1e-5
 _CONFIG = {
@@ -163,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.tool(main)
