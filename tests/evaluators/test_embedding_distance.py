@@ -36,6 +36,7 @@ def of(model, params, **size):
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@pytest.mark.full
 def test_rows_are_the_cosines_and_neighbours_of_the_real_images():
   (model, params), (teacher, frozen) = made(0), made(4)
   professor = Teacher(teacher, frozen, "image", {"seqhw": 3})

@@ -23,7 +23,7 @@ def settings(monkeypatch):
     input=dict(data=dict(data, annotated=True), pp=pp, batch_size=8, threads=0),
     model=dict(name="two_towers", embed_dim=8, image=dict(variant="mu"), text=text),
     objective=dict(name="sigmoid_contrastive"),
-    flexi=dict(seqhw=dict(v=(2, 4))),
+    flexi=dict(seqhw=dict(v=(4,))),
     optim=dict(lr=1e-2),
     log_every=1,
   )
@@ -93,6 +93,7 @@ def test_a_batch_of_one_is_refused(settings):
     experiment.from_config(settings)
 
 
+@pytest.mark.full
 def test_a_locked_tower_is_counted_without_its_backward_pass(settings):
   free = experiment.from_config(settings)
   settings["optim"]["freeze"] = ("image/.*",)
