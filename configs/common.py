@@ -3,7 +3,7 @@
 Functions of plain values, each a few lines, so that a config stays one page and says all else itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -72,6 +72,23 @@ def pairs(tokenizer: Mapping[str, Any], length: int, captions: int = 7) -> tuple
   one = f"random_caption|tokenize({options})|keep('image', 'tokens')"
   every = f"tokenize_all({options}, captions={captions})|keep('image', 'texts', 'texts_mask')"
   return f"value_range(-1, 1)|{one}", f"value_range(-1, 1)|{every}"
+
+
+def retrieval(
+  data: Mapping[str, Any], pixels: int, texts: str, seqhw: Sequence[int], **every: float
+) -> dict[str, dict[str, Any]]:
+  """Returns the evaluation of two towers: recall both ways on the split "test", images squashed to a square.
+
+  Args:
+    data: see `captioned`.
+    pixels: of an image, a side.
+    texts: the end of preprocessing, the second of `pairs`.
+    seqhw: sizes.
+    **every: how often, e.g. `every_steps=1000`.
+  """
+  pp = f"decode|resize({pixels})|{texts}"
+  section = dict(type="retrieval", pp=pp, batch_size=256, seqhw=tuple(seqhw), **every)
+  return {"test": dict(section, data={**data, "split": "test"})}
 
 
 def evals(

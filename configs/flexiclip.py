@@ -62,16 +62,7 @@ def get_config(arg=""):
     clip=1.0,  # [ours]
     schedule=dict(decay_type="cosine", warmup_percent=0.02),
   )
-  c.evals = dict(
-    test=dict(
-      type="retrieval",
-      data=data | dict(split="test"),
-      pp=f"decode|resize(240)|{test}",
-      batch_size=256,
-      seqhw=GRIDS,
-      every_percent=0.1,
-    )
-  )
+  c.evals = common.retrieval(data, 240, test, GRIDS, every_percent=0.1)
   c.checkpoint = dict(every_percent=0.02)
   c.mesh = dict(data=-1, fsdp=1)
 

@@ -61,16 +61,7 @@ def get_config(arg=""):
     freeze=("image/.*",),
     schedule=dict(decay_type="cosine", warmup_steps=150),
   )
-  c.evals = dict(
-    test=dict(
-      type="retrieval",
-      data=data | dict(split="test"),
-      pp=f"decode|resize(240)|{test}",
-      batch_size=256,
-      seqhw=GRIDS,
-      every_steps=1000,
-    )
-  )
+  c.evals = common.retrieval(data, 240, test, GRIDS, every_steps=1000)
   c.checkpoint = dict(every_steps=500)
   c.mesh = dict(data=-1, fsdp=1)
 

@@ -66,16 +66,7 @@ def get_config(arg=""):
     freeze=("image/.*",),
     schedule=dict(decay_type="cosine", warmup_steps=150),
   )
-  c.evals = dict(
-    test=dict(
-      type="retrieval",
-      data=data | dict(split="test"),
-      pp=f"decode|resize(224)|{test}",  # [LIT]
-      batch_size=256,
-      seqhw=(14,),
-      every_steps=500,  # [LIT]
-    )
-  )
+  c.evals = common.retrieval(data, 224, test, (14,), every_steps=500)  # [LIT]
   c.checkpoint = dict(every_steps=1000)  # [LIT]
   c.mesh = dict(data=-1, fsdp=1)
 

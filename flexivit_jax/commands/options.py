@@ -70,6 +70,14 @@ def add_checkpoint(p: argparse.ArgumentParser) -> None:
   p.add_argument("--checkpoint", required=True, type=path, help=what)
 
 
+def add_batches(p: argparse.ArgumentParser) -> None:
+  """How large images are that weights of no run get, and how many go through the model at once."""
+  p.add_argument(
+    "--image_size", type=int, help="pixels a side, for weights of no run (default 240)"
+  )
+  p.add_argument("--batch_size", type=int, help="images at a time (default: 4 on CPUs, else 32)")
+
+
 def add_images(p: argparse.ArgumentParser) -> None:
   """What a command needs that runs a model over image files: the files, the model, the sizes, the output."""
   p.add_argument(
@@ -80,10 +88,7 @@ def add_images(p: argparse.ArgumentParser) -> None:
     "--seqhw",
     help="tokens per side, e.g. 8, or 5,8,4x6 for several; 'all': those that a run was trained at",
   )
-  p.add_argument(
-    "--image_size", type=int, help="pixels a side, for weights of no run (default 240)"
-  )
-  p.add_argument("--batch_size", type=int, help="images at a time (default: 4 on CPUs, else 32)")
+  add_batches(p)
   p.add_argument(
     "--on_error",
     choices=("raise", "skip"),

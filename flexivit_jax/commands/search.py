@@ -34,10 +34,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     action="store_true",
     help="compare the contents of all files, also where size and time are the same",
   )
-  p.add_argument(
-    "--image_size", type=int, help="pixels a side, for weights of no run (default 240)"
-  )
-  p.add_argument("--batch_size", type=int, help="images at a time (default: 4 on CPUs, else 32)")
+  options.add_batches(p)
   p.add_argument(
     "--on_error",
     choices=("raise", "skip"),
