@@ -7,6 +7,8 @@ import numpy as np
 
 from flexivit_jax.errors import UserError, nearest
 
+NO_CLASS = -1  # of a pixel in a mask: it counts for no class, whatever number it has in files
+
 Dim = int | str
 
 

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int32, Shaped
 from flexivit_jax.data import images
 from flexivit_jax.data.geometry import Affine, ImageSize
 from flexivit_jax.errors import UserError, unknown
+from flexivit_jax.specs import NO_CLASS
 
 Example = dict[str, Any]
 MIN_AREA = 0.1
-NO_CLASS = -1
 _IGNORE = 255  # The usual number of pixels without a class, in files.
 _MIN_SIDE = 0.01  # Pixels; less is the rounding of float32, not a part of an object.
 _UNSURE = (

@@ -93,6 +93,51 @@ def which_patch(
   return size[0], size[1]
 
 
+def padded_grid(
+  image_hw: tuple[int, ...],
+  default: Size,
+  *,
+  multiple: int = 1,
+  seqhw: int | None = None,
+  grid_hw: Size | None = None,
+  patch_hw: Size | None = None,
+) -> Grid:
+  """Returns the grid of an image that may be padded: the fewest patches that cover it.
+
+  Args:
+    image_hw: pixels of the image.
+    default: pixels of a patch where no argument gives any.
+    multiple: of which the rows and the columns have to be multiples: more padding, where they are not.
+    seqhw: tokens per side, before they are made a multiple; a patch has as many pixels as it takes.
+    grid_hw: tokens (per column, per row); likewise.
+    patch_hw: pixels of a patch.
+
+  Raises:
+    UserError: more than one of the three; less than one; so many tokens that a row or column would be only padding.
+  """
+  square = None if seqhw is None else (seqhw, seqhw)
+  given = {"seqhw": square, "grid_hw": grid_hw, "patch_hw": patch_hw}
+  named = {name: size for name, size in given.items() if size is not None}
+  if len(named) > 1:
+    raise errors.UserError(f"Give one of seqhw, grid_hw and patch_hw, got {', '.join(named)}.")
+  name, size = next(iter(named.items()), ("patch_size", default))
+  got = seqhw if name == "seqhw" else tuple(size)
+  if len(size) != 2 or min(size) < 1:
+    raise errors.UserError(f"{name}={got}; expected numbers from 1 up.")
+  height, width = image_hw[0], image_hw[1]
+  by_grid = name in ("seqhw", "grid_hw")
+  ph, pw = (-(-height // size[0]), -(-width // size[1])) if by_grid else (size[0], size[1])
+  rows, columns = -(-height // ph), -(-width // pw)
+  if by_grid and (rows, columns) != tuple(size):
+    fits = min(rows, columns) if name == "seqhw" else (rows, columns)
+    raise errors.UserError(
+      f"{name}={got} does not fit the image {tuple(image_hw)}: patches of {ph} x {pw} pixels, {rows} x {columns} of"
+      f" them, cover it already. Give patch_hw, or e.g. {name}={fits}."
+    )
+  rows, columns = (-(-k // multiple) * multiple for k in (rows, columns))
+  return Grid((ph, pw), (ph, pw), (rows, columns))
+
+
 def which_depth(blocks: int, depth: int | None) -> int:
   """Returns the number of blocks that run: `depth`, or all `blocks` where it is None.
 

@@ -17,6 +17,7 @@ ARGUMENTS = {
 # What an objective takes of the model; the others take its logits.
 OUTPUTS = {
   "distill_embeddings": {"pre_logits"},
+  "segmentation": {"pixel_logits"},
   "sigmoid_contrastive": {"image", "text", "t", "b"},
   "softmax_contrastive": {"image", "text", "t"},
 }
@@ -25,7 +26,8 @@ OUTPUTS = {
 def predict(inputs, *, fixed=False, **size):
   """A model whose logits are sums of its images."""
   del size
-  return {"logits": inputs["image"].sum((1, 2)) * (0.5 if fixed else 1.0)}
+  image = inputs["image"] * (0.5 if fixed else 1.0)
+  return {"logits": image.sum((1, 2)), "pixel_logits": image}
 
 
 def batch():
@@ -33,7 +35,10 @@ def batch():
   image = jnp.asarray(rng.normal(size=(8, 2, 2, 3)), jnp.float32)
   target = losses.sparse_logits(jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), 2)
   labels, tokens = jnp.eye(3)[jnp.arange(8) % 3], jnp.ones((8, 4), jnp.int32)
-  return {"image": image, "labels": labels, "tokens": tokens, "targets": {"t": target}}
+  mask = jnp.arange(32).reshape(8, 2, 2) % 4 - 1
+  return {
+    "image": image, "labels": labels, "tokens": tokens, "mask": mask, "targets": {"t": target},
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
