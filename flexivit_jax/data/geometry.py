@@ -1,17 +1,19 @@
 """Geometric operations: where the result of each lies in the image, as one affine map.
 
-An operation is a function of the image's size, `hw`, and sees no pixels. It returns an `Affine`: a
-window that is cut out, resized and mirrored. `look` applies it to the image, `annotations.follow`
-to the boxes and the mask of the same example, so that all three agree whatever the operation.
+An operation is a function of the image's size, `hw`, and sees no pixels, but perhaps the mask. It
+returns an `Affine`: a window that is cut out, resized and mirrored. `look` applies it to the image,
+`annotations.follow` to the boxes and the mask of the same example, so that all three agree whatever
+the operation.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int32, Shaped
 
 from flexivit_jax.data import images
 from flexivit_jax.errors import UserError, unknown
+from flexivit_jax.specs import NO_CLASS
 
 Image = Shaped[np.ndarray, "h w c"]
 Resized = Shaped[np.ndarray, "_ _ c"]  # Of another size, with the same channels.
@@ -109,6 +111,37 @@ def resize_keep(hw: ImageSize, size: PixelSize, fit: str = "cover", method: str 
   return resize(hw, [max(1, round(n / ratio)) for n in hw], method)
 
 
+def scale_jitter(
+  hw: ImageSize,
+  short: int,
+  ratio_min: float = 0.5,
+  ratio_max: float = 2.0,
+  long: int | None = None,
+  method: str = "linear",
+  *,
+  rng: np.random.Generator,
+) -> Affine:
+  """Resizes the shorter side to `short` times a random ratio, and keeps the aspect ratio.
+
+  Args:
+    hw: pixels of the image.
+    short: pixels of the shorter side at ratio 1.
+    ratio_min, ratio_max: of the uniform ratio.
+    long: pixels of the longer side at ratio 1 that are not exceeded, for long images; None: any number.
+    method: see `images.resize_image`.
+
+  Segmenter's data have short=512, long=2048 (ADE20k).
+  """
+  if not 0 < ratio_min <= ratio_max or short < 1 or (long is not None and long < short):
+    raise UserError(
+      f"scale_jitter(short={short}, ratio_min={ratio_min}, ratio_max={ratio_max}, long={long}); expected short >= 1,"
+      " 0 < ratio_min <= ratio_max, long >= short."
+    )
+  factor = short / min(hw) if long is None else min(short / min(hw), long / max(hw))
+  factor *= rng.uniform(ratio_min, ratio_max)
+  return resize(hw, [max(1, round(n * factor)) for n in hw], method)
+
+
 def central_crop(
   hw: ImageSize,
   size: PixelSize,
@@ -159,6 +192,49 @@ def random_crop(
   top = int(rng.integers(hw[0] + 2 * padding - size[0] + 1)) - padding
   left = int(rng.integers(hw[1] + 2 * padding - size[1] + 1)) - padding
   return Affine((top, left, *size), size, ignore=ignore)
+
+
+def balanced_crop(
+  hw: ImageSize,
+  size: PixelSize,
+  cat_max_ratio: float = 0.75,
+  tries: int = 10,
+  *,
+  mask: Int32[np.ndarray, "h w"] | None,
+  rng: np.random.Generator,
+) -> Affine:
+  """Cuts `size`, or less where the image is smaller, at a random place that no class fills.
+
+  A place is taken if more than one class is there and none has `cat_max_ratio` or more of the pixels that have a class.
+  After `tries` others, the next place is taken whatever is there. Pad later, see `pad`: an image is not made larger.
+
+  Args:
+    hw: pixels of the image.
+    size: pixels, at most.
+    cat_max_ratio: see above; 1 asks for two classes.
+    tries: number of places that are looked at.
+    mask: of the image; None: it has none, which is an error.
+
+  Source: Segmenter's data (arXiv 2105.05633), as mmsegmentation's RandomCrop makes them.
+  """
+  if mask is None:
+    raise UserError("balanced_crop: the example has no mask; random_crop needs none.")
+  if not 0 < cat_max_ratio <= 1 or tries < 1:
+    raise UserError(
+      f"balanced_crop(cat_max_ratio={cat_max_ratio}, tries={tries}); expected a share above 0, at most 1, and 1 or"
+      " more."
+    )
+  h, w = (min(n, m) for n, m in zip(hw, _hw(size), strict=True))
+  for left in range(tries, -1, -1):
+    top, left_edge = int(rng.integers(hw[0] - h + 1)), int(rng.integers(hw[1] - w + 1))
+    if not left or _balanced(mask[top : top + h, left_edge : left_edge + w], cat_max_ratio):
+      break
+  return Affine((top, left_edge, h, w), (h, w))
+
+
+def _balanced(mask: Int32[np.ndarray, "h w"], cat_max_ratio: float) -> bool:
+  counts = np.bincount(mask[mask != NO_CLASS])
+  return bool(np.count_nonzero(counts) > 1 and counts.max() < cat_max_ratio * counts.sum())
 
 
 def pad(

@@ -9,7 +9,8 @@ An operation is a plain function. Its first parameter says what it gets and give
 - `record`: the whole dict; it returns a new one.
 
 A function with `rng` is random; the generator belongs to the example, so a draw depends on nothing
-else. Images stay uint8 until `value_range`.
+else. A function of `hw` with `mask` is given the mask of the image, None if it has none. Images
+stay uint8 until `value_range`.
 """
 
 import ast
@@ -26,6 +27,7 @@ from jaxtyping import Float32
 from flexivit_jax.data import annotations, geometry, images, text as text_lib
 from flexivit_jax.data.annotations import Example
 from flexivit_jax.data.geometry import Image
+from flexivit_jax.data.photometric import photometric_distortion
 from flexivit_jax.data.randaug import randaug
 from flexivit_jax.errors import UserError, nearest, unknown
 
@@ -186,13 +188,16 @@ OPS: dict[str, Callable[..., Any]] = {
   "resize_small": geometry.resize_small,
   "resize_keep": geometry.resize_keep,
   "pad": geometry.pad,
+  "scale_jitter": geometry.scale_jitter,
   "central_crop": geometry.central_crop,
   "crop_border": geometry.crop_border,
   "random_crop": geometry.random_crop,
+  "balanced_crop": geometry.balanced_crop,
   "inception_crop": geometry.inception_crop,
   "decode_inception_crop": geometry.decode_inception_crop,
   "flip_lr": geometry.flip_lr,
   "randaug": randaug,
+  "photometric_distortion": photometric_distortion,
   "value_range": value_range,
   "onehot": onehot,
   "multihot": multihot,
@@ -216,6 +221,7 @@ class Op(NamedTuple):
     first: the name of the first parameter, "image", "hw", "encoded" or "record".
     inkey, outkey: None where the function gets and returns the whole record.
     random: whether the function takes `rng`.
+    looks: whether the function takes `mask`.
     blind: whether it moves pixels and does not say where to, so that boxes and mask cannot follow.
     min_area: the share of a box's area that has to be left, see `annotations.follow`.
   """
@@ -228,6 +234,7 @@ class Op(NamedTuple):
   inkey: str | None
   outkey: str | None
   random: bool
+  looks: bool
   blind: bool
   min_area: float
 
@@ -337,7 +344,7 @@ def without_tokenizers(pp: str) -> str:
 
 
 def _apply(op: Op, record: Example, rng: np.random.Generator | None) -> Example:
-  kwargs = {**op.kwargs, "rng": rng} if op.random else op.kwargs
+  kwargs = {**op.kwargs, "rng": rng} if op.random else dict(op.kwargs)
   if op.inkey is None:
     return op.function(record, *op.args, **kwargs)
   value = _get(record, op.inkey)
@@ -345,6 +352,8 @@ def _apply(op: Op, record: Example, rng: np.random.Generator | None) -> Example:
   hw = affine = None
   if op.first == "hw":
     hw = _size(value)
+    if op.looks:
+      kwargs["mask"] = _mask_of(op, record)
     affine = op.function(hw, *op.args, **kwargs)
     image = geometry.look(value, affine)
   else:
@@ -356,6 +365,13 @@ def _apply(op: Op, record: Example, rng: np.random.Generator | None) -> Example:
     record = _follow(op, record, value, image, hw, affine)
   record[op.outkey] = image
   return record
+
+
+def _mask_of(op: Op, record: Example) -> Any:
+  """Returns the mask of the image that an operation moves, read; None: it has none."""
+  if op.inkey != "image" or "mask" not in record:
+    return None
+  return annotations.read_mask(record)["mask"]
 
 
 def _follow(
@@ -445,7 +461,8 @@ def _make_op(
   text: str, function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, Any]
 ) -> Op:
   first, *rest = inspect.signature(function).parameters.values()
-  known = [p.name for p in rest if p.name != "rng" and p.kind is not p.VAR_POSITIONAL]
+  given = {p.name: None for p in rest if p.name in ("rng", "mask")}
+  known = [p.name for p in rest if p.name not in given and p.kind is not p.VAR_POSITIONAL]
   moves = first.name == "hw" or function is geometry.decode_inception_crop
   inkey = outkey = None
   if first.name != "record":
@@ -462,15 +479,14 @@ def _make_op(
   for name in kwargs:
     if name not in known:
       raise UserError(f"{text}: no argument {name!r}; known: {known}.{nearest(name, known)}")
-  op_random = "rng" in [p.name for p in rest]
-  draws = {"rng": None} if op_random else {}
   try:
-    bound = inspect.signature(function).bind(None, *args, **kwargs, **draws)
+    bound = inspect.signature(function).bind(None, *args, **kwargs, **given)
   except TypeError as error:
     raise UserError(f"{text}: {error}; arguments: {known}.") from None
   bound.apply_defaults()
   blind = bool(bound.arguments.get("geometry"))
-  return Op(text, function, args, kwargs, first.name, inkey, outkey, op_random, blind, min_area)
+  drawn, looks = "rng" in given, "mask" in given
+  return Op(text, function, args, kwargs, first.name, inkey, outkey, drawn, looks, blind, min_area)
 
 
 def _check_order(ops: tuple[Op, ...]) -> None:

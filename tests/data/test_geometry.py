@@ -68,6 +68,8 @@ def operation(rng: np.random.Generator) -> str:
       f"inception_crop({size(8, 45)}, area_min=30, method='pil_nearest', min_area=0)",
       "inception_crop(area_min=20, min_area=0)",
       "flip_lr(min_area=0)",
+      f"scale_jitter({rng.integers(16, 50)}, long=90, method='pil_nearest', min_area=0)",
+      f"balanced_crop({size(8, 25)}, min_area=0)",
       f"pad('square', multiple={rng.integers(1, 20)}, fill=255, ignore=255, min_area=0)",
       "pad(121, fill=0, ignore=0, min_area=0)",
     ]
@@ -373,6 +375,78 @@ def test_exif_data_turn_the_image_and_its_annotations_have_to_be_of_that():
     with images.noticing() as texts:
       run("decode(exif=True)", record)
     assert "taken to be of the image after that" in texts[0] and len(texts) == 1
+
+
+# --- segmentation's own ---
+
+
+def test_scale_jitter_draws_the_ratio_and_keeps_long_images_short():
+  image = {"image": np.zeros((30, 60, 3), np.uint8)}
+  sizes = np.array([
+    run("scale_jitter(20)", image, seed)["image"].shape[:2] for seed in range(300)
+  ])  # fmt: skip
+  assert np.abs(sizes[:, 1] - 2 * sizes[:, 0]).max() <= 1
+  assert (sizes[:, 0].min(), sizes[:, 0].max()) == (10, 40)
+  assert abs(np.mean(sizes[:, 0]) - 25) < 2  # the mean ratio is 1.25
+  assert max(run("scale_jitter(20, long=20)", image, k)["image"].shape[1] for k in range(99)) == 40
+  for pp in ("scale_jitter(0)", "scale_jitter(20, 2, 1)", "scale_jitter(20, long=10)"):
+    with pytest.raises(UserError, match="expected short >= 1, 0 < ratio_min <= ratio_max"):
+      run(pp)
+
+
+def test_a_balanced_crop_shows_several_classes_where_a_random_one_may_not():
+  """A class in the corner, a quarter of the pixels without any: the share is of the pixels with a class."""
+  mask = np.zeros((40, 60), np.uint8)
+  mask[:16, :16], mask[20:, :30] = 1, 255
+  record = {"image": mask[..., None].repeat(3, 2), "mask": mask}
+
+  def shares(pp):
+    for seed in range(100):
+      cut = run(f"decode|{pp}", record, seed)
+      assert cut["mask"].shape == cut["image"].shape[:2] == (20, 20)
+      counts = np.bincount(cut["mask"][cut["mask"] >= 0], minlength=2)
+      yield counts.max() / max(1, counts.sum())
+
+  assert np.mean([s < 0.75 for s in shares("random_crop(20)")]) < 0.3
+  assert np.mean([s < 0.75 for s in shares("balanced_crop(20, tries=100)")]) > 0.97
+  ten = np.mean([s < 0.75 for s in shares("balanced_crop(20)")])
+  assert 0.5 < ten < 1  # after ten tries what comes is taken
+  np.testing.assert_array_equal(
+    run("balanced_crop(99)", record)["image"], record["image"]
+  )  # smaller
+
+
+def test_what_a_balanced_crop_needs():
+  with pytest.raises(UserError, match="the example has no mask; random_crop needs none"):
+    run("balanced_crop(9)", {"image": np.zeros((20, 20, 3), np.uint8)})
+  for pp in ("balanced_crop(9, 0)", "balanced_crop(9, tries=0)"):
+    with pytest.raises(UserError, match="expected a share above 0, at most 1"):
+      run(pp)
+  with pytest.raises(UserError, match=r"no argument 'mask'; known: \['size', 'cat_max_ratio'"):
+    parse("balanced_crop(9, mask=1)")
+  empty = {"image": np.zeros((20, 20, 3), np.uint8), "mask": np.full((20, 20), 255, np.uint8)}
+  assert (run("decode|balanced_crop(9)", empty)["mask"] == -1).all()
+
+
+def test_segmenters_chain_pads_what_is_too_small_after_normalisation():
+  pp = (
+    "decode|scale_jitter(16, long=64)|balanced_crop(24)|flip_lr|photometric_distortion"
+    "|value_range(-1, 1)|pad(24, fill=0)"
+  )
+  assert parse(pp).random
+  padded = 0
+  for seed in range(20):
+    record = run(pp, seed=seed)
+    assert record["image"].shape == (24, 24, 3) and record["mask"].shape == (24, 24)
+    outside = record["mask"] == -1
+    padded += outside.any()
+    assert (record["image"][outside] == 0).all() and set(np.unique(record["mask"])) <= {
+      *range(-1, 7)
+    }
+    again = run(pp, seed=seed)
+    np.testing.assert_array_equal(record["image"], again["image"])
+    np.testing.assert_array_equal(record["mask"], again["mask"])
+  assert padded
 
 
 # --- what does not follow ---
