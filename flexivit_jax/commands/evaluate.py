@@ -3,9 +3,15 @@
 import argparse
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from flexivit_jax import errors, sizes
 from flexivit_jax.commands import options
+
+if TYPE_CHECKING:
+  from flexivit_jax.models import Model
+  from flexivit_jax.trees import Json, Params
 
 HELP = "accuracy and cost of a checkpoint at every patch size"
 
@@ -52,7 +58,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
   given = options.loading(args)
   of_texts = any(section.get("type") in labelling.OF_TEXTS for section in evals.values())
-  load = weights.towers.load if of_texts else weights.load_with_record
+  tasks = weights.tasks
+  load: Callable[..., tuple[Model, Params, Json]] = weights.towers.load if of_texts else tasks.load
+  # Of two towers, evaluators of images take the image tower, as any FlexiViT.
+  if (
+    not of_texts
+    and distributed.each(lambda: tasks.name_of(args.checkpoint), "its checkpoint") == "two_towers"
+  ):
+    load = weights.load_with_record
   model, params, record = distributed.each(lambda: load(args.checkpoint, **given), "its checkpoint")
   if distributed.is_on():
     digest = trees.digest(params)

@@ -17,8 +17,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Prints what is in args.file, or the published checkpoints."""
-  from flexivit_jax import weights
-  from flexivit_jax.weights import description, towers
+  from flexivit_jax.weights import description, tasks
 
   if args.list == (args.file is not None):
     raise errors.UserError("Give a file or a published name to inspect, or --list alone.")
@@ -26,8 +25,5 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(description.listing()))
     return
   loading = options.loading(args)
-  if towers.text_of(args.file) is not None:
-    lines = description.describe_towers(*towers.load(args.file, finite=False, **loading))
-  else:
-    lines = description.describe(*weights.load_with_record(args.file, finite=False, **loading))
+  lines = description.describe_whole(*tasks.load(args.file, finite=False, **loading))
   print("\n".join(lines))

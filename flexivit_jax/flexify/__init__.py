@@ -21,7 +21,7 @@ from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.running import distributed, session
 from flexivit_jax.sizes import SeqHw
 from flexivit_jax.trees import Json, Params
-from flexivit_jax.weights import tower_records
+from flexivit_jax.weights import model_records
 
 SIZES = (5, 6, 8, 10, 12, 15, 16, 20, 24, 30)  # the paper's, of 240 pixels
 
@@ -168,7 +168,7 @@ def _with_text(
   model, both, record = whole
   fields = {name: value for name, value in recipe.fields_of(student).items() if name != "dtype"}
   model = model.clone(image=fields)
-  record = record | new | {"model": tower_records.record_of(model)}
+  record = record | new | {"model": model_records.record_of(model)}
   return model, {**both, "image": params}, record
 
 

@@ -2,13 +2,22 @@
 
 from collections.abc import Callable
 
-from flexivit_jax.models.base import UNNAMED, Model
+from flexivit_jax.models.base import UNNAMED, Model, vit_part
 from flexivit_jax.models.flexivit import FlexiViT
 from flexivit_jax.models.segmenter import Segmenter
 from flexivit_jax.models.text import TextTower
 from flexivit_jax.models.two_towers import TwoTowers
 
-__all__ = ["MODELS", "UNNAMED", "FlexiViT", "Model", "Segmenter", "TextTower", "TwoTowers"]
+__all__ = [
+  "MODELS",
+  "UNNAMED",
+  "FlexiViT",
+  "Model",
+  "Segmenter",
+  "TextTower",
+  "TwoTowers",
+  "vit_part",
+]
 
 MODELS: dict[str, Callable[..., Model]] = {
   "flexivit": FlexiViT,

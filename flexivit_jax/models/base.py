@@ -30,7 +30,8 @@ class Model(Protocol):
   A model made of parts, as two towers are, says which: a class attribute `PARTS`, the class of each by the name of its
   parameters, and a property `parts`, the modules. A run may start from a file for each (`init.image.checkpoint`).
 
-  Files of weights (`weights.load`, so `init`, a teacher's checkpoint, `flexivit eval` and `predict`) hold a FlexiViT.
+  `weights.load`, so `init` and a teacher's checkpoint, reads the FlexiViT of a file; `weights.tasks.load`, so
+  `flexivit inspect` and `eval`, the whole model, of classes of parts that `weights.model_records` knows.
 
   Attributes:
     num_classes: number of classes of the data that the model is for, a field; 0 if it has no use for them.
@@ -98,6 +99,12 @@ class Model(Protocol):
     `counting.activation_bytes(self, shapes, **size)` counts them in the traced program.
     """
     ...
+
+
+def vit_part(model: Any) -> str | None:
+  """Returns which part of a model, or of its class, is its FlexiViT; None where no part is."""
+  parts = getattr(model, "PARTS", {})
+  return next((part for part, kind in parts.items() if kind == "FlexiViT"), None)
 
 
 def zeros(specs: Specs, shapes: Shapes) -> dict[str, jax.Array]:

@@ -452,6 +452,16 @@ def read_record(folder: pathlib.Path) -> tuple[int, Json] | None:
   return None
 
 
+def record_of(path: pathlib.Path) -> Json:
+  """Returns the record of a run, a checkpoints folder (the newest step), or one step; reads no array."""
+  folder, step = find(path)
+  checkpoints = Checkpoints(folder, read_only=True)
+  try:
+    return checkpoints.record(step)
+  finally:
+    checkpoints.close()
+
+
 def load_params(path: pathlib.Path) -> tuple[Params, Json]:
   """Returns (params, record) of a run, a checkpoints folder (the newest step), or one step."""
   folder, step = find(path)

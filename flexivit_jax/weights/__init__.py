@@ -1,6 +1,6 @@
 """Weights in and out: one function for the files that hold them, one that writes them, one that fixes the size."""
 
-from flexivit_jax.weights import towers
+from flexivit_jax.weights import tasks, towers
 from flexivit_jax.weights.baking import bake
 from flexivit_jax.weights.npz import save_npz
 from flexivit_jax.weights.reading import (
@@ -34,6 +34,7 @@ __all__ = [
   "save_timm",
   "save_towers",
   "save_transformers",
+  "tasks",
   "towers",
   "written_for",
 ]

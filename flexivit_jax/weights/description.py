@@ -1,11 +1,12 @@
 """What a file with weights holds, and what its arrays do not say, as lines for a reader."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from flexivit_jax import trees, weights
-from flexivit_jax.models import FlexiViT, TwoTowers
+from flexivit_jax.models import FlexiViT, Model, TwoTowers, vit_part
 from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.tables import aligned
 from flexivit_jax.trees import Json, Params
@@ -55,6 +56,31 @@ def describe(model: FlexiViT, params: Params, record: Json) -> list[str]:
   if "flexified_from" in record:
     rows["flexified"] = f"kernel {_by(model.patch_size)} pixels, grid {_by(model.posemb_size)}"
   return _rows(rows) + [f"note: {note}" for note in record["notes"]]
+
+
+def describe_whole(model: Model, params: Params, record: Json) -> list[str]:
+  """Returns the lines for any model, as `tasks.load` returns it."""
+  if isinstance(model, FlexiViT):
+    return describe(model, params, record)
+  if isinstance(model, TwoTowers):
+    return describe_towers(model, params, record)
+  part = vit_part(model)
+  assert part is not None  # `tasks.load` gives no others
+  parts: Any = getattr(model, "parts")  # noqa: B009  # not of every `Model`
+  lines = describe(
+    parts[part], params[part], {k: v for k, v in record.items() if k != "class_names"}
+  )
+  notes = [line for line in lines if line.startswith("note: ")]
+  own = {k: v for k, v in record["model"].items() if k not in (*parts, "name", "num_classes")}
+  rest = {name: tree for name, tree in params.items() if name not in parts}
+  rows = {
+    "model": f"{record['model']['name']}, {model.num_classes} classes; above is its {part}",
+    "fields": ", ".join(f"{k} {v}" for k, v in own.items()),
+    "own arrays": f"{trees.count(rest):,} parameters in {', '.join(rest)}",
+  }
+  if names := record.get("class_names"):
+    rows["classes"] = _names(names, model.num_classes)
+  return [*(line for line in lines if line not in notes), *_rows(rows), *notes]
 
 
 def describe_towers(model: TwoTowers, params: Params, record: Json) -> list[str]:

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from flexivit_jax import errors, trees
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import MODELS, FlexiViT, vit_part
 from flexivit_jax.trees import Arrays, Json, Params
 from flexivit_jax.weights import (
   bare,
   big_vision,
   folders,
   layouts,
+  model_records,
   npz,
   registry,
   stated,
   tower_names,
-  tower_records,
 )
 from flexivit_jax.weights.big_vision import Fields
 from flexivit_jax.weights.layouts import Weights
@@ -89,21 +89,22 @@ def _read_own_npz(path: pathlib.Path, fields: Fields, *, ema: bool, ours: bool) 
       f"{path} was written by flexivit and has one set of weights; leave --ema out."
     )
   arrays, record = npz.read_npz(path)
-  both = tower_records.is_two_towers(record)
+  both = model_records.is_two_towers(record)
   params = tower_names.of_big_vision(arrays) if both else trees.unflatten(big_vision.plain(arrays))
   return _recorded(path, OWN_NPZ.name, params, record)
 
 
 def _recorded(path: pathlib.Path, format_: str, params: Params, record: Json) -> Weights:
-  """Returns weights whose record says what model they are of; of two towers, the image tower."""
-  if tower_records.is_two_towers(record):
-    image = tower_records.of_record(path, record).parts["image"]
-    fields = {name: getattr(image, name) for name in layouts.FIELDS}
-    params = params["image"]
-    record = record | ({"projection": True} if image.num_classes else {})
+  """Returns weights whose record says what model they are of; of a model of parts, its FlexiViT."""
+  name = model_records.name_of(record)
+  if (part := vit_part(MODELS[name])) is not None:
+    vit = model_records.of_record(path, record).parts[part]
+    fields = {name: getattr(vit, name) for name in layouts.FIELDS}
+    params = params[part]
+    record = record | ({"projection": True} if vit.num_classes else {})
     # Its output is an embedding: classes, if the data have any, are not the head's.
     record = {k: v for k, v in record.items() if k not in ("class_names", "data_classes")}
-    record["notes"] = [*record.get("notes", []), tower_records.IMAGE_ALONE]
+    record["notes"] = [*record.get("notes", []), model_records.left_out(name)]
   else:
     fields = layouts.fields_of_record(path, record)
   about = layouts.describe(path, format_, FlexiViT(**fields))

@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 
 from flexivit_jax import errors, files, trees
-from flexivit_jax.models import FlexiViT, TwoTowers, vit
+from flexivit_jax.models import Model, TwoTowers, vit, vit_part
 from flexivit_jax.trees import Arrays, Json, Params
 from flexivit_jax.weights import tower_names
 from flexivit_jax.weights.export import artifact
@@ -68,6 +68,19 @@ def has_record(path: pathlib.Path) -> bool:
     return False
 
 
+def read_record(path: pathlib.Path) -> Json:
+  """Returns the record of a file that `save_npz` wrote; reads no array.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      return _decode(archive[RECORD])
+  except (zipfile.BadZipFile, zlib.error, ValueError, OSError, RuntimeError) as e:
+    raise errors.UserError(f"{path} cannot be read as .npz: {e}") from e
+
+
 def read_safetensors(path: pathlib.Path) -> tuple[Arrays, Json]:
   """Returns (arrays by name, {}) of a .safetensors file; half precision is widened.
 
@@ -87,12 +100,11 @@ READERS: dict[str, Callable[[pathlib.Path], tuple[Arrays, Json]]] = {
 }
 
 
-def save_npz(
-  path: str | os.PathLike[str], model: FlexiViT | TwoTowers, params: Params, record: Json
-) -> None:
+def save_npz(path: str | os.PathLike[str], model: Model, params: Params, record: Json) -> None:
   """Writes an .npz in big_vision's names ("params/..."), which `load` and big_vision's own loader read.
 
-  Those of two towers are "params/img/...", "params/txt/...", "params/t" and "params/b".
+  Those of two towers are "params/img/...", "params/txt/...", "params/t" and "params/b"; of another model of parts, a
+  Segmenter, "params/backbone/..." and its own.
 
   The record, with the fields of the model, goes in as one more entry that big_vision does not look at. The file
   appears under its name only when it is complete.
@@ -105,13 +117,15 @@ def save_npz(
     raise errors.UserError(f"{path}: only .npz can be written; give a name that ends so.")
   if path.exists():
     raise errors.UserError(f"{path} is there already; remove it or give another name.")
-  if isinstance(model, TwoTowers):
-    flat = tower_names.to_big_vision(params)
-    image = {**record["model"]["image"], "scan": False}
-    record = record | {"model": record["model"] | {"image": image}}
-  else:
+  if (own := vit_part(model)) is None:
     flat = trees.flatten(vit.unstack_blocks(params))
-    record = record | {"model": record["model"] | {"scan": False}}
+    fields = record["model"] | {"scan": False}
+  else:
+    params = {**params, own: vit.unstack_blocks(params[own])}
+    both = isinstance(model, TwoTowers)
+    flat = tower_names.to_big_vision(params) if both else trees.flatten(params)
+    fields = record["model"] | {own: {**record["model"][own], "scan": False}}
+  record = record | {"model": fields}
   arrays = {f"params/{name}": np.asarray(array) for name, array in flat.items()}
   path.parent.mkdir(parents=True, exist_ok=True)
   arrays[RECORD] = encode(record | {"sealed": True})

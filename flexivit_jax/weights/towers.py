@@ -19,7 +19,7 @@ from flexivit_jax import errors, trees
 from flexivit_jax.models import TextTower, TwoTowers, text as text_model
 from flexivit_jax.sizes import Size
 from flexivit_jax.trees import Json, Params
-from flexivit_jax.weights import bare, layouts, npz, reading, registry, tower_names, tower_records
+from flexivit_jax.weights import bare, layouts, model_records, npz, reading, registry, tower_names
 from flexivit_jax.weights.big_vision import Fields
 from flexivit_jax.weights.open_clip import text as open_clip_text
 from flexivit_jax.weights.tower_names import Text
@@ -79,7 +79,7 @@ def load(
   tokenizer = found.tokenizer or record.get("text")
   notes = [note for note in record["notes"] if not _TEXT_LEFT_OUT.search(note)] + [*found.notes]
   notes += [] if tokenizer else [NO_TOKENIZER]
-  record = record | {"model": tower_records.record_of(model), "notes": notes}
+  record = record | {"model": model_records.record_of(model), "notes": notes}
   record |= {"text": tokenizer} if tokenizer else {}
   return model, jax.tree.map(jnp.asarray, params), record
 
@@ -90,7 +90,7 @@ NO_TOKENIZER = (
 )
 # Notes that are about the image tower alone.
 _TEXT_LEFT_OUT = re.compile(
-  f"^{re.escape(tower_records.IMAGE_ALONE)}$|^Left out: |of the text tower and of the loss"
+  f"^{re.escape(model_records.IMAGE_ALONE)}$|^Left out: |of the text tower and of the loss"
 )
 
 
@@ -115,7 +115,7 @@ def _read_run(path: pathlib.Path, given: Fields) -> Text | None:
   from flexivit_jax.running import checkpoint  # Lazy: Orbax, a fifth of a second.
 
   params, record = checkpoint.load_params(path)
-  return _recorded(path, params, record) if tower_records.is_two_towers(record) else None
+  return _recorded(path, params, record) if model_records.is_two_towers(record) else None
 
 
 def _read_npz(path: pathlib.Path, given: Fields) -> Text | None:
@@ -123,7 +123,7 @@ def _read_npz(path: pathlib.Path, given: Fields) -> Text | None:
   if not tower_names.has_text(arrays):
     return None
   params = tower_names.of_big_vision(arrays)
-  if tower_records.is_two_towers(record):
+  if model_records.is_two_towers(record):
     return _recorded(path, params, record)
   fields = tower_names.text_fields(params["text"])
   scalars = {name: params[name] for name in tower_names.SCALARS if name in params}
@@ -134,7 +134,7 @@ def _read_npz(path: pathlib.Path, given: Fields) -> Text | None:
 
 
 def _recorded(path: pathlib.Path, params: Params, record: Json) -> Text:
-  tower = tower_records.of_record(path, record).parts["text"]
+  tower = model_records.of_record(path, record).parts["text"]
   scalars = {name: np.asarray(params[name]) for name in tower_names.SCALARS if name in params}
   fields = _fields(tower, text_model.FIELDS)
   return Text(params["text"], fields, scalars, record.get("text"))

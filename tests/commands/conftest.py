@@ -9,7 +9,7 @@ import pytest
 from flexivit_jax import weights
 from flexivit_jax.data import text
 from flexivit_jax.models import TwoTowers
-from flexivit_jax.weights import tower_records
+from flexivit_jax.weights import model_records
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def save_towers(tmp_path_factory):
       "decode|resize(24)|value_range|first_caption|tokenize('gone.json', length=12, pad=1, end=1)"
     )
     record = {
-      "model": tower_records.record_of(model), "pp": f"{pp}|keep('image', 'tokens')",
+      "model": model_records.record_of(model), "pp": f"{pp}|keep('image', 'tokens')",
       "source": {"file": "towers.npz", "format": "ours"}, "trained": {"seqhw": [2, 4]},
     }  # fmt: skip
     if tokenizer:

@@ -14,7 +14,7 @@ from flexivit_jax.data import text as text_data
 from flexivit_jax.flexify import flexify, layout, recipe, retention
 from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.training import patch_schedule
-from flexivit_jax.weights import tower_records
+from flexivit_jax.weights import model_records
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_of_two_towers_the_image_tower_is_made_flexible_and_the_text_tower_stays
   model = TwoTowers(image=image, text=text, embed_dim=6, bias=-2.0)
   inputs = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 5), int)
   params = model.init(jax.random.key(0), *inputs)["params"]
-  about = {"model": tower_records.record_of(model), "image_size": [32, 32], "text": tokens.record()}
+  about = {"model": model_records.record_of(model), "image_size": [32, 32], "text": tokens.record()}
   about |= {"native_patch_size": [8, 8], "native_grid": [4, 4]}
   weights.save_npz(tmp_path / "towers.npz", model, params, about)
   draw(tmp_path / "photos", 60)

@@ -8,7 +8,7 @@ import pytest
 
 from flexivit_jax import cli, trees, weights
 from flexivit_jax.models import TwoTowers
-from flexivit_jax.weights import tower_records, towers
+from flexivit_jax.weights import model_records, towers
 from flexivit_jax.weights.export import frameworks
 from flexivit_jax.weights.transformers import towers as transformers_towers
 from flexivit_jax.weights.transformers.towers_writer import save_towers
@@ -142,7 +142,7 @@ def test_what_we_write_gives_our_embeddings_in_transformers(tmp_path, family, se
   bias = {"head_bias": True} if family == "clip" else {}
   model, params = made(family, **bias)
   image, tokens = examples(model)
-  record = {"model": tower_records.record_of(model)}
+  record = {"model": model_records.record_of(model)}
   save_towers(tmp_path / "out", model, params, record, image_hw=(24, 24), seqhw=seqhw)
   want = run(model, params, image, tokens, seqhw=seqhw)
   assert_close(frameworks.transformers_embeddings(tmp_path / "out", image, tokens), want)
@@ -150,7 +150,7 @@ def test_what_we_write_gives_our_embeddings_in_transformers(tmp_path, family, se
 
 def test_the_certificate_is_of_transformers_itself(tmp_path, capsys):
   model, params = made("siglip")
-  weights.save_npz(tmp_path / "w.npz", model, params, {"model": tower_records.record_of(model)})
+  weights.save_npz(tmp_path / "w.npz", model, params, {"model": model_records.record_of(model)})
   given = ["--to=transformers", "--seqhw=4", "--image_size=24"]
   assert cli.main(["convert", str(tmp_path / "w.npz"), str(tmp_path / "out"), *given]) == 0
   certificate = json.loads((tmp_path / "out.certificate.json").read_text())

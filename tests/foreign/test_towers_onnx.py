@@ -6,7 +6,7 @@ import pytest
 
 from flexivit_jax import cli, weights
 from flexivit_jax.models import TwoTowers
-from flexivit_jax.weights import certificate, tower_records
+from flexivit_jax.weights import certificate, model_records
 from flexivit_jax.weights.export import onnx as onnx_folder
 
 IMAGE = dict(patch_size=(6, 6), posemb_size=(3, 3), width=16, depth=1, mlp_dim=24, num_heads=4)
@@ -57,7 +57,7 @@ def test_embeddings_are_the_models_at_every_size_and_the_texts_too(name, tmp_pat
 
 def test_the_command_writes_and_compares_both(tmp_path, capsys):
   model, params = make("clip")
-  weights.save_npz(tmp_path / "w.npz", model, params, {"model": tower_records.record_of(model)})
+  weights.save_npz(tmp_path / "w.npz", model, params, {"model": model_records.record_of(model)})
   given = ["export", str(tmp_path / "w.npz"), str(tmp_path / "two"), "--to=onnx", "--seqhw=2,4"]
   assert cli.main([*given, "--image_size=24"]) == 0
   assert "seqhw   4: largest differences: image" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from PIL import Image
 from flexivit_jax import cli, weights
 from flexivit_jax.data import text
 from flexivit_jax.models import TwoTowers
-from flexivit_jax.weights import tower_records
+from flexivit_jax.weights import model_records
 
 pytestmark = pytest.mark.faults
 
@@ -139,7 +139,7 @@ def get_config(arg=""):
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda s: rng.normal(0, 0.5, s.shape).astype(np.float32), shapes)
   record = {
-    "model": tower_records.record_of(model), "source": {"file": "towers.npz", "format": "ours"},
+    "model": model_records.record_of(model), "source": {"file": "towers.npz", "format": "ours"},
     "text": text.load("bytes", length=24, pad="[PAD]", end="[END]").record(),
   }  # fmt: skip
   weights.save_npz(tmp_path / "towers.npz", model, params, record)

@@ -13,10 +13,10 @@ from flexivit_jax.models import TwoTowers
 from flexivit_jax.weights import (
   certificate,
   description,
+  model_records,
   npz,
   text,
   tower_names,
-  tower_records,
   towers,
 )
 
@@ -34,7 +34,7 @@ def made(seed=0, **fields):
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
   rng = np.random.default_rng(seed)
   params = jax.tree.map(lambda s: rng.normal(0.1, 0.3, s.shape).astype(np.float32), shapes)
-  return model, params, {"model": tower_records.record_of(model), "text": TOKENIZER}
+  return model, params, {"model": model_records.record_of(model), "text": TOKENIZER}
 
 
 def assert_same(params, others):
@@ -51,7 +51,7 @@ def test_an_npz_of_ours_comes_back_with_its_tokenizer(tmp_path, image):
   got, back, again = towers.load(tmp_path / "w.npz", **image)
   assert_same(back, params)
   assert again["text"] == TOKENIZER
-  assert again["model"] == tower_records.record_of(got)
+  assert again["model"] == model_records.record_of(got)
   assert got.parts == model.parts and got.bias == back["b"][0]
   assert "embedding" not in again["model"] and again["notes"] == []
 
@@ -62,7 +62,7 @@ def test_the_image_tower_alone_is_a_flexivit(tmp_path):
   got, back, again = weights.load_with_record(tmp_path / "w.npz")
   assert got == model.parts["image"]
   assert_same(back, params["image"])
-  assert "class_names" not in again and tower_records.IMAGE_ALONE in again["notes"]
+  assert "class_names" not in again and model_records.IMAGE_ALONE in again["notes"]
   assert again["projection"] is True
   with pytest.raises(UserError, match="has an image tower and no text tower"):
     weights.save_npz(tmp_path / "image.npz", got, back, again)

@@ -8,7 +8,7 @@ import pytest
 
 from flexivit_jax import cli, weights
 from flexivit_jax.models import TwoTowers
-from flexivit_jax.weights import certificate, tower_records
+from flexivit_jax.weights import certificate, model_records
 from flexivit_jax.weights.export import artifact, stablehlo
 
 IMAGE = dict(patch_size=(6, 6), posemb_size=(3, 3), width=16, depth=1, mlp_dim=24, num_heads=4)
@@ -54,7 +54,7 @@ def test_embeddings_are_the_models_at_every_size_and_the_texts_too(tmp_path):
 @pytest.mark.full
 def test_the_certificate_of_an_export_holds_both_embeddings(tmp_path, capsys):
   model, params = make()
-  record = {"model": tower_records.record_of(model)}
+  record = {"model": model_records.record_of(model)}
   weights.save_npz(tmp_path / "two.npz", model, params, record)
   given = ["export", str(tmp_path / "two.npz"), "--seqhw=2,4", "--image_size=24"]
   given.append("--platforms=cpu")

@@ -1,0 +1,115 @@
+"""Any model in: `load` turns what a run, an .npz of ours or a published file holds into that model, whole.
+
+`reading.load_with_record` gives the FlexiViT that each of them has; here come the parts around it. A new model of
+`MODELS` that is made of parts needs nothing here.
+"""
+
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flexivit_jax import errors, trees
+from flexivit_jax.models import MODELS, Model, vit_part
+from flexivit_jax.trees import Json, Params
+from flexivit_jax.weights import (
+  big_vision,
+  formats,
+  model_records,
+  npz,
+  reading,
+  registry,
+  towers,
+)
+
+_CHANNELS = 3
+
+
+class Whole(NamedTuple):
+  """A model of parts in a file: its own fields, without those of its FlexiViT, all its parameters, and its record."""
+
+  model: Model
+  params: Params
+  record: Json
+
+
+def name_of(path: str | os.PathLike[str]) -> str:
+  """Returns the name in `MODELS` of what a path holds; reads no array where a record says it.
+
+  Raises:
+    UserError: a run without a checkpoint, or a record of an unknown model.
+  """
+  file, _ = registry.find(path)
+  record = _record(file)
+  if record is not None:
+    return model_records.name_of(record)
+  return model_records.TWO_TOWERS if towers.text_of(path) is not None else "flexivit"
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> tuple[Model, Params, Json]:
+  """Returns (model, params, record) of what a path holds, whole: a FlexiViT, two towers, a Segmenter.
+
+  Args:
+    path, **options: as for `reading.load_with_record`; fields are those of the FlexiViT, `dtype` is that of the whole.
+
+  Returns:
+    The record of `reading.load_with_record`, with the whole model in "model", and the names of its classes.
+
+  Raises:
+    UserError: see `reading.load_with_record`; parameters that are not those of the model, all differences listed.
+  """
+  name = name_of(path)
+  if name == model_records.TWO_TOWERS:
+    return towers.load(path, **options)
+  part = vit_part(MODELS[name])
+  vit, vit_params, record = reading.load_with_record(path, **options)
+  if part is None:
+    return vit, vit_params, record
+  whole = _whole(registry.find(path)[0])
+  fields: Any = {part: model_records.fields_of(vit), "dtype": vit.dtype}
+  model = whole.model.clone(**fields)  # type: ignore[attr-defined]  # every Flax module has it
+  params = whole.params | {part: vit_params}
+  check(model, params, str(path), finite=options.get("finite", True))
+  notes = [note for note in record["notes"] if note != model_records.left_out(name)]
+  kept = {k: whole.record[k] for k in ("class_names", "data_classes") if k in whole.record}
+  record = record | kept | {"model": model_records.record_of(model), "notes": notes}
+  return model, jax.tree.map(jnp.asarray, params), record
+
+
+def check(model: Model, params: Params, what: str, *, finite: bool = True) -> None:
+  """Raises a UserError that lists every array that is missing, extra, or of another shape or dtype; or not finite."""
+  if finite:
+    reading.check_finite(params, what)
+  part = vit_part(model)
+  channels = (params[part] if part else params)["embedding"]["kernel"].shape[2]
+  inputs, size = jax.eval_shape(lambda: model.example({"image": (8, 8, channels)})[0]), {"seqhw": 1}
+  expected = jax.eval_shape(lambda **x: model.init(jax.random.key(0), **x, **size), **inputs)[
+    "params"
+  ]
+  if lines := trees.diff(expected, params, max_lines=10**6):
+    name = model_records.record_of(model)["name"]
+    raise errors.UserError(f"{what} does not fit the model {name}:\n  " + "\n  ".join(lines))
+
+
+def _record(file: pathlib.Path) -> Json | None:
+  """Returns the record of a run or an .npz of ours; None of others."""
+  if npz.has_record(file):
+    return npz.read_record(file)
+  if file.is_dir() and next(f for f in formats.FORMATS if f.recognises(file)) == formats.CHECKPOINT:
+    from flexivit_jax.running import checkpoint  # Lazy: Orbax, a fifth of a second.
+
+    return checkpoint.record_of(file)
+  return None
+
+
+def _whole(file: pathlib.Path) -> Whole:
+  if file.is_dir():
+    from flexivit_jax.running import checkpoint
+
+    params, record = checkpoint.load_params(file)
+  else:
+    arrays, record = npz.read_npz(file)
+    params = trees.unflatten(big_vision.plain(arrays))
+  return Whole(model_records.of_record(file, record), params, record)
