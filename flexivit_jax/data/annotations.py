@@ -3,15 +3,18 @@
 `boxes` is float32 [m, 4]: x0, y0, x1, y1 in pixels of the image as it is at that point, from its
 upper left corner; the whole image is (0, 0, w, h). Every key that begins with `box_` has a row for
 each box, and loses the rows of boxes that are removed. `mask` is [h, w] of class numbers. In a
-data set `mask_ignore` is the number of no class; once a mask is read it is int32, and NO_CLASS is.
+data set `mask_ignore` is the number of no class, `mask_labels` what the numbers stand for, and `mask_colors` what
+colours do; once a mask is read it is int32, and its numbers are classes or NO_CLASS.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Shaped
 
-from flexivit_jax.data import images
+from flexivit_jax.data import images, mask_labels
 from flexivit_jax.data.geometry import Affine, ImageSize
 from flexivit_jax.errors import UserError, unknown
 from flexivit_jax.specs import NO_CLASS
@@ -19,6 +22,10 @@ from flexivit_jax.specs import NO_CLASS
 Example = dict[str, Any]
 MIN_AREA = 0.1
 _IGNORE = 255  # The usual number of pixels without a class, in files.
+_SAID = ("mask_ignore", "mask_labels", "mask_colors")  # what a data set says of a mask
+_NO_PIXELS = (
+  "no pixel of the mask has a class, so the image counts for nothing in a loss or a score of pixels"
+)
 _MIN_SIDE = 0.01  # Pixels; less is the rounding of float32, not a part of an object.
 _UNSURE = (
   "EXIF data rotate or mirror the image, and its boxes and mask are taken to be of the image after that;"
@@ -51,21 +58,30 @@ def opened(record: Example, hw: ImageSize, orientation: int = 1) -> Example:
     record["boxes"] = _boxes(record).astype(np.float32)
   if "mask" in record:
     record = read_mask(record, max(2**26, hw[0] * hw[1]))
-    _mask(record, hw)
+    if (_mask(record, hw) == NO_CLASS).all():
+      images.notice(_NO_PIXELS)
   return record
 
 
 def read_mask(record: Example, max_pixels: int = 2**26) -> Example:
   """Returns the example with its mask decoded, int32, and NO_CLASS in the place of `mask_ignore` (default: 255).
 
-  Without `mask_ignore` a mask of int32 is taken to be read already.
+  `mask_labels` is a name in `mask_labels.LABELS`, `mask_colors` a table of colours, see `mask_labels.from_colors`.
+  Without these three a mask of int32 is taken to be read already.
   """
-  mask, ignore = record["mask"], record.get("mask_ignore")
-  if ignore is None and isinstance(mask, np.ndarray) and mask.dtype == np.int32:
+  mask, said = record["mask"], {key: record[key] for key in _SAID if key in record}
+  if not said and isinstance(mask, np.ndarray) and mask.dtype == np.int32:
     return record
-  numbers = _decoded(mask, max_pixels)
-  numbers = np.where(numbers == (_IGNORE if ignore is None else ignore), NO_CLASS, numbers)
-  return {k: v for k, v in record.items() if k != "mask_ignore"} | {"mask": numbers}
+  if "mask_colors" in said:
+    with _in_the_mask():
+      colors = images.decode_mask_colors(mask, max_pixels=max_pixels)
+      classes = mask_labels.from_colors(colors, said["mask_colors"])
+  else:
+    numbers = _decoded(mask, max_pixels)
+    classes = mask_labels.from_numbers(
+      numbers, said.get("mask_ignore", _IGNORE), said.get("mask_labels")
+    )
+  return {k: v for k, v in record.items() if k not in said} | {"mask": classes}
 
 
 def _other_size(stated: Any, hw: ImageSize) -> str:
@@ -225,13 +241,20 @@ def _with_boxes(record: Example) -> Example:
 # --- masks ---
 
 
+@contextlib.contextmanager
+def _in_the_mask() -> Iterator[None]:
+  """Says of an error that it is of the mask, not of the image."""
+  try:
+    yield
+  except Exception as error:
+    error.add_note("in the mask")
+    raise
+
+
 def _decoded(mask: Any, max_pixels: int) -> Int32[np.ndarray, "h w"]:
   if isinstance(mask, bytes):
-    try:
+    with _in_the_mask():
       return images.decode_mask(mask, max_pixels=max_pixels)
-    except Exception as error:
-      error.add_note("in the mask")
-      raise
   mask = np.asarray(mask)
   if mask.ndim != 2 or mask.dtype.kind not in "biu":
     raise UserError(

@@ -158,6 +158,20 @@ def decode_mask(data: bytes, *, max_pixels: int) -> Int32[np.ndarray, "h w"]:
     return numbers // {"L;2": 85, "L;4": 17}.get(raw, 1)
 
 
+def decode_mask_colors(data: bytes, *, max_pixels: int) -> Int32[np.ndarray, "h w"]:
+  """Decodes a PNG of a mask into colours 0xRRGGBB; indices of a palette become its colours.
+
+  Raises:
+    UserError: more than `max_pixels`; a file of another format, which may change colours.
+    OSError, SyntaxError, ValueError: the file is damaged or not an image.
+  """
+  with _open(data, max_pixels) as image:
+    if image.format != "PNG":
+      raise UserError(f"a mask as {image.format}; expected a PNG, which keeps colours as they are")
+    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")).astype(np.int32), -1, 0)
+    return red << 16 | green << 8 | blue
+
+
 def decode_crop(
   data: bytes,
   draw: Callable[[tuple[int, int]], tuple[int, int, int, int]],

@@ -16,18 +16,24 @@ _HW = (375, 500)  # a usual photograph of ImageNet
 
 
 class Known(NamedTuple):
-  """A public data set: the number of examples of each stored split, and of classes; whether images have captions."""
+  """A public data set: the number of examples of each stored split, and of classes; what images have."""
 
   splits: dict[str, int]
   num_classes: int
-  captioned: bool = False
+  what: str = "label"  # or "captions", "mask"
 
 
 KNOWN: dict[str, Known] = {
+  # In its own folder, see `ade20k_source`; arXiv 1608.05442.
+  "ade20k": Known({"training": 20_210, "validation": 2000}, 150, "mask"),
   "cifar10": Known({"train": 50_000, "test": 10_000}, 10),
   "cifar100": Known({"train": 50_000, "test": 10_000}, 100),
+  # In its own folders, see `cityscapes_source`, where TFDS's "validation" is "val"; arXiv 1604.01685.
+  "cityscapes": Known({"train": 2975, "val": 500, "validation": 500}, 19, "mask"),
   # Karpathy's splits.
-  "coco_captions": Known({"train": 82_783, "val": 5000, "test": 5000, "restval": 30_504}, 0, True),
+  "coco_captions": Known(
+    {"train": 82_783, "val": 5000, "test": 5000, "restval": 30_504}, 0, "captions"
+  ),
   "food101": Known({"train": 75_750, "validation": 25_250}, 101),
   "imagenet2012": Known({"train": 1_281_167, "validation": 50_000}, 1000),
   "imagenet2012_real": Known({"validation": 50_000}, 1000),
@@ -58,14 +64,15 @@ def planned_source(*, name: str, split: str, **options: Any) -> Source:
       here = "the data set" if name in SOURCES else f"one of {', '.join(KNOWN)}, or have it here"
       raise UserError(f"{e} To plan, give {here}.") from e
   size = sum(part.stop - part.start for part in parse_split(split, known.splits))
-  if known.captioned:
-    return Source(name, split, 0, None, size, _grey(None))
-  label = (0,) if options.get("label_key") == "real_label" else 0
-  return Source(name, split, known.num_classes, None, size, _grey(label), lambda: [label] * size)
+  if known.what != "label":
+    value: Any = ("grey",) if known.what == "captions" else np.zeros(_HW, np.uint8)
+    return Source(name, split, known.num_classes, None, size, _grey({known.what: value}))
+  label: Label = (0,) if options.get("label_key") == "real_label" else 0
+  labels = lambda: [label] * size  # noqa: E731
+  return Source(name, split, known.num_classes, None, size, _grey({"label": label}), labels)
 
 
-def _grey(label: Label | None) -> Callable[..., list[Record]]:
-  """Reads one grey image, with a label, or with a caption for None."""
-  record: Record = {"image": np.full((*_HW, 3), 128, np.uint8)}
-  record |= {"captions": ("grey",)} if label is None else {"label": label}
+def _grey(values: Record) -> Callable[..., list[Record]]:
+  """Reads one grey image, with these other values."""
+  record: Record = {"image": np.full((*_HW, 3), 128, np.uint8), **values}
   return lambda indices: [{**record, "id": str(i)} for i in indices]

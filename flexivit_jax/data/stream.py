@@ -202,9 +202,12 @@ def _check_mask(source: Source, example: Example) -> Example:
     return example
   wrong = mask[((mask < 0) | (mask >= classes)) & (mask != annotations.NO_CLASS)]
   if wrong.size:
+    numbers = np.unique(wrong).tolist()
+    shown = ", ".join(map(str, numbers[:5])) + (" ..." if len(numbers) > 5 else "")
     raise UserError(
-      f"the mask has the number {wrong[0]}; expected 0..{classes - 1}, or the one of no class, which is `ignore` of the"
-      " data (default 255)"
+      f"the mask has the number{'s' * (len(numbers) > 1)} {shown}, {wrong.size / mask.size:.2%} of its pixels; expected"
+      f" 0..{classes - 1}, or the one of no class, which is `ignore` of the data (default 255); `labels` of the data"
+      " is what else numbers may stand for"
     )
   return example
 

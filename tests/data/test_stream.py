@@ -96,7 +96,9 @@ def test_numbers_of_a_mask_are_classes_or_ignored(cached):
     mask = make_chunk(with_mask(numbers, **extra), 0).batch["mask"]
     assert mask.dtype == np.int32 and mask[0].tolist() == [[0, 2, -1]]
   for numbers, extra in (([0, 3], {}), ([255], {"mask_ignore": 7})):
-    with pytest.raises(UserError, match=rf"the mask has the number {numbers[-1]}; expected 0\.\.2"):
+    with pytest.raises(
+      UserError, match=rf"the mask has the number {numbers[-1]}, .*; expected 0\.\.2"
+    ):
       make_chunk(with_mask(numbers, **extra), 0)
 
 

@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from flexivit_jax import storage
 from flexivit_jax.data.sources.base import Label, Record, Source
@@ -15,7 +16,7 @@ from flexivit_jax.data.sources.captions import captions_source
 from flexivit_jax.data.sources.coco import coco_source
 from flexivit_jax.data.sources.digits import digits_source
 from flexivit_jax.data.sources.folder import folder_source, images_source
-from flexivit_jax.data.sources.masks import masks_source
+from flexivit_jax.data.sources.masks import ade20k_source, cityscapes_source, masks_source
 from flexivit_jax.data.sources.objectnet import objectnet_source
 from flexivit_jax.data.sources.packed import packed_source
 from flexivit_jax.data.sources.synthetic import synthetic_source
@@ -25,7 +26,9 @@ from flexivit_jax.data.sources.yolo import yolo_source
 from flexivit_jax.errors import UserError
 
 SOURCES: dict[str, Callable[..., Source]] = {
+  "ade20k": ade20k_source,
   "captions": captions_source,
+  "cityscapes": cityscapes_source,
   "coco": coco_source,
   "digits": digits_source,
   "folder": folder_source,
@@ -67,6 +70,8 @@ def make_source(
   masks: str | None = None,
   classes: str | None = None,
   ignore: int | None = None,
+  labels: str | None = None,
+  colors: str | Mapping[str, Any] | None = None,
   boxes_key: str | None = None,
   mask_key: str | None = None,
   captions_key: str | None = None,
@@ -87,7 +92,8 @@ def make_source(
     allow_empty, upright: folders of images only; see `folder_source`.
     annotations, images, masks, classes: folders with annotations; see `coco_source`, `yolo_source`, `voc_source`,
       `masks_source`, `captions_source`.
-    ignore, captions_key, on_bad: of annotations, in folders and TFDS.
+    ignore, labels, captions_key, on_bad: of annotations, in folders and TFDS.
+    colors: of masks in a folder.
     cache_gb: of TFDS and packed data in a bucket: GB of this machine's cache folder that hold records, see
       `remote_shards`.
     by_number: drops the class names, so that classes are matched to those of a model by number.
@@ -111,6 +117,8 @@ def make_source(
     "masks": masks,
     "classes": classes,
     "ignore": ignore,
+    "labels": labels,
+    "colors": colors,
     "boxes_key": boxes_key,
     "mask_key": mask_key,
     "captions_key": captions_key,

@@ -14,7 +14,8 @@ from flexivit_jax.data.splits import parse_split
 #   0, 0, w, h. Each key that begins with "box_" has one row for each box: "box_labels" int64 [m], numbers of classes;
 #   "box_ids" int64 [m], as the file has them, or the place in the file; "box_crowd" and "box_difficult" bool [m], where
 #   the format has them.
-# - "mask": bytes of a PNG, or an integer array [h, w], of class numbers; "mask_ignore": the value of no class.
+# - "mask": bytes of a PNG, or an integer array [h, w], of class numbers; "mask_ignore": the value of no class;
+#   "mask_labels": what the numbers stand for, "mask_colors": what colours do, see `data.mask_labels`.
 # - "captions": a tuple of texts.
 # - "annotated_hw": (h, w) of the image as the annotations have it; the decoded image must have this size.
 Record = dict[str, Any]

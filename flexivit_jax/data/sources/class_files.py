@@ -1,7 +1,8 @@
-"""Class names from a file: a line for each, JSON, or the YAML of a YOLO data set."""
+"""Class names from a file: a line for each, JSON, or the YAML of a YOLO data set; and their colours in masks."""
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,11 @@ import yaml
 from flexivit_jax.data import class_names
 from flexivit_jax.errors import UserError
 
+Color = tuple[int, int, int]  # red, green, blue
+_BETWEEN = r"[\s,;:]+"
+_RGB = rf"(?P<r>\d+){_BETWEEN}(?P<g>\d+){_BETWEEN}(?P<b>\d+)"
+_NAME_LAST = re.compile(rf"{_RGB}{_BETWEEN}(?P<name>.*\D.*)")
+_NAME_FIRST = re.compile(rf"(?P<name>.*?\D.*?){_BETWEEN}{_RGB}[\s,;:]*")
 _EXPECTED = (
   "expected one name a line (.txt), a list or {number: name} (.json), or names: of a data.yaml"
 )
@@ -59,6 +65,53 @@ def checked(names: Sequence[object], of: str) -> tuple[str, ...]:
   texts = tuple(str(name) for name in names)
   class_names.check_distinct(texts, of)
   return texts
+
+
+def read_colors(colors: Any, root: pathlib.Path) -> dict[str, tuple[Color, ...]]:
+  """Returns name -> colours, in their order; a name may have several.
+
+  Args:
+    colors: a mapping from names to [r, g, b] or lists of these; or a file of lines `64 128 64 Animal`,
+      `Animal,64,128,64` or `Animal:64,128,64::`, or of such a mapping as JSON.
+    root: the folder of the data set, in which the file may be.
+
+  Raises:
+    UserError: no such file, a line that is none of these, a number outside 0 to 255.
+  """
+  if isinstance(colors, Mapping):
+    return _colors_of(colors, "colors")
+  path = root / pathlib.Path(colors).expanduser()
+  if not path.is_file():
+    raise UserError(f"No file {path} (colors=); expected a mapping {{name: [r, g, b]}}, or a file.")
+  if path.suffix.lower() == ".json":
+    return _colors_of(read_json(path), str(path))
+  found: dict[str, list[list[int]]] = {}
+  for number, line in enumerate(read_text(path).split("\n"), 1):
+    text = line.strip()
+    match = _NAME_LAST.fullmatch(text) or _NAME_FIRST.fullmatch(text)
+    if match:
+      found.setdefault(match["name"].strip(), []).append([int(match[c]) for c in "rgb"])
+    elif text and not text.startswith("#") and not (number == 1 and not re.search(r"\d", text)):
+      raise UserError(f"{path} line {number}: {text!r:.80}; expected 'R G B name' or 'name,R,G,B'.")
+  return _colors_of(found, str(path))
+
+
+def _colors_of(value: Any, of: str) -> dict[str, tuple[Color, ...]]:
+  if not isinstance(value, Mapping) or not value:
+    raise UserError(f"{of} is {value!r:.80}; expected names with colours, {{name: [r, g, b]}}.")
+  found = {}
+  for name, given in value.items():
+    several = bool(given) and isinstance(given, list | tuple) and isinstance(given[0], list | tuple)
+    rows = given if several else [given]
+    for row in rows:
+      fits = isinstance(row, list | tuple) and len(row) == 3
+      if not fits or not all(type(v) is int and 0 <= v <= 255 for v in row):
+        raise UserError(
+          f"{of}: the colour of {name!r} is {row!r:.80}; expected [r, g, b] of 0 to 255."
+        )
+    found[str(name)] = tuple((row[0], row[1], row[2]) for row in rows)
+  checked(list(found), of)
+  return found
 
 
 def read_text(path: pathlib.Path) -> str:

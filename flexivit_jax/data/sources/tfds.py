@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from flexivit_jax import storage
-from flexivit_jax.data import remote_shards
+from flexivit_jax.data import mask_labels, remote_shards
 from flexivit_jax.data.remote_shards import RemoteShards
 from flexivit_jax.data.sources.annotated import check_on_bad, in_pixels
 from flexivit_jax.data.sources.base import Label, Record, Source
@@ -46,6 +46,7 @@ def tfds_source(
   captions_key: str | None = None,
   num_classes: int | None = None,
   ignore: int = 255,
+  labels: str | None = None,
   on_bad: str = "raise",
   cache_gb: float = remote_shards.CACHE_GB,
 ) -> Source:
@@ -66,6 +67,7 @@ def tfds_source(
     captions_key: a text, or a sequence of texts or of dicts with `text`.
     num_classes: needed only where labels or masks are plain integers.
     ignore: the value of a mask's pixels of no class.
+    labels: what the values of masks are, see `masks_source`: "train_ids" for `cityscapes/semantic_segmentation`.
     on_bad: a box without area, or outside its image: "raise" makes its example a bad one, "skip" leaves the box out.
     cache_gb: of data in a bucket: GB of this machine's cache folder that hold records.
 
@@ -82,11 +84,16 @@ def tfds_source(
   keys |= {"label_key": None if boxes_key else label_key}
   keys |= {"mask_key": mask_key, "captions_key": captions_key}
   _check_keys(features, keys, name)
+  if labels and not mask_key:
+    raise UserError(f"labels={labels!r} is about masks, and no mask_key= is given.")
   boxes, known = None, []
   if boxes_key:
-    boxes, labels = boxes_in(features, boxes_key, label_key, name)
-    known.append(labels)
+    boxes, classes = boxes_in(features, boxes_key, label_key, name)
+    known.append(classes)
   known += [labels_of(features, key) for key in (keys["label_key"], mask_key) if key]
+  named = mask_labels.convention(labels).names if labels else None
+  if mask_key and named:
+    known[-1] = Labels(mask_key, len(named), named)
   number, names = _classes(known, num_classes, name)
   parts = parse_split(split, {s: info.num_examples for s, info in builder.info.splits.items()})
   reading = _Reading(
@@ -98,6 +105,7 @@ def tfds_source(
     captions_key,
     captions_in(features, captions_key, name) if captions_key else None,
     ignore,
+    labels,
     on_bad,
     f"{name}/{split}",
   )
@@ -116,6 +124,7 @@ class _Reading(NamedTuple):
 
   Attributes:
     text: the field of `captions` that holds the texts, see `captions_in`.
+    labels: of masks.
     prefix: of ids where the data set has none.
   """
 
@@ -127,6 +136,7 @@ class _Reading(NamedTuple):
   captions: str | None
   text: str | None
   ignore: int
+  labels: str | None
   on_bad: str
   prefix: str
 
@@ -312,6 +322,7 @@ def _record(raw: dict[str, Any], reading: _Reading, index: int) -> Record:
     record["captions"] = read_captions(raw[reading.captions], reading.text)
   if reading.mask:
     record |= {"mask": raw[reading.mask], "mask_ignore": reading.ignore}
+    record |= {"mask_labels": reading.labels} if reading.labels else {}
   if reading.boxes:
     record |= read_boxes(raw, reading.boxes, reading.on_bad)
     record = in_pixels(record, upright=False)
