@@ -1,7 +1,7 @@
 """Data: sources, preprocessing strings, and batches. Imports no JAX and no TensorFlow."""
 
 from flexivit_jax.data.balanced import by_class
-from flexivit_jax.data.census import class_sizes
+from flexivit_jax.data.census import class_sizes, pixel_shares
 from flexivit_jax.data.known import planned_source
 from flexivit_jax.data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
 from flexivit_jax.data.preprocess import (
@@ -37,6 +37,7 @@ __all__ = [
   "is_prepared",
   "make_source",
   "parse",
+  "pixel_shares",
   "planned_source",
   "renumber",
   "subset",

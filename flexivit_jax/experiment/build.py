@@ -487,8 +487,10 @@ def _evaluations(
 
 
 def _class_lines(learner: _Learner) -> list[str]:
-  """Lines on how many examples each class has, what it weighs, and how many captions are cut."""
+  """Lines on how many examples or pixels each class has, what it weighs, and how many captions are cut."""
   sizes = [data.class_sizes(learner.source)]
+  if "mask" in learner.objective.inputs:
+    sizes.append(data.pixel_shares(learner.source))
   if learner.tokens is not None:
     sizes.append(texts.note(learner.tokens, learner.source))
   return [*filter(None, sizes), *_rare(learner.objective_section, learner.input, learner.source)]

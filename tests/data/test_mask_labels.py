@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax.data import eval_batches, make_source, mask_labels, record_bytes
+from flexivit_jax.data import eval_batches, make_source, mask_labels, pixel_shares, record_bytes
 from flexivit_jax.data.sources import class_files
 from flexivit_jax.errors import UserError
 
@@ -220,6 +220,22 @@ def test_images_without_any_class_are_counted_and_kept(write, caplog):
     masks = read(source)
   assert [(mask == -1).all() for mask in masks] == [True, False, True]
   assert "no pixel of the mask has a class" in caplog.text
+
+
+def test_shares_of_pixels_are_counted_before_training(write):
+  half = np.zeros((6, 8), np.uint8)
+  half[3:] = 255
+  root = write(half, np.full((6, 8), 2, np.uint8), half, half)
+  assert pixel_shares(opened(root, num_classes=4)) == (
+    "pixels in 4 of 4 masks: 0 37.50%, 2 25.00%, no class 37.50%; of 1, 3 there is none, so they are not learned"
+  )
+  assert pixel_shares(opened(root, num_classes=4), 1).endswith("; of 1, 2, 3 there is none")
+  assert pixel_shares(opened(root, num_classes=1), 2).startswith("pixels in 2 of 4")
+  many = write(*RNG.integers(0, 40, (3, 6, 8)).astype(np.uint8))
+  text = pixel_shares(opened(many, num_classes=44))
+  assert text.count("%") == 13 and "..." in text and "40, 41, 42, 43 there is none" in text
+  (root / "masks/train/0.png").write_bytes(b"")
+  assert pixel_shares(opened(root, num_classes=44, on_bad="skip")).startswith("pixels in 3 of 3")
 
 
 def test_damaged_masks_of_colours_are_bad_examples(write):
