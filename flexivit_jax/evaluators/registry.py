@@ -13,6 +13,7 @@ from flexivit_jax.evaluators import (
   fewshot,
   knn,
   retrieval,
+  segmentation,
   teacher,
   zero_shot,
 )
@@ -26,6 +27,7 @@ _DECLARED: dict[str, tuple[Callable[..., Evaluator], tuple[Metric, ...]]] = {
   "fewshot": (fewshot.fewshot, fewshot.METRICS),
   "knn": (knn.knn, knn.METRICS),
   "retrieval": (retrieval.retrieval, retrieval.METRICS),
+  "segmentation": (segmentation.segmentation, segmentation.METRICS),
   "teacher": (teacher.teacher, teacher.METRICS),
   "zero_shot": (zero_shot.zero_shot, zero_shot.METRICS),
 }

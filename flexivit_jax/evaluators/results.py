@@ -18,7 +18,7 @@ from flexivit_jax.trees import Json, Params
 COLUMNS = ("seqhw", "stride", "depth", "patch", "tokens", "gflops", "ms", "n")
 
 # And what is no number of its own: a table of counts, what belongs to one, the ends of intervals.
-TABLES = ("confusion", "unlabelled", "intervals")
+TABLES = ("confusion", "unlabelled", "intervals", "class_iou", "class_pixels")
 
 
 def metrics_of(row: Json, declared: Sequence[Metric] = CLASSIFICATION) -> list[str]:
@@ -85,7 +85,7 @@ def write(path: pathlib.Path, described: Json, rows: list[Json]) -> None:
   if jax.process_index() == 0:
     known = {k: v for k, v in described.items() if v is not None}
     text = json.dumps({**known, "rows": rows}, indent=1, allow_nan=False)
-    if any("confusion" in row for row in rows):
+    if any({"confusion", "class_pixels"} & row.keys() for row in rows):
       text = _INTEGERS.sub(lambda found: f"[{', '.join(re.findall(r'[0-9]+', found[0]))}]", text)
     files.write_atomically(path, text + "\n")
 

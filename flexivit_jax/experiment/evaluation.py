@@ -97,8 +97,8 @@ def _open(
 
   def of(model: Model, mesh: Mesh | None, waiting: Waiting, loading: Section) -> Evaluator:
     scoring = _arguments(section, evaluator)
-    if "tokens" in inspect.signature(evaluator).parameters:
-      scoring |= {"class_names": source.class_names, "tokens": tokens}
+    given = {"class_names": source.class_names, "tokens": tokens}
+    scoring |= {k: v for k, v in given.items() if k in inspect.signature(evaluator).parameters}
     if training:
       batches = data.eval_batches(training, waiting=waiting, **loading)
       scoring |= {"train_batches": batches, "num_classes": source.num_classes}
@@ -137,8 +137,10 @@ def _arguments(section: Section, function: Function) -> Json:
 
 def classes_of_tables(evaluation: Evaluation, rows: Sequence[Section]) -> list[str] | None:
   """The names of the classes of the tables in an evaluation's rows; None: there are none."""
+  source, section = evaluation.source, evaluation.section
+  if rows and "class_iou" in rows[0]:
+    return list(source.class_names or map(str, range(len(rows[0]["class_iou"]))))
   if not rows or "confusion" not in rows[0]:
     return None
-  source, section = evaluation.source, evaluation.section
   names = table_classes(source.class_names, source.num_classes, section.get("label_map"))
   return [*names, *map(str, range(len(names), len(rows[0]["confusion"])))]

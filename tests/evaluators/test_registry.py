@@ -7,6 +7,7 @@ from flexivit_jax.evaluators import (
   per_size,
   probing,
   retrieval,
+  segmentation,
   teacher,
   zero_shot,
 )
@@ -24,6 +25,7 @@ def test_what_the_functions_of_the_registry_return_are_evaluators():
       per_size.PerSize,
       probing.Probing,
       retrieval.Retrieval,
+      segmentation.Segmentation,
       teacher.Once,
       zero_shot.ZeroShot,
     )
