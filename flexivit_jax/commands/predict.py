@@ -1,21 +1,37 @@
-"""`flexivit predict`: the most likely classes of images, at chosen patch sizes."""
+"""`flexivit predict`: the most likely classes of images, or the class of each pixel, at chosen patch sizes."""
 
 import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from flexivit_jax import errors
 from flexivit_jax.commands import options
 
-HELP = "classify images at a chosen patch size, also among names of your own"
+if TYPE_CHECKING:
+  from flexivit_jax.inference import predictor
+
+HELP = "classify images, or their pixels, at a chosen patch size, also among names of your own"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
   """The images, the model, the form of the answers."""
   options.add_images(p)
   p.add_argument(
-    "--out", type=options.path, help="a .csv or .jsonl file to write the answers to, not to stdout"
+    "--out",
+    type=options.path,
+    help="a .csv or .jsonl file to write the answers to, not to stdout; of a segmentation model a .png, or a folder",
+  )
+  p.add_argument(
+    "--overlay",
+    type=options.path,
+    help="of a segmentation model, the image under the colours of its classes with a legend: an image file or a folder",
+  )
+  p.add_argument(
+    "--patch",
+    help="pixels a side of a patch in the place of --seqhw, e.g. 16 or 8,16x12; of a segmentation model",
   )
   p.add_argument("--json", action="store_true", help="print a line of JSON for each answer")
   p.add_argument("--top_k", type=int, default=5, help="most likely classes (default 5)")
@@ -54,13 +70,19 @@ def _predict(args: argparse.Namespace) -> None:
   from flexivit_jax.inference.predictions import WRITERS, check_classes, predictions, sinks_of
   from flexivit_jax.running import distributed
 
-  if args.out:
+  if args.out and args.out.suffix.lower() in WRITERS:
     distributed.on_first(lambda: outputs.check_new(args.out, WRITERS, args.overwrite), "--out")
   given = options.loading(args)
   loaded = distributed.each(
-    lambda: predictor.load(args.checkpoint, args.image_size, texts=bool(args.names), **given),
+    lambda: predictor.load(
+      args.checkpoint, args.image_size, texts=bool(args.names), whole=True, **given
+    ),
     "its checkpoint",
   )
+  if predictor.gives_masks(loaded.model):
+    _predict_masks(args, loaded)
+    return
+  _check_of_classes(args, WRITERS)
   among = None
   if args.names:
     among = texts.of_names(loaded, _names(args.names), args.templates or "name")
@@ -104,6 +126,70 @@ def _predict(args: argparse.Namespace) -> None:
     tally.check_any()
   if args.out and not args.json:
     print(f"{args.out}: {tally.done - tally.bad} images")
+  tally.check_all(args.on_error)
+
+
+def _check_of_classes(args: argparse.Namespace, suffixes: Collection[str]) -> None:
+  """Raises a UserError for what only a segmentation model can give."""
+  from flexivit_jax.inference import masks, outputs
+  from flexivit_jax.running import distributed
+
+  for option, value in (("--overlay", args.overlay), ("--patch", args.patch)):
+    if value is not None:
+      raise errors.UserError(
+        f"{option}={value}: {args.checkpoint} classifies whole images; only a segmentation model gives masks."
+      )
+  if args.out and args.out.suffix.lower() in masks.MASKS:
+    raise errors.UserError(
+      f"--out={args.out}: {args.checkpoint} classifies whole images, which makes no mask; expected a file that ends in"
+      f" {' or '.join(suffixes)}, or the checkpoint of a segmentation model."
+    )
+  if args.out:
+    distributed.on_first(lambda: outputs.check_new(args.out, suffixes, args.overwrite), "--out")
+
+
+def _predict_masks(args: argparse.Namespace, loaded: "predictor.Loaded") -> None:
+  from flexivit_jax import sizes as size_grammar, weights
+  from flexivit_jax.data.inputs import find_images
+  from flexivit_jax.inference import masks, outputs, predictor
+  from flexivit_jax.running import distributed
+
+  if args.out and args.out.suffix.lower() in (".csv", ".jsonl"):
+    raise errors.UserError(
+      f"--out={args.out}: a segmentation model gives masks; expected a .png or a folder. --json prints the shares of"
+      " the classes."
+    )
+  if args.seqhw and args.patch:
+    raise errors.UserError(
+      "Give --seqhw, tokens per side, or --patch, pixels of a patch; not both."
+    )
+  sizes: masks.Sizes
+  sizes = size_grammar.parse_patches(args.patch) if args.patch else ()
+  sizes = sizes or predictor.sizes_of(args.seqhw, loaded)
+  first = distributed.is_first()
+  if first:
+    weights.print_notes(loaded.record)
+  inputs = find_images(args.image, outputs.note if first else lambda text: None)
+  to = distributed.each(
+    lambda: masks.targets(inputs, sizes, args.out, args.overlay, args.overwrite), "--out"
+  )
+  predictor.agree(loaded, inputs, sizes=sizes, batch_size=args.batch_size)
+  tally = outputs.Tally(len(inputs), first, progress=not sys.stdout.isatty())
+  stream = masks.answers(loaded, inputs, sizes, args.batch_size, args.time)
+  with contextlib.closing(stream):
+    for file, answers in stream:
+      tally.add(file, answers[0].error)
+      for answer in answers:
+        if first and answer.error is None:
+          masks.write(answer, to, loaded.model.num_classes)
+        if args.json:
+          print(masks.as_json(answer, to), flush=True)
+        elif answer.error is None:
+          print(masks.as_text(answer), flush=True)
+    tally.check_any()
+  for out, what in ((args.out, "masks"), (args.overlay, "overlays")):
+    if out and not args.json:
+      print(f"{out}: {what} of {tally.done - tally.bad} images")
   tally.check_all(args.on_error)
 
 

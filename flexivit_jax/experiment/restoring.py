@@ -173,6 +173,7 @@ def record(
     "model": exp.model_record,
     "image_shape": list(exp.image_shape),
     "pp": main.pp if main else None,
+    **({"short_side": main.section["short_side"]} if main and "short_side" in main.section else {}),
     "class_names": list(names) if names else None,
     "data_classes": list(exp.data_classes) if exp.data_classes else None,
     "frozen": exp.frozen_digests,

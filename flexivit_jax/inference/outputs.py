@@ -22,20 +22,24 @@ def note(text: str) -> None:
   print(f"note: {shown(text)}", file=sys.stderr)
 
 
-def check_new(out: pathlib.Path, suffixes: Collection[str], overwrite: bool) -> None:
+def check_new(
+  out: pathlib.Path, suffixes: Collection[str], overwrite: bool, option: str = "--out"
+) -> None:
   """Raises a UserError if results cannot go to a file: before anything is computed."""
   if out.suffix.lower() not in suffixes:
-    raise errors.UserError(f"--out={out}: expected a file that ends in {' or '.join(suffixes)}.")
+    raise errors.UserError(f"{option}={out}: expected a file that ends in {' or '.join(suffixes)}.")
   if out.is_dir():
-    raise errors.UserError(f"--out={out} is a folder; expected a file to write.")
+    raise errors.UserError(f"{option}={out} is a folder; expected a file to write.")
   if os.path.lexists(out) and not overwrite:
-    raise errors.UserError(f"--out={out} exists; give another name, or --overwrite to replace it.")
+    raise errors.UserError(
+      f"{option}={out} exists; give another name, or --overwrite to replace it."
+    )
   if not out.parent.is_dir():
     raise errors.UserError(
-      f"--out={out}: there is no folder {out.parent}; make it, or mend the name."
+      f"{option}={out}: there is no folder {out.parent}; make it, or mend the name."
     )
   if not os.access(out.parent, os.W_OK | os.X_OK):
-    raise errors.UserError(f"--out={out}: the folder {out.parent} may not be written to.")
+    raise errors.UserError(f"{option}={out}: the folder {out.parent} may not be written to.")
 
 
 @final

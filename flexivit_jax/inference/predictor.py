@@ -20,10 +20,10 @@ from PIL import Image
 
 from flexivit_jax import data, errors, sizes, trees, weights
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.models import FlexiViT, TwoTowers
+from flexivit_jax.models import Model, vit_part
 from flexivit_jax.models.vit import Intermediates
 from flexivit_jax.running import distributed, processes
-from flexivit_jax.sizes import SeqHw, size_args, size_text
+from flexivit_jax.sizes import Patch, SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 
 Prepare = Callable[[str], np.ndarray]
@@ -36,12 +36,12 @@ class Loaded(NamedTuple):
   """A model that is ready for image files.
 
   Attributes:
-    model, params, record: see `weights.load_with_record`, or for two towers `weights.towers.load`.
+    model, params, record: see `weights.load_with_record`, or for models of parts `weights.tasks.load`.
     name: what the user called it.
     prepare: path -> what the model takes of one image, [h, w, c].
   """
 
-  model: FlexiViT | TwoTowers
+  model: Any  # a `Model`, a FlexiViT unless the whole is asked for
   params: Params
   record: Json
   name: str
@@ -62,32 +62,75 @@ def load(
   image_size: int | None = None,
   *,
   texts: bool = False,
+  whole: bool = False,
   **loading: Any,
 ) -> Loaded:
   """Loads a model and finds out how its images are prepared.
 
+  Of a model that gives something for each pixel, no image is cropped or padded: every pixel of the file gets an answer.
+
   Args:
     checkpoint: what `weights.load` takes.
-    image_size: pixels a side for weights that do not say; default that of a fixed model, or 240 as in the paper.
+    image_size: pixels a side for weights that do not say; default that of a fixed model, or 240 as in the paper. Of a
+      model that gives masks, pixels of the shorter side, whatever the weights say.
     texts: both towers, see `weights.towers.load`; else of two towers the one of images.
+    whole: a model of parts that has no text tower, a Segmenter, as it is; else its FlexiViT.
     **loading: see `weights.load`.
 
   Raises:
     UserError: it cannot be loaded; `image_size` where the weights say it; a model of other than 1 or 3 channels.
   """
-  model: FlexiViT | TwoTowers
+  read: Callable[..., tuple[Model, Params, Json]] = weights.load_with_record
   if texts:
-    model, params, record = weights.towers.load(checkpoint, **loading)
-  else:
-    model, params, record = weights.load_with_record(checkpoint, **loading)
-  channels = params.get("image", params)["embedding"]["kernel"].shape[2]
+    read = weights.towers.load
+  elif whole and weights.tasks.is_whole(checkpoint):
+    read = weights.tasks.load
+  model, params, record = read(checkpoint, **loading)
+  part = vit_part(model)
+  channels = (params[part] if part else params)["embedding"]["kernel"].shape[2]
   if channels not in (1, 3):
     raise errors.UserError(
       f"{checkpoint} takes images of {channels} channels; image files have 3, or 1 where they are grey."
       " Call the model in Python (weights.load) on arrays of your own."
     )
-  prepare = preparer(weights.preparation(record, image_size), channels)
-  return Loaded(model, params, record, str(checkpoint), prepare)
+  if gives_masks(model):
+    pp, notes = _of_all_pixels(record, image_size)
+    record = record | {"notes": [*record["notes"], *notes]}
+  else:
+    pp = weights.preparation(record, image_size)
+  return Loaded(model, params, record, str(checkpoint), preparer(pp, channels))
+
+
+def gives_masks(model: Model) -> bool:
+  """Tells whether a model gives scores of every pixel, "pixel_logits"."""
+  return "pixel_logits" in model.outputs
+
+
+def _of_all_pixels(record: Json, image_size: int | None) -> tuple[str, list[str]]:
+  """Returns a preprocessing that leaves every pixel in its place, and notes on what differs from the model's own.
+
+  The shorter side gets `image_size` pixels; not given, those that the evaluation of the run gave it, by `short_side` or
+  by an operation that resizes; where none did, as many as the images of training had.
+  """
+  stated = record.get("pp") or "decode|value_range(-1, 1)"
+  ops = [op for op in data.parse(stated).ops if op.inkey == "image"]
+  resizing = [data.OPS[name] for name in ("resize", "resize_small", "resize_keep")]
+  others = [data.OPS[name] for name in ("decode", "value_range")]
+  left_out = [op.text for op in ops if op.first == "hw" and op.function not in resizing]
+  notes = [f"{', '.join(left_out)} of its preprocessing is left out: every pixel gets a class."]
+  notes = notes if left_out else []
+  side = image_size or record.get("short_side")
+  if side is None and not any(op.function in resizing for op in ops):
+    side = min((record.get("image_size") or record.get("image_shape") or [240, 240])[:2])
+    notes.append(
+      f"The shorter side of an image is resized to {side} pixels, as in training; --image_size gives another."
+    )
+  kept = [op for op in ops if op.function in (others if side else [*others, *resizing])]
+  texts = [op.text for op in kept]
+  if side:
+    first = next((i for i, op in enumerate(kept) if op.first != "encoded"), len(kept))
+    texts.insert(first, f"resize_small({side})")
+  return "|".join(texts), notes
 
 
 def sizes_of(text: str | None, loaded: Loaded) -> tuple[SeqHw, ...]:
@@ -181,7 +224,7 @@ def outcomes(
   loaded: Loaded,
   fn: Callable[[Result], Array],
   inputs: Sequence[Input],
-  sizes: Sequence[SeqHw],
+  sizes: Sequence[SeqHw | Patch],
   *,
   batch_size: int | None = None,
   timed: bool = False,
@@ -226,13 +269,15 @@ def outcomes(
 def _of_all(call: Callable[[], Iterable[Outcome]]) -> Iterator[Outcome]:
   """Yields the outcomes of all processes, in their order."""
   rows = [
-    (file, [(a.dtype.name, a.tobytes()) for a in outputs], error, ms)
+    (file, [(a.dtype.name, a.shape, a.tobytes()) for a in outputs], error, ms)
     for file, outputs, error, ms in distributed.each(lambda: list(call()), "its images")
   ]
   packed = msgpack.packb(rows, unicode_errors="surrogateescape")
   for blob in distributed.blobs(packed):
     for file, outputs, error, ms in msgpack.unpackb(blob, unicode_errors="surrogateescape"):
-      arrays = tuple(np.frombuffer(raw, np.dtype(name)) for name, raw in outputs)
+      arrays = tuple(
+        np.frombuffer(raw, np.dtype(name)).reshape(shape) for name, shape, raw in outputs
+      )
       yield Outcome(file, arrays, error, tuple(ms))
 
 
@@ -254,11 +299,11 @@ def agree(loaded: Loaded, inputs: Sequence[Input], **others: object) -> None:
 
 
 def _outcomes(
-  model: FlexiViT | TwoTowers,
+  model: Model,
   params: Sequence[Params],
   prepare: Prepare,
   programs: Sequence[Callable],
-  sizes: Sequence[SeqHw],
+  sizes: Sequence[SeqHw | Patch],
   n: int,
   timed: bool,
   times: dict[tuple[int, ...], tuple[float, ...]],
@@ -295,7 +340,7 @@ def default_batch_size() -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _program(model: FlexiViT | TwoTowers, fn: Callable[[Result], Array], size: SeqHw) -> Callable:
+def _program(model: Any, fn: Callable[[Result], Array], size: SeqHw | Patch) -> Callable:
   return jax.jit(
     lambda params, image: fn(model.apply({"params": params}, image, **size_args(size)))
   )

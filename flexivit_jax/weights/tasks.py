@@ -48,6 +48,16 @@ def name_of(path: str | os.PathLike[str]) -> str:
   return model_records.TWO_TOWERS if towers.text_of(path) is not None else "flexivit"
 
 
+def is_whole(path: str | os.PathLike[str]) -> bool:
+  """Tells whether a path holds a model of parts other than two towers; quicker than `name_of`."""
+  record = _record(registry.find(path)[0])
+  return record is not None and _is_whole(model_records.name_of(record))
+
+
+def _is_whole(name: str) -> bool:
+  return name != model_records.TWO_TOWERS and vit_part(MODELS[name]) is not None
+
+
 def load(path: str | os.PathLike[str], **options: Any) -> tuple[Model, Params, Json]:
   """Returns (model, params, record) of what a path holds, whole: a FlexiViT, two towers, a Segmenter.
 

@@ -1,0 +1,273 @@
+"""The class of each pixel of image files at chosen patch sizes, and the files in which the answers are written."""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import stat
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+import cv2
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8, UInt16
+from PIL import Image
+
+from flexivit_jax import errors, files
+from flexivit_jax.data import class_names, images
+from flexivit_jax.data.inputs import Input
+from flexivit_jax.inference import outputs, overlays, predictor
+from flexivit_jax.sizes import Patch, SeqHw, size_args, size_text
+from flexivit_jax.trees import Json
+
+Sizes = Sequence[SeqHw | Patch]
+MASKS = (".png",)
+OVERLAYS = (".png", ".jpg", ".jpeg", ".webp")
+_MAX_PIXELS = 2**28
+
+
+class Answer(NamedTuple):
+  """The classes of the pixels of one file at one size.
+
+  Attributes:
+    file: as it was named.
+    size: None where the file cannot be read.
+    mask: numbers of classes at the file's own resolution, upright.
+    image: the pixels of the file, upright.
+    rows: the classes that it has, the largest first.
+    ms: milliseconds of the forward pass for one image of a batch, where it was measured.
+    error: why there is no mask.
+  """
+
+  file: str
+  size: SeqHw | Patch | None = None
+  mask: UInt16[np.ndarray, "h w"] | None = None
+  image: UInt8[np.ndarray, "h w 3"] | None = None
+  rows: Sequence[overlays.Row] = ()
+  ms: float | None = None
+  error: str | None = None
+
+
+def answers(
+  loaded: predictor.Loaded,
+  inputs: Sequence[Input],
+  sizes: Sizes,
+  batch_size: int | None = None,
+  timed: bool = False,
+) -> Generator[tuple[str, list[Answer]], None, None]:
+  """Yields (file, its mask at each size) in order; of a bad file a single one, with its error.
+
+  An image is prepared as the model's preprocessing says, the scores of its pixels are resized to the file's own
+  resolution, bilinearly, and the largest is the class. Images of another shape are another program, so that many
+  shapes take their time to compile.
+
+  Args:
+    loaded: a model that gives masks.
+    inputs: the files.
+    sizes: at each of these; one that does not fit an image is an error of that file.
+    batch_size: images at a time; default 1 on CPUs, where scores of every pixel take memory, and 8 elsewhere.
+    timed: see `predictor.outcomes`.
+  """
+  names = names_of(loaded)
+  loaded = loaded._replace(prepare=functools.partial(_fitting, loaded, sizes))
+  if batch_size is None:
+    batch_size = 1 if jax.default_backend() == "cpu" else 8
+  with contextlib.closing(
+    predictor.outcomes(loaded, _scores, inputs, sizes, batch_size=batch_size, timed=timed)
+  ) as outcomes:
+    for file, scores, error, ms in outcomes:
+      image = None if error is not None else _image(file)
+      if image is None:
+        yield file, [Answer(file, error=error or "changed while it was read")]
+        continue
+      times = ms or [None] * len(sizes)
+      rows = []
+      for size, one, time in zip(sizes, scores, times, strict=True):
+        mask = classes_at(one, (image.shape[0], image.shape[1]))
+        rows.append(Answer(file, size, mask, image, overlays.rows_of(mask, names), time))
+      yield file, rows
+
+
+def names_of(loaded: predictor.Loaded) -> list[str]:
+  """Returns the names of the classes, "" for each of a model that has none."""
+  of, k = f"the checkpoint {loaded.name}", loaded.model.num_classes
+  return [*(class_names.of_record(loaded.record, k, of).names or [""] * k)]
+
+
+def classes_at(
+  scores: Float[np.ndarray, "h w k"], hw: tuple[int, int]
+) -> UInt16[np.ndarray, "new_h new_w"]:
+  """Returns the class of the largest score of each pixel, after scores are resized between centres of pixels.
+
+  One class after another, so that memory does not grow with their number.
+  """
+  best: np.ndarray | None = None
+  mask = np.zeros(hw, np.uint16)
+  for k in range(scores.shape[-1]):
+    own = np.ascontiguousarray(scores[..., k], np.float32)
+    plane = np.asarray(cv2.resize(own, hw[::-1], interpolation=cv2.INTER_LINEAR), np.float32)
+    if best is None:
+      best = plane
+      continue
+    larger = plane > best
+    mask[larger] = k
+    np.copyto(best, plane, where=larger)
+  return mask
+
+
+def _scores(result: predictor.Result) -> Float[Array, "n h w k"]:
+  return result[1]["pixel_logits"]
+
+
+def _fitting(loaded: predictor.Loaded, sizes: Sizes, path: str) -> np.ndarray:
+  """The prepared image; a UserError where a size does not fit it."""
+  image = loaded.prepare(path)
+  for size in sizes:
+    loaded.model.grid(image.shape[:2], **size_args(size))
+  return image
+
+
+def _image(path: str) -> UInt8[np.ndarray, "h w 3"] | None:
+  """The pixels of a file that was read a moment ago, or None where it has gone."""
+  try:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+      return None
+    content = pathlib.Path(path).read_bytes()
+    return images.decode_image(content, max_pixels=_MAX_PIXELS, exif=True)
+  except Exception:  # what was an image a moment ago
+    return None
+
+
+# --- where the answers go ---
+
+
+class Targets(NamedTuple):
+  """Files to write: of each (file, size) as `size_text` has it, or none."""
+
+  masks: dict[tuple[str, str], pathlib.Path]
+  overlays: dict[tuple[str, str], pathlib.Path]
+
+
+def targets(
+  inputs: Sequence[Input],
+  sizes: Sizes,
+  out: pathlib.Path | None,
+  overlay: pathlib.Path | None,
+  overwrite: bool,
+) -> Targets:
+  """Returns where masks and overlays go; before anything is computed.
+
+  A name with a suffix is the one file of one image at one size. A name without is a folder: each image's mask has its
+  path there, as .png; several sizes have a folder each.
+
+  Raises:
+    UserError: a suffix that no mask can have, one file for several answers, or a file that is there.
+  """
+  files_ = list(dict.fromkeys(one.path for one in inputs if one.error is None))
+  result = Targets(
+    _targets("--out", out, MASKS, files_, sizes),
+    _targets("--overlay", overlay, OVERLAYS, files_, sizes),
+  )
+  everything = [*result.masks.values(), *result.overlays.values()]
+  if len({*everything}) < len(everything):
+    raise errors.UserError(
+      f"--out={out} and --overlay={overlay} would be the same files; give two names."
+    )
+  for path in everything:
+    if os.path.lexists(path) and not overwrite:
+      raise errors.UserError(f"{path} exists; give another name, or --overwrite to replace it.")
+  return result
+
+
+def _targets(
+  option: str,
+  out: pathlib.Path | None,
+  suffixes: Sequence[str],
+  files_: Sequence[str],
+  sizes: Sizes,
+) -> dict[tuple[str, str], pathlib.Path]:
+  if out is None:
+    return {}
+  texts = [str(size_text(size)) for size in sizes]
+  is_folder = out.is_dir() or not out.suffix
+  if not is_folder:
+    outputs.check_new(out, suffixes, True, option)
+    if len(files_) > 1 or len(sizes) > 1:
+      raise errors.UserError(
+        f"{option}={out} is one file, and there are {len(files_)} images at {len(sizes)} sizes; give a folder, a name"
+        f" without a suffix: {option}={out.with_suffix('')}."
+      )
+    return {(file, text): out for file in files_ for text in texts}
+  names = _names_in_folder(files_)
+  folders = {text: out / text if len(texts) > 1 else out for text in texts}
+  return {(file, text): folders[text] / names[file] for file in files_ for text in texts}
+
+
+def _names_in_folder(files_: Sequence[str]) -> dict[str, str]:
+  """A name for each file, its path below the folder that all are in, as .png."""
+  full = {file: os.path.abspath(file) for file in files_}
+  root = os.path.commonpath([os.path.dirname(path) for path in full.values()] or ["/"])
+  relative = {file: os.path.relpath(path, root) for file, path in full.items()}
+  plain = {file: f"{os.path.splitext(name)[0]}.png" for file, name in relative.items()}
+  twice = len({*plain.values()}) < len({*full.values()})
+  return {file: f"{name}.png" for file, name in relative.items()} if twice else plain
+
+
+def write(answer: Answer, to: Targets, classes: int) -> None:
+  """Writes the mask and the overlay of an answer, each under a temporary name first."""
+  assert answer.mask is not None and answer.image is not None
+  key = answer.file, str(size_text(answer.size))  # type: ignore[arg-type]
+  if key in to.masks:
+    _save(overlays.palette_image(answer.mask, classes), to.masks[key])
+  if key in to.overlays:
+    _save(overlays.overlay(answer.image, answer.mask, answer.rows), to.overlays[key])
+
+
+def _save(image: Image.Image, path: pathlib.Path) -> None:
+  with files.write_errors(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
+  with (
+    files.replacing(path, unique=True) as part,
+    files.write_errors(path),
+    part.open("xb") as file,
+  ):
+    image.save(file, kind, **({} if kind == "PNG" else {"quality": 92}))
+
+
+# --- forms of an answer ---
+
+
+def as_text(answer: Answer) -> str:
+  """Returns lines for people: the classes with their colours, the largest first."""
+  size = answer.size
+  what = (
+    f"patch={str(size_text(size))[1:]}" if isinstance(size, Patch) else f"seqhw={size_text(size)}"
+  )  # type: ignore[arg-type]
+  ms = "" if answer.ms is None else f", {answer.ms:.2f} ms"
+  lines = [f"{outputs.shown(answer.file)}  ({what}{ms})"]
+  for row in answer.rows:
+    name = outputs.shown(row.name) or f"class {row.number}"
+    lines.append(f"  {row.share:6.1%}  {overlays.hex_colour(row.number)}  {name}")
+  return "\n".join(lines)
+
+
+def as_json(answer: Answer, to: Targets) -> str:
+  """Returns a line of JSON; the classes with their shares of the pixels, the largest first."""
+  if answer.error is not None:
+    return json.dumps({"file": answer.file, "error": answer.error})
+  size = answer.size
+  assert size is not None
+  key = answer.file, str(size_text(size))
+  rows: list[Json] = [
+    {"class": row.number, **({"name": row.name} if row.name else {}),
+     "colour": overlays.hex_colour(row.number), "share": round(row.share, 6)}
+    for row in answer.rows
+  ]  # fmt: skip
+  line: Json = {"file": answer.file, "patch" if isinstance(size, Patch) else "seqhw": size}
+  line |= {} if answer.ms is None else {"ms": round(answer.ms, 4)}
+  for name, paths in (("mask", to.masks), ("overlay", to.overlays)):
+    line |= {name: str(paths[key])} if key in paths else {}
+  return json.dumps({**line, "classes": rows}, allow_nan=False)
