@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int, Integer
 from flexivit_jax import errors
 from flexivit_jax.data import images
 from flexivit_jax.devices import sharding
-from flexivit_jax.evaluators import overlap, resampling, windows
+from flexivit_jax.evaluators import ceilings, overlap, resampling, windows
 from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
+from flexivit_jax.evaluators.windows import View
 from flexivit_jax.models import Model
 from flexivit_jax.models.segmenter import upsampled
 from flexivit_jax.objectives.base import Batch
@@ -35,6 +36,14 @@ METRICS = (
   Metric("pixel_accuracy", "max", "bootstrap", "%", "pixels", "pixel accuracy"),
   Metric("mean_accuracy", "max", "bootstrap", "%", "classes", "mean accuracy of the classes"),
   Metric("boundary_iou", "max", "bootstrap", "%", "boundary", "boundary IoU"),
+  Metric("ceiling", unit="%", label="ceiling", title="mIoU of the classes' shares", trained=False),
+  Metric(
+    "ceiling_constant",
+    unit="%",
+    label="a class a patch",
+    title="mIoU of one class a patch",
+    trained=False,
+  ),
 )
 _OF = {
   "miou": (overlap.REGIONS, overlap.mean_iou),
@@ -43,26 +52,6 @@ _OF = {
   "boundary_iou": (overlap.BANDS, overlap.mean_iou),
 }
 _LOG = logging.getLogger(__name__)
-
-
-class View(NamedTuple):
-  """How images are shown to the model; see `segmentation`."""
-
-  short_side: int | None
-  window: Size | None
-  stride: Size | None
-  scales: tuple[float, ...]
-  flip: bool
-
-  def size(self, hw: Size, scale: float = 1.0) -> Size:
-    """The size that an image of `hw` pixels is resized to."""
-    short = self.short_side or min(hw)
-    return windows.scaled(hw, short * scale, self.window or (1, 1))
-
-  @property
-  def flips(self) -> tuple[bool, ...]:
-    """Whether the image is mirrored, in each pass over it."""
-    return (False, True) if self.flip else (False,)
 
 
 # --- whole images of one size ---
@@ -121,6 +110,7 @@ class Segmentation:
     self._hw: Size | None = None
     self._programs: PerSize | None = None
     self._warned = False
+    self._ceilings: dict[SizeKey, dict[str, float]] = {}
 
   def check(self) -> None:
     """See `Evaluator.check`."""
@@ -154,8 +144,8 @@ class Segmentation:
     self._programs.compile(params, report)
 
   def run(self, params: Params) -> list[Row]:
-    """Returns for each size the metrics, "absent" (classes without a pixel in the masks), "n" (images), "intervals",
-    and by class "class_iou" (None: absent) and "class_pixels" (in the masks).
+    """Returns for each size the metrics, the ceilings of its patch (see `ceilings`), and "absent" (classes without a
+    pixel in the masks), "n" (images), "intervals", and by class "class_iou" (None: absent) and "class_pixels".
 
     Raises:
       UserError: masks with other numbers than classes, or without any pixel that counts; images of several sizes
@@ -163,13 +153,28 @@ class Segmentation:
     """
     if self._programs is None:
       self.compile(params)
+    k = self._model.num_classes
     made: dict[SizeKey, list[np.ndarray]] = {key: [] for key in self._programs.sizes}
+    best: dict[SizeKey, list[np.ndarray]] = {key: [] for key in self._programs.sizes}
     predict = self._predict_whole if self._view.window is None else self._predict_windows
     for mask, predicted in predict(params):
-      true = overlap.truth(mask, self._model.num_classes, self._band)
+      true = overlap.truth(mask, k, self._band)
       for key, classes in predicted.items():
         made[key].append(overlap.counts(true, classes))
-    return self._rows(_of_all_processes(made, self._model.num_classes))
+        if not self._ceilings:  # those of the data, whatever the parameters are
+          best[key].append(self._count_ceilings(true, key))
+    counted = _of_all_processes(made, k)
+    if not self._ceilings:
+      self._ceilings = {
+        key: _mean_ious(counts.reshape(-1, len(ceilings.KINDS), k, 6))
+        for key, counts in _of_all_processes(best, len(ceilings.KINDS) * k).items()
+      }
+    return self._rows(counted)
+
+  def _count_ceilings(self, true: overlap.Truth, key: SizeKey) -> Int[np.ndarray, "_ 6"]:
+    patch_hw = self._model.grid(self._first["image"].shape[1:3], **dict(key))[0]
+    answers = ceilings.predicted(true.mask, self._view, patch_hw, true.num_classes)
+    return np.concatenate([overlap.counts(true, answers[kind]) for kind in ceilings.KINDS])
 
   def costs(self, params: Params, repeats: int = 5) -> list[Row]:
     """Returns what an image costs at each size, with all scales, or what one window costs; see `PerSize.costs`."""
@@ -211,7 +216,9 @@ class Segmentation:
         "class_pixels": pixels.tolist(),
       }
       names = self._programs.names(self._programs.sizes[key])
-      rows.append({**names, **found[key], "absent": len(absent), "n": len(counts), **of_classes})
+      best = self._ceilings[key]
+      counts_of = {"absent": len(absent), "n": len(counts), **of_classes}
+      rows.append({**names, **found[key], **best, **counts_of})
     return rows
 
   def _warn(self, absent: Sequence[int]) -> None:
@@ -386,6 +393,13 @@ def _of_all_processes(
     parts = [np.load(io.BytesIO(data)) for data in distributed.blobs(file.getvalue())]
     found[key] = np.concatenate(parts)
   return found
+
+
+def _mean_ious(counts: Int[np.ndarray, "n kinds k 6"]) -> dict[str, float]:
+  """The mIoU of each of `ceilings.KINDS`, by the name of the metric."""
+  ious = overlap.mean_iou(counts.sum(axis=0, dtype=np.float64)[..., overlap.REGIONS])
+  constant, bilinear = map(float, ious)
+  return {"ceiling": bilinear, "ceiling_constant": constant}
 
 
 def _pair(size: int | Sequence[int], name: str) -> Size:

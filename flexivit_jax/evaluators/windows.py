@@ -20,6 +20,26 @@ STEP = 64  # sides of what is compiled are multiples of it: few programs for man
 ROWS = 128  # of the answer that are made at once
 
 
+class View(NamedTuple):
+  """How images are shown to the model; see `segmentation.segmentation`."""
+
+  short_side: int | None
+  window: Size | None
+  stride: Size | None
+  scales: tuple[float, ...]
+  flip: bool
+
+  def size(self, hw: Size, scale: float = 1.0) -> Size:
+    """The size that an image of `hw` pixels is resized to."""
+    short = self.short_side or min(hw)
+    return scaled(hw, short * scale, self.window or (1, 1))
+
+  @property
+  def flips(self) -> tuple[bool, ...]:
+    """Whether the image is mirrored, in each pass over it."""
+    return (False, True) if self.flip else (False,)
+
+
 def scaled(hw: Size, short: float, least: Size = (1, 1)) -> Size:
   """Returns the size of an image whose short side is resized to `short` pixels, but no side is below `least`."""
   factor = short / min(hw)
@@ -103,19 +123,22 @@ class Sampled(NamedTuple):
   columns: Weights
 
 
-def predicted(canvases: Sequence[Canvas], hw: Size) -> Integer[np.ndarray, "h w"]:
+def predicted(
+  canvases: Sequence[Canvas], hw: Size, *, softmax: bool = True
+) -> Integer[np.ndarray, "h w"]:
   """Returns the class of each pixel of an image: the largest logit, or of several canvases the mean probability.
 
   Args:
     canvases: all full: of several scales, or of the mirrored image.
     hw: pixels of the true mask, to which logits are resized bilinearly before anything else.
+    softmax: whether they hold logits; otherwise probabilities.
   """
   parts = [canvas.sampled(hw) for canvas in canvases]
   width = _rounded(hw[1])
   blocks = []
   for begin in range(0, hw[0], ROWS):
     shown = tuple(Sampled(s.sum, s.rows.part(begin, ROWS), s.columns.part(0, width)) for s in parts)
-    blocks.append(_classes(shown))
+    blocks.append(_classes(shown, softmax=softmax))
   return np.concatenate(jax.device_get(blocks))[: hw[0], : hw[1]]
 
 
@@ -127,9 +150,10 @@ def _add(total: Array, logits: Array, i: Array, y: Array, x: Array) -> Array:
   return jax.lax.dynamic_update_slice(total, before + window, start)
 
 
-@jax.jit
-def _classes(parts: tuple[Sampled, ...]) -> Integer[Array, "rows columns"]:
-  return classes(joined([_resized(*part) for part in parts]))
+@functools.partial(jax.jit, static_argnames="softmax")
+def _classes(parts: tuple[Sampled, ...], *, softmax: bool) -> Integer[Array, "rows columns"]:
+  scores = [_resized(*part) for part in parts]
+  return classes(joined(scores) if softmax else functools.reduce(jnp.add, scores))
 
 
 def _resized(total: Array, rows: Weights, columns: Weights) -> Float[Array, "rows columns k"]:
