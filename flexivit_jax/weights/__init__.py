@@ -12,6 +12,7 @@ from flexivit_jax.weights.reading import (
   not_finite,
 )
 from flexivit_jax.weights.registry import PUBLISHED, differences, is_here
+from flexivit_jax.weights.segmenter import save_segmenter
 from flexivit_jax.weights.stated import preparation, print_notes, written_for
 from flexivit_jax.weights.timm.writer import save_timm
 from flexivit_jax.weights.transformers.towers_writer import save_towers
@@ -31,6 +32,7 @@ __all__ = [
   "preparation",
   "print_notes",
   "save_npz",
+  "save_segmenter",
   "save_timm",
   "save_towers",
   "save_transformers",

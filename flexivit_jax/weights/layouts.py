@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from flexivit_jax import errors, trees
 from flexivit_jax.models import UNNAMED, FlexiViT, attention
 from flexivit_jax.trees import Arrays, Json, Params
-from flexivit_jax.weights import bare, big_vision, other_models
+from flexivit_jax.weights import bare, big_vision, other_models, segmenter
 from flexivit_jax.weights.big_vision import Converted, Fields
 from flexivit_jax.weights.timm import names as timm_names
 
@@ -73,6 +73,8 @@ def of_arrays(path: pathlib.Path, content: bare.Content, fields: Fields) -> Weig
   if reason := other_models.feature(arrays):
     raise errors.UserError(other_models.refusal(f"The model in {path}", reason))
   layout = next(layout for layout in LAYOUTS if layout.recognises(arrays))
+  variant = content.variant or segmenter.Variant({}, None, {}, [])
+  fields = variant.fields | fields
   try:
     converted = layout.convert(arrays, fields)
   except errors.UserError as e:
@@ -86,9 +88,16 @@ def of_arrays(path: pathlib.Path, content: bare.Content, fields: Fields) -> Weig
   model = FlexiViT(**converted.fields | fields)
   record = describe(path, f"{path.suffix[1:]} in {layout.name}", model, one_size=layout.one_size)
   record["notes"] = [*content.notes, *converted.notes]
+  record |= variant.record
   record |= {"projection": True} if content.is_open_clip and model.num_classes else {}
   params = trees.unflatten(converted.flat)
-  return Weights(params, converted.fields, record, takes_normalisation=layout.takes_normalisation)
+  return Weights(
+    params,
+    converted.fields | variant.fields,
+    record,
+    variant.normalisation,
+    layout.takes_normalisation,
+  )
 
 
 def describe(path: pathlib.Path, format_: str, model: FlexiViT, *, one_size: bool = False) -> Json:

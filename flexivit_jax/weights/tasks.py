@@ -12,50 +12,50 @@ import jax
 import jax.numpy as jnp
 
 from flexivit_jax import errors, trees
-from flexivit_jax.models import MODELS, Model, vit_part
+from flexivit_jax.models import MODELS, Model, Segmenter, vit_part
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import (
+  bare,
   big_vision,
+  contents,
   formats,
   model_records,
   npz,
   reading,
   registry,
+  segmenter,
+  torch_files,
   towers,
 )
 
-_CHANNELS = 3
+SEGMENTER = "segmenter"
 
 
 class Whole(NamedTuple):
-  """A model of parts in a file: its own fields, without those of its FlexiViT, all its parameters, and its record."""
+  """A model of parts in a file: its own fields, without those of its FlexiViT, its parameters, and its record."""
 
-  model: Model
+  model: Any
   params: Params
   record: Json
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
-  """Returns the name in `MODELS` of what a path holds; reads no array where a record says it.
+  """Returns the name in `MODELS` of what a path holds; reads no array where a record or names of arrays say it.
 
   Raises:
-    UserError: a run without a checkpoint, or a record of an unknown model.
+    UserError: a run without a checkpoint, a file that cannot be read, or a record of an unknown model.
   """
-  file, _ = registry.find(path)
-  record = _record(file)
-  if record is not None:
-    return model_records.name_of(record)
+  if (name := _stated(registry.find(path)[0])) is not None:
+    return name
   return model_records.TWO_TOWERS if towers.text_of(path) is not None else "flexivit"
 
 
 def is_whole(path: str | os.PathLike[str]) -> bool:
   """Tells whether a path holds a model of parts other than two towers; quicker than `name_of`."""
-  record = _record(registry.find(path)[0])
-  return record is not None and _is_whole(model_records.name_of(record))
-
-
-def _is_whole(name: str) -> bool:
-  return name != model_records.TWO_TOWERS and vit_part(MODELS[name]) is not None
+  name = _stated(registry.find(path)[0])
+  if name is None or name == model_records.TWO_TOWERS:
+    return False
+  return vit_part(MODELS[name]) is not None
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> tuple[Model, Params, Json]:
@@ -78,11 +78,11 @@ def load(path: str | os.PathLike[str], **options: Any) -> tuple[Model, Params, J
   if part is None:
     return vit, vit_params, record
   whole = _whole(registry.find(path)[0])
-  fields: Any = {part: model_records.fields_of(vit), "dtype": vit.dtype}
-  model = whole.model.clone(**fields)  # type: ignore[attr-defined]  # every Flax module has it
+  model = whole.model.clone(**{part: model_records.fields_of(vit), "dtype": vit.dtype})
   params = whole.params | {part: vit_params}
   check(model, params, str(path), finite=options.get("finite", True))
-  notes = [note for note in record["notes"] if note != model_records.left_out(name)]
+  alone = model_records.left_out(name), "Left out: "
+  notes = [note for note in record["notes"] if not note.startswith(alone)]
   kept = {k: whole.record[k] for k in ("class_names", "data_classes") if k in whole.record}
   record = record | kept | {"model": model_records.record_of(model), "notes": notes}
   return model, jax.tree.map(jnp.asarray, params), record
@@ -103,15 +103,25 @@ def check(model: Model, params: Params, what: str, *, finite: bool = True) -> No
     raise errors.UserError(f"{what} does not fit the model {name}:\n  " + "\n  ".join(lines))
 
 
-def _record(file: pathlib.Path) -> Json | None:
-  """Returns the record of a run or an .npz of ours; None of others."""
+def _stated(file: pathlib.Path) -> str | None:
+  """Returns the name of the model in a run, an .npz of ours or a Segmenter's file; None of others."""
   if npz.has_record(file):
-    return npz.read_record(file)
-  if file.is_dir() and next(f for f in formats.FORMATS if f.recognises(file)) == formats.CHECKPOINT:
+    return model_records.name_of(npz.read_record(file))
+  if _is_run(file):
     from flexivit_jax.running import checkpoint  # Lazy: Orbax, a fifth of a second.
 
-    return checkpoint.record_of(file)
+    return model_records.name_of(checkpoint.record_of(file))
+  # Others have names of arrays alone. A file of another kind than its suffix says has its error later.
+  if file.suffix.lower() in bare.READERS and file.suffix.lower() not in npz.READERS:
+    is_torch = file.is_file() and contents.kind(file) == contents.TORCH
+    if is_torch and segmenter.prefix_of(torch_files.names(file)) is not None:
+      return SEGMENTER
   return None
+
+
+def _is_run(file: pathlib.Path) -> bool:
+  recognised = (f for f in formats.FORMATS if f.recognises(file))
+  return file.is_dir() and next(recognised, None) == formats.CHECKPOINT
 
 
 def _whole(file: pathlib.Path) -> Whole:
@@ -119,7 +129,13 @@ def _whole(file: pathlib.Path) -> Whole:
     from flexivit_jax.running import checkpoint
 
     params, record = checkpoint.load_params(file)
-  else:
+  elif npz.has_record(file):
     arrays, record = npz.read_npz(file)
     params = trees.unflatten(big_vision.plain(arrays))
+  else:
+    arrays, _ = bare.READERS[file.suffix.lower()](file)
+    prefix = segmenter.prefix_of(arrays)
+    assert prefix is not None  # `_stated` has seen to it
+    fields, params = segmenter.decoder_from_torch(arrays, prefix)
+    return Whole(Segmenter(**fields), params, {})
   return Whole(model_records.of_record(file, record), params, record)

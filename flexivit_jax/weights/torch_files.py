@@ -48,6 +48,25 @@ def read_torch(path: pathlib.Path) -> tuple[Arrays, Json]:
     UserError: PyTorch is not installed; the file is none of torch.save's, or asks for anything else to be loaded, or
       would expand; it holds no tensors.
   """
+  torch, tensors = _opened(path)
+  if not tensors:
+    raise errors.UserError(f"{path} holds no tensors by name; expected the weights of a model.")
+  _check_tensors(path, torch, tensors)
+  return {n: _array(torch, tensor) for n, tensor in tensors.items()}, {}
+
+
+def names(path: pathlib.Path) -> list[str]:
+  """Returns the names that `read_torch` gives; reads no tensor.
+
+  Raises:
+    UserError: see `read_torch`.
+  """
+  _, tensors = _opened(path)
+  return [*tensors]
+
+
+def _opened(path: pathlib.Path) -> tuple[types.ModuleType, dict[str, Foreign]]:
+  """Returns torch and the tensors of a file by name, which stay in the file until they are read."""
   _check_archive(path)
   torch = optional.require("torch", f"Reading {path.name}")
   try:
@@ -55,11 +74,7 @@ def read_torch(path: pathlib.Path) -> tuple[Arrays, Json]:
       content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
   except Exception as e:  # what a broken or evil file makes a reader raise cannot be foreseen
     raise errors.UserError(f"{path} cannot be read as PyTorch's weights: {_cause(e)}.") from e
-  tensors = dict(_tensors(path, torch, content))
-  if not tensors:
-    raise errors.UserError(f"{path} holds no tensors by name; expected the weights of a model.")
-  _check_tensors(path, torch, tensors)
-  return {n: _array(torch, tensor) for n, tensor in tensors.items()}, {}
+  return torch, dict(_tensors(path, torch, content))
 
 
 def _harmless() -> list[object]:
