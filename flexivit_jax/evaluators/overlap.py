@@ -67,15 +67,21 @@ def counts(true: Truth, predicted: Integer[np.ndarray, "h w"]) -> Int[np.ndarray
     predicted: classes; a number of no class is wrong wherever it stands.
   """
   k, known = true.num_classes, true.mask != NO_CLASS
+  classes = np.where((predicted < 0) | (predicted >= k), k, predicted)
+  mask = np.where(known, classes, NO_CLASS).astype(np.int64)
+  bands = true.band, contour_band(mask, true.width)
+  near = true.mask[bands[0] & bands[1] & (true.mask == mask)], true.mask[bands[0]], mask[bands[1]]
+  in_bands = [np.bincount(classes, minlength=k + 1)[:k] for classes in near]
+  return np.concatenate([regions(true, mask), np.stack(in_bands, axis=1)], axis=1)
+
+
+def regions(true: Truth, predicted: Integer[np.ndarray, "h w"]) -> Int[np.ndarray, "k 3"]:
+  """As `counts`, without the bands."""
+  k, known = true.num_classes, true.mask != NO_CLASS
   of, here = true.mask[known], predicted[known].astype(np.int64)
   here = np.where((here < 0) | (here >= k), k, here)
   pairs = np.bincount(of * (k + 1) + here, minlength=k * (k + 1)).reshape(k, k + 1)
-  mask = np.full_like(true.mask, NO_CLASS)
-  mask[known] = here
-  bands = true.band[known], contour_band(mask, true.width)[known]
-  near = (of[bands[0] & bands[1] & (of == here)], of[bands[0]], here[bands[1]])
-  regions = (np.diagonal(pairs), pairs.sum(1), pairs[:, :k].sum(0))
-  return np.stack([*regions, *(np.bincount(x, minlength=k + 1)[:k] for x in near)], axis=1)
+  return np.stack([np.diagonal(pairs), pairs.sum(1), pairs[:, :k].sum(0)], axis=1)
 
 
 def contour_band(mask: Int[np.ndarray, "h w"], width: int) -> Bool[np.ndarray, "h w"]:

@@ -163,18 +163,18 @@ class Segmentation:
         made[key].append(overlap.counts(true, classes))
         if not self._ceilings:  # those of the data, whatever the parameters are
           best[key].append(self._count_ceilings(true, key))
-    counted = _of_all_processes(made, k)
+    counted = _of_all_processes(made, (k, 6))
     if not self._ceilings:
       self._ceilings = {
-        key: _mean_ious(counts.reshape(-1, len(ceilings.KINDS), k, 6))
-        for key, counts in _of_all_processes(best, len(ceilings.KINDS) * k).items()
+        key: _mean_ious(counts.reshape(-1, len(ceilings.KINDS), k, 3))
+        for key, counts in _of_all_processes(best, (len(ceilings.KINDS) * k, 3)).items()
       }
     return self._rows(counted)
 
-  def _count_ceilings(self, true: overlap.Truth, key: SizeKey) -> Int[np.ndarray, "_ 6"]:
+  def _count_ceilings(self, true: overlap.Truth, key: SizeKey) -> Int[np.ndarray, "_ 3"]:
     patch_hw = self._model.grid(self._first["image"].shape[1:3], **dict(key))[0]
     answers = ceilings.predicted(true.mask, self._view, patch_hw, true.num_classes)
-    return np.concatenate([overlap.counts(true, answers[kind]) for kind in ceilings.KINDS])
+    return np.concatenate([overlap.regions(true, answers[kind]) for kind in ceilings.KINDS])
 
   def costs(self, params: Params, repeats: int = 5) -> list[Row]:
     """Returns what an image costs at each size, with all scales, or what one window costs; see `PerSize.costs`."""
@@ -383,21 +383,21 @@ def _shards(output: jax.Array) -> list[Any]:
 
 
 def _of_all_processes(
-  made: Mapping[SizeKey, Sequence[np.ndarray]], num_classes: int
-) -> dict[SizeKey, Int[np.ndarray, "n k 6"]]:
-  """Joins the counts of images of all processes, in the same order for all sizes."""
+  made: Mapping[SizeKey, Sequence[np.ndarray]], shape: tuple[int, int]
+) -> dict[SizeKey, Int[np.ndarray, "n _ _"]]:
+  """Joins the counts of images of all processes, each of one shape, in the same order for all sizes."""
   found = {}
   for key, counts in made.items():
-    mine, file = np.array(counts, np.int64).reshape(-1, num_classes, 6), io.BytesIO()
+    mine, file = np.array(counts, np.int64).reshape(-1, *shape), io.BytesIO()
     np.save(file, mine)
     parts = [np.load(io.BytesIO(data)) for data in distributed.blobs(file.getvalue())]
     found[key] = np.concatenate(parts)
   return found
 
 
-def _mean_ious(counts: Int[np.ndarray, "n kinds k 6"]) -> dict[str, float]:
+def _mean_ious(counts: Int[np.ndarray, "n kinds k 3"]) -> dict[str, float]:
   """The mIoU of each of `ceilings.KINDS`, by the name of the metric."""
-  ious = overlap.mean_iou(counts.sum(axis=0, dtype=np.float64)[..., overlap.REGIONS])
+  ious = overlap.mean_iou(counts.sum(axis=0, dtype=np.float64))
   constant, bilinear = map(float, ious)
   return {"ceiling": bilinear, "ceiling_constant": constant}
 
