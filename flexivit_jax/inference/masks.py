@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt8, UInt16
 from PIL import Image
 
 from flexivit_jax import errors, files
-from flexivit_jax.data import class_names, images
+from flexivit_jax.data import class_colours, class_names, images
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.inference import outputs, overlays, predictor
 from flexivit_jax.sizes import Patch, SeqHw, size_args, size_text
@@ -250,7 +250,7 @@ def as_text(answer: Answer) -> str:
   lines = [f"{outputs.shown(answer.file)}  ({what}{ms})"]
   for row in answer.rows:
     name = outputs.shown(row.name) or f"class {row.number}"
-    lines.append(f"  {row.share:6.1%}  {overlays.hex_colour(row.number)}  {name}")
+    lines.append(f"  {row.share:6.1%}  {class_colours.hex_colour(row.number)}  {name}")
   return "\n".join(lines)
 
 
@@ -263,7 +263,7 @@ def as_json(answer: Answer, to: Targets) -> str:
   key = answer.file, str(size_text(size))
   rows: list[Json] = [
     {"class": row.number, **({"name": row.name} if row.name else {}),
-     "colour": overlays.hex_colour(row.number), "share": round(row.share, 6)}
+     "colour": class_colours.hex_colour(row.number), "share": round(row.share, 6)}
     for row in answer.rows
   ]  # fmt: skip
   line: Json = {"file": answer.file, "patch" if isinstance(size, Patch) else "seqhw": size}

@@ -1,7 +1,5 @@
-"""Masks to look at: a colour for each class, the photo under its classes, and what the colours mean."""
+"""Masks to look at: the photo under its classes, and what the colours mean."""
 
-import colorsys
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,9 +7,8 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-_GOLDEN = (5**0.5 - 1) / 2  # turns by which no two hues ever coincide, and early ones are far apart
-# (saturation, value): eight hues fill a circle, then comes another ring.
-_RINGS = ((0.6, 1.0), (1.0, 0.85), (1.0, 0.6), (0.6, 0.85))
+from flexivit_jax.data.class_colours import colour, palette
+
 _LONGEST = 2048  # pixels of an overlay's longer side
 _SHORTEST = 360  # of its shorter one: small images are enlarged, so that the legend has room
 _NEVER = 0.0005  # a class with a smaller share of the pixels is not in a legend
@@ -30,24 +27,12 @@ class Row(NamedTuple):
     return f"{self.share:6.1%}  {self.name or f'class {self.number}'}"
 
 
-@functools.cache
-def colour(number: int) -> tuple[int, int, int]:
-  """Returns the RGB colour of a class: always the same, whatever other classes there are."""
-  ring, turns = _RINGS[number // 8 % len(_RINGS)], 0.02 + number * _GOLDEN
-  return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(turns % 1.0, *ring))  # type: ignore[return-value]
-
-
-def hex_colour(number: int) -> str:
-  """Returns the colour of a class as "#rrggbb"."""
-  return "#" + "".join(f"{v:02x}" for v in colour(number))
-
-
 def palette_image(mask: Integer[np.ndarray, "h w"], classes: int) -> Image.Image:
   """Returns a mask as an image whose values are numbers of classes: with a palette; above 256, grey of 16 bits."""
   if classes > 256:
     return Image.fromarray(mask.astype(np.uint16))
   image = Image.fromarray(mask.astype(np.uint8))
-  image.putpalette([v for number in range(256) for v in colour(number)])
+  image.putpalette(palette())
   return image
 
 

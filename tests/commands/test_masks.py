@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import cli, sizes, weights
-from flexivit_jax.data import images
+from flexivit_jax.data import class_colours, images
 from flexivit_jax.errors import UserError
 from flexivit_jax.inference import masks, overlays, predictor
 from flexivit_jax.models import Segmenter
@@ -77,9 +77,9 @@ def test_a_mask_is_the_argmax_of_the_scores_at_the_files_resolution(model, photo
   sure = two[..., 1] - two[..., 0] > 1e-4
   assert sure.mean() > 0.99
   np.testing.assert_array_equal(got[sure], np.asarray(want).argmax(-1)[sure])
-  assert Image.open(photos / "mask.png").getpalette()[3:6] == [*overlays.colour(1)]
+  assert Image.open(photos / "mask.png").getpalette()[3:6] == [*class_colours.colour(1)]
   for k in np.unique(got):
-    assert f"{(got == k).mean():6.1%}  {overlays.hex_colour(int(k))}  {NAMES[k]}" in out
+    assert f"{(got == k).mean():6.1%}  {class_colours.hex_colour(int(k))}  {NAMES[k]}" in out
 
 
 def test_a_folder_of_photos_becomes_folders_of_masks_and_overlays(model, photos, capsys):
@@ -159,7 +159,7 @@ def test_a_classifier_gives_no_mask(photos, capsys, tmp_path, model):
 
 
 def test_colours_are_distinct_and_those_of_few_classes_far_apart():
-  colours = np.array([overlays.colour(k) for k in range(256)], float)
+  colours = np.array([class_colours.colour(k) for k in range(256)], float)
   apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + 1e3 * np.eye(256)
   assert apart.min() > 0
   assert apart[:24, :24].min() > 50
