@@ -43,6 +43,8 @@ def two_images(resize: str, num_classes: int = 0) -> str:
   return f"{values}|keep('image', 'teacher_image')"
 
 
+FLEXIVIT_B = "flexivit_b_i21k_300ep"  # of ImageNet-21k, as published: fetched once
+
 # Needs no file; its tokens PAD and END have the numbers 0 and 1, as those of `flexivit tokenizer` have.
 BYTES = dict(path="bytes", pad="[PAD]", end="[END]")
 
@@ -91,6 +93,41 @@ def retrieval(
   return {"test": dict(section, data={**data, "split": "test"})}
 
 
+def tokens(pixels: int, patches: Sequence[int]) -> dict[int, int]:
+  """Returns patch size in pixels -> tokens a side of a square; where they do not divide it, the Segmenter pads."""
+  return {patch: -(-pixels // patch) for patch in patches}
+
+
+def drawn(fixed: int, sizes: Mapping[int, int]) -> tuple[int, ...]:
+  """Returns the tokens a side of all sizes, or of the patch size `fixed` alone; 0 is none."""
+  one = {str(patch): (n,) for patch, n in sizes.items()}
+  return config.choose("fixed", str(fixed), one) if fixed else tuple(sizes.values())
+
+
+def segmenter(init: str, decoder: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """Returns the sections `model` and `init` of a Segmenter whose backbone starts from a file, or from nothing ("").
+
+  Args:
+    init: what `flexivit inspect` reads; the published FlexiViT-B is planned without its file.
+    decoder: "linear" or "mask".
+  """
+  backbone: dict[str, Any] = dict(like=init)
+  if init == FLEXIVIT_B:
+    backbone = dict(variant="B", pool_type="tok", patch_size=(32, 32), posemb_size=(7, 7))
+  elif not init:
+    backbone = dict(variant="S", pool_type="gap")
+  config.choose("decoder", decoder, ("linear", "mask"))
+  model = dict(name="segmenter", backbone=dict(backbone, stochastic_depth=0.1), decoder=decoder)
+  start = dict(backbone=dict(checkpoint=init, new_head=True)) if init else None
+  return model, start
+
+
+def polynomial(lr: float) -> dict[str, Any]:
+  """Returns Segmenter's section `optim`: SGD without weight decay, (1 - progress) ** 0.9 down to 1e-5."""
+  schedule = dict(decay_type="polynomial", power=0.9, polynomial_end=1e-5 / lr)
+  return dict(name="momentum", lr=lr, b1=0.9, mu_dtype="float32", schedule=schedule)
+
+
 def evals(
   data: Mapping[str, Any], splits: Mapping[str, str], **common: Any
 ) -> dict[str, dict[str, Any]]:
@@ -135,7 +172,7 @@ def debug(
     image_size: pixels of a synthetic image, a side or (h, w).
     num_classes: of the labels.
 
-  Two towers get synthetic captions; the caller gives them `BYTES`.
+  A model of parts gets synthetic captions and masks; the caller gives two towers `BYTES`.
   """
   data = dict(name="synthetic", image_size=image_size, num_classes=num_classes, num_examples=20)
   c.input.data, c.input.batch_size = data | dict(split="train[:16]"), 8
@@ -143,10 +180,13 @@ def debug(
     section.data, section.batch_size = data | dict(split="test"), 8
   for section in (*c.evals.values(), c.checkpoint):
     section.update({key: every for key, every in _EVERY.items() if key in section})
-  towers = [c.model[name] for name in ("image", "text") if name in c.model]
-  for model in towers or [c.model]:
+  parts = [c.model[name] for name in ("image", "text", "backbone") if name in c.model]
+  for model in parts or [c.model]:
+    if "like" in model:  # without the file
+      del model.like
+      model.variant = "mu"
     model.update(dict(variant="mu") if "variant" in model else dict(depth=1))
-  if towers:
+  if parts:
     c.input.data.annotated = True
     for section in c.evals.values():
       section.data.annotated = True

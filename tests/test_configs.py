@@ -60,6 +60,7 @@ FORMS = [
   "folder:init=vit.npz",
   "folder:init=vit.npz,freeze=6,layer_decay=0.75",
   "flexilit_emoji:image=vit.npz,text=minilm",
+  "segment_folder:init=vit.npz",
 ]
 
 
@@ -76,7 +77,7 @@ def test_debug_form_is_the_same_experiment_on_synthetic_data(form):
   changed = {k for k in full.keys() | debug.keys() if full.get(k) != debug.get(k)}
   smaller = r"(input|evals\.\w+)\.(data\.\w+|batch_size)|(\w+\.)*(total|every|warmup)_\w+"
   fewer = r"evals\.(?!test)\w+\..*"
-  tiny = r"model(\.image|\.text)?\.(depth|variant|like|width|mlp_dim|num_classes)|optim\.freeze"
+  tiny = r"model(\.image|\.text|\.backbone)?\.(depth|variant|like|width|mlp_dim|num_classes)|optim\.freeze"
   without_files = r"init(\.\w+)*|(objective\.teachers\.\w+|evals\.\w+\.teacher)\..*"
   allowed = f"{smaller}|{fewer}|{tiny}|{without_files}|accumulate"
   assert not [k for k in changed if not re.fullmatch(allowed, k)]
@@ -131,7 +132,53 @@ def test_a_misspelt_override_is_an_error_that_names_the_right_one(name, tmp_path
     load(f"{name}:debugg")
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "lit_coco"])
+SEGMENTERS = {  # pixels of their patches
+  "segment_folder": (48, 32, 24, 16, 12, 8),
+  "segmenter_ade20k": (32, 24, 20, 16, 12, 10, 8),
+  "segmenter_cityscapes": (48, 32, 24, 20, 16, 12),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_segmenters_draw_patches_of_these_pixels(name):
+  c = load(name)
+  side = c["evals"]["test"]["window"]
+  found = [-(-side // n) for n in c["flexi"]["seqhw"]["v"]]
+  assert tuple(found) == SEGMENTERS[name]
+  one = load(f"{name}:fixed=16")
+  assert [-(-side // n) for n in one["flexi"]["seqhw"]["v"]] == [16]
+  assert one["name"].endswith("patch 16 only") and one["evals"] == c["evals"]
+  assert load(f"{name}:decoder=linear")["model"]["decoder"] == "linear"
+  with pytest.raises(errors.UserError, match=r"config argument fixed '7'; known: .*16"):
+    load(f"{name}:fixed=7")
+
+
+@pytest.mark.parametrize(
+  ("name", "lr", "length", "crop", "stride"),
+  [
+    ("segmenter_ade20k", 1e-3, {"total_steps": 160_000}, 512, None),
+    ("segmenter_cityscapes", 1e-2, {"total_epochs": 216}, 768, 512),
+  ],
+)
+def test_segmenters_are_trained_as_published(name, lr, length, crop, stride):
+  """Segmenter's table of recipes: SGD without decay or clipping, to 1e-5, batches of 8."""
+  c = load(name)
+  assert {k: c[k] for k in length} == length and c["input"]["batch_size"] == 8
+  assert c["optim"]["name"] == "momentum" and not {"wd", "clip"} & c["optim"].keys()
+  assert c["optim"]["lr"] == lr
+  assert c["optim"]["schedule"]["polynomial_end"] * lr == pytest.approx(1e-5)
+  assert c["model"]["backbone"]["stochastic_depth"] == 0.1
+  test = c["evals"]["test"]
+  assert (test["window"], test.get("window_stride")) == (crop, stride)
+  rng, mask = np.random.default_rng(0), np.zeros((600, 900), np.uint8)
+  mask[:, 450:] = 1
+  image = np.full((600, 900, 3), 128, np.uint8)
+  made = data.parse(c["input"]["pp"])({"image": image, "mask": mask}, rng)
+  assert made["image"].shape == (crop, crop, 3) and made["mask"].shape == (crop, crop)
+  assert load(f"{name}:optim=adamw")["optim"]["layer_decay"] == 0.75
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("lit_coco", *SEGMENTERS)])
 def test_fixed_trains_one_size_and_evaluates_all(name):
   flexible, fixed = load(name), load(f"{name}:fixed=8")
   assert fixed["flexi"]["seqhw"]["v"] == (8,)
@@ -188,14 +235,14 @@ def arguments_of(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_wrong_value_of_every_argument_is_one_line(name, monkeypatch, photos):
+def test_every_wrong_value_of_every_argument_is_one_line(name, monkeypatch, photos, scenes):
   teacher = functools.partial(costs._planned_teacher, shapes=False)
-  planned, own = costs.PLANNED._replace(teacher=teacher), f"data_dir={photos}"
+  planned, own = costs.PLANNED._replace(teacher=teacher), dict(folder=photos, segment_folder=scenes)
   for argument, default in arguments_of(name, monkeypatch).items():
     wrong = () if argument in FREE else WRONG[type(default)]
     for text in (*(f"{argument}={value}" for value in wrong), f"{argument}{argument[-1]}=1"):
       with pytest.raises(errors.UserError) as refused:
-        spec = f"{own},{text}" if name == "folder" else text
+        spec = f"data_dir={own[name]},{text}" if name in own else text
         experiment.from_config(load(f"{name}:{spec}"), opening=planned)
       assert "\n" not in str(refused.value) and len(str(refused.value)) < 500, text
 
@@ -265,6 +312,8 @@ def check_metrics(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
 def measured(section: dict[str, Any]) -> tuple[str, ...]:
   if section.get("type") == "retrieval":
     return tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
+  if section.get("type") == "segmentation":
+    return ("miou", "pixel_accuracy", "mean_accuracy", "boundary_iou")
   labelled = section.get("type", "classification") == "classification" or section.get("labels")
   near = ("kl", "agree1", "agree5", "logsoftmax_euclidean")
   return (("top1", "top5", "loss") if labelled else ()) + (near if "type" in section else ())
@@ -281,8 +330,9 @@ def check_results(
     assert row["tokens"] == row["seqhw"] ** 2
     assert row["n"] == 20  # The last of three batches of 8 is filled up.
     named = ("top1", "top5", "agree1", "agree5", "i2t_r1", "i2t_r5")
-    first, second = [k for k in named if k in measured(section)][:2]
-    assert 0 <= row[first] <= row[second] <= 1 and row["gflops"] > 0 and row["ms"] > 0
+    ordered = [row[k] for k in named if k in measured(section)][:2] or [row["miou"]]
+    assert ordered == sorted(ordered) and 0 <= ordered[0] <= ordered[-1] <= 1
+    assert row["gflops"] > 0 and row["ms"] > 0
 
 
 # --- what the papers' configs say ---
@@ -490,6 +540,40 @@ def photos(tmp_path) -> pathlib.Path:
       for i in range(8):
         Image.fromarray(rng.integers(0, 255, (90, 130, 3), np.uint8)).save(folder / f"{i}.jpg")
   return tmp_path
+
+
+@pytest.fixture
+def scenes(tmp_path) -> pathlib.Path:
+  """Images with a grey square, and their masks, in colours and in numbers; void is no class."""
+  for split in ("train", "val"):
+    for i in range(9):
+      image = np.random.default_rng(i).integers(0, 99, (60, 90, 3), np.uint8)
+      mask = np.zeros((60, 90), np.uint8)
+      image[10:40, 10 + i : 60], mask[10:40, 10 + i : 60], mask[50:] = 200, 1, 255
+      colors = np.array([[0, 0, 0], [9, 8, 7]], np.uint8)[np.minimum(mask, 2) % 2]
+      for folder, pixels in (("images", image), ("masks", mask), ("colors", colors)):
+        path = tmp_path / "scenes" / folder / split / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+  (tmp_path / "scenes" / "classes.txt").write_text("ground\nsquare")
+  return tmp_path / "scenes"
+
+
+def test_segment_folder_reads_own_masks_and_names_their_classes(scenes):
+  overrides: tuple[str, ...] = ("input.batch_size=9", "evals.test.seqhw=(2,)", "flexi.seqhw.v=(2,)")
+  exp = experiment.from_config(load(f"segment_folder:data_dir={scenes},crop=96", *overrides))
+  assert exp.model.num_classes == 2 and exp.total_steps == 200
+  assert exp.evaluations["test"].source.class_names == ("ground", "square")
+  with exp.batches(0) as batches:
+    batch = next(batches)
+  assert batch["image"].shape == (9, 96, 96, 3) and set(np.unique(batch["mask"])) == {-1, 0, 1}
+  colors = "{'ground': [0, 0, 0], 'square': [9, 8, 7]}"
+  overrides += (f"input.data.colors={colors}", f"evals.test.data.colors={colors}")
+  overrides += ("input.data.images=images/{split}", "evals.test.data.images=images/{split}")
+  overrides += ("input.data.masks=colors/{split}", "evals.test.data.masks=colors/{split}")
+  exp = experiment.from_config(load(f"segment_folder:data_dir={scenes},crop=96", *overrides))
+  with exp.batches(0) as batches:
+    assert set(np.unique(next(batches)["mask"])) <= {-1, 0, 1}
 
 
 @pytest.mark.parametrize("classes", ["", ",num_classes=3"])

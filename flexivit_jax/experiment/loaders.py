@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +97,8 @@ def model_like(
   """Returns a config's section of a model, in which the fields of the file under `like` stand in its place.
 
   Args:
-    section: fields of a model; where there is `like`, those that are to differ from the file's.
+    section: fields of a model; where there is `like`, those that are to differ from the file's. So may be the fields
+      of a part of a model, as of a Segmenter's backbone.
     init: the section of weights to start from; of the same file, it says how that is read.
     fields: as `fields_of`.
 
@@ -107,7 +108,8 @@ def model_like(
   chosen = {k: v for k, v in section.items() if k != "like"}
   like = section.get("like")
   if like is None:
-    return chosen
+    parts = {k: v for k, v in chosen.items() if isinstance(v, Mapping) and "like" in v}
+    return chosen | {k: model_like(v, (init or {}).get(k), fields) for k, v in parts.items()}
   if "variant" in chosen:
     raise errors.UserError(
       f"Got variant={chosen['variant']!r} and like={like!r}, which both say what model it is; give one of them."

@@ -45,7 +45,8 @@ def check_sections(settings: Settings) -> None:
   like = {"like": str | None}
   config.check("model", settings.model, network, given=UNNAMED, optional=_NAME | like)
   for part, of in getattr(network, "PARTS", {}).items():
-    config.check(f"model.{part}", settings.model.get(part, {}), _PARTS[of], given=UNNAMED)
+    section, files = settings.model.get(part, {}), like if of == "FlexiViT" else {}
+    config.check(f"model.{part}", section, _PARTS[of], given=UNNAMED, optional=files)
   config.check("objective", settings.objective, goal, optional=_NAME)
   for name, section in settings.objective.get("teachers", {}).items():
     check_teacher(f"objective.teachers.{name}", section)

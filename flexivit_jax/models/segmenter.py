@@ -49,7 +49,7 @@ class Segmenter(nn.Module, Counted):
 
   PARTS: ClassVar[dict[str, str]] = {"backbone": "FlexiViT"}
 
-  num_classes: int
+  num_classes: int = 0
   backbone: Mapping[str, Any] = FrozenDict()
   decoder: str = "mask"
   decoder_depth: int = 2

@@ -115,3 +115,21 @@ def test_an_objective_without_a_bias_trains_a_model_without_one(settings):
   assert softmax.model.bias is None and softmax.model_record["bias"] is None
   settings["model"]["bias"] = -3.0  # as it was asked for
   assert experiment.from_config(settings).model.bias == -3.0
+
+
+def test_a_backbone_is_like_its_file_and_starts_from_it(settings, file, tmp_path):
+  """The fields that are given beside `like` differ from the file's; the decoder's are the config's."""
+  path, params = file
+  settings["model"] = dict(name="segmenter", backbone=dict(like=path, stochastic_depth=0.5))
+  settings["objective"] = dict(name="segmentation")
+  settings["input"]["pp"] = "decode|value_range|keep('image', 'mask')"
+  settings["init"] = dict(backbone=dict(checkpoint=path, new_head=True))
+  exp = experiment.from_config(settings)
+  fields = exp.model.backbone
+  whole = FlexiViT(**FIELDS)
+  assert (fields["width"], fields["depth"]) == (whole.width, whole.depth)
+  assert fields["stochastic_depth"] == 0.5 and "like" not in fields and exp.model.num_classes == 4
+  assert trees.digest(exp.init["backbone"]["embedding"]) == trees.digest(params["embedding"])
+  settings["model"]["backbone"]["variant"] = "mu"
+  with pytest.raises(errors.UserError, match=r"variant='mu' and like=.*both say what model it is"):
+    experiment.from_config(settings)

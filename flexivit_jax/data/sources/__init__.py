@@ -68,7 +68,7 @@ def make_source(
   annotations: str | None = None,
   images: str | None = None,
   masks: str | None = None,
-  classes: str | None = None,
+  classes: str | Sequence[str] | None = None,
   ignore: int | None = None,
   labels: str | None = None,
   colors: str | Mapping[str, Any] | None = None,

@@ -30,6 +30,8 @@ def find(root: pathlib.Path, classes: str | None, usual: Sequence[str]) -> pathl
       `usual`.
     usual: names of files.
   """
+  if classes is not None and not isinstance(classes, str):
+    raise UserError(f"classes={classes!r:.80} here is a file; {_EXPECTED}.")
   if classes is None:
     return next((root / name for name in usual if (root / name).is_file()), None)
   path = root / pathlib.Path(classes).expanduser()

@@ -50,7 +50,7 @@ def masks_source(
   data_dir: str | os.PathLike[str],
   images: str | None = None,
   masks: str | None = None,
-  classes: str | None = None,
+  classes: str | Sequence[str] | None = None,
   num_classes: int | None = None,
   ignore: int = _IGNORE,
   labels: str | None = None,
@@ -69,7 +69,8 @@ def masks_source(
     images, masks: folders below data_dir, in which {split} is the split's name. FOLDER/*END are its files that end so,
       and * stands for what image and mask have in common. None: the first pair that exists of images/{split} with
       masks/{split} or annotations/{split}, {split}/images with {split}/masks, {split} with {split}_masks.
-    classes: the file with the names of the classes; None: classes.txt or classes.json.
+    classes: the names of the classes in the order of their numbers, or the file with them; None: classes.txt or
+      classes.json.
     num_classes: instead of names.
     ignore: the value of pixels that count for no class. It may be that of a class.
     labels: what the values are: "zero_is_ignore", 0 for no class and the classes from 1 (ADE20K); "train_ids",
@@ -174,13 +175,17 @@ def cityscapes_source(
 
 def _classes(
   root: pathlib.Path,
-  classes: str | None,
+  classes: str | Sequence[str] | None,
   num_classes: int | None,
   known: tuple[str, ...] | None,
 ) -> tuple[tuple[str, ...] | None, int]:
   """Returns the names of the classes and their number; `known` are those of a convention, or of colours."""
-  path = class_files.find(root, classes, _CLASSES)
-  names = class_files.read(path) if path else known
+  path = None
+  if classes is None or isinstance(classes, str):
+    path = class_files.find(root, classes, _CLASSES)
+    names = class_files.read(path) if path else known
+  else:
+    names = class_files.checked(tuple(classes), "classes")
   if names is None and num_classes is None:
     raise UserError(
       f"No class names in {root}: expected classes.txt with a name a line, or classes.json, or classes=FILE; or give"
