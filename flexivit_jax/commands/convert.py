@@ -1,4 +1,4 @@
-"""`flexivit convert`: weights in any format that `load` reads, for big_vision, timm or transformers.
+"""`flexivit convert`: weights in any format that `load` reads, for big_vision, timm, transformers or Segmenter.
 
 What is written and compared is told in `weights.conversion`.
 """
@@ -16,7 +16,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument("file", type=options.path, help=options.WEIGHTS)
   p.add_argument("out", type=options.path, help="an .npz to write; a folder with --to")
   p.add_argument(
-    "--to", default="big_vision", help="big_vision (the default), timm or transformers"
+    "--to", default="big_vision", help="big_vision (the default), timm, transformers or segmenter"
   )
   p.add_argument(
     "--seqhw",

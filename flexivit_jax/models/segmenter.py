@@ -237,7 +237,7 @@ def pad_to(image: Float[Array, "n h w c"], hw: Size) -> Float[Array, "n new_h ne
 
 def upsampled(x: Float[Array, "n gh gw k"], hw: Size) -> Float[Array, "n h w k"]:
   """Resizes bilinearly between the centres of patches (PyTorch's align_corners=False); beyond them is the nearest."""
-  return jax.image.resize(x, (len(x), *hw, x.shape[-1]), "linear", antialias=False)
+  return jax.image.resize(x, (x.shape[0], *hw, x.shape[-1]), "linear", antialias=False)
 
 
 def _without_depth(size: Mapping[str, Any]) -> Json:

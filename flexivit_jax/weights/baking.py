@@ -1,13 +1,53 @@
 """A FlexiViT at one patch size as a plain ViT: kernel and position grid resampled once, nothing resized afterwards."""
 
+from typing import Any
+
 from flexivit_jax import resize
-from flexivit_jax.models import FlexiViT
+from flexivit_jax.models import FlexiViT, vit_part
 from flexivit_jax.models.flexivit import resized_kernel
 from flexivit_jax.models.grid import which_patch
-from flexivit_jax.sizes import Size
+from flexivit_jax.sizes import Size, SizeArgs
 from flexivit_jax.trees import Params
 
 RESAMPLED = ("embedding/kernel", "pos_embedding")  # the parameters that `bake` changes
+
+
+def resampled(model: Any) -> tuple[str, ...]:
+  """Returns the names of the parameters that `bake_whole` changes, of a FlexiViT or a model with one."""
+  if getattr(model, "fuse", 0):
+    return ()
+  part = vit_part(model)
+  return tuple(f"{part}/{name}" if part else name for name in RESAMPLED)
+
+
+def bake_whole(
+  model: Any, params: Params, *, image_hw: Size, **size: Any
+) -> tuple[Any, Params, SizeArgs]:
+  """Returns (model, params, static arguments) that give the same for images of `image_hw` at this size.
+
+  A Segmenter pads images to whole patches. With `fuse` its two passes have two sizes, so it is left as it is, and runs
+  with the size as its argument.
+
+  Args:
+    model: a FlexiViT or a Segmenter.
+    params, image_hw: as for `bake`.
+    **size: a static argument of the model.
+
+  Raises:
+    UserError: see `bake`, and the model's `grid`.
+  """
+  part = vit_part(model)
+  if part is None:
+    return *bake(model, params, image_hw=image_hw, **size), {}
+  patch_hw, _, grid_hw = model.grid(image_hw, **size)
+  if model.fuse:
+    return model, params, {"patch_hw": patch_hw}
+  padded = patch_hw[0] * grid_hw[0], patch_hw[1] * grid_hw[1]
+  fixed, own = bake(model.parts[part], params[part], image_hw=padded, patch_hw=patch_hw)
+  fields = {**getattr(model, part)}
+  for name in ("patch_size", "posemb_size", "kernel_moment"):
+    fields[name] = getattr(fixed, name)
+  return model.clone(**{part: fields}), {**params, part: own}, {}
 
 
 def bake(

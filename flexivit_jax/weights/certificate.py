@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from flexivit_jax.models import FlexiViT, TextTower, TwoTowers
+from flexivit_jax.models import TextTower, TwoTowers
 from flexivit_jax.sizes import SeqHw, Size, size_args, size_text
 from flexivit_jax.trees import Json, Params
 
@@ -110,7 +110,53 @@ class TowersRow(NamedTuple):
     return {"largest_differences": self.differences, **arrays}
 
 
-def _limit(source: Float[np.ndarray, "n k"]) -> float:
+class PixelsRow(NamedTuple):
+  """Scores of every pixel, [n, h, w, k], at one patch size."""
+
+  seqhw: SeqHw
+  source: Float[np.ndarray, "n h w k"]
+  target: Float[np.ndarray, "n h w k"]
+
+  @property
+  def difference(self) -> float:
+    """Returns the largest difference between source and target."""
+    return float(np.abs(self.source - self.target).max())
+
+  @property
+  def limit(self) -> float:
+    """Returns the largest difference that rounding can explain."""
+    return _limit(self.source)
+
+  @property
+  def is_close(self) -> bool:
+    """Tells whether rounding can explain the difference; it cannot explain NaN."""
+    return self.difference <= self.limit
+
+  def words(self) -> str:
+    """Returns the difference, for people."""
+    return f"largest difference of the pixels' logits {self.difference:.1e}, {self.same:.4%} of the classes the same"
+
+  @property
+  def same(self) -> float:
+    """Returns the share of the pixels that have the same class."""
+    return float((self.source.argmax(-1) == self.target.argmax(-1)).mean())
+
+  def entries(self) -> Json:
+    """Returns what the certificate holds; the scores themselves would be as large as the weights."""
+    return {"largest_difference": self.difference, "pixels_of_the_same_class": self.same}
+
+
+AnyRow = Row | TowersRow | PixelsRow
+
+
+def row_of(seqhw: SeqHw, source: Any, target: Any) -> AnyRow:
+  """Returns the row for what a model gives: logits, scores of every pixel, or `Embeddings`."""
+  if isinstance(source, Embeddings):
+    return TowersRow(seqhw, source, Embeddings(*target))
+  return (PixelsRow if source.ndim == 4 else Row)(seqhw, source, target)
+
+
+def _limit(source: np.ndarray) -> float:
   return _TOLERANCE * max(1.0, float(np.abs(source).max()))
 
 
@@ -122,7 +168,7 @@ def path_of(out: pathlib.Path) -> pathlib.Path:
 def write(
   out: pathlib.Path,
   source: pathlib.Path,
-  rows: Sequence[Row | TowersRow],
+  rows: Sequence[AnyRow],
   record: Json,
   hw: tuple[int, int],
 ) -> None:
@@ -163,9 +209,9 @@ def images(hw: tuple[int, int], channels: int) -> Float[np.ndarray, "2 h w c"]:
 
 
 def logits(
-  model: FlexiViT, params: Params, image: Float[np.ndarray, "n h w c"], seqhw: SeqHw | None
-) -> Float[np.ndarray, "n k"]:
-  """Runs the model in full precision; without `seqhw` at its own patch size."""
+  model: Any, params: Params, image: Float[np.ndarray, "n h w c"], seqhw: SeqHw | None
+) -> Float[np.ndarray, "n ..."]:
+  """Runs a FlexiViT or a Segmenter in full precision; without `seqhw` at its own patch size."""
   size = {} if seqhw is None else size_args(seqhw)
   with jax.default_matmul_precision("highest"):
     return np.asarray(jax.jit(lambda p, x: model.apply({"params": p}, x, **size)[0])(params, image))

@@ -14,20 +14,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexivit_jax import errors, weights
-from flexivit_jax.models import FlexiViT, TwoTowers
+from flexivit_jax.models import FlexiViT, Segmenter, TwoTowers, vit_part
 from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.sizes import SeqHw, Size, size_args, size_text
 from flexivit_jax.trees import Json, Params
-from flexivit_jax.weights import certificate, optional
+from flexivit_jax.weights import certificate, optional, segmenter
 from flexivit_jax.weights.export import frameworks
 
 
 class Framework(NamedTuple):
-  """Writes a model's folder, and runs it on normalised pixels (and tokens) where the package is installed."""
+  """Writes a model's folder, and runs it on normalised pixels (and tokens) where the package is installed.
+
+  Without a package (None) what is written is read back and runs here.
+  """
 
   save: Callable[..., None]
-  run: Callable[..., Any]
-  package: str
+  run: Callable[..., Any] | None
+  package: str | None
 
 
 FRAMEWORKS = {
@@ -41,9 +44,10 @@ OF_TOWERS = {
     weights.save_towers, frameworks.transformers_embeddings, "transformers"
   ),
 }
-FORMATS = ("big_vision", *FRAMEWORKS)
-Model = FlexiViT | TwoTowers
-Row = certificate.Row | certificate.TowersRow
+OF_SEGMENTER = {"segmenter": Framework(weights.save_segmenter, None, None)}
+FORMATS = ("big_vision", *FRAMEWORKS, *OF_SEGMENTER)
+Model = Any  # a FlexiViT, TwoTowers, or a Segmenter
+Row = certificate.AnyRow
 
 
 def convert_to(
@@ -60,7 +64,7 @@ def convert_to(
   """Writes a folder for another framework, and returns the certificate's row and what it was compared in.
 
   Args:
-    framework: a name in `FRAMEWORKS`.
+    framework: a name in `FRAMEWORKS` or `OF_SEGMENTER`.
     source: what `weights.load` takes.
     out: a folder that is not there yet.
     seqhw: tokens per side, or (per column, per row); None: the kernel and the positions as they are stored.
@@ -73,10 +77,9 @@ def convert_to(
     UserError: see `weights.load`, `weights.save_timm`, `weights.save_transformers` and `weights.save_towers`; or
       outputs that differ, and then nothing is left behind.
   """
-  image_only = image_only or framework not in OF_TOWERS
+  image_only = image_only or framework not in (*OF_TOWERS, *OF_SEGMENTER)
   model, params, record = _load(source, image_only, **{"dtype": "float32", **options})
-  frameworks_ = OF_TOWERS if isinstance(model, TwoTowers) else FRAMEWORKS
-  save, execute, package = frameworks_[framework]
+  save, execute, package = _framework(framework, model, source)
   weights.print_notes(record)
   hw = certificate.image_hw(record, image_size)
   vit, channels = _image_tower(model, params)
@@ -89,12 +92,16 @@ def convert_to(
   try:
     image, tokens = certificate.images(hw, channels), _texts(model)
     size = seqhw or _square(vit.grid(hw).grid_hw)
-    compared = optional.version(package) or "flexivit_jax, for it is not installed"
-    if not optional.version(package):
-      target = _run(*_load(out, image_only)[:2], image, tokens, None)
+    installed = package and optional.version(package)
+    compared = installed or (
+      "flexivit_jax" if package is None else "flexivit_jax, for it is not installed"
+    )
+    if not installed or execute is None:
+      written = out if package else out / segmenter.CHECKPOINT
+      target = _run(*_load(written, image_only)[:2], image, tokens, None)
     else:
       target = execute(out, image) if tokens is None else execute(out, image, tokens)
-    row = _row(size, _run(model, params, image, tokens, seqhw), target)
+    row = certificate.row_of(size, _run(model, params, image, tokens, seqhw), target)
     if not row.is_close:
       raise errors.UserError(
         f"The written model differs by {row.difference:.1e}, more than {row.limit:.1e}; nothing is"
@@ -107,21 +114,34 @@ def convert_to(
   return [row], compared
 
 
+def _framework(name: str, model: Model, source: pathlib.Path) -> Framework:
+  """Raises a UserError where the framework has no such model."""
+  kinds = FRAMEWORKS
+  if isinstance(model, TwoTowers):
+    kinds = OF_TOWERS
+  elif isinstance(model, Segmenter):
+    kinds = OF_SEGMENTER
+  if name not in kinds:
+    what = "no Segmenter" if name in OF_SEGMENTER else "a Segmenter"
+    raise errors.UserError(
+      f"--to={name}: {source} holds {what}; expected --to={' or '.join(kinds)}, or --image_only for the image tower."
+    )
+  return kinds[name]
+
+
 def _square(size: Size) -> SeqHw:
   return size[0] if size[0] == size[1] else size
 
 
 def _load(source: pathlib.Path, image_only: bool, **options: Any) -> tuple[Model, Params, Json]:
-  """Reads both towers of a file that has two, unless the image tower alone is wanted."""
-  if image_only or weights.towers.text_of(source) is None:
-    return weights.load_with_record(source, **options)
-  return weights.towers.load(source, **options)
+  """Reads a model whole, unless its FlexiViT alone is wanted."""
+  return (weights.load_with_record if image_only else weights.tasks.load)(source, **options)
 
 
 def _image_tower(model: Model, params: Params) -> tuple[FlexiViT, int]:
   """Returns the image tower, and the channels of its images."""
-  towers = isinstance(model, TwoTowers)
-  vit, own = (model.parts["image"], params["image"]) if towers else (model, params)
+  part = vit_part(model)
+  vit, own = (model.parts[part], params[part]) if part else (model, params)
   return vit, own["embedding"]["kernel"].shape[2]
 
 
@@ -140,12 +160,6 @@ def _run(
   if isinstance(model, TwoTowers) and tokens is not None:
     return certificate.embeddings(model, params, image, tokens, seqhw)
   return certificate.logits(model, params, image, seqhw)
-
-
-def _row(seqhw: SeqHw, source: Any, target: Any) -> Row:
-  if isinstance(source, certificate.Embeddings):
-    return certificate.TowersRow(seqhw, source, certificate.Embeddings(*target))
-  return certificate.Row(seqhw, source, target)
 
 
 def convert(
@@ -209,7 +223,7 @@ def compare(
   if mean is not None and std is not None:
     raw = (((image + 1) / 2 - np.asarray(mean)) / np.asarray(std)).astype(np.float32)
   return [
-    _row(s, _run(*source, raw, tokens, s), _run(*target, image, tokens, s))
+    certificate.row_of(s, _run(*source, raw, tokens, s), _run(*target, image, tokens, s))
     for s in _sizes(hw, vit.patch_size)
   ]
 

@@ -252,3 +252,17 @@ def test_a_variant_that_says_something_else_is_refused(tmp_path):
   (tmp_path / "variant.yml").unlink()
   notes = tasks.load(path, posemb_size=GRID, num_heads=4)[2]["notes"]
   assert any("There is no variant.yml" in note for note in notes)
+
+
+def test_the_command_converts_both_ways_with_certificates(tmp_path, capsys):
+  path = save(tmp_path / "a", state("mask", layers=1), normalization="deit")
+  assert cli.main(["convert", str(path), str(tmp_path / "w.npz")]) == 0
+  npz, folder = str(tmp_path / "w.npz"), str(tmp_path / "b")
+  assert cli.main(["convert", npz, folder, "--to=segmenter", "--seqhw=3x4"]) == 0
+  out = capsys.readouterr().out
+  assert "largest difference of the pixels' logits" in out
+  image = images(*HW)
+  first, second = tasks.load(path)[:2], tasks.load(tmp_path / "b" / "checkpoint.pth")[:2]
+  np.testing.assert_allclose(ours(*second, image), ours(*first, image), atol=1e-5)
+  assert cli.main(["convert", npz, str(tmp_path / "c"), "--to=transformers"]) == 2
+  assert "holds a Segmenter; expected --to=segmenter" in capsys.readouterr().err

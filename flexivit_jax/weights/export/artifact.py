@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+FORMATS = ("flexivit artifact 1", "flexivit artifact 2")  # of images, and of every pixel
 Size = int | tuple[int, ...]  # tokens per side, or (per column, per row)
 
 
 class Artifact(NamedTuple):
-  """The record, and for each size a function from images [n, h, w, c] to logits [n, k].
+  """The record, and for each size a function from images [n, h, w, c] to logits [n, k], of a Segmenter [n, h, w, k].
 
   Of two towers the functions give embeddings of length 1, and `text` those of tokens [m, l]; else it is None. The
   similarity is `record["scale"] * image @ text.T + record["bias"]`; `record["text"]` describes the tokenizer.
@@ -38,7 +39,7 @@ class Artifact(NamedTuple):
     return tuple(self.programs)
 
   def predict(self, image: Any, size: Size) -> np.ndarray:
-    """Logits [n, k] of images [n, h, w, c] in [-1, 1]; ValueError for another size or shape of image."""
+    """Logits of images [n, h, w, c] in [-1, 1]; ValueError for another size or shape of image."""
     if size not in self.programs:
       raise ValueError(f"size={size} is not in this artifact; it has {self.sizes}.")
     if (shape := [*np.shape(image)[1:]]) != self.record["image_shape"]:
@@ -63,8 +64,8 @@ def load_artifact(path: Any) -> Artifact:
     with zipfile.ZipFile(path) as file:  # its parts are not compressed, so reading does not expand
       parts = {i.filename: file.read(i) for i in file.infolist() if i.compress_type == 0}
     record = json.loads(parts["record.json"])
-    if record["format"] != "flexivit artifact 1":
-      raise ValueError(f"its format is {record['format']!r}, not 'flexivit artifact 1'")
+    if record["format"] not in FORMATS:
+      raise ValueError(f"its format is {record['format']!r}, none of {FORMATS}")
   except errors as e:
     raise ValueError(f"{path} cannot be read; copy or export it again: {e}") from e
   for name, digest in record["sha256"].items():
@@ -103,7 +104,8 @@ def _program(
   """The StableHLO of one program in place of that of an empty function with the same signature."""
   shape, dtype = example  # of one input
   x = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *shape), dtype)
-  empty = jax.jit(lambda w, x: jnp.zeros((x.shape[0], record["outputs"])), keep_unused=True)
+  outputs = np.ravel(record["outputs"]).tolist()  # k, or [h, w, k]
+  empty = jax.jit(lambda w, x: jnp.zeros((x.shape[0], *outputs)), keep_unused=True)
   exported = export.export(empty, platforms=record["platforms"])(weights, x)
   module: dict[str, Any] = {"mlir_module_serialized": parts[f"{name}/program.mlirbc"]}
   module["calling_convention_version"] = record["calling_convention_version"]

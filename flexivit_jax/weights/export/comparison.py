@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors, sizes, weights
-from flexivit_jax.models import FlexiViT, TwoTowers
+from flexivit_jax.models import MODELS, TwoTowers, vit_part
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import certificate, optional
 from flexivit_jax.weights.export import (
@@ -26,9 +26,9 @@ WRITERS: dict[str, Callable] = {
   "onnx": onnx_folder.write,
   "saved_model": saved_model.write,
 }
-OF_TOWERS = ("stablehlo", "onnx")  # what can hold two towers
-Model = FlexiViT | TwoTowers
-Row = certificate.Row | certificate.TowersRow
+OF_PARTS = ("stablehlo", "onnx")  # what can hold two towers, or a Segmenter
+Model = Any  # a FlexiViT, TwoTowers, or a Segmenter
+Row = certificate.AnyRow
 LOADERS: dict[str, Callable] = {
   "stablehlo": artifact.load_artifact,
   "onnx": onnx_folder.load,
@@ -85,18 +85,21 @@ def export(
 def _load(
   source: str | os.PathLike[str], image_only: bool, to: str, **loading: Any
 ) -> tuple[Model, Params, Json]:
-  """Reads the model, of two towers both; its attention is what runs everywhere, and not this machine's choice."""
+  """Reads the model, whole; its attention is what runs everywhere, and not this machine's choice."""
   everywhere = {"attention": "einsum"}
-  if image_only or weights.towers.text_of(source) is None:
+  name = "flexivit" if image_only else weights.tasks.name_of(source)
+  if (part := vit_part(MODELS[name])) is None:
     model, params, record = weights.load_with_record(source, **loading)
     return model.clone(**everywhere), params, record
-  if to not in OF_TOWERS:
+  if to not in OF_PARTS:
+    what = "two towers" if name == "two_towers" else f"a {name}"
     raise errors.UserError(
-      f"--to={to} takes an image tower alone, and {source} has two towers; add --image_only, or write one of"
-      f" {', '.join(OF_TOWERS)}."
+      f"--to={to} takes an image tower alone, and {source} has {what}; add --image_only, or write one of"
+      f" {', '.join(OF_PARTS)}."
     )
-  towers, params, record = weights.towers.load(source, **loading)
-  return towers.clone(image={**towers.image, **everywhere}), params, record
+  whole, params, record = weights.tasks.load(source, **loading)
+  fields: Any = {part: {**getattr(whole, part), **everywhere}}
+  return whole.clone(**fields), params, record  # type: ignore[attr-defined]  # every Flax module has it
 
 
 def verify(out: pathlib.Path, model: Model, params: Params, *, to: str = "stablehlo") -> list[Row]:
@@ -135,7 +138,7 @@ def _row(
 ) -> Row:
   target = loaded.predict(image, size)
   if not isinstance(model, TwoTowers):
-    return certificate.Row(size, certificate.logits(model, params, image, size), target)
+    return certificate.row_of(size, certificate.logits(model, params, image, size), target)
   tokens = certificate.texts(model.parts["text"])
   source, text = (
     certificate.embeddings(model, params, image, tokens, size),

@@ -2,7 +2,8 @@
 
 A zip: the weights once; for each size its kernel and position grid, resampled here and never again, and a StableHLO
 program that takes all of them and any number of images; a record with the sha256 of each part. `artifact.py` runs it.
-Of two towers the programs give embeddings, and there is one more, of texts, with weights of its own.
+Of two towers the programs give embeddings, and there is one more, of texts, with weights of its own. Of a Segmenter
+they give the scores of every pixel.
 """
 
 import hashlib
@@ -18,18 +19,19 @@ from jax import export
 
 from flexivit_jax import errors, trees
 from flexivit_jax.files import replacing
-from flexivit_jax.models import FlexiViT, TextTower, TwoTowers, two_towers
-from flexivit_jax.sizes import SeqHw, size_args, size_text
+from flexivit_jax.models import FlexiViT, Segmenter, TextTower, TwoTowers, two_towers, vit_part
+from flexivit_jax.sizes import SeqHw, SizeArgs, size_args, size_text
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, npz
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FORMAT = "flexivit artifact 1"
+FORMAT_OF_PIXELS = "flexivit artifact 2"
 
 
 def write(
   out: pathlib.Path,
-  model: FlexiViT | TwoTowers,
+  model: FlexiViT | TwoTowers | Segmenter,
   params: Params,
   record: Json,
   *,
@@ -41,7 +43,7 @@ def write(
 
   Args:
     out: a name that ends in .zip and is not there yet.
-    model, params, record: what `weights.load_with_record` or `weights.towers.load` returns; the record goes into the
+    model, params, record: what `weights.load_with_record` or `weights.tasks.load` returns; the record goes into the
       file, and with it the tokenizer.
     image_hw: pixels.
     sizes: tokens per side or (per column, per row), a program each; in the file (4, 6) is "4x6".
@@ -51,19 +53,19 @@ def write(
     UserError: a size that does not divide the image, an unknown platform, another suffix, a file that is there.
   """
   _check(out, platforms)
-  towers = isinstance(model, TwoTowers)
-  vit, own = (model.parts["image"], params["image"]) if towers else (model, params)
+  towers, pixels = isinstance(model, TwoTowers), isinstance(model, Segmenter)
+  whole, own = (model.parts["image"], params["image"]) if towers else (model, params)
   end = two_towers.unit if towers else lambda x: x
-  shape = (*image_hw, own["embedding"]["kernel"].shape[2])
-  shared = {n: a for n, a in trees.flatten(own).items() if n not in baking.RESAMPLED}
+  resampled, part = baking.resampled(whole), vit_part(whole)
+  channels = (own[part] if part else own)["embedding"]["kernel"].shape[2]
+  shape = (*image_hw, channels)
+  shared = {n: a for n, a in trees.flatten(own).items() if n not in resampled}
   parts = {"weights.npz": _npz(shared)}
   for size in dict.fromkeys(sizes):
-    fixed, baked = baking.bake(vit, own, image_hw=image_hw, **size_args(size))
+    fixed, baked, args = baking.bake_whole(whole, own, image_hw=image_hw, **size_args(size))
     flat = trees.flatten(baked)
-    program = _program(fixed, end, flat, (shape, np.float32), platforms)
-    parts[f"{size_text(size)}/embedding.npz"] = _npz(
-      {n: flat[n] for n in baking.RESAMPLED if n in flat}
-    )
+    program = _program(fixed, end, flat, (shape, np.float32), platforms, args)
+    parts[f"{size_text(size)}/embedding.npz"] = _npz({n: flat[n] for n in resampled if n in flat})
     parts[f"{size_text(size)}/program.mlirbc"] = program.mlir_module_serialized
   if towers:
     text, flat = model.parts["text"], trees.flatten(params["text"])
@@ -72,11 +74,13 @@ def write(
     parts["text/program.mlirbc"] = program.mlir_module_serialized
     record = record | scalars(model, params)
   described = record | {
-    "format": FORMAT,
+    "format": FORMAT_OF_PIXELS if pixels else FORMAT,
     "sizes": [size_text(size) for size in dict.fromkeys(sizes)],
     "image_size": list(image_hw),
     "image_shape": list(shape),
-    "outputs": vit.num_classes or vit.num_features,
+    "outputs": [*image_hw, whole.num_classes]
+    if pixels
+    else whole.num_classes or whole.num_features,
     "platforms": list(platforms),
     "calling_convention_version": program.calling_convention_version,
     "jax": jax.__version__,
@@ -107,11 +111,12 @@ def _check(out: pathlib.Path, platforms: Sequence[str]) -> None:
 
 
 def _program(
-  model: FlexiViT | TextTower,
+  model: FlexiViT | TextTower | Segmenter,
   end: Callable[[jax.Array], jax.Array],
   flat: Params,
   example: tuple[tuple[int, ...], type],
   platforms: Sequence[str],
+  size: SizeArgs | None = None,
 ) -> export.Exported:
   """The forward pass, of a FlexiViT at its own patch size, of arrays by name and a batch of any size.
 
@@ -121,10 +126,12 @@ def _program(
     flat: its parameters by name.
     example: shape and dtype of one input, without the axis of the batch.
     platforms: where it is to run.
+    size: static arguments of the model.
   """
 
   def forward(flat: Params, x: jax.Array) -> jax.Array:
-    return end(model.apply({"params": trees.unflatten(flat)}, x)[0].astype(np.float32))
+    out, _ = model.apply({"params": trees.unflatten(flat)}, x, **(size or {}))
+    return end(out.astype(np.float32))
 
   arrays = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in flat.items()}
   shape, dtype = example
