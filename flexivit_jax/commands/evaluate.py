@@ -93,7 +93,8 @@ def _evaluate(args: argparse.Namespace) -> None:
   for name, evaluation in distributed.each(build, "its data").items():
     for note in evaluation.notes if first else ():
       print(f"note: evals.{name}: {note}", file=sys.stderr)
-    rows = results.measure(evaluation.make(model, mesh), placed)
+    evaluator = evaluation.make(model, mesh)
+    rows = results.measure(evaluator, placed)
     print(
       f"{name}: {evaluation.source.name} {evaluation.source.split}\n{results.table(rows, evaluation.metrics)}"
     )
@@ -109,7 +110,7 @@ def _evaluate(args: argparse.Namespace) -> None:
       evaluation.metrics,
     )
     if out := _out(args):
-      results.write(results.file_of(out, name, evals), about, rows)
+      results.write(results.file_of(out, name, evals), about, rows, evaluator)
 
 
 def _out(args: argparse.Namespace) -> pathlib.Path | None:

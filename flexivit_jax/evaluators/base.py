@@ -73,3 +73,12 @@ class Evaluator(Protocol):
       repeats: how often a batch is timed; "ms" is the median.
     """
     ...
+
+
+@runtime_checkable
+class Illustrated(Protocol):
+  """An evaluator that keeps samples to look at."""
+
+  def pictures(self) -> dict[str, bytes]:
+    """Returns files by name, those of this process's part of the latest `run`."""
+    ...

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import jax
 
 from flexivit_jax import errors, files, trees
-from flexivit_jax.evaluators.base import Evaluator, Row
+from flexivit_jax.evaluators.base import Evaluator, Illustrated, Row
 from flexivit_jax.evaluators.metrics import CLASSIFICATION, Metric
 from flexivit_jax.tables import aligned
 from flexivit_jax.trees import Json, Params
@@ -18,7 +18,7 @@ from flexivit_jax.trees import Json, Params
 COLUMNS = ("seqhw", "stride", "depth", "patch", "tokens", "gflops", "ms", "n")
 
 # And what is no number of its own: a table of counts, what belongs to one, the ends of intervals.
-TABLES = ("confusion", "unlabelled", "intervals", "class_iou", "class_pixels")
+TABLES = ("confusion", "unlabelled", "intervals", "class_iou", "class_pixels", "samples")
 
 
 def metrics_of(row: Json, declared: Sequence[Metric] = CLASSIFICATION) -> list[str]:
@@ -80,9 +80,19 @@ def about(
   }
 
 
-def write(path: pathlib.Path, described: Json, rows: list[Json]) -> None:
-  """Writes the file at once or not at all; on the first process only."""
+def samples_folder(path: pathlib.Path) -> pathlib.Path:
+  """Where the pictures are that the rows of a file name: eval_samples beside eval.json."""
+  return path.with_name(f"{path.stem}_samples")
+
+
+def write(path: pathlib.Path, described: Json, rows: list[Json], evaluator: object = None) -> None:
+  """Writes the file at once or not at all, after the pictures of its evaluator; on the first process only."""
   if jax.process_index() == 0:
+    pictures = evaluator.pictures() if isinstance(evaluator, Illustrated) else {}
+    if pictures:
+      samples_folder(path).mkdir(exist_ok=True)
+    for name, data in pictures.items():
+      files.write_atomically(samples_folder(path) / name, data)
     known = {k: v for k, v in described.items() if v is not None}
     text = json.dumps({**known, "rows": rows}, indent=1, allow_nan=False)
     if any({"confusion", "class_pixels"} & row.keys() for row in rows):

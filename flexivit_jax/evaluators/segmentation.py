@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Integer
 from flexivit_jax import errors
 from flexivit_jax.data import images
 from flexivit_jax.devices import sharding
-from flexivit_jax.evaluators import ceilings, overlap, resampling, windows
+from flexivit_jax.evaluators import ceilings, overlap, pictures, resampling, windows
 from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
@@ -28,7 +28,7 @@ from flexivit_jax.models import Model
 from flexivit_jax.models.segmenter import upsampled
 from flexivit_jax.objectives.base import Batch
 from flexivit_jax.running import distributed
-from flexivit_jax.sizes import SeqHw, Size, SizeArgs, SizeKey
+from flexivit_jax.sizes import SeqHw, Size, SizeArgs, SizeKey, size_label
 from flexivit_jax.trees import Params
 
 METRICS = (
@@ -90,6 +90,10 @@ def _key(scale: float) -> str:
   return "image" if scale == 1 else f"image_{scale:g}"
 
 
+# An image, its mask, and the classes of its pixels at each size.
+_Answer = tuple[np.ndarray, np.ndarray, dict[SizeKey, np.ndarray]]
+
+
 @final
 class Segmentation:
   """The evaluator; see `segmentation`."""
@@ -104,7 +108,9 @@ class Segmentation:
     windows_at_once: int,
     band: float,
     class_names: Sequence[str] | None,
+    samples: int,
   ):
+    self._number, self._samples = samples, list[pictures.Sample]()
     self._model, self._batches, self._mesh, self._sizes = model, batches, mesh, sizes
     self._view, self._at_once, self._band, self._names = view, windows_at_once, band, class_names
     self._hw: Size | None = None
@@ -145,7 +151,8 @@ class Segmentation:
 
   def run(self, params: Params) -> list[Row]:
     """Returns for each size the metrics, the ceilings of its patch (see `ceilings`), and "absent" (classes without a
-    pixel in the masks), "n" (images), "intervals", and by class "class_iou" (None: absent) and "class_pixels".
+    pixel in the masks), "n" (images), "intervals", by class "class_iou" (None: absent) and "class_pixels", and
+    "samples", see `pictures`.
 
     Raises:
       UserError: masks with other numbers than classes, or without any pixel that counts; images of several sizes
@@ -157,7 +164,11 @@ class Segmentation:
     made: dict[SizeKey, list[np.ndarray]] = {key: [] for key in self._programs.sizes}
     best: dict[SizeKey, list[np.ndarray]] = {key: [] for key in self._programs.sizes}
     predict = self._predict_whole if self._view.window is None else self._predict_windows
-    for mask, predicted in predict(params):
+    self._samples.clear()
+    for image, mask, predicted in predict(params):
+      if len(self._samples) < self._number:
+        by_name = {self._size_name(key): classes for key, classes in predicted.items()}
+        self._samples.append(pictures.Sample(image, mask, by_name))
       true = overlap.truth(mask, k, self._band)
       for key, classes in predicted.items():
         made[key].append(overlap.counts(true, classes))
@@ -175,6 +186,14 @@ class Segmentation:
     patch_hw = self._model.grid(self._first["image"].shape[1:3], **dict(key))[0]
     answers = ceilings.predicted(true.mask, self._view, patch_hw, true.num_classes)
     return np.concatenate([overlap.regions(true, answers[kind]) for kind in ceilings.KINDS])
+
+  def pictures(self) -> dict[str, bytes]:
+    """Returns files of the first images of the latest run, see `pictures`; rows name their own in "samples"."""
+    made = (pictures.files(i, sample) for i, sample in enumerate(self._samples))
+    return {name: data for files in made for name, data in files.items()}
+
+  def _size_name(self, key: SizeKey) -> str:
+    return size_label(self._programs.names(self._programs.sizes[key]))
 
   def costs(self, params: Params, repeats: int = 5) -> list[Row]:
     """Returns what an image costs at each size, with all scales, or what one window costs; see `PerSize.costs`."""
@@ -214,6 +233,7 @@ class Segmentation:
       of_classes = {
         "class_iou": [None if np.isnan(value) else float(value) for value in iou],
         "class_pixels": pixels.tolist(),
+        "samples": [pictures.name_of(i, self._size_name(key)) for i in range(len(self._samples))],
       }
       names = self._programs.names(self._programs.sizes[key])
       best = self._ceilings[key]
@@ -232,7 +252,7 @@ class Segmentation:
 
   # --- predictions of this process's images, one after the other ---
 
-  def _predict_whole(self, params: Params) -> Iterator[tuple[np.ndarray, dict]]:
+  def _predict_whole(self, params: Params) -> Iterator[_Answer]:
     waiting: list[Mapping[str, np.ndarray]] = []
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
@@ -249,9 +269,10 @@ class Segmentation:
       batch = waiting.pop()
       predicted = {key: _of_this_process(output) for key, output in outputs.items()}
       for i in np.flatnonzero(batch["_mask"] > 0):
-        yield batch["mask"][i], {key: classes[i] for key, classes in predicted.items()}
+        made = {key: classes[i] for key, classes in predicted.items()}
+        yield batch["image"][i], batch["mask"][i], made
 
-  def _predict_windows(self, params: Params) -> Iterator[tuple[np.ndarray, dict]]:
+  def _predict_windows(self, params: Params) -> Iterator[_Answer]:
     queue = _Queue(self._view, self._first["image"].shape, self._model.num_classes)
     sizes = list(self._programs.sizes)
 
@@ -278,6 +299,7 @@ class Segmentation:
 class _Waiting(NamedTuple):
   """An image of which not all windows are predicted: by size its canvases, one for each scale and direction."""
 
+  image: np.ndarray
   mask: np.ndarray
   canvases: dict[SizeKey, list[windows.Canvas]]
 
@@ -318,7 +340,7 @@ class _Queue:
       ]
       for key in sizes
     }
-    waiting = _Waiting(mask, made)
+    waiting = _Waiting(image, mask, made)
     self._images.append(waiting)
     for i, (hw, flip) in enumerate(seen):
       resized = images.resize_image(image, hw)
@@ -339,16 +361,18 @@ class _Queue:
         row[...] = window.pixels
       yield {"image": image, "_mask": mask}
 
-  def take(
-    self, logits: Mapping[SizeKey, Array]
-  ) -> Iterator[tuple[np.ndarray, dict[SizeKey, np.ndarray]]]:
-    """Takes what the model says of the latest batch; yields the masks of images that are whole, and the classes."""
-    for i, (_, image, canvas, place) in enumerate(self._given):
+  def take(self, logits: Mapping[SizeKey, Array]) -> Iterator[_Answer]:
+    """Takes what the model says of the latest batch; yields images that are whole, their masks, and the classes."""
+    for i, (_, waiting, canvas, place) in enumerate(self._given):
       for key, output in logits.items():
-        image.canvases[key][canvas].add(output, i, place)
+        waiting.canvases[key][canvas].add(output, i, place)
     while self._images and all(c.is_full for c in next(iter(self._images[0].canvases.values()))):
-      mask, canvases = self._images.pop(0)
-      yield mask, {key: windows.predicted(parts, mask.shape) for key, parts in canvases.items()}
+      image, mask, canvases = self._images.pop(0)
+      yield (
+        image,
+        mask,
+        {key: windows.predicted(parts, mask.shape) for key, parts in canvases.items()},
+      )
 
 
 def _checked(batch: Mapping[str, np.ndarray]) -> Size:
@@ -423,6 +447,7 @@ def segmentation(
   scales: Sequence[float] = (1.0,),
   flip: bool = False,
   boundary: float = 0.02,
+  samples: int = 4,
   class_names: Sequence[str] | None = None,
 ) -> Segmentation:
   """Mean intersection over union and its kin at each patch size, of predictions at the resolution of the masks.
@@ -442,6 +467,7 @@ def segmentation(
     scales: of the image; several: the mean of their probabilities. The patch keeps its pixels.
     flip: whether the mirrored image has part in that mean.
     boundary: width of the band of "boundary_iou" along contours: pixels, or below 1 a share of the image's diagonal.
+    samples: how many of the first images are kept to look at, see `pictures`.
     class_names: of the data.
 
   Raises:
@@ -457,9 +483,10 @@ def segmentation(
     raise errors.UserError(f"The model has {model.num_classes} classes; expected 1 or more.")
   if not scales or min(scales) <= 0:
     raise errors.UserError(f"scales={tuple(scales)}; expected numbers above 0.")
-  if boundary <= 0 or windows_at_once < 1:
+  if boundary <= 0 or windows_at_once < 1 or samples < 0:
     raise errors.UserError(
-      f"boundary={boundary}, windows_at_once={windows_at_once}; expected pixels or a share above 0, and 1 or more."
+      f"boundary={boundary}, windows_at_once={windows_at_once}, samples={samples}; expected pixels or a share above 0,"
+      " 1 or more, 0 or more."
     )
   if short_side is not None and short_side < 1:
     raise errors.UserError(f"short_side={short_side}; expected pixels, 1 or more.")
@@ -474,4 +501,6 @@ def segmentation(
     )
   view = View(short_side, pixels, stride, tuple(map(float, scales)), flip)
   sizes = sizes_of(seqhw, (), depth)
-  return Segmentation(model, batches, mesh, sizes, view, windows_at_once, boundary, class_names)
+  return Segmentation(
+    model, batches, mesh, sizes, view, windows_at_once, boundary, class_names, samples
+  )

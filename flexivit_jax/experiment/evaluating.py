@@ -111,7 +111,7 @@ class Evaluating:
         exp.evaluations[name].metrics,
       )
       file = results.file_of(self._run.workdir / "eval.json", name, self._evaluators)
-      results.write(file, about, rows)
+      results.write(file, about, rows, evaluator)
 
   def state(self) -> Json:
     """Returns what the record of a checkpoint holds of the metrics that are followed."""

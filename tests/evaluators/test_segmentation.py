@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from flexivit_jax import experiment
 from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
-from flexivit_jax.evaluators import overlap, windows
+from flexivit_jax.evaluators import overlap, results, windows
 from flexivit_jax.evaluators.segmentation import METRICS, segmentation
 from flexivit_jax.models import FlexiViT, Segmenter
 from flexivit_jax.models.counting import Counted
@@ -210,6 +211,28 @@ def test_a_fixed_model_is_measured_at_sizes_it_was_not_trained_at(options):
     pairs = zip(data["mask"], np.asarray(logits).argmax(-1), strict=True)
     counts = sum(overlap.counts(overlap.truth(m, 3, 0.02), p) for m, p in pairs)
     assert row["miou"] == pytest.approx(overlap.mean_iou(counts[None, :, :3] * 1.0)[0], abs=2e-3)
+
+
+@pytest.mark.parametrize("options", [{}, dict(window=8)])
+def test_the_first_images_are_kept_to_look_at(options, tmp_path):
+  data = batches((8, 900), (8, 900))
+  data[0]["mask"][:, :, 450:] = -1
+  evaluator = segmentation(
+    Pointwise(), data, sharding.make_mesh(), seqhw=(4,), samples=1, **options
+  )
+  (row,) = evaluator.run(PARAMS)
+  results.write(tmp_path / "eval_x.json", {}, [row], evaluator)
+  folder = tmp_path / "eval_x_samples"
+  size = row["seqhw"]
+  names = ["0_image.jpg", "0_true.png", f"0_{size}.png"]
+  assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+  assert row["samples"] == names[2:]
+  image, true, predicted = (np.asarray(Image.open(folder / name)) for name in names)
+  assert image.shape == (4, 400, 3) and true.shape == predicted.shape == (4, 400)
+  shown = data[0]["mask"][0][(np.arange(4) * 2)[:, None], (np.arange(400) * 900 // 400)[None]]
+  np.testing.assert_array_equal(true, np.where(shown < 0, 255, shown))
+  assert set(np.unique(predicted)) <= {0, 1, 2}
+  assert Image.open(folder / names[1]).convert("RGB").getpixel((300, 1)) == (0, 0, 0)
 
 
 def test_costs_are_those_of_all_scales():
