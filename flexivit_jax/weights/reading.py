@@ -112,7 +112,8 @@ def load_into(
   Args:
     path, options: as in `load`.
     model: says which size the buffers are to have, and whether blocks are stacked.
-    new_head: leave the file's head away, if it has one, and return all but the head.
+    new_head: leave the file's head away, if it has one, and return all but the head. A file of "tok" then fits a model
+      of "tok+gap", and the reverse: they differ in the head alone.
     accept: is given the file's own model, if it is of this architecture, and its record; may raise a UserError.
 
   Raises:
@@ -120,7 +121,8 @@ def load_into(
     UserError: see `load`.
   """
   source, params, record = load_with_record(path, scan=model.scan, **options)
-  _check_same(path, source, model, _SAME)
+  pools_alike = new_head and {source.pool_type, model.pool_type} <= _WITH_CLASS_TOKEN
+  _check_same(path, source, model, [n for n in _SAME if not (n == "pool_type" and pools_alike)])
   accept(source, record)
   if model.num_classes and not source.num_classes and not new_head:
     raise errors.UserError(
@@ -193,6 +195,7 @@ class OtherModel(errors.UserError):
 _SAME = (
   "width", "depth", "mlp_dim", "num_heads", "pool_type", "posemb", "registers", "pre_norm", "gelu", "layer_norm_eps",
 )  # fmt: skip
+_WITH_CLASS_TOKEN = {"tok", "tok+gap"}
 
 
 def check(model: FlexiViT, params: Params, what: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from safetensors.numpy import save_file
 
-from flexivit_jax import weights
+from flexivit_jax import trees, weights
 from flexivit_jax.errors import UserError
 from flexivit_jax.weights import wrappers
 
@@ -110,6 +110,20 @@ def test_a_start_without_a_head_says_that_a_new_one_is_wanted(tmp_path, timm_sta
     weights.load_into(path, model.clone(num_classes=3), num_heads=4)
   params = weights.load_into(path, model.clone(num_classes=3), num_heads=4, new_head=True)
   assert "head" not in params
+
+
+def test_a_class_token_alone_and_one_with_the_mean_have_the_same_parameters_but_the_head(
+  tmp_path, timm_state_dict
+):
+  path = tmp_path / "w.safetensors"
+  save_file(timm_state_dict(), path)
+  model, stored = weights.load(path, num_heads=4)
+  both = model.clone(pool_type="tok+gap")
+  params = weights.load_into(path, both, num_heads=4, new_head=True)
+  assert trees.digest(params) == trees.digest({k: v for k, v in stored.items() if k != "head"})
+  for other, new_head in ((both, False), (model.clone(pool_type="gap"), True)):
+    with pytest.raises(UserError, match="pool_type"):
+      weights.load_into(path, other, num_heads=4, new_head=new_head)
 
 
 @pytest.mark.parametrize("other", [{"patch_embed.proj.weight": np.zeros((8, 3, 2, 2))},
