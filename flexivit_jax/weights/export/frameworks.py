@@ -132,11 +132,12 @@ def _graph_proto(onnx: types.ModuleType, graph: onnx_graph.Graph, initializers: 
     kind = onnx.TensorProto.INT64 if name == "tokens" else onnx.TensorProto.FLOAT
     return onnx.helper.make_tensor_value_info(name, kind, shape)
 
+  outputs = graph.outputs if isinstance(graph.outputs, tuple) else (graph.outputs,)
   return onnx.helper.make_graph(
     [onnx.helper.make_node(n.op, n.inputs, [n.name], n.name, **n.attributes) for n in graph.nodes],
     "flexivit",
     [described(graph.input, ("n", *graph.shape))],
-    [described(graph.nodes[-1].name, ("n", graph.outputs))],
+    [described(graph.nodes[-1].name, ("n", *outputs))],
     initializers,
   )
 

@@ -1,7 +1,7 @@
 """An ONNX export: a folder with a graph for each patch size and one file of weights that all of them share.
 
 seqhw_05.onnx, seqhw_08.onnx, ...   a graph each; runs alone beside weights.bin
-text.onnx                           of two towers, the text tower
+text.onnx                           of two towers, the text tower; a Segmenter's graphs give scores of every pixel
 weights.bin                         what no size changes once, then each size's kernel and position embeddings
 record.json                         what the model is
 flexivit_manifest.txt               the checksums of the files above
@@ -17,11 +17,18 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors, trees
-from flexivit_jax.models import FlexiViT, TextTower, TwoTowers, vit as vit_model
+from flexivit_jax.models import (
+  FlexiViT,
+  Segmenter,
+  TextTower,
+  TwoTowers,
+  vit as vit_model,
+  vit_part,
+)
 from flexivit_jax.sizes import SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
-from flexivit_jax.weights import baking, folders, optional, reading
-from flexivit_jax.weights.export import artifact, frameworks, onnx_graph, stablehlo
+from flexivit_jax.weights import baking, folders, optional, tasks
+from flexivit_jax.weights.export import artifact, frameworks, onnx_graph, onnx_pixels, stablehlo
 
 FORMAT = "flexivit onnx 1"
 WEIGHTS, TEXT = "weights.bin", "text.onnx"
@@ -36,7 +43,7 @@ class Place(NamedTuple):
 
 def write(
   out: pathlib.Path,
-  model: FlexiViT | TwoTowers,
+  model: FlexiViT | TwoTowers | Segmenter,
   params: Params,
   record: Json,
   *,
@@ -47,7 +54,7 @@ def write(
 
   Args:
     out: a name that is not there yet and does not end in .zip.
-    model, params, record: what `weights.load_with_record` or `weights.towers.load` returns; the record goes into the
+    model, params, record: what `weights.load_with_record` or `weights.tasks.load` returns; the record goes into the
       folder. Of two towers the graphs give embeddings of length 1.
     image_hw: pixels.
     sizes: tokens per side or (per column, per row), a graph each.
@@ -62,10 +69,14 @@ def write(
   if isinstance(model, TwoTowers):
     vit, own, text = model.parts["image"], params["image"], model.parts["text"]
     record = record | stablehlo.scalars(model, params)
-  reading.check(vit, own, "What is to be exported")
-  sizes, shape = list(dict.fromkeys(sizes)), (*image_hw, own["embedding"]["kernel"].shape[2])
+  tasks.check(vit, own, "What is to be exported")
+  sizes, name = list(dict.fromkeys(sizes)), vit_part(vit)
+  shape = (*image_hw, (own[name] if name else own)["embedding"]["kernel"].shape[2])
   with folders.new(out) as part:
-    graphs = _write_graphs(part, vit, own, image_hw, sizes, unit=text is not None)
+    if isinstance(vit, Segmenter):
+      graphs = _write_pixels(part, vit, own, image_hw, sizes)
+    else:
+      graphs = _write_graphs(part, vit, own, image_hw, sizes, unit=text is not None)
     if text is not None:
       _write_text(part, text, params["text"])
     described = record | {
@@ -129,6 +140,35 @@ def _write_graphs(
       resampled = {name: _append(file, array) for name, array in _own(fixed, baked).items()}
       graphs.append(onnx_graph.describe(fixed, channels, unit=unit))
       frameworks.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | resampled)
+  for size in sizes:
+    frameworks.check_onnx(folder / name_of(size))
+  return graphs
+
+
+def _write_pixels(
+  folder: pathlib.Path,
+  model: Segmenter,
+  params: Params,
+  image_hw: tuple[int, int],
+  sizes: Sequence[SeqHw],
+) -> list[onnx_graph.Graph]:
+  """Does what `_write_graphs` does, for a Segmenter."""
+  model = model.clone(backbone={**model.backbone, "scan": False})
+  params = {**params, "backbone": vit_model.unstack_blocks(params["backbone"])}
+  channels, graphs = params["backbone"]["embedding"]["kernel"].shape[2], []
+  changed = {f"{onnx_pixels.BACKBONE}{name}" for name in baking.RESAMPLED}
+  with (folder / WEIGHTS).open("wb") as file:
+    flat = trees.flatten(params)
+    shared = {n: _append(file, a) for n, a in flat.items() if n not in changed}
+    for size in sizes:
+      vits = onnx_pixels.towers(model, params, image_hw, size_args(size))
+      own = {
+        f"{prefix}{name}": _append(file, array)
+        for prefix, baked in vits.items()
+        for name, array in _own(*baked).items()
+      }
+      graphs.append(onnx_pixels.describe(model, vits, image_hw, channels))
+      frameworks.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | own)
   for size in sizes:
     frameworks.check_onnx(folder / name_of(size))
   return graphs

@@ -28,11 +28,11 @@ class Node(NamedTuple):
 
 @dataclasses.dataclass
 class Graph:
-  """Nodes in the order in which they run, from the input [n, ...] to what the last one gives, [n, k].
+  """Nodes in the order in which they run, from the input [n, ...] to what the last one gives, [n, k] or [n, h, w, k].
 
   Attributes:
     shape: of one input: h, w, c of "image", or the length of "tokens".
-    outputs: k.
+    outputs: k, or (h, w, k) of a graph that gives scores of every pixel.
     input: "image", float32, or "tokens", int64.
     nodes: filled by `add`.
     weights: shapes by name; a matrix where the parameter has more axes, of the same bytes.
@@ -40,7 +40,7 @@ class Graph:
   """
 
   shape: tuple[int, ...]
-  outputs: int
+  outputs: int | tuple[int, ...]
   input: str = "image"
   nodes: list[Node] = dataclasses.field(default_factory=list)
   weights: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -75,22 +75,32 @@ def describe(model: FlexiViT, channels: int, *, unit: bool = False) -> Graph:
   Raises:
     UserError: the model's matrix products are not in float32.
   """
-  _check_dtype(model)
+  check_dtype(model)
   (ph, pw), (gh, gw) = model.patch_size, model.posemb_size
   graph = Graph((gh * ph, gw * pw, channels), model.num_classes or model.num_features)
-  x = _with_prefix(graph, model, _patches(graph, model))
-  if model.pre_norm:
-    x = _layer_norm(graph, model, "pre_norm", x)
-  for i in range(model.depth):
-    x = _block(graph, model, f"Transformer/encoderblock_{i}", x)
-  x = _layer_norm(graph, model, "Transformer/encoder_norm", x)
-  x = _pool(graph, model, x)
+  x = _pool(graph, model, encoded(graph, model, "image"))
   if model.num_classes:
-    x = _dense(graph, "head", x, model.num_features, model.num_classes)
+    x = dense(graph, "head", x, model.num_features, model.num_classes)
   if unit:
     return _unit(graph, x, "image_embedding")
   graph.add("Identity", "logits" if model.num_classes else "pre_logits", x)
   return graph
+
+
+def encoded(graph: Graph, model: FlexiViT, image: str, prefix: str = "") -> str:
+  """All tokens [n, l, d] of images that the patches divide, after the last LayerNorm; `prefix` is before all names."""
+  x = _with_prefix(graph, model, _patches(graph, model, image, prefix), prefix)
+  if model.pre_norm:
+    x = layer_norm(graph, model, f"{prefix}pre_norm", x)
+  for i in range(model.depth):
+    x = block(graph, model, f"{prefix}Transformer/encoderblock_{i}", x)
+  return layer_norm(graph, model, f"{prefix}Transformer/encoder_norm", x)
+
+
+def patch_tokens(graph: Graph, model: FlexiViT, x: str, name: str) -> str:
+  """The patches' tokens among all of them."""
+  begin, length = model.prefix_length, model.posemb_size[0] * model.posemb_size[1]
+  return graph.add("Slice", name, x, [begin], [begin + length], [1])
 
 
 def describe_text(model: TextTower, prefix: str = "text/") -> Graph:
@@ -103,7 +113,7 @@ def describe_text(model: TextTower, prefix: str = "text/") -> Graph:
   Raises:
     UserError: the model's matrix products are not in float32.
   """
-  _check_dtype(model)
+  check_dtype(model)
   d, length = model.width, model.max_length
   graph = Graph((length,), model.num_classes or d, "tokens")
   table = graph.weight(f"{prefix}embedding/embedding", model.vocab_size, d)
@@ -111,17 +121,17 @@ def describe_text(model: TextTower, prefix: str = "text/") -> Graph:
   positions = graph.weight(f"{prefix}pos_embedding", 1, length, d)
   x = graph.add("Add", f"{prefix}with_posemb", x, positions)
   if not model.norm_first:
-    x = _layer_norm(graph, model, f"{prefix}pre_norm", x)
+    x = layer_norm(graph, model, f"{prefix}pre_norm", x)
   mask = _mask(graph, model, prefix)
   for i in range(model.depth):
     name = f"{prefix}Transformer/encoderblock_{i}"
-    block = _block if model.norm_first else _post_norm_block
-    x = block(graph, model, name, x, mask)
+    block_of = block if model.norm_first else _post_norm_block
+    x = block_of(graph, model, name, x, mask)
   if model.norm_first:
-    x = _layer_norm(graph, model, f"{prefix}Transformer/encoder_norm", x)
+    x = layer_norm(graph, model, f"{prefix}Transformer/encoder_norm", x)
   x = _pool_text(graph, model, prefix, x)
   if model.num_classes:
-    x = _dense(graph, f"{prefix}head", x, d, model.num_classes, bias=model.head_bias)
+    x = dense(graph, f"{prefix}head", x, d, model.num_classes, bias=model.head_bias)
   return _unit(graph, x, "text_embedding")
 
 
@@ -180,7 +190,8 @@ def _unit(graph: Graph, x: str, name: str) -> Graph:
   return graph
 
 
-def _check_dtype(model: FlexiViT | TextTower) -> None:
+def check_dtype(model: FlexiViT | TextTower) -> None:
+  """Raises a UserError for a model whose matrix products are not in float32."""
   if model.dtype != "float32":
     raise errors.UserError(
       f"ONNX graphs are in float32, and this model has dtype={model.dtype!r};"
@@ -188,47 +199,50 @@ def _check_dtype(model: FlexiViT | TextTower) -> None:
     )
 
 
-def _patches(graph: Graph, model: FlexiViT) -> str:
+def _patches(graph: Graph, model: FlexiViT, image: str, prefix: str) -> str:
   """Tokens [n, l, d] with their positions. In a Reshape, 0 stands for the axis as it is."""
   (ph, pw), (gh, gw), d = model.patch_size, model.posemb_size, model.width
-  inputs = ph * pw * graph.shape[2]
-  x = graph.add("Reshape", "embedding/cut", "image", [0, gh, ph, gw, pw, graph.shape[2]])
-  x = graph.add("Transpose", "embedding/Transpose", x, perm=(0, 1, 3, 2, 4, 5))
-  x = graph.add("Reshape", "embedding/flat", x, [0, gh * gw, inputs])
-  x = _dense(graph, "embedding", x, inputs, d)
-  return graph.add("Add", "with_posemb", x, graph.weight("pos_embedding", 1, gh * gw, d))
+  inputs, name = ph * pw * graph.shape[2], f"{prefix}embedding"
+  x = graph.add("Reshape", f"{name}/cut", image, [0, gh, ph, gw, pw, graph.shape[2]])
+  x = graph.add("Transpose", f"{name}/Transpose", x, perm=(0, 1, 3, 2, 4, 5))
+  x = graph.add("Reshape", f"{name}/flat", x, [0, gh * gw, inputs])
+  x = dense(graph, name, x, inputs, d)
+  positions = graph.weight(f"{prefix}pos_embedding", 1, gh * gw, d)
+  return graph.add("Add", f"{prefix}with_posemb", x, positions)
 
 
-def _with_prefix(graph: Graph, model: FlexiViT, x: str) -> str:
+def _with_prefix(graph: Graph, model: FlexiViT, x: str, prefix: str) -> str:
   parts = [x]
   if model.registers:
-    parts.insert(0, _for_each_image(graph, model, "registers", model.registers))
+    registers = for_each_image(graph, f"{prefix}registers", model.registers, model.width)
+    parts.insert(0, registers)
   if "tok" in model.pool_type:
-    parts.insert(0, _for_each_image(graph, model, "cls", 1))
-  return graph.add("Concat", "with_prefix", *parts, axis=1) if len(parts) > 1 else x
+    parts.insert(0, for_each_image(graph, f"{prefix}cls", 1, model.width))
+  return graph.add("Concat", f"{prefix}with_prefix", *parts, axis=1) if len(parts) > 1 else x
 
 
-def _for_each_image(graph: Graph, model: FlexiViT, name: str, length: int) -> str:
-  """A learned [1, length, d] as [n, length, d]."""
+def for_each_image(graph: Graph, name: str, length: int, width: int) -> str:
+  """A learned [1, length, width] as [n, length, width]."""
   n = graph.add("Shape", f"{name}/n", "image", start=0, end=1)
   shape = graph.add("Concat", f"{name}/shape", n, [1, 1], axis=0)
-  return graph.add("Expand", f"{name}/Expand", graph.weight(name, 1, length, model.width), shape)
+  return graph.add("Expand", f"{name}/Expand", graph.weight(name, 1, length, width), shape)
 
 
-def _block(graph: Graph, model: Tower, name: str, x: str, mask: str | None = None) -> str:
-  y = _layer_norm(graph, model, f"{name}/LayerNorm_0", x)
+def block(graph: Graph, model: Tower, name: str, x: str, mask: str | None = None) -> str:
+  """A Transformer block; of the model only what its blocks have in common."""
+  y = layer_norm(graph, model, f"{name}/LayerNorm_0", x)
   y = _attention(graph, model, f"{name}/MultiHeadDotProductAttention_0", y, y, mask)
   x = graph.add("Add", f"{name}/+sa", x, y)
-  y = _layer_norm(graph, model, f"{name}/LayerNorm_1", x)
+  y = layer_norm(graph, model, f"{name}/LayerNorm_1", x)
   y = _mlp(graph, model, f"{name}/MlpBlock_0", y)
   return graph.add("Add", f"{name}/+mlp", x, y)
 
 
 def _post_norm_block(graph: Graph, model: Tower, name: str, x: str, mask: str | None) -> str:
   y = _attention(graph, model, f"{name}/MultiHeadDotProductAttention_0", x, x, mask)
-  x = _layer_norm(graph, model, f"{name}/LayerNorm_0", graph.add("Add", f"{name}/+sa", x, y))
+  x = layer_norm(graph, model, f"{name}/LayerNorm_0", graph.add("Add", f"{name}/+sa", x, y))
   y = graph.add("Add", f"{name}/+mlp", x, _mlp(graph, model, f"{name}/MlpBlock_0", x))
-  return _layer_norm(graph, model, f"{name}/LayerNorm_1", y)
+  return layer_norm(graph, model, f"{name}/LayerNorm_1", y)
 
 
 def _attention(
@@ -237,7 +251,7 @@ def _attention(
   d, heads = model.width, model.num_heads
 
   def project(part: str, x: str, order: tuple[int, ...], scale: float | None = None) -> str:
-    x = _dense(graph, f"{name}/{part}", x, d, d)
+    x = dense(graph, f"{name}/{part}", x, d, d)
     if scale is not None:
       x = graph.add("Mul", f"{name}/{part}/scaled", x, scale)
     x = graph.add("Reshape", f"{name}/{part}/heads", x, [0, 0, heads, d // heads])
@@ -254,11 +268,11 @@ def _attention(
   x = graph.add("MatMul", f"{name}/MatMul", weights, value)
   x = graph.add("Transpose", f"{name}/Transpose", x, perm=(0, 2, 1, 3))
   x = graph.add("Reshape", f"{name}/flat", x, [0, 0, d])
-  return _dense(graph, f"{name}/out", x, d, d)
+  return dense(graph, f"{name}/out", x, d, d)
 
 
 def _mlp(graph: Graph, model: Tower, name: str, x: str) -> str:
-  x = _dense(graph, f"{name}/Dense_0", x, model.width, model.mlp_dim)
+  x = dense(graph, f"{name}/Dense_0", x, model.width, model.mlp_dim)
   if model.gelu == "quick":
     gate = graph.add("Mul", f"{name}/quick", x, 1.702)
     gate = graph.add("Sigmoid", f"{name}/Sigmoid", gate)
@@ -266,17 +280,19 @@ def _mlp(graph: Graph, model: Tower, name: str, x: str) -> str:
   else:
     kind = {"tanh": "tanh", "exact": "none"}[model.gelu]
     x = graph.add("Gelu", f"{name}/Gelu", x, approximate=kind)
-  return _dense(graph, f"{name}/Dense_1", x, model.mlp_dim, model.width)
+  return dense(graph, f"{name}/Dense_1", x, model.mlp_dim, model.width)
 
 
-def _dense(graph: Graph, name: str, x: str, inputs: int, outputs: int, *, bias: bool = True) -> str:
+def dense(graph: Graph, name: str, x: str, inputs: int, outputs: int, *, bias: bool = True) -> str:
+  """A dense layer over the last axis."""
   x = graph.add("MatMul", f"{name}/MatMul", x, graph.weight(f"{name}/kernel", inputs, outputs))
   if not bias:
     return x
   return graph.add("Add", f"{name}/Add", x, graph.weight(f"{name}/bias", outputs))
 
 
-def _layer_norm(graph: Graph, model: Tower, name: str, x: str) -> str:
+def layer_norm(graph: Graph, model: Tower, name: str, x: str) -> str:
+  """A LayerNorm over the last axis, the model's width."""
   scale, bias = (graph.weight(f"{name}/{part}", model.width) for part in ("scale", "bias"))
   return graph.add(
     "LayerNormalization", f"{name}/LayerNormalization", x, scale, bias, axis=-1,
@@ -298,15 +314,14 @@ def _pool(graph: Graph, model: FlexiViT, x: str) -> str:
 
 def _mean(graph: Graph, model: FlexiViT, x: str) -> str:
   """The mean of the patches' tokens."""
-  begin, length = model.prefix_length, model.posemb_size[0] * model.posemb_size[1]
-  x = graph.add("Slice", "pool/tokens", x, [begin], [begin + length], [1])
+  x = patch_tokens(graph, model, x, "pool/tokens")
   return graph.add("ReduceMean", "pool/gap", x, [1], keepdims=0)
 
 
 def _map_head(graph: Graph, model: FlexiViT, name: str, x: str) -> str:
-  probe = _for_each_image(graph, model, f"{name}/probe", 1)
+  probe = for_each_image(graph, f"{name}/probe", 1, model.width)
   x = _attention(graph, model, f"{name}/MultiHeadDotProductAttention_0", probe, x)
-  y = _layer_norm(graph, model, f"{name}/LayerNorm_0", x)
+  y = layer_norm(graph, model, f"{name}/LayerNorm_0", x)
   y = _mlp(graph, model, f"{name}/MlpBlock_0", y)
   x = graph.add("Add", f"{name}/+mlp", x, y)
   return graph.add("Gather", "pool/map", x, 0, axis=1)
