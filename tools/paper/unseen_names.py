@@ -469,9 +469,10 @@ def main() -> None:
   rows = []
   for measure in (measure_classifier, measure_ridges):
     rows += [row for number in numbers for row in measure(photos, split_of(number))]
-  for kind, number in sorted(names):
-    if made := measured(args.out, kind, number):
-      rows += measure_start(photos, split_of(number), kind, args.decay) + made
+  for kind in KINDS:
+    for number in numbers:
+      rows += measure_start(photos, split_of(number), kind, args.decay)
+    rows += [row for number in numbers for row in measured(args.out, kind, number)]
   made = table(rows)
   for row in made:
     print(*row.values(), sep=" | ")
