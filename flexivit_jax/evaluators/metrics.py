@@ -6,6 +6,14 @@ Better = Literal["max", "min"]
 Interval = Literal["binomial", "bootstrap"]
 
 
+TEXTS = (
+  "unit",
+  "label",
+  "title",
+  "ceiling_of",
+)  # what an eval.json holds of a metric, where it is given
+
+
 class Metric(NamedTuple):
   """One number that an evaluator measures at each size.
 
@@ -20,6 +28,7 @@ class Metric(NamedTuple):
     title: for axes and sentences, "top-1 accuracy"; default: the label.
     needs: key of the evaluator's section without which the metric is not measured.
     trained: whether training changes it; otherwise no run can go by it.
+    ceiling_of: name of the metric that can hardly be larger than this one; a report draws the first of several with it.
   """
 
   name: str
@@ -30,6 +39,7 @@ class Metric(NamedTuple):
   title: str = ""
   needs: str = ""
   trained: bool = True
+  ceiling_of: str = ""
 
   @property
   def short(self) -> str:
@@ -51,7 +61,7 @@ class Metric(NamedTuple):
 
   def stated(self) -> dict[str, Any]:
     """What an eval.json holds of it: all that drawing it needs."""
-    about = {key: getattr(self, key) for key in ("unit", "label", "title")}
+    about = {key: getattr(self, key) for key in TEXTS}
     given = {key: value for key, value in about.items() if value}
     return {"name": self.name, "better": self.better, "interval": self.interval, **given}
 

@@ -36,13 +36,20 @@ METRICS = (
   Metric("pixel_accuracy", "max", "bootstrap", "%", "pixels", "pixel accuracy"),
   Metric("mean_accuracy", "max", "bootstrap", "%", "classes", "mean accuracy of the classes"),
   Metric("boundary_iou", "max", "bootstrap", "%", "boundary", "boundary IoU"),
-  Metric("ceiling", unit="%", label="ceiling", title="mIoU of the classes' shares", trained=False),
+  Metric(
+    "ceiling",
+    unit="%",
+    title="mIoU of the classes' shares in each patch of the true masks",
+    trained=False,
+    ceiling_of="miou",
+  ),
   Metric(
     "ceiling_constant",
     unit="%",
     label="a class a patch",
-    title="mIoU of one class a patch",
+    title="mIoU of the commonest class of each patch of the true masks",
     trained=False,
+    ceiling_of="miou",
   ),
 )
 _OF = {

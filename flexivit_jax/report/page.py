@@ -7,7 +7,7 @@ from importlib import resources
 from string import Template
 
 from flexivit_jax.evaluators.metrics import Metric
-from flexivit_jax.report import classes, pareto, plots, tables
+from flexivit_jax.report import classes, pareto, plots, segments, tables
 from flexivit_jax.report.runs import ReportRun, is_trained
 
 _VARIABLES = {
@@ -49,12 +49,13 @@ def render(
     finding=html.escape(tables.finding(runs)),
     matrix=tables.matrix(runs),
     marks=_marks(runs),
+    ceiling=_ceiling(runs),
     full=tables.full(runs),
     fronts=_fronts(runs),
     compared=_compared(runs),
     dominated=_dominated(runs),
     facts=_facts(runs, command),
-    classes=classes.section(runs),
+    classes=classes.section(runs) + segments.section(runs),
   )
 
 
@@ -111,6 +112,12 @@ def _dominated(runs: Sequence[ReportRun]) -> str:
   return (
     f" {tables.DOMINATED} dominated: another point is at least as {good} at no more of this cost."
   )
+
+
+def _ceiling(runs: Sequence[ReportRun]) -> str:
+  """What the ceiling is, where there is one."""
+  names = dict.fromkeys(run.ceiling.long for run in runs if run.ceiling)
+  return "".join(f" The ceiling is the {html.escape(name)}." for name in names)
 
 
 def _is_accuracy(metric: Metric) -> bool:

@@ -70,6 +70,7 @@ def draw(runs: Sequence[ReportRun], axis: str, size: tuple[float, float]) -> Dra
       )
       ax.set_position(_rect(frame, size))
     beaten = pareto.dominated(runs, axis) if axis in pareto.COSTS else {}
+    _ceilings(ax, runs, places)
     for i, (run, place) in enumerate(zip(runs, places, strict=True)):
       _curve(ax, i, run, place, {row for _, row in place if beaten.get(pareto.Point(i, row))})
     _name_curves(ax, places, frame)
@@ -146,7 +147,8 @@ def _scale(runs: Sequence[ReportRun], size: tuple[float, float]) -> _Scale:
   )
   title += about
   if metric.unit == "%":
-    return _Scale(title, *_of_fractions([row.value for row in rows]))
+    above = [v for run in runs for row in run.rows if (v := _above(run, row)) is not None]
+    return _Scale(title, *_of_fractions([*(row.value for row in rows), *above]))
   return _Scale(title, *of_numbers([v for row in rows for v in (row.value, *(row.interval or ()))]))
 
 
@@ -257,6 +259,28 @@ def _write_ticks(ax: Axes, ticks: dict[float, str], frame: _Frame) -> int:
       parse_math=False,
     )
   return deepest
+
+
+def _above(run: ReportRun, row: EvalRow) -> float | None:
+  """The ceiling of a row, if there is one."""
+  return row.of(run.ceiling.name) if run.ceiling else None
+
+
+def _ceilings(
+  ax: Axes, runs: Sequence[ReportRun], places: Sequence[Sequence[tuple[float, EvalRow]]]
+) -> None:
+  """Draws what the metric can hardly exceed: once for runs of which it is the same."""
+  lines = {
+    tuple((x, v) for x, row in place if (v := _above(run, row)) is not None)
+    for run, place in zip(runs, places, strict=True)
+  }
+  for line in sorted(line for line in lines if line):
+    x, y = zip(*line, strict=True)
+    ax.plot(x, y, "--", color=FAINT, linewidth=1.0, marker="_", markersize=5, zorder=2)
+    top = max(range(len(y)), key=lambda i: y[i])
+    side_of = "left" if 2 * top < len(y) else "right"
+    at = {"xytext": (0, 4), "textcoords": "offset points", "ha": side_of, "va": "bottom"}
+    ax.annotate("ceiling", (x[top], y[top]), color=FAINT, fontsize=7.5, **at)
 
 
 def _curve(

@@ -15,7 +15,15 @@ from jaxtyping import Int
 from flexivit_jax import errors
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import intervals
-from flexivit_jax.evaluators.metrics import CLASSIFICATION, LOSS, TOP1, Better, Interval, Metric
+from flexivit_jax.evaluators.metrics import (
+  CLASSIFICATION,
+  LOSS,
+  TEXTS,
+  TOP1,
+  Better,
+  Interval,
+  Metric,
+)
 from flexivit_jax.running import ledger
 
 SizeText = int | str  # tokens or pixels of a side; "HxW" where the sides differ
@@ -52,7 +60,9 @@ class ReportRun(NamedTuple):
   """One curve: `metric` at each size. `trained` holds the grids `(h, w)` of its training, None if unknown.
 
   `metrics` are all that its rows have. `confusions` are the counts of class and predicted class of rows that have them,
-  by `key_of`; `classes` their names.
+  by `key_of`; `classes` their names. Of rows that have them `ious` are the intersections over unions of the classes,
+  None for one without a pixel in the masks, and `samples` the files of predicted masks; `pixels` are those of each
+  class in the masks.
   """
 
   name: str
@@ -63,6 +73,14 @@ class ReportRun(NamedTuple):
   facts: dict[str, str]
   classes: tuple[str, ...] = ()
   confusions: Mapping[Key, Int[np.ndarray, "k k"]] = MappingProxyType({})
+  ious: Mapping[Key, tuple[float | None, ...]] = MappingProxyType({})
+  pixels: tuple[int, ...] = ()
+  samples: Mapping[Key, tuple[Path, ...]] = MappingProxyType({})
+
+  @property
+  def ceiling(self) -> Metric | None:
+    """The metric that the run's can hardly be larger than, if it has one."""
+    return next((m for m in self.metrics if m.ceiling_of == self.metric.name), None)
 
 
 def key_of(row: EvalRow) -> Key:
@@ -179,6 +197,7 @@ def read(path: Path, metric: str | None = None) -> ReportRun:
   read_row = functools.partial(_row, file=file, metrics=metrics, needed={*needed, drawn.name})
   rows = [read_row(item, where=f"rows[{i}]", drawn=drawn) for i, item in enumerate(items)]
   classes, confusions = tables_of(data, rows, file)
+  ious, pixels, samples = segments_of(data, rows, file)
   rows.sort(key=_row_order)
   again = [k for k, count in Counter(map(key_of, rows)).items() if count > 1]
   if again:
@@ -188,8 +207,11 @@ def read(path: Path, metric: str | None = None) -> ReportRun:
   facts = {key: str(data[key]) for key in FACTS if data.get(key) is not None}
   if spent := ledger.shares(file.parent / "ledger.json"):
     facts["time"] = ledger.text(spent)
+  if ious:
+    classes = _names(data, len(pixels), file)
+  trained = _trained(data, file)
   return ReportRun(
-    name, drawn, metrics, tuple(rows), _trained(data, file), facts, classes, confusions
+    name, drawn, metrics, tuple(rows), trained, facts, classes, confusions, ious, pixels, samples
   )
 
 
@@ -241,7 +263,7 @@ def _metrics(
 def _metric(item: object, where: str, file: Path) -> Metric:
   if not isinstance(item, dict):
     raise _bad(file, where, item, "an object")
-  texts = {key: item.get(key, "") for key in ("name", "unit", "label", "title")}
+  texts = {key: item.get(key, "") for key in ("name", *TEXTS)}
   for key, text in texts.items():
     if not isinstance(text, str) or (key == "name" and not text):
       raise _bad(file, f"{where}.{key}", text, "a text")
@@ -337,12 +359,60 @@ def tables_of(
   sizes = {len(counts) for counts in confusions.values()}
   if not sizes:
     return (), {}
-  k = max(sizes)
+  if len(sizes) > 1:
+    raise _bad(file, "classes", f"of {sorted(sizes)} rows", "one name for each row of each table")
+  return _names(data, max(sizes), file), confusions
+
+
+def _names(data: Json, k: int, file: Path) -> tuple[str, ...]:
+  """The names of k classes; their numbers where the file has none."""
   classes = data.get("classes") or [str(number) for number in range(k)]
   named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-  if sizes != {k} or not named or len(classes) != k:
-    raise _bad(file, "classes", f"of {sorted(sizes)} rows", "one name for each row of each table")
-  return tuple(classes), confusions
+  if not named or len(classes) != k:
+    raise _bad(file, "classes", f"of {k} rows", "one name for each row of each table")
+  return tuple(classes)
+
+
+def segments_of(
+  data: Json, rows: Sequence[EvalRow], file: Path
+) -> tuple[dict[Key, tuple[float | None, ...]], tuple[int, ...], dict[Key, tuple[Path, ...]]]:
+  """Returns what rows of segmentation hold of classes: `ious`, `pixels` and `samples` of a `ReportRun`.
+
+  Args:
+    data: of the file.
+    rows: read from it, in its order.
+    file: for errors, and where the samples are.
+
+  Raises:
+    UserError: lists that are not of one length, values that cannot be, samples that are no names of pictures.
+  """
+  ious: dict[Key, tuple[float | None, ...]] = {}
+  samples: dict[Key, tuple[Path, ...]] = {}
+  pixels: tuple[int, ...] = ()
+  for i, (item, row) in enumerate(zip(data["rows"], rows, strict=True)):
+    if item.get("class_iou") is None:
+      continue
+    at = f"rows[{i}]."
+    values, counts = (_get(item, key, list, file, at) for key in ("class_iou", "class_pixels"))
+    if not all(v is None or ((type(v) is float or v in (0, 1)) and 0 <= v <= 1) for v in values):
+      raise _bad(file, f"{at}class_iou", values, "numbers from 0 to 1, or null")
+    if not all(type(n) is int and n >= 0 for n in counts) or len(counts) != len(values):
+      raise _bad(file, f"{at}class_pixels", counts, "as many counts as class_iou has")
+    if pixels and pixels != tuple(counts):
+      raise _bad(file, f"{at}class_pixels", counts, "those of the other rows")
+    pixels, ious[key_of(row)] = tuple(counts), tuple(values)
+    names = item.get("samples") or []
+    # Names come from a file that may be anybody's: they stay in the folder.
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not named or not all(re.fullmatch(r"\d+_[\w=]+\.png", name) for name in names):
+      raise _bad(file, f"{at}samples", names, "names such as 0_15x20.png")
+    samples[key_of(row)] = tuple(samples_folder(file) / name for name in names)
+  return ious, pixels, samples
+
+
+def samples_folder(file: Path) -> Path:
+  """Where the pictures are that the rows of a file name, as `evaluators.results` writes them."""
+  return file.with_name(f"{file.stem}_samples")
 
 
 def _row_order(row: EvalRow) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -128,7 +128,11 @@ def text(runs: Sequence[ReportRun]) -> str:
     [name, *(_cell_text(run, cells.get((run.name, key))) for key in keys)]
     for run, name in zip(runs, names, strict=True)
   )
-  lines = aligned([*zip(*heads, strict=True), *body], "<>", least=[0, *(7 for _ in keys)])
+  above = (
+    [name, *(f"{number(metric, values.get(key)) if key in values else '-'} " for key in keys)]
+    for name, values in ceilings(runs)
+  )
+  lines = aligned([*zip(*heads, strict=True), *body, *above], "<>", least=[0, *(7 for _ in keys)])
   lines.insert(2, "-" * max(map(len, lines[:2])))
   if any(run.trained is not None for run in runs):
     lines.append("* trained at this size")
@@ -164,10 +168,40 @@ def matrix(runs: Sequence[ReportRun]) -> str:
   for i, run in enumerate(runs):
     row = "".join(_cell_html(run, cells.get((run.name, key)), best[key], tint) for key in keys)
     lines.append(f"<tr>{_name_cell(i, run)}{row}</tr>")
+  for name, values in ceilings(runs):
+    row = "".join(_ceiling_cell(runs[0].metric, values.get(key)) for key in keys)
+    lines.append(f'<tr class="ceiling"><th scope="row">{html.escape(name)}</th>{row}</tr>')
   return (
     '<table class="matrix"><thead><tr><th scope="col">patch <small>grid</small></th>'
     f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
   )
+
+
+def ceilings(runs: Sequence[ReportRun]) -> list[tuple[str, dict[Key, float]]]:
+  """Returns a name and the ceiling at each size, see `Metric.ceiling_of`; once for runs of which it is the same."""
+  found: list[tuple[str, dict[Key, float]]] = []
+  for run in runs:
+    values = {
+      (row.patch, row.seqhw): value
+      for row in run.rows
+      if run.ceiling and (value := row.of(run.ceiling.name)) is not None
+    }
+    near = (other for _, other in found if _agree(values, other))
+    if values and (same := next(near, None)) is not None:
+      same |= values
+    elif values:
+      found.append((run.name, values))
+  if len(found) == 1:
+    return [("ceiling", found[0][1])]
+  return [(f"ceiling of {name}", values) for name, values in found]
+
+
+def _agree(one: dict[Key, float], other: dict[Key, float]) -> bool:
+  return all(abs(one[key] - other[key]) < 1e-6 for key in one.keys() & other.keys())
+
+
+def _ceiling_cell(metric: Metric, value: float | None) -> str:
+  return '<td class="none">–</td>' if value is None else f"<td>{number(metric, value)}</td>"
 
 
 def _tints(runs: Sequence[ReportRun]) -> Callable[[float], float]:
@@ -247,7 +281,7 @@ def _metric_columns(runs: Sequence[ReportRun]) -> list[_Column]:
 
 
 def _metric_column(metric: Metric) -> _Column:
-  best = max if metric.better == "max" else min
+  best = None if metric.ceiling_of else max if metric.better == "max" else min
   value: Callable[[EvalRow], float | None] = lambda row: row.of(metric.name)  # noqa: E731
   return _Column(metric.short, metric.unit, lambda row: number(metric, value(row)), value, best)
 
