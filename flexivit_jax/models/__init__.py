@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from flexivit_jax.models.base import UNNAMED, Model, vit_part
 from flexivit_jax.models.flexivit import FlexiViT
+from flexivit_jax.models.owl_vit import OwlViT
 from flexivit_jax.models.segmenter import Segmenter
 from flexivit_jax.models.text import TextTower
 from flexivit_jax.models.two_towers import TwoTowers
@@ -13,6 +14,7 @@ __all__ = [
   "UNNAMED",
   "FlexiViT",
   "Model",
+  "OwlViT",
   "Segmenter",
   "TextTower",
   "TwoTowers",
@@ -23,4 +25,5 @@ MODELS: dict[str, Callable[..., Model]] = {
   "flexivit": FlexiViT,
   "two_towers": TwoTowers,
   "segmenter": Segmenter,
+  "owl_vit": OwlViT,
 }

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from flexivit_jax.objectives.base import Objective
 from flexivit_jax.objectives.contrastive import sigmoid_contrastive, softmax_contrastive
+from flexivit_jax.objectives.detection import detection
 from flexivit_jax.objectives.distill import distill
 from flexivit_jax.objectives.distill_embeddings import distill_embeddings
 from flexivit_jax.objectives.segmentation import segmentation
@@ -18,4 +19,5 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
   "softmax_contrastive": softmax_contrastive,
   "sigmoid_contrastive": sigmoid_contrastive,
   "segmentation": segmentation,
+  "detection": detection,
 }
