@@ -1,5 +1,6 @@
 """Segmenter on CamVid in miniature: driving scenes of 240 x 320 pixels, 11 classes; one CPU, tens of minutes.
 
+    flexivit train --config configs/segmenter_camvid.py --workdir runs/camvid_own
     flexivit train --config configs/segmenter_camvid.py:init=vit_ti.npz --workdir runs/camvid
     flexivit train --config configs/segmenter_camvid.py:init=vit_ti.npz,decoder=linear --workdir runs/camvid_linear
     flexivit train --config configs/segmenter_camvid.py:init=vit_ti.npz,fixed=16 --workdir runs/camvid_p16
@@ -40,7 +41,9 @@ def get_config(arg=""):
   c.seed = arg.seed
   c.total_epochs = arg.epochs
 
-  data = dict(name="masks", data_dir=arg.data_dir, ignore=11)
+  where = common.data_dir()
+  where.set(arg.data_dir)
+  data = dict(name="masks", data_dir=where, ignore=11)
   values = "value_range(-1, 1)|keep('image', 'mask')"
   c.input = dict(
     data=data | dict(split="train"),

@@ -95,7 +95,8 @@ def test_debug_form_has_two_evaluations_and_two_checkpoints(form):
   exp = experiment.from_config(load(f"{name}:{arg},debug"))
   assert (exp.total_steps, exp.save_every) == (4, 2)
   assert {e.every for e in exp.evaluations.values()} == {2}
-  assert exp.flexi["seqhw"].values == load(form)["evals"]["test"]["seqhw"]
+  [drawn] = exp.flexi.values()  # of tokens a side, or rows and columns
+  assert drawn.values == load(form)["evals"]["test"]["seqhw"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,7 +179,9 @@ def test_segmenters_are_trained_as_published(name, lr, length, crop, stride):
   assert load(f"{name}:optim=adamw")["optim"]["layer_decay"] == 0.75
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("lit_coco", *SEGMENTERS)])
+@pytest.mark.parametrize(
+  "name", [n for n in NAMES if n not in ("lit_coco", "segmenter_camvid", *SEGMENTERS)]
+)
 def test_fixed_trains_one_size_and_evaluates_all(name):
   flexible, fixed = load(name), load(f"{name}:fixed=8")
   assert fixed["flexi"]["seqhw"]["v"] == (8,)
@@ -525,6 +528,13 @@ def test_one_override_moves_the_data_of_training_and_evaluation(name):
   c = load(name, "input.data.data_dir=/elsewhere")
   sections = [c["input"], *c["evals"].values()]
   assert {s["data"]["data_dir"] for s in sections} == {"/elsewhere"}
+
+
+def test_camvid_trains_at_some_patch_sizes_and_evaluates_all():
+  for argument, grids in (("fixed=16", ((15, 20),)), ("coarse=True", ((6, 8), (12, 16)))):
+    c = load(f"segmenter_camvid:{argument}")
+    assert c["flexi"]["grid_hw"]["v"] == grids and "only" in c["name"]
+    assert c["evals"] == load("segmenter_camvid")["evals"]
 
 
 # --- own images ---
