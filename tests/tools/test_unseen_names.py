@@ -61,6 +61,12 @@ def test_ridges_name_what_is_linear_in_the_texts_at_the_size_they_are_fitted_at(
   assert of["ridge to classes", "unseen", 2] < 0.3  # these photos point the other way
 
 
+def test_the_locked_tower_is_resized_as_it_was_flexified(tool):
+  model = dict(variant="Ti", kernel_operator="cubic_antialias", num_classes=1000, dtype="float32")
+  made = tool["image_fields"]({"model": model})
+  assert made == dict(variant="Ti", kernel_operator="cubic_antialias", num_classes=0)
+
+
 def test_the_table_pools_the_splits(tool):
   row = dict(model="LiT", scored="unseen", seqhw=4)
   made = tool["table"]([row | dict(split=k, top1=top1) for k, top1 in enumerate((0.2, 0.4, 0.6))])

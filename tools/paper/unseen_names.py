@@ -294,7 +294,7 @@ def write_start(
 ) -> None:
   """Writes two towers: the image tower, and MiniLM with the `projection`."""
   kernel, bias = projection(photos, captioned, args.decay)
-  image, image_params, _ = weights.load_with_record(args.image)
+  _, image_params, image = weights.load_with_record(args.image)
   _, params, record = text_weights.load(args.text, **MINILM)
   head = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
   fields = text_fields(record, photos)
@@ -308,12 +308,10 @@ def write_start(
   weights.save_npz(file, model, both, {"model": model_records.record_of(model), "notes": []})
 
 
-def image_fields(image: Any) -> dict[str, Any]:
-  """Fields of the tower without its classifier."""
-  names = (
-    "variant", "width", "depth", "mlp_dim", "num_heads", "patch_size", "posemb_size", "pool_type", "gelu",
-  )  # fmt: skip
-  return {k: getattr(image, k) for k in names if hasattr(image, k)} | {"num_classes": 0}
+def image_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields of the tower without its classifier; it is resized as it was flexified."""
+  left_out = ("num_classes", "dtype", "head_zeroinit", "head_bias", "remat", "scan")
+  return {k: v for k, v in record["model"].items() if k not in left_out} | {"num_classes": 0}
 
 
 def text_fields(record: Mapping[str, Any], photos: Photos) -> dict[str, Any]:
@@ -331,7 +329,7 @@ def settings(
     f"data_dir={folder}/captions,seed={split.number}"
   )
   tokenize = f"tokenize(path={args.text!r}, pad='[PAD]', end='[SEP]', length={LENGTH})"
-  image, _ = weights.load(args.image)
+  _, _, image = weights.load_with_record(args.image)
   tower, _, record = text_weights.load(args.text, **MINILM)
   made |= dict(
     name=f"FlexiLiT, {folder.name}",
