@@ -23,9 +23,8 @@ def make(**fields):
   return model, jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) * 0.3, shapes)
 
 
-@pytest.mark.parametrize(
-  "fields", [{}, pytest.param(dict(decoder="linear", fuse=2), marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("fields", [{}, dict(decoder="linear", fuse=2)])
 def test_an_artifact_gives_the_models_scores_of_every_pixel(fields, tmp_path):
   model, params = make(**fields)
   sizes = ((2, 3), (4, 6))
