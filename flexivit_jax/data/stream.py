@@ -292,7 +292,8 @@ def check_shapes(key: str, shapes: Iterable[tuple[int, ...]]) -> None:
       " `keep` other keys."
     )
   raise UserError(
-    f"Examples differ in the shape of {key!r}: {different[:3]}; resize or crop them in pp."
+    f"Examples differ in the shape of {key!r}: {different[:3]}; resize or crop them in pp. An evaluation of"
+    " segmentation with a window takes each at its own size with batch_size=1."
   )
 
 

@@ -94,7 +94,8 @@ class Evaluating:
     exp = self._exp
     if self._follow.ended:
       note(self._follow.reason())
-    sizes = list(exp.flexi["seqhw"].values) if "seqhw" in exp.flexi else None
+    drawn = exp.flexi.get("seqhw") or exp.flexi.get("grid_hw")
+    sizes = [v if isinstance(v, int) else f"{v[0]}x{v[1]}" for v in drawn.values] if drawn else None
     for name, evaluator in self._evaluators.items():
       source, rows = exp.evaluations[name].source, results.measure(evaluator, state.params)
       self._see(name, rows, state, schedule, final=True)

@@ -39,7 +39,10 @@ def place(exp: experiment.Experiment) -> tuple[experiment.Experiment, Mesh]:
   whole = 1 if exp.accumulate == "auto" else int(exp.accumulate)
   sharding.check_divides(exp.batch_size // whole, mesh)
   for name, evaluation in exp.evaluations.items():
-    sharding.check_divides(evaluation.section["batch_size"], mesh, f"evals.{name}.batch_size")
+    if (
+      evaluation.section.get("window") is None
+    ):  # else batches are of windows, on each process by itself
+      sharding.check_divides(evaluation.section["batch_size"], mesh, f"evals.{name}.batch_size")
   if isinstance(exp.model, FlexiViT):
     model = exp.model
     attention.check_here(model.attention, model.dtype, model.width // model.num_heads)

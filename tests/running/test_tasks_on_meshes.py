@@ -1,5 +1,6 @@
-"""Other tasks than classification on two processes of four devices: the losses of one device."""
+"""Other tasks than classification on two processes of several devices: the losses and measurements of one device."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def free_port():
 
 
 def train(environment_of, stub, workdir, processes, devices, changes):
-  """Trains a stub with batches of 16 at one size; returns the losses."""
+  """Trains a stub at one size; returns the losses."""
   command = [
     sys.executable,
     "-m",
@@ -36,7 +37,7 @@ def train(environment_of, stub, workdir, processes, devices, changes):
     f"--config={stub}",
     f"--workdir={workdir}",
   ]
-  command += ["--config.input.batch_size=16", "--config.flexi.seqhw.v=(3,)", *changes]
+  command += changes
   if processes > 1:
     command += [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
   started = [
@@ -58,10 +59,49 @@ def test_a_task_has_the_same_losses_on_two_processes_that_divide_weights_and_mic
   environment_of, repository, task, tmp_path
 ):
   stub = repository / f"tests/stubs/{task}.py"
-  own = SEGMENTER if task == "segmentation" else ()
+  sizes = ("--config.input.batch_size=16", "--config.flexi.seqhw.v=(3,)")
+  own = (*sizes, *(SEGMENTER if task == "segmentation" else ()))
   one = train(environment_of, stub, tmp_path / "one", 1, 1, own)
   assert len(one) == 4 and len(set(one)) == 4
   several = train(environment_of, stub, tmp_path / "several", 2, 4, (*own, *DIVIDED))
   # The first losses are of the same parameters; rounding moves the later ones.
   np.testing.assert_allclose(several[0], one[0], rtol=1e-6)
   np.testing.assert_allclose(several, one, rtol=1e-3)
+
+
+MEASURED = """
+from ml_collections import ConfigDict
+
+
+def get_config(arg=""):
+  data = dict(name="synthetic", image_size=(20, 28), num_classes=3, num_examples=5, annotated=True)
+  pp = "decode|value_range|keep('image', 'mask')"
+  test = dict(type="segmentation", data=dict(data, split="test"), pp=pp, batch_size=2, threads=0)
+  return ConfigDict(dict(
+    total_steps=1,
+    input=dict(data=dict(data, split="train"), pp=pp, batch_size=4, threads=0),
+    model=dict(name="segmenter", decoder="linear", backbone=dict(variant="mu", patch_size=(4, 4))),
+    objective=dict(name="segmentation"),
+    flexi=dict(seqhw=dict(v=(4,))),
+    optim=dict(lr=1e-3),
+    evals=dict(
+      test=dict(test, seqhw=(2, 4), window=(16, 16), window_stride=(9, 16)),
+      whole=dict(test, seqhw=(2, 4), batch_size=4),
+    ),
+  ))
+"""
+
+
+def test_masks_are_measured_on_two_processes_as_on_one(environment_of, tmp_path):
+  """Five images: the second process has one less, and fewer windows."""
+  config = tmp_path / "config.py"
+  config.write_text(MEASURED)
+  rows = {}
+  for name, processes, devices in (("one", 1, 1), ("several", 2, 2)):
+    train(environment_of, config, tmp_path / name, processes, devices, ())
+    files = [tmp_path / name / file for file in ("eval.json", "eval_whole.json")]
+    rows[name] = [row for file in files for row in json.loads(file.read_text())["rows"]]
+  for one, several in zip(rows["one"], rows["several"], strict=True):
+    assert several["class_pixels"] == one["class_pixels"] and several["n"] == one["n"] == 5
+    for name in ("miou", "pixel_accuracy", "boundary_iou", "ceiling", "ceiling_constant"):
+      assert several[name] == pytest.approx(one[name], abs=0.01), name
