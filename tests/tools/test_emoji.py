@@ -73,8 +73,11 @@ def test_tables_and_claims_of_what_is_done(tool, tmp_path, monkeypatch, capsys, 
   assert (rows[0]["i2t_r1"], rows[0]["least"], rows[0]["most"]) == ("75.0", "50.0", "100.0")
   assert (rows[5]["i2t_r1"], rows[5]["t2i_r5"], rows[5]["seeds"]) == ("25.0", "75.0", "2")
   claims = read("emoji_claims.csv")
-  own = claims[0]  # of the seeds that both have, 0.75 - 0.25 and 0.5 - 0.25
-  assert (own["what"], own["difference"], own["by_seed"]) == ("patch 16", "37.5", "50.0 25.0")
+  # Of the seeds that both have: 0.75 - 0.25 and 0.5 - 0.25.
+  assert [c["patch"] for c in claims] == ["16", "40", "32", "20", "16", "10"]
+  own = claims[0]
+  assert own["what"] == "random sizes against the own size"
+  assert (own["difference"], own["by_seed"]) == ("+37.5", "+50.0 +25.0")
   assert float(own["low"]) < 37.5 < float(own["high"])
   assert "| random | 40 | 16 | 75.0 |" in capsys.readouterr().out
 
@@ -94,5 +97,5 @@ def test_every_run_is_one_of_the_config(tool, repository):
     settings = config.load(f"{repository / tool['CONFIG']}:{run.argument}")
     assert settings["evals"]["test"]["seqhw"] == tuple(tool["PATCHES"])
     assert run.captions in tool["CAPTIONS"]
-  compared = {name for pairs in tool["CLAIMS"].values() for pair in pairs for name in pair[1:3]}
+  compared = {name for claim in tool["CLAIMS"] for name in (claim.first, claim.second)}
   assert compared <= tool["RUNS"].keys() | tool["ANCHORS"].keys()

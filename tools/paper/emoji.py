@@ -13,11 +13,12 @@ then all are trained on the whole of it.
 
 import argparse
 import functools
+import json
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,51 +40,67 @@ Ranks = Float[np.ndarray, "s n"]
 
 
 class Run(NamedTuple):
-  """One of the trainings: the image tower, the captions, and the argument of the config."""
+  """One of the trainings: its name in tables, the argument of the config, the image tower, and the captions."""
 
+  what: str
+  argument: str = ""
   tower: str = "flexified"
   captions: str = "emoji"
-  argument: str = ""
 
 
 RUNS = {
-  "random": Run(),
-  "fixed16": Run(argument="fixed=10"),
-  "fixed40": Run(argument="fixed=4"),
-  "plain_random": Run(tower="plain"),
-  "fixed32": Run(argument="fixed=5"),
-  "plain_fixed16": Run(tower="plain", argument="fixed=10"),
-  "fixed20": Run(argument="fixed=8"),
-  "fixed10": Run(argument="fixed=16"),
-  "shuffled": Run(captions="shuffled"),
-  "without_flags": Run(captions="without_flags"),
+  "random": Run("random sizes"),
+  "fixed40": Run("patch 40 only", "fixed=4"),
+  "fixed32": Run("patch 32 only", "fixed=5"),
+  "fixed20": Run("patch 20 only", "fixed=8"),
+  "fixed16": Run("patch 16 only", "fixed=10"),
+  "fixed10": Run("patch 10 only", "fixed=16"),
+  "plain_random": Run("tower not flexified, random sizes", tower="plain"),
+  "plain_fixed16": Run("tower not flexified, patch 16 only", "fixed=10", tower="plain"),
+  "without_flags": Run("random sizes, no flags", captions="without_flags"),
+  "shuffled": Run("random sizes, captions of other emoji", captions="shuffled"),
 }
-# What is not trained by steps: the image tower, and what stands for a text.
+
+
+class Anchor(NamedTuple):
+  """What is not trained by steps: its name in tables, the image tower, and what stands for a text."""
+
+  what: str
+  tower: str
+  target: str
+
+
 ANCHORS = {
-  "ridge": ("flexified", "minilm"),
-  "plain_ridge": ("plain", "minilm"),
-  "bag_of_words": ("flexified", "words"),
+  "ridge": Anchor("ridge", "flexified", "minilm"),
+  "plain_ridge": Anchor("tower not flexified, ridge", "plain", "minilm"),
+  "bag_of_words": Anchor("ridge on bags of words", "flexified", "words"),
 }
 CAPTIONS = {"emoji": (), "shuffled": ("--shuffled",), "without_flags": ("--without", "flags")}
-# Claims: what is compared, at which patch sizes; a difference is that of the first and the second.
-Pair = tuple[str, str, str, Iterable[int]]
-CLAIMS: dict[str, list[Pair]] = {
-  "random sizes against the own size": [
-    (f"patch {patch}", "random", f"fixed{patch}", (patch,)) for patch in PATCHES.values()
-  ],
-  "random sizes against one size elsewhere": [
-    (f"trained at patch {patch}", "random", f"fixed{patch}", PATCHES.values())
-    for patch in PATCHES.values()
-  ],
-  "the flexified tower against the plain one": [
-    ("random sizes", "random", "plain_random", PATCHES.values()),
-    ("patch 16 only", "fixed16", "plain_fixed16", PATCHES.values()),
-  ],
-  "trained texts against ridge": [
-    ("flexified", "random", "ridge", PATCHES.values()),
-    ("plain", "plain_random", "plain_ridge", PATCHES.values()),
-  ],
-}
+SIZES = tuple(PATCHES.values())
+
+
+class Claim(NamedTuple):
+  """What is compared: the name, two runs or anchors, of which the second is taken away, and at which patch sizes."""
+
+  what: str
+  first: str
+  second: str
+  patches: Sequence[int] = SIZES
+
+
+CLAIMS = (
+  Claim("random sizes against ridge", "random", "ridge"),
+  Claim("random sizes against ridge on bags of words", "random", "bag_of_words"),
+  Claim("not flexified: random sizes against ridge", "plain_random", "plain_ridge"),
+  *(Claim("random sizes against the own size", "random", f"fixed{p}", (p,)) for p in SIZES),
+  *(Claim("patch 16 only against the own size", "fixed16", f"fixed{p}", (p,)) for p in SIZES if p != 16),
+  *(Claim("patch 40 only against the own size", "fixed40", f"fixed{p}", (p,)) for p in SIZES if p != 40),
+  Claim("random sizes against patch 16 only", "random", "fixed16"),
+  Claim("random sizes against patch 40 only", "random", "fixed40"),
+  Claim("flexified against not: random sizes", "random", "plain_random"),
+  Claim("flexified against not: patch 16 only", "fixed16", "plain_fixed16"),
+  Claim("flexified against not: ridge", "ridge", "plain_ridge"),
+)  # fmt: skip
 
 
 # --- what the runs need ---
@@ -315,7 +332,7 @@ def measure_anchor(name: str, out: pathlib.Path, text: str) -> None:
   path = out / "anchors" / f"{name}.npz"
   if path.exists():
     return
-  tower, target = ANCHORS[name]
+  _, tower, target = ANCHORS[name]
   captions = {split: captions_of(out, "emoji", split) for split in (*TRAIN, "test")}
   known = [caption for split in TRAIN for caption in captions[split]]
   embed = (lambda t: minilm(t, text)) if target == "minilm" else (lambda t: words(t, known))
@@ -387,39 +404,41 @@ def measured(name: str, out: pathlib.Path) -> list[dict[str, Any]]:
     }
     means = 100 * each.mean(1)
     row |= {"least": f"{means.min():.1f}", "most": f"{means.max():.1f}", "seeds": len(each)}
-    rows.append(row | {"emoji": each.shape[1]})
+    rows.append(row | {"emoji": each.shape[1], "what": (RUNS | ANCHORS)[name].what})
   return rows
 
 
 def compared(out: pathlib.Path) -> list[dict[str, Any]]:
   """Differences of R@1 (mean of both ways) that the claims are about, in points, with intervals."""
   rows = []
-  patches = list(PATCHES.values())
-  for claim, pairs in CLAIMS.items():
-    for what, first, second, sizes in pairs:
-      a, b = read(first, out), read(second, out)
-      seeds = sorted(a.keys() & b.keys()) if second not in ANCHORS else sorted(a)
-      if not b or not seeds:
-        continue
-      for patch in sizes:
-        i = patches.index(patch)
-        other = [b[seed if second not in ANCHORS else 0] for seed in seeds]
-        each = np.stack(
-          [hits(a[s], 1)[i] - hits(o, 1)[i] for s, o in zip(seeds, other, strict=True)]
-        )
-        low, high = interval(each)
-        rows.append(
-          {
-            "claim": claim,
-            "what": what,
-            "patch": patch,
-            "difference": f"{100 * each.mean():.1f}",
-            "low": f"{100 * low:.1f}",
-            "high": f"{100 * high:.1f}",
-            "by_seed": " ".join(f"{100 * x:.1f}" for x in each.mean(1)),
-          }
-        )
+  for claim in CLAIMS:
+    first, second = read(claim.first, out), read(claim.second, out)
+    if claim.second in ANCHORS:  # has one fit, which stands beside every seed
+      second = {seed: ranks for seed in first for ranks in second.values()}
+    seeds = sorted(first.keys() & second.keys())
+    for patch in claim.patches if seeds else ():
+      i = SIZES.index(patch)
+      each = np.stack([hits(first[seed], 1)[i] - hits(second[seed], 1)[i] for seed in seeds])
+      low, high = interval(each)
+      numbers = {"difference": each.mean(), "low": low, "high": high}
+      row = {"what": claim.what, "patch": patch}
+      row |= {name: f"{100 * number:+.1f}" for name, number in numbers.items()}
+      rows.append(row | {"by_seed": " ".join(f"{100 * x:+.1f}" for x in each.mean(1))})
   return rows
+
+
+def retained(out: pathlib.Path) -> list[dict[str, Any]]:
+  """How often the tower says on emoji what it says at its native size, without and with flexifying, in percent."""
+  path = out / "flexified" / "retention.json"
+  if not path.exists():
+    return []
+  made = json.loads(path.read_text())
+  titles = {"before": "agreement, PI-resize alone", "after": "agreement, flexified"}
+  return [
+    {"row": when, "patch": row["patch"], "what": what, "percent": f"{100 * row['agree1']:.1f}"}
+    for when, what in titles.items()
+    for row in made[when]
+  ]
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -445,9 +464,7 @@ def main() -> None:
   parser.add_argument("--only", help="names of runs, with commas (default: all)")
   parser.add_argument("--seeds", default="0,1,2", help="with commas (default: 0,1,2)")
   parser.add_argument("--tables", action="store_true", help="train and measure nothing")
-  parser.add_argument(
-    "--csv", type=pathlib.Path, help="folder to write emoji.csv and emoji_claims.csv to"
-  )
+  parser.add_argument("--csv", type=pathlib.Path, help="folder to write emoji*.csv to")
   args, overrides = parser.parse_known_args()
   if strange := [a for a in overrides if not a.startswith("--config.")]:
     parser.error(f"unknown argument {strange[0]}")
@@ -470,8 +487,10 @@ def main() -> None:
   claims = compared(args.out)
   print(markdown(rows), markdown(claims), sep="\n\n")
   if args.csv:
-    for name, made in {"emoji": rows, "emoji_claims": claims}.items():
-      results.write_csv(args.csv / f"{name}.csv", made)
+    made = {"emoji": rows, "emoji_claims": claims, "emoji_flexified": retained(args.out)}
+    for name, table in made.items():
+      if table:
+        results.write_csv(args.csv / f"{name}.csv", table)
 
 
 if __name__ == "__main__":
