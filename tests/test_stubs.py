@@ -30,7 +30,9 @@ def load(repository, monkeypatch):
     table.update(before)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+  "task", ["detection", *(pytest.param(task, marks=pytest.mark.full) for task in TASKS[:2])]
+)
 def test_a_task_is_planned(task, load, repository, capsys):
   load(task)  # so that what it registers is taken back
   cli.main(["plan", str(repository / f"tests/stubs/{task}.py"), "--json"])

@@ -71,12 +71,14 @@ def same(a, b):
   assert all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.full
 def test_two_runs_of_one_seed_are_bit_identical(whole, tmp_path):
   again = train_lib.train(CONFIG, tmp_path)
   same(final(whole), final(again))
   assert losses(whole) == losses(again)
 
 
+@pytest.mark.full
 def test_another_seed_is_another_run(whole, tmp_path):
   other = train_lib.train(changed(seed=1), tmp_path)
   assert losses(whole) != losses(other)
@@ -201,9 +203,13 @@ def test_training_learns(tmp_path):
   assert np.mean(loss[-5:]) < 0.5 * np.mean(loss[:5])
 
 
+@pytest.mark.full
 def test_accumulated_run_compiles_for_a_batch_that_is_divided(tmp_path):
   run = train_lib.train(changed(total_steps=2, accumulate=4, evals={}), tmp_path)
   assert len(losses(run)) == 2
+
+
+def test_microbatches_that_do_not_divide_the_batch_are_refused():
   with pytest.raises(errors.UserError, match="accumulate"):
     experiment.from_config(changed(accumulate=3))
 

@@ -89,7 +89,7 @@ def test_one_head_in_closed_form(asked):
   np.testing.assert_allclose(got.map[0], want, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize(("pool_type", "seqhw"), [("tok", 1), ("tok", 3), ("gap", 2), ("gap", 3)])
+@pytest.mark.parametrize(("pool_type", "seqhw"), [("tok", 3), ("gap", 2)])
 def test_logits_are_the_models_own(pool_type, seqhw, image):
   """Unrolled and in a scan with recomputed blocks; and so are the relevances of both."""
   model, params = make(pool_type=pool_type, gelu="exact", layer_norm_eps=1e-3)

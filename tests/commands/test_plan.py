@@ -57,7 +57,10 @@ def test_parameters_at_patch_16_are_timms(variant):
   assert trees.count(params) / 1e6 == pytest.approx(PARAMETERS[variant], abs=0.01)
 
 
-@pytest.mark.parametrize("spec", ["i1k_distill:variant=S", "i21k_sup:sizes=coarse_to_fine"])
+@pytest.mark.parametrize(
+  "spec",
+  ["i1k_distill:variant=S", pytest.param("i21k_sup:sizes=coarse_to_fine", marks=pytest.mark.full)],
+)
 def test_training_alone_costs_what_all_costs_say(spec):
   settings = load(spec)
   assert costs.training_flops(settings) == costs.costs(settings)["training_flops"]
@@ -113,7 +116,7 @@ def test_activations_are_the_students_or_the_teachers_whichever_are_more():
   assert found["activations"] == tokens * (4 * large.model.width + 4 * 2**20) * 1024 / 32 / 2
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize("seqhw", [8])
 def test_activations_are_about_what_a_compiled_step_needs(remat, seqhw):
   """Within a factor of 1.3 of XLA's own figure on a CPU, which also holds the gradients (more programs: results/)."""
@@ -182,7 +185,7 @@ def test_s_is_divided_over_256_devices():
   [
     ("flexi.seqhw.v=(5,7)", "seqhw=7 does not divide the image"),
     ("optim.lrr=1", "Did you mean 'optim.lr'"),
-    ("input.data.name=imagenet_of_mine", "To plan, give one of cifar10"),
+    ("input.data.name=imagenet_of_mine", "To plan, give one of .*cifar10"),
     ("model.num_classes=999", "the model has 999 classes"),
   ],
 )
@@ -217,8 +220,6 @@ def test_attention_is_that_of_the_platform_whatever_this_machine_is(monkeypatch)
 
 def test_command(capsys):
   arguments = ["plan", str(CONFIGS / "digits.py"), "--config.flexi.seqhw.v=(2,)"]
-  assert cli.main([*arguments, "--json"]) == 0
-  assert json.loads(capsys.readouterr().out)["steps"] == 2000
   assert cli.main(arguments) == 0
   out = capsys.readouterr().out
   assert "seqhw=2" in out and "v3-32" in out and "8 devices: 1 training steps lowered" in out

@@ -192,6 +192,7 @@ def probe_on_all_devices(path: str) -> None:
     json.dump({"rows": probed(shots=20), "devices": jax.device_count()}, file)
 
 
+@pytest.mark.full
 def test_eight_devices_probe_as_one(tmp_path, on_eight_devices):
   path = tmp_path / "eight.json"
   on_eight_devices(probe_on_all_devices, str(path))

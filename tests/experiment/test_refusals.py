@@ -161,7 +161,10 @@ def test_after_all_refusals_the_same_command_goes_on(run, capfd):
   assert manifest.read(run / "checkpoints" / "3" / "manifest").files
 
 
-@pytest.mark.parametrize("arguments", REFUSED["batch size"][0:1] + REFUSED["one image more"][0:1])
+@pytest.mark.parametrize(
+  "arguments",
+  [REFUSED["batch size"][0], pytest.param(REFUSED["one image more"][0], marks=pytest.mark.full)],
+)
 def test_a_new_run_from_the_weights_is_begun_as_is_advised(run, capfd, arguments, tmp_path):
   assert train(*arguments) == 2
   said = capfd.readouterr().err

@@ -1,5 +1,6 @@
 """Distillation against its definition; the teacher is neither trained nor stored, and a run keeps its teacher."""
 
+import contextlib
 import functools
 
 import jax
@@ -243,24 +244,9 @@ def teacher(tmp_path):
   return save(tmp_path / "teacher.npz", *made(1, width=32))
 
 
-def test_a_run_keeps_its_teacher_out_of_its_checkpoints_and_itself_to_its_teacher(
-  teacher, tmp_path
+def test_a_run_changes_no_bit_of_its_teacher_saves_none_and_goes_on_with_no_other(
+  teacher, tmp_path, monkeypatch
 ):
-  run = train_lib.train(config(teacher), tmp_path / "run")
-  rows = metrics_writer.read_rows(run / "metrics.jsonl")
-  assert {"test/agree1/seqhw=6", "test/kl/seqhw=2"} <= rows[-1].keys()
-  _, params = weights.load(run)
-  assert params["embedding"]["kernel"].shape[-1] == 16  # the student's alone
-  other = save(tmp_path / "other.npz", *made(2, width=32))
-  with pytest.raises(errors.UserError, match="trained with other teachers"):
-    train_lib.train(config(other, total_steps=6), run)
-  (folder, step) = checkpoint.find(run)
-  assert step == 4 and folder.name == "checkpoints"
-  again = train_lib.train(config(teacher, total_steps=4), tmp_path / "again")
-  assert metrics_writer.read_rows(again / "metrics.jsonl")[3]["loss"] == rows[3]["loss"]
-
-
-def test_a_run_changes_no_bit_of_its_teacher_and_saves_none(teacher, tmp_path, monkeypatch):
   made_targets = []
   targets = train_lib.preparation.teacher_logits
 
@@ -268,21 +254,29 @@ def test_a_run_changes_no_bit_of_its_teacher_and_saves_none(teacher, tmp_path, m
     made_targets.append(targets(*args, **fit))
     return made_targets[0]
 
-  monkeypatch.setattr(train_lib.preparation, "teacher_logits", observed)
-  run = train_lib.train(config(teacher, evals={}), tmp_path / "run")
-  _, params = weights.load(teacher)
-  before = trees.digest(params)
+  with monkeypatch.context() as patch:
+    patch.setattr(train_lib.preparation, "teacher_logits", observed)
+    run = train_lib.train(config(teacher), tmp_path / "run")
+  rows = metrics_writer.read_rows(run / "metrics.jsonl")
+  assert {"test/agree1/seqhw=6", "test/kl/seqhw=2"} <= rows[-1].keys()
+  before = trees.digest(weights.load(teacher)[1])
   (used,) = made_targets
   assert trees.digest(used._frozen["prof"]) == trees.digest(used._teaching.frozen["prof"]) == before
-  manager = checkpoint.Checkpoints(run / "checkpoints", keep=None)
-  stored = manager._manager.item_metadata(4)
-  shapes = [
-    leaf.shape
-    for item in (stored.params, stored.state)
-    for leaf in jax.tree.leaves(dict(item.items()))
-  ]
-  manager.close()
+  with contextlib.closing(checkpoint.Checkpoints(run / "checkpoints", keep=None)) as manager:
+    stored = manager._manager.item_metadata(4)
+    shapes = [
+      leaf.shape
+      for item in (stored.params, stored.state)
+      for leaf in jax.tree.leaves(dict(item.items()))
+    ]
   assert (4, 4, 3, 16) in shapes and not any(32 in shape for shape in shapes)  # 32: its width
+  _, params = weights.load(run)
+  assert params["embedding"]["kernel"].shape[-1] == 16  # the student's alone
+  other = save(tmp_path / "other.npz", *made(2, width=32))
+  with pytest.raises(errors.UserError, match="trained with other teachers"):
+    train_lib.train(config(other, total_steps=6), run)
+  (folder, step) = checkpoint.find(run)
+  assert step == 4 and folder.name == "checkpoints"
 
 
 @pytest.mark.full

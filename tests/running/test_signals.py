@@ -115,6 +115,7 @@ def test_a_step_in_hand_is_finished_and_saved(whole, tmp_path, monkeypatch, caps
   assert f"step {step}/12, epoch {step / 5:.2f}, {8 * step} images seen; 0 s of work lost" in said
 
 
+@pytest.mark.full
 def test_an_evaluation_is_left_at_once_and_made_again(whole, tmp_path, monkeypatch):
   def evaluating(self, params):
     terminate()

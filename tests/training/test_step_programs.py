@@ -19,7 +19,7 @@ from flexivit_jax.training import optim, step_programs, steps, token_budget
 
 SIZES = [{"seqhw": 2}, {"seqhw": 4}, {"seqhw": 8}]
 MODEL = FlexiViT(
-  num_classes=10, width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=(3, 3), posemb_size=(4, 4),
+  num_classes=10, width=32, depth=1, mlp_dim=64, num_heads=2, patch_size=(3, 3), posemb_size=(4, 4),
   head_zeroinit=False,
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ def whole(given):
 
 
 def close(a, b):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), a, b)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=3e-7, atol=1e-6), a, b)
 
 
 def test_two_programs_are_the_step(given, whole):
