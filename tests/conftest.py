@@ -65,7 +65,7 @@ mlir.make_ir_context = _shared_context
 
 
 def pytest_collection_finish():
-  """What imports and collection made stays: the garbage collector need not walk it, 9 % of the tests' CPU time."""
+  """What imports and collection made stays, so the collector need not walk it (3.9 s of the 75 of 144 tests)."""
   gc.collect()
   gc.freeze()
 

@@ -233,7 +233,8 @@ def test_a_signal_that_python_swallows_is_obeyed_all_the_same(monkeypatch, where
     where()
     assert set(swallowed) == {signals.Stopped}  # once, or again where collecting takes long
     time.sleep(60)
-  assert time.monotonic() - begun < 50  # not the 60 s of sleep; collecting takes long on a busy machine
+  # Not the 60 s of sleep; collecting takes long on a busy machine.
+  assert time.monotonic() - begun < 50
   assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
