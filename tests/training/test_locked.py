@@ -1,5 +1,6 @@
 """The embeddings of a locked image tower are cached: by example, size and tower, and the run is the same to the bit."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -94,6 +95,12 @@ def test_rows_are_found_by_example_and_size_and_a_damaged_one_is_missing(tmp_pat
 def test_what_cannot_be_cached_is_refused(tmp_path, change, expected):
   with pytest.raises(errors.UserError, match=f"tower_cache cannot be used: .*{expected}"):
     experiment.from_config(config(**{"tower_cache": str(tmp_path), **change}))
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(errors.UserError, match=r"tower_cache cannot be used: .*several processes"):
+    experiment.from_config(config(tower_cache=str(tmp_path)))
 
 
 def test_what_a_cache_depends_on(tmp_path):
