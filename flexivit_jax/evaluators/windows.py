@@ -55,6 +55,12 @@ def anchors(length: int, window: int, stride: int) -> list[int]:
   return [*range(0, length - window, stride), length - window]
 
 
+def number(hw: Size, window: Size, stride: Size) -> int:
+  """Returns how many windows an image of `hw` pixels has; it is not smaller than one."""
+  rows, columns = (len(anchors(n, w, s)) for n, w, s in zip(hw, window, stride, strict=True))
+  return rows * columns
+
+
 @final
 class Canvas:
   """The sum of the logits of windows of one image; every pixel is covered once all of `places` are added.

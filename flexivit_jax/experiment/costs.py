@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Sharding
 from flexivit_jax import data, experiment, trees, weights
 from flexivit_jax.config import Section
 from flexivit_jax.devices import collectives, sharding
+from flexivit_jax.evaluators import windows
 from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
 from flexivit_jax.experiment.machines import MACHINES
@@ -188,7 +189,10 @@ def _evaluation_flops(exp: experiment.Experiment, evaluation: experiment.Evaluat
   section = evaluation.section
   axes = {k: section[k] for k in ("seqhw", "stride", "depth") if section.get(k)}
   sizes = sizes_of(**axes) if axes else []
-  macs = sum(exp.model.gmacs(exp.shapes, **size) for size in sizes)
+  shapes, views = exp.shapes, 1.0
+  if section.get("type") == "segmentation":
+    shapes, views = _views(section, evaluation.source, exp.shapes)
+  macs = views * sum(exp.model.gmacs(shapes, **size) for size in sizes)
   times = math.ceil(exp.total_steps / evaluation.every)
   if "teacher" in section:
     teacher = section["teacher"]
@@ -196,6 +200,27 @@ def _evaluation_flops(exp: experiment.Experiment, evaluation: experiment.Evaluat
     macs += teacher.model.gmacs({"image": arrays[teacher.image].shape}, **teacher.size)
     times = 1 if not sizes else times
   return 2e9 * macs * len(evaluation.source) * times
+
+
+def _views(
+  section: Section, source: data.Source, shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], float]:
+  """What the model sees of an image in an evaluation of segmentation, and how often: windows, scales, mirrored.
+
+  All images are taken to have the size of the first; without a window they are as in training (`shapes`), and a scale
+  costs as its number of pixels.
+  """
+  scales, flips = section.get("scales", (1.0,)), 2 if section.get("flip") else 1
+  window = section.get("window")
+  if window is None:
+    return shapes, flips * sum(scale**2 for scale in scales)
+  stride = section.get("window_stride", window)
+  window, stride = ((n, n) if isinstance(n, int) else tuple(n) for n in (window, stride))
+  h, w, channels = experiment.example_arrays(source, section["pp"])["image"].shape
+  short = section.get("short_side") or min(h, w)
+  seen = (windows.scaled((h, w), short * scale, window) for scale in scales)
+  number = sum(windows.number(hw, window, stride) for hw in seen)
+  return {**shapes, "image": (*window, channels)}, flips * number
 
 
 def _activation_bytes(exp: experiment.Experiment, model: Model, size: SizeArgs) -> float:

@@ -102,6 +102,26 @@ def test_steps_flops_and_hours_of_the_small_distillation():
   assert only["evaluation_flops"] == pytest.approx(2e9 * 2 * student * 50_000 * 11, rel=0.1)
 
 
+@pytest.mark.parametrize(
+  ("section", "seen", "views"),
+  [
+    (dict(window=512, short_side=512), 512, 2),  # of 512 x 683 pixels
+    (dict(window=(512, 512), short_side=512, flip=True), 512, 4),
+    (dict(window=300, window_stride=100), 300, 2 * 3),  # of 375 x 500, as it is
+    (dict(window=300, scales=(0.5, 1)), 300, 2 + 4),  # 188 x 250 is enlarged to 300 x 400
+    (dict(scales=(0.5, 1), flip=True), 99, 2 * 1.25),
+  ],
+)
+def test_an_evaluation_of_segmentation_costs_all_that_the_model_sees(section, seen, views):
+  """Of the stand-in's images, 375 x 500 pixels."""
+  section = {"type": "segmentation", "pp": "decode|keep('image', 'mask')", **section}
+  source = data.planned_source(name="ade20k", split="validation")
+  assert costs._views(section, source, {"image": (99, 99, 3)}) == (
+    {"image": (seen, seen, 3)},
+    views,
+  )
+
+
 def test_activations_are_the_students_or_the_teachers_whichever_are_more():
   """Never both: the teachers are a program of their own."""
   exp = costs.planned(small("i1k_distill"), "tpu v3")
