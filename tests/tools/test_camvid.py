@@ -33,6 +33,7 @@ def test_rows_are_means_over_seeds_and_their_range(tmp_path):
       {"saves": {"0": {"steps": 0.0}, "92": {"steps": 60.0}}},
       {"saves": {"367": {"steps": 120.0}}},
     ]
+    (folder / "log.txt").write_text("grid_hw=6x8: ...\n2.26e+13 FLOPs expected in all\n")
     (folder / "ledger.json").write_text(json.dumps(parts))
   coarse, fine = camvid.measured("linear", tmp_path)
   assert (coarse["patch"], coarse["miou"], coarse["low"], coarse["high"]) == (
@@ -42,5 +43,6 @@ def test_rows_are_means_over_seeds_and_their_range(tmp_path):
     "40.0",
   )
   assert (fine["miou"], fine["minutes"], fine["seeds"], fine["ceiling"]) == ("55.0", "3", 2, "90.0")
+  assert coarse["TFLOPs"] == "23"
   assert camvid.measured("mask", tmp_path) == []
   assert camvid.table(tmp_path).splitlines()[-1].startswith("| linear | 35.0 (30.0 to 40.0) |")

@@ -7,6 +7,7 @@ python tools/paper/camvid.py --out runs/camvid --csv FILE                       
 import argparse
 import json
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ RUNS = {
   for decoder in ("mask", "linear")
   for name, argument in (("", ""), ("_p16", ",fixed=16"), ("_p40", ",fixed=40"), ("_p20", ",fixed=20"))
 } | {"linear_fused": "decoder=linear,fuse=2", "linear_coarse": "decoder=linear,coarse=True"}  # fmt: skip
+ENDS = ("TFLOPs", "minutes", "seeds")
 
 
 def run(name: str, workdir: pathlib.Path, given: str) -> None:
@@ -57,6 +59,7 @@ def measured(name: str, out: pathlib.Path) -> list[dict[str, Any]]:
         "boundary_iou": f"{100 * statistics.mean(row['boundary_iou'] for row in rows):.1f}",
         "pixels": f"{100 * statistics.mean(row['pixel_accuracy'] for row in rows):.1f}",
         "ceiling": f"{100 * rows[0]['ceiling']:.1f}",
+        "TFLOPs": f"{statistics.mean(flops(folder) for folder in made) / 1e12:.0f}",
         "minutes": f"{statistics.mean(minutes(folder) for folder in made):.0f}",
         "images": rows[0]["n"],
         "seeds": len(made),
@@ -68,6 +71,12 @@ def measured(name: str, out: pathlib.Path) -> list[dict[str, Any]]:
 def by_cost(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """Rows of sizes, the cheapest first."""
   return sorted(rows, key=lambda row: row["gflops"])
+
+
+def flops(workdir: pathlib.Path) -> float:
+  """Of a whole training, as its log says."""
+  text = (workdir / "log.txt").read_text()
+  return float(re.search(r"(\S+) FLOPs expected in all", text)[1])
 
 
 def minutes(workdir: pathlib.Path) -> float:
@@ -84,11 +93,11 @@ def table(out: pathlib.Path) -> str:
     if not lines:
       heads = [f"{row['patch']} px" for row in rows]
       lines = [
-        f"| run | {' | '.join(heads)} | minutes | seeds |",
-        "|" + "---|" * (len(heads) + 3),
+        f"| run | {' | '.join(heads)} | {' | '.join(ENDS)} |",
+        "|" + "---|" * (len(heads) + 1 + len(ENDS)),
       ]
     cells = [f"{row['miou']} ({row['low']} to {row['high']})" for row in rows]
-    end = f"{rows[0]['minutes']} | {rows[0]['seeds']}"
+    end = " | ".join(str(rows[0][key]) for key in ENDS)
     lines.append(f"| {rows[0]['run']} | {' | '.join(cells)} | {end} |")
   return "\n".join(lines)
 
