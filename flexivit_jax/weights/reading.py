@@ -123,6 +123,8 @@ def load_into(
   source, params, record = load_with_record(path, scan=model.scan, **options)
   pools_alike = new_head and {source.pool_type, model.pool_type} <= _WITH_CLASS_TOKEN
   _check_same(path, source, model, [n for n in _SAME if not (n == "pool_type" and pools_alike)])
+  if note := _resized_otherwise(path, source, model):
+    record = record | {"notes": [*(record.get("notes") or []), note]}
   accept(source, record)
   if model.num_classes and not source.num_classes and not new_head:
     raise errors.UserError(
@@ -186,6 +188,23 @@ def _check_same(
   ]
   if lines:
     raise OtherModel(f"{path} is of another model:\n  " + "\n  ".join(lines))
+
+
+_RESIZED = ("kernel_resize", "kernel_operator", "grid_operator")
+
+
+def _resized_otherwise(
+  path: str | os.PathLike[str], source: FlexiViT, model: FlexiViT
+) -> str | None:
+  """A note on fields by which kernel and grid are resized, where a file's model has others; None where it has not."""
+  differ = [n for n in _RESIZED if getattr(source, n) != getattr(model, n)]
+  if not differ:
+    return None
+  each = ", ".join(f"{n}={getattr(source, n)!r}, here {getattr(model, n)!r}" for n in differ)
+  return (
+    f"{path} was made for {each}: at sizes other than its own it computes something else here. Training makes up for"
+    " that; a part that stays as it is should have the file's."
+  )
 
 
 class OtherModel(errors.UserError):

@@ -203,3 +203,22 @@ def test_the_references_own_files_load(shared, pool):
   want = FlexiViT(num_classes=10, patch_size=patch, pool_type=pool, **size)
   assert model == want
   assert params["embedding"]["kernel"].shape == (*patch, 3, 64)
+
+
+def test_a_model_that_resizes_otherwise_than_the_file_is_told(tmp_path):
+  stored, flat = make(kernel_operator="cubic_antialias", grid_operator="cubic_antialias")
+  file = tmp_path / "weights.npz"
+  weights.save_npz(
+    file,
+    stored,
+    trees.unflatten(flat),
+    {"model": FIELDS | dict.fromkeys(("kernel_operator", "grid_operator"), "cubic_antialias")},
+  )
+  notes = {}
+  for name, model in (("other", make()[0]), ("same", stored)):
+    weights.load_into(
+      file, model, accept=lambda _, record, name=name: notes.update({name: record.get("notes")})
+    )
+  [note] = [n for n in notes["other"] if "was made for" in n]
+  assert "kernel_operator='cubic_antialias', here 'linear'" in note
+  assert not [n for n in notes["same"] or () if "was made for" in n]
