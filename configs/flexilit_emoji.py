@@ -6,7 +6,7 @@
 
 Expect, of the second: R@1 of 395 held-out emoji, the mean of both ways, of 25 % at patch 40, 28 at 32, 31 at 20, 16 and
 10; ridge regression from the same image vectors has 19 to 25 with MiniLM's vectors, 28 to 32 with bags of words; chance
-is 0.25. The third trains at one size and is measured at all (figure 19 of FlexiViT's paper): as good near it, 5 to 8
+is 0.25. The third trains at one size and is measured at all (figure 19 of FlexiViT's paper): as good near it, 6 to 9
 points worse at 32 and 40. Intervals: docs/image_text.md. `tools/paper/emoji.py` runs all of it.
 
 image: a ViT-Ti/16 flexified (docs/flexify.md), a run or file. text: the folder of all-MiniLM-L6-v2, of which the last
