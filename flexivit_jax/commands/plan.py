@@ -97,6 +97,10 @@ def text(plan: Mapping[str, Any]) -> list[str]:
     "",
     f"{plan['training_flops']:.3g} FLOPs to train, {plan['evaluation_flops']:.3g} to evaluate",
   ]
+  if plan["tower_cache"]:
+    lines.append(
+      "The locked image tower's forward pass is counted in each step, also where tower_cache saves it."
+    )
   for name, hours in plan["hours"].items():
     lines.append(
       f"{name:>9}: {hours['training']:.3g} h to train, {hours['evaluation']:.3g} h to evaluate,"

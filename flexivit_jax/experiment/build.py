@@ -78,6 +78,7 @@ class Experiment(NamedTuple):
     class_names: names of the logits.
     data_classes: names of the training data's labels.
     tokens: how texts become tokens; None: there are none.
+    projection: whether the model's head is a projection to embeddings and no classifier, as CLIP's.
     notes: what the user should know of the classes.
     class_lines: returns lines on the number of examples of each class, and on class weights.
     best, early: metric whose best checkpoint stays; when the run ends early.
@@ -118,6 +119,7 @@ class Experiment(NamedTuple):
   class_names: tuple[str, ...] | None
   data_classes: tuple[str, ...] | None
   tokens: Tokens | None
+  projection: bool
   notes: list[str]
   class_lines: Callable[[], Sequence[str]] = tuple
   best: monitor.FollowedMetric | None = None
@@ -261,6 +263,7 @@ def from_config(
     class_names=learner.labelled.model.names,
     data_classes=learner.labelled.data_names,
     tokens=learner.tokens,
+    projection=_teaches_head(checked.objective),
     tower_cache=cached,
     notes=[
       *learner.labelled.notes,
@@ -270,6 +273,11 @@ def from_config(
     best=best,
     early=early,
   )
+
+
+def _teaches_head(objective: Section) -> bool:
+  """Whether an objective makes embeddings of what the head gives."""
+  return (objective.get("name"), objective.get("output")) == ("distill_embeddings", "logits")
 
 
 def check(settings: Section, name: str = "") -> Settings:

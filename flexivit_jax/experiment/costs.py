@@ -79,6 +79,7 @@ def costs(
     "steps": exp.total_steps,
     "batch_size": exp.batch_size,
     "accumulate": exp.accumulate,
+    "tower_cache": exp.tower_cache is not None,
     "epochs": exp.total_steps / exp.steps_per_epoch,
     "sizes": sizes,
     "training_flops": training,

@@ -179,6 +179,7 @@ def record(
     "frozen": exp.frozen_digests,
     "schedule": schedule,
     **({} if exp.tokens is None else {"text": exp.tokens.record()}),
+    **({"projection": True} if exp.projection else {}),
     "trained": {name: list(choice.values) for name, choice in exp.flexi.items()},
   }
 

@@ -170,3 +170,14 @@ def test_the_teacher_has_embeddings_of_the_students_length_and_any_classes():
   goal["teachers"] = dict(t=dict(model=dict(fields, width=32), seqhw=6))
   with pytest.raises(errors.UserError, match="has pre_logits of length 32, the model of 16"):
     experiment.from_config(config(objective=goal))
+
+
+@pytest.mark.full
+def test_a_run_that_teaches_what_a_head_gives_says_that_the_head_is_no_classifier(tmp_path):
+  fields = dict(FIELDS, num_classes=7)
+  goal = dict(teachers=dict(t=dict(model=fields, seqhw=6)), output="logits")
+  settings = config(model=fields, objective=dict(config()["objective"], **goal), total_steps=2)
+  assert experiment.from_config(settings).projection
+  assert not experiment.from_config(config()).projection
+  run = train_lib.train(settings, tmp_path / "run")
+  assert weights.load_with_record(run)[2]["projection"]
