@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from flexivit_jax import config, data, errors, experiment, train
+from flexivit_jax import config, data, errors, experiment, sizes, train
 from flexivit_jax.experiment import costs
 from flexivit_jax.running import metrics_writer
 from flexivit_jax.training import patch_schedule, schedules
@@ -287,11 +287,24 @@ def test_runs_end_to_end_and_resumes(name, tmp_path, train_until, capsys):
 
 
 def at_fewer_sizes(settings: dict[str, Any]) -> dict[str, Any]:
-  """The coarsest, a middle and the finest size: ten programs of each kind take minutes to compile."""
-  sizes = settings["flexi"]["seqhw"]["v"]
-  fewer = tuple(dict.fromkeys((sizes[0], sizes[len(sizes) // 2], sizes[-1])))
+  """The coarsest, a middle and the finest size: ten programs of each kind take minutes to compile.
+
+  Of a Segmenter the two coarsest: its finest has thousands of tokens.
+  """
+  [(key, drawn)] = settings["flexi"].items()
+  values = drawn["v"]
+  chosen = (values[0], values[len(values) // 2], values[-1])
+  if settings["model"].get("name") == "segmenter":
+    chosen = values[:2]
+  fewer = tuple(dict.fromkeys(chosen))
   evals = {k: {**v, "seqhw": fewer} for k, v in settings["evals"].items()}
-  return {**settings, "flexi": {"seqhw": {"v": fewer}}, "evals": evals}
+  return {**settings, "flexi": {key: {"v": fewer}}, "evals": evals}
+
+
+def drawn_sizes(settings: dict[str, Any]) -> tuple[str, list[int | str]]:
+  """The argument of the model that is drawn, and its values as rows name them."""
+  [(key, drawn)] = settings["flexi"].items()
+  return key, [sizes.size_text(size) for size in drawn["v"]]
 
 
 def checkpoints(run: pathlib.Path) -> list[int]:
@@ -303,12 +316,12 @@ def examples(settings: dict[str, Any]) -> int:
 
 
 def check_metrics(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-  grids = settings["flexi"]["seqhw"]["v"]
+  key, drawn = drawn_sizes(settings)
   assert [r["step"] for r in rows] == [1, 2, 3, 4]
   assert all(np.isfinite([r["loss"], r["grad_norm"], r["schedule"]]).all() for r in rows)
-  assert all(r["seqhw"] in grids for r in rows)
+  assert all(r[key] in drawn for r in rows)
   for name, section in settings["evals"].items():
-    keys = {f"{name}/{k}/seqhw={s}" for k in measured(section) for s in section["seqhw"]}
+    keys = {f"{name}/{k}/seqhw={s}" for k in measured(section) for s in drawn}
     assert [keys <= r.keys() for r in rows] == [False, True, False, True]
 
 
@@ -327,10 +340,11 @@ def check_results(
 ) -> None:
   assert (results["dataset"], results["step"]) == ("synthetic", 4)
   assert results["split"] == section["data"]["split"]
-  assert results["trained_seqhw"] == list(settings["flexi"]["seqhw"]["v"])
-  assert [r["seqhw"] for r in results["rows"]] == list(section["seqhw"])
-  for row in results["rows"]:
-    assert row["tokens"] == row["seqhw"] ** 2
+  _, drawn = drawn_sizes(settings)
+  assert results["trained_seqhw"] == drawn
+  assert [r["seqhw"] for r in results["rows"]] == drawn
+  for row, size in zip(results["rows"], section["seqhw"], strict=True):
+    assert row["tokens"] == (size**2 if isinstance(size, int) else size[0] * size[1])
     assert row["n"] == 20  # The last of three batches of 8 is filled up.
     named = ("top1", "top5", "agree1", "agree5", "i2t_r1", "i2t_r5")
     ordered = [row[k] for k in named if k in measured(section)][:2] or [row["miou"]]
