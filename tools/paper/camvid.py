@@ -1,7 +1,7 @@
 """Runs the experiments of configs/segmenter_camvid.py and prints what came of them; goes on where it was stopped.
 
 python tools/paper/camvid.py --out runs/camvid --init vit_ti.npz --data_dir camvid   run what is not done yet
-python tools/paper/camvid.py --out runs/camvid --csv FILE                            the table; adds its rows to a file
+python tools/paper/camvid.py --out runs/camvid --csv FILE                            the table; writes its rows
 """
 
 import argparse
@@ -110,7 +110,7 @@ def main() -> None:
   parser.add_argument("--data_dir", default="camvid", help="the data (default: camvid)")
   parser.add_argument("--only", help="names of runs, with commas (default: all)")
   parser.add_argument("--seeds", default="0,1", help="with commas (default: 0,1)")
-  parser.add_argument("--csv", type=pathlib.Path, help="a file to add what is done of the runs to")
+  parser.add_argument("--csv", type=pathlib.Path, help="a file for what is done of the runs")
   args = parser.parse_args()
   names = args.only.split(",") if args.only else list(RUNS)
   if unknown := [n for n in names if n not in RUNS]:
@@ -122,7 +122,7 @@ def main() -> None:
         run(name, args.out / f"seed{seed}" / name, given)
   print(table(args.out))
   if args.csv and (rows := [row for name in names for row in measured(name, args.out)]):
-    results.append_csv(args.csv, rows)
+    results.write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":
