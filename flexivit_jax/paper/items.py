@@ -264,7 +264,7 @@ ITEMS: dict[str, Item] = {
     ),
   ),
   "fig9-12": Item(
-    "other training made flexible: fine-tuned classifiers; LiT, CLIP and OWL-ViT are not in this project",
+    "other training made flexible: fine-tuned classifiers; LiT, CLIP: docs/image_text.md; OWL-ViT not in this project",
     **_train("configs/transfer.py:data=sun397"),
     data=("sun397",),
     weights=("FlexiViT-B i21k 300ep",),
