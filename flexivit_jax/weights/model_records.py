@@ -52,9 +52,12 @@ def of_record(path: pathlib.Path, record: Json) -> Any:
   """
   name = name_of(record)
   made, parts = MODELS[name], parts_of(name)
+  optional = {f.name for f in _fields(made) if f.default is None}  # such as a detector's text tower
   values = {k: v for k, v in record["model"].items() if k != "name"}
   _check_names(path, values, {f.name for f in _fields(made)} | {*UNNAMED} - {"parent", "name"})
   for part, kind in parts.items():
+    if part in values and values[part] is None and part in optional:
+      continue
     if not isinstance(values.get(part), dict):
       raise errors.UserError(f"{path}: its record does not say what {part} it is of.")
     if kind == "FlexiViT":
@@ -79,8 +82,8 @@ def record_of(model: Model) -> Json:
   parts: Any = getattr(model, "parts", {})
   # The parts take the dtype of the whole.
   values = {
-    part: layouts.json_fields(parts[part], {*_FIELDS[kind]} - {"dtype"})
-    for part, kind in parts_of(name).items()
+    part: layouts.json_fields(module, {*_FIELDS[parts_of(name)[part]]} - {"dtype"})
+    for part, module in parts.items()
   }
   others = [f.name for f in _fields(type(model)) if f.name not in values]
   return {"name": name, **values, **layouts.json_fields(model, others)}

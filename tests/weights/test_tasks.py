@@ -8,7 +8,7 @@ import pytest
 
 from flexivit_jax import cli, trees, weights
 from flexivit_jax.errors import UserError
-from flexivit_jax.models import Segmenter
+from flexivit_jax.models import OwlViT, Segmenter
 from flexivit_jax.weights import model_records, tasks
 
 BACKBONE = dict(patch_size=(4, 4), posemb_size=(3, 3), width=16, depth=1, mlp_dim=24, num_heads=2)
@@ -42,6 +42,20 @@ def test_an_npz_of_a_segmenter_comes_back_with_its_classes(tmp_path, fields):
   assert_same(back, params)
   assert model_records.record_of(got) == again["model"] == model_records.record_of(model)
   assert again["class_names"] == record["class_names"] and again["notes"] == []
+
+
+def test_a_part_that_a_model_does_not_have_is_none_in_its_record(tmp_path):
+  model = OwlViT(num_classes=3, backbone=BACKBONE, embed_dim=8)
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), np.zeros((1, 12, 12, 3), "f"), seqhw=1)
+  )["params"]
+  params = jax.tree.map(lambda s: np.full(s.shape, 0.5, np.float32), shapes)
+  record = {"model": model_records.record_of(model), "class_names": ["a", "b", "c"]}
+  assert record["model"]["text"] is None
+  weights.save_npz(tmp_path / "w.npz", model, params, record)
+  got, back, again = tasks.load(tmp_path / "w.npz")
+  assert_same(back, params)
+  assert model_records.record_of(got) == again["model"] == record["model"]
 
 
 def test_blocks_that_are_stacked_in_memory_are_written_one_by_one(tmp_path):
