@@ -3,6 +3,7 @@
 That is logits; of two towers, both embeddings and their scaled products, the similarity.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -21,12 +22,13 @@ _TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ 
 _EMBEDDINGS = 1e-5  # of vectors of length 1
 
 
-class Row(NamedTuple):
-  """Logits [n, k] at one patch size and their largest difference."""
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+  """Scores [n, ..., k] at one patch size and their largest difference."""
 
   seqhw: SeqHw
-  source: Float[np.ndarray, "n k"]
-  target: Float[np.ndarray, "n k"]
+  source: Float[np.ndarray, "n *x k"]
+  target: Float[np.ndarray, "n *x k"]
 
   @property
   def difference(self) -> float:
@@ -42,6 +44,10 @@ class Row(NamedTuple):
   def is_close(self) -> bool:
     """Tells whether rounding can explain the difference; it cannot explain NaN."""
     return self.difference <= self.limit
+
+
+class Row(_Scores):
+  """Logits [n, k]."""
 
   def words(self) -> str:
     """Returns the difference, for people."""
@@ -110,27 +116,8 @@ class TowersRow(NamedTuple):
     return {"largest_differences": self.differences, **arrays}
 
 
-class PixelsRow(NamedTuple):
-  """Scores of every pixel, [n, h, w, k], at one patch size."""
-
-  seqhw: SeqHw
-  source: Float[np.ndarray, "n h w k"]
-  target: Float[np.ndarray, "n h w k"]
-
-  @property
-  def difference(self) -> float:
-    """Returns the largest difference between source and target."""
-    return float(np.abs(self.source - self.target).max())
-
-  @property
-  def limit(self) -> float:
-    """Returns the largest difference that rounding can explain."""
-    return _limit(self.source)
-
-  @property
-  def is_close(self) -> bool:
-    """Tells whether rounding can explain the difference; it cannot explain NaN."""
-    return self.difference <= self.limit
+class PixelsRow(_Scores):
+  """Scores of every pixel, [n, h, w, k]."""
 
   def words(self) -> str:
     """Returns the difference, for people."""
