@@ -1,9 +1,11 @@
 """What the rest of the code asks of a model. A network in `MODELS` that has these methods trains and is evaluated."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from flexivit_jax.models.grid import Grid
 from flexivit_jax.sizes import SizeArgs
@@ -105,6 +107,11 @@ def vit_part(model: Any) -> str | None:
   """Returns which part of a model, or of its class, is its FlexiViT; None where no part is."""
   parts = getattr(model, "PARTS", {})
   return next((part for part, kind in parts.items() if kind == "FlexiViT"), None)
+
+
+def hashable(fields: Mapping[str, Any]) -> FrozenDict:
+  """Returns the fields of a part as a module can hold them: a module is hashed, and a config gives lists."""
+  return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def zeros(specs: Specs, shapes: Shapes) -> dict[str, jax.Array]:

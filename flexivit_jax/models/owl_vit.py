@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from flexivit_jax import errors
-from flexivit_jax.models import vit
+from flexivit_jax.models import base, vit
 from flexivit_jax.models.counting import Counted
 from flexivit_jax.models.flexivit import FlexiViT
 from flexivit_jax.models.grid import Grid
@@ -69,10 +69,8 @@ class OwlViT(nn.Module, Counted):
   gather_dtype: str = "float32"
 
   def __post_init__(self) -> None:
-    for name in self.PARTS:  # a module has to be hashable, and a config gives lists
-      if (given := getattr(self, name)) is not None:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        setattr(self, name, FrozenDict(fields))
+    self.backbone = base.hashable(self.backbone)
+    self.text = None if self.text is None else base.hashable(self.text)
     choices = {"merge": MERGES, "box_bias": tuple(BOX_BIASES), "gelu": tuple(vit.GELU)}
     for name, known in choices.items():
       if getattr(self, name) not in known:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from flexivit_jax import errors
-from flexivit_jax.models import vit
+from flexivit_jax.models import base, vit
 from flexivit_jax.models.counting import Counted
 from flexivit_jax.models.flexivit import FlexiViT
 from flexivit_jax.models.grid import Grid, padded_grid
@@ -60,9 +60,7 @@ class Segmenter(nn.Module, Counted):
   gather_dtype: str = "float32"
 
   def __post_init__(self) -> None:
-    # A module has to be hashable, and a config gives lists.
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in self.backbone.items()}
-    self.backbone = FrozenDict(fields)
+    self.backbone = base.hashable(self.backbone)
     if self.decoder not in DECODERS:
       raise errors.unknown("decoder", self.decoder, DECODERS)
     if self.fuse == 1 or self.fuse < 0:

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from flexivit_jax import errors
+from flexivit_jax.models import base
 from flexivit_jax.models.counting import Counted
 from flexivit_jax.models.flexivit import FlexiViT
 from flexivit_jax.models.grid import Grid
@@ -55,9 +55,7 @@ class TwoTowers(nn.Module, Counted):
   num_classes: int = 0
 
   def __post_init__(self) -> None:
-    for name in self.PARTS:  # a module has to be hashable, and a config gives lists
-      fields = {k: tuple(v) if isinstance(v, list) else v for k, v in getattr(self, name).items()}
-      setattr(self, name, FrozenDict(fields))
+    self.image, self.text = base.hashable(self.image), base.hashable(self.text)
     if isinstance(self.bias, str) and self.bias != "auto":
       raise errors.UserError(f"bias={self.bias!r}; expected a number, 'auto', or None.")
     if not self.temperature > 0:
