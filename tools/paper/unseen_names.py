@@ -448,8 +448,9 @@ def main() -> None:
   parser.add_argument("--image", required=True, help="a ViT with its classifier, flexified")
   parser.add_argument("--text", required=True, help="folder of all-MiniLM-L6-v2")
   parser.add_argument("--out", type=pathlib.Path, required=True)
-  parser.add_argument("--only", default="ranked0,ranked1,ranked2,shuffled0,names0,names1,names2")
-  parser.add_argument("--epochs", type=float, default=5.0)
+  every = ",".join(f"{kind}{number}" for kind in KINDS for number in range(3))
+  parser.add_argument("--only", default=every, help="kinds and splits, with commas (default: all)")
+  parser.add_argument("--epochs", type=float, default=5.0, help="of the 900 photos")
   parser.add_argument("--batch_size", type=int, default=128)
   parser.add_argument(
     "--decay", type=float, default=1.0, help="of the ridge that training begins with"
