@@ -276,7 +276,7 @@ def from_config(
 
 
 def _teaches_head(objective: Section) -> bool:
-  """Whether an objective makes embeddings of what the head gives."""
+  """Whether an objective distils the output of the head as an embedding, so that the head is no classifier."""
   return (objective.get("name"), objective.get("output")) == ("distill_embeddings", "logits")
 
 

@@ -107,8 +107,8 @@ def padded_grid(
   Args:
     image_hw: pixels of the image.
     default: pixels of a patch where no argument gives any.
-    multiple: of which the rows and the columns have to be multiples: more padding, where they are not.
-    seqhw: tokens per side, before they are made a multiple; a patch has as many pixels as it takes.
+    multiple: rows and columns are rounded up to a multiple of this, by more padding.
+    seqhw: tokens per side; a side of the patch is that of the image divided by it, rounded up.
     grid_hw: tokens (per column, per row); likewise.
     patch_hw: pixels of a patch.
 

@@ -44,7 +44,7 @@ def detection(
 
   An image has rows of boxes (x0, y0, x1, y1 in shares of the image: `pad_boxes`, `relative_boxes('xyxy')`), of which
   `box_mask` says which are real, and of each row the classes or queries that describe it. Tokens that match no box have
-  no class. With fewer tokens than boxes, the boxes whose match would cost most have none, and teach nothing.
+  no class. Where an image has more boxes than tokens, the boxes that match worst are left out of the loss.
 
   Args:
     queries: the batch has "queries" for the model and "box_targets" [m, q], for each row 1 at the queries that describe

@@ -196,14 +196,14 @@ _RESIZED = ("kernel_resize", "kernel_operator", "grid_operator")
 def _resized_otherwise(
   path: str | os.PathLike[str], source: FlexiViT, model: FlexiViT
 ) -> str | None:
-  """A note on fields by which kernel and grid are resized, where a file's model has others; None where it has not."""
+  """Returns a note if the file's model resizes kernel or positions in another way than `model` does, else None."""
   differ = [n for n in _RESIZED if getattr(source, n) != getattr(model, n)]
   if not differ:
     return None
-  each = ", ".join(f"{n}={getattr(source, n)!r}, here {getattr(model, n)!r}" for n in differ)
+  theirs, ours = (", ".join(f"{n}={getattr(m, n)!r}" for n in differ) for m in (source, model))
   return (
-    f"{path} was made for {each}: at sizes other than its own it computes something else here. Training makes up for"
-    " that; a part that stays as it is should have the file's."
+    f"{path} resizes with {theirs}, this model with {ours}: at other patch sizes they give different outputs."
+    " Fine-tuning makes up for that; for a frozen part put the file's values into the config."
   )
 
 

@@ -219,6 +219,9 @@ def test_a_model_that_resizes_otherwise_than_the_file_is_told(tmp_path):
     weights.load_into(
       file, model, accept=lambda _, record, name=name: notes.update({name: record.get("notes")})
     )
-  [note] = [n for n in notes["other"] if "was made for" in n]
-  assert "kernel_operator='cubic_antialias', here 'linear'" in note
-  assert not [n for n in notes["same"] or () if "was made for" in n]
+  [note] = [n for n in notes["other"] if "resizes with" in n]
+  assert (
+    "resizes with kernel_operator='cubic_antialias'" in note
+    and "this model with kernel_operator='linear'" in note
+  )
+  assert not [n for n in notes["same"] or () if "resizes with" in n]
