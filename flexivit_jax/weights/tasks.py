@@ -83,7 +83,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> tuple[Model, Params, J
   check(model, params, str(path), finite=options.get("finite", True))
   alone = model_records.left_out(name), "Left out: "
   notes = [note for note in record["notes"] if not note.startswith(alone)]
-  kept = {k: whole.record[k] for k in ("class_names", "data_classes") if k in whole.record}
+  own = ("class_names", "data_classes", "text")
+  kept = {k: whole.record[k] for k in own if k in whole.record}
   record = record | kept | {"model": model_records.record_of(model), "notes": notes}
   return model, jax.tree.map(jnp.asarray, params), record
 
@@ -94,7 +95,13 @@ def check(model: Model, params: Params, what: str, *, finite: bool = True) -> No
     reading.check_finite(params, what)
   part = vit_part(model)
   channels = (params[part] if part else params)["embedding"]["kernel"].shape[2]
-  inputs, size = jax.eval_shape(lambda: model.example({"image": (8, 8, channels)})[0]), {"seqhw": 1}
+  # Parameters depend on no length that a spec names, such as how many queries there are.
+  shapes = {
+    name: tuple(d if isinstance(d, int) else 1 for d in one.shape)
+    for name, one in model.inputs.items()
+  }
+  shapes["image"] = (8, 8, channels)
+  inputs, size = jax.eval_shape(lambda: model.example(shapes)[0]), {"seqhw": 1}
   expected = jax.eval_shape(lambda **x: model.init(jax.random.key(0), **x, **size), **inputs)[
     "params"
   ]

@@ -44,18 +44,33 @@ def test_an_npz_of_a_segmenter_comes_back_with_its_classes(tmp_path, fields):
   assert again["class_names"] == record["class_names"] and again["notes"] == []
 
 
-def test_a_part_that_a_model_does_not_have_is_none_in_its_record(tmp_path):
-  model = OwlViT(num_classes=3, backbone=BACKBONE, embed_dim=8)
-  shapes = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), np.zeros((1, 12, 12, 3), "f"), seqhw=1)
-  )["params"]
+TEXT = dict(width=16, depth=1, mlp_dim=32, num_heads=2, vocab_size=30, max_length=4)
+
+
+@pytest.mark.parametrize(
+  ("fields", "queries"),
+  [
+    ({}, None),
+    (dict(text=TEXT), np.ones((1, 2, 4), np.int32)),
+    (dict(query_length=5, objectness=True), np.ones((1, 2, 5), np.float32)),
+  ],
+  ids=["closed", "text", "vectors"],
+)
+def test_an_npz_of_a_detector_comes_back_whatever_its_queries_are(tmp_path, fields, queries):
+  model = OwlViT(num_classes=3, backbone=BACKBONE, embed_dim=8, **fields)
+  image = np.zeros((1, 12, 12, 3), "f")
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image, queries, seqhw=1))["params"]
   params = jax.tree.map(lambda s: np.full(s.shape, 0.5, np.float32), shapes)
   record = {"model": model_records.record_of(model), "class_names": ["a", "b", "c"]}
-  assert record["model"]["text"] is None
+  record["text"] = {"tokenizer": "bytes", "length": 4, "pad": 0, "end": 1, "lower": False}
+  assert (record["model"]["text"] is None) == ("text" not in fields)
   weights.save_npz(tmp_path / "w.npz", model, params, record)
+  assert tasks.name_of(tmp_path / "w.npz") == "owl_vit"
   got, back, again = tasks.load(tmp_path / "w.npz")
   assert_same(back, params)
   assert model_records.record_of(got) == again["model"] == record["model"]
+  assert again["text"] == record["text"]
+  assert got.inputs == model.inputs
 
 
 def test_blocks_that_are_stacked_in_memory_are_written_one_by_one(tmp_path):
