@@ -4,7 +4,7 @@ import functools
 import glob
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ class Input(NamedTuple):
 
   Attributes:
     about: what was asked for, as JSON, without paths: they may differ between machines.
-    num_classes, class_names, upright: as those of a `Source`.
+    num_classes, class_names, upright, class_groups: as those of a `Source`.
     size: number of rows; None: known only at the end.
     rows: starts at row 0.
     notes: lines for the user.
@@ -49,6 +49,7 @@ class Input(NamedTuple):
   rows: Callable[[], Iterator[Row]]
   notes: tuple[str, ...] = ()
   left_out: tuple[str, ...] = ()
+  class_groups: Mapping[str, tuple[int, ...]] | None = None
 
 
 def of_source(source: Source, about: dict[str, Any]) -> Input:
@@ -61,6 +62,7 @@ def of_source(source: Source, about: dict[str, Any]) -> Input:
     len(source),
     lambda: _rows(source),
     left_out=source.left_out,
+    class_groups=source.class_groups,
   )
 
 

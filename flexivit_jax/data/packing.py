@@ -67,6 +67,8 @@ def pack(
     "shard_bytes": shard_bytes,
     "shard_examples": shard_examples,
   }
+  if source.class_groups is not None:  # packs without them are as they were before there were any
+    settings["class_groups"] = {name: list(group) for name, group in source.class_groups.items()}
   known = _begin(folder, split, settings, source.size, note)
   tolerated = max_errors if on_bad == "skip" else 0
   with contextlib.closing(Rows(source, threads)) as rows:
@@ -146,15 +148,15 @@ def _begin(
     if stored["rows"] != size:
       note(f"the input had {stored['rows']} rows when this pack began, and has {size} now")
   if stored is not None:
-    lines = _differences({k: stored[k] for k in settings}, settings)
+    lines = _differences({k: stored.get(k) for k in (*settings, "class_groups")}, settings)
     if lines:
       raise UserError(
         f"{folder} holds split {split!r} of another input: {'; '.join(lines)}. Give another folder, or another name of"
         " the split."
       )
   for name, other in splits.items():
-    keys = ("num_classes", "class_names", "upright")
-    if lines := _differences({k: other[k] for k in keys}, {k: settings[k] for k in keys}):
+    keys = ("num_classes", "class_names", "upright", "class_groups")
+    if lines := _differences({k: other.get(k) for k in keys}, {k: settings.get(k) for k in keys}):
       raise UserError(
         f"Split {name!r} in {folder} does not fit: {'; '.join(lines)}. Give another folder."
       )

@@ -13,7 +13,7 @@ from flexivit_jax.errors import UserError
 def renumber(
   source: Source, labels: Sequence[int], num_classes: int, class_names: Sequence[str]
 ) -> Source:
-  """Returns the same examples in the same order with new labels, of images and of boxes.
+  """Returns the same examples in the same order with new labels, of images and of boxes, and new groups of classes.
 
   Args:
     source: a source.
@@ -21,15 +21,16 @@ def renumber(
     num_classes: of the new labels.
     class_names: of the new labels.
   """
-  read = functools.partial(_read, source.read, tuple(labels))
-  names, labels_of = tuple(class_names), source.labels
+  names, new = tuple(class_names), tuple(labels)
+  labels_of, groups = source.labels, source.class_groups
   return dataclasses.replace(
     source,
     num_classes=num_classes,
     class_names=names,
-    read=read,
-    labels=labels_of and functools.partial(_labels, labels_of, tuple(labels)),
+    read=functools.partial(_read, source.read, new),
+    labels=labels_of and functools.partial(_labels, labels_of, new),
     listing=None,
+    class_groups=groups and {k: tuple(_one(i, new) for i in v) for k, v in groups.items()},
   )
 
 
@@ -52,9 +53,9 @@ def _renumbered(record: Record, labels: tuple[int, ...]) -> Record:
   new = dict(record)
   if "label" in record:
     new["label"] = _new(record["label"], labels)
-  if "box_labels" in record:
-    boxes = [_one(int(k), labels) for k in record["box_labels"]]
-    new["box_labels"] = np.array(boxes, np.int64)
+  for key in ("box_labels", "neg_labels", "not_exhaustive"):
+    if key in record:
+      new[key] = np.array([_one(int(k), labels) for k in record[key]], np.int64)
   return new
 
 

@@ -36,7 +36,8 @@ class Evaluator(Protocol):
   `models.Model`, `batches` are `Batches`, `mesh` is where it runs. The options are keys of its section in a config:
   `seqhw`, `stride`, `depth` (sizes, see `per_size.sizes_of`) and its own. A function with arguments `train_batches` and
   `num_classes` gets the data set under `train_data`; one with an argument `teacher`, the loaded `Teacher`; one with
-  `class_names` and `tokens`, the names of the data's classes and how texts become tokens.
+  `class_names`, `class_groups` and `tokens`, the names of the data's classes, groups of them (see `data.Source`), and
+  how texts become tokens.
   Its file declares its metrics, the headline first (`metrics.Metric`): who is best, reports and eval.json go by that.
   """
 

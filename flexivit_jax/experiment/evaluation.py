@@ -97,7 +97,11 @@ def _open(
 
   def of(model: Model, mesh: Mesh | None, waiting: Waiting, loading: Section) -> Evaluator:
     scoring = _arguments(section, evaluator)
-    given = {"class_names": source.class_names, "tokens": tokens}
+    given = {
+      "class_names": source.class_names,
+      "class_groups": source.class_groups,
+      "tokens": tokens,
+    }
     scoring |= {k: v for k, v in given.items() if k in inspect.signature(evaluator).parameters}
     if training:
       batches = data.eval_batches(training, waiting=waiting, **loading)

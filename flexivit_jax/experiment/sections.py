@@ -20,7 +20,8 @@ from flexivit_jax.training.optim import make as _make_optimizer
 # Arguments that the program provides, so no keys of a config.
 _GIVEN_DATA = ("source", "seed", "num_steps", "start_step", "process_index", "process_count")
 _GIVEN_EVALS = (
-  "model", "batches", "train_batches", "num_classes", "mesh", "source", "class_names", "tokens",
+  "model", "batches", "train_batches", "num_classes", "mesh", "source", "class_names",
+  "class_groups", "tokens",
 )  # fmt: skip
 _GIVEN_OPTIM = ("params", "total_steps", "batch_size", "dataset_size")
 _GIVEN_SIZE = ("self", "image_hw")

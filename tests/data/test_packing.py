@@ -347,6 +347,17 @@ def test_boxes_are_packed_and_another_box_is_another_input(photos, tmp_path):
     pack(out, source(), shard_bytes=1500)
 
 
+def test_groups_of_classes_are_packed_and_others_are_another_input(photos, tmp_path):
+  out, groups = tmp_path / "out", {"rare": (1,), "common": (0, 2)}
+  source = dataclasses.replace(folder(photos), class_groups=groups)
+  pack(out, source, shard_bytes=1500)
+  assert packed(out).class_groups == groups
+  pack(out, source, shard_bytes=1500)
+  for split in ("train", "val"):
+    with pytest.raises(UserError, match="class_groups"):
+      pack(out, folder(photos, "val"), split, shard_bytes=1500)
+
+
 def test_rows_after_the_shards_that_are_there_may_change(tmp_path):
   rows = [{"image": PPM + bytes([i]), "id": str(i)} for i in range(9)]
   bad = [*rows[:6], OSError("gone"), *rows[7:]]

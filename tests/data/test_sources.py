@@ -203,8 +203,11 @@ def test_labels_are_renumbered_and_nothing_else(photos):
   assert renumber(several, (3, 0, 1), 4, "abcd")[0] == {"label": (3, 1)}
   with pytest.raises(UserError, match="label is 2; expected"):
     renumber(several, (3, 0), 4, "abcd").read([0])
-  boxes = dataclasses.replace(source, read=lambda indices: [{"box_labels": np.array([2, 0])}])
-  assert renumber(boxes, (3, 0, 1), 4, "abcd")[0]["box_labels"].tolist() == [1, 3]
+  for key in ("box_labels", "neg_labels", "not_exhaustive"):
+    boxes = dataclasses.replace(source, read=lambda indices, key=key: [{key: np.array([2, 0])}])
+    assert renumber(boxes, (3, 0, 1), 4, "abcd")[0][key].tolist() == [1, 3]
+  groups = dataclasses.replace(source, class_groups={"rare": (2, 0), "none": ()})
+  assert renumber(groups, (3, 0, 1), 4, "abcd").class_groups == {"rare": (1, 3), "none": ()}
   masks = dataclasses.replace(source, read=lambda indices: [{"mask": b""}])
   with pytest.raises(UserError, match=r"a mask.*not renumbered"):
     renumber(masks, (3, 0, 1), 4, "abcd").read([0])

@@ -14,6 +14,8 @@ from flexivit_jax.data.splits import parse_split
 #   0, 0, w, h. Each key that begins with "box_" has one row for each box: "box_labels" int64 [m], numbers of classes;
 #   "box_ids" int64 [m], as the file has them, or the place in the file; "box_crowd" and "box_difficult" bool [m], where
 #   the format has them.
+# - "neg_labels" int64 [k]: classes that are known to be nowhere in the image, where not all of the others are;
+#   "not_exhaustive" int64 [k]: classes of which not every object has a box (LVIS).
 # - "mask": bytes of a PNG, or an integer array [h, w], of class numbers; "mask_ignore": the value of no class;
 #   "mask_labels": what the numbers stand for, "mask_colors": what colours do, see `data.mask_labels`.
 # - "captions": a tuple of texts.
@@ -44,6 +46,8 @@ class Source:
       is still the same.
     left_out: "ROW: REASON" of what is no example because its annotations are bad.
     ahead: told indices that are read soon, of data in a bucket; does not wait for them. None: of no use.
+    class_groups: numbers of classes by the name of a group, on which an evaluator reports, too: LVIS's "rare",
+      "common" and "frequent". None: there are none.
   """
 
   name: str
@@ -58,6 +62,7 @@ class Source:
   listing: Callable[[], Iterable[Record]] | None = None
   left_out: tuple[str, ...] = ()
   ahead: Callable[[Sequence[int]], None] | None = None
+  class_groups: Mapping[str, tuple[int, ...]] | None = None
 
   def __len__(self) -> int:
     return self.size

@@ -68,6 +68,7 @@ def _opened(split: str, folder: pathlib.Path, remote: RemoteShards | None) -> So
   runs = [run for part in parts for run in _runs(shards[part.name], part.start, part.stop)]
   reader = _Reader(folder, tuple(runs), remote)
   first = stored[parts[0].name]  # all splits in a folder have the same classes
+  groups = first.get("class_groups")
   labelled = all("label" in content["kinds"] for content in stored.values())
   return Source(
     "packed",
@@ -79,6 +80,7 @@ def _opened(split: str, folder: pathlib.Path, remote: RemoteShards | None) -> So
     reader.labels if labelled else None,
     first["upright"],
     ahead=reader.ahead if remote else None,
+    class_groups=groups and {name: tuple(group) for name, group in groups.items()},
   )
 
 
