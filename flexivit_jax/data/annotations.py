@@ -1,10 +1,12 @@
-"""Boxes and the mask of an example: what they must be, and how they follow the image.
+"""Boxes, the mask and the origin of an example: what they must be, and how they follow the image.
 
 `boxes` is float32 [m, 4]: x0, y0, x1, y1 in pixels of the image as it is at that point, from its
 upper left corner; the whole image is (0, 0, w, h). Every key that begins with `box_` has a row for
 each box, and loses the rows of boxes that are removed. `mask` is [h, w] of class numbers. In a
 data set `mask_ignore` is the number of no class, `mask_labels` what the numbers stand for, and `mask_colors` what
-colours do; once a mask is read it is int32, and its numbers are classes or NO_CLASS.
+colours do; once a mask is read it is int32, and its numbers are classes or NO_CLASS. `origin` is float32 [6]: height
+and width of the decoded image, and top, left, height and width of the window of it that the image now shows, in its
+pixels; the window reaches beyond it where there is padding.
 """
 
 import contextlib
@@ -99,7 +101,7 @@ def _other_size(stated: Any, hw: ImageSize) -> str:
 
 
 def follow(record: Example, hw: ImageSize, affine: Affine, min_area: float) -> Example:
-  """Returns the example with boxes and mask moved like its image.
+  """Returns the example with boxes, mask and origin moved like its image.
 
   Boxes are clipped to what is left of the image, and removed where less than `min_area` of their
   area is left, or less than 1/100 pixel of a side. A share is of the area just before this operation.
@@ -109,8 +111,12 @@ def follow(record: Example, hw: ImageSize, affine: Affine, min_area: float) -> E
     hw: pixels of the image before.
     affine: the map, which has been applied to the image.
     min_area: share of the area, 0 to 1.
+
+  Errors: a flip of an example with an origin.
   """
   record = dict(record)
+  if "origin" in record:
+    record["origin"] = _move_origin(record["origin"], hw, affine)
   if "mask" in record:
     _mask(record, hw)
     record = read_mask(record)
@@ -127,6 +133,45 @@ def follow(record: Example, hw: ImageSize, affine: Affine, min_area: float) -> E
 def box_keys(record: Example) -> list[str]:
   """Returns the keys with a row for each box, without `boxes` itself."""
   return [key for key in record if key.startswith("box_")]
+
+
+# --- the origin ---
+
+
+def origin(record: Example) -> Example:
+  """Begins `origin`, see above. It stands right after `decode`; then a model's boxes can be put on the file's image.
+
+  Errors: an image that is not decoded.
+  """
+  image = record["image"]
+  if not isinstance(image, np.ndarray):
+    raise UserError("The image is not decoded; expected decode|origin().")
+  h, w = image.shape[:2]
+  return record | {"origin": np.array([h, w, 0, 0, h, w], np.float32)}
+
+
+def _move_origin(
+  origin: Float[np.ndarray, "6"], hw: ImageSize, affine: Affine
+) -> Float[np.ndarray, "6"]:
+  if affine.flip:
+    raise UserError("A mirrored image has no origin; leave flips, or origin(), out of pp.")
+  whole, start, size = np.split(np.float64(origin), 3)
+  scale = size / hw
+  window = np.array(affine.window).reshape(2, 2) * scale
+  return np.concatenate([whole, start + window[0], window[1]]).astype(np.float32)
+
+
+def on_original(
+  boxes: Float[np.ndarray, "*n m 4"], origin: Float[np.ndarray, "*n 6"]
+) -> Float[np.ndarray, "*n m 4"]:
+  """Returns boxes in pixels of the decoded image, clipped to it.
+
+  Args:
+    boxes: (x0, y0, x1, y1) in shares of the image that the model is shown.
+    origin: of this image.
+  """
+  whole, start, size = (np.tile(side[..., ::-1], 2) for side in np.split(np.float64(origin), 3, -1))
+  return np.clip(boxes * size[..., None, :] + start[..., None, :], 0, whole[..., None, :])
 
 
 # --- boxes ---

@@ -4,7 +4,7 @@ An operation is a plain function. Its first parameter says what it gets and give
 
 - `image`: the value of one key; it returns the new one, of the same size, and touches no boxes.
 - `hw`: the size of an image, (height, width); it returns where to look, see `geometry`. The image,
-  and the boxes and the mask of the example, follow.
+  and the boxes, the mask and the origin of the example, follow.
 - `encoded`: the bytes of a file; it returns the image.
 - `record`: the whole dict; it returns a new one.
 
@@ -201,6 +201,7 @@ OPS: dict[str, Callable[..., Any]] = {
   "value_range": value_range,
   "onehot": onehot,
   "multihot": multihot,
+  "origin": annotations.origin,
   "pad_boxes": annotations.pad_boxes,
   "relative_boxes": annotations.relative_boxes,
   "first_caption": first_caption,
@@ -360,8 +361,8 @@ def _apply(op: Op, record: Example, rng: np.random.Generator | None) -> Example:
     image = op.function(value, *op.args, **kwargs)
     if isinstance(image, geometry.Seen):
       image, hw, affine = image
-  # Boxes and mask belong to "image". An image under another key has a size of its own, and leaves them alone.
-  if op.outkey == "image" and ("boxes" in record or "mask" in record):
+  # These belong to "image". An image under another key has a size of its own, and leaves them alone.
+  if op.outkey == "image" and not record.keys().isdisjoint(("boxes", "mask", "origin")):
     record = _follow(op, record, value, image, hw, affine)
   record[op.outkey] = image
   return record
@@ -490,9 +491,23 @@ def _make_op(
 
 
 def _check_order(ops: tuple[Op, ...]) -> None:
-  """Raises a UserError where an operation would take relative boxes for pixels, or padded rows for boxes."""
-  last = None
+  """Raises a UserError where an operation would take relative boxes for pixels, or padded rows for boxes; or the image
+  for the decoded one.
+  """
+  last = moved = None
+  begun = False
   for op in ops:
+    if begun and op.function is geometry.flip_lr and op.outkey == "image":
+      raise UserError(
+        f"{op.text} mirrors an image whose origin is asked for; leave one of them out."
+      )
+    if op.function is annotations.origin and moved:
+      raise UserError(
+        f"origin() stands after {moved.text}, which shows another image than the file's; it stands right after decode."
+      )
+    begun = begun or op.function is annotations.origin
+    if op.outkey == "image" and (op.first == "hw" or op.function is geometry.decode_inception_crop):
+      moved = op
     pads, divides = (op.function is f for f in (annotations.pad_boxes, annotations.relative_boxes))
     moves = op.outkey == "image" and op.first in ("hw", "encoded")
     padded = last is not None and last.function is annotations.pad_boxes
