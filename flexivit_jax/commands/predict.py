@@ -151,7 +151,7 @@ def _check_of_classes(args: argparse.Namespace, suffixes: Collection[str]) -> No
 def _predict_masks(args: argparse.Namespace, loaded: "predictor.Loaded") -> None:
   from flexivit_jax import sizes as size_grammar, weights
   from flexivit_jax.data.inputs import find_images
-  from flexivit_jax.inference import masks, outputs, predictor
+  from flexivit_jax.inference import masks, outputs, picture_files, predictor
   from flexivit_jax.running import distributed
 
   if args.out and args.out.suffix.lower() in (".csv", ".jsonl"):
@@ -163,7 +163,7 @@ def _predict_masks(args: argparse.Namespace, loaded: "predictor.Loaded") -> None
     raise errors.UserError(
       "Give --seqhw, tokens per side, or --patch, pixels of a patch; not both."
     )
-  sizes: masks.Sizes
+  sizes: picture_files.Sizes
   sizes = size_grammar.parse_patches(args.patch) if args.patch else ()
   sizes = sizes or predictor.sizes_of(args.seqhw, loaded)
   first = distributed.is_first()

@@ -3,9 +3,7 @@
 import contextlib
 import functools
 import json
-import os
 import pathlib
-import stat
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
@@ -13,19 +11,15 @@ import cv2
 import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt16
-from PIL import Image
 
-from flexivit_jax import errors, files
-from flexivit_jax.data import class_colours, class_names, images
+from flexivit_jax import errors
+from flexivit_jax.data import class_colours, class_names
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.inference import outputs, overlays, predictor
+from flexivit_jax.inference import outputs, overlays, picture_files, predictor, whole_images
 from flexivit_jax.sizes import Patch, SeqHw, size_args, size_text
 from flexivit_jax.trees import Json
 
-Sizes = Sequence[SeqHw | Patch]
 MASKS = (".png",)
-OVERLAYS = (".png", ".jpg", ".jpeg", ".webp")
-_MAX_PIXELS = 2**28
 
 
 class Answer(NamedTuple):
@@ -53,7 +47,7 @@ class Answer(NamedTuple):
 def answers(
   loaded: predictor.Loaded,
   inputs: Sequence[Input],
-  sizes: Sizes,
+  sizes: picture_files.Sizes,
   batch_size: int | None = None,
   timed: bool = False,
 ) -> Generator[tuple[str, list[Answer]], None, None]:
@@ -78,7 +72,7 @@ def answers(
     predictor.outcomes(loaded, _scores, inputs, sizes, batch_size=batch_size, timed=timed)
   ) as outcomes:
     for file, scores, error, ms in outcomes:
-      image = None if error is not None else _image(file)
+      image = None if error is not None else whole_images.pixels(file)
       if image is None:
         yield file, [Answer(file, error=error or "changed while it was read")]
         continue
@@ -121,23 +115,12 @@ def _scores(result: predictor.Result) -> Float[Array, "n h w k"]:
   return result[1]["pixel_logits"]
 
 
-def _fitting(loaded: predictor.Loaded, sizes: Sizes, path: str) -> np.ndarray:
+def _fitting(loaded: predictor.Loaded, sizes: picture_files.Sizes, path: str) -> np.ndarray:
   """The prepared image; a UserError where a size does not fit it."""
   image = loaded.prepare(path)
   for size in sizes:
     loaded.model.grid(image.shape[:2], **size_args(size))
   return image
-
-
-def _image(path: str) -> UInt8[np.ndarray, "h w 3"] | None:
-  """The pixels of a file that was read a moment ago, or None where it has gone."""
-  try:
-    if not stat.S_ISREG(os.stat(path).st_mode):
-      return None
-    content = pathlib.Path(path).read_bytes()
-    return images.decode_image(content, max_pixels=_MAX_PIXELS, exif=True)
-  except Exception:  # what was an image a moment ago
-    return None
 
 
 # --- where the answers go ---
@@ -146,13 +129,13 @@ def _image(path: str) -> UInt8[np.ndarray, "h w 3"] | None:
 class Targets(NamedTuple):
   """Files to write: of each (file, size) as `size_text` has it, or none."""
 
-  masks: dict[tuple[str, str], pathlib.Path]
-  overlays: dict[tuple[str, str], pathlib.Path]
+  masks: picture_files.Paths
+  overlays: picture_files.Paths
 
 
 def targets(
   inputs: Sequence[Input],
-  sizes: Sizes,
+  sizes: picture_files.Sizes,
   out: pathlib.Path | None,
   overlay: pathlib.Path | None,
   overwrite: bool,
@@ -167,52 +150,16 @@ def targets(
   """
   files_ = list(dict.fromkeys(one.path for one in inputs if one.error is None))
   result = Targets(
-    _targets("--out", out, MASKS, files_, sizes),
-    _targets("--overlay", overlay, OVERLAYS, files_, sizes),
+    picture_files.targets("--out", out, MASKS, files_, sizes),
+    picture_files.targets("--overlay", overlay, picture_files.SUFFIXES, files_, sizes),
   )
   everything = [*result.masks.values(), *result.overlays.values()]
   if len({*everything}) < len(everything):
     raise errors.UserError(
       f"--out={out} and --overlay={overlay} would be the same files; give two names."
     )
-  for path in everything:
-    if os.path.lexists(path) and not overwrite:
-      raise errors.UserError(f"{path} exists; give another name, or --overwrite to replace it.")
+  picture_files.check_new(everything, overwrite)
   return result
-
-
-def _targets(
-  option: str,
-  out: pathlib.Path | None,
-  suffixes: Sequence[str],
-  files_: Sequence[str],
-  sizes: Sizes,
-) -> dict[tuple[str, str], pathlib.Path]:
-  if out is None:
-    return {}
-  texts = [str(size_text(size)) for size in sizes]
-  is_folder = out.is_dir() or not out.suffix
-  if not is_folder:
-    outputs.check_new(out, suffixes, True, option)
-    if len(files_) > 1 or len(sizes) > 1:
-      raise errors.UserError(
-        f"{option}={out} is one file, and there are {len(files_)} images at {len(sizes)} sizes; give a folder, a name"
-        f" without a suffix: {option}={out.with_suffix('')}."
-      )
-    return {(file, text): out for file in files_ for text in texts}
-  names = _names_in_folder(files_)
-  folders = {text: out / text if len(texts) > 1 else out for text in texts}
-  return {(file, text): folders[text] / names[file] for file in files_ for text in texts}
-
-
-def _names_in_folder(files_: Sequence[str]) -> dict[str, str]:
-  """A name for each file, its path below the folder that all are in, as .png."""
-  full = {file: os.path.abspath(file) for file in files_}
-  root = os.path.commonpath([os.path.dirname(path) for path in full.values()] or ["/"])
-  relative = {file: os.path.relpath(path, root) for file, path in full.items()}
-  plain = {file: f"{os.path.splitext(name)[0]}.png" for file, name in relative.items()}
-  twice = len({*plain.values()}) < len({*full.values()})
-  return {file: f"{name}.png" for file, name in relative.items()} if twice else plain
 
 
 def write(answer: Answer, to: Targets, classes: int) -> None:
@@ -220,21 +167,9 @@ def write(answer: Answer, to: Targets, classes: int) -> None:
   assert answer.mask is not None and answer.image is not None
   key = answer.file, str(size_text(answer.size))  # type: ignore[arg-type]
   if key in to.masks:
-    _save(overlays.palette_image(answer.mask, classes), to.masks[key])
+    picture_files.save(overlays.palette_image(answer.mask, classes), to.masks[key])
   if key in to.overlays:
-    _save(overlays.overlay(answer.image, answer.mask, answer.rows), to.overlays[key])
-
-
-def _save(image: Image.Image, path: pathlib.Path) -> None:
-  with files.write_errors(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-  kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
-  with (
-    files.replacing(path, unique=True) as part,
-    files.write_errors(path),
-    part.open("xb") as file,
-  ):
-    image.save(file, kind, **({} if kind == "PNG" else {"quality": 92}))
+    picture_files.save(overlays.overlay(answer.image, answer.mask, answer.rows), to.overlays[key])
 
 
 # --- forms of an answer ---

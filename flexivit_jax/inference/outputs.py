@@ -1,13 +1,14 @@
 """Results of a command over many files: where they may be written, and which files could not be read."""
 
+import contextlib
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Collection
-from typing import final
+from collections.abc import Collection, Iterator
+from typing import TextIO, final
 
-from flexivit_jax import errors
+from flexivit_jax import errors, files
 
 
 def shown(name: str) -> str:
@@ -40,6 +41,18 @@ def check_new(
     )
   if not os.access(out.parent, os.W_OK | os.X_OK):
     raise errors.UserError(f"{option}={out}: the folder {out.parent} may not be written to.")
+
+
+@contextlib.contextmanager
+def new_file(out: pathlib.Path) -> Iterator[TextIO]:
+  """Opens a file of answers under a temporary name; it has its own name only after all is written."""
+  with files.replacing(out, unique=True) as part:
+    with files.write_errors(out):
+      file = part.open("x", encoding="utf-8", errors="backslashreplace", newline="")
+    with file:
+      yield file
+      with files.write_errors(out):
+        file.flush()
 
 
 @final

@@ -151,19 +151,14 @@ def sinks_of(
   if out is None:
     yield sinks
     return
-  with files.replacing(out, unique=True) as part:
-    with files.write_errors(out):
-      file = part.open("x", encoding="utf-8", errors="backslashreplace", newline="")
-    with file:
-      write = WRITERS[out.suffix.lower()](file, k, timed)
+  with outputs.new_file(out) as file:
+    write = WRITERS[out.suffix.lower()](file, k, timed)
 
-      def sink(row: Prediction) -> None:
-        with files.write_errors(out):
-          write(row)
-
-      yield [*sinks, sink]
+    def sink(row: Prediction) -> None:
       with files.write_errors(out):
-        file.flush()
+        write(row)
+
+    yield [*sinks, sink]
 
 
 def _print(row: Prediction) -> None:

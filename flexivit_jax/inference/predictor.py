@@ -20,6 +20,7 @@ from PIL import Image
 
 from flexivit_jax import data, errors, sizes, trees, weights
 from flexivit_jax.data.inputs import Input
+from flexivit_jax.inference import whole_images
 from flexivit_jax.models import Model, vit_part
 from flexivit_jax.models.vit import Intermediates
 from flexivit_jax.running import distributed, processes
@@ -94,7 +95,7 @@ def load(
       " Call the model in Python (weights.load) on arrays of your own."
     )
   if gives_masks(model):
-    pp, notes = _of_all_pixels(record, image_size)
+    pp, notes = whole_images.of_all_pixels(record, image_size)
     record = record | {"notes": [*record["notes"], *notes]}
   else:
     pp = weights.preparation(record, image_size)
@@ -104,33 +105,6 @@ def load(
 def gives_masks(model: Model) -> bool:
   """Tells whether a model gives scores of every pixel, "pixel_logits"."""
   return "pixel_logits" in model.outputs
-
-
-def _of_all_pixels(record: Json, image_size: int | None) -> tuple[str, list[str]]:
-  """Returns a preprocessing that leaves every pixel in its place, and notes on what differs from the model's own.
-
-  The shorter side gets `image_size` pixels; not given, those that the evaluation of the run gave it, by `short_side` or
-  by an operation that resizes; where none did, as many as the images of training had.
-  """
-  stated = record.get("pp") or "decode|value_range(-1, 1)"
-  ops = [op for op in data.parse(stated).ops if op.inkey == "image"]
-  resizing = [data.OPS[name] for name in ("resize", "resize_small", "resize_keep")]
-  others = [data.OPS[name] for name in ("decode", "value_range")]
-  left_out = [op.text for op in ops if op.first == "hw" and op.function not in resizing]
-  notes = [f"{', '.join(left_out)} of its preprocessing is left out: every pixel gets a class."]
-  notes = notes if left_out else []
-  side = image_size or record.get("short_side")
-  if side is None and not any(op.function in resizing for op in ops):
-    side = min((record.get("image_size") or record.get("image_shape") or [240, 240])[:2])
-    notes.append(
-      f"The shorter side of an image is resized to {side} pixels, as in training; --image_size gives another."
-    )
-  kept = [op for op in ops if op.function in (others if side else [*others, *resizing])]
-  texts = [op.text for op in kept]
-  if side:
-    first = next((i for i, op in enumerate(kept) if op.first != "encoded"), len(kept))
-    texts.insert(first, f"resize_small({side})")
-  return "|".join(texts), notes
 
 
 def sizes_of(text: str | None, loaded: Loaded) -> tuple[SeqHw, ...]:

@@ -10,7 +10,7 @@ from PIL import Image
 from flexivit_jax import cli, sizes, weights
 from flexivit_jax.data import class_colours, images
 from flexivit_jax.errors import UserError
-from flexivit_jax.inference import masks, overlays, predictor
+from flexivit_jax.inference import masks, overlays, picture_files, predictor, whole_images
 from flexivit_jax.models import Segmenter
 from flexivit_jax.weights import model_records
 
@@ -114,7 +114,7 @@ def test_a_folder_of_photos_becomes_folders_of_masks_and_overlays(model, photos,
   ],
 )  # fmt: skip
 def test_an_image_is_resized_as_by_the_evaluation_and_never_cut(record, image_size, expected):
-  pp, notes = predictor._of_all_pixels(record, image_size)
+  pp, notes = whole_images.of_all_pixels(record, image_size)
   assert pp.replace(" ", "") == expected.replace(" ", "")
   assert bool(notes) == (
     "pad" in str(record) or "resize" not in str(record) or "image_size" in record
@@ -122,9 +122,9 @@ def test_an_image_is_resized_as_by_the_evaluation_and_never_cut(record, image_si
 
 
 def test_images_that_differ_in_their_suffix_alone_keep_it():
-  names = masks._names_in_folder(["x/a.png", "x/a.jpg", "x/y/b.png"])
+  names = picture_files._names_in_folder(["x/a.png", "x/a.jpg", "x/y/b.png"])
   assert [*names.values()] == ["a.png.png", "a.jpg.png", "y/b.png.png"]
-  assert masks._names_in_folder(["x/a.png", "y/a.png"])["y/a.png"] == "y/a.png"
+  assert picture_files._names_in_folder(["x/a.png", "y/a.png"])["y/a.png"] == "y/a.png"
 
 
 @pytest.mark.parametrize(
