@@ -23,7 +23,7 @@ from flexivit_jax.models.grid import Grid
 from flexivit_jax.models.text import TextTower
 from flexivit_jax.sizes import Size
 from flexivit_jax.specs import Specs, image as image_spec, spec
-from flexivit_jax.trees import Json
+from flexivit_jax.trees import Json, Params
 
 NORM_EPS = 1e-6  # added to the norms of token and query
 BIAS_EPS = 1e-4  # of the logit of a box's bias
@@ -42,6 +42,8 @@ class OwlViT(nn.Module, Counted):
     query_length: without `text`, length of the vectors that are given as queries, for example of a locked text tower;
       0: the queries are the classes.
     embed_dim: length of the embeddings that are compared; a projection of text features where their length is another.
+    unit_queries: of a closed vocabulary, whether the queries are divided by their norms; False for means over several
+      sentences about a name, which are shorter (see `with_queries`).
     merge: "class_token": each token times the class token, then a LayerNorm (published weights); "none": a LayerNorm
       alone, for backbones without a class token. Ours.
     box_bias: where a token's box begins. "centre": at the centre of the patch, as large as the patch. "corner": at its
@@ -60,6 +62,7 @@ class OwlViT(nn.Module, Counted):
   text: Mapping[str, Any] | None = None
   query_length: int = 0
   embed_dim: int = 512
+  unit_queries: bool = True
   merge: str = "class_token"
   box_bias: str = "centre"
   objectness: bool = False
@@ -179,7 +182,7 @@ class OwlViT(nn.Module, Counted):
         )
       shape = (1, self.num_classes, self.embed_dim)
       x = self.param("queries", nn.initializers.normal(1.0), shape)
-      return _unit(x), jnp.ones(shape[:2], bool)
+      return _unit(x) if self.unit_queries else x, jnp.ones(shape[:2], bool)
     if queries is None:
       raise errors.UserError(
         "This detector compares images with queries and got none; give it names."
@@ -238,6 +241,23 @@ class OwlViT(nn.Module, Counted):
     out = {"pred_boxes": spec("tokens 4"), "class_logits": spec(f"tokens {q}")}
     out["query_embeddings"] = spec(f"{q} {self.embed_dim}")
     return out | ({"objectness": spec("tokens")} if self.objectness else {})
+
+
+def with_queries(
+  model: OwlViT, params: Params, queries: Float[Array | np.ndarray, "q e"]
+) -> tuple[OwlViT, Params]:
+  """Returns (model, params) of the detector whose classes are these queries: it needs no texts, and no text tower.
+
+  Scores are linear in a query's embedding, so that the mean of the embeddings of several sentences gives the mean of
+  their scores.
+
+  Args:
+    model, params: a detector that takes queries.
+    queries: their embeddings, or means of these; see `OwlViT.__call__`.
+  """
+  others = {k: v for k, v in params.items() if k not in ("text", "query_projection")}
+  closed = model.clone(num_classes=len(queries), text=None, query_length=0, unit_queries=False)
+  return closed, others | {"queries": jnp.asarray(queries, jnp.float32)[None]}
 
 
 MERGES = ("class_token", "none")

@@ -7,7 +7,7 @@ import pytest
 
 from flexivit_jax import errors
 from flexivit_jax.models import OwlViT
-from flexivit_jax.models.owl_vit import centre_bias, corner_bias
+from flexivit_jax.models.owl_vit import centre_bias, corner_bias, with_queries
 from flexivit_jax.training import steps
 
 BACKBONE = dict(variant="mu", depth=1, patch_size=(8, 8), posemb_size=(3, 3))
@@ -84,6 +84,21 @@ def test_an_embedded_query_is_as_the_query():
     params, images(), embedded
   )
   np.testing.assert_allclose(got["class_logits"], want["class_logits"], atol=1e-6)
+
+
+def test_a_detector_with_fixed_queries_is_as_the_one_that_was_given_them():
+  """With the mean of the embeddings of two sentences for each name, the mean of the logits."""
+  model = detector(text=TEXT)
+  params = parameters(model)
+  tokens = np.random.default_rng(0).integers(1, 30, (2, 3, 4)).astype("i")
+  both = [run(model, params, images(1), one[None], seqhw=3) for one in tokens]
+  mean = np.mean([out["query_embeddings"][0] for out in both], axis=0)
+  closed, fixed = with_queries(model, params["params"], mean)
+  assert not closed.open and closed.num_classes == 3 and "text" not in fixed
+  out = run(closed, {"params": fixed}, images(1), seqhw=3)
+  want = np.mean([out["class_logits"] for out in both], axis=0)
+  np.testing.assert_allclose(out["class_logits"], want, atol=1e-5)
+  np.testing.assert_array_equal(out["pred_boxes"], both[0]["pred_boxes"])
 
 
 def test_scores_are_the_formula_in_float64():
