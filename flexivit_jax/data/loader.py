@@ -284,7 +284,8 @@ def _plan(
   local = batch_size // process_count
   chunks = math.ceil(local / _CHUNK)
   offset = local * process_index
-  ops = parse(pp).upright() if source.upright else parse(pp)
+  ops = parse(pp).of_classes(source.class_names, source.num_classes)
+  ops = ops.upright() if source.upright else ops
   return BatchPlan(source, ops, seed, batch_size, local, offset, chunks, on_error, max_errors)
 
 

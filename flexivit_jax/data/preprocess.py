@@ -9,12 +9,11 @@ An operation is a plain function. Its first parameter says what it gets and give
 - `record`: the whole dict; it returns a new one.
 
 A function with `rng` is random; the generator belongs to the example, so a draw depends on nothing
-else. A function of `hw` with `mask` is given the mask of the image, None if it has none. Images
-stay uint8 until `value_range`.
+else. A function of `hw` with `mask` is given the mask of the image, None if it has none. A function with `class_names`
+or `num_classes` is given those of the data, see `Preprocess.of_classes`. Images stay uint8 until `value_range`.
 """
 
 import ast
-import functools
 import inspect
 import os
 import re
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from flexivit_jax.data import annotations, geometry, images, text as text_lib
+from flexivit_jax.data import annotations, geometry, images, queries, text as text_lib
 from flexivit_jax.data.annotations import Example
 from flexivit_jax.data.geometry import Image
 from flexivit_jax.data.photometric import photometric_distortion
@@ -130,7 +129,7 @@ def tokenize(
 
   Errors: a text without words.
   """
-  tokens = _tokens(path, length, pad, end, lower)
+  tokens = queries.load_tokens(path, length, pad, end, lower)
   return record | {"tokens": tokens.encode([_get(record, key)])[0]}
 
 
@@ -148,21 +147,13 @@ def tokenize_all(
 
   Errors: more captions than rows; a caption without words.
   """
-  tokens, texts = _tokens(path, length, pad, end, lower), _captions(record)
+  tokens, texts = queries.load_tokens(path, length, pad, end, lower), _captions(record)
   if len(texts) > captions:
     raise UserError(f"{len(texts)} captions; expected at most {captions}, which is captions= here.")
   rows = np.full((captions, length), tokens.pad, np.int32)
   rows[: len(texts)] = tokens.encode(texts)
   mask = (np.arange(captions) < len(texts)).astype(np.float32)
   return record | {"texts": rows, "texts_mask": mask}
-
-
-# A file is read once in each process.
-@functools.lru_cache(maxsize=16)
-def _tokens(
-  path: str, length: int, pad: str | int, end: str | int | None, lower: bool
-) -> text_lib.Tokens:
-  return text_lib.load(path, length=length, pad=pad, end=end, lower=lower)
 
 
 def _captions(record: Example) -> tuple[str, ...]:
@@ -208,9 +199,14 @@ OPS: dict[str, Callable[..., Any]] = {
   "random_caption": random_caption,
   "tokenize": tokenize,
   "tokenize_all": tokenize_all,
+  "sample_queries": queries.sample_queries,
+  "query_tokens": queries.query_tokens,
+  "query_vectors": queries.query_vectors,
   "copy": copy,
   "keep": keep,
 }
+_TOKENIZERS = (tokenize, tokenize_all, queries.query_tokens)
+_OF_DATA = ("class_names", "num_classes")  # parameters that the data give
 
 
 class Op(NamedTuple):
@@ -225,6 +221,7 @@ class Op(NamedTuple):
     looks: whether the function takes `mask`.
     blind: whether it moves pixels and does not say where to, so that boxes and mask cannot follow.
     min_area: the share of a box's area that has to be left, see `annotations.follow`.
+    asks: those of `class_names` and `num_classes` that the function takes.
   """
 
   text: str
@@ -238,6 +235,7 @@ class Op(NamedTuple):
   looks: bool
   blind: bool
   min_area: float
+  asks: tuple[str, ...] = ()
 
 
 class Preprocess(NamedTuple):
@@ -264,6 +262,22 @@ class Preprocess(NamedTuple):
       return op._replace(kwargs={"exif": True, **op.kwargs}) if decodes else op
 
     return self._replace(ops=tuple(map(turning, self.ops)))
+
+  def of_classes(self, class_names: tuple[str, ...] | None, num_classes: int) -> "Preprocess":
+    """Returns the same for data with these classes.
+
+    Raises:
+      UserError: an operation that needs names, and there are none; arguments that do not fit the classes.
+    """
+    data = {"class_names": class_names or (), "num_classes": num_classes}
+
+    def told(op: Op) -> Op:
+      kwargs = {**op.kwargs, **{name: data[name] for name in op.asks}}
+      if op.function in queries.CHECKS:
+        queries.CHECKS[op.function](*op.args, **kwargs)
+      return op._replace(kwargs=kwargs)
+
+    return self._replace(ops=tuple(map(told, self.ops)))
 
   def __call__(self, record: Example, rng: np.random.Generator | None) -> Example:
     """Returns a new record; `rng` may be None where `random` is False.
@@ -309,11 +323,11 @@ def tokens_of(pp: str) -> text_lib.Tokens | None:
   """
   found = []
   for op in parse(counted(pp, 1)).ops:  # the classes are counted later
-    if op.function in (tokenize, tokenize_all):
-      bound = inspect.signature(op.function).bind(None, *op.args, **op.kwargs)
+    if op.function in _TOKENIZERS:
+      bound = inspect.signature(op.function).bind_partial(None, *op.args, **op.kwargs)
       bound.apply_defaults()
-      names = inspect.signature(_tokens).parameters
-      found.append(_tokens(*(bound.arguments[name] for name in names)))
+      names = inspect.signature(queries.load_tokens).parameters
+      found.append(queries.load_tokens(*(bound.arguments[name] for name in names)))
   if any(one != found[0] for one in found):
     raise UserError(f"{pp!r} makes tokens in two ways; expected one.")
   return found[0] if found else None
@@ -321,7 +335,10 @@ def tokens_of(pp: str) -> text_lib.Tokens | None:
 
 def image_operations(pp: str) -> tuple[list[str], list[str]]:
   """Returns the operations of a string that can change an image, as they are written; and those of them that draw."""
-  of_texts = (first_caption, random_caption, tokenize, tokenize_all, keep)
+  of_texts = (
+    first_caption, random_caption, *_TOKENIZERS, queries.sample_queries, queries.query_vectors,
+    keep,
+  )  # fmt: skip
   ops = [op for op in parse(counted(pp, 1)).ops if op.function not in of_texts]
   return [op.text for op in ops], [op.text for op in ops if op.random]
 
@@ -331,10 +348,10 @@ def without_tokenizers(pp: str) -> str:
   pp = pp.replace("\n", " ").strip()
   for node in _split(pp):
     name = getattr(getattr(node, "func", None), "id", None)
-    if name not in ("tokenize", "tokenize_all"):
+    if OPS.get(name or "") not in _TOKENIZERS:
       continue
     op = _parse_op(node)
-    bound = inspect.signature(op.function).bind(None, *op.args, **op.kwargs)
+    bound = inspect.signature(op.function).bind_partial(None, *op.args, **op.kwargs)
     path = bound.arguments["path"]
     if path != text_lib.BYTES and not os.path.exists(path):
       kept = {k: v for k, v in op.kwargs.items() if k not in ("path", "pad", "end")}
@@ -346,6 +363,8 @@ def without_tokenizers(pp: str) -> str:
 
 def _apply(op: Op, record: Example, rng: np.random.Generator | None) -> Example:
   kwargs = {**op.kwargs, "rng": rng} if op.random else dict(op.kwargs)
+  if any(name not in kwargs for name in op.asks):
+    raise UserError(f"{op.text} asks for the classes of the data; expected Preprocess.of_classes.")
   if op.inkey is None:
     return op.function(record, *op.args, **kwargs)
   value = _get(record, op.inkey)
@@ -462,7 +481,7 @@ def _make_op(
   text: str, function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, Any]
 ) -> Op:
   first, *rest = inspect.signature(function).parameters.values()
-  given = {p.name: None for p in rest if p.name in ("rng", "mask")}
+  given = {p.name: None for p in rest if p.name in ("rng", "mask", *_OF_DATA)}
   known = [p.name for p in rest if p.name not in given and p.kind is not p.VAR_POSITIONAL]
   moves = first.name == "hw" or function is geometry.decode_inception_crop
   inkey = outkey = None
@@ -487,7 +506,10 @@ def _make_op(
   bound.apply_defaults()
   blind = bool(bound.arguments.get("geometry"))
   drawn, looks = "rng" in given, "mask" in given
-  return Op(text, function, args, kwargs, first.name, inkey, outkey, drawn, looks, blind, min_area)
+  asks = tuple(name for name in _OF_DATA if name in given)
+  return Op(
+    text, function, args, kwargs, first.name, inkey, outkey, drawn, looks, blind, min_area, asks
+  )
 
 
 def _check_order(ops: tuple[Op, ...]) -> None:

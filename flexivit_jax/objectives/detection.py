@@ -33,6 +33,7 @@ class Match(NamedTuple):
 def detection(
   *,
   queries: bool = False,
+  multilabel: bool = False,
   alpha: float = 0.3,
   gamma: float = 2.0,
   class_weight: float = 1.0,
@@ -49,6 +50,7 @@ def detection(
   Args:
     queries: the batch has "queries" for the model and "box_targets" [m, q], for each row 1 at the queries that describe
       it; without, "box_labels" [m] are numbers of classes.
+    multilabel: without queries: "box_targets" [m, classes], for each row 1 at its classes, in place of "box_labels".
     alpha, gamma: of the focal loss (arXiv 1708.02002).
     class_weight, l1_weight, giou_weight: of the three losses, and of the three costs of matching.
     normalization: "example": the class loss of an image is divided by the number of its positive labels, the others by
@@ -56,10 +58,14 @@ def detection(
       divided by the number of boxes in the global batch.
 
   Raises:
-    UserError: an unknown normalization; a weight, alpha or gamma that is out of range.
+    UserError: an unknown normalization; a weight, alpha or gamma that is out of range; queries and multilabel.
   """
   if normalization not in NORMALIZATIONS:
     raise errors.unknown("normalization", normalization, NORMALIZATIONS)
+  if queries and multilabel:
+    raise errors.UserError(
+      "Got queries and multilabel; with queries a box may have several anyway. Leave multilabel out."
+    )
   given = dict(class_weight=class_weight, l1_weight=l1_weight, giou_weight=giou_weight, gamma=gamma)
   for name, value in given.items():
     if not 0 <= value < math.inf:
@@ -72,7 +78,7 @@ def detection(
     out = predict({name: batch[name] for name in model_inputs})
     logits = out["class_logits"].astype(jnp.float32)
     boxes, real = batch["boxes"].astype(jnp.float32), batch["box_mask"].astype(bool)
-    if queries:
+    if queries or multilabel:
       targets = batch["box_targets"].astype(jnp.float32)
     else:
       # A class of -1, or a row of padding, describes nothing.
@@ -91,6 +97,8 @@ def detection(
   if queries:
     # Of tokens, or vectors made of texts before: the model says which.
     inputs |= {"queries": spec("q l", "any"), "box_targets": spec("m q", "any")}
+  elif multilabel:
+    inputs |= {"box_targets": spec("m classes", "any")}
   else:
     inputs |= {"box_labels": spec("m", "int")}
   return Objective(inputs, ("class_logits", "pred_boxes"), keep(*inputs), loss_of)

@@ -137,6 +137,26 @@ def test_class_0_is_a_class_and_padding_is_none():
   np.testing.assert_array_equal(slope([0, 1]), slope([0, 0]))
 
 
+def test_multilabel_boxes_have_all_their_classes():
+  rng = np.random.default_rng(1)
+  logits, predicted, true, targets, real = (np.stack([x]) for x in case(rng, boxes=4))
+  batch = dict(boxes=true, box_targets=targets, box_mask=real, image=np.zeros((1, 2, 2, 3)))
+  out = {"class_logits": jnp.asarray(logits), "pred_boxes": jnp.asarray(predicted)}
+  asked = batch | {"queries": np.ones((1, Q, 3), np.int32)}
+  a, b = (
+    detection(**one).loss(lambda inputs: out, given)
+    for one, given in ((dict(multilabel=True), batch), (dict(queries=True), asked))
+  )
+  np.testing.assert_array_equal(a.total, b.total)
+  one = targets[0].argmax(1)
+  single = batch | {"box_targets": np.eye(Q, dtype="f")[one][None], "box_labels": one[None]}
+  c, d = (
+    detection(multilabel=m).loss(lambda inputs: out, single).total.item() for m in (True, False)
+  )
+  np.testing.assert_allclose(c, d, rtol=1e-6)
+  assert c != a.total.item()
+
+
 @pytest.mark.parametrize("number", [0, 3])
 def test_images_without_boxes_and_predictions_without_area_have_finite_gradients(number):
   logits, predicted, true, targets, real = case(np.random.default_rng(0), boxes=number)
@@ -173,6 +193,7 @@ def test_giou_of_pairs_that_are_known():
     (dict(normalization="batch"), "normalization 'batch'"),
     (dict(l1_weight=-1.0), "l1_weight=-1.0; expected a finite number >= 0"),
     (dict(alpha=1.0), "alpha=1.0; expected a number between 0 and 1"),
+    (dict(queries=True, multilabel=True), "Got queries and multilabel"),
   ],
 )
 def test_bad_arguments_are_refused(arguments, expected):
