@@ -1,7 +1,8 @@
-"""`flexivit predict`: the most likely classes of images, or the class of each pixel, at chosen patch sizes."""
+"""`flexivit predict`: classes of images, the class of each pixel, or boxes of objects, at chosen patch sizes."""
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Collection
@@ -11,9 +12,9 @@ from flexivit_jax import errors
 from flexivit_jax.commands import options
 
 if TYPE_CHECKING:
-  from flexivit_jax.inference import predictor
+  from flexivit_jax.inference import picture_files, predictor
 
-HELP = "classify images, or their pixels, at a chosen patch size, also among names of your own"
+HELP = "classify images or their pixels, or find objects, at a chosen patch size, also by names of your own"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -27,21 +28,31 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--overlay",
     type=options.path,
-    help="of a segmentation model, the image under the colours of its classes with a legend: an image file or a folder",
+    help="of a segmentation model or a detector, the image with its classes or boxes: an image file or a folder",
   )
   p.add_argument(
     "--patch",
-    help="pixels a side of a patch in the place of --seqhw, e.g. 16 or 8,16x12; of a segmentation model",
+    help="pixels a side of a patch in the place of --seqhw, e.g. 16 or 8,16x12; of a segmentation model or a detector",
   )
   p.add_argument("--json", action="store_true", help="print a line of JSON for each answer")
-  p.add_argument("--top_k", type=int, default=5, help="most likely classes (default 5)")
+  p.add_argument(
+    "--top_k",
+    type=int,
+    help="most likely classes (default 5); of a detector, most boxes (default 100)",
+  )
+  p.add_argument("--threshold", type=float, help="of a detector, the least score (default 0.1)")
   p.add_argument(
     "--names",
-    help="texts to choose from, with a model of two towers: 'cat,dog,a red car', or a file with one a line",
+    help="texts to choose from or to find, with a text tower: 'cat,dog,a red car', or a file with one a line",
   )
   p.add_argument(
     "--templates",
     help="sentences for the names: name (default: as they are), one, clip_best, clip_paper, or a file",
+  )
+  p.add_argument(
+    "--vectors",
+    type=options.path,
+    help="an .npz with vectors of the names, of a detector without a text tower",
   )
   p.add_argument("--time", action="store_true", help="measure milliseconds an image")
   options.add_reading(p)
@@ -53,8 +64,10 @@ def run(args: argparse.Namespace) -> None:
   from flexivit_jax.devices import compilation
   from flexivit_jax.running import processes
 
-  if args.top_k < 1:
+  if args.top_k is not None and args.top_k < 1:
     raise errors.UserError(f"--top_k={args.top_k}; expected 1 or more.")
+  if args.threshold is not None and not 0 <= args.threshold <= 1:
+    raise errors.UserError(f"--threshold={args.threshold}; expected a score, 0 to 1.")
   if args.templates and not args.names:
     raise errors.UserError("--templates are sentences for --names; give these, or leave it out.")
   options.join(args)
@@ -82,7 +95,11 @@ def _predict(args: argparse.Namespace) -> None:
   if predictor.gives_masks(loaded.model):
     _predict_masks(args, loaded)
     return
+  if predictor.gives_boxes(loaded.model):
+    _predict_boxes(args, loaded)
+    return
   _check_of_classes(args, WRITERS)
+  top_k = 5 if args.top_k is None else args.top_k
   among = None
   if args.names:
     among = texts.of_names(loaded, _names(args.names), args.templates or "name")
@@ -100,7 +117,7 @@ def _predict(args: argparse.Namespace) -> None:
     inputs,
     sizes=sizes,
     batch_size=args.batch_size,
-    top_k=args.top_k,
+    top_k=top_k,
     names=args.names,
     templates=args.templates,
   )
@@ -111,11 +128,11 @@ def _predict(args: argparse.Namespace) -> None:
     sinks_of(
       args.out if first else None,
       json_lines=args.json,
-      k=min(args.top_k, classes),
+      k=min(top_k, classes),
       timed=args.time,
     ) as sinks,
     contextlib.closing(
-      predictions(loaded, inputs, sizes, args.top_k, args.batch_size, args.time, among)
+      predictions(loaded, inputs, sizes, top_k, args.batch_size, args.time, among)
     ) as stream,
   ):
     for file, rows in stream:
@@ -130,15 +147,17 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _check_of_classes(args: argparse.Namespace, suffixes: Collection[str]) -> None:
-  """Raises a UserError for what only a segmentation model can give."""
+  """Raises a UserError for what only a segmentation model or a detector can give."""
   from flexivit_jax.inference import masks, outputs
   from flexivit_jax.running import distributed
 
   for option, value in (("--overlay", args.overlay), ("--patch", args.patch)):
     if value is not None:
       raise errors.UserError(
-        f"{option}={value}: {args.checkpoint} classifies whole images; only a segmentation model gives masks."
+        f"{option}={value}: {args.checkpoint} classifies whole images; only a segmentation model gives masks, and a"
+        " detector boxes."
       )
+  _refuse_of_boxes(args)
   if args.out and args.out.suffix.lower() in masks.MASKS:
     raise errors.UserError(
       f"--out={args.out}: {args.checkpoint} classifies whole images, which makes no mask; expected a file that ends in"
@@ -148,10 +167,19 @@ def _check_of_classes(args: argparse.Namespace, suffixes: Collection[str]) -> No
     distributed.on_first(lambda: outputs.check_new(args.out, suffixes, args.overwrite), "--out")
 
 
+def _refuse_of_boxes(args: argparse.Namespace) -> None:
+  """Raises a UserError for what only a detector takes."""
+  for option, value in (("--threshold", args.threshold), ("--vectors", args.vectors)):
+    if value is not None:
+      raise errors.UserError(
+        f"{option}={value} is for detectors; {args.checkpoint} gives no boxes."
+      )
+
+
 def _predict_masks(args: argparse.Namespace, loaded: "predictor.Loaded") -> None:
-  from flexivit_jax import sizes as size_grammar, weights
+  from flexivit_jax import weights
   from flexivit_jax.data.inputs import find_images
-  from flexivit_jax.inference import masks, outputs, picture_files, predictor
+  from flexivit_jax.inference import masks, outputs, predictor
   from flexivit_jax.running import distributed
 
   if args.out and args.out.suffix.lower() in (".csv", ".jsonl"):
@@ -159,13 +187,12 @@ def _predict_masks(args: argparse.Namespace, loaded: "predictor.Loaded") -> None
       f"--out={args.out}: a segmentation model gives masks; expected a .png or a folder. --json prints the shares of"
       " the classes."
     )
-  if args.seqhw and args.patch:
+  _refuse_of_boxes(args)
+  if args.names:
     raise errors.UserError(
-      "Give --seqhw, tokens per side, or --patch, pixels of a patch; not both."
+      f"{args.checkpoint} is a segmentation model, which knows its own classes; leave --names out."
     )
-  sizes: picture_files.Sizes
-  sizes = size_grammar.parse_patches(args.patch) if args.patch else ()
-  sizes = sizes or predictor.sizes_of(args.seqhw, loaded)
+  sizes = _sizes(args, loaded)
   first = distributed.is_first()
   if first:
     weights.print_notes(loaded.record)
@@ -191,6 +218,70 @@ def _predict_masks(args: argparse.Namespace, loaded: "predictor.Loaded") -> None
     if out and not args.json:
       print(f"{out}: {what} of {tally.done - tally.bad} images")
   tally.check_all(args.on_error)
+
+
+def _predict_boxes(args: argparse.Namespace, loaded: "predictor.Loaded") -> None:
+  from flexivit_jax import weights
+  from flexivit_jax.data.inputs import find_images
+  from flexivit_jax.inference import boxes, outputs, predictor, queries
+  from flexivit_jax.running import distributed
+
+  if args.out:
+    check = functools.partial(outputs.check_new, args.out, boxes.WRITERS, args.overwrite)
+    distributed.on_first(check, "--out")
+  names = None if args.names is None else _names(args.names)
+  loaded = distributed.each(
+    lambda: queries.closed(loaded, names, args.templates or "name", args.vectors), "--names"
+  )
+  sizes = _sizes(args, loaded)
+  first = distributed.is_first()
+  if first:
+    weights.print_notes(loaded.record)
+  inputs = find_images(args.image, outputs.note if first else lambda text: None)
+  to = distributed.each(
+    lambda: boxes.overlays_of(inputs, sizes, args.overlay, args.overwrite), "--overlay"
+  )
+  limits = options.chosen(args, "threshold", "top_k")
+  predictor.agree(loaded, inputs, sizes=sizes, batch_size=args.batch_size, names=names, **limits)
+  printed = args.json or not args.out
+  tally = outputs.Tally(len(inputs), first, progress=not (printed and sys.stdout.isatty()))
+  stream = boxes.answers(
+    loaded,
+    inputs,
+    sizes,
+    batch_size=args.batch_size,
+    timed=args.time,
+    pictures=first and bool(to),
+    **limits,
+  )
+  with (
+    boxes.sinks_of(args.out if first else None, to, json_lines=args.json, timed=args.time) as sinks,
+    contextlib.closing(stream),
+  ):
+    for file, answers in stream:
+      tally.add(file, answers[0].error)
+      for answer in answers:
+        if answer.error is None and first:
+          boxes.draw(answer, to)
+        for sink in sinks:
+          sink(answer)
+    tally.check_any()
+  for out, what in ((args.out, "detections"), (args.overlay, "overlays")):
+    if out and not args.json:
+      print(f"{out}: {what} of {tally.done - tally.bad} images")
+  tally.check_all(args.on_error)
+
+
+def _sizes(args: argparse.Namespace, loaded: "predictor.Loaded") -> "picture_files.Sizes":
+  """The sizes of --seqhw or --patch."""
+  from flexivit_jax import sizes
+  from flexivit_jax.inference import predictor
+
+  if args.seqhw and args.patch:
+    raise errors.UserError(
+      "Give --seqhw, tokens per side, or --patch, pixels of a patch; not both."
+    )
+  return sizes.parse_patches(args.patch) if args.patch else predictor.sizes_of(args.seqhw, loaded)
 
 
 def _names(text: str) -> list[str]:

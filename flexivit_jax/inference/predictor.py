@@ -40,6 +40,7 @@ class Loaded(NamedTuple):
     model, params, record: see `weights.load_with_record`, or for models of parts `weights.tasks.load`.
     name: what the user called it.
     prepare: path -> what the model takes of one image, [h, w, c].
+    pp: the preprocessing that `prepare` does.
   """
 
   model: Any  # a `Model`, a FlexiViT unless the whole is asked for
@@ -47,6 +48,7 @@ class Loaded(NamedTuple):
   record: Json
   name: str
   prepare: Prepare
+  pp: str = ""
 
 
 class Outcome(NamedTuple):
@@ -69,23 +71,24 @@ def load(
   """Loads a model and finds out how its images are prepared.
 
   Of a model that gives something for each pixel, no image is cropped or padded: every pixel of the file gets an answer.
+  Of a detector, none is cropped.
 
   Args:
     checkpoint: what `weights.load` takes.
     image_size: pixels a side for weights that do not say; default that of a fixed model, or 240 as in the paper. Of a
       model that gives masks, pixels of the shorter side, whatever the weights say.
     texts: both towers, see `weights.towers.load`; else of two towers the one of images.
-    whole: a model of parts that has no text tower, a Segmenter, as it is; else its FlexiViT.
+    whole: a model of other parts, a Segmenter or a detector, as it is; else its FlexiViT.
     **loading: see `weights.load`.
 
   Raises:
     UserError: it cannot be loaded; `image_size` where the weights say it; a model of other than 1 or 3 channels.
   """
   read: Callable[..., tuple[Model, Params, Json]] = weights.load_with_record
-  if texts:
-    read = weights.towers.load
-  elif whole and weights.tasks.is_whole(checkpoint):
+  if whole and weights.tasks.is_whole(checkpoint):
     read = weights.tasks.load
+  elif texts:
+    read = weights.towers.load
   model, params, record = read(checkpoint, **loading)
   part = vit_part(model)
   channels = (params[part] if part else params)["embedding"]["kernel"].shape[2]
@@ -94,17 +97,25 @@ def load(
       f"{checkpoint} takes images of {channels} channels; image files have 3, or 1 where they are grey."
       " Call the model in Python (weights.load) on arrays of your own."
     )
+  notes: list[str] = []
   if gives_masks(model):
     pp, notes = whole_images.of_all_pixels(record, image_size)
-    record = record | {"notes": [*record["notes"], *notes]}
+  elif gives_boxes(model):
+    pp, notes = whole_images.uncut(record, image_size)
   else:
     pp = weights.preparation(record, image_size)
-  return Loaded(model, params, record, str(checkpoint), preparer(pp, channels))
+  record = record | {"notes": [*record["notes"], *notes]}
+  return Loaded(model, params, record, str(checkpoint), preparer(pp, channels), pp)
 
 
 def gives_masks(model: Model) -> bool:
   """Tells whether a model gives scores of every pixel, "pixel_logits"."""
   return "pixel_logits" in model.outputs
+
+
+def gives_boxes(model: Model) -> bool:
+  """Tells whether a model gives boxes and their scores, "pred_boxes" and "class_logits"."""
+  return "pred_boxes" in model.outputs
 
 
 def sizes_of(text: str | None, loaded: Loaded) -> tuple[SeqHw, ...]:

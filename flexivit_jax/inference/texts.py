@@ -1,18 +1,20 @@
 """Texts for image files: names among which a model of two towers chooses, and queries that it looks for."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Shaped
 from scipy import special
 
 from flexivit_jax import errors
 from flexivit_jax.data import prompts, text
 from flexivit_jax.evaluators.zero_shot import unit
 from flexivit_jax.inference import outputs, predictor
-from flexivit_jax.models import TwoTowers
+from flexivit_jax.models import OwlViT, TwoTowers
+from flexivit_jax.trees import Params
 
 _ROWS = 64  # texts that are embedded at a time
 
@@ -67,26 +69,46 @@ def of_names(
 def embed(loaded: predictor.Loaded, texts: Sequence[str]) -> Float32[np.ndarray, "n e"]:
   """Returns unit vectors of texts; a note on stderr says where some are cut.
 
+  Args:
+    loaded: two towers, or a detector with a text tower.
+    texts: any.
+
   Raises:
     UserError: the weights have no tokenizer; a text without words; vectors that are not finite.
   """
-  model = loaded.model
-  assert isinstance(model, TwoTowers)
+  made = tokenizer(loaded)
+  tokens = made.encode(texts)
+  if cut := sum(made.full_length(one) > made.length for one in texts):
+    outputs.note(f"{cut} of {len(texts)} texts are longer than {made.length} tokens and are cut")
+  return in_blocks(loaded, tokens)
+
+
+def tokenizer(loaded: predictor.Loaded) -> text.Tokens:
+  """Returns how the model's texts become tokens; raises a UserError where the weights do not say it."""
   if not loaded.record.get("text"):
     raise errors.UserError(
       f"{loaded.name} has no tokenizer beside its text tower, so texts cannot be encoded; take the run itself, whose"
       " checkpoints have it, or weights that come with their tokenizer."
     )
-  made = text.of_record(loaded.record["text"])
-  tokens = made.encode(texts)
-  if cut := sum(made.full_length(one) > made.length for one in texts):
-    outputs.note(f"{cut} of {len(texts)} texts are longer than {made.length} tokens and are cut")
-  program = jax.jit(lambda params, rows: model.apply({"params": params}, tokens=rows)[1]["text"])
+  return text.of_record(loaded.record["text"])
+
+
+def in_blocks(
+  loaded: predictor.Loaded, rows: Shaped[np.ndarray, "n d"]
+) -> Float32[np.ndarray, "n e"]:
+  """Returns the embeddings of tokens (of a detector: of its queries, whatever they are), so many at a time.
+
+  Raises:
+    UserError: they are not finite.
+  """
+  program = jax.jit(
+    functools.partial(_of_queries if isinstance(loaded.model, OwlViT) else _of_texts, loaded.model)
+  )
   parts = []
-  rows = min(_ROWS, len(tokens))
-  for start in range(0, len(tokens), rows):
-    block = tokens[start : start + rows]
-    padded = np.concatenate([block, block[:1].repeat(rows - len(block), axis=0)])
+  number = min(_ROWS, len(rows))
+  for start in range(0, len(rows), number):
+    block = rows[start : start + number]
+    padded = np.concatenate([block, block[:1].repeat(number - len(block), axis=0)])
     parts.append(np.asarray(program(loaded.params, padded))[: len(block)])
   vectors = np.concatenate(parts)
   if not np.isfinite(vectors).all():
@@ -94,3 +116,11 @@ def embed(loaded: predictor.Loaded, texts: Sequence[str]) -> Float32[np.ndarray,
       f"{loaded.name}: its text embeddings are not finite; are its weights whole?"
     )
   return vectors
+
+
+def _of_texts(model: TwoTowers, params: Params, rows: Array) -> Array:
+  return model.apply({"params": params}, tokens=rows)[1]["text"]
+
+
+def _of_queries(model: OwlViT, params: Params, rows: Array) -> Array:
+  return model.apply({"params": params}, queries=rows[None])[0][0]

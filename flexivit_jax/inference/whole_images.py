@@ -3,12 +3,13 @@
 import os
 import pathlib
 import stat
+from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
-from flexivit_jax import data
-from flexivit_jax.data import images
+from flexivit_jax import data, weights
+from flexivit_jax.data import annotations, images
 from flexivit_jax.trees import Json
 
 _MAX_PIXELS = 2**28
@@ -39,6 +40,71 @@ def of_all_pixels(record: Json, image_size: int | None) -> tuple[str, list[str]]
     first = next((i for i, op in enumerate(kept) if op.first != "encoded"), len(kept))
     texts.insert(first, f"resize_small({side})")
   return "|".join(texts), notes
+
+
+def uncut(record: Json, image_size: int | None) -> tuple[str, list[str]]:
+  """Returns a preprocessing that shows the model all of an image, and notes on what differs from its own.
+
+  That is the weights' own, without what cuts an image or draws; where that gave the image its size, it is fitted into
+  this size, and padded below and on the right. Weights that say nothing get `image_size` pixels a side in this way.
+
+  Raises:
+    UserError: `image_size` where the weights say how images are prepared.
+  """
+  if not (record.get("pp") or "images" in record):
+    size = image_size or record.get("image_size") or record.get("image_shape")
+    hw = (size, size) if isinstance(size, int) else (*(size or (weights.stated.USUAL_SIDE,) * 2),)
+    return "|".join(["decode", *_fitted(hw[:2]), "value_range(-1, 1)"]), []
+  ops = data.parse(weights.preparation(record, image_size)).ops
+  decoded = ["decode"]
+  moved: list[str] = []
+  others: list[str] = []
+  left_out: list[str] = []
+  for op in ops:
+    if (op.inkey, op.outkey) != ("image", "image"):
+      continue
+    if op.random or op.function in _CUTS:
+      left_out.append(op.text)
+      size = op.args[0] if op.args else op.kwargs.get("size")
+      moved = _fitted(size) if size and op.function in _SIZED else moved
+    elif op.first == "encoded":
+      decoded = [op.text]
+    else:
+      (moved if op.first == "hw" else others).append(op.text)
+  note = f"{', '.join(left_out)} of its preprocessing is left out: an object may be anywhere"
+  instead = f"; images are prepared by {'|'.join(moved)}" if moved else ""
+  return "|".join([*decoded, *moved, *others]), [f"{note}{instead}."] if left_out else []
+
+
+_SIZED = [data.OPS[n] for n in ("central_crop", "random_crop", "inception_crop", "decode_inception_crop")]  # fmt: skip
+_CUTS = [*_SIZED, data.OPS["crop_border"], data.OPS["balanced_crop"]]
+
+
+def _fitted(size: Any) -> list[str]:
+  side = size if isinstance(size, int) else tuple(size)
+  return [f"resize_keep({side}, 'contain')", f"pad({side}, fill=0)"]
+
+
+def origin(pp: str, path: str) -> Float32[np.ndarray, "6"]:
+  """Returns the window of a file's image that a preprocessing shows, see `annotations`; decodes no pixel.
+
+  Args:
+    pp: of `uncut`.
+    path: the file.
+
+  Raises:
+    OSError, UserError, SyntaxError, ValueError: the file has gone, or is no image.
+  """
+  ops = data.parse(pp).upright().ops
+  exif = next(op.kwargs["exif"] for op in ops if op.first == "encoded")
+  hw = images.header_hw(pathlib.Path(path).read_bytes(), exif=exif)
+  record = annotations.origin({"image": np.broadcast_to(np.uint8(0), (*hw, 1))})
+  del record["image"]
+  for op in ops:
+    if op.first == "hw":
+      affine = op.function(hw, *op.args, **op.kwargs)
+      record, hw = annotations.follow(record, hw, affine, op.min_area), affine.hw
+  return record["origin"]
 
 
 def pixels(path: str) -> UInt8[np.ndarray, "h w 3"] | None:
