@@ -10,10 +10,12 @@ An operation is a plain function. Its first parameter says what it gets and give
 
 A function with `rng` is random; the generator belongs to the example, so a draw depends on nothing
 else. A function of `hw` with `mask` is given the mask of the image, None if it has none. A function with `class_names`
-or `num_classes` is given those of the data, see `Preprocess.of_classes`. Images stay uint8 until `value_range`.
+or `num_classes` is given those of the data, see `Preprocess.of_classes`; one with `tile` a function that returns
+another example, after the operations before it. Images stay uint8 until `value_range`.
 """
 
 import ast
+import functools
 import inspect
 import os
 import re
@@ -23,7 +25,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from flexivit_jax.data import annotations, geometry, images, queries, text as text_lib
+from flexivit_jax.data import (
+  annotations,
+  boxes,
+  geometry,
+  images,
+  mosaic,
+  queries,
+  text as text_lib,
+)
 from flexivit_jax.data.annotations import Example
 from flexivit_jax.data.geometry import Image
 from flexivit_jax.data.photometric import photometric_distortion
@@ -169,7 +179,14 @@ def copy(record: Example, inkey: str, outkey: str) -> Example:
 
 
 def keep(record: Example, *keys: str) -> Example:
-  """Keeps only these keys; raises a UserError if one is missing."""
+  """Keeps only these keys; raises a UserError if one is missing, or if boxes of a crowd would look like others."""
+  if "boxes" in keys and "box_crowd" not in keys:
+    crowds = int(np.count_nonzero(record.get("box_crowd", ())))
+    if crowds:
+      raise UserError(
+        f"{crowds} of its boxes stand{'s' * (crowds == 1)} for a crowd, and would be taken for objects;"
+        " write without_crowd() before pad_boxes, or keep 'box_crowd', too."
+      )
   return {key: _get(record, key) for key in keys}
 
 
@@ -199,6 +216,9 @@ OPS: dict[str, Callable[..., Any]] = {
   "random_caption": random_caption,
   "tokenize": tokenize,
   "tokenize_all": tokenize_all,
+  "merge_boxes": boxes.merge_boxes,
+  "without_crowd": boxes.without_crowd,
+  "mosaic": mosaic.mosaic,
   "sample_queries": queries.sample_queries,
   "query_tokens": queries.query_tokens,
   "query_vectors": queries.query_vectors,
@@ -207,6 +227,10 @@ OPS: dict[str, Callable[..., Any]] = {
 }
 _TOKENIZERS = (tokenize, tokenize_all, queries.query_tokens)
 _OF_DATA = ("class_names", "num_classes")  # parameters that the data give
+
+
+# Returns an example, drawn by the generator, after the operations of a `Preprocess`, see `stream`.
+Others = Callable[["Preprocess", np.random.Generator], Example]
 
 
 class Op(NamedTuple):
@@ -221,6 +245,7 @@ class Op(NamedTuple):
     looks: whether the function takes `mask`.
     blind: whether it moves pixels and does not say where to, so that boxes and mask cannot follow.
     min_area: the share of a box's area that has to be left, see `annotations.follow`.
+    joins: whether the function takes `tile`.
     asks: those of `class_names` and `num_classes` that the function takes.
   """
 
@@ -235,6 +260,7 @@ class Op(NamedTuple):
   looks: bool
   blind: bool
   min_area: float
+  joins: bool = False
   asks: tuple[str, ...] = ()
 
 
@@ -279,15 +305,25 @@ class Preprocess(NamedTuple):
 
     return self._replace(ops=tuple(map(told, self.ops)))
 
-  def __call__(self, record: Example, rng: np.random.Generator | None) -> Example:
-    """Returns a new record; `rng` may be None where `random` is False.
+  def __call__(
+    self, record: Example, rng: np.random.Generator | None, others: Others | None = None
+  ) -> Example:
+    """Returns a new record.
+
+    Args:
+      record: an example.
+      rng: of the example; may be None where `random` is False.
+      others: gives other examples to operations that join several; None: there are no others.
 
     Errors: what an operation raises, with a note that names the operation.
     """
     record = dict(record)
-    for op in self.ops:
+    for i, op in enumerate(self.ops):
+      given: Example = {"rng": rng} if op.random else {}
+      if op.joins:
+        given["tile"] = functools.partial(_tile, self._replace(ops=self.ops[:i]), rng, others)
       try:
-        record = _apply(op, record, rng)
+        record = _apply(op, record, given)
       except Exception as error:
         error.add_note(f"in {op.text}")
         raise
@@ -361,8 +397,14 @@ def without_tokenizers(pp: str) -> str:
   return pp
 
 
-def _apply(op: Op, record: Example, rng: np.random.Generator | None) -> Example:
-  kwargs = {**op.kwargs, "rng": rng} if op.random else dict(op.kwargs)
+def _tile(before: Preprocess, rng: np.random.Generator, others: Others | None) -> Example:
+  if others is None:
+    raise UserError("Here are no other examples to join; expected a data set.")
+  return others(before, rng)
+
+
+def _apply(op: Op, record: Example, given: Example) -> Example:
+  kwargs = {**op.kwargs, **given}
   if any(name not in kwargs for name in op.asks):
     raise UserError(f"{op.text} asks for the classes of the data; expected Preprocess.of_classes.")
   if op.inkey is None:
@@ -481,7 +523,7 @@ def _make_op(
   text: str, function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, Any]
 ) -> Op:
   first, *rest = inspect.signature(function).parameters.values()
-  given = {p.name: None for p in rest if p.name in ("rng", "mask", *_OF_DATA)}
+  given = {p.name: None for p in rest if p.name in ("rng", "mask", "tile", *_OF_DATA)}
   known = [p.name for p in rest if p.name not in given and p.kind is not p.VAR_POSITIONAL]
   moves = first.name == "hw" or function is geometry.decode_inception_crop
   inkey = outkey = None
@@ -506,10 +548,11 @@ def _make_op(
   bound.apply_defaults()
   blind = bool(bound.arguments.get("geometry"))
   drawn, looks = "rng" in given, "mask" in given
-  asks = tuple(name for name in _OF_DATA if name in given)
+  joins, asks = "tile" in given, tuple(name for name in _OF_DATA if name in given)
   return Op(
-    text, function, args, kwargs, first.name, inkey, outkey, drawn, looks, blind, min_area, asks
-  )
+    text, function, args, kwargs, first.name, inkey, outkey, drawn, looks, blind, min_area, joins,
+    asks,
+  )  # fmt: skip
 
 
 def _check_order(ops: tuple[Op, ...]) -> None:
@@ -519,6 +562,8 @@ def _check_order(ops: tuple[Op, ...]) -> None:
   last = moved = None
   begun = False
   for op in ops:
+    if begun and op.function is mosaic.mosaic:
+      raise UserError(f"{op.text} joins images, and origin() asks for one; leave one of them out.")
     if begun and op.function is geometry.flip_lr and op.outkey == "image":
       raise UserError(
         f"{op.text} mirrors an image whose origin is asked for; leave one of them out."
@@ -528,10 +573,12 @@ def _check_order(ops: tuple[Op, ...]) -> None:
         f"origin() stands after {moved.text}, which shows another image than the file's; it stands right after decode."
       )
     begun = begun or op.function is annotations.origin
-    if op.outkey == "image" and (op.first == "hw" or op.function is geometry.decode_inception_crop):
+    joins = op.function is mosaic.mosaic
+    sees = op.first == "hw" or op.function is geometry.decode_inception_crop
+    if joins or (op.outkey == "image" and sees):
       moved = op
     pads, divides = (op.function is f for f in (annotations.pad_boxes, annotations.relative_boxes))
-    moves = op.outkey == "image" and op.first in ("hw", "encoded")
+    moves = joins or (op.outkey == "image" and op.first in ("hw", "encoded"))
     padded = last is not None and last.function is annotations.pad_boxes
     if last and (moves or pads or (divides and not padded)):
       raise UserError(

@@ -6,6 +6,7 @@ example). So threads, workers, processes and interruptions change nothing, and t
 state. A balanced stream is another function of the position, see `balanced.py`.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -152,10 +153,12 @@ def _prepare(
       break
     try:
       with images.noticing() as texts:
-        example = _example(plan, epoch, index, record)
+        example = _example(plan, epoch, index, record, bad)
       for text in texts:
         odd.setdefault(text, []).append(index)
       return index, example
+    except BadExampleError:  # of another example, a part of this one
+      raise
     except Exception as error:
       message = _describe(plan.source, index, record, error)
       if plan.on_error == "raise":
@@ -167,19 +170,51 @@ def _prepare(
   return -1, None
 
 
-def _example(plan: BatchPlan, epoch: int, index: int, record: Record | None) -> Example:
+def _example(plan: BatchPlan, epoch: int, index: int, record: Record | None, bad: Bad) -> Example:
   rng = None
   if plan.pp.random:
     key = np.random.SeedSequence((plan.seed or 0, epoch, index))
     rng = np.random.Generator(np.random.Philox(key))
+  others = functools.partial(_another, plan, bad)
   if plan.cache is None:
     checked = _checked(plan.source, index, record)
-    return _check_mask(plan.source, plan.pp(checked, rng))
-  fixed, rest, examples = plan.cache
+    return _check_mask(plan.source, plan.pp(checked, rng, others))
+  return plan.cache.rest(_cached(plan, index, record), rng, others)
+
+
+def _cached(plan: BatchPlan, index: int, record: Record | None) -> Example:
+  """Returns an example after the first, deterministic part of its preprocessing."""
+  fixed, _, examples = plan.cache
   if index not in examples:
     checked = _checked(plan.source, index, record)
     examples[index] = _check_mask(plan.source, fixed(checked, None))
-  return rest(examples[index], rng)
+  return examples[index]
+
+
+def _another(plan: BatchPlan, bad: Bad, before: Preprocess, rng: np.random.Generator) -> Example:
+  """Returns an example, drawn by the generator of the one that it becomes a part of, after some of the operations.
+
+  Where "skip" leaves it out, another is drawn.
+  """
+  others = functools.partial(_another, plan, bad)
+  while True:
+    index = int(rng.integers(len(plan.source)))
+    record = None
+    try:
+      if plan.cache is None or index not in plan.cache.examples:
+        record = plan.source[index]
+      if plan.cache is not None:
+        return before(_cached(plan, index, record), rng, others)
+      return _check_mask(plan.source, before(_checked(plan.source, index, record), rng, others))
+    except BadExampleError:
+      raise
+    except Exception as error:
+      message = _describe(plan.source, index, record, error)
+      if plan.on_error == "raise":
+        raise _stop(message) from error
+      bad[index] = message
+      if len(bad) > min(plan.max_errors, len(plan.source) - 1):
+        raise UserError("no other example is good enough to be a part of this one") from error
 
 
 def _checked(source: Source, index: int, record: Record | None) -> Example:
