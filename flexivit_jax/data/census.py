@@ -28,7 +28,11 @@ def class_sizes(source: Source) -> str | None:
   if not sum(counts):
     return None
   number = f"{min(counts)} to {max(counts)} boxes in each of {len(counts):,} images"
-  sentence = _sentence(source, np.concatenate(boxes), "boxes")
+  labels = np.concatenate(boxes)
+  sentence = _sentence(source, labels, "boxes")
+  absent = source.num_classes - len(np.unique(labels))
+  if absent and source.num_classes > _SHOWN:
+    number = f"{absent:,} {'has' if absent == 1 else 'have'} no box; {number}"
   return f"{sentence}; {number}" if sentence else number
 
 

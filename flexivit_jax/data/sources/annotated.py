@@ -1,5 +1,6 @@
 """What the sources of annotated images share: rows, bad rows, boxes, and files found by name."""
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -353,7 +354,7 @@ def read_rows(
   for i in indices:
     low, high = table.ends[i], table.ends[i + 1]
     boxes = {key: column[low:high].copy() for key, column in table.columns.items()}
-    path, other = table.paths[i], dict(table.others[i])
+    path, other = table.paths[i], {k: copy.copy(v) for k, v in table.others[i].items()}
     if "mask" in other:
       other["mask"] = (root / other["mask"]).read_bytes()
     record = {"image": (root / path).read_bytes(), "id": path, **other, **boxes}

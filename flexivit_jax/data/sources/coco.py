@@ -1,10 +1,14 @@
-"""Boxes and captions in COCO's JSON."""
+"""Boxes and captions in COCO's JSON, and in LVIS's."""
 
+import dataclasses
 import os
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
 
 from flexivit_jax.data.sources import class_files
 from flexivit_jax.data.sources.annotated import (
@@ -41,6 +45,8 @@ _ANNOTATIONS = (
 )
 _IMAGES = ("{split}", "images/{split}", "images", "")
 _Json = Mapping[str, Any]
+_STATED = {"neg_labels": "neg_category_ids", "not_exhaustive": "not_exhaustive_category_ids"}
+_FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}  # of LVIS
 _SHOWN = 5  # files of a long list
 _TRIED = 1000  # images that tell which folder holds them
 
@@ -57,7 +63,9 @@ def coco_source(
   """Images with boxes, or with captions, in COCO's JSON: see docs/annotated_data.md.
 
   The classes are the file's categories in the order of their ids, whatever gaps these have. Images without annotations
-  are kept, except in a file of captions.
+  are kept, except in a file of captions. Of LVIS's files, `neg_category_ids` and `not_exhaustive_category_ids` become
+  "neg_labels" and "not_exhaustive", `frequency` the groups of classes, and images without `file_name` have the folder
+  and the name of their `coco_url`.
 
   Args:
     split: of the files that `annotations` names.
@@ -75,33 +83,44 @@ def coco_source(
   """
   check_on_bad(on_bad)
   root = data_root(data_dir)
-  files, stored, categories = Files(root), {}, {}
+  files, stored, categories, groups = Files(root), {}, {}, {}
   left_out: list[str] = []
   for name in split_names(split):
     path = _find(root, annotations, name)
     content = _read(path)
     findings = Findings(str(path))
     folder = _images_folder(files, content["images"], images, name, path)
-    entries = _images(content["images"], files, folder, findings)
     if content["categories"]:
       categories[name] = _categories(content["categories"], path)
+      groups[name] = _groups(content["categories"], path)
+    entries = _images(content["images"], files, folder, categories.get(name, {}), findings)
+    if content["categories"]:
       entries = _sized(entries, root, upright, findings)
       stored[name] = _with_boxes(content["annotations"], entries, categories[name], findings)
     else:
       stored[name] = _with_captions(content["annotations"], entries, findings)
     left_out += findings.judge(on_bad)
   names = _same(categories, stored)
-  return annotated_source(
+  source = annotated_source(
     "coco", split, root, stored, names, len(names or ()), upright=upright, left_out=left_out
   )
+  return dataclasses.replace(source, class_groups=_same_groups(groups))
 
 
 class _Entry(NamedTuple):
-  """An image that can be used: its path below data_dir, its size as stated, its row in the file."""
+  """An image that can be used.
+
+  Attributes:
+    path: below data_dir.
+    hw: its size as stated.
+    row: its row in the file.
+    stated: classes of which LVIS says more, by the key of the record.
+  """
 
   path: str
   hw: HW | None
   row: str
+  stated: Mapping[str, Int64[np.ndarray, " k"]]
 
 
 # Image id -> image; None: the image is bad, and its annotations are left out with it.
@@ -151,7 +170,7 @@ def _images_folder(
   """Returns the folder, below data_dir, in which most of the first images are."""
   if images is not None:
     return filled(images, split)
-  names = [entry.get("file_name") for entry in entries[:_TRIED] if isinstance(entry, dict)]
+  names = [_file_name(entry) for entry in entries[:_TRIED] if isinstance(entry, dict)]
   folders = [filled(pattern, split) for pattern in _IMAGES]
   found = {folder: sum(_is_there(files, name, folder) for name in names) for folder in folders}
   if names and not any(found.values()):
@@ -162,6 +181,14 @@ def _images_folder(
   return max(folders, key=found.__getitem__)
 
 
+def _file_name(entry: _Json) -> object:
+  """Returns the name of an image's file; of LVIS, which has addresses of COCO's images, folder and name."""
+  url = entry.get("coco_url")
+  if entry.get("file_name") is None and isinstance(url, str):
+    return "/".join(url.split("/")[-2:])
+  return entry.get("file_name")
+
+
 def _is_there(files: Files, name: object, folder: str) -> bool:
   try:
     files.find(name, folder)
@@ -170,8 +197,16 @@ def _is_there(files: Files, name: object, folder: str) -> bool:
   return True
 
 
-def _images(entries: Sequence[Any], files: Files, folder: str, findings: Findings) -> _Entries:
+def _images(
+  entries: Sequence[Any],
+  files: Files,
+  folder: str,
+  categories: Mapping[int, str],
+  findings: Findings,
+) -> _Entries:
   """Returns the images by their id; of two with one id, or of one file, neither can be used."""
+  label_of = {key: label for label, key in enumerate(categories)}
+  federated = any(isinstance(e, dict) and any(k in e for k in _STATED.values()) for e in entries)
   ids = Counter(map(_id, entries))
   found: _Entries = {}
   row_of: dict[str, str] = {}
@@ -185,15 +220,28 @@ def _images(entries: Sequence[Any], files: Files, folder: str, findings: Finding
       found[key] = None
       if ids[key] > 1:
         raise BadRowError("several images have this id")
-      path = files.find(entry.get("file_name"), folder)
+      path = files.find(_file_name(entry), folder)
       hw = stated_hw(entry.get("height"), entry.get("width"))
       if path in row_of:
         raise BadRowError(f"{path!r} is {row_of[path]}, too")
+      stated = {k: _labels(entry, name, label_of) for k, name in _STATED.items() if federated}
       row_of[path] = row
-      found[key] = _Entry(path, hw, row)
+      found[key] = _Entry(path, hw, row, stated)
     except BadRowError as error:
       findings.bad.append(f"{row}: {error}")
   return found
+
+
+def _labels(entry: _Json, key: str, label_of: Mapping[int, int]) -> Int64[np.ndarray, " k"]:
+  """Returns the classes of a list of ids of categories; none where there is no list."""
+  ids = entry.get(key, [])
+  if not isinstance(ids, list):
+    raise BadRowError(f"{key} is {ids!r:.80}; expected a list of ids")
+  numbers = [whole(i, f"an id of {key}") for i in ids]
+  for i in numbers:
+    if i not in label_of:
+      raise BadRowError(f"no category has the id {i} ({key})")
+  return np.array(sorted({label_of[i] for i in numbers}), np.int64)
 
 
 def _id(entry: object, key: str = "id") -> int | str | None:
@@ -233,6 +281,34 @@ def _categories(entries: Sequence[Any], path: pathlib.Path) -> dict[int, str]:
   return names
 
 
+def _groups(entries: Sequence[Any], path: pathlib.Path) -> dict[str, tuple[int, ...]] | None:
+  """Returns the classes of each of LVIS's frequencies; None: the file says none."""
+  ordered = sorted(entries, key=lambda entry: entry["id"])
+  if not any("frequency" in entry for entry in ordered):
+    return None
+  found: dict[str, list[int]] = {name: [] for name in _FREQUENCIES.values()}
+  for label, entry in enumerate(ordered):
+    if entry.get("frequency") not in _FREQUENCIES:
+      raise UserError(
+        f"{path}: the frequency of category {entry['id']} is {entry.get('frequency')!r:.40}; expected"
+        f" {', '.join(map(repr, _FREQUENCIES))}, as LVIS has it, or none for any category."
+      )
+    found[_FREQUENCIES[entry["frequency"]]].append(label)
+  return {name: tuple(labels) for name, labels in found.items()}
+
+
+def _same_groups(
+  groups: Mapping[str, Mapping[str, tuple[int, ...]] | None],
+) -> Mapping[str, tuple[int, ...]] | None:
+  first = next(iter(groups), None)
+  for name, found in groups.items():
+    if found != groups[first]:
+      raise UserError(
+        f"The splits {first!r} and {name!r} differ in the frequencies of their categories, so they cannot be joined."
+      )
+  return None if first is None else groups[first]
+
+
 def _with_boxes(
   annotations: Sequence[Any], entries: _Entries, categories: Mapping[int, str], findings: Findings
 ) -> list[Row]:
@@ -259,7 +335,7 @@ def _with_boxes(
     columns = zip(*found, strict=True) if found else ((), (), (), ())
     corners, labels, ids, crowd = map(list, columns)
     values = boxes_of(corners, labels, ids, crowd=crowd)
-    rows.append((entry.path, {**values, "annotated_hw": entry.hw}))
+    rows.append((entry.path, {**values, **entry.stated, "annotated_hw": entry.hw}))
   return rows
 
 
