@@ -115,7 +115,7 @@ def query_vectors(record: Example, path: str, *, class_names: Names) -> Example:
     path: an .npz with "names" [k] and "vectors" [k, d], among which are all names of the data.
     class_names: of the data.
   """
-  vectors = _vectors(path, class_names)
+  vectors = vectors_of(path, class_names)
   labels = _query_labels(record)
   return record | {"queries": np.where((labels != PADDING)[:, None], vectors[labels], 0)}
 
@@ -150,7 +150,7 @@ def _check_tokens(
 
 
 def _check_vectors(path: str, *, class_names: Names) -> None:
-  _vectors(path, class_names)
+  vectors_of(path, class_names)
 
 
 CHECKS: Mapping[Callable[..., Any], Callable[..., None]] = {
@@ -190,8 +190,10 @@ def _made(given: str | Names, canonical: bool) -> Names:
 
 
 @functools.lru_cache(maxsize=16)
-def _vectors(path: str | os.PathLike[str], class_names: Names) -> Float32[np.ndarray, "classes d"]:
-  """Returns a vector for each class."""
+def vectors_of(
+  path: str | os.PathLike[str], class_names: Names
+) -> Float32[np.ndarray, "classes d"]:
+  """Returns the vectors of the classes' names in a file, see `query_vectors`."""
   _check_named(class_names, "query_vectors")
   try:
     with np.load(path) as content:

@@ -19,7 +19,7 @@ from flexivit_jax.evaluators import resampling
 from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.sums import Sums, means
 from flexivit_jax.models import Model
-from flexivit_jax.sizes import SeqHw, SizeArgs, SizeKey, size_args, size_key, size_text
+from flexivit_jax.sizes import SeqHw, Size, SizeArgs, SizeKey, size_args, size_key, size_text
 from flexivit_jax.trees import Json, Params, Tree
 
 
@@ -168,9 +168,13 @@ class PerSize:
   def _image_hw(self) -> tuple[int, int]:
     return self._first["image"].shape[1:3]
 
+  def grid(self, size: SizeArgs) -> Size:
+    """Returns the tokens (per column, per row) of the first batch's images."""
+    return self.model.grid(self._image_hw, **size)[2]
+
   def names(self, size: SizeArgs) -> Json:
     """What tells rows apart: the grid under "seqhw", and the other static arguments under their names."""
-    _, _, grid = self.model.grid(self._image_hw, **size)
+    grid = self.grid(size)
     others: SizeArgs = {k: size[k] for k in ("stride", "depth") if k in size}
     return {"seqhw": size_text(grid) if grid[0] != grid[1] else grid[0], **others}
 
@@ -197,6 +201,16 @@ def _gathered(
   per_image = {"_mask": batch["_mask"], **sums.per_image}
   whole = jax.lax.with_sharding_constraint(per_image, sharding.replicated(mesh))
   return sums._replace(per_image=whole)
+
+
+def of_this_process(output: jax.Array) -> np.ndarray:
+  """Returns this process's share of an array that is divided along its first axis."""
+  return np.concatenate([np.asarray(shard.data) for shard in shards(output)])
+
+
+def shards(output: jax.Array) -> list[Any]:
+  """Returns the parts of an array on this process's devices, in the order of its first axis."""
+  return sorted(output.addressable_shards, key=lambda shard: shard.index[0].start or 0)
 
 
 def _added(tables: list[Tree]) -> Tree:

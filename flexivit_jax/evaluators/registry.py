@@ -8,6 +8,7 @@ from typing import Any
 
 from flexivit_jax.evaluators import (
   classification,
+  detection,
   distance,
   embedding_distance,
   fewshot,
@@ -22,6 +23,7 @@ from flexivit_jax.evaluators.metrics import Metric
 
 _DECLARED: dict[str, tuple[Callable[..., Evaluator], tuple[Metric, ...]]] = {
   "classification": (classification.classification, classification.METRICS),
+  "detection": (detection.detection, detection.METRICS),
   "distance": (distance.distance, distance.METRICS),
   "embedding_distance": (embedding_distance.embedding_distance, embedding_distance.METRICS),
   "fewshot": (fewshot.fewshot, fewshot.METRICS),

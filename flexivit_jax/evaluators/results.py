@@ -18,7 +18,9 @@ from flexivit_jax.trees import Json, Params
 COLUMNS = ("seqhw", "stride", "depth", "patch", "tokens", "gflops", "ms", "n")
 
 # And what is no number of its own: a table of counts, what belongs to one, the ends of intervals.
-TABLES = ("confusion", "unlabelled", "intervals", "class_iou", "class_pixels", "samples")
+TABLES = (
+  "confusion", "unlabelled", "intervals", "class_iou", "class_pixels", "class_ap", "class_boxes", "samples",
+)  # fmt: skip
 
 
 def metrics_of(row: Json, declared: Sequence[Metric] = CLASSIFICATION) -> list[str]:
@@ -95,7 +97,7 @@ def write(path: pathlib.Path, described: Json, rows: list[Json], evaluator: obje
       files.write_atomically(samples_folder(path) / name, data)
     known = {k: v for k, v in described.items() if v is not None}
     text = json.dumps({**known, "rows": rows}, indent=1, allow_nan=False)
-    if any({"confusion", "class_pixels"} & row.keys() for row in rows):
+    if any({"confusion", "class_pixels", "class_boxes"} & row.keys() for row in rows):
       text = _INTEGERS.sub(lambda found: f"[{', '.join(re.findall(r'[0-9]+', found[0]))}]", text)
     files.write_atomically(path, text + "\n")
 
@@ -134,11 +136,12 @@ def append_csv(path: pathlib.Path, rows: Sequence[Mapping[str, object]]) -> None
 
 def table(rows: list[Json], metrics: Sequence[Metric] = CLASSIFICATION) -> str:
   """Returns the rows as text, a line each."""
-  names = [*(name for name in COLUMNS[:-1] if name in rows[0])]
-  names += [*metrics_of(rows[0], metrics), "n"]
+  every = {name: None for row in rows for name in row}  # a size may lack what others have
+  names = [name for name in COLUMNS[:-1] if name in every]
+  names += [*metrics_of(every, metrics), "n"]
   heads = {"gflops": "GFLOPs"} | {metric.name: metric.short for metric in metrics}
   fractions = {metric.name for metric in metrics if metric.unit == "%"}
-  cells = [[_cell(row[name], name in fractions) for name in names] for row in rows]
+  cells = [[_cell(row.get(name, ""), name in fractions) for name in names] for row in rows]
   return "\n".join(aligned([[heads.get(name, name) for name in names], *cells]))
 
 

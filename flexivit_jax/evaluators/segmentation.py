@@ -22,7 +22,7 @@ from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import ceilings, overlap, pictures, resampling, windows
 from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.metrics import Metric
-from flexivit_jax.evaluators.per_size import PerSize, sizes_of
+from flexivit_jax.evaluators.per_size import PerSize, of_this_process, shards, sizes_of
 from flexivit_jax.evaluators.windows import View
 from flexivit_jax.models import Model
 from flexivit_jax.models.segmenter import upsampled
@@ -274,7 +274,7 @@ class Segmentation:
 
     for outputs in self._programs.outputs(params, batches()):
       batch = waiting.pop()
-      predicted = {key: _of_this_process(output) for key, output in outputs.items()}
+      predicted = {key: of_this_process(output) for key, output in outputs.items()}
       for i in np.flatnonzero(batch["_mask"] > 0):
         made = {key: classes[i] for key, classes in predicted.items()}
         yield batch["image"][i], batch["mask"][i], made
@@ -396,21 +396,12 @@ def _checked(batch: Mapping[str, np.ndarray]) -> Size:
   return image[1], image[2]
 
 
-def _of_this_process(output: jax.Array) -> np.ndarray:
-  """This process's share of an array that is divided along its first axis."""
-  return np.concatenate([np.asarray(shard.data) for shard in _shards(output)])
-
-
 def _on_one_device(output: jax.Array) -> Array:
-  shards = _shards(output)
-  if len(shards) == 1:
-    return shards[0].data
+  parts = shards(output)
+  if len(parts) == 1:
+    return parts[0].data
   device = jax.local_devices()[0]
-  return jnp.concatenate([jax.device_put(shard.data, device) for shard in shards])
-
-
-def _shards(output: jax.Array) -> list[Any]:
-  return sorted(output.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  return jnp.concatenate([jax.device_put(shard.data, device) for shard in parts])
 
 
 def _of_all_processes(

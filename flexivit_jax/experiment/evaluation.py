@@ -142,8 +142,9 @@ def _arguments(section: Section, function: Function) -> Json:
 def classes_of_tables(evaluation: Evaluation, rows: Sequence[Section]) -> list[str] | None:
   """The names of the classes of the tables in an evaluation's rows; None: there are none."""
   source, section = evaluation.source, evaluation.section
-  if rows and "class_iou" in rows[0]:
-    return list(source.class_names or map(str, range(len(rows[0]["class_iou"]))))
+  for table in ("class_iou", "class_ap"):
+    if rows and table in rows[0]:
+      return list(source.class_names or map(str, range(len(rows[0][table]))))
   if not rows or "confusion" not in rows[0]:
     return None
   names = table_classes(source.class_names, source.num_classes, section.get("label_map"))

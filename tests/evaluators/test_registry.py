@@ -3,6 +3,7 @@
 import inspect
 
 from flexivit_jax.evaluators import (
+  detection,
   embedding_distance,
   per_size,
   probing,
@@ -21,6 +22,7 @@ def test_what_the_functions_of_the_registry_return_are_evaluators():
   for make in EVALUATORS.values():
     cls = inspect.signature(make).return_annotation
     assert cls in (
+      detection.Detection,
       embedding_distance.EmbeddingDistance,
       per_size.PerSize,
       probing.Probing,
