@@ -1,6 +1,7 @@
 """Data: sources, preprocessing strings, and batches. Imports no JAX and no TensorFlow."""
 
 from flexivit_jax.data.balanced import by_class
+from flexivit_jax.data.box_census import box_lines
 from flexivit_jax.data.census import class_sizes, pixel_shares
 from flexivit_jax.data.known import planned_source
 from flexivit_jax.data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
@@ -27,6 +28,7 @@ __all__ = [
   "Preprocess",
   "Source",
   "TrainBatches",
+  "box_lines",
   "by_class",
   "class_sizes",
   "counted",

@@ -269,7 +269,7 @@ def from_config(
       *learner.labelled.notes,
       *(f"evals.{key}: {n}" for key, e in evaluations.items() for n in e.notes),
     ],
-    class_lines=functools.partial(_class_lines, learner),
+    class_lines=functools.partial(_class_lines, learner, sizes.flexi),
     best=best,
     early=early,
   )
@@ -494,11 +494,20 @@ def _evaluations(
   return saving, evaluations
 
 
-def _class_lines(learner: _Learner) -> list[str]:
-  """Lines on how many examples or pixels each class has, what it weighs, and how many captions are cut."""
+def _class_lines(learner: _Learner, flexi: patch_schedule.Flexi) -> list[str]:
+  """Lines on how many examples or pixels each class has, what it weighs, how many captions are cut, which boxes have
+  no token.
+  """
   sizes = [data.class_sizes(learner.source)]
   if "mask" in learner.objective.inputs:
     sizes.append(data.pixel_shares(learner.source))
+  if "boxes" in learner.objective.inputs:
+    grids = [
+      learner.model.grid(learner.shapes["image"][:2], **size).grid_hw
+      for size in patch_schedule.all_static(flexi)
+    ]
+    pp = learner.input["pp"]
+    sizes += data.box_lines(learner.source, pp, [h * w for h, w in grids])
   if learner.tokens is not None:
     sizes.append(texts.note(learner.tokens, learner.source))
   return [*filter(None, sizes), *_rare(learner.objective_section, learner.input, learner.source)]
