@@ -23,6 +23,7 @@ MOST_PIXELS = 1e10
 # Areas in pixels, those of COCO: of all boxes, of small, medium and large ones.
 PIXELS = ((0.0, MOST_PIXELS), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, MOST_PIXELS))
 _ABSENT = -1.0
+_NO_BOXES = -1  # stands for all images without a box of a class
 
 
 class Boxes(NamedTuple):
@@ -88,14 +89,25 @@ def precisions(
   """
   unit = np.ones(1 + max([-1, *true.image, *found.image])) if unit is None else unit
   table = np.full((len(ious), RECALLS, len(classes), len(areas)), _ABSENT)
-  tool = pycocotools()
+  tool, found = pycocotools(), _best(found, most)
   for i, k in enumerate(classes):
     boxes = true.of(true.label == k)
     if len(boxes.image):
       of_class = None if lenient is None else lenient[:, k]
-      answers, wanted = _rows(found.of(found.label == k), unit), _rows(boxes, unit)
-      table[:, :, i] = _scored(tool, wanted, answers, most, ious, areas, of_class)
+      answers = found.of(found.label == k)
+      table[:, :, i] = _scored(tool, boxes, answers, ious, areas, unit, of_class)
   return table
+
+
+def _best(found: Boxes, most: int) -> Boxes:
+  """Returns the detections of each class in each image that count, those of the highest scores."""
+  order = np.lexsort((-found.score, found.label, found.image))  # equal scores stay in their order
+  found = found.of(order)
+  pair = np.stack([found.image, found.label])
+  begins = np.flatnonzero(np.r_[True, (pair[:, 1:] != pair[:, :-1]).any(0)][: len(order)])
+  lengths = np.diff(np.r_[begins, len(order)])
+  rank = np.arange(len(order)) - np.repeat(begins, lengths)
+  return found.of(rank < most)
 
 
 def mean(precision: Float[np.ndarray, "..."]) -> float | None:
@@ -160,22 +172,31 @@ class _Rows:
 
 def _scored(
   tool: types.ModuleType,
-  true: list[dict[str, Any]],
-  found: list[dict[str, Any]],
-  most: int,
+  true: Boxes,
+  found: Boxes,
   ious: Float[np.ndarray, "t"],
   areas: Sequence[tuple[float, float]],
+  unit: Float[np.ndarray, "n"],
   lenient: Bool[np.ndarray, "n"] | None,
 ) -> Float[np.ndarray, "t r a"]:
+  """Precision of one class. Images without a box of it have nothing to match: to the tool they are all one image."""
+  none = ~np.isin(found.image, true.image)
+  if lenient is not None:
+    counts = ~(none & lenient[found.image])
+    found, none = found.of(counts), none[counts]
+  answers = _rows(found, unit)
+  for i in np.flatnonzero(none).tolist():
+    answers[i]["image_id"] = _NO_BOXES
   with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
     scoring = tool.COCOeval(iouType="bbox")
-    scoring.cocoGt, scoring.cocoDt = _Rows(true), _Rows(found)
+    scoring.cocoGt, scoring.cocoDt = _Rows(_rows(true, unit)), _Rows(answers)
     asked = scoring.params
-    asked.imgIds, asked.catIds = sorted({row["image_id"] for row in (*true, *found)}), [0]
-    asked.iouThrs, asked.areaRng, asked.maxDets = np.asarray(ious), [list(a) for a in areas], [most]
+    asked.imgIds, asked.catIds = [*np.unique(true.image).tolist(), _NO_BOXES], [0]
+    asked.iouThrs, asked.areaRng = np.asarray(ious), [list(area) for area in areas]
+    asked.maxDets = [len(answers)]
     scoring.evaluate()
     for one in scoring.evalImgs if lenient is not None else ():
-      if one is not None and lenient[one["image_id"]]:
+      if one is not None and one["image_id"] != _NO_BOXES and lenient[one["image_id"]]:
         one["dtIgnore"] = one["dtIgnore"] | (one["dtMatches"] == 0)
     scoring.accumulate()
   return scoring.eval["precision"][:, :, 0, :, 0]
