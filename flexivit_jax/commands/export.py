@@ -4,6 +4,7 @@ How each kind is written is told in `weights/export/stablehlo.py`, `onnx.py` and
 """
 
 import argparse
+import functools
 
 from flexivit_jax.commands import options
 from flexivit_jax.sizes import size_text
@@ -31,6 +32,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     type=lambda text: tuple(text.split(",")),
     help="where it is to run, of cpu,cuda,rocm,tpu (default: cpu,cuda,tpu); not with --to",
   )
+  p.add_argument(
+    "--names",
+    help="of a detector that compares images with texts: its classes, 'cat,dog' or a file with one a line",
+  )
+  p.add_argument("--templates", help="sentences for the names, see `flexivit predict`")
+  p.add_argument(
+    "--vectors", type=options.path, help="an .npz with vectors of the names, see `flexivit predict`"
+  )
   options.add_image_only(p)
   options.add_no_verify(p)
   options.add_loading(p)
@@ -38,9 +47,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Writes args.out and its certificate; prints the differences."""
+  from flexivit_jax.inference import queries
   from flexivit_jax.weights import certificate
   from flexivit_jax.weights.export import comparison
 
+  asked = queries.Asked(options.listed_names(args.names), args.templates, args.vectors)
   rows = comparison.export(
     args.checkpoint,
     args.out,
@@ -51,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     verified=args.verify,
     image_only=args.image_only,
     loading=options.loading(args),
+    adapt=functools.partial(queries.adapted, asked, str(args.checkpoint)),
   )
   for row in rows:
     print(f"seqhw {size_text(row.seqhw)!s:>3}: {row.words()}")

@@ -199,6 +199,19 @@ def chosen(args: argparse.Namespace, *names: str) -> dict[str, Any]:
   return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+def listed_names(text: str | None) -> list[str] | None:
+  """Returns the names of --names: between commas, or the lines of a file.
+
+  Raises:
+    UserError: a file that cannot be read, or holds no name.
+  """
+  from flexivit_jax.data import prompts
+
+  if text is None:
+    return None
+  return [*prompts.listed(text, "--names")] if os.path.isfile(text) else text.split(",")
+
+
 def data_values(data: Sequence[str]) -> dict[str, Any]:
   """Returns the keys and values of a data section given as KEY=VALUE, as `--config.KEY=VALUE` reads them.
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING
@@ -102,7 +101,7 @@ def _predict(args: argparse.Namespace) -> None:
   top_k = 5 if args.top_k is None else args.top_k
   among = None
   if args.names:
-    among = texts.of_names(loaded, _names(args.names), args.templates or "name")
+    among = texts.of_names(loaded, options.listed_names(args.names) or [], args.templates or "name")
   else:
     check_classes(loaded)
   sizes = predictor.sizes_of(args.seqhw, loaded)
@@ -229,10 +228,9 @@ def _predict_boxes(args: argparse.Namespace, loaded: "predictor.Loaded") -> None
   if args.out:
     check = functools.partial(outputs.check_new, args.out, boxes.WRITERS, args.overwrite)
     distributed.on_first(check, "--out")
-  names = None if args.names is None else _names(args.names)
-  loaded = distributed.each(
-    lambda: queries.closed(loaded, names, args.templates or "name", args.vectors), "--names"
-  )
+  names = options.listed_names(args.names)
+  asked = queries.Asked(names, args.templates, args.vectors)
+  loaded = distributed.each(lambda: queries.closed(loaded, asked), "--names")
   sizes = _sizes(args, loaded)
   first = distributed.is_first()
   if first:
@@ -282,10 +280,3 @@ def _sizes(args: argparse.Namespace, loaded: "predictor.Loaded") -> "picture_fil
       "Give --seqhw, tokens per side, or --patch, pixels of a patch; not both."
     )
   return sizes.parse_patches(args.patch) if args.patch else predictor.sizes_of(args.seqhw, loaded)
-
-
-def _names(text: str) -> list[str]:
-  """Names between commas, or the lines of a file."""
-  from flexivit_jax.data import prompts
-
-  return [*prompts.listed(text, "--names")] if os.path.isfile(text) else text.split(",")

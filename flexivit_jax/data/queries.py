@@ -193,7 +193,11 @@ def _made(given: str | Names, canonical: bool) -> Names:
 def vectors_of(
   path: str | os.PathLike[str], class_names: Names
 ) -> Float32[np.ndarray, "classes d"]:
-  """Returns the vectors of the classes' names in a file, see `query_vectors`."""
+  """Returns a vector for each name, of an .npz with "names" [k] and "vectors" [k, d], matched by name.
+
+  Raises:
+    UserError: no such file; a name that it lacks, or has twice; a vector that is zero or not finite.
+  """
   _check_named(class_names, "query_vectors")
   try:
     with np.load(path) as content:
@@ -224,8 +228,8 @@ def vectors_of(
   if absent := [name for name in class_names if name not in row_of]:
     shown = ", ".join(map(repr, absent[:_SHOWN])) + " ..." * (len(absent) > _SHOWN)
     raise UserError(
-      f"{path} has no vector of {len(absent)} of the {len(class_names)} classes: {shown}. Make the file of the names of"
-      " these data."
+      f"{path} has no vector of {len(absent)} of the {len(class_names)} classes: {shown}. Make the file of"
+      " these names."
     )
   chosen = vectors[[row_of[name] for name in class_names]].astype(np.float32)
   usable = np.isfinite(chosen).all(1) & chosen.any(1)

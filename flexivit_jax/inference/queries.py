@@ -1,16 +1,21 @@
 """What a detector looks for: its own classes, or names that become its classes."""
 
+import os
 import pathlib
-import zipfile
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from flexivit_jax import errors
-from flexivit_jax.data import class_names, prompts
+from flexivit_jax.data import class_names, prompts, queries
 from flexivit_jax.inference import predictor, texts
 from flexivit_jax.models.owl_vit import with_queries
+from flexivit_jax.trees import Json, Params
+from flexivit_jax.weights import model_records
+
+Read = tuple[Any, Params, Json]  # as `weights.tasks.load` returns it
 
 
 def names_of(loaded: predictor.Loaded) -> list[str]:
@@ -19,27 +24,55 @@ def names_of(loaded: predictor.Loaded) -> list[str]:
   return [*(class_names.of_record(loaded.record, k, of).names or [""] * k)]
 
 
-def closed(
-  loaded: predictor.Loaded,
-  names: Sequence[str] | None,
-  templates: str | Sequence[str] = "name",
-  vectors: pathlib.Path | None = None,
-) -> predictor.Loaded:
+class Asked(NamedTuple):
+  """What a detector is asked for.
+
+  Attributes:
+    names: for one that takes queries, else None.
+    templates: sentences for the names, see `prompts.templates`; None: the names as they are.
+    vectors: an .npz with "names" and "vectors", where the detector has no text tower.
+  """
+
+  names: Sequence[str] | None = None
+  templates: str | Sequence[str] | None = None
+  vectors: pathlib.Path | None = None
+
+
+def adapted(asked: Asked, name: str, model: Any, params: Params, record: Json) -> Read:
+  """Returns a model as it is to be written: a detector as `closed` has it.
+
+  Args:
+    asked: what a detector is asked for.
+    name: what the user called the checkpoint.
+    model, params, record: what `weights.tasks.load` returns.
+
+  Raises:
+    UserError: see `closed`; names for a model that is no detector.
+  """
+  if not predictor.gives_boxes(model):
+    for option, value in zip(("--names", "--templates", "--vectors"), asked, strict=True):
+      if value is not None:
+        raise errors.UserError(f"{option} is for detectors; {name} gives no boxes.")
+    return model, params, record
+  loaded = closed(predictor.Loaded(model, params, record, name, np.asarray), asked)
+  return loaded.model, loaded.params, loaded.record
+
+
+def closed(loaded: predictor.Loaded, asked: Asked) -> predictor.Loaded:
   """Returns a detector whose classes are what it is to look for, named in its record.
 
   A name's scores are the mean over its sentences, as OWL-ViT has it (arXiv 2205.06230).
 
   Args:
     loaded: the detector.
-    names: for one that takes queries, else None.
-    templates: sentences, see `prompts.templates`.
-    vectors: an .npz with "names" and "vectors", where the detector has no text tower.
+    asked: what it is to look for.
 
   Raises:
     UserError: names that are missing, empty, equal, or longer than the text tower takes; names or vectors that the
       detector has no use for; a name without a vector.
   """
   model, name = loaded.model, loaded.name
+  names, templates, vectors = asked
   if not model.open:
     if names is not None or vectors is not None:
       given = "--names" if names is not None else "--vectors"
@@ -60,21 +93,33 @@ def closed(
         f"{name} has no text tower: it compares images with vectors of {model.query_length} numbers; give --vectors,"
         " the .npz with the vectors of names that it was trained with, or one of the same text tower."
       )
-    if tuple(prompts.templates(templates)) != prompts.TEMPLATES["name"]:
+    if templates is not None:
       raise errors.UserError(
         "--vectors has a vector for each name as it is; leave --templates out."
       )
-    embedded = texts.in_blocks(loaded, of_file(vectors, plain, model.query_length))
+    embedded = texts.in_blocks(loaded, _of_file(loaded, vectors, plain))
   else:
     if vectors is not None:
       raise errors.UserError(
         f"{name} has a text tower, which makes the vectors; leave --vectors out."
       )
-    embedded = _of_sentences(loaded, plain, prompts.templates(templates))
+    embedded = _of_sentences(loaded, plain, prompts.templates(templates or "name"))
   model, params = with_queries(model, loaded.params, embedded)
-  return loaded._replace(
-    model=model, params=params, record=loaded.record | {"class_names": [*plain]}
-  )
+  record = {k: v for k, v in loaded.record.items() if k not in ("text", "data_classes")}
+  record |= {"model": model_records.record_of(model), "class_names": [*plain]}
+  return loaded._replace(model=model, params=params, record=record)
+
+
+def _of_file(
+  loaded: predictor.Loaded, path: pathlib.Path, names: tuple[str, ...]
+) -> Float[np.ndarray, "k d"]:
+  vectors = queries.vectors_of(os.fspath(path), names)
+  if vectors.shape[1] != (length := loaded.model.query_length):
+    raise errors.UserError(
+      f"--vectors={path} has vectors of {vectors.shape[1]} numbers, {loaded.name} compares images with {length}; give"
+      " those of the text tower that it was trained with."
+    )
+  return vectors
 
 
 def _of_sentences(
@@ -96,39 +141,3 @@ def _of_sentences(
     )
   each = texts.in_blocks(loaded, tokens).astype(np.float64)
   return each.reshape(len(templates), len(names), -1).mean(axis=0)
-
-
-def of_file(
-  path: pathlib.Path, names: Sequence[str], length: int
-) -> Float[np.ndarray, "k {length}"]:
-  """Returns the vectors of names in an .npz with "names" [n] and "vectors" [n, length], matched by name.
-
-  Raises:
-    UserError: no such file; names that it lacks; vectors of another length, or all zeros.
-  """
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      known, vectors = [str(name) for name in file["names"]], np.asarray(file["vectors"])
-  except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
-    raise errors.UserError(
-      f"--vectors={path}: {e}; expected an .npz with names [n] and vectors [n, {length}]."
-    ) from e
-  if vectors.shape != (len(known), length):
-    raise errors.UserError(
-      f"--vectors={path} has {len(known)} names and vectors of shape {list(vectors.shape)}; expected [{len(known)},"
-      f" {length}], as the detector takes them."
-    )
-  class_names.check_distinct(known, str(path))
-  rows = {class_names.plain(name): k for k, name in enumerate(known)}
-  if lacking := [name for name in names if class_names.plain(name) not in rows]:
-    raise errors.UserError(
-      f"--vectors={path} has no vector of {class_names.shown(lacking)}; it has {class_names.shown(known)}. Embed these"
-      " names with the text tower that made the file."
-    )
-  chosen = vectors[[rows[class_names.plain(name)] for name in names]].astype(np.float32)
-  if not (good := np.isfinite(chosen).all(1) & chosen.any(1)).all():
-    name = names[int(np.argmin(good))]
-    raise errors.UserError(
-      f"--vectors={path}: the vector of {name!r} is all zeros or not finite; a detector takes zeros for padding."
-    )
-  return chosen

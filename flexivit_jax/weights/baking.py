@@ -29,7 +29,7 @@ def bake_whole(
   with the size as its argument.
 
   Args:
-    model: a FlexiViT or a Segmenter.
+    model: a FlexiViT, a Segmenter, or a detector.
     params, image_hw: as for `bake`.
     **size: a static argument of the model.
 
@@ -40,7 +40,7 @@ def bake_whole(
   if part is None:
     return *bake(model, params, image_hw=image_hw, **size), {}
   patch_hw, _, grid_hw = model.grid(image_hw, **size)
-  if model.fuse:
+  if getattr(model, "fuse", 0):
     return model, params, {"patch_hw": patch_hw}
   padded = patch_hw[0] * grid_hw[0], patch_hw[1] * grid_hw[1]
   fixed, own = bake(model.parts[part], params[part], image_hw=padded, patch_hw=patch_hw)

@@ -1,6 +1,7 @@
 """Certificates: what a model and what was made of it give on the same inputs, at several patch sizes.
 
-That is logits; of two towers, both embeddings and their scaled products, the similarity.
+That is logits; of two towers, both embeddings and their scaled products, the similarity; of a detector,
+boxes and logits.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from flexivit_jax.models import TextTower, TwoTowers
+from flexivit_jax.models import OwlViT, TextTower, TwoTowers
 from flexivit_jax.sizes import SeqHw, Size, size_args, size_text
 from flexivit_jax.trees import Json, Params
 
@@ -133,13 +134,61 @@ class PixelsRow(_Scores):
     return {"largest_difference": self.difference, "pixels_of_the_same_class": self.same}
 
 
-AnyRow = Row | TowersRow | PixelsRow
+class Boxes(NamedTuple):
+  """What a detector gives: (cx, cy, w, h) in shares of the image, and the logits of the classes."""
+
+  pred_boxes: Float[np.ndarray, "n l 4"]
+  class_logits: Float[np.ndarray, "n l k"]
+
+
+class BoxesRow(NamedTuple):
+  """Boxes and their logits at one patch size."""
+
+  seqhw: SeqHw
+  source: Boxes
+  target: Boxes
+
+  @property
+  def differences(self) -> dict[str, float]:
+    """Returns the largest difference of each: pred_boxes, class_logits."""
+    pairs = zip(Boxes._fields, self.source, self.target, strict=True)
+    return {name: float(np.abs(a - b).max()) for name, a, b in pairs}
+
+  @property
+  def difference(self) -> float:
+    """Returns the larger of both."""
+    return max(self.differences.values())
+
+  @property
+  def limit(self) -> float:
+    """Returns the largest difference of logits that rounding can explain; of boxes it is `_EMBEDDINGS` times 10."""
+    return _limit(self.source.class_logits)
+
+  @property
+  def is_close(self) -> bool:
+    """Tells whether rounding can explain both differences; it cannot explain NaN."""
+    of_boxes, of_logits = self.differences.values()
+    return of_boxes <= 10 * _EMBEDDINGS and of_logits <= self.limit
+
+  def words(self) -> str:
+    """Returns the differences, for people."""
+    of_boxes, of_logits = self.differences.values()
+    return f"largest difference of the boxes {of_boxes:.1e} of the image, of their logits {of_logits:.1e}"
+
+  def entries(self) -> Json:
+    """Returns what the certificate holds; boxes themselves would be many at fine sizes."""
+    return {"largest_differences": self.differences}
+
+
+AnyRow = Row | TowersRow | PixelsRow | BoxesRow
 
 
 def row_of(seqhw: SeqHw, source: Any, target: Any) -> AnyRow:
-  """Returns the row for what a model gives: logits, scores of every pixel, or `Embeddings`."""
+  """Returns the row for what a model gives: logits, scores of every pixel, `Embeddings` or `Boxes`."""
   if isinstance(source, Embeddings):
     return TowersRow(seqhw, source, Embeddings(*target))
+  if isinstance(source, Boxes):
+    return BoxesRow(seqhw, source, Boxes(*target))
   return (PixelsRow if source.ndim == 4 else Row)(seqhw, source, target)
 
 
@@ -202,6 +251,16 @@ def logits(
   size = {} if seqhw is None else size_args(seqhw)
   with jax.default_matmul_precision("highest"):
     return np.asarray(jax.jit(lambda p, x: model.apply({"params": p}, x, **size)[0])(params, image))
+
+
+def boxes(
+  model: OwlViT, params: Params, image: Float[np.ndarray, "n h w c"], seqhw: SeqHw | None
+) -> Boxes:
+  """Runs a detector of fixed queries in full precision; without `seqhw` at its own patch size."""
+  size = {} if seqhw is None else size_args(seqhw)
+  with jax.default_matmul_precision("highest"):
+    out = jax.jit(lambda p, x: model.apply({"params": p}, x, **size)[1])(params, image)
+  return Boxes(*(np.asarray(out[name], np.float32) for name in Boxes._fields))
 
 
 def texts(tower: TextTower) -> Int[np.ndarray, "3 l"]:

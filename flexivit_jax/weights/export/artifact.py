@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-FORMATS = ("flexivit artifact 1", "flexivit artifact 2")  # of images, and of every pixel
+# Of images, of every pixel, of boxes.
+FORMATS = ("flexivit artifact 1", "flexivit artifact 2", "flexivit artifact 3")
 Size = int | tuple[int, ...]  # tokens per side, or (per column, per row)
 
 
@@ -27,6 +28,9 @@ class Artifact(NamedTuple):
 
   Of two towers the functions give embeddings of length 1, and `text` those of tokens [m, l]; else it is None. The
   similarity is `record["scale"] * image @ text.T + record["bias"]`; `record["text"]` describes the tokenizer.
+
+  Of a detector the functions give a dict: "pred_boxes" [n, l, 4], (cx, cy, w, h) in shares of the image, and
+  "class_logits" [n, l, k], of each class by itself (sigmoid), for l tokens.
   """
 
   record: dict[str, Any]
@@ -38,13 +42,13 @@ class Artifact(NamedTuple):
     """Tokens per side, or (per column, per row), that `predict` takes."""
     return tuple(self.programs)
 
-  def predict(self, image: Any, size: Size) -> np.ndarray:
+  def predict(self, image: Any, size: Size) -> Any:
     """Logits of images [n, h, w, c] in [-1, 1]; ValueError for another size or shape of image."""
     if size not in self.programs:
       raise ValueError(f"size={size} is not in this artifact; it has {self.sizes}.")
     if (shape := [*np.shape(image)[1:]]) != self.record["image_shape"]:
       raise ValueError(f"Expected images of shape {self.record['image_shape']}, got {shape}.")
-    return np.asarray(self.programs[size](np.asarray(image, np.float32)))
+    return jax.tree.map(np.asarray, self.programs[size](np.asarray(image, np.float32)))
 
   def encode(self, tokens: Any) -> np.ndarray:
     """Embeddings [m, e] of texts, tokens [m, l]; ValueError for texts of another length, or no text tower."""
@@ -104,8 +108,14 @@ def _program(
   """The StableHLO of one program in place of that of an empty function with the same signature."""
   shape, dtype = example  # of one input
   x = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *shape), dtype)
-  outputs = np.ravel(record["outputs"]).tolist()  # k, or [h, w, k]
-  empty = jax.jit(lambda w, x: jnp.zeros((x.shape[0], *outputs)), keep_unused=True)
+  outputs = record["outputs"]  # k, or [h, w, k], or by size and name
+  shapes = outputs[str(name)] if isinstance(outputs, dict) else np.ravel(outputs).tolist()
+
+  def zeros(w: Any, x: Any) -> Any:
+    fill = lambda shape: jnp.zeros((x.shape[0], *shape))  # noqa: E731
+    return {k: fill(v) for k, v in shapes.items()} if isinstance(shapes, dict) else fill(shapes)
+
+  empty = jax.jit(zeros, keep_unused=True)
   exported = export.export(empty, platforms=record["platforms"])(weights, x)
   module: dict[str, Any] = {"mlir_module_serialized": parts[f"{name}/program.mlirbc"]}
   module["calling_convention_version"] = record["calling_convention_version"]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors, sizes, weights
-from flexivit_jax.models import MODELS, TwoTowers, vit_part
+from flexivit_jax.models import MODELS, OwlViT, TwoTowers, vit_part
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import certificate, optional
 from flexivit_jax.weights.export import (
@@ -26,8 +26,9 @@ WRITERS: dict[str, Callable] = {
   "onnx": onnx_folder.write,
   "saved_model": saved_model.write,
 }
-OF_PARTS = ("stablehlo", "onnx")  # what can hold two towers, or a Segmenter
-Model = Any  # a FlexiViT, TwoTowers, or a Segmenter
+OF_PARTS = ("stablehlo", "onnx")  # what can hold two towers, a Segmenter, or a detector
+Model = Any  # a FlexiViT, TwoTowers, a Segmenter, or an OwlViT
+Read = tuple[Model, Params, Json]  # as `weights.tasks.load` returns it
 Row = certificate.AnyRow
 LOADERS: dict[str, Callable] = {
   "stablehlo": artifact.load_artifact,
@@ -47,6 +48,7 @@ def export(
   verified: bool = True,
   image_only: bool = False,
   loading: Mapping[str, Any],
+  adapt: Callable[[Model, Params, Json], Read] | None = None,
 ) -> list[Row]:
   """Writes `out` and the certificate beside it, and returns the certificate's rows; none where nothing was compared.
 
@@ -60,6 +62,7 @@ def export(
     verified: compare with the source; without it there is no certificate.
     image_only: of two towers, the image tower alone.
     loading: arguments of `weights.load`.
+    adapt: what is done to a model before it is written, such as that a detector gets its names.
 
   Raises:
     UserError: an unknown kind, a framework that is not installed; see also the writers and `verify`.
@@ -68,6 +71,8 @@ def export(
     sizes.parse(seqhw)  # before the checkpoint is read
   writing = _options(to, platforms, verified)
   model, params, record = _load(source, image_only, to, **loading)
+  if adapt is not None:
+    model, params, record = adapt(model, params, record)
   if to == "onnx" and model.dtype != "float32":
     model, record = _in_float32(model, record)
   weights.print_notes(record)
@@ -82,9 +87,7 @@ def export(
   return rows
 
 
-def _load(
-  source: str | os.PathLike[str], image_only: bool, to: str, **loading: Any
-) -> tuple[Model, Params, Json]:
+def _load(source: str | os.PathLike[str], image_only: bool, to: str, **loading: Any) -> Read:
   """Reads the model, whole; its attention is what runs everywhere, and not this machine's choice."""
   everywhere = {"attention": "einsum"}
   name = "flexivit" if image_only else weights.tasks.name_of(source)
@@ -92,7 +95,7 @@ def _load(
     model, params, record = weights.load_with_record(source, **loading)
     return model.clone(**everywhere), params, record
   if to not in OF_PARTS:
-    what = "two towers" if name == "two_towers" else f"a {name}"
+    what = "two towers" if name == "two_towers" else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
     raise errors.UserError(
       f"--to={to} takes an image tower alone, and {source} has {what}; add --image_only, or write one of"
       f" {', '.join(OF_PARTS)}."
@@ -137,15 +140,19 @@ def _row(
   loaded: artifact.Artifact, model: Model, params: Params, image: np.ndarray, size: sizes.SeqHw
 ) -> Row:
   target = loaded.predict(image, size)
+  if isinstance(model, OwlViT):
+    source = certificate.boxes(model, params, image, size)
+    names = certificate.Boxes._fields
+    return certificate.row_of(size, source, [target[name] for name in names])
   if not isinstance(model, TwoTowers):
     return certificate.row_of(size, certificate.logits(model, params, image, size), target)
   tokens = certificate.texts(model.parts["text"])
-  source, text = (
+  embedded, text = (
     certificate.embeddings(model, params, image, tokens, size),
     loaded.encode(tokens),
   )
   products = loaded.record["scale"] * target @ text.T + loaded.record["bias"]
-  return certificate.TowersRow(size, source, certificate.Embeddings(target, text, products))
+  return certificate.TowersRow(size, embedded, certificate.Embeddings(target, text, products))
 
 
 def _cpu() -> jax.Device | None:

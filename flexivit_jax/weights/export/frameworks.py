@@ -132,12 +132,15 @@ def _graph_proto(onnx: types.ModuleType, graph: onnx_graph.Graph, initializers: 
     kind = onnx.TensorProto.INT64 if name == "tokens" else onnx.TensorProto.FLOAT
     return onnx.helper.make_tensor_value_info(name, kind, shape)
 
-  outputs = graph.outputs if isinstance(graph.outputs, tuple) else (graph.outputs,)
+  outputs = graph.outputs
+  if not isinstance(outputs, dict):
+    shape = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = {graph.nodes[-1].name: shape}
   return onnx.helper.make_graph(
     [onnx.helper.make_node(n.op, n.inputs, [n.name], n.name, **n.attributes) for n in graph.nodes],
     "flexivit",
     [described(graph.input, ("n", *graph.shape))],
-    [described(graph.nodes[-1].name, ("n", *outputs))],
+    [described(name, ("n", *shape)) for name, shape in outputs.items()],
     initializers,
   )
 
@@ -150,12 +153,18 @@ def check_onnx(path: pathlib.Path) -> None:
 def onnx_program(path: pathlib.Path, input_name: str = "image") -> Program:
   """Returns the function from images [n, h, w, c] to logits [n, k] of an ONNX model, in onnxruntime on the CPU.
 
-  With input_name="tokens" it takes those, [n, l].
+  With input_name="tokens" it takes those, [n, l]. Of a model with several outputs it gives each by name.
   """
   runtime = optional.require("onnxruntime", COMPARING_ONNX)
   session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
   dtype = np.int64 if input_name == "tokens" else np.float32
-  return lambda x: session.run(None, {input_name: x.astype(dtype)})[0]
+  names = [one.name for one in session.get_outputs()]
+
+  def run(x: np.ndarray) -> Foreign:
+    outputs = session.run(names, {input_name: x.astype(dtype)})
+    return outputs[0] if len(names) == 1 else dict(zip(names, outputs, strict=True))
+
+  return run
 
 
 def timm_logits(model: Foreign, image: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n k"]:

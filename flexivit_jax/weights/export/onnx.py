@@ -1,17 +1,19 @@
 """An ONNX export: a folder with a graph for each patch size and one file of weights that all of them share.
 
 seqhw_05.onnx, seqhw_08.onnx, ...   a graph each; runs alone beside weights.bin
-text.onnx                           of two towers, the text tower; a Segmenter's graphs give scores of every pixel
+text.onnx                           of two towers, the text tower
 weights.bin                         what no size changes once, then each size's kernel and position embeddings
 record.json                         what the model is
 flexivit_manifest.txt               the checksums of the files above
+
+A Segmenter's graphs give scores of every pixel, a detector's boxes and their scores.
 """
 
 import json
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ import numpy as np
 from flexivit_jax import errors, trees
 from flexivit_jax.models import (
   FlexiViT,
+  OwlViT,
   Segmenter,
   TextTower,
   TwoTowers,
@@ -28,7 +31,14 @@ from flexivit_jax.models import (
 from flexivit_jax.sizes import SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, folders, optional, tasks
-from flexivit_jax.weights.export import artifact, frameworks, onnx_graph, onnx_pixels, stablehlo
+from flexivit_jax.weights.export import (
+  artifact,
+  frameworks,
+  onnx_boxes,
+  onnx_graph,
+  onnx_pixels,
+  stablehlo,
+)
 
 FORMAT = "flexivit onnx 1"
 WEIGHTS, TEXT = "weights.bin", "text.onnx"
@@ -43,7 +53,7 @@ class Place(NamedTuple):
 
 def write(
   out: pathlib.Path,
-  model: FlexiViT | TwoTowers | Segmenter,
+  model: FlexiViT | TwoTowers | Segmenter | OwlViT,
   params: Params,
   record: Json,
   *,
@@ -60,8 +70,8 @@ def write(
     sizes: tokens per side or (per column, per row), a graph each.
 
   Raises:
-    UserError: a size that does not divide the image, parameters that are not the model's, matrix products in
-      bfloat16, a name that is there, or no onnx.
+    UserError: a detector whose queries are not fixed (`models.owl_vit.with_queries`); a size that does not divide the
+      image, parameters that are not the model's, matrix products in bfloat16, a name that is there, or no onnx.
   """
   optional.require("onnx", "Writing ONNX")
   _check(out)
@@ -73,10 +83,14 @@ def write(
   sizes, name = list(dict.fromkeys(sizes)), vit_part(vit)
   shape = (*image_hw, (own[name] if name else own)["embedding"]["kernel"].shape[2])
   with folders.new(out) as part:
+    outputs: Any = None
     if isinstance(vit, Segmenter):
       graphs = _write_pixels(part, vit, own, image_hw, sizes)
+    elif isinstance(vit, OwlViT):
+      graphs = _write_boxes(part, vit, own, image_hw, sizes)
+      outputs = {str(size_text(s)): g.outputs for s, g in zip(sizes, graphs, strict=True)}
     else:
-      graphs = _write_graphs(part, vit, own, image_hw, sizes, unit=text is not None)
+      graphs = _write_images(part, vit, own, image_hw, sizes, unit=text is not None)
     if text is not None:
       _write_text(part, text, params["text"])
     described = record | {
@@ -84,7 +98,7 @@ def write(
       "sizes": [size_text(size) for size in sizes],
       "image_size": list(image_hw),
       "image_shape": list(shape),
-      "outputs": graphs[0].outputs,
+      "outputs": outputs or graphs[0].outputs,
       "opset": onnx_graph.OPSET,
     }
     (part / folders.EXPORT_RECORD).write_text(json.dumps(described, allow_nan=False))
@@ -122,6 +136,35 @@ def _check(out: pathlib.Path) -> None:
 
 def _write_graphs(
   folder: pathlib.Path,
+  flat: Params,
+  changed: Collection[str],
+  sizes: Sequence[SeqHw],
+  of_size: Callable[[SeqHw], tuple[onnx_graph.Graph, Params]],
+) -> list[onnx_graph.Graph]:
+  """Writes the weights and the graphs, and has onnx check each.
+
+  Args:
+    folder: where to.
+    flat: the parameters by name.
+    changed: names of those that each size has its own of.
+    sizes: a graph each.
+    of_size: returns the graph of a size, and its own arrays.
+  """
+  graphs = []
+  with (folder / WEIGHTS).open("wb") as file:
+    shared = {n: _append(file, a) for n, a in flat.items() if n not in changed}
+    for size in sizes:
+      graph, arrays = of_size(size)
+      own = {name: _append(file, array) for name, array in arrays.items()}
+      graphs.append(graph)
+      frameworks.save_onnx(folder / name_of(size), graph, WEIGHTS, shared | own)
+  for size in sizes:
+    frameworks.check_onnx(folder / name_of(size))
+  return graphs
+
+
+def _write_images(
+  folder: pathlib.Path,
   model: FlexiViT,
   params: Params,
   image_hw: tuple[int, int],
@@ -129,20 +172,14 @@ def _write_graphs(
   *,
   unit: bool = False,
 ) -> list[onnx_graph.Graph]:
-  """Writes the weights and the graphs, and has onnx check each."""
   model, params = model.clone(scan=False), vit_model.unstack_blocks(params)
-  channels, graphs = params["embedding"]["kernel"].shape[2], []
-  with (folder / WEIGHTS).open("wb") as file:
-    flat = trees.flatten(params)
-    shared = {n: _append(file, a) for n, a in flat.items() if n not in baking.RESAMPLED}
-    for size in sizes:
-      fixed, baked = baking.bake(model, params, image_hw=image_hw, **size_args(size))
-      resampled = {name: _append(file, array) for name, array in _own(fixed, baked).items()}
-      graphs.append(onnx_graph.describe(fixed, channels, unit=unit))
-      frameworks.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | resampled)
-  for size in sizes:
-    frameworks.check_onnx(folder / name_of(size))
-  return graphs
+  channels = params["embedding"]["kernel"].shape[2]
+
+  def of_size(size: SeqHw) -> tuple[onnx_graph.Graph, Params]:
+    fixed, baked = baking.bake(model, params, image_hw=image_hw, **size_args(size))
+    return onnx_graph.describe(fixed, channels, unit=unit), _own(fixed, baked)
+
+  return _write_graphs(folder, trees.flatten(params), baking.RESAMPLED, sizes, of_size)
 
 
 def _write_pixels(
@@ -152,26 +189,46 @@ def _write_pixels(
   image_hw: tuple[int, int],
   sizes: Sequence[SeqHw],
 ) -> list[onnx_graph.Graph]:
-  """Does what `_write_graphs` does, for a Segmenter."""
-  model = model.clone(backbone={**model.backbone, "scan": False})
-  params = {**params, "backbone": vit_model.unstack_blocks(params["backbone"])}
-  channels, graphs = params["backbone"]["embedding"]["kernel"].shape[2], []
+  model, params = _unstacked(model, params)
+  channels = params["backbone"]["embedding"]["kernel"].shape[2]
+
+  def of_size(size: SeqHw) -> tuple[onnx_graph.Graph, Params]:
+    vits = onnx_pixels.towers(model, params, image_hw, size_args(size))
+    own = {
+      f"{prefix}{name}": array
+      for prefix, baked in vits.items()
+      for name, array in _own(*baked).items()
+    }
+    return onnx_pixels.describe(model, vits, image_hw, channels), own
+
   changed = {f"{onnx_pixels.BACKBONE}{name}" for name in baking.RESAMPLED}
-  with (folder / WEIGHTS).open("wb") as file:
-    flat = trees.flatten(params)
-    shared = {n: _append(file, a) for n, a in flat.items() if n not in changed}
-    for size in sizes:
-      vits = onnx_pixels.towers(model, params, image_hw, size_args(size))
-      own = {
-        f"{prefix}{name}": _append(file, array)
-        for prefix, baked in vits.items()
-        for name, array in _own(*baked).items()
-      }
-      graphs.append(onnx_pixels.describe(model, vits, image_hw, channels))
-      frameworks.save_onnx(folder / name_of(size), graphs[-1], WEIGHTS, shared | own)
-  for size in sizes:
-    frameworks.check_onnx(folder / name_of(size))
-  return graphs
+  return _write_graphs(folder, trees.flatten(params), changed, sizes, of_size)
+
+
+def _write_boxes(
+  folder: pathlib.Path,
+  model: OwlViT,
+  params: Params,
+  image_hw: tuple[int, int],
+  sizes: Sequence[SeqHw],
+) -> list[onnx_graph.Graph]:
+  model, params = _unstacked(*onnx_boxes.with_unit_queries(model, params))
+  vit, own = model.parts["backbone"], params["backbone"]
+  channels = own["embedding"]["kernel"].shape[2]
+
+  def of_size(size: SeqHw) -> tuple[onnx_graph.Graph, Params]:
+    fixed, baked = baking.bake(vit, own, image_hw=image_hw, **size_args(size))
+    arrays = {f"backbone/{name}": array for name, array in _own(fixed, baked).items()}
+    arrays[onnx_boxes.BIAS] = onnx_boxes.bias(model, fixed.posemb_size)
+    return onnx_boxes.describe(model, fixed, channels), arrays
+
+  return _write_graphs(folder, trees.flatten(params), baking.resampled(model), sizes, of_size)
+
+
+def _unstacked(model: Any, params: Params) -> tuple[Any, Params]:
+  """A model with a backbone, whose blocks stand one by one."""
+  backbone = vit_model.unstack_blocks(params["backbone"])
+  return model.clone(backbone={**model.backbone, "scan": False}), {**params, "backbone": backbone}
 
 
 def _write_text(folder: pathlib.Path, model: TextTower, params: Params) -> None:

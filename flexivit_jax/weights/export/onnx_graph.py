@@ -30,9 +30,11 @@ class Node(NamedTuple):
 class Graph:
   """Nodes in the order in which they run, from the input [n, ...] to what the last one gives, [n, k] or [n, h, w, k].
 
+  A detector's graph gives several, by the names of their nodes.
+
   Attributes:
     shape: of one input: h, w, c of "image", or the length of "tokens".
-    outputs: k, or (h, w, k) of a graph that gives scores of every pixel.
+    outputs: k, or (h, w, k) of a graph that gives scores of every pixel; of several, the shape of each by name.
     input: "image", float32, or "tokens", int64.
     nodes: filled by `add`.
     weights: shapes by name; a matrix where the parameter has more axes, of the same bytes.
@@ -40,7 +42,7 @@ class Graph:
   """
 
   shape: tuple[int, ...]
-  outputs: int | tuple[int, ...]
+  outputs: int | tuple[int, ...] | dict[str, tuple[int, ...]]
   input: str = "image"
   nodes: list[Node] = dataclasses.field(default_factory=list)
   weights: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -273,14 +275,17 @@ def _attention(
 
 def _mlp(graph: Graph, model: Tower, name: str, x: str) -> str:
   x = dense(graph, f"{name}/Dense_0", x, model.width, model.mlp_dim)
-  if model.gelu == "quick":
+  x = gelu(graph, model.gelu, name, x)
+  return dense(graph, f"{name}/Dense_1", x, model.mlp_dim, model.width)
+
+
+def gelu(graph: Graph, kind: str, name: str, x: str) -> str:
+  """The GELU of `vit.GELU` of this name."""
+  if kind == "quick":
     gate = graph.add("Mul", f"{name}/quick", x, 1.702)
     gate = graph.add("Sigmoid", f"{name}/Sigmoid", gate)
-    x = graph.add("Mul", f"{name}/Gelu", x, gate)
-  else:
-    kind = {"tanh": "tanh", "exact": "none"}[model.gelu]
-    x = graph.add("Gelu", f"{name}/Gelu", x, approximate=kind)
-  return dense(graph, f"{name}/Dense_1", x, model.mlp_dim, model.width)
+    return graph.add("Mul", f"{name}/Gelu", x, gate)
+  return graph.add("Gelu", f"{name}/Gelu", x, approximate={"tanh": "tanh", "exact": "none"}[kind])
 
 
 def dense(graph: Graph, name: str, x: str, inputs: int, outputs: int, *, bias: bool = True) -> str:

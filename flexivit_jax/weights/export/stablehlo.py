@@ -3,7 +3,7 @@
 A zip: the weights once; for each size its kernel and position grid, resampled here and never again, and a StableHLO
 program that takes all of them and any number of images; a record with the sha256 of each part. `artifact.py` runs it.
 Of two towers the programs give embeddings, and there is one more, of texts, with weights of its own. Of a Segmenter
-they give the scores of every pixel.
+they give the scores of every pixel, of a detector boxes and their scores, by name.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import json
 import pathlib
 import zipfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,15 @@ from jax import export
 
 from flexivit_jax import errors, trees
 from flexivit_jax.files import replacing
-from flexivit_jax.models import FlexiViT, Segmenter, TextTower, TwoTowers, two_towers, vit_part
+from flexivit_jax.models import (
+  FlexiViT,
+  OwlViT,
+  Segmenter,
+  TextTower,
+  TwoTowers,
+  two_towers,
+  vit_part,
+)
 from flexivit_jax.sizes import SeqHw, SizeArgs, size_args, size_text
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import baking, npz
@@ -27,11 +36,14 @@ from flexivit_jax.weights import baking, npz
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FORMAT = "flexivit artifact 1"
 FORMAT_OF_PIXELS = "flexivit artifact 2"
+FORMAT_OF_BOXES = "flexivit artifact 3"
+BOXES = ("pred_boxes", "class_logits")
+Result = tuple[jax.Array, Json]  # of a model: its main output, and all by name
 
 
 def write(
   out: pathlib.Path,
-  model: FlexiViT | TwoTowers | Segmenter,
+  model: FlexiViT | TwoTowers | Segmenter | OwlViT,
   params: Params,
   record: Json,
   *,
@@ -50,17 +62,27 @@ def write(
     platforms: where it is to run, of `PLATFORMS`.
 
   Raises:
-    UserError: a size that does not divide the image, an unknown platform, another suffix, a file that is there.
+    UserError: a size that does not divide the image, an unknown platform, another suffix, a file that is there; a
+      detector whose queries are not fixed (`models.owl_vit.with_queries`).
   """
   _check(out, platforms)
-  towers, pixels = isinstance(model, TwoTowers), isinstance(model, Segmenter)
+  towers = isinstance(model, TwoTowers)
   whole, own = (model.parts["image"], params["image"]) if towers else (model, params)
-  end = two_towers.unit if towers else lambda x: x
+  if isinstance(model, OwlViT) and model.open:
+    raise errors.UserError(
+      "This detector's queries are texts or vectors, and an exported one has fixed ones; give --names."
+    )
+  end: Callable[[Result], Any] = _main
+  if towers:
+    end = lambda result: two_towers.unit(_main(result))  # noqa: E731
+  elif isinstance(model, OwlViT):
+    end = _boxes
   resampled, part = baking.resampled(whole), vit_part(whole)
   channels = (own[part] if part else own)["embedding"]["kernel"].shape[2]
   shape = (*image_hw, channels)
   shared = {n: a for n, a in trees.flatten(own).items() if n not in resampled}
   parts = {"weights.npz": _npz(shared)}
+  format_, outputs = _outputs(whole, image_hw, sizes)
   for size in dict.fromkeys(sizes):
     fixed, baked, args = baking.bake_whole(whole, own, image_hw=image_hw, **size_args(size))
     flat = trees.flatten(baked)
@@ -74,13 +96,11 @@ def write(
     parts["text/program.mlirbc"] = program.mlir_module_serialized
     record = record | scalars(model, params)
   described = record | {
-    "format": FORMAT_OF_PIXELS if pixels else FORMAT,
+    "format": format_,
     "sizes": [size_text(size) for size in dict.fromkeys(sizes)],
     "image_size": list(image_hw),
     "image_shape": list(shape),
-    "outputs": [*image_hw, whole.num_classes]
-    if pixels
-    else whole.num_classes or whole.num_features,
+    "outputs": outputs,
     "platforms": list(platforms),
     "calling_convention_version": program.calling_convention_version,
     "jax": jax.__version__,
@@ -100,6 +120,27 @@ def scalars(model: TwoTowers, params: Params) -> Json:
   return {"text_length": length, "scale": float(np.exp(params["t"][0])), "bias": bias}
 
 
+def _outputs(model: Any, image_hw: tuple[int, int], sizes: Sequence[SeqHw]) -> tuple[str, Any]:
+  """The format of the artifact, and the shape of what a program gives for an image: of boxes by size and by name."""
+  if isinstance(model, Segmenter):
+    return FORMAT_OF_PIXELS, [*image_hw, model.num_classes]
+  if not isinstance(model, OwlViT):
+    return FORMAT, model.num_classes or model.num_features
+  tokens = {str(size_text(size)): model.grid(image_hw, **size_args(size)).grid_hw for size in sizes}
+  last = dict(zip(BOXES, (4, model.num_classes), strict=True))
+  return FORMAT_OF_BOXES, {
+    size: {name: [h * w, k] for name, k in last.items()} for size, (h, w) in tokens.items()
+  }
+
+
+def _main(result: Result) -> jax.Array:
+  return result[0].astype(np.float32)
+
+
+def _boxes(result: Result) -> dict[str, jax.Array]:
+  return {name: result[1][name].astype(np.float32) for name in BOXES}
+
+
 def _check(out: pathlib.Path, platforms: Sequence[str]) -> None:
   for platform in platforms:
     if platform not in PLATFORMS:
@@ -111,8 +152,8 @@ def _check(out: pathlib.Path, platforms: Sequence[str]) -> None:
 
 
 def _program(
-  model: FlexiViT | TextTower | Segmenter,
-  end: Callable[[jax.Array], jax.Array],
+  model: FlexiViT | TextTower | Segmenter | OwlViT,
+  end: Callable[[Result], Any],
   flat: Params,
   example: tuple[tuple[int, ...], type],
   platforms: Sequence[str],
@@ -129,9 +170,8 @@ def _program(
     size: static arguments of the model.
   """
 
-  def forward(flat: Params, x: jax.Array) -> jax.Array:
-    out, _ = model.apply({"params": trees.unflatten(flat)}, x, **(size or {}))
-    return end(out.astype(np.float32))
+  def forward(flat: Params, x: jax.Array) -> Any:
+    return end(model.apply({"params": trees.unflatten(flat)}, x, **(size or {})))
 
   arrays = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in flat.items()}
   shape, dtype = example
