@@ -37,9 +37,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     help="of a detector that compares images with texts: its classes, 'cat,dog' or a file with one a line",
   )
   p.add_argument("--templates", help="sentences for the names, see `flexivit predict`")
-  p.add_argument(
-    "--vectors", type=options.path, help="an .npz with vectors of the names, see `flexivit predict`"
-  )
+  options.add_queries(p)
   options.add_image_only(p)
   options.add_no_verify(p)
   options.add_loading(p)
@@ -51,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
   from flexivit_jax.weights import certificate
   from flexivit_jax.weights.export import comparison
 
-  asked = queries.Asked(options.listed_names(args.names), args.templates, args.vectors)
+  names = options.listed_names(args.names)
+  asked = queries.Asked(names, args.templates, args.vectors, args.as_typed)
   rows = comparison.export(
     args.checkpoint,
     args.out,

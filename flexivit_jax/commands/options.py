@@ -98,6 +98,20 @@ def add_images(p: argparse.ArgumentParser) -> None:
   p.add_argument("--overwrite", action="store_true", help="replace the file of --out")
 
 
+def add_queries(p: argparse.ArgumentParser) -> None:
+  """What a detector that compares images with texts takes besides --names and --templates."""
+  p.add_argument(
+    "--vectors",
+    type=path,
+    help="an .npz with vectors of the names, of a detector without a text tower",
+  )
+  p.add_argument(
+    "--as_typed",
+    action="store_true",
+    help="a detector's names and templates as they are, not in lower case without punctuation",
+  )
+
+
 def add_processes(p: argparse.ArgumentParser) -> None:
   """How the processes of one run find each other."""
   group = p.add_argument_group(

@@ -48,11 +48,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     "--templates",
     help="sentences for the names: name (default: as they are), one, clip_best, clip_paper, or a file",
   )
-  p.add_argument(
-    "--vectors",
-    type=options.path,
-    help="an .npz with vectors of the names, of a detector without a text tower",
-  )
+  options.add_queries(p)
   p.add_argument("--time", action="store_true", help="measure milliseconds an image")
   options.add_reading(p)
   options.add_processes(p)
@@ -229,7 +225,7 @@ def _predict_boxes(args: argparse.Namespace, loaded: "predictor.Loaded") -> None
     check = functools.partial(outputs.check_new, args.out, boxes.WRITERS, args.overwrite)
     distributed.on_first(check, "--out")
   names = options.listed_names(args.names)
-  asked = queries.Asked(names, args.templates, args.vectors)
+  asked = queries.Asked(names, args.templates, args.vectors, args.as_typed)
   loaded = distributed.each(lambda: queries.closed(loaded, asked), "--names")
   sizes = _sizes(args, loaded)
   first = distributed.is_first()

@@ -31,11 +31,14 @@ class Asked(NamedTuple):
     names: for one that takes queries, else None.
     templates: sentences for the names, see `prompts.templates`; None: the names as they are.
     vectors: an .npz with "names" and "vectors", where the detector has no text tower.
+    as_typed: names and templates go to the text tower as they are; else as `query_tokens` puts them in training: in
+      lower case, without punctuation, of a name what is before a comma.
   """
 
   names: Sequence[str] | None = None
   templates: str | Sequence[str] | None = None
   vectors: pathlib.Path | None = None
+  as_typed: bool = False
 
 
 def adapted(asked: Asked, name: str, model: Any, params: Params, record: Json) -> Read:
@@ -50,8 +53,9 @@ def adapted(asked: Asked, name: str, model: Any, params: Params, record: Json) -
     UserError: see `closed`; names for a model that is no detector.
   """
   if not predictor.gives_boxes(model):
-    for option, value in zip(("--names", "--templates", "--vectors"), asked, strict=True):
-      if value is not None:
+    options = ("--names", "--templates", "--vectors", "--as_typed")
+    for option, value in zip(options, asked, strict=True):
+      if value not in (None, False):
         raise errors.UserError(f"{option} is for detectors; {name} gives no boxes.")
     return model, params, record
   loaded = closed(predictor.Loaded(model, params, record, name, np.asarray), asked)
@@ -72,7 +76,7 @@ def closed(loaded: predictor.Loaded, asked: Asked) -> predictor.Loaded:
       detector has no use for; a name without a vector.
   """
   model, name = loaded.model, loaded.name
-  names, templates, vectors = asked
+  names, templates, vectors, as_typed = asked
   if not model.open:
     if names is not None or vectors is not None:
       given = "--names" if names is not None else "--vectors"
@@ -103,7 +107,10 @@ def closed(loaded: predictor.Loaded, asked: Asked) -> predictor.Loaded:
       raise errors.UserError(
         f"{name} has a text tower, which makes the vectors; leave --vectors out."
       )
-    embedded = _of_sentences(loaded, plain, prompts.templates(templates or "name"))
+    made = prompts.templates(templates or "name")
+    words = plain if as_typed else prompts.class_texts(names, plain=True)
+    made = made if as_typed else tuple(map(prompts.canonical, made))
+    embedded = _of_sentences(loaded, words, made)
   model, params = with_queries(model, loaded.params, embedded)
   record = {k: v for k, v in loaded.record.items() if k not in ("text", "data_classes")}
   record |= {"model": model_records.record_of(model), "class_names": [*plain]}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from flexivit_jax import cli, weights
 from flexivit_jax.data import class_colours, text
-from flexivit_jax.inference import boxes, predictor, whole_images
+from flexivit_jax.inference import boxes, predictor, queries, whole_images
 from flexivit_jax.models import OwlViT
 from flexivit_jax.weights import model_records
 
@@ -150,21 +150,31 @@ def test_names_are_looked_for_by_the_mean_of_the_scores_of_their_sentences(save,
   file = save("text")
   (photos / "templates.txt").write_text("a {}\nmy {}.\n")
   common = ["a/1.png", "--checkpoint", file, "--seqhw=3", "--threshold=0", "--json"]
-  code, out, _ = run(capsys, *common, "--names=cat, dog", "--templates=templates.txt")
+  code, out, _ = run(capsys, *common, "--names=Cat, dog!", "--templates=templates.txt")
   loaded = predictor.load(file, whole=True)
   tokens = text.of_record(loaded.record["text"])
   image = loaded.prepare("a/1.png")[None]
   apply = jax.jit(lambda p, x, q: loaded.model.apply({"params": p}, x, q, seqhw=3)[1])
   logits = [
     apply(loaded.params, image, tokens.encode([f"{a} cat{b}", f"{a} dog{b}"])[None])["class_logits"]
-    for a, b in (("a", ""), ("my", "."))
+    for a, b in (("a", ""), ("my", ""))  # as in training, without punctuation and capital letters
   ]
   scores = 1 / (1 + np.exp(-np.mean(np.float64(logits), axis=0)[0]))
   (row,) = rows_of(out)
   assert code == 0
-  for k, name in enumerate(("cat", "dog")):
+  for k, name in enumerate(("Cat", "dog!")):
     got = [one["score"] for one in row["detections"] if one["name"] == name]
     np.testing.assert_allclose(got, np.sort(scores[:, k])[::-1], atol=1e-5)
+
+
+def test_names_are_put_as_in_training_or_as_they_are_typed(save, monkeypatch):
+  given = []
+  monkeypatch.setattr(queries, "_of_sentences", lambda *a: given.append(a[1:]) or np.ones((1, 8)))
+  loaded = predictor.load(save("text"), whole=True)
+  for as_typed in (False, True):
+    asked = queries.Asked(["T. V."], "A {}!", as_typed=as_typed)
+    assert queries.closed(loaded, asked).record["class_names"] == ["T. V."]
+  assert given == [(("t v",), ("a {}",)), (("T. V.",), ("A {}!",))]
 
 
 def test_vectors_of_names_are_matched_by_name(save, photos, capsys):
