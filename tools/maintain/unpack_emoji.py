@@ -1,12 +1,16 @@
 """Turns emoji_captions_96.npz into images with captions: OUT/train, OUT/val, OUT/test, each with metadata.jsonl.
 
+With --cutouts, into cut-outs with names for the data set `scenes`: OUT/metadata.jsonl and a PNG with alpha for each.
+
 Usage:
   python tools/maintain/unpack_emoji.py emoji_captions_96.npz emoji
   python tools/maintain/unpack_emoji.py emoji_captions_96.npz emoji_de --language de
   python tools/maintain/unpack_emoji.py emoji_captions_96.npz control --shuffled
+  python tools/maintain/unpack_emoji.py emoji_captions_96.npz cutouts --cutouts --without flags
 
 A caption is the label; in English three tags follow. All skin tones of a symbol are in one split, chosen by a hash of
-its code and --seed: a fifth for test, a tenth for val. val and test hold symbols without skin tone alone.
+its code and --seed: a fifth for test, a tenth for val. val and test hold symbols without skin tone alone. Of cut-outs
+the fifth for test is called novel; there are no keycaps among them, and no skin tones.
 """
 
 import argparse
@@ -57,6 +61,24 @@ def write(
   (out / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def write_cut_outs(
+  out: pathlib.Path, images: Sequence[bytes], meta: Sequence[Json], seed: int
+) -> None:
+  """Writes the symbols without skin tone or keycap, and which of them are novel."""
+  out.mkdir(parents=True)
+  lines = []
+  for encoded, row in zip(images, meta, strict=True):
+    if row["tone"] or row["subgroup"] == "keycap":
+      continue
+    file = f"{row['hexcode']}.png"
+    Image.open(io.BytesIO(encoded)).convert("RGBA").save(out / file)
+    novel = split_of(row["hexcode"], seed) == "test"
+    name = " ".join(row["label_en"].split())
+    lines.append(json.dumps({"file_name": file, "name": name, "novel": novel}, ensure_ascii=False))
+  (out / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+  print(f"{out}: {len(lines)} cut-outs")
+
+
 def main() -> None:
   """Writes the folders."""
   parser = argparse.ArgumentParser(
@@ -69,11 +91,16 @@ def main() -> None:
   parser.add_argument("--tones", action="store_true", help="train on symbols with skin tones, too")
   parser.add_argument("--without", nargs="*", default=[], help="groups to leave out, e.g. flags")
   parser.add_argument("--shuffled", action="store_true", help="captions of other images: a control")
+  parser.add_argument("--cutouts", action="store_true", help="cut-outs with names, for scenes")
   args = parser.parse_args()
   with np.load(args.npz) as archive:
     data, offsets = archive["webp"].tobytes(), archive["offsets"]
     meta = json.loads(archive["meta"].tobytes())
   images = [data[a:b] for a, b in itertools.pairwise(offsets)]
+  if args.cutouts:
+    chosen = [i for i, row in enumerate(meta) if row["group"] not in args.without]
+    write_cut_outs(args.out, [images[i] for i in chosen], [meta[i] for i in chosen], args.seed)
+    return
   for split in ("train", "val", "test"):
     chosen = [
       i

@@ -19,6 +19,7 @@ from flexivit_jax.data.sources.folder import folder_source, images_source
 from flexivit_jax.data.sources.masks import ade20k_source, cityscapes_source, masks_source
 from flexivit_jax.data.sources.objectnet import objectnet_source
 from flexivit_jax.data.sources.packed import packed_source
+from flexivit_jax.data.sources.scenes import scenes_source
 from flexivit_jax.data.sources.synthetic import synthetic_source
 from flexivit_jax.data.sources.tfds import is_prepared, tfds_source
 from flexivit_jax.data.sources.voc import voc_source
@@ -36,6 +37,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
   "masks": masks_source,
   "objectnet": objectnet_source,
   "packed": packed_source,
+  "scenes": scenes_source,
   "synthetic": synthetic_source,
   "voc": voc_source,
   "yolo": yolo_source,
@@ -76,6 +78,11 @@ def make_source(
   mask_key: str | None = None,
   captions_key: str | None = None,
   on_bad: str | None = None,
+  objects: Sequence[int] | None = None,
+  sides: Sequence[int] | None = None,
+  names: str | None = None,
+  backgrounds: str | None = None,
+  with_masks: bool | None = None,
   cache_gb: float | None = None,
   by_number: bool = False,
 ) -> Source:
@@ -88,7 +95,8 @@ def make_source(
       of a folder in a bucket, too.
     image_key, label_key, boxes_key, mask_key: TFDS only; see `tfds_source`.
     num_classes: TFDS, masks and synthetic.
-    image_size, num_examples, seed, annotated: synthetic only; see `synthetic_source`.
+    image_size, num_examples, seed: synthetic and scenes; annotated: synthetic only. See `synthetic_source`.
+    objects, sides, names, backgrounds, with_masks: scenes only; see `scenes_source`.
     allow_empty, upright: folders of images only; see `folder_source`.
     annotations, images, masks, classes: folders with annotations; see `coco_source`, `yolo_source`, `voc_source`,
       `masks_source`, `captions_source`.
@@ -123,6 +131,11 @@ def make_source(
     "mask_key": mask_key,
     "captions_key": captions_key,
     "on_bad": on_bad,
+    "objects": objects,
+    "sides": sides,
+    "names": names,
+    "backgrounds": backgrounds,
+    "with_masks": with_masks,
     "cache_gb": cache_gb,
   }
   options = {key: value for key, value in options.items() if value is not None}
