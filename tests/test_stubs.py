@@ -110,6 +110,34 @@ def test_a_segmenter_is_the_same_in_microbatches(load, tmp_path):
   np.testing.assert_allclose(four, whole, rtol=1e-3)
 
 
+def detector(load, **fields):
+  """Our own model and loss on the stub's data."""
+  model = dict(name="owl_vit", backbone=dict(variant="mu", stochastic_depth=0.5), embed_dim=16)
+  return load("detection", f"model={model | fields}", "objective={'name': 'detection'}")
+
+
+@pytest.mark.full
+def test_a_detector_is_resumed_to_the_bit(load, train_until, tmp_path):
+  settings = detector(load)
+  whole = losses(train_lib.train(settings, tmp_path / "whole"))
+  assert np.isfinite(whole).all() and len(set(whole)) == 4
+  train_until(settings, tmp_path / "stopped", 3)
+  assert losses(train_lib.train(settings, tmp_path / "stopped")) == whole
+  runs = (tmp_path / "whole", tmp_path / "stopped")
+  assert len({trees.digest(checkpoint.load_params(run)[0]) for run in runs}) == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("normalization", ["example", "global"])
+def test_a_detector_is_the_same_in_microbatches(load, tmp_path, normalization):
+  settings = detector(load, backbone=dict(variant="mu"))
+  settings["objective"] = settings["objective"] | {"normalization": normalization}
+  whole = losses(train_lib.train(settings, tmp_path / "whole"))
+  four = losses(train_lib.train(settings | {"accumulate": 4}, tmp_path / "four"))
+  np.testing.assert_allclose(four[0], whole[0], rtol=1e-6)
+  np.testing.assert_allclose(four, whole, rtol=1e-3)
+
+
 @pytest.mark.full
 def test_in_as_many_microbatches_as_memory_asks_for_a_loss_over_the_batch_is_the_same(
   load, tmp_path, capsys

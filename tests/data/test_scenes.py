@@ -104,7 +104,7 @@ def test_photos_are_backgrounds_of_one_split_alone(folder, tmp_path):
   ("options", "error"),
   [
     ({"sides": (8, 60)}, "as long as the largest object"),
-    ({"sides": (9, 8)}, r"sides=\(9, 8\); expected 1 <= least <= most"),
+    ({"sides": (9, 8)}, r"sides=\(9, 8\); expected two numbers, 1 <= least"),
     ({"objects": (0, 3)}, r"objects=\(0, 3\)"),
     ({"names": "some"}, "expected one of base, novel, all"),
     ({"num_examples": 0}, "1 example or more"),

@@ -18,6 +18,11 @@ SEGMENTER = (
   "--config.objective={'name': 'segmentation', 'loss': {'cross_entropy': 1.0, 'dice': 0.5}}",
   "--config.flexi.seqhw.v=(5,)",
 )
+DETECTOR = (
+  "--config.model={'name': 'owl_vit', 'backbone': {'variant': 'mu'}, 'embed_dim': 16}",
+  "--config.objective={'name': 'detection'}",
+)
+OWN = {"segmentation": SEGMENTER, "owl_vit": DETECTOR}
 DIVIDED = ("--config.mesh.fsdp=4", "--config.accumulate=2")
 
 
@@ -54,13 +59,13 @@ def train(environment_of, stub, workdir, processes, devices, changes):
   return [row["loss"] for row in metrics_writer.read_rows(workdir / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("task", ["image_text", "segmentation", "detection"])
+@pytest.mark.parametrize("task", ["image_text", "segmentation", "detection", "owl_vit"])
 def test_a_task_has_the_same_losses_on_two_processes_that_divide_weights_and_microbatches(
   environment_of, repository, task, tmp_path
 ):
-  stub = repository / f"tests/stubs/{task}.py"
+  stub = repository / f"tests/stubs/{'detection' if task == 'owl_vit' else task}.py"
   sizes = ("--config.input.batch_size=16", "--config.flexi.seqhw.v=(3,)")
-  own = (*sizes, *(SEGMENTER if task == "segmentation" else ()))
+  own = (*sizes, *OWN.get(task, ()))
   one = train(environment_of, stub, tmp_path / "one", 1, 1, own)
   assert len(one) == 4 and len(set(one)) == 4
   several = train(environment_of, stub, tmp_path / "several", 2, 4, (*own, *DIVIDED))

@@ -91,13 +91,10 @@ def scenes_source(
     UserError: no or damaged metadata, a name twice, numbers that cannot be; later, a file that is no cut-out.
   """
   hw = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-  ranges = {"objects": tuple(objects), "sides": tuple(sides)}
-  for key, (least, most) in ranges.items():
-    if not 1 <= least <= most:
-      raise UserError(f"{key}={(least, most)}; expected 1 <= least <= most.")
-  if len(hw) != 2 or ranges["sides"][1] > min(hw) or num_examples < 1 or seed < 0:
+  number, lengths = _range("objects", objects), _range("sides", sides)
+  if len(hw) != 2 or lengths[1] > min(hw) or num_examples < 1 or seed < 0:
     raise UserError(
-      f"image_size={image_size}, sides={ranges['sides']}, num_examples={num_examples}, seed={seed}; expected a side or"
+      f"image_size={image_size}, sides={lengths}, num_examples={num_examples}, seed={seed}; expected a side or"
       " two, as long as the largest object at least, 1 example or more, and a seed of 0 or more."
     )
   if names not in NAMES:
@@ -112,7 +109,7 @@ def scenes_source(
   behind = _photos(backgrounds, {s for s, _ in rows}) if backgrounds else {}
   layouts = {
     s: _Layout(
-      cut_outs, behind.get(s, ()), (hw[0], hw[1]), ranges["objects"], ranges["sides"], seed, with_masks
+      cut_outs, behind.get(s, ()), (hw[0], hw[1]), number, lengths, seed, with_masks
     )
     for s in SPLITS
   }  # fmt: skip
@@ -125,6 +122,13 @@ def scenes_source(
     functools.partial(_read, rows, layouts),
     class_groups={name: classes for name, classes in groups.items() if classes},
   )
+
+
+def _range(name: str, given: Sequence[int]) -> tuple[int, int]:
+  values = tuple(given)
+  if len(values) != 2 or not 1 <= values[0] <= values[1]:
+    raise UserError(f"{name}={given}; expected two numbers, 1 <= least <= most.")
+  return values[0], values[1]
 
 
 def _cut_outs(root: pathlib.Path) -> _CutOuts:
@@ -308,8 +312,8 @@ def _background(layout: _Layout, rng: np.random.Generator) -> UInt8[np.ndarray, 
   h, w = layout.hw
   if layout.backgrounds:
     photo = _photo(layout.backgrounds[int(rng.integers(len(layout.backgrounds)))], max(h, w))
-    y, x = (int(rng.integers(n - m + 1)) for n, m in zip(photo.shape, (h, w), strict=False))
-    return photo[y : y + h, x : x + w].copy()
+    top, left = (int(rng.integers(n - m + 1)) for n, m in zip(photo.shape[:2], (h, w), strict=True))
+    return photo[top : top + h, left : left + w].copy()
   first, second = rng.uniform(0, 255, (2, 3))
   turn = rng.uniform(0, 2 * np.pi)
   y, x = np.ogrid[:h, :w]
