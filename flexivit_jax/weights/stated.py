@@ -21,7 +21,8 @@ class Stated(NamedTuple):
 
   Attributes:
     hw: pixels (h, w) that the model gets.
-    resize: "squash": to `to`; "shorter": the shorter side to `to[0]`; "cover" and "contain": as `data`'s `resize_keep`.
+    resize: "squash": to `to`; "shorter": the shorter side to `to[0]`; "cover" and "contain": as `data`'s `resize_keep`;
+      "pad": made a square with `fill` below or on the right, then as "squash".
     to: pixels (h, w) of the resize.
     crop_pct: `hw / to` as it is stated, by which `to` is found for another `hw`.
     method: as in `data.images.resize_image`.
@@ -54,8 +55,9 @@ class Stated(NamedTuple):
       "shorter": f"resize_small({self.to[0]}, {method}, rounding='down')",
       "cover": f"resize_keep({to}, 'cover', {method})",
       "contain": f"resize_keep({to}, 'contain', {method})",
+      "pad": f"pad('square', fill={self.fill})|resize({to}, {method})",
     }[self.resize]
-    if self.resize == "squash" and self.to == self.hw:
+    if self.resize in ("squash", "pad") and self.to == self.hw:
       return first
     return f"{first}|central_crop({_shown(self.hw)}, {self.half!r}, fill={self.fill})"
 
@@ -65,12 +67,15 @@ class Stated(NamedTuple):
 
   def words(self) -> str:
     """Returns a line for people: how images are prepared, and which file says so."""
-    crop = "" if self.resize == "squash" and self.to == self.hw else f", centre {_by(self.hw)}"
+    crop = (
+      "" if self.resize in ("squash", "pad") and self.to == self.hw else f", centre {_by(self.hw)}"
+    )
     how = {
       "squash": f"squashed to {_by(self.to)}",
       "shorter": f"shorter side to {self.to[0]}",
       "cover": f"resized to cover {_by(self.to)}",
       "contain": f"resized into {_by(self.to)}",
+      "pad": f"padded to a square, resized to {_by(self.to)}",
     }[self.resize]
     return f"{how} pixels, {_NEXT[self.method]}{crop} ({self.source})"
 

@@ -6,13 +6,14 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flexivit_jax import errors, trees
-from flexivit_jax.models import MODELS, Model, Segmenter, vit_part
+from flexivit_jax.models import MODELS, Model, OwlViT, Segmenter, vit_part
 from flexivit_jax.trees import Json, Params
 from flexivit_jax.weights import (
   bare,
@@ -27,16 +28,18 @@ from flexivit_jax.weights import (
   torch_files,
   towers,
 )
+from flexivit_jax.weights.transformers import detector, names as transformers_names
 
 SEGMENTER = "segmenter"
 
 
 class Whole(NamedTuple):
-  """A model of parts in a file: its own fields, without those of its FlexiViT, its parameters, and its record."""
+  """A model of parts in a file: its own fields, without those of its FlexiViT, its parameters, its record, notes."""
 
   model: Any
   params: Params
   record: Json
+  notes: Sequence[str] = ()
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
@@ -59,7 +62,7 @@ def is_whole(path: str | os.PathLike[str]) -> bool:
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> tuple[Model, Params, Json]:
-  """Returns (model, params, record) of what a path holds, whole: a FlexiViT, two towers, a Segmenter.
+  """Returns (model, params, record) of what a path holds, whole: a FlexiViT, two towers, a Segmenter, an OwlViT.
 
   Args:
     path, **options: as for `reading.load_with_record`; fields are those of the FlexiViT, `dtype` is that of the whole.
@@ -83,6 +86,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> tuple[Model, Params, J
   check(model, params, str(path), finite=options.get("finite", True))
   alone = model_records.left_out(name), "Left out: "
   notes = [note for note in record["notes"] if not note.startswith(alone)]
+  notes = [note for note in notes if not note.endswith(transformers_names.HEADS_LEFT_OUT)]
+  notes += whole.notes
   own = ("class_names", "data_classes", "text")
   kept = {k: whole.record[k] for k in own if k in whole.record}
   record = record | kept | {"model": model_records.record_of(model), "notes": notes}
@@ -111,13 +116,15 @@ def check(model: Model, params: Params, what: str, *, finite: bool = True) -> No
 
 
 def _stated(file: pathlib.Path) -> str | None:
-  """Returns the name of the model in a run, an .npz of ours or a Segmenter's file; None of others."""
+  """Returns the name of the model in a run, an .npz of ours, a Segmenter's or a detector's file; None of others."""
   if npz.has_record(file):
     return model_records.name_of(npz.read_record(file))
   if _is_run(file):
     from flexivit_jax.running import checkpoint  # Lazy: Orbax, a fifth of a second.
 
     return model_records.name_of(checkpoint.record_of(file))
+  if detector.is_one(file):
+    return detector.NAME
   # Others have names of arrays alone. A file of another kind than its suffix says has its error later.
   if file.suffix.lower() in bare.READERS and file.suffix.lower() not in npz.READERS:
     is_torch = file.is_file() and contents.kind(file) == contents.TORCH
@@ -132,6 +139,11 @@ def _is_run(file: pathlib.Path) -> bool:
 
 
 def _whole(file: pathlib.Path) -> Whole:
+  if detector.is_one(file):
+    found = detector.read(file)
+    text = {"text": found.tokenizer} if found.tokenizer else {}
+    notes = [*found.notes, *([] if found.tokenizer else [towers.NO_TOKENIZER])]
+    return Whole(OwlViT(**found.fields), found.params, text, notes)
   if file.is_dir():
     from flexivit_jax.running import checkpoint
 

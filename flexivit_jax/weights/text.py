@@ -11,7 +11,7 @@ from flexivit_jax import errors, trees
 from flexivit_jax.data import text as text_data
 from flexivit_jax.models import TextTower, text as text_model
 from flexivit_jax.trees import Json, Params
-from flexivit_jax.weights import bare, bert, npz, reading, registry, towers
+from flexivit_jax.weights import bare, bert, npz, reading, registry, tasks, towers
 from flexivit_jax.weights.timm import folder as timm_folder
 from flexivit_jax.weights.towers import Text
 from flexivit_jax.weights.transformers import folder as transformers_folder
@@ -108,11 +108,11 @@ def _read(file: pathlib.Path, num_heads: int | None) -> tuple[Text, str]:
   folder = file if file.is_dir() else file.parent
   arrays = _arrays(file)
   if arrays is None or not bert.is_bert(arrays):
+    if tasks.is_whole(file):
+      return _of_parts(file), "text tower of a detector"
     text = towers.text_of(file)
     if text is None:
-      raise errors.UserError(
-        f"{file} holds no text tower; expected a BERT of transformers, or two towers (of a run, .npz)."
-      )
+      raise errors.UserError(_NONE.format(file))
     return text, "text tower of two towers"
   config = folder / transformers_folder.CONFIG
   stated = timm_folder.read_json(config) if config.is_file() else {}
@@ -124,6 +124,22 @@ def _read(file: pathlib.Path, num_heads: int | None) -> tuple[Text, str]:
     fields |= {"pool_type": pool}
   tokenizer, more = _tokenizer(folder, fields)
   return Text(found.params, fields, {}, tokenizer, [*notes, *more]), "BERT of transformers"
+
+
+_NONE = (
+  "{} holds no text tower; expected a BERT of transformers, two towers, or a detector with texts (a run, .npz or folder"
+  " of transformers)."
+)
+
+
+def _of_parts(file: pathlib.Path) -> Text:
+  """The text tower of a model of parts, such as a detector."""
+  model, params, record = tasks.load(file)
+  tower = getattr(model, "parts", {}).get("text")
+  if tower is None:
+    raise errors.UserError(_NONE.format(file))
+  fields = {name: getattr(tower, name) for name in text_model.FIELDS if name != "dtype"}
+  return Text(params["text"], fields, {}, record.get("text"))
 
 
 def _arrays(file: pathlib.Path) -> dict | None:

@@ -22,7 +22,9 @@ ANCHORS = (
   "embeddings.patch_embedding.weight",
 )
 # How names of transformers begin in a model with a head, whose own names do not begin so.
-_BASE = re.compile(r"(?<![^.])(vit|deit|dinov2|dinov2_with_registers|vision_model)\.$")
+_BASE = re.compile(
+  r"(?<![^.])(vit|deit|dinov2|dinov2_with_registers|((owlvit|owlv2)\.)?vision_model)\.$"
+)
 # Words that tools put around a module inside a network, e.g. around each block.
 _INNER = re.compile(
   r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."

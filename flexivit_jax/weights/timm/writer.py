@@ -167,7 +167,7 @@ def _prepared(images: stated.Stated | None) -> Json:
   """What timm resizes and cuts; where nothing is known, what it does for its own FlexiViTs."""
   if images is None:
     return {"interpolation": "bilinear", "crop_pct": 0.95}
-  modes = {"squash": "squash", "contain": "border"}
+  modes = {"squash": "squash", "contain": "border", "pad": "border"}
   return {
     "interpolation": images.filter,
     "crop_pct": images.one_crop_pct(),

@@ -85,7 +85,15 @@ def _head(config: Json, family: Family) -> Head:
     raise errors.UserError(
       f"config.json has architectures={architectures!r}; expected a list with one of {expected}."
     )
+  if architectures[0] in _TOWERS_ALONE:
+    raise errors.UserError(
+      f"config.json has architectures={architectures!r}, which has no heads that make boxes; expected"
+      f" {', '.join(family.classes)}."
+    )
   return family.classes[known("architecture", architectures[0], family.classes)]
+
+
+_TOWERS_ALONE = ("OwlViTModel", "Owlv2Model")
 
 
 def _tower(config: Json, family: Family) -> Json:

@@ -102,6 +102,7 @@ _CLIP = Layout(
   norm="post_layernorm",
 )
 _SIGLIP = _CLIP._replace(tokens=(), pre_norm="")
+_OWL = _CLIP._replace(pre_norm="pre_layernorm")
 
 # Of the config classes. A nested config.json leaves out what is equal to them; other settings do not change the model.
 _SIZES = {
@@ -142,9 +143,28 @@ _SIGLIP_DEFAULTS = _SIZES | {
   "vision_use_head": True,
 }
 
+_OWL_DEFAULTS = {k: v for k, v in _CLIP_DEFAULTS.items() if k != "projection_dim"}
+_OWL_DEFAULTS |= {"image_size": 768}
+
 PROJECTION = ("visual_projection",)  # without a bias
 _CLASSIFIER = ("classifier",)
 _TEXT = ("text_model.", "text_projection.weight", "logit_scale", "logit_bias")
+
+
+def _detector(base: str, patch_size: int) -> Family:
+  """OWL-ViT and OWLv2: CLIP's towers below `base`, and heads beside them."""
+  beside = [f"{base}{name}" for name in (*_TEXT, "visual_projection.weight")]
+  return Family(
+    _OWL,
+    f"{base}vision_model.",
+    _OWL_DEFAULTS | {"patch_size": patch_size},
+    {DETECTORS[base.removesuffix(".")]: Head("tok")},
+    (*beside, *DETECTOR_HEADS),
+  )
+
+
+DETECTORS = {"owlvit": "OwlViTForObjectDetection", "owlv2": "Owlv2ForObjectDetection"}
+DETECTOR_HEADS = ("class_head.", "box_head.", "objectness_head.", "layer_norm.")
 
 FAMILIES = {
   "vit": Family(
@@ -199,4 +219,6 @@ FAMILIES = {
     {"SiglipModel": Head("map"), "SiglipForImageClassification": Head("gap", _CLASSIFIER)},
     _TEXT,
   ),
+  "owlvit": _detector("owlvit.", 32),
+  "owlv2": _detector("owlv2.", 16),
 }

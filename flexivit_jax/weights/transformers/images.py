@@ -28,6 +28,8 @@ _DEFAULTS: dict[str, Json] = {
   "CLIP": _SHORTER | CLIP,
   "Bit": _SHORTER | CLIP,
   "Siglip": {"size": 224, "resample": 3} | _HALF,
+  "OwlViT": {"size": 768, "resample": 3} | CLIP,
+  "Owlv2": {"size": 960, "resample": 2, "do_pad": True} | CLIP,
 }
 # The class that transformers takes by the model type where the file names none.
 _OF_FAMILY = {
@@ -39,8 +41,11 @@ _OF_FAMILY = {
   "clip_vision_model": "CLIP",
   "siglip": "Siglip",
   "siglip_vision_model": "Siglip",
+  "owlvit": "OwlViT",
+  "owlv2": "Owlv2",
 }
 _BY_SHORTER_SIDE = ("CLIP", "Bit")  # whose size as one number is that of the shorter side
+_PADS = "Owlv2"  # makes a square of an image before it is resized
 _FLEXIBLE = ("dinov2", "dinov2_with_registers")  # take images of any size
 
 
@@ -182,6 +187,11 @@ def preparation(processor: Processor, family: str, native: Size) -> tuple[Stated
     resize, to, crop = "squash", crop or native, None
   if crop is None and resize == "shorter":
     notes.append(f"{where} has no crop: the centre is cut out of images that are not square.")
+  if settings.get("do_pad") and processor.kind == _PADS and resize == "squash":
+    resize = "pad"
+    notes.append(
+      f"{where} blurs an image before it makes it smaller; here the filter of Pillow does both at once."
+    )
   hw = crop or to
   stated = Stated(hw, resize, to, _pct(hw, to), _filter(processor, notes), "down", 0, where)
   if hw != native and family not in _FLEXIBLE:
@@ -189,7 +199,7 @@ def preparation(processor: Processor, family: str, native: Size) -> tuple[Stated
       f"{where} makes images of {_by(hw)} pixels, and the model is for {_by(native)}, for which they are prepared."
     )
     stated = stated.at(native)
-  if settings.get("do_pad"):
+  if settings.get("do_pad") and resize != "pad":
     notes.append(f"do_pad in {where} is not used.")
   return stated, notes
 

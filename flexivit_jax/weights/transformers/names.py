@@ -11,6 +11,7 @@ from flexivit_jax.weights import torch_layout
 from flexivit_jax.weights.big_vision import Converted
 from flexivit_jax.weights.transformers import shapes as transformers_shapes
 from flexivit_jax.weights.transformers.config import Spec
+from flexivit_jax.weights.transformers.families import DETECTORS
 from flexivit_jax.weights.transformers.shapes import MAP, MASK, POOLER, REGISTERS
 
 # SigLIP's names of the parts of its attention pooling.
@@ -22,6 +23,7 @@ POOL = {
   "fc1": "mlp.fc1",
   "fc2": "mlp.fc2",
 }
+HEADS_LEFT_OUT = "of the text tower and of the heads are left out."
 _LEFT_OUT = {
   POOLER: "The pooler (a dense layer and tanh) is left out: the output is the class token before it.",
   MASK: "mask_token is left out: only training with masks uses it.",
@@ -52,7 +54,9 @@ def _notes(a: Arrays, s: Spec, others: int) -> list[str]:
     if any(name.startswith(part) for name in a) and not (part == MAP and used)
   ]
   if others:
-    notes.append(f"{others} arrays of the text tower and of the loss are left out.")
+    is_detector = s.family.base.startswith(tuple(DETECTORS))
+    what = HEADS_LEFT_OUT if is_detector else "of the text tower and of the loss are left out."
+    notes.append(f"{others} arrays {what}")
   if "scale1" in s.family.layout.block:
     notes.append("LayerScale is folded into the projections.")
   sides = zip(s.fields["patch_size"], s.fields["posemb_size"], strict=True)

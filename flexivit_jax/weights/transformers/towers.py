@@ -1,4 +1,4 @@
-"""CLIP and SigLIP of `transformers`: what a folder holds beside the image tower."""
+"""CLIP, SigLIP and OWL-ViT of `transformers`: the text tower that a folder holds beside the image tower."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ from flexivit_jax.weights.transformers import (
   folder as transformers_folder,
   shapes as transformers_shapes,
 )
-from flexivit_jax.weights.transformers.families import FAMILIES
+from flexivit_jax.weights.transformers.families import DETECTORS, FAMILIES
 
 TOWER, PROJECTION, SCALE, BIAS = (
   "text_model.", "text_projection", "logit_scale", "logit_bias",
@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Json] = {
     hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6,
   ),
 }  # fmt: skip
+DEFAULTS |= dict.fromkeys(DETECTORS, DEFAULTS["clip"] | {"max_position_embeddings": 16})
 CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 
 
@@ -54,8 +55,23 @@ def read(path: pathlib.Path) -> Text | None:
   family = config.get("model_type")
   if family not in CLASSES or config.get("architectures") != [CLASSES[family]]:
     return None
-  fields, notes = _fields(config, family)
   arrays = wrappers.unwrap(transformers_folder.read_arrays(path)).arrays
+  return convert(path, config, arrays)
+
+
+def convert(path: pathlib.Path, config: Json, arrays: Arrays) -> Text:
+  """Returns the text tower among the arrays of a model, its scalars, and its tokenizer.
+
+  Args:
+    path: the folder.
+    config: its config.json.
+    arrays: those that are not of the text tower are left out.
+
+  Raises:
+    UserError: see `read`.
+  """
+  family = config["model_type"]
+  fields, notes = _fields(config, family)
   ours = (TOWER, PROJECTION, SCALE, BIAS)
   arrays = {name: a for name, a in arrays.items() if name.startswith(ours)}
   transformers_shapes.compare(_shapes(family, fields, arrays), arrays)
@@ -76,13 +92,13 @@ def settings(config: Json, family: str) -> Json:
 
 def _fields(config: Json, family: str) -> tuple[Fields, list[str]]:
   text, whole = settings(config, family), transformers_config.whole
-  if family == "clip":
-    outputs = whole({"projection_dim": 512, **config}, "projection_dim")
-  else:
+  if family == "siglip":
     outputs = whole({"projection_size": text["hidden_size"], **text}, "projection_size")
+  else:
+    outputs = whole({"projection_dim": 512, **config}, "projection_dim")
   gelu = transformers_config.known("hidden_act", text["hidden_act"], transformers_config.GELU)
   fields: Fields = dict(
-    kind=family,
+    kind="siglip" if family == "siglip" else "clip",
     vocab_size=whole(text, "vocab_size"),
     max_length=whole(text, "max_position_embeddings"),
     width=whole(text, "hidden_size"),
@@ -92,10 +108,12 @@ def _fields(config: Json, family: str) -> tuple[Fields, list[str]]:
     gelu=transformers_config.GELU[gelu],
     layer_norm_eps=transformers_config.positive(text, "layer_norm_eps"),
     num_classes=outputs,
-    pool_type="eos" if family == "clip" else "last",
+    pool_type="last" if family == "siglip" else "eos",
   )
-  if family != "clip":
+  if family == "siglip":
     return fields, []
+  if family in DETECTORS:  # the largest token of a text is pooled, whatever config.json has
+    return fields | {"eos_token": fields["vocab_size"] - 1}, []
   end = whole(text, "eos_token_id")
   if end != LEGACY_END:
     return fields | {"eos_token": end}, []
@@ -152,7 +170,7 @@ def tokenizer(path: pathlib.Path, family: str, f: Fields) -> tuple[Json | None, 
 
   Args:
     path: the folder.
-    family: "clip" or "siglip": CLIP's texts end with `eos_token`, SigLIP's are put into lower case.
+    family: a key of `DEFAULTS`: CLIP's texts end with `eos_token`, SigLIP's are put into lower case.
     f: fields of the text tower.
   """
   # Here, for it imports OpenCV, which `import flexivit_jax` does without.
@@ -167,7 +185,7 @@ def tokenizer(path: pathlib.Path, family: str, f: Fields) -> tuple[Json | None, 
     return None, [
       f"{file.name} is not used: {config.name} puts padding before a text, here it follows."
     ]
-  end = f["eos_token"] if family == "clip" else _word(stated.get("eos_token")) or "</s>"
+  end = _word(stated.get("eos_token")) or "</s>" if family == "siglip" else f["eos_token"]
   pad = _word(stated.get("pad_token")) or end
   options = dict(length=f["max_length"], pad=pad, end=end, lower=family == "siglip")
   record = path / folders.RECORD  # of a folder that we wrote

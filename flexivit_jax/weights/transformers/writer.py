@@ -165,14 +165,14 @@ def _resize(images: stated.Stated | None) -> Json:
   """What is to be resized and cut, by the class of transformers that can do it; nothing where nothing is known."""
   if images is None:
     return {}
-  if images.resize == "contain":
+  if images.resize in ("contain", "pad"):
     note = (
       "transformers cannot put borders around an image, as the source does: images are squashed."
     )
     stated.print_notes({"notes": [note]})
   filter_ = {"resample": stated.FILTERS.index(images.filter)}
   (h, w), (crop_h, crop_w) = images.to, images.hw
-  if images.resize == "contain" or (images.resize == "squash" and images.to == images.hw):
+  if images.resize in ("contain", "pad") or (images.resize == "squash" and images.to == images.hw):
     return filter_
   crop = {"do_center_crop": True, "crop_size": {"height": crop_h, "width": crop_w}}
   if images.resize == "squash":
