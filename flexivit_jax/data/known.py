@@ -20,7 +20,7 @@ class Known(NamedTuple):
 
   splits: dict[str, int]
   num_classes: int
-  what: str = "label"  # or "captions", "mask"
+  what: str = "label"  # or "boxes", "captions", "mask"
 
 
 KNOWN: dict[str, Known] = {
@@ -44,9 +44,19 @@ KNOWN: dict[str, Known] = {
   "imagenet_r": Known({"test": 30_000}, 1000),  # of 200 of them
   "imagenet_sketch": Known({"test": 50_889}, 1000),
   "imagenet_v2": Known({"test": 10_000}, 1000),
+  # In its own files, see `lvis_source`; version 1, lvisdataset.org.
+  "lvis": Known({"train": 100_170, "val": 19_809, "validation": 19_809}, 1203, "boxes"),
   "oxford_flowers102": Known({"train": 1020, "validation": 1020, "test": 6149}, 102),
   "oxford_iiit_pet": Known({"train": 3680, "test": 3669}, 37),
   "sun397": Known({"train": 76_128, "validation": 10_875, "test": 21_750}, 397),
+}
+
+
+_BOX: Record = {
+  "boxes": np.array([[100, 100, 300, 200]], np.float32),
+  "box_labels": np.zeros(1, np.int64),
+  "box_ids": np.ones(1, np.int64),
+  "box_crowd": np.zeros(1, bool),
 }
 
 
@@ -64,6 +74,9 @@ def planned_source(*, name: str, split: str, **options: Any) -> Source:
       here = "the data set" if name in SOURCES else f"one of {', '.join(KNOWN)}, or have it here"
       raise UserError(f"{e} To plan, give {here}.") from e
   size = sum(part.stop - part.start for part in parse_split(split, known.splits))
+  if known.what == "boxes":
+    names = tuple(f"class {k}" for k in range(known.num_classes))
+    return Source(name, split, known.num_classes, names, size, _grey(_BOX))
   if known.what != "label":
     value: Any = ("grey",) if known.what == "captions" else np.zeros(_HW, np.uint8)
     return Source(name, split, known.num_classes, None, size, _grey({known.what: value}))

@@ -220,6 +220,7 @@ OPS: dict[str, Callable[..., Any]] = {
   "without_crowd": boxes.without_crowd,
   "mosaic": mosaic.mosaic,
   "sample_queries": queries.sample_queries,
+  "federated": queries.federated,
   "query_tokens": queries.query_tokens,
   "query_vectors": queries.query_vectors,
   "copy": copy,
@@ -373,7 +374,7 @@ def image_operations(pp: str) -> tuple[list[str], list[str]]:
   """Returns the operations of a string that can change an image, as they are written; and those of them that draw."""
   of_texts = (
     first_caption, random_caption, *_TOKENIZERS, queries.sample_queries, queries.query_vectors,
-    keep,
+    queries.federated, keep,
   )  # fmt: skip
   ops = [op for op in parse(counted(pp, 1)).ops if op.function not in of_texts]
   return [op.text for op in ops], [op.text for op in ops if op.random]

@@ -60,6 +60,24 @@ def sample_queries(
   return record | {"query_labels": queries, "box_targets": targets}
 
 
+def federated(record: Example, *, num_classes: int) -> Example:
+  """`neg_labels` and `not_exhaustive` as vectors, float32 [classes], for LVIS's rules in an evaluation.
+
+  Of data that state neither, every box is there: all classes that no box has are not in the image.
+
+  Args:
+    record: has `box_labels`.
+    num_classes: of the data.
+  """
+  made = {}
+  for key in ("neg_labels", "not_exhaustive"):
+    made[key] = np.zeros(num_classes, np.float32)
+    made[key][np.asarray(record.get(key, ()), np.int64)] = 1
+  if record.keys().isdisjoint(made):
+    made["neg_labels"] = 1 - _targets(record, num_classes).max(0, initial=0).astype(np.float32)
+  return record | made
+
+
 def query_tokens(
   record: Example,
   path: str,

@@ -36,7 +36,7 @@ def checked(batch: Mapping[str, np.ndarray], num_classes: int, *, federated: boo
     raise errors.UserError(
       f"Detection needs {missing} in its batches, they have {sorted(batch)}: mend pp, decode|origin()|...|pad_boxes(N)"
       f"|keep({', '.join(map(repr, needed))})."
-      + " LVIS's labels become vectors by multihot(1203, 'neg_labels', 'neg_labels')."
+      + " The operation federated() makes vectors of what LVIS says of classes."
       * federated
     )
   real = (batch["box_mask"] > 0) & (batch["_mask"] > 0)[:, None]
@@ -56,7 +56,8 @@ def checked(batch: Mapping[str, np.ndarray], num_classes: int, *, federated: boo
   for key in FEDERATED if federated else ():
     if made[key].shape[1:] != (num_classes,):
       raise errors.UserError(
-        f"{key!r} has shape {made[key].shape}; expected a row of {num_classes} classes for each image: multihot in pp."
+        f"{key!r} has shape {made[key].shape}; expected a row of {num_classes} classes for each image, as"
+        " federated() in pp makes it."
       )
   made.setdefault("box_crowd", np.zeros(real.shape, bool))
   return made | {"boxes": boxes / np.array([w, h, w, h], np.float64), "box_mask": real}

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax.data import class_sizes, eval_batches, make_source, pack_inputs, packing
+from flexivit_jax.data import (
+  class_sizes,
+  eval_batches,
+  make_source,
+  pack_inputs,
+  packing,
+  parse,
+  planned_source,
+)
 from flexivit_jax.errors import UserError
 
 CATEGORIES = [
@@ -82,14 +90,35 @@ def test_a_pack_of_lvis_says_the_same(tmp_path):
 def test_an_evaluation_gets_vectors_and_training_asks_for_what_is_not_there(tmp_path):
   source = opened(tmp_path)
   pp = (
-    "decode|resize(8)|value_range|sample_queries(3, 2)|multihot(4, 'neg_labels', 'neg_labels')"
-    "|keep('image', 'neg_labels', 'query_labels')"
+    "decode|resize(8)|value_range|sample_queries(3, 2)|federated"
+    "|keep('image', 'neg_labels', 'not_exhaustive', 'query_labels')"
   )
   (batch,) = eval_batches(source, pp, batch_size=3, threads=0)
   rows = {source[i]["id"][-5]: k for k, i in enumerate(batch["_id"].tolist())}
   assert batch["neg_labels"][rows["7"]].tolist() == [0, 1, 0, 1]
+  assert batch["not_exhaustive"][rows["8"]].tolist() == [0, 0, 1, 0]
   assert sorted(batch["query_labels"][rows["7"]].tolist()) == [0, 1, 3]
   assert 2 in batch["query_labels"][rows["8"]]  # its own, though not exhaustive
+
+
+def test_data_that_state_nothing_have_every_box():
+  record = {"box_labels": np.array([2, 0, -1])}
+  made = parse("federated").of_classes(None, 4)(record, None)
+  assert made["neg_labels"].tolist() == [0, 1, 0, 1] and not made["not_exhaustive"].any()
+  none = parse("federated").of_classes(None, 2)({"box_labels": np.zeros(0, np.int64)}, None)
+  assert none["neg_labels"].tolist() == [1, 1] and none["neg_labels"].dtype == np.float32
+
+
+def test_the_source_lvis_knows_its_files(tmp_path):
+  opened(tmp_path)
+  source = make_source(name="lvis", split="train", data_dir=tmp_path)
+  assert (source.name, len(source), source.class_groups["rare"]) == ("lvis", 3, (2, 3))
+  (tmp_path / "annotations").mkdir()
+  (tmp_path / "lvis_v1_train.json").rename(tmp_path / "annotations" / "lvis_v1_train.json")
+  assert len(make_source(name="lvis", split="train[:2]", data_dir=tmp_path)) == 2
+  planned = planned_source(name="lvis", split="val", data_dir="nowhere")
+  assert (len(planned), planned.num_classes, len(planned.class_names)) == (19_809, 1203, 1203)
+  assert planned[0]["boxes"].shape == (1, 4)
 
 
 @pytest.mark.parametrize(
@@ -120,3 +149,11 @@ def test_classes_without_boxes_are_counted(tmp_path):
   more = [{"id": 100 + k, "name": f"class {k}", "frequency": "r"} for k in range(20)]
   source = opened(tmp_path, CONTENT | {"categories": CATEGORIES + more})
   assert "; 22 have no box" in class_sizes(source)
+
+
+def test_synthetic_classes_may_have_names():
+  options = dict(name="synthetic", split="train", num_classes=2, annotated=True)
+  assert make_source(**options, classes=["a", "b"]).class_names == ("a", "b")
+  for classes in (["a"], "ab"):
+    with pytest.raises(UserError, match="expected a list of 2 names"):
+      make_source(**options, classes=classes)

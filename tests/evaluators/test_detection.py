@@ -413,7 +413,7 @@ def changed(**changes):
       {},
       r"needs \['box_labels', 'box_ma",
     ),
-    (None, dict(rules="lvis"), r"needs \['neg_labels', 'not_exhaustive'\].*multihot"),
+    (None, dict(rules="lvis"), r"needs \['neg_labels', 'not_exhaustive'\].*federated"),
     (None, dict(rules="pascal"), "Unknown rules 'pascal'; known: coco, lvis"),
     (changed(boxes=batches()[0]["boxes"] / 24), {}, "are shares of the image.*relative_boxes out"),
     (

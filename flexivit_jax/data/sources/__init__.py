@@ -13,7 +13,7 @@ from typing import Any
 from flexivit_jax import storage
 from flexivit_jax.data.sources.base import Label, Record, Source
 from flexivit_jax.data.sources.captions import captions_source
-from flexivit_jax.data.sources.coco import coco_source
+from flexivit_jax.data.sources.coco import coco_source, lvis_source
 from flexivit_jax.data.sources.digits import digits_source
 from flexivit_jax.data.sources.folder import folder_source, images_source
 from flexivit_jax.data.sources.masks import ade20k_source, cityscapes_source, masks_source
@@ -34,6 +34,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
   "digits": digits_source,
   "folder": folder_source,
   "images": images_source,
+  "lvis": lvis_source,
   "masks": masks_source,
   "objectnet": objectnet_source,
   "packed": packed_source,

@@ -47,6 +47,7 @@ _IMAGES = ("{split}", "images/{split}", "images", "")
 _Json = Mapping[str, Any]
 _STATED = {"neg_labels": "neg_category_ids", "not_exhaustive": "not_exhaustive_category_ids"}
 _FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}  # of LVIS
+_LVIS = "lvis_v1_{split}.json"
 _SHOWN = 5  # files of a long list
 _TRIED = 1000  # images that tell which folder holds them
 
@@ -105,6 +106,25 @@ def coco_source(
     "coco", split, root, stored, names, len(names or ()), upright=upright, left_out=left_out
   )
   return dataclasses.replace(source, class_groups=_same_groups(groups))
+
+
+def lvis_source(
+  *, split: str, data_dir: str | os.PathLike[str], on_bad: str = "raise", upright: bool = True
+) -> Source:
+  """LVIS v1 by `coco_source`: lvis_v1_{split}.json, or annotations/lvis_v1_{split}.json, and COCO's images.
+
+  Args:
+    split: "train" or "val".
+    data_dir: holds the file, and train2017/ and val2017/ or images/ with both.
+    on_bad, upright: see `coco_source`.
+  """
+  root = data_root(data_dir)
+  here = any(root.glob(filled(_LVIS, "*")))
+  pattern = _LVIS if here else f"annotations/{_LVIS}"
+  source = coco_source(
+    split=split, data_dir=data_dir, annotations=pattern, on_bad=on_bad, upright=upright
+  )
+  return dataclasses.replace(source, name="lvis")
 
 
 class _Entry(NamedTuple):

@@ -18,6 +18,7 @@ def synthetic_source(
   num_examples: int = 1024,
   seed: int = 0,
   annotated: bool = False,
+  classes: Sequence[str] | None = None,
 ) -> Source:
   """Images made from their number: a wave whose direction and colour tell the class, and noise.
 
@@ -29,6 +30,7 @@ def synthetic_source(
     seed: of the noise and the phases; the classes look the same for every seed.
     annotated: draws one to four rectangles into each image, in the colours of their classes, and says so in "boxes",
       "box_labels", "box_ids", "mask" (255 outside of them) and "captions": to try a task without its data.
+    classes: the names of the classes; None: they have none.
   """
   hw = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
   if len(hw) != 2 or min(*hw, num_classes, num_examples) < 1 or seed < 0:
@@ -41,10 +43,13 @@ def synthetic_source(
   rows = select(split, stored)
   if annotated and num_classes > 255:
     raise UserError(f"num_classes={num_classes} with annotated; a mask of 8 bits holds 255.")
+  if classes is not None and (isinstance(classes, str) or len(classes) != num_classes):
+    raise UserError(f"classes={classes!r:.80}; expected a list of {num_classes} names.")
   options = ((hw[0], hw[1]), num_classes, num_examples, seed, annotated)
   read = functools.partial(_read_synthetic, rows, *options)
   labels = functools.partial(_synthetic_labels, rows, num_classes, num_examples)
-  return Source("synthetic", split, num_classes, None, len(rows), read, labels)
+  class_names = None if classes is None else tuple(classes)
+  return Source("synthetic", split, num_classes, class_names, len(rows), read, labels)
 
 
 def _synthetic_labels(rows: Sequence[int], num_classes: int, num_examples: int) -> list[Label]:
