@@ -62,7 +62,9 @@ class ReportRun(NamedTuple):
   `metrics` are all that its rows have. `confusions` are the counts of class and predicted class of rows that have them,
   by `key_of`; `classes` their names. Of rows that have them `ious` are the intersections over unions of the classes,
   None for one without a pixel in the masks, and `samples` the files of predicted masks; `pixels` are those of each
-  class in the masks.
+  class in the masks. Of detection `aps` are the average precisions of the classes, None for one without a box,
+  `boxes` the number of boxes of each, `parts` the average precisions of boxes of some areas and groups by the names
+  of the evaluator, and `samples` the files of pictures with boxes.
   """
 
   name: str
@@ -76,6 +78,9 @@ class ReportRun(NamedTuple):
   ious: Mapping[Key, tuple[float | None, ...]] = MappingProxyType({})
   pixels: tuple[int, ...] = ()
   samples: Mapping[Key, tuple[Path, ...]] = MappingProxyType({})
+  aps: Mapping[Key, tuple[float | None, ...]] = MappingProxyType({})
+  boxes: tuple[int, ...] = ()
+  parts: Mapping[Key, Mapping[str, float]] = MappingProxyType({})
 
   @property
   def ceiling(self) -> Metric | None:
@@ -198,6 +203,9 @@ def read(path: Path, metric: str | None = None) -> ReportRun:
   rows = [read_row(item, where=f"rows[{i}]", drawn=drawn) for i, item in enumerate(items)]
   classes, confusions = tables_of(data, rows, file)
   ious, pixels, samples = segments_of(data, rows, file)
+  aps, boxes = of_classes(data, rows, file, "class_ap", "class_boxes")
+  parts = {key_of(row): _parts(data["rows"][i], file, f"rows[{i}].") for i, row in enumerate(rows)}
+  samples |= samples_of(data, rows, file, "class_ap", "jpg")
   rows.sort(key=_row_order)
   again = [k for k, count in Counter(map(key_of, rows)).items() if count > 1]
   if again:
@@ -207,11 +215,24 @@ def read(path: Path, metric: str | None = None) -> ReportRun:
   facts = {key: str(data[key]) for key in FACTS if data.get(key) is not None}
   if spent := ledger.shares(file.parent / "ledger.json"):
     facts["time"] = ledger.text(spent)
-  if ious:
-    classes = _names(data, len(pixels), file)
+  if ious or aps:
+    classes = _names(data, len(pixels or boxes), file)
   trained = _trained(data, file)
   return ReportRun(
-    name, drawn, metrics, tuple(rows), trained, facts, classes, confusions, ious, pixels, samples
+    name,
+    drawn,
+    metrics,
+    tuple(rows),
+    trained,
+    facts,
+    classes,
+    confusions,
+    ious,
+    pixels,
+    samples,
+    aps,
+    boxes,
+    parts if aps else {},
   )
 
 
@@ -378,36 +399,70 @@ def segments_of(
 ) -> tuple[dict[Key, tuple[float | None, ...]], tuple[int, ...], dict[Key, tuple[Path, ...]]]:
   """Returns what rows of segmentation hold of classes: `ious`, `pixels` and `samples` of a `ReportRun`.
 
+  Raises:
+    UserError: see `of_classes` and `samples_of`.
+  """
+  ious, pixels = of_classes(data, rows, file, "class_iou", "class_pixels")
+  return ious, pixels, samples_of(data, rows, file, "class_iou", "png")
+
+
+def of_classes(
+  data: Json, rows: Sequence[EvalRow], file: Path, key: str, counted: str
+) -> tuple[dict[Key, tuple[float | None, ...]], tuple[int, ...]]:
+  """Returns the values of the classes of the rows that have them, and what there is of each class.
+
   Args:
     data: of the file.
     rows: read from it, in its order.
-    file: for errors, and where the samples are.
+    file: for errors.
+    key: of the values.
+    counted: of the counts.
 
   Raises:
-    UserError: lists that are not of one length, values that cannot be, samples that are no names of pictures.
+    UserError: lists that are not of one length, values that cannot be.
   """
-  ious: dict[Key, tuple[float | None, ...]] = {}
-  samples: dict[Key, tuple[Path, ...]] = {}
-  pixels: tuple[int, ...] = ()
+  found: dict[Key, tuple[float | None, ...]] = {}
+  all_counts: tuple[int, ...] = ()
   for i, (item, row) in enumerate(zip(data["rows"], rows, strict=True)):
-    if item.get("class_iou") is None:
+    if item.get(key) is None:
       continue
     at = f"rows[{i}]."
-    values, counts = (_get(item, key, list, file, at) for key in ("class_iou", "class_pixels"))
+    values, counts = (_get(item, name, list, file, at) for name in (key, counted))
     if not all(v is None or ((type(v) is float or v in (0, 1)) and 0 <= v <= 1) for v in values):
-      raise _bad(file, f"{at}class_iou", values, "numbers from 0 to 1, or null")
+      raise _bad(file, f"{at}{key}", values, "numbers from 0 to 1, or null")
     if not all(type(n) is int and n >= 0 for n in counts) or len(counts) != len(values):
-      raise _bad(file, f"{at}class_pixels", counts, "as many counts as class_iou has")
-    if pixels and pixels != tuple(counts):
-      raise _bad(file, f"{at}class_pixels", counts, "those of the other rows")
-    pixels, ious[key_of(row)] = tuple(counts), tuple(values)
+      raise _bad(file, f"{at}{counted}", counts, f"as many counts as {key} has")
+    if all_counts and all_counts != tuple(counts):
+      raise _bad(file, f"{at}{counted}", counts, "those of the other rows")
+    all_counts, found[key_of(row)] = tuple(counts), tuple(values)
+  return found, all_counts
+
+
+def samples_of(
+  data: Json, rows: Sequence[EvalRow], file: Path, key: str, suffix: str
+) -> dict[Key, tuple[Path, ...]]:
+  """Returns the pictures that rows name, of those rows that have `key`.
+
+  Raises:
+    UserError: samples that are no names of pictures.
+  """
+  samples: dict[Key, tuple[Path, ...]] = {}
+  for i, (item, row) in enumerate(zip(data["rows"], rows, strict=True)):
+    if item.get(key) is None:
+      continue
     names = item.get("samples") or []
     # Names come from a file that may be anybody's: they stay in the folder.
     named = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not named or not all(re.fullmatch(r"\d+_[\w=]+\.png", name) for name in names):
-      raise _bad(file, f"{at}samples", names, "names such as 0_15x20.png")
+    if not named or not all(re.fullmatch(rf"\d+_[\w=]+\.{suffix}", name) for name in names):
+      raise _bad(file, f"rows[{i}].samples", names, f"names such as 0_15x20.{suffix}")
     samples[key_of(row)] = tuple(samples_folder(file) / name for name in names)
-  return ious, pixels, samples
+  return samples
+
+
+def _parts(item: Json, file: Path, at: str) -> dict[str, float]:
+  """The average precisions of boxes of some areas and of groups of classes, "ap_small" and "ap50_rare"."""
+  names = [name for name in item if re.match(r"ap(50)?_", name)]
+  return {name: _number(item, name, file, at, high=1.0) for name in names}
 
 
 def samples_folder(file: Path) -> Path:

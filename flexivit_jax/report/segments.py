@@ -44,14 +44,15 @@ def _table(run: ReportRun, rows: Sequence[EvalRow]) -> str:
     values = [run.ious[key_of(row)][k] or 0.0 for row in rows]
     cells = "".join(f'<td style="--tint:{100 * v:.0f}%">{100 * v:.1f}</td>' for v in values)
     share = f"{100 * run.pixels[k] / total:.2g}"
-    lines.append(f'<tr><th scope="row">{_name(run, k)}</th>{cells}<td>{share}</td></tr>')
+    lines.append(f'<tr><th scope="row">{named(run, k)}</th>{cells}<td>{share}</td></tr>')
   return (
     f'<table class="classes"><thead><tr><th scope="col">patch <small>grid</small></th>{head}'
     f'<th scope="col">pixels<small>%</small></th></tr></thead><tbody>{"".join(lines)}</tbody></table>'
   )
 
 
-def _name(run: ReportRun, k: int) -> str:
+def named(run: ReportRun, k: int) -> str:
+  """Returns the name of a class beside its colour."""
   name = run.classes[k]
   key = f'<span class="square" style="--c:{hex_colour(k)}"></span>'
   text = f'<span title="{html.escape(name)}">{html.escape(shorten(name, 24))}</span>'
@@ -83,7 +84,7 @@ def _masks(run: ReportRun, rows: Sequence[EvalRow]) -> str:
     files = [column[i] for column in columns]
     stem = files[0].name.partition("_")[0]
     first = [files[0].with_name(f"{stem}_image.jpg"), files[0].with_name(f"{stem}_true.png")]
-    pictures = [_picture(file, head) for file, head in zip(first + files, heads, strict=True)]
+    pictures = [picture(file, head) for file, head in zip(first + files, heads, strict=True)]
     missing += pictures.count("")
     lines += [picture or "<span>–</span>" for picture in pictures]
   if missing == len(lines):
@@ -98,7 +99,8 @@ def _masks(run: ReportRun, rows: Sequence[EvalRow]) -> str:
   )
 
 
-def _picture(file: Path, what: str) -> str:
+def picture(file: Path, what: str) -> str:
+  """Returns the picture in the page itself; "" where there is no such file."""
   if not file.is_file():
     return ""
   data = base64.b64encode(file.read_bytes()).decode()
