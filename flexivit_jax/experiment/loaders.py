@@ -14,7 +14,7 @@ from flexivit_jax.config import Section
 from flexivit_jax.data import class_names
 from flexivit_jax.data.class_names import Classes
 from flexivit_jax.data.text import Tokens
-from flexivit_jax.models import MODELS, UNNAMED, FlexiViT, Model, TextTower
+from flexivit_jax.models import MODELS, UNNAMED, FlexiViT, Model, TextTower, vit_part
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.training import steps
 from flexivit_jax.trees import Json, Params
@@ -244,18 +244,114 @@ def load_init(
   return Init(jax.tree.map(np.asarray, params), classes[0] if classes else None)
 
 
-def load_parts(model: Any, labels: Classes | None = None, **sections: Section) -> Init:
+def load_parts(model: Any, labels: Classes | None = None, **sections: Any) -> Init:
   """Returns parameters to start from of a model made of parts, such as two towers.
 
   Args:
     model: has `parts`.
     labels: as for `load_init`; the parts' own heads are no classifiers, so they are not compared.
-    **sections: for each part that starts from a file, the arguments of its function in `PART_LOADERS`.
+    **sections: for each part that starts from a file, the arguments of its function in `PART_LOADERS`; or those of
+      `load_whole`, where all start from one file.
   """
-  del labels
+  if "checkpoint" in sections:
+    return load_whole(model, labels=labels, **sections)
   parts = model.parts
   loaded = {name: _load_part(parts[name], section) for name, section in sections.items()}
   return Init(loaded, None)
+
+
+def load_whole(
+  model: Any,
+  *,
+  checkpoint: str,
+  new_head: bool = False,
+  mean: tuple[float, ...] | None = None,
+  std: tuple[float, ...] | None = None,
+  by_number: bool = False,
+  labels: Classes | None = None,
+) -> Init:
+  """Returns parameters to start from of a model made of parts other than two towers, all of one file.
+
+  Args:
+    model: the model that they are for.
+    checkpoint: what `weights.tasks.load` takes.
+    new_head: what depends on the number of classes is left to the model's own initialisation, for other classes. A
+      detector of fixed classes then starts from one that compares images with texts, too.
+    mean, std: as in `weights.load`.
+    by_number, labels: as for `load_init`.
+
+  Raises:
+    UserError: a file of another model, all differences listed; other classes without `new_head`.
+  """
+  part = vit_part(model)
+  assert part is not None  # `load_parts` is for models with one
+  options = _given(None, None, None, mean, std, ema=False)
+  stored: Any
+  stored, params, record = weights.tasks.load(checkpoint, scan=model.parts[part].scan, **options)
+  _print_notes(record)
+  if type(stored) is not type(model):
+    raise errors.UserError(
+      f"init: {checkpoint} holds a {type(stored).__name__}, model.name is that of a {type(model).__name__}; where a"
+      f" part alone is to start from it, give init.{part}.checkpoint."
+    )
+  _check_own(stored, model, checkpoint, new_head)
+  classes = None
+  if stored.num_classes and model.num_classes and not new_head:
+    classes = class_names.of_record(record, stored.num_classes, f"init ({checkpoint})")
+    classes = classes._replace(names=None) if by_number else classes
+    if labels is not None:
+      class_names.match(labels, classes, advice=_NEW_HEAD)
+  loaded = {part: weights.load_into(checkpoint, model.parts[part], **options)}
+  if "text" in model.parts:
+    loaded["text"] = text_weights.load_into(checkpoint, model.parts["text"])[0]
+  loaded |= _own_arrays(model, params, checkpoint, new_head)
+  return Init(jax.tree.map(np.asarray, loaded), classes)
+
+
+def _check_own(stored: Any, model: Any, checkpoint: str, new_head: bool) -> None:
+  """Raises a UserError that lists the fields, but for those of parts, in which the file's model is another."""
+  skipped = {*UNNAMED, *model.PARTS, "num_classes", "dtype", "fsdp", "gather_dtype"}
+  skipped |= {"decoder_dropout"} | ({"query_length", "unit_queries"} if new_head else set())
+  names = [f.name for f in dataclasses.fields(model) if f.name not in skipped]
+  lines = [
+    f"model.{n}: {getattr(stored, n)!r} in the file, {getattr(model, n)!r} in the config"
+    for n in names
+    if getattr(stored, n) != getattr(model, n)
+  ]
+  if "text" in model.parts and "text" not in stored.parts:
+    lines.append("model.text: none in the file")
+  if "text" in stored.parts and "text" not in model.parts and not new_head:
+    lines.append("model.text: none in the config; init.new_head=True leaves the file's out")
+  if lines:
+    raise errors.UserError(
+      f"init: {checkpoint} is of another {type(model).__name__}:\n  " + "\n  ".join(lines)
+    )
+
+
+def _own_arrays(model: Any, params: Params, checkpoint: str, new_head: bool) -> Params:
+  """The arrays of a file that are of no part; with `new_head` without those that depend on the number of classes."""
+  part = vit_part(model)
+  assert part is not None
+  channels = params[part]["embedding"]["kernel"].shape[2]
+  n = max(model.num_classes, 1)
+  few, more = (
+    {
+      name: array
+      for name, array in trees.flatten(tree).items()
+      if name.partition("/")[0] not in model.PARTS
+    }
+    for tree in (weights.tasks.params_of(model.clone(num_classes=k), channels) for k in (n, n + 1))
+  )
+  own = {k: a for k, a in trees.flatten(params).items() if k.partition("/")[0] not in model.PARTS}
+  if new_head:
+    few = {name: s for name, s in few.items() if s.shape == more[name].shape}
+    own = {name: a for name, a in own.items() if name in few}
+  if lines := trees.diff(few, own, max_lines=10**6):
+    advice = "" if new_head else f"\n{_NEW_HEAD}"
+    raise errors.UserError(
+      f"init: {checkpoint} does not fit the model:\n  " + "\n  ".join(lines) + advice
+    )
+  return trees.unflatten(own)
 
 
 def _load_part(part: Any, section: Section) -> Params:

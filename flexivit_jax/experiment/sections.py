@@ -9,9 +9,9 @@ from flexivit_jax.config import Function, Section
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators.registry import EVALUATORS
 from flexivit_jax.experiment import monitor
-from flexivit_jax.experiment.loaders import PART_LOADERS, load_init, load_teacher
+from flexivit_jax.experiment.loaders import PART_LOADERS, load_init, load_teacher, load_whole
 from flexivit_jax.experiment.settings import Settings
-from flexivit_jax.models import MODELS, UNNAMED, FlexiViT, TextTower
+from flexivit_jax.models import MODELS, UNNAMED, FlexiViT, TextTower, TwoTowers
 from flexivit_jax.objectives import OBJECTIVES
 from flexivit_jax.running import wandb_run
 from flexivit_jax.training import schedules, token_budget as token_budgets
@@ -107,6 +107,9 @@ def _check_init(section: Section, network: Any) -> None:
   given = ("model", "labels")
   if not (parts := getattr(network, "PARTS", {})):
     config.check("init", section, load_init, given=given)
+    return
+  if "checkpoint" in section and network is not TwoTowers:
+    config.check("init", section, load_whole, given=given)
     return
   if "checkpoint" in section:
     raise errors.UserError(

@@ -56,7 +56,7 @@ def of_record(path: pathlib.Path, record: Json) -> Any:
   values = {k: v for k, v in record["model"].items() if k != "name"}
   _check_names(path, values, {f.name for f in _fields(made)} | {*UNNAMED} - {"parent", "name"})
   for part, kind in parts.items():
-    if part in values and values[part] is None and part in optional:
+    if values.get(part) is None and part in optional:
       continue
     if not isinstance(values.get(part), dict):
       raise errors.UserError(f"{path}: its record does not say what {part} it is of.")

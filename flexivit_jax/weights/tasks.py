@@ -100,6 +100,13 @@ def check(model: Model, params: Params, what: str, *, finite: bool = True) -> No
     reading.check_finite(params, what)
   part = vit_part(model)
   channels = (params[part] if part else params)["embedding"]["kernel"].shape[2]
+  if lines := trees.diff(params_of(model, channels), params, max_lines=10**6):
+    name = model_records.record_of(model)["name"]
+    raise errors.UserError(f"{what} does not fit the model {name}:\n  " + "\n  ".join(lines))
+
+
+def params_of(model: Model, channels: int) -> Params:
+  """Returns the shapes and dtypes of a model's parameters, for images of so many channels."""
   # Parameters depend on no length that a spec names, such as how many queries there are.
   shapes = {
     name: tuple(d if isinstance(d, int) else 1 for d in one.shape)
@@ -107,12 +114,8 @@ def check(model: Model, params: Params, what: str, *, finite: bool = True) -> No
   }
   shapes["image"] = (8, 8, channels)
   inputs, size = jax.eval_shape(lambda: model.example(shapes)[0]), {"seqhw": 1}
-  expected = jax.eval_shape(lambda **x: model.init(jax.random.key(0), **x, **size), **inputs)[
-    "params"
-  ]
-  if lines := trees.diff(expected, params, max_lines=10**6):
-    name = model_records.record_of(model)["name"]
-    raise errors.UserError(f"{what} does not fit the model {name}:\n  " + "\n  ".join(lines))
+  init = lambda **x: model.init(jax.random.key(0), **x, **size)["params"]  # noqa: E731
+  return jax.eval_shape(init, **inputs)
 
 
 def _stated(file: pathlib.Path) -> str | None:

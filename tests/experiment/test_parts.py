@@ -1,13 +1,16 @@
 """A model of two towers is trained by the trainer as it is: its parts start from files, each under its own name."""
 
+import jax
 import numpy as np
 import pytest
 
 from flexivit_jax import errors, experiment, train as train_lib, trees, weights
 from flexivit_jax.data.preprocess import OPS
-from flexivit_jax.models import FlexiViT, counting
+from flexivit_jax.experiment import loaders
+from flexivit_jax.models import FlexiViT, OwlViT, counting
 from flexivit_jax.running import checkpoint, metrics_writer
 from flexivit_jax.training import steps
+from flexivit_jax.weights import model_records, tasks
 
 FIELDS = dict(variant="mu", num_classes=3)
 
@@ -133,3 +136,85 @@ def test_a_backbone_is_like_its_file_and_starts_from_it(settings, file, tmp_path
   settings["model"]["backbone"]["variant"] = "mu"
   with pytest.raises(errors.UserError, match=r"variant='mu' and like=.*both say what model it is"):
     experiment.from_config(settings)
+
+
+BACKBONE = dict(patch_size=(8, 8), posemb_size=(3, 3), width=16, depth=1, mlp_dim=16, num_heads=2)
+TOWER = dict(width=8, depth=1, mlp_dim=16, num_heads=2, vocab_size=20, max_length=5)
+
+
+@pytest.fixture
+def detector(settings, tmp_path):
+  """Settings of a detector of four fixed classes, and the path of one that compares images with texts."""
+  stored = OwlViT(backbone=BACKBONE, text=TOWER, embed_dim=8, box_bias="corner", gelu="exact")
+  shapes = tasks.params_of(stored, 3)
+  params = jax.tree.map(lambda s: np.full(s.shape, 0.5, np.float32), shapes)
+  weights.save_npz(
+    tmp_path / "open.npz", stored, params, {"model": model_records.record_of(stored)}
+  )
+  boxes = "pad_boxes(4)|relative_boxes('xyxy')|keep('image', 'boxes', 'box_mask', 'box_labels')"
+  settings["input"]["pp"] = f"decode|value_range|{boxes}"
+  settings["objective"] = dict(name="detection")
+  fields = dict(embed_dim=8, box_bias="corner", gelu="exact")
+  settings["model"] = dict(name="owl_vit", backbone=BACKBONE, **fields)
+  return settings, str(tmp_path / "open.npz"), params
+
+
+def test_a_detector_of_fixed_classes_starts_from_one_of_texts(detector, tmp_path):
+  settings, path, params = detector
+  settings["init"] = dict(checkpoint=path, new_head=True)
+  settings["model"]["backbone"] = BACKBONE | dict(patch_size=(12, 12))  # the kernel is resized
+  exp = experiment.from_config(settings)
+  assert "text" not in exp.init and "queries" not in exp.init
+  for name in ("box_2", "class_embedding", "merged_class_token", "class_shift"):
+    assert trees.digest(exp.init[name]) == trees.digest(params[name])
+  assert exp.init["backbone"]["embedding"]["kernel"].shape[:2] == (12, 12)
+  # What that run gives starts another one, and no name is lost.
+  closed, record = exp.model, {"model": exp.model_record, "class_names": ["a", "b", "c", "d"]}
+  whole = jax.tree.map(lambda s: np.ones(s.shape, np.float32), tasks.params_of(closed, 3))
+  weights.save_npz(tmp_path / "closed.npz", closed, whole, record)
+  start = loaders.load_parts(closed, checkpoint=str(tmp_path / "closed.npz"))
+  assert start.params["queries"].shape == (1, 4, 8) and start.classes.names == ("a", "b", "c", "d")
+  with pytest.raises(errors.UserError, match=r"(?s)queries: expected .*init\.new_head=True"):
+    loaders.load_parts(closed.clone(num_classes=3), checkpoint=str(tmp_path / "closed.npz"))
+
+
+@pytest.mark.parametrize(
+  ("model", "init", "expected"),
+  [
+    ({}, {}, r"model\.text: none in the config; init\.new_head=True"),
+    (dict(box_bias="centre"), dict(new_head=True), r"box_bias: 'corner' in the file, 'centre' in"),
+    (dict(name="segmenter"), {}, "holds a OwlViT, model.name is that of a Segmenter"),
+    ({}, dict(posemb_size=(2, 2)), r"init\.posemb_size"),
+  ],
+)
+def test_a_whole_that_does_not_fit_is_refused(detector, model, init, expected):
+  settings, path, _ = detector
+  settings["init"] = dict(checkpoint=path, **init)
+  if model.get("name") == "segmenter":
+    settings["model"] = dict(name="segmenter", backbone=BACKBONE)
+    settings["objective"] = dict(name="segmentation")
+    settings["input"]["pp"] = "decode|value_range|keep('image', 'mask')"
+  else:
+    settings["model"] |= model
+  with pytest.raises(errors.UserError, match=expected):
+    experiment.from_config(settings)
+
+
+def test_another_text_tower_is_refused(detector):
+  _, path, _ = detector
+  fields = dict(backbone=BACKBONE, embed_dim=8, box_bias="corner", gelu="exact")
+  model = OwlViT(text=TOWER | dict(width=16), **fields)
+  with pytest.raises(errors.UserError, match=r"another text tower:\n  width: 8 in the file, 16 in"):
+    loaders.load_parts(model, checkpoint=path)
+
+
+def test_the_towers_of_a_detector_start_from_its_file(detector):
+  _, path, params = detector
+  model = OwlViT(backbone=BACKBONE, text=TOWER, embed_dim=8)
+  parts = dict(backbone=dict(checkpoint=path), text=dict(checkpoint=path))
+  loaded = loaders.load_parts(model, **parts).params
+  for name in parts:
+    assert trees.digest(loaded[name]) == trees.digest(params[name])
+  same = OwlViT(backbone=BACKBONE, text=TOWER, embed_dim=8, box_bias="corner", gelu="exact")
+  whole = loaders.load_parts(same, checkpoint=path).params
+  assert trees.digest(whole) == trees.digest(params)
