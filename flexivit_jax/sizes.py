@@ -82,7 +82,8 @@ def _parse_entry(
 
 def trained(record: Named) -> tuple[SeqHw, ...]:
   """The sizes at which a model was trained, as the record of its weights says; () where it does not."""
-  sizes = record.get("trained", {}).get("seqhw") or ()
+  drawn = record.get("trained", {})
+  sizes = drawn.get("seqhw") or drawn.get("grid_hw") or ()
   return tuple((s[0], s[1]) if isinstance(s, (list, tuple)) else int(s) for s in sizes)
 
 

@@ -31,6 +31,7 @@ def test_one_size():
 
 def test_sizes_of_a_record_and_of_a_file_are_those_that_were_written():
   assert sizes.trained({"trained": {"seqhw": [5, [4, 6]]}}) == (5, (4, 6))
+  assert sizes.trained({"trained": {"grid_hw": [[6, 8]]}}) == ((6, 8),)
   assert sizes.trained({}) == sizes.trained({"trained": {"seqhw": None}}) == ()
   assert [sizes.from_text(size_text(s)) for s in (5, (4, 6))] == [5, (4, 6)]
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from flexivit_jax.data.class_colours import colour
 
 LONGEST = 2048  # pixels of a picture's longer side
-SHORTEST = 360  # of its shorter one: small images are enlarged, so that labels have room
+SHORTEST = 640  # of its shorter one: small images are enlarged, so that labels hide little
 _MARGIN = 2  # pixels between a label's text and its edge
 
 
@@ -49,7 +49,7 @@ def draw(
   picture = picture.resize(size, Image.Resampling.BILINEAR if scale >= 1 else Image.Resampling.BOX)
   pen = ImageDraw.Draw(picture)
   line = max(2, round(min(size) / 200))
-  font = _font(max(13, min(30, round(min(size) / 28))))
+  font = _font(max(13, min(30, round(min(size) / 40))))
   factor = np.array([size[0] / w, size[1] / h] * 2)
   placed = [np.asarray(one.box, np.float64) * factor for one in boxes]
   labels = _labels(placed, [one.text for one in boxes], font, size, line)

@@ -136,7 +136,7 @@ def test_forms_and_pictures_at_two_sizes(save, photos, capsys):
   assert [float(rows[0][k]) for k in ("x0", "y0", "x1", "y1")] == best["box"]
   assert float(rows[0]["score"]) == best["score"] and rows[0]["name"] == best["name"]
   picture = np.asarray(Image.open(photos / "over/3/1.png"))
-  assert picture.shape[:2] == (360, 480)  # enlarged, as the photo is small
+  assert picture.shape[:2] == (640, 853)  # enlarged, as the photo is small
   assert (picture == class_colours.colour(best["class"])).all(-1).sum() > 200
   code, out, _ = run(capsys, *common)
   lines = out.splitlines()

@@ -10,8 +10,9 @@ from flexivit_jax.data.class_colours import colour
 GREY = np.full((400, 500, 3), 90, np.uint8)
 
 
-def pixels(*boxes, image=GREY, **options):
-  return np.asarray(box_pictures.draw(image, boxes, **options))
+def pixels(*boxes):
+  """The picture of boxes, as large as the image."""
+  return np.asarray(box_pictures.draw(GREY, boxes, shortest=1))
 
 
 def test_a_line_in_the_colour_of_the_class_is_just_inside_the_box():
@@ -37,7 +38,7 @@ def test_what_is_most_important_is_on_top():
   np.testing.assert_array_equal(got[51, 200], colour(0))
 
 
-@pytest.mark.parametrize(("hw", "size"), [((90, 180), (720, 360)), ((1000, 4096), (2048, 500))])
+@pytest.mark.parametrize(("hw", "size"), [((90, 180), (1280, 640)), ((1000, 4096), (2048, 500))])
 def test_small_images_are_enlarged_and_large_ones_made_smaller(hw, size):
   image = np.zeros((*hw, 1), np.uint8)
   box = Drawn((0, 0, hw[1], hw[0]), 0, "all")

@@ -44,6 +44,11 @@ def test_an_npz_of_a_segmenter_comes_back_with_its_classes(tmp_path, fields):
   assert again["class_names"] == record["class_names"] and again["notes"] == []
 
 
+def test_a_part_that_a_config_leaves_out_is_none():
+  record = {"model": {"name": "owl_vit", "num_classes": 3, "backbone": BACKBONE}}
+  assert model_records.of_record(pathlib.Path("w.npz"), record).text is None
+
+
 TEXT = dict(width=16, depth=1, mlp_dim=32, num_heads=2, vocab_size=30, max_length=4)
 
 
