@@ -179,8 +179,34 @@ def test_segmenters_are_trained_as_published(name, lr, length, crop, stride):
   assert load(f"{name}:optim=adamw")["optim"]["layer_decay"] == 0.75
 
 
+def test_owl_vit_is_trained_as_published():
+  """scenic's owl_vit/configs/clip_b16.py, but for the size of the image."""
+  c = load("owl_lvis")
+  assert (c["total_steps"], c["input"]["batch_size"]) == (140_000, 256)
+  [(regex, factor)] = c["optim"]["lr_mults"]
+  assert re.fullmatch(regex, "text/embedding/embedding")
+  assert factor * c["optim"]["lr"] == pytest.approx(2e-6) and c["optim"]["lr"] == 5e-5
+  expected = dict(b2=0.999, clip_each=1.0, schedule=dict(decay_type="cosine", warmup_steps=1000))
+  assert {k: c["optim"][k] for k in expected} == expected and "wd" not in c["optim"]
+  assert c["input"]["batch_size"] // c["accumulate"] == 32  # of a v3-32
+  assert [720 // n for n in c["flexi"]["seqhw"]["v"]] == [48, 40, 36, 30, 24, 20, 16]
+  for patch in (16, 30):
+    one = load(f"owl_lvis:fixed={patch}")
+    assert [720 / n for n in one["flexi"]["seqhw"]["v"]] == [patch]
+    assert one["evals"] == c["evals"] and one["name"].endswith(f"patch {patch} only")
+  pp = c["input"]["pp"].replace("path='tokenizer.json'", "path='bytes'")
+  source = data.planned_source(name="lvis", split="train", data_dir="lvis")
+  batch = next(data.train_batches(source, pp, batch_size=2, seed=0, num_steps=1, threads=0))
+  shapes = {k: v.shape[1:] for k, v in batch.items() if k not in ("_id", "box_mask")}
+  assert shapes == {
+    "image": (720, 720, 3), "boxes": (100, 4), "box_targets": (100, 100), "queries": (100, 16)
+  }  # fmt: skip
+  asked = batch["queries"].any(-1).sum(1)
+  assert set(asked.tolist()) <= {50, 51}  # fifty negatives, and its class where crops leave the box
+
+
 @pytest.mark.parametrize(
-  "name", [n for n in NAMES if n not in ("lit_coco", "segmenter_camvid", *SEGMENTERS)]
+  "name", [n for n in NAMES if n not in ("lit_coco", "owl_lvis", "segmenter_camvid", *SEGMENTERS)]
 )
 def test_fixed_trains_one_size_and_evaluates_all(name):
   flexible, fixed = load(name), load(f"{name}:fixed=8")
@@ -295,12 +321,12 @@ def test_runs_end_to_end_and_resumes(name, tmp_path, train_until, capsys):
 def at_fewer_sizes(settings: dict[str, Any]) -> dict[str, Any]:
   """The coarsest, a middle and the finest size: ten programs of each kind take minutes to compile.
 
-  Of a Segmenter the two coarsest: its finest has thousands of tokens.
+  Of a Segmenter or a detector the two coarsest: the finest has thousands of tokens.
   """
   [(key, drawn)] = settings["flexi"].items()
   values = drawn["v"]
   chosen = (values[0], values[len(values) // 2], values[-1])
-  if settings["model"].get("name") == "segmenter":
+  if settings["model"].get("name") in ("segmenter", "owl_vit"):
     chosen = values[:2]
   fewer = tuple(dict.fromkeys(chosen))
   evals = {k: {**v, "seqhw": fewer} for k, v in settings["evals"].items()}
@@ -336,6 +362,8 @@ def measured(section: dict[str, Any]) -> tuple[str, ...]:
     return tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
   if section.get("type") == "segmentation":
     return ("miou", "pixel_accuracy", "mean_accuracy", "boundary_iou")
+  if section.get("type") == "detection":
+    return ("ap", "ap50", "ap75")
   labelled = section.get("type", "classification") == "classification" or section.get("labels")
   near = ("kl", "agree1", "agree5", "logsoftmax_euclidean")
   return (("top1", "top5", "loss") if labelled else ()) + (near if "type" in section else ())
@@ -352,7 +380,7 @@ def check_results(
   for row, size in zip(results["rows"], section["seqhw"], strict=True):
     assert row["tokens"] == (size**2 if isinstance(size, int) else size[0] * size[1])
     assert row["n"] == 20  # The last of three batches of 8 is filled up.
-    named = ("top1", "top5", "agree1", "agree5", "i2t_r1", "i2t_r5")
+    named = ("top1", "top5", "ap", "ap50", "agree1", "agree5", "i2t_r1", "i2t_r5")
     ordered = [row[k] for k in named if k in measured(section)][:2] or [row["miou"]]
     assert ordered == sorted(ordered) and 0 <= ordered[0] <= ordered[-1] <= 1
     assert row["gflops"] > 0 and row["ms"] > 0
