@@ -12,7 +12,7 @@ from flexivit_jax.data.preprocess import (
   image_operations,
   parse,
   tokens_of,
-  without_tokenizers,
+  without_files,
 )
 from flexivit_jax.data.renumbering import renumber
 from flexivit_jax.data.shots import few_shots, subset
@@ -45,5 +45,5 @@ __all__ = [
   "subset",
   "tokens_of",
   "train_batches",
-  "without_tokenizers",
+  "without_files",
 ]

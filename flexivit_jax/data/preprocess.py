@@ -380,11 +380,24 @@ def image_operations(pp: str) -> tuple[list[str], list[str]]:
   return [op.text for op in ops], [op.text for op in ops if op.random]
 
 
-def without_tokenizers(pp: str) -> str:
-  """Returns the string with bytes in the place of tokenizers that are not here, to plan by: shapes are the same."""
+def without_files(pp: str, query_length: int = 0) -> str:
+  """Returns the string without files that are not here, to plan by: shapes are the same.
+
+  Bytes are in the place of tokenizers, random vectors in that of vectors of names.
+
+  Args:
+    pp: the string.
+    query_length: of vectors of names.
+  """
   pp = pp.replace("\n", " ").strip()
   for node in _split(pp):
     name = getattr(getattr(node, "func", None), "id", None)
+    if name == "query_vectors" and query_length:
+      path = _parse_op(node).args or (_parse_op(node).kwargs.get("path"),)
+      if isinstance(path[0], str) and not os.path.exists(path[0]):
+        random = f"query_vectors('{queries.RANDOM}{query_length}')"
+        pp = pp.replace(ast.get_source_segment(pp, node) or "", random)
+      continue
     if OPS.get(name or "") not in _TOKENIZERS:
       continue
     op = _parse_op(node)

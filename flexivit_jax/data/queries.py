@@ -6,6 +6,7 @@ query names the box.
 """
 
 import functools
+import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from flexivit_jax.errors import UserError, unknown
 Example = dict[str, Any]
 Names = tuple[str, ...]
 PADDING = -1  # in `query_labels`
+RANDOM = "random:"  # in the place of a file of vectors, before their length
+_LONGEST = 2**16
 _SHOWN = 5  # names of a long list
 
 
@@ -130,7 +133,7 @@ def query_vectors(record: Example, path: str, *, class_names: Names) -> Example:
 
   Args:
     record: the example.
-    path: an .npz with "names" [k] and "vectors" [k, d], among which are all names of the data.
+    path: an .npz with "names" [k] and "vectors" [k, d], among which are all names of the data; see `vectors_of`.
     class_names: of the data.
   """
   vectors = vectors_of(path, class_names)
@@ -213,10 +216,15 @@ def vectors_of(
 ) -> Float32[np.ndarray, "classes d"]:
   """Returns a vector for each name, of an .npz with "names" [k] and "vectors" [k, d], matched by name.
 
+  In the place of a file, "random:384" stands for a random unit vector of this length for each name, always the same for
+  the same name: what a model learns with these owes nothing to the meaning of names.
+
   Raises:
     UserError: no such file; a name that it lacks, or has twice; a vector that is zero or not finite.
   """
   _check_named(class_names, "query_vectors")
+  if str(path).startswith(RANDOM):
+    return _random(str(path), class_names)
   try:
     with np.load(path) as content:
       names, vectors = (content[key] for key in ("names", "vectors"))
@@ -255,6 +263,15 @@ def vectors_of(
     name = class_names[int(np.argmin(usable))]
     raise UserError(f"The vector of {name!r} in {path} is zero or not finite; expected another.")
   return chosen
+
+
+def _random(path: str, names: Names) -> Float32[np.ndarray, "k d"]:
+  length = path.removeprefix(RANDOM)
+  if not length.isdecimal() or not 0 < int(length) <= _LONGEST:
+    raise UserError(f"{path!r}; expected {RANDOM}LENGTH, 1 to {_LONGEST}.")
+  seeds = [int.from_bytes(hashlib.sha256(name.encode()).digest()) for name in names]
+  rows = np.array([np.random.default_rng(seed).standard_normal(int(length)) for seed in seeds])
+  return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 def _check_named(class_names: Names, what: str) -> None:

@@ -7,6 +7,7 @@ each size is traced and lowered for meshes of devices that do not exist. Nothing
 import functools
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import AbstractMesh, Sharding
 
 from flexivit_jax import data, experiment, trees, weights
 from flexivit_jax.config import Section
+from flexivit_jax.data import queries
 from flexivit_jax.devices import collectives, sharding
 from flexivit_jax.evaluators import windows
 from flexivit_jax.evaluators.per_size import sizes_of
@@ -428,16 +430,23 @@ def on_accelerator(settings: Section, platform: str = "tpu") -> Json:
   """A config with the dtype and the form of attention that it has there, whatever this machine is and has of files."""
   model = {"dtype": "bfloat16", **_attention_of(settings["model"], platform)}
   changed: Json = {**settings, "model": model}
+  length = model.get("query_length", 0)
   if "input" in changed:
-    changed["input"] = _without_tokenizers(changed["input"])
+    changed["input"] = _without_files(changed["input"], length)
   if changed.get("evals"):
-    changed["evals"] = {k: _without_tokenizers(one) for k, one in changed["evals"].items()}
+    changed["evals"] = {k: _without_files(one, length) for k, one in changed["evals"].items()}
   return changed
 
 
-def _without_tokenizers(section: Section) -> Section:
+def _without_files(section: Section, query_length: int) -> Section:
   pp = section.get("pp") if isinstance(section, Mapping) else None
-  return {**section, "pp": data.without_tokenizers(pp)} if isinstance(pp, str) else section
+  if not isinstance(pp, str):
+    return section
+  made = {**section, "pp": data.without_files(pp, query_length)}
+  vectors = section.get("vectors")
+  if query_length and isinstance(vectors, str) and not os.path.exists(vectors):
+    made["vectors"] = f"{queries.RANDOM}{query_length}"
+  return made
 
 
 def _attention_of(section: Section, platform: str = "tpu") -> Json:

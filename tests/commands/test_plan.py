@@ -74,6 +74,15 @@ def test_a_config_is_planned_without_its_data(name):
   json.dumps(made, allow_nan=False)
 
 
+def test_vectors_of_names_that_are_not_here_are_random_ones_of_their_length():
+  pp = "decode|sample_queries(4, 2)|query_vectors('nowhere.npz')"
+  test = {"type": "detection", "pp": "decode", "vectors": "nowhere.npz"}
+  model = {"name": "owl_vit", "query_length": 384}
+  made = costs.on_accelerator({"model": model, "input": {"pp": pp}, "evals": {"test": test}})
+  assert made["input"]["pp"] == pp.replace("nowhere.npz", "random:384")
+  assert made["evals"]["test"] == test | {"vectors": "random:384"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_planned(name):

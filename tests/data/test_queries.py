@@ -7,7 +7,7 @@ import pytest
 
 from flexivit_jax.data import prompts, queries
 from flexivit_jax.data.loader import eval_batches, train_batches
-from flexivit_jax.data.preprocess import parse, tokens_of, without_tokenizers
+from flexivit_jax.data.preprocess import parse, tokens_of, without_files
 from flexivit_jax.data.sources import Source
 from flexivit_jax.data.text import load
 from flexivit_jax.errors import UserError
@@ -161,7 +161,22 @@ def test_order_of_operations_and_words_of_their_errors():
 def test_tokens_of_queries_are_those_of_a_run():
   assert tokens_of(PP) == load("bytes", length=24, pad="[PAD]", end="[END]")
   absent = PP.replace("'bytes'", "'nowhere/tokenizer.json'")
-  assert tokens_of(without_tokenizers(absent)).length == 24
+  assert tokens_of(without_files(absent)).length == 24
+
+
+def test_vectors_may_be_random_and_always_the_same_for_a_name():
+  made = queries.vectors_of("random:16", ("cat", "dog"))
+  assert made.shape == (2, 16) and made.dtype == np.float32
+  np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, rtol=1e-6)
+  np.testing.assert_array_equal(queries.vectors_of("random:16", ("dog",)), made[1:])
+  assert abs(made[0] @ made[1]) < 0.9
+  for path in ("random:", "random:0", "random:x", "random:-3"):
+    with pytest.raises(UserError, match="expected random:LENGTH"):
+      queries.vectors_of(path, ("cat",))
+  pp = "decode|query_vectors('nowhere.npz')|keep('queries')"
+  assert without_files(pp, 384) == pp.replace("nowhere.npz", "random:384")
+  assert without_files(pp.replace("('n", "(path='n"), 4).count("query_vectors('random:4')") == 1
+  assert without_files(pp) == pp
 
 
 def test_batches_of_queries_depend_on_nothing_but_seed_epoch_and_example():
