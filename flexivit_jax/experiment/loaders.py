@@ -142,6 +142,7 @@ def load_teacher(
   std: tuple[float, ...] | None = None,
   ema: bool = False,
   by_number: bool = False,
+  whole: bool = False,
 ) -> Teacher:
   """Loads a teacher.
 
@@ -153,6 +154,7 @@ def load_teacher(
     seqhw: tokens per side at which it runs; default: its own patch size.
     num_heads, gelu, posemb_size, mean, std, ema: as in `weights.load`.
     by_number: leave the names of its classes out, so that they are the model's by number.
+    whole: of a model of parts, all of it, as `distill_detection` takes it; else its FlexiViT.
 
   Raises:
     UserError: neither checkpoint nor model; a checkpoint of another model.
@@ -161,12 +163,14 @@ def load_teacher(
   network: Model
   if checkpoint is not None:
     options = _given(num_heads, gelu, posemb_size, mean, std, ema)
-    network, params, record = weights.load_with_record(checkpoint, **options)
+    read = weights.tasks.load if whole else weights.load_with_record
+    network, params, record = read(checkpoint, **options)
     _print_notes(record)
     names = class_names.of_record(record, network.num_classes, str(checkpoint)).names
     _check_model(network, model or {}, checkpoint)
   elif model is not None:
-    network, _ = build_model({"head_zeroinit": False, **model}, num_classes=0)
+    own = {"head_zeroinit": False} if model.get("name", "flexivit") == "flexivit" else {}
+    network, _ = build_model({**own, **model}, num_classes=0)
     params = steps.init_params(
       network, {"image": (8, 8, 3)}, seed=0
     )  # no parameter depends on the image

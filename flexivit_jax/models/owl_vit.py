@@ -163,6 +163,7 @@ class OwlViT(nn.Module, Counted):
     bias = BOX_BIASES[self.box_bias]((gh, gw))
     moved = _mlp(self, x, 4, "box", act).astype(jnp.float32)
     boxes = out["pred_boxes"] = nn.sigmoid(moved + bias.reshape(1, gh * gw, 4))
+    out["patch_centres"] = jnp.tile(_centres((gh, gw)), (n, 1, 1))
     if self.objectness:
       fixed = jax.lax.stop_gradient(x)
       out["objectness"] = _mlp(self, fixed, 1, "objectness", act)[..., 0].astype(jnp.float32)
@@ -236,10 +237,13 @@ class OwlViT(nn.Module, Counted):
 
   @property
   def outputs(self) -> Specs:
-    """See `Model.outputs`: boxes (cx, cy, w, h) in shares of the image, and scores of queries (logits)."""
+    """See `Model.outputs`: boxes (cx, cy, w, h) in shares of the image, and scores of queries (logits).
+
+    "patch_centres" are the centres (x, y) of the tokens' patches, in shares of the image.
+    """
     q = "q" if self.open else "classes"
     out = {"pred_boxes": spec("tokens 4"), "class_logits": spec(f"tokens {q}")}
-    out["query_embeddings"] = spec(f"{q} {self.embed_dim}")
+    out |= {"patch_centres": spec("tokens 2"), "query_embeddings": spec(f"{q} {self.embed_dim}")}
     return out | ({"objectness": spec("tokens")} if self.objectness else {})
 
 
@@ -282,6 +286,12 @@ def _box_bias(grid_hw: Size, offset: float) -> Float[np.ndarray, "gh gw 4"]:
   each = np.broadcast_arrays(x / columns, y / rows, 1.0 / columns, 1.0 / rows)
   share = np.stack(each, axis=-1)
   return (np.log(share + BIAS_EPS) - np.log1p(-share + BIAS_EPS)).astype(np.float32)
+
+
+def _centres(grid_hw: Size) -> Float[np.ndarray, "1 l 2"]:
+  rows, columns = grid_hw
+  y, x = np.mgrid[:rows, :columns] + 0.5
+  return np.stack([x / columns, y / rows], -1).reshape(1, -1, 2).astype(np.float32)
 
 
 def _dense(model: OwlViT, features: int, name: str, **options: Any) -> nn.Dense:
