@@ -4,6 +4,9 @@ import contextlib
 import functools
 import io
 import json
+import socket
+import subprocess
+import sys
 from typing import ClassVar
 
 import flax.linen as nn
@@ -22,6 +25,7 @@ from flexivit_jax.evaluators.detection import METRICS, detection, top_pairs
 from flexivit_jax.models import FlexiViT, OwlViT
 from flexivit_jax.models.counting import Counted
 from flexivit_jax.models.grid import padded_grid
+from flexivit_jax.running import distributed
 from flexivit_jax.specs import image as image_spec, spec
 from flexivit_jax.training import steps
 
@@ -478,3 +482,37 @@ def test_eight_devices_measure_as_one(tmp_path, on_eight_devices):
   one, eight = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "eight"))
   assert eight["devices"] == 8 and eight["rows"] == one["rows"]
   assert eight["open"][0]["ap"] == pytest.approx(one["open"][0]["ap"], abs=0.02)
+
+
+def on_two_processes(argument: str) -> None:
+  """Writes the rows of one of two processes: of the first five images, or of three and a batch of padding alone."""
+  number, port, path = argument.split(",")
+  distributed.start(f"127.0.0.1:{port}", 2, int(number))
+  whole = batches(8)[0]
+  padding = {k: np.zeros_like(v) for k, v in whole.items()}
+  chosen = [[0, 1, 2], [3, 4]] if number == "0" else [[5, 6, 7], []]
+  data = [
+    {k: np.concatenate([whole[k][rows], padding[k][: 3 - len(rows)]]) for k in whole}
+    for rows in chosen
+  ]
+  rows = rows_of(data, seqhw=(8, 4))
+  with open(f"{path}/{number}.json", "w") as file:
+    json.dump({"rows": rows, "processes": jax.process_count()}, file)
+
+
+@pytest.mark.full
+def test_two_processes_measure_as_one(tmp_path, environment_of):
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  call = "import runpy, sys; runpy.run_path(sys.argv[1])['on_two_processes'](sys.argv[2])"
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-c", call, __file__, f"{i},{port},{tmp_path}"], env=environment_of(1)
+    )
+    for i in range(2)
+  ]
+  assert [process.wait(timeout=300) for process in started] == [0, 0]
+  first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+  assert first == second and first["processes"] == 2
+  assert first["rows"] == json.loads(json.dumps(rows_of(batches(8), seqhw=(8, 4))))
