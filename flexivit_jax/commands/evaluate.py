@@ -84,8 +84,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     evaluations = {}
     for name, written in evals.items():
       section = {**written, **override} if "seqhw" in written else {**written}
+      own = labelling.classes_for(section, model, classes)
       evaluations[name] = experiment.build_evaluation(
-        f"evals.{name}", section, every=1, classes=classes, tokens=tokens
+        f"evals.{name}", section, every=1, classes=own, tokens=tokens
       )
     return evaluations
 

@@ -485,9 +485,10 @@ def _evaluations(
   evaluations = {}
   for key, section in settings.evals.items():
     where = f"evals.{key}"
+    own = labelling.classes_for(section, learner.model, classes)
     often = every(where, section, default=saving if key in followed else lengths.total_steps)
     evaluations[key] = evaluation.build_evaluation(
-      where, section, often, opening, classes, learner.tokens
+      where, section, often, opening, own, learner.tokens
     )
     with config.naming(where):
       evaluation.check_evaluation(evaluations[key], learner.model, learner.source)

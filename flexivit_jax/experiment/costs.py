@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Sharding
 
 from flexivit_jax import data, experiment, trees, weights
@@ -23,6 +24,7 @@ from flexivit_jax.evaluators.per_size import sizes_of
 from flexivit_jax.experiment import loaders
 from flexivit_jax.experiment.machines import MACHINES
 from flexivit_jax.models import MODELS, FlexiViT, Model, attention, counting, flops
+from flexivit_jax.models.owl_vit import with_queries
 from flexivit_jax.objectives.distill import Teacher
 from flexivit_jax.sizes import SizeArgs, size_name
 from flexivit_jax.training import patch_schedule, steps
@@ -192,10 +194,14 @@ def _evaluation_flops(exp: experiment.Experiment, evaluation: experiment.Evaluat
   section = evaluation.section
   axes = {k: section[k] for k in ("seqhw", "stride", "depth") if section.get(k)}
   sizes = sizes_of(**axes) if axes else []
-  shapes, views = exp.shapes, 1.0
+  model, shapes, views = exp.model, exp.shapes, 1.0
+  if section.get("type") == "detection" and "queries" in model.inputs:  # which are embedded once
+    length = int(model.outputs["query_embeddings"].shape[-1])
+    queries = np.zeros((evaluation.source.num_classes, length), np.float32)
+    model, shapes = with_queries(model, {}, queries)[0], {"image": shapes["image"]}  # type: ignore[arg-type]
   if section.get("type") == "segmentation":
     shapes, views = _views(section, evaluation.source, exp.shapes)
-  macs = views * sum(exp.model.gmacs(shapes, **size) for size in sizes)
+  macs = views * sum(model.gmacs(shapes, **size) for size in sizes)
   times = math.ceil(exp.total_steps / evaluation.every)
   if "teacher" in section:
     teacher = section["teacher"]

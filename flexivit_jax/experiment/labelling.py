@@ -7,6 +7,7 @@ from flexivit_jax import data, errors
 from flexivit_jax.config import Section
 from flexivit_jax.data import class_names, label_maps
 from flexivit_jax.data.class_names import Classes, Trained
+from flexivit_jax.models import Model
 from flexivit_jax.objectives.distill import Teacher, reordered
 
 
@@ -158,6 +159,20 @@ OF_TEXTS = (
   "retrieval",
   "zero_shot",
 )  # evaluators that compare images with texts, of no class of the model
+
+
+def classes_for(
+  section: Section, model: Model, classes: tuple[Classes, ...]
+) -> tuple[Classes, ...]:
+  """Returns the classes to which the labels of an evaluation are mapped; none where a detector is asked for its names.
+
+  Args:
+    section: of a config's `evals`.
+    model: the model.
+    classes: those of the model, then those of its training data.
+  """
+  asked = section.get("type") == "detection" and "queries" in model.inputs
+  return () if asked else classes
 
 
 def check_onehot(pp: str, num_classes: int) -> None:

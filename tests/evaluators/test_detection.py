@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import experiment
+from flexivit_jax import config, experiment, train as train_lib
 from flexivit_jax.data import text
 from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.detection import METRICS, detection, top_pairs
+from flexivit_jax.experiment import costs
 from flexivit_jax.models import FlexiViT, OwlViT
 from flexivit_jax.models.counting import Counted
 from flexivit_jax.models.grid import padded_grid
@@ -386,6 +387,53 @@ def test_costs_are_those_of_images_once_names_are_embedded():
   (cost,) = evaluator.costs(params, 1)
   with_texts = 2 * model.gmacs({"image": (SIDE, SIDE, 3), "queries": (3, 24)}, seqhw=4)
   assert cost["tokens"] == 16 and cost["patch"] == 6 and 0 < cost["gflops"] < with_texts
+
+
+OPEN = """
+from ml_collections import ConfigDict
+
+
+def get_config(arg=""):
+  data = dict(name="synthetic", image_size=(40, 56), num_examples=8, annotated=True)
+  known = dict(data, split="train", num_classes=3, classes=("red", "green", "blue"))
+  asked = dict(data, split="test", num_classes=2, classes=("blue", "pink"))
+  boxes = "pad(64, fill=0)|value_range|pad_boxes(8)"
+  queries = "sample_queries(4, 2)|query_tokens('bytes', length=24, pad='[END]', end='[END]')"
+  text = dict(width=12, depth=1, mlp_dim=16, num_heads=2, vocab_size=258, max_length=24)
+  keys = "'image', 'boxes', 'box_mask', 'box_targets', 'queries'"
+  pp = f"decode|{queries}|{boxes}|relative_boxes('xyxy')|keep({keys})"
+  test = f"decode|origin()|{boxes}|keep('image', 'boxes', 'box_labels', 'box_mask', 'origin')"
+  return ConfigDict(dict(
+    total_steps=1,
+    input=dict(data=known, pp=pp, batch_size=4, threads=0),
+    model=dict(name="owl_vit", embed_dim=8, backbone=dict(variant="mu", patch_size=(8, 8)), text=text),
+    objective=dict(name="detection", queries=True),
+    flexi=dict(seqhw=dict(v=(4,))),
+    optim=dict(lr=1e-3),
+    evals=dict(test=dict(type="detection", data=asked, pp=test, seqhw=(4,), batch_size=4, threads=0)),
+  ))
+"""
+
+
+def test_names_of_an_evaluation_need_not_be_those_of_the_training(tmp_path):
+  """And to embed them once is what a plan counts."""
+  (tmp_path / "open.py").write_text(OPEN)
+  settings = config.load(str(tmp_path / "open.py"))
+  exp = experiment.from_config(settings)
+  evaluation = exp.evaluations["test"]
+  assert evaluation.source.class_names == ("blue", "pink")
+  closed = exp.model.clone(text=None, num_classes=2)
+  flops = costs._evaluation_flops(exp, evaluation)
+  assert flops == 2e9 * closed.gmacs({"image": (64, 64, 3)}, seqhw=4) * 8
+
+
+@pytest.mark.full
+def test_a_run_with_queries_measures_other_names(tmp_path):
+  (tmp_path / "open.py").write_text(OPEN)
+  train_lib.train(config.load(str(tmp_path / "open.py")), tmp_path / "run")
+  content = json.loads((tmp_path / "run" / "eval.json").read_text())
+  assert content["classes"] == ["blue", "pink"] and content["rows"][0]["n"] == 8
+  assert (tmp_path / "run" / "eval_samples" / content["rows"][0]["samples"][0]).is_file()
 
 
 def test_samples_show_the_photo_without_padding():
