@@ -46,8 +46,8 @@ def opened(record: Example, hw: ImageSize, orientation: int = 1) -> Example:
     orientation: EXIF's, from which decoding rotated or mirrored the image. If neither `annotated_hw`, the size that the
       annotations state, nor the mask proves that they are of the image after that, there is a warning.
 
-  Errors: `annotated_hw` is another size; boxes that are no boxes; a mask that is damaged or of
-  another size.
+  Errors: `annotated_hw` is another size; boxes that are no boxes, or have no area in the image; a mask that is
+  damaged or of another size.
   """
   stated = record.get("annotated_hw")
   if stated is not None and tuple(stated) != hw:
@@ -62,6 +62,8 @@ def opened(record: Example, hw: ImageSize, orientation: int = 1) -> Example:
     record = read_mask(record, max(2**26, hw[0] * hw[1]))
     if (_mask(record, hw) == NO_CLASS).all():
       images.notice(_NO_PIXELS)
+  if "boxes" in record:
+    _check_areas(record["boxes"], hw)
   return record
 
 
@@ -197,6 +199,18 @@ def _boxes(record: Example) -> Float[np.ndarray, "m 4"]:
         f"{key!r} has {len(record[key])} rows for {len(boxes)} boxes; expected a row for each."
       )
   return boxes
+
+
+def _check_areas(boxes: Float[np.ndarray, "m 4"], hw: ImageSize) -> None:
+  """Raises a UserError for boxes of no area, or of none inside the image: no model can be trained to find them."""
+  seen = np.clip(boxes, 0, [hw[1], hw[0]] * 2)
+  flat = ~(seen[:, :2] < seen[:, 2:]).all(1)
+  if flat.any():
+    row = int(np.argmax(flat))
+    raise UserError(
+      f"Box {row} is {boxes[row].tolist()}, which has no area inside the image of {hw[1]} x {hw[0]} pixels (w x h);"
+      " expected x0 < x1 and y0 < y1. Leave such boxes out of the data."
+    )
 
 
 def _move_boxes(

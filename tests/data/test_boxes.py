@@ -117,3 +117,40 @@ def test_crops_keep_boxes_of_which_enough_is_seen(crop):
     assert [i in got for i in np.flatnonzero(sure)] == (share >= 0.6)[sure].tolist()
     kept.append(len(got))
   assert 20 < sum(kept) < 150
+
+
+BAD = {
+  "no width": ([3, 3, 3, 9], "no area inside the image"),
+  "no height": ([3, 9, 9, 9], "no area inside the image"),
+  "flipped": ([9, 3, 3, 9], "expected finite x0 <= x1"),
+  "outside": ([20, 0, 25, 9], "no area inside the image of 20 x 20"),
+  "not finite": ([0, np.nan, 5, 9], "expected finite x0 <= x1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_box_of_any_source_makes_its_example_bad(kind):
+  """Folders are checked when they are opened; this is for all else, such as packs."""
+  corners, expected = BAD[kind]
+
+  def read(indices):
+    return [
+      record([[0, 0, 9, 9], corners if i == 2 else [1, 1, 5, 5]], [0, 1], id=str(i))
+      for i in indices
+    ]
+
+  source = Source("boxes", "train", 5, None, 4, read)
+  options = dict(batch_size=4, seed=0, num_steps=1, threads=0)
+  with pytest.raises(UserError, match=rf"Bad example 2.*{expected}"):
+    next(train_batches(source, "decode|pad_boxes(3)|keep('boxes')", **options))
+  with train_batches(
+    source, "decode|pad_boxes(3)|keep('boxes')", on_error="skip", **options
+  ) as batches:
+    next(batches)
+    assert list(batches.errors) == [2]
+
+
+def test_repeated_boxes_and_none_are_no_mistake():
+  repeated = made("decode|merge_boxes(0.9)", record([[1, 1, 5, 5]] * 3, [2, 2, 4]))
+  np.testing.assert_array_equal(repeated["box_targets"], [[0, 0, 1, 0, 1]])
+  assert made("decode|pad_boxes(2)", record([], []))["box_mask"].tolist() == [0, 0]
