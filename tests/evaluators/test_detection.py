@@ -436,6 +436,38 @@ def test_a_run_with_queries_measures_other_names(tmp_path):
   assert (tmp_path / "run" / "eval_samples" / content["rows"][0]["samples"][0]).is_file()
 
 
+EIGHT = """
+from ml_collections import ConfigDict
+
+
+def get_config(arg=""):
+  data = dict(name="synthetic", image_size=(40, 56), num_classes=3, num_examples=8, annotated=True, split="train")
+  boxes = "pad(64, fill=0)|value_range|pad_boxes(8)"
+  keys = "'image', 'boxes', 'box_labels', 'box_mask'"
+  test = f"decode|origin()|{boxes}|keep({keys}, 'origin')"
+  backbone = dict(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=(8, 8))
+  return ConfigDict(dict(
+    total_steps=800,
+    input=dict(data=data, pp=f"decode|{boxes}|relative_boxes('xyxy')|keep({keys})", batch_size=8, threads=0),
+    model=dict(name="owl_vit", embed_dim=16, backbone=backbone),
+    objective=dict(name="detection"),
+    flexi=dict(seqhw=dict(v=(4, 8))),
+    optim=dict(lr=1e-3, clip=1.0, schedule=dict(decay_type="cosine", warmup_percent=0.05)),
+    checkpoint=dict(every_steps=800),
+    evals=dict(test=dict(type="detection", data=data, pp=test, seqhw=(4, 8), batch_size=8, threads=0)),
+  ))
+"""
+
+
+@pytest.mark.slow
+def test_eight_images_are_learnt_by_heart_at_two_sizes(tmp_path):
+  """Data, model, matching, loss, boxes on the files' images and scores together: AP50 above 0.95."""
+  (tmp_path / "eight.py").write_text(EIGHT)
+  train_lib.train(config.load(str(tmp_path / "eight.py")), tmp_path / "run")
+  rows = json.loads((tmp_path / "run" / "eval.json").read_text())["rows"]
+  assert [row["ap50"] > 0.95 for row in rows] == [True, True], rows
+
+
 def test_samples_show_the_photo_without_padding():
   evaluator = detection(
     Scripted(), batches(), sharding.make_mesh(), seqhw=(8,), samples=3, class_names=NAMES
