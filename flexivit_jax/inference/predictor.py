@@ -140,7 +140,7 @@ def preparer(pp: str, channels: int) -> Prepare:
   """Returns the function that reads and prepares one file.
 
   Files are decoded upright, as their EXIF orientation says, unless the string says otherwise, and into grey for a model
-  of one channel (ITU-R 601 luma, as Pillow's "L"). What an evaluation does with captions is left out.
+  of one channel (ITU-R 601 luma, as Pillow's "L"). What an evaluation does with labels, captions and boxes is left out.
   """
   parsed = _of_images(data.parse(pp))
   decoders = data.OPS["decode"], data.OPS["decode_inception_crop"]
@@ -156,12 +156,9 @@ def preparer(pp: str, channels: int) -> Prepare:
 
 
 def _of_images(parsed: data.Preprocess) -> data.Preprocess:
-  """Returns it without what makes tokens of captions, and what keeps them."""
-  texts = {data.OPS[n] for n in ("first_caption", "random_caption", "tokenize", "tokenize_all")}
-  if not any(op.function in texts for op in parsed.ops):
-    return parsed
-  texts.add(data.OPS["keep"])
-  return parsed._replace(ops=tuple(op for op in parsed.ops if op.function not in texts))
+  """Returns it without what makes labels, boxes, tokens and queries, which an image file does not have."""
+  ops = (op for op in parsed.ops if op.inkey is not None or op.function is data.OPS["copy"])
+  return parsed._replace(ops=tuple(ops))
 
 
 def _in_grey(encoded: bytes, *args: Any, **kwargs: Any) -> UInt8[np.ndarray, "h w 1"]:
@@ -170,8 +167,7 @@ def _in_grey(encoded: bytes, *args: Any, **kwargs: Any) -> UInt8[np.ndarray, "h 
 
 
 def _prepare(prepare: data.Preprocess, channels: int, path: str) -> Float32[np.ndarray, "h w c"]:
-  # An evaluation's preprocessing also makes labels; there are none, so it is given class 0.
-  example = prepare({"image": _read(path), "label": 0, "id": path}, np.random.default_rng(0))
+  example = prepare({"image": _read(path), "id": path}, np.random.default_rng(0))
   image = example["image"]
   if image.ndim != 3 or image.shape[-1] != channels:
     raise ValueError(f"prepared as {image.shape}; expected {channels} channels")

@@ -256,10 +256,20 @@ def logits(
 def boxes(
   model: OwlViT, params: Params, image: Float[np.ndarray, "n h w c"], seqhw: SeqHw | None
 ) -> Boxes:
-  """Runs a detector of fixed queries in full precision; without `seqhw` at its own patch size."""
+  """Runs a detector in full precision; without `seqhw` at its own patch size.
+
+  One that takes queries has three random ones.
+  """
   size = {} if seqhw is None else size_args(seqhw)
+  asked = None
+  if model.open and model.text is None:
+    asked = np.random.default_rng(0).normal(size=(3, model.query_length)).astype(np.float32)
+  elif model.open:
+    asked = np.maximum(texts(model.parts["text"]), 1)  # one that begins with 0 is padding
+  queries = () if asked is None else (np.tile(asked, (len(image), 1, 1)),)
+  run = jax.jit(lambda p, *inputs: model.apply({"params": p}, *inputs, **size)[1])
   with jax.default_matmul_precision("highest"):
-    out = jax.jit(lambda p, x: model.apply({"params": p}, x, **size)[1])(params, image)
+    out = run(params, image, *queries)
   return Boxes(*(np.asarray(out[name], np.float32) for name in Boxes._fields))
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexivit_jax import errors, weights
-from flexivit_jax.models import FlexiViT, Segmenter, TwoTowers, vit_part
+from flexivit_jax.models import FlexiViT, OwlViT, Segmenter, TwoTowers, vit_part
 from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.sizes import SeqHw, Size, size_args, size_text
 from flexivit_jax.trees import Json, Params
@@ -46,7 +46,7 @@ OF_TOWERS = {
 }
 OF_SEGMENTER = {"segmenter": Framework(weights.save_segmenter, None, None)}
 FORMATS = ("big_vision", *FRAMEWORKS, *OF_SEGMENTER)
-Model = Any  # a FlexiViT, TwoTowers, or a Segmenter
+Model = Any  # a FlexiViT, TwoTowers, a Segmenter, or an OwlViT
 Row = certificate.AnyRow
 
 
@@ -117,6 +117,10 @@ def convert_to(
 def _framework(name: str, model: Model, source: pathlib.Path) -> Framework:
   """Raises a UserError where the framework has no such model."""
   kinds = FRAMEWORKS
+  if isinstance(model, OwlViT):
+    raise errors.UserError(
+      f"--to={name}: {source} holds a detector, which is written as an .npz (no --to); --image_only takes its FlexiViT."
+    )
   if isinstance(model, TwoTowers):
     kinds = OF_TOWERS
   elif isinstance(model, Segmenter):
@@ -156,9 +160,11 @@ def _run(
   tokens: np.ndarray | None,
   seqhw: SeqHw | None,
 ) -> Any:
-  """Returns logits, of two towers `certificate.Embeddings`."""
+  """Returns logits, of two towers `certificate.Embeddings`, of a detector `certificate.Boxes`."""
   if isinstance(model, TwoTowers) and tokens is not None:
     return certificate.embeddings(model, params, image, tokens, seqhw)
+  if isinstance(model, OwlViT):
+    return certificate.boxes(model, params, image, seqhw)
   return certificate.logits(model, params, image, seqhw)
 
 

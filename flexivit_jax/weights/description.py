@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from flexivit_jax import trees, weights
-from flexivit_jax.models import FlexiViT, Model, TwoTowers, vit_part
+from flexivit_jax.models import FlexiViT, Model, TextTower, TwoTowers, vit_part
 from flexivit_jax.models.grid import common_divisors
 from flexivit_jax.tables import aligned
 from flexivit_jax.trees import Json, Params
@@ -80,6 +80,9 @@ def describe_whole(model: Model, params: Params, record: Json) -> list[str]:
   }
   if names := record.get("class_names"):
     rows["classes"] = _names(names, model.num_classes)
+  if "text" in parts:
+    rows |= _text_tower(parts["text"], params["text"])
+    rows["tokenizer"] = _tokenizer(record.get("text"))
   return [*(line for line in lines if line not in notes), *_rows(rows), *notes]
 
 
@@ -88,19 +91,24 @@ def describe_towers(model: TwoTowers, params: Params, record: Json) -> list[str]
   image, text = model.parts["image"], model.parts["text"]
   lines = describe(image, params["image"], record)
   notes = [line for line in lines if line.startswith("note: ")]
-  head = f", projection to {text.num_classes}" if text.num_classes else ", no projection"
-  size = f"width {text.width}, depth {text.depth}, mlp {text.mlp_dim}, {text.num_heads} heads"
   bias = f", bias {params['b'][0]:.4g}" if "b" in params else ""
-  causal = ", causal" if text.causal else ""
-  rows = {
-    "text tower": f"kind {text.kind}, {size}",
-    "texts": f"{text.vocab_size} tokens, {text.max_length} positions, pool {text.pool_type}{causal}{head}",
-    "parameters": f"{trees.count(params['text']):,}",
-    "activation": f"gelu {text.gelu}, LayerNorm eps {text.layer_norm_eps:g}",
+  rows = _text_tower(text, params["text"]) | {
     "products": f"scale {np.exp(params['t'][0]):.4g}{bias}",
     "tokenizer": _tokenizer(record.get("text")),
   }
   return [*(line for line in lines if line not in notes), *_rows(rows), *notes]
+
+
+def _text_tower(text: TextTower, params: Params) -> Json:
+  head = f", projection to {text.num_classes}" if text.num_classes else ", no projection"
+  size = f"width {text.width}, depth {text.depth}, mlp {text.mlp_dim}, {text.num_heads} heads"
+  causal = ", causal" if text.causal else ""
+  return {
+    "text tower": f"kind {text.kind}, {size}",
+    "texts": f"{text.vocab_size} tokens, {text.max_length} positions, pool {text.pool_type}{causal}{head}",
+    "parameters": f"{trees.count(params):,}",
+    "activation": f"gelu {text.gelu}, LayerNorm eps {text.layer_norm_eps:g}",
+  }
 
 
 def _tokenizer(text: Json | None) -> str:

@@ -41,7 +41,15 @@ def parts_of(name: str) -> dict[str, str]:
 
 def left_out(name: str) -> str:
   """Returns the note on weights of which only the FlexiViT is read."""
-  return IMAGE_ALONE if name == TWO_TOWERS else f"The {vit_part(MODELS[name])} of a {name} alone."
+  return (
+    IMAGE_ALONE if name == TWO_TOWERS else f"The {vit_part(MODELS[name])} of {named(name)} alone."
+  )
+
+
+def named(name: str) -> str:
+  """Returns what a model is called in a sentence: "two towers", "a segmenter", "an owl_vit"."""
+  article = "an" if name[0] in "aeiou" else "a"
+  return "two towers" if name == TWO_TOWERS else f"{article} {name}"
 
 
 def of_record(path: pathlib.Path, record: Json) -> Any:

@@ -231,6 +231,33 @@ def test_what_cannot_be_asked_is_refused(kind, given, message, save, photos, cap
   assert code == 2 and out == "" and re.search(message, err), err
 
 
+def test_its_flexivit_alone_takes_images_without_boxes(save, photos):
+  loaded = predictor.load(save("closed"))
+  assert loaded.record["notes"][-1] == "The backbone of an owl_vit alone."
+  assert loaded.prepare("a/1.png").shape == (24, 24, 3)  # as its run cuts them
+
+
+def test_another_framework_has_no_detector(save, tmp_path, capsys):
+  out = str(tmp_path / "out")
+  assert cli.main(["convert", str(save("closed")), out, "--to=transformers"]) == 2
+  assert "holds a detector, which is written as an .npz" in capsys.readouterr().err
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["closed", "text", "vectors"])
+def test_a_detector_is_converted_and_compared(kind, save, tmp_path, capsys):
+  out = tmp_path / "out.npz"
+  assert cli.main(["convert", str(save(kind)), str(out), "--image_size=24"]) == 0
+  assert "largest difference of the boxes 0.0e+00 of the image" in capsys.readouterr().out
+  assert ("tokenizer" in str(weights.tasks.load(out)[2].get("text"))) == (kind == "text")
+
+
+def test_inspect_tells_of_its_text_tower(save, capsys):
+  assert cli.main(["inspect", str(save("text"))]) == 0
+  out = capsys.readouterr().out
+  assert "text tower    kind big_vision, width 8" in out and "12 tokens a text" in out
+
+
 def test_a_classifier_has_no_boxes(save, photos, capsys):
   vit = weights.load_with_record(save("closed"))
   weights.save_npz(photos / "vit.npz", *vit)

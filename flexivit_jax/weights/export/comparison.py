@@ -12,7 +12,7 @@ import numpy as np
 from flexivit_jax import errors, sizes, weights
 from flexivit_jax.models import MODELS, OwlViT, TwoTowers, vit_part
 from flexivit_jax.trees import Json, Params
-from flexivit_jax.weights import certificate, optional
+from flexivit_jax.weights import certificate, model_records, optional
 from flexivit_jax.weights.export import (
   artifact,
   frameworks,
@@ -95,10 +95,9 @@ def _load(source: str | os.PathLike[str], image_only: bool, to: str, **loading: 
     model, params, record = weights.load_with_record(source, **loading)
     return model.clone(**everywhere), params, record
   if to not in OF_PARTS:
-    what = "two towers" if name == "two_towers" else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
     raise errors.UserError(
-      f"--to={to} takes an image tower alone, and {source} has {what}; add --image_only, or write one of"
-      f" {', '.join(OF_PARTS)}."
+      f"--to={to} takes an image tower alone, and {source} has {model_records.named(name)}; add --image_only, or write"
+      f" one of {', '.join(OF_PARTS)}."
     )
   whole, params, record = weights.tasks.load(source, **loading)
   fields: Any = {part: {**getattr(whole, part), **everywhere}}
