@@ -130,8 +130,8 @@ def test_other_files_are_refused(tmp_path):
   with pytest.raises(ValueError, match="cannot be read"):
     artifact.load_artifact(tmp_path / "vit.npz")
   with zipfile.ZipFile(file, "w") as new:
-    new.writestr("record.json", '{"format": "flexivit artifact 3"}')
-  with pytest.raises(ValueError, match="its format is 'flexivit artifact 3'"):
+    new.writestr("record.json", '{"format": "flexivit artifact 4"}')
+  with pytest.raises(ValueError, match="its format is 'flexivit artifact 4'"):
     artifact.load_artifact(file)
 
 
