@@ -39,7 +39,7 @@ def test_boxes_are_the_models_at_every_size(name, tmp_path):
   sizes = ((3, 4), (6, 8))
   onnx_folder.write(tmp_path / "d", model, params, {}, image_hw=(24, 32), sizes=sizes)
   loaded = onnx_folder.load(tmp_path / "d")
-  assert loaded.record["outputs"]["3x4"] == {"pred_boxes": [12, 4], "class_logits": [12, 3]}
+  assert loaded.record["boxes"]["3x4"] == {"pred_boxes": [12, 4], "class_logits": [12, 3]}
   image = certificate.images((24, 32), 3)
   for size in sizes:
     want = certificate.boxes(model, params, image, size)

@@ -106,20 +106,15 @@ def _program(
   parts: dict[str, bytes], record: Any, name: Any, weights: Any, example: Any
 ) -> Callable[[Any], Any]:
   """The StableHLO of one program in place of that of an empty function with the same signature."""
-  shape, dtype = example  # of one input
-  x = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *shape), dtype)
-  outputs = record["outputs"]  # k, or [h, w, k], or by size and name
-  shapes = outputs[str(name)] if isinstance(outputs, dict) else np.ravel(outputs).tolist()
-
-  def zeros(w: Any, x: Any) -> Any:
-    fill = lambda shape: jnp.zeros((x.shape[0], *shape))  # noqa: E731
-    return {k: fill(v) for k, v in shapes.items()} if isinstance(shapes, dict) else fill(shapes)
-
-  empty = jax.jit(zeros, keep_unused=True)
-  exported = export.export(empty, platforms=record["platforms"])(weights, x)
+  # Of one input `example` is (shape, dtype).
+  x = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *example[0]), example[1])
+  outputs = record.get("boxes", {}).get(str(name)) or record["outputs"]  # k, [h, w, k], or a dict
+  shapes = jax.tree.map(np.ravel, outputs, is_leaf=lambda v: isinstance(v, list))
+  zeros = lambda w, x: jax.tree.map(lambda s: jnp.zeros((x.shape[0], *s)), shapes)  # noqa: E731
+  empty = export.export(jax.jit(zeros, keep_unused=True), platforms=record["platforms"])
   module: dict[str, Any] = {"mlir_module_serialized": parts[f"{name}/program.mlirbc"]}
   module["calling_convention_version"] = record["calling_convention_version"]
-  exported = dataclasses.replace(exported, **module)
+  exported = dataclasses.replace(empty(weights, x), **module)
   try:
     exported.mlir_module()
   except jax.errors.JaxRuntimeError as e:

@@ -83,12 +83,13 @@ def write(
   sizes, name = list(dict.fromkeys(sizes)), vit_part(vit)
   shape = (*image_hw, (own[name] if name else own)["embedding"]["kernel"].shape[2])
   with folders.new(out) as part:
-    outputs: Any = None
+    boxes: Json = {}
     if isinstance(vit, Segmenter):
       graphs = _write_pixels(part, vit, own, image_hw, sizes)
     elif isinstance(vit, OwlViT):
       graphs = _write_boxes(part, vit, own, image_hw, sizes)
-      outputs = {str(size_text(s)): g.outputs for s, g in zip(sizes, graphs, strict=True)}
+      named = {str(size_text(s)): g.outputs for s, g in zip(sizes, graphs, strict=True)}
+      boxes = {"boxes": named, "outputs": model.num_classes}
     else:
       graphs = _write_images(part, vit, own, image_hw, sizes, unit=text is not None)
     if text is not None:
@@ -98,8 +99,9 @@ def write(
       "sizes": [size_text(size) for size in sizes],
       "image_size": list(image_hw),
       "image_shape": list(shape),
-      "outputs": outputs or graphs[0].outputs,
+      "outputs": graphs[0].outputs,
       "opset": onnx_graph.OPSET,
+      **boxes,
     }
     (part / folders.EXPORT_RECORD).write_text(json.dumps(described, allow_nan=False))
 

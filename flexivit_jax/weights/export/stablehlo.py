@@ -82,7 +82,7 @@ def write(
   shape = (*image_hw, channels)
   shared = {n: a for n, a in trees.flatten(own).items() if n not in resampled}
   parts = {"weights.npz": _npz(shared)}
-  format_, outputs = _outputs(whole, image_hw, sizes)
+  given = _outputs(whole, image_hw, sizes)
   for size in dict.fromkeys(sizes):
     fixed, baked, args = baking.bake_whole(whole, own, image_hw=image_hw, **size_args(size))
     flat = trees.flatten(baked)
@@ -95,17 +95,19 @@ def write(
     parts["text/weights.npz"] = _npz(flat)
     parts["text/program.mlirbc"] = program.mlir_module_serialized
     record = record | scalars(model, params)
-  described = record | {
-    "format": format_,
-    "sizes": [size_text(size) for size in dict.fromkeys(sizes)],
-    "image_size": list(image_hw),
-    "image_shape": list(shape),
-    "outputs": outputs,
-    "platforms": list(platforms),
-    "calling_convention_version": program.calling_convention_version,
-    "jax": jax.__version__,
-    "sha256": {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()},
-  }
+  described = (
+    record
+    | given
+    | {
+      "sizes": [size_text(size) for size in dict.fromkeys(sizes)],
+      "image_size": list(image_hw),
+      "image_shape": list(shape),
+      "platforms": list(platforms),
+      "calling_convention_version": program.calling_convention_version,
+      "jax": jax.__version__,
+      "sha256": {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()},
+    }
+  )
   _write(out, parts | {"record.json": json.dumps(described, allow_nan=False).encode()})
 
 
@@ -120,17 +122,17 @@ def scalars(model: TwoTowers, params: Params) -> Json:
   return {"text_length": length, "scale": float(np.exp(params["t"][0])), "bias": bias}
 
 
-def _outputs(model: Any, image_hw: tuple[int, int], sizes: Sequence[SeqHw]) -> tuple[str, Any]:
-  """The format of the artifact, and the shape of what a program gives for an image: of boxes by size and by name."""
+def _outputs(model: Any, image_hw: tuple[int, int], sizes: Sequence[SeqHw]) -> Json:
+  """What a record says of the format, and of the shape of what a program gives; "boxes" by size and by name."""
   if isinstance(model, Segmenter):
-    return FORMAT_OF_PIXELS, [*image_hw, model.num_classes]
+    return {"format": FORMAT_OF_PIXELS, "outputs": [*image_hw, model.num_classes]}
   if not isinstance(model, OwlViT):
-    return FORMAT, model.num_classes or model.num_features
-  tokens = {str(size_text(size)): model.grid(image_hw, **size_args(size)).grid_hw for size in sizes}
-  last = dict(zip(BOXES, (4, model.num_classes), strict=True))
-  return FORMAT_OF_BOXES, {
-    size: {name: [h * w, k] for name, k in last.items()} for size, (h, w) in tokens.items()
-  }
+    return {"format": FORMAT, "outputs": model.num_classes or model.num_features}
+  k, boxes = model.num_classes, {}
+  for size in sizes:
+    h, w = model.grid(image_hw, **size_args(size)).grid_hw
+    boxes[str(size_text(size))] = {"pred_boxes": [h * w, 4], "class_logits": [h * w, k]}
+  return {"format": FORMAT_OF_BOXES, "outputs": k, "boxes": boxes}
 
 
 def _main(result: Result) -> jax.Array:

@@ -35,7 +35,7 @@ def test_an_artifact_gives_the_models_boxes_and_logits(tmp_path):
   )
   loaded = artifact.load_artifact(tmp_path / "d.zip")
   assert loaded.sizes == sizes and loaded.record["format"] == "flexivit artifact 3"
-  assert loaded.record["outputs"]["4x6"] == {"pred_boxes": [24, 4], "class_logits": [24, 3]}
+  assert loaded.record["boxes"]["4x6"] == {"pred_boxes": [24, 4], "class_logits": [24, 3]}
   image = certificate.images(HW, 3)
   for size in sizes:
     want = certificate.boxes(model, params, image, size)
