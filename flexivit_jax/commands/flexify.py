@@ -21,7 +21,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     "--out", required=True, type=options.path, help="folder to write to, or to resume in"
   )
   p.add_argument("--epochs", type=float, help="passes over the images (default 10; 0: only resize)")
-  p.add_argument("--image_size", type=int, help="pixels a side (default 240)")
+  p.add_argument(
+    "--image_size", type=int, help="pixels a side (default 240; of a detector its own)"
+  )
   p.add_argument("--seqhw", help="tokens per side, e.g. 5,8,4x6; 'all': patches of 8 to 48 pixels")
   p.add_argument("--batch_size", type=int, help="default 16")
   p.add_argument("--lr", type=float, help="default 3e-5; 1e-5 for a model without classes")
@@ -42,7 +44,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   )
   p.add_argument(
     "--names",
-    help="of two towers: measure how often images have the same nearest of these texts, 'cat,dog,a red car'",
+    help="of two towers: measure how often images have the same nearest of these texts, 'cat,dog,a red car'; of a"
+    " detector that takes texts: what it looks for",
   )
   options.add_reading(p)
   options.add_processes(p)

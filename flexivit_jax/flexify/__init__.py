@@ -3,7 +3,8 @@
 The student starts from the model's own weights. At each step a patch size is drawn, and the student's logits there are
 trained towards those of the original at its native size, on the same crops: the paper's distillation (FlexiViT, arXiv
 2212.08013) with the model as its own teacher. A model without classes (CLIP, SigLIP, DINOv2) teaches its embeddings.
-Agreement with the original is measured at every size, before and after.
+A detector teaches its boxes and scores (`detector`). Agreement with the original is measured at every size, before and
+after.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from flexivit_jax import data, errors, train, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.devices import sharding
 from flexivit_jax.experiment import loaders
-from flexivit_jax.flexify import card, layout, recipe, retention
+from flexivit_jax.flexify import card, detector, layout, recipe, retention
 from flexivit_jax.inference import predictor, texts
 from flexivit_jax.models import FlexiViT, TwoTowers
 from flexivit_jax.running import distributed, session
@@ -44,8 +45,8 @@ def flexify(
   out: pathlib.Path,
   *,
   epochs: float = 10,
-  image_size: int = 240,
-  seqhw: Sequence[SeqHw] = SIZES,
+  image_size: int | None = None,
+  seqhw: Sequence[SeqHw] | None = None,
   batch_size: int = 16,
   lr: float | None = None,
   seed: int = 0,
@@ -64,15 +65,18 @@ def flexify(
     images: any folder of images; `layout.divide` chooses the held-out ones. Labels are for measuring only.
     out: the output folder; the same command resumes a run that was stopped.
     epochs: passes over the training images; 0 resizes and measures without training.
-    image_size: pixels a side of the student's images; the teacher keeps its native size.
-    seqhw: tokens per side or (per column, per row), the sizes to draw and to measure.
+    image_size: pixels a side of the student's images, default 240, of a detector its own; the teacher keeps its native
+      size.
+    seqhw: tokens per side or (per column, per row), the sizes to draw and to measure; default `SIZES`, see
+      `detector.flexify`.
     batch_size, lr, seed: of the training; default of lr: `recipe.LR`.
     buffers: sides of the stored kernel (pixels) and position grid (cells); default: the model's own, so that its
       output at the native size does not change.
     moment: resizes the kernel for patches like those of the training images, not for white noise; see
       `resize.second_moment`. Matters when the kernel shrinks.
     on_error: "raise" at a damaged image, or "skip" it.
-    names: texts; of two towers it is measured how often an image is nearest to the same one as by the original.
+    names: texts; of a detector that takes texts what it looks for, see `detector.flexify`; of two towers it is measured
+      how often an image is nearest to the same one as by the original.
     loading: further arguments of `weights.load`.
 
   Returns:
@@ -84,6 +88,16 @@ def flexify(
   """
   loading = dict(loading or {})
   distributed.on_first(lambda: _check_out(out), "--out")
+  if detector.is_one(init):
+    if buffers is not None or moment:
+      raise errors.UserError(
+        "A detector keeps its stored kernel; leave --buffers and --moment out."
+      )
+    return detector.flexify(
+      init, images, out, epochs=epochs, image_size=image_size, seqhw=seqhw, batch_size=batch_size, lr=lr,
+      seed=seed, on_error=on_error, names=names, loading=loading,
+    )  # fmt: skip
+  image_size, seqhw = image_size or 240, SIZES if seqhw is None else seqhw
   section = dict(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
   teacher = distributed.each(lambda: loaders.load_teacher(**section), "its model")
   _, _, record = weights.load_with_record(init, **loading)

@@ -49,16 +49,24 @@ _EMBEDDINGS = (
   "flexivit embed PHOTOS --checkpoint model.npz --out features.npz --seqhw {seqhw}",
 )
 
+_BOXES = (
+  'A box is "kept" where this model has one of the same class with an IoU of 0.5 or more; "added" are its boxes that'
+  " the\noriginal does not have. Boxes count from a score of 0.1 on.",
+  "flexivit predict IMAGE --checkpoint model.npz --seqhw {seqhw}",
+)
+
 
 def text(plan: recipe.FlexifyRecipe, student: FlexiViT, scores: Json, facts: Json) -> str:
   """Returns the card in Markdown; every number in it is from this run."""
   taught = "answers" if plan.embedding is None else "embeddings"
+  taught = "boxes and scores" if plan.boxes else taught
   trained = (
     f"Its weights were trained towards the original's {taught} at randomly drawn patch sizes, without labels."
     if "after" in scores
     else "Nothing was trained: kernel and position grid are resized, that is all."
   )
   meaning, use = _CLASSES if plan.embedding is None else _EMBEDDINGS
+  meaning, use = _BOXES if plan.boxes else (meaning, use)
   return _TEXT.format(
     meaning=meaning,
     use=use.format(seqhw=size_text(plan.seqhw[len(plan.seqhw) // 2])),

@@ -32,6 +32,7 @@ class FlexifyRecipe(NamedTuple):
     embedding: the output that is taught where the model has no classes, see `distill_embeddings`; None: the logits of
       its classes.
     anchors: of two towers, embeddings of names, for which zero-shot agreement is measured; None: it is not.
+    boxes: whether the model is a detector, whose boxes and scores are taught.
   """
 
   teacher: Json
@@ -44,6 +45,7 @@ class FlexifyRecipe(NamedTuple):
   on_error: str = "raise"
   embedding: str | None = None
   anchors: tuple[tuple[float, ...], ...] | None = None
+  boxes: bool = False
 
   @property
   def skipping(self) -> dict[str, str]:
@@ -123,7 +125,7 @@ def settings(
     log_every=10,
     input=dict(
       data=plan.sources["train"],
-      pp=f"{crop}|{_both(plan.sides)}",
+      pp=f"{crop}|{both(plan.sides)}",
       batch_size=plan.batch_size,
       **plan.skipping,
     ),
@@ -134,7 +136,7 @@ def settings(
     # Mixup as in the paper: with few images, mixtures of them are most of the inputs to match.
     objective=_goal(plan) | dict(teachers=dict(original=plan.teacher), mixup_p=1.0),
     # Equal FLOPs for each size, so coarse sizes are drawn more often: they are cheap and differ most from the original.
-    flexi=_flexi(plan.seqhw),
+    flexi=flexi(plan.seqhw),
     optim=dict(lr=lr, wd=lr / 10, clip=1.0, schedule=dict(warmup_percent=0.05)),
     checkpoint=dict(every_percent=0.1),
   )
@@ -158,7 +160,7 @@ def embedding_of(model: FlexiViT, record: Json, two_towers: bool = False) -> str
   return "logits" if two_towers or record.get("projection") else None
 
 
-def _flexi(sizes: tuple[SeqHw, ...]) -> Json:
+def flexi(sizes: tuple[SeqHw, ...]) -> Json:
   """The section of the sizes; where one is not square, all are grids."""
   if not any(isinstance(size, tuple) for size in sizes):
     return dict(seqhw=dict(v=sizes, share="flops"))
@@ -176,7 +178,7 @@ def fields_of(model: FlexiViT) -> Json:
   return {k: getattr(model, k) for k in model.__dataclass_fields__ if k not in skipped}
 
 
-def _both(sides: tuple[int, int]) -> str:
+def both(sides: tuple[int, int]) -> str:
   """Returns preprocessing that resizes one crop for student and teacher."""
   student, teacher = sides
   key = f"key='{TEACHER_IMAGE}'"

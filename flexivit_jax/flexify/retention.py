@@ -24,10 +24,11 @@ def measure(plan: recipe.FlexifyRecipe, model: FlexiViT, params: Params, mesh: M
   scores = _evaluation(plan, recipe.evaluation(plan)).make(model, mesh).run(params)
   side = plan.sides[0]
   patches = (model.grid((side, side), **size_args(size)).patch_hw for size in plan.seqhw)
-  return [{"patch": _text(p), **row} for p, row in zip(patches, scores, strict=True)]
+  return [{"patch": patch_text(p), **row} for p, row in zip(patches, scores, strict=True)]
 
 
-def _text(patch: Size) -> int | str:
+def patch_text(patch: Size) -> int | str:
+  """Returns pixels of a patch, one number where it is square."""
   return patch[0] if patch[0] == patch[1] else size_text(patch)
 
 
@@ -73,6 +74,8 @@ _COLUMNS = {
   "cosine_p5": "5th percentile",
   "neighbours": "neighbours",
   "zero_shot": "same name",
+  "kept": "boxes kept",
+  "extra": "boxes added",
 }
 
 
@@ -87,6 +90,12 @@ def _grid(seqhw: int | str) -> str:
 def summary(scores: Json) -> str:
   """Returns sentences about the images and the original model behind the numbers."""
   first, row = scores["original"], scores["before"][0]
+  if "kept" in row:
+    return (
+      f"Percent of the {row['boxes']} boxes that the original (patch {first['patch']} at {first['image_size']} px)"
+      f" finds in {row['n']} images that were not trained on; added: percent of the model's boxes that the original"
+      " does not have."
+    )
   text = "Percent of" if "agree1" in row else "Cosine to the original's embedding, and"
   text += (
     ""

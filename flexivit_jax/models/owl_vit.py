@@ -48,6 +48,8 @@ class OwlViT(nn.Module, Counted):
       alone, for backbones without a class token. Ours.
     box_bias: where a token's box begins. "centre": at the centre of the patch, as large as the patch. "corner": at its
       lower right corner, as in published weights; the last row and column then begin where the sigmoid is flat.
+    box_size: (height, width) of a box at the start, in shares of the image; None: those of a patch, as published, which
+      change with the patch size, where objects do not.
     objectness: a score of its own for whether a box holds anything (OWLv2, arXiv 2306.09683); no gradient goes from it
       to the tokens.
     gelu: of the heads' layers; see `FlexiViT`.
@@ -65,6 +67,7 @@ class OwlViT(nn.Module, Counted):
   unit_queries: bool = True
   merge: str = "class_token"
   box_bias: str = "centre"
+  box_size: tuple[float, float] | None = None
   objectness: bool = False
   gelu: str = "tanh"
   dtype: str = "float32"
@@ -74,6 +77,10 @@ class OwlViT(nn.Module, Counted):
   def __post_init__(self) -> None:
     self.backbone = base.hashable(self.backbone)
     self.text = None if self.text is None else base.hashable(self.text)
+    if self.box_size is not None and not all(0 < share <= 1 for share in self.box_size):
+      raise errors.UserError(
+        f"box_size={self.box_size}; expected two shares of the image, (height, width), above 0 and up to 1."
+      )
     choices = {"merge": MERGES, "box_bias": tuple(BOX_BIASES), "gelu": tuple(vit.GELU)}
     for name, known in choices.items():
       if getattr(self, name) not in known:
@@ -160,7 +167,7 @@ class OwlViT(nn.Module, Counted):
     scale = nn.elu(nn.Dense(1, name="class_scale")(x)) + 1.0
     out["class_logits"] = jnp.where(real[:, None], (scores + shift) * scale, MASKED)
 
-    bias = BOX_BIASES[self.box_bias]((gh, gw))
+    bias = BOX_BIASES[self.box_bias]((gh, gw), self.box_size)
     moved = _mlp(self, x, 4, "box", act).astype(jnp.float32)
     boxes = out["pred_boxes"] = nn.sigmoid(moved + bias.reshape(1, gh * gw, 4))
     out["patch_centres"] = jnp.tile(_centres((gh, gw)), (n, 1, 1))
@@ -267,23 +274,27 @@ def with_queries(
 MERGES = ("class_token", "none")
 
 
-def centre_bias(grid_hw: Size) -> Float[np.ndarray, "gh gw 4"]:
-  """Logits of boxes (cx, cy, w, h) that are the patches themselves."""
-  return _box_bias(grid_hw, 0.5)
+BoxSize = tuple[float, float] | None
 
 
-def corner_bias(grid_hw: Size) -> Float[np.ndarray, "gh gw 4"]:
-  """Logits of boxes as large as a patch, around its lower right corner; source: scenic's owl_vit/utils.py."""
-  return _box_bias(grid_hw, 1.0)
+def centre_bias(grid_hw: Size, size: BoxSize = None) -> Float[np.ndarray, "gh gw 4"]:
+  """Logits of boxes (cx, cy, w, h) that are the patches themselves, or of another size, (height, width)."""
+  return _box_bias(grid_hw, 0.5, size)
+
+
+def corner_bias(grid_hw: Size, size: BoxSize = None) -> Float[np.ndarray, "gh gw 4"]:
+  """As `centre_bias`, around the patch's lower right corner; source: scenic's owl_vit/utils.py."""
+  return _box_bias(grid_hw, 1.0, size)
 
 
 BOX_BIASES = {"centre": centre_bias, "corner": corner_bias}
 
 
-def _box_bias(grid_hw: Size, offset: float) -> Float[np.ndarray, "gh gw 4"]:
+def _box_bias(grid_hw: Size, offset: float, size: BoxSize) -> Float[np.ndarray, "gh gw 4"]:
   rows, columns = grid_hw
+  height, width = size or (1.0 / rows, 1.0 / columns)
   y, x = np.mgrid[:rows, :columns] + offset
-  each = np.broadcast_arrays(x / columns, y / rows, 1.0 / columns, 1.0 / rows)
+  each = np.broadcast_arrays(x / columns, y / rows, width, height)
   share = np.stack(each, axis=-1)
   return (np.log(share + BIAS_EPS) - np.log1p(-share + BIAS_EPS)).astype(np.float32)
 

@@ -61,7 +61,8 @@ def of_record(path: pathlib.Path, record: Json) -> Any:
   name = name_of(record)
   made, parts = MODELS[name], parts_of(name)
   optional = {f.name for f in _fields(made) if f.default is None}  # such as a detector's text tower
-  values = {k: v for k, v in record["model"].items() if k != "name"}
+  values = {k: tuple(v) if isinstance(v, list) else v for k, v in record["model"].items()}
+  values.pop("name", None)
   _check_names(path, values, {f.name for f in _fields(made)} | {*UNNAMED} - {"parent", "name"})
   for part, kind in parts.items():
     if values.get(part) is None and part in optional:

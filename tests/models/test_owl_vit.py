@@ -54,6 +54,20 @@ def test_boxes_begin_at_their_patches():
     np.testing.assert_allclose(box[i, j], want, atol=2e-4)
 
 
+def test_boxes_begin_as_large_as_they_are_told_to():
+  given = detector(box_size=(1 / 3, 1 / 3))
+  params = parameters(given)
+  # At three patches a side that is a patch; elsewhere another.
+  for seqhw, same in ((3, True), (2, False)):
+    one, other = (
+      run(model, params, images(), seqhw=seqhw)["pred_boxes"] for model in (given, detector())
+    )
+    assert np.allclose(one, other, atol=1e-6) == same
+    np.testing.assert_allclose(one[..., :2], other[..., :2], atol=1e-6)
+  with pytest.raises(errors.UserError, match=r"box_size=\(0\.5, 2\.0\); expected two shares"):
+    detector(box_size=(0.5, 2.0))
+
+
 def test_the_corner_bias_is_the_published_formula():
   """Values of log(x + 1e-4) - log1p(-x + 1e-4) by hand, at x = 1/5, 1 and 2/5."""
   bias = corner_bias((5, 5))
