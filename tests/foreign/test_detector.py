@@ -136,3 +136,39 @@ def test_images_are_prepared_nearly_as_by_the_processors(tmp_path):
       ours = (((image + 1) / 2 - mean) / std).transpose(2, 0, 1)
       assert ours.shape == theirs.shape
       assert np.abs(ours - theirs).mean() < limit, (kind, side, np.abs(ours - theirs).mean())
+
+
+def test_clips_tokenizer_of_two_files_is_that_of_transformers(tmp_path):
+  from transformers import CLIPTokenizer
+
+  from flexivit_jax.data import text
+  from flexivit_jax.weights.transformers import towers
+
+  letters = [chr(c) for c in range(33, 127)]
+  merges = ["c a", "ca t</w>", "d o", "do g</w>", "' s</w>", "r e", "re m"]
+  words = [*letters, *(letter + "</w>" for letter in letters)]
+  words += [line.replace(" ", "") for line in merges] + ["<|startoftext|>", "<|endoftext|>"]
+  vocab = {word: i for i, word in enumerate(words)}
+  (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+  (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!"}))
+  fields = dict(max_length=16, vocab_size=len(vocab), eos_token=len(vocab) - 1)
+  record, _ = towers.tokenizer(tmp_path, "owlvit", fields)
+  theirs = CLIPTokenizer.from_pretrained(tmp_path, pad_token="!")
+  for one in ("a Cat's  dog", "remote control, 12 cats!", "dog-cat's 3rd", "A photo of a cat."):
+    expected = theirs(one, padding="max_length", max_length=16, truncation=True)["input_ids"]
+    assert text.of_record(record).encode([one])[0].tolist() == expected
+
+
+def test_a_pickled_file_is_read_with_the_config_beside_it(tmp_path):
+  import torch
+
+  from flexivit_jax import trees
+
+  theirs = built("OwlViT", VISION, TEXT)
+  theirs.save_pretrained(tmp_path / "owl")
+  whole = tasks.load(tmp_path / "owl")
+  (tmp_path / "owl" / "model.safetensors").unlink()
+  torch.save(theirs.state_dict(), tmp_path / "owl" / "pytorch_model.bin")
+  one = tasks.load(tmp_path / "owl" / "pytorch_model.bin")
+  assert trees.digest(one[1]) == trees.digest(whole[1])

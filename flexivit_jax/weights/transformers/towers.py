@@ -26,6 +26,10 @@ BLOCKS, NORM, HEAD = "encoder.layers", "final_layer_norm", "head"
 BLOCK = FAMILIES["clip"].layout.block
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _SENTENCEPIECE = "spiece.model"
+# Of folders that were written before there was a tokenizer.json: CLIP's byte pairs.
+_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # Before transformers 4.31 CLIP's config had this number; the largest token of a text was pooled, and still is there.
 LEGACY_END = 2
 
@@ -177,6 +181,9 @@ def tokenizer(path: pathlib.Path, family: str, f: Fields) -> tuple[Json | None, 
   from flexivit_jax.data import text
 
   file = next((path / n for n in (TOKENIZER, _SENTENCEPIECE) if (path / n).is_file()), None)
+  parts = [path / _VOCABULARY, path / _MERGES]
+  if file is None and family != "siglip" and all(part.is_file() for part in parts):
+    file = parts[0]
   if file is None:
     return None, []
   config = path / TOKENIZER_CONFIG
@@ -187,11 +194,14 @@ def tokenizer(path: pathlib.Path, family: str, f: Fields) -> tuple[Json | None, 
     ]
   end = _word(stated.get("eos_token")) or "</s>" if family == "siglip" else f["eos_token"]
   pad = _word(stated.get("pad_token")) or end
-  options = dict(length=f["max_length"], pad=pad, end=end, lower=family == "siglip")
+  options: Json = dict(length=f["max_length"], pad=pad, end=end, lower=family == "siglip")
   record = path / folders.RECORD  # of a folder that we wrote
   options |= (timm_folder.read_json(record).get("text") or {}) if record.is_file() else {}
   try:
-    tokens = text.load(file, **options)
+    if file.name == _VOCABULARY:
+      tokens = text.Tokens(**options | _of_merges(parts[0], parts[1], options["pad"]))
+    else:
+      tokens = text.load(file, **options)
     if tokens.vocab_size > f["vocab_size"]:
       raise errors.UserError(
         f"it has {tokens.vocab_size} tokens, the text tower {f['vocab_size']}."
@@ -204,6 +214,45 @@ def tokenizer(path: pathlib.Path, family: str, f: Fields) -> tuple[Json | None, 
       "SigLIP's own tokenizer leaves punctuation out; here it stays, so write texts without it."
     )
   return json.loads(json.dumps(tokens.record())), notes
+
+
+def _of_merges(vocabulary: pathlib.Path, merges: pathlib.Path, pad: str | int) -> Json:
+  """Returns CLIP's tokenizer of an old folder as a tokenizer.json would hold it, and the number of its padding.
+
+  Raises:
+    UserError: files that are broken, or without the special tokens.
+  """
+  vocab = timm_folder.read_json(vocabulary)
+  if lacking := [word for word in (*_SPECIAL, pad) if isinstance(word, str) and word not in vocab]:
+    raise errors.UserError(f"{vocabulary.name} has no token {lacking[0]!r}.")
+  lines = merges.read_text(encoding="utf-8").splitlines()
+  pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+  if any(len(pair) != 2 for pair in pairs):
+    raise errors.UserError(f"{merges.name}: expected two parts of a token on each line.")
+  special = [
+    dict(id=vocab[word], content=word, special=True, single_word=False, lstrip=False, rstrip=False,
+         normalized=True)
+    for word in _SPECIAL
+  ]  # fmt: skip
+  start, end = ([word, vocab[word]] for word in _SPECIAL)
+  spaces = dict(type="Replace", pattern={"Regex": r"\s+"}, content=" ")
+  words = dict(type="Split", pattern={"Regex": _WORDS}, behavior="Removed", invert=True)
+  content = dict(
+    version="1.0", truncation=None, padding=None, added_tokens=special, decoder=None,
+    normalizer=dict(type="Sequence", normalizers=[dict(type="NFC"), spaces, dict(type="Lowercase")]),
+    pre_tokenizer=dict(
+      type="Sequence",
+      pretokenizers=[words, dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)],
+    ),
+    post_processor=dict(
+      type="RobertaProcessing", sep=end, cls=start, trim_offsets=False, add_prefix_space=False
+    ),
+    model=dict(
+      type="BPE", dropout=None, unk_token=_SPECIAL[1], continuing_subword_prefix="", end_of_word_suffix="</w>",
+      fuse_unk=False, vocab=vocab, merges=pairs,
+    ),
+  )  # fmt: skip
+  return {"tokenizer": json.dumps(content), "pad": vocab[pad] if isinstance(pad, str) else pad}
 
 
 def _word(token: object) -> str | None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from flexivit_jax.data import text
 from flexivit_jax.weights.transformers import towers
 
 FIELDS = dict(max_length=5, vocab_size=6, eos_token=3)
@@ -62,3 +63,42 @@ def test_punctuation_that_siglips_own_tokenizer_leaves_out_is_said(tmp_path):
   folder = written(tmp_path, dict(tokenizer_class="SiglipTokenizer"))
   _, notes = towers.tokenizer(folder, "siglip", FIELDS)
   assert "punctuation" in notes[0]
+
+
+MERGES = ["c a", "ca t</w>", "d o", "do g</w>"]
+
+
+def merged(folder, merges=MERGES, **more):
+  """Writes the files of a small CLIP tokenizer without a tokenizer.json."""
+  letters = [chr(c) for c in range(33, 127)]
+  words = [*letters, *(letter + "</w>" for letter in letters)]
+  words += [line.replace(" ", "") for line in MERGES] + ["<|startoftext|>", "<|endoftext|>"]
+  vocab = {word: i for i, word in enumerate(words)} | more
+  (folder / "vocab.json").write_text(json.dumps(vocab))
+  (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+  return vocab
+
+
+def test_byte_pairs_in_two_files_are_clips_tokenizer(tmp_path):
+  """That transformers makes the same of the same files: tests/foreign/test_detector.py."""
+  vocab = merged(tmp_path)
+  (tmp_path / towers.TOKENIZER_CONFIG).write_text(json.dumps({"pad_token": "!"}))
+  fields = dict(max_length=7, vocab_size=len(vocab), eos_token=len(vocab) - 1)
+  record, notes = towers.tokenizer(tmp_path, "owlvit", fields)
+  assert notes == [] and (record["pad"], record["end"], record["length"]) == (0, len(vocab) - 1, 7)
+  row = text.of_record(record).encode(["A  Cat, dog"])[0]
+  words = ["<|startoftext|>", "a</w>", "cat</w>", ",</w>", "dog</w>", "<|endoftext|>", "!"]
+  assert row.tolist() == [vocab[word] for word in words]
+  assert towers.tokenizer(tmp_path, "siglip", fields | dict(vocab_size=300)) == (None, [])
+
+
+@pytest.mark.parametrize(
+  ("merges", "pad", "expected"),
+  [(["c a t"], "!", "merges.txt: expected two parts"), (MERGES, "[PAD]", "no token '[PAD]'")],
+)
+def test_byte_pairs_that_are_broken_are_left_out_with_the_reason(tmp_path, merges, pad, expected):
+  vocab = merged(tmp_path, merges)
+  (tmp_path / towers.TOKENIZER_CONFIG).write_text(json.dumps({"pad_token": pad}))
+  fields = dict(max_length=7, vocab_size=len(vocab), eos_token=len(vocab) - 1)
+  record, notes = towers.tokenizer(tmp_path, "clip", fields)
+  assert record is None and expected in notes[0]
