@@ -32,6 +32,7 @@ def test_rows_are_means_over_seeds_and_their_range(tmp_path):
     parts = [
       {"saves": {"0": {"steps": 0.0}, "92": {"steps": 60.0}}},
       {"saves": {"367": {"steps": 120.0}}},
+      {"saves": {}},
     ]
     (folder / "log.txt").write_text("grid_hw=6x8: ...\n2.26e+13 FLOPs expected in all\n")
     (folder / "ledger.json").write_text(json.dumps(parts))

@@ -82,7 +82,7 @@ def flops(workdir: pathlib.Path) -> float:
 def minutes(workdir: pathlib.Path) -> float:
   """Of the steps of a run, as its ledger has them."""
   ledger = json.loads((workdir / "ledger.json").read_text())
-  saves = [entry["saves"] for entry in ledger]
+  saves = [entry["saves"] for entry in ledger if entry["saves"]]  # none where all was done
   return sum(float(s[max(s, key=int)]["steps"]) for s in saves) / 60
 
 
