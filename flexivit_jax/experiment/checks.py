@@ -43,6 +43,8 @@ def check_ranges(settings: Settings) -> None:
   for key, limit in limits.items():
     if limit is not None and not limit > 0:
       raise errors.UserError(f"{key}={limit}; expected more than 0, or None.")
+  if isinstance(settings.accumulate, str) and settings.accumulate != "auto":
+    raise errors.UserError(f"accumulate={settings.accumulate!r}; expected a number, or 'auto'.")
   bias, seed = settings.init_head_bias, settings.seed
   if not math.isfinite(bias or 0.0):
     raise errors.UserError(f"init_head_bias={bias}; expected a finite number.")
