@@ -122,6 +122,17 @@ def segmenter(init: str, decoder: str) -> tuple[dict[str, Any], dict[str, Any] |
   return model, start
 
 
+def detector(init: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """Returns the sections `model` and `init` of an OWL-ViT with learned queries; see `segmenter`.
+
+  Args:
+    init: what `flexivit inspect` reads, of a model with a class token; "": the backbone begins from nothing.
+  """
+  backbone: dict[str, Any] = dict(like=init) if init else dict(variant="S", pool_type="tok")
+  model = dict(name="owl_vit", backbone=dict(backbone, stochastic_depth=0.1), embed_dim=256)
+  return model, dict(backbone=dict(checkpoint=init, new_head=True)) if init else None
+
+
 def polynomial(lr: float) -> dict[str, Any]:
   """Returns Segmenter's section `optim`: SGD without weight decay, (1 - progress) ** 0.9 down to 1e-5."""
   schedule = dict(decay_type="polynomial", power=0.9, polynomial_end=1e-5 / lr)

@@ -61,6 +61,9 @@ FORMS = [
   "folder:init=vit.npz,freeze=6,layer_decay=0.75",
   "flexilit_emoji:image=vit.npz,text=minilm",
   "segment_folder:init=vit.npz",
+  "detect_folder:init=vit.npz",
+  "detect_bccd:init=vit.npz",
+  "detect_emoji:init=vit.npz",
 ]
 
 
@@ -140,6 +143,28 @@ SEGMENTERS = {  # pixels of their patches
 }
 
 
+# Pixels of their patches, and of their images.
+DETECTORS = {
+  "detect_bccd": ((40, 20, 16, 10), 240),
+  "detect_emoji": ((48, 32, 24, 16), 192),
+  "detect_folder": ((48, 32, 24, 16, 12), 384),
+}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_draw_patches_of_these_pixels(name):
+  patches, pixels = DETECTORS[name]
+  c, one = load(name), load(f"{name}:fixed=16")
+  [drawn] = c["flexi"].values()
+  rows = [size if isinstance(size, int) else size[0] for size in drawn["v"]]
+  assert [pixels / n for n in rows] == list(patches) and drawn["v"] == c["evals"]["test"]["seqhw"]
+  [fixed] = one["flexi"].values()
+  assert fixed["v"] == (drawn["v"][patches.index(16)],)
+  assert one["name"].endswith("patch 16 only") and one["evals"] == c["evals"]
+  with pytest.raises(errors.UserError, match=r"config argument fixed '7'; known: .*16"):
+    load(f"{name}:fixed=7")
+
+
 @pytest.mark.parametrize("name", SEGMENTERS)
 def test_segmenters_draw_patches_of_these_pixels(name):
   c = load(name)
@@ -206,7 +231,12 @@ def test_owl_vit_is_trained_as_published():
 
 
 @pytest.mark.parametrize(
-  "name", [n for n in NAMES if n not in ("lit_coco", "owl_lvis", "segmenter_camvid", *SEGMENTERS)]
+  "name",
+  [
+    n
+    for n in NAMES
+    if n not in ("lit_coco", "owl_lvis", "segmenter_camvid", *SEGMENTERS, *DETECTORS)
+  ],
 )
 def test_fixed_trains_one_size_and_evaluates_all(name):
   flexible, fixed = load(name), load(f"{name}:fixed=8")
@@ -239,6 +269,8 @@ FREE = (
   "text",
   "tokenizer",
   "end",
+  "vectors",
+  "photos",
 )  # any text may be a file or a split
 WRONG = {
   int: ("x", "1.5", "-3", "True", ""),
@@ -264,9 +296,10 @@ def arguments_of(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_wrong_value_of_every_argument_is_one_line(name, monkeypatch, photos, scenes):
+def test_every_wrong_value_of_every_argument_is_one_line(name, monkeypatch, photos, scenes, parts):
   teacher = functools.partial(costs._planned_teacher, shapes=False)
-  planned, own = costs.PLANNED._replace(teacher=teacher), dict(folder=photos, segment_folder=scenes)
+  planned = costs.PLANNED._replace(teacher=teacher)
+  own = dict(folder=photos, segment_folder=scenes, detect_folder=parts)
   for argument, default in arguments_of(name, monkeypatch).items():
     wrong = () if argument in FREE else WRONG[type(default)]
     for text in (*(f"{argument}={value}" for value in wrong), f"{argument}{argument[-1]}=1"):
@@ -615,6 +648,50 @@ def scenes(tmp_path) -> pathlib.Path:
         Image.fromarray(pixels).save(path)
   (tmp_path / "scenes" / "classes.txt").write_text("ground\nsquare")
   return tmp_path / "scenes"
+
+
+@pytest.fixture
+def parts(tmp_path) -> pathlib.Path:
+  """Images with a grey square, as boxes of COCO and of YOLO; its classes have ids with a gap."""
+  root, images = tmp_path / "parts", {}
+  for split in ("train", "val"):
+    rows = []
+    for i in range(9):
+      image = np.random.default_rng(i).integers(0, 99, (60, 90, 3), np.uint8)
+      image[10:40, 10 + i : 60] = 200
+      for folder in ("images", "labels"):
+        (root / folder / split).mkdir(parents=True, exist_ok=True)
+      Image.fromarray(image).save(root / f"images/{split}/{i}.png")
+      cx, w = (70 + i) / 2 / 90, (50 - i) / 90
+      (root / f"labels/{split}/{i}.txt").write_text(f"1 {cx} {25 / 60} {w} {30 / 60}\n")
+      rows.append({"id": i, "image_id": i, "category_id": 7, "bbox": [10 + i, 10, 50 - i, 30]})
+    images["images"] = [
+      {"id": i, "file_name": f"{i}.png", "height": 60, "width": 90} for i in range(9)
+    ]
+    images["categories"] = [{"id": 2, "name": "ground"}, {"id": 7, "name": "square"}]
+    (root / f"{split}.json").write_text(json.dumps({**images, "annotations": rows}))
+  (root / "classes.txt").write_text("ground\nsquare")
+  return root
+
+
+@pytest.mark.parametrize("layout", ["coco", "yolo"])
+def test_detect_folder_reads_own_boxes_and_pads_photos(parts, layout):
+  overrides = ("input.batch_size=9", "evals.test.seqhw=(2,)", "flexi.seqhw.v=(2,)")
+  spec = f"detect_folder:data={layout},data_dir={parts},crop=96"
+  exp = experiment.from_config(load(spec, *overrides))
+  assert exp.model.num_classes == 2 and exp.total_steps == 300
+  assert exp.evaluations["test"].source.class_names == ("ground", "square")
+  with exp.batches(0) as batches:
+    batch = next(batches)
+  assert batch["image"].shape == (9, 96, 96, 3) and batch["box_mask"].sum() == 9
+  assert set(batch["box_labels"][batch["box_mask"] > 0]) == {1}
+  record = exp.evaluations["test"].source[0]
+  left = 10 + int(pathlib.Path(record["id"]).stem)
+  made = data.parse(exp.evaluations["test"].pp)(record, np.random.default_rng(0))
+  np.testing.assert_allclose(
+    made["boxes"][0], [left / 90 * 96, 10 / 60 * 64, 60 / 90 * 96, 40 / 60 * 64], rtol=1e-5
+  )
+  assert (made["image"][64:] == 0).all() and made["image"][:64].any()
 
 
 def test_segment_folder_reads_own_masks_and_names_their_classes(scenes):

@@ -16,7 +16,10 @@ from flexivit_jax.training import steps
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # Configs whose data have no known size are planned with them.
-OWN_DATA = ("folder", "flexilit_emoji", "segmenter_camvid", "segment_folder")
+OWN_DATA = (
+  "folder", "flexilit_emoji", "segmenter_camvid", "segment_folder", "detect_bccd", "detect_emoji",
+  "detect_folder"
+)  # fmt: skip
 NAMES = sorted(
   f.stem for f in CONFIGS.glob("*.py") if f.stem not in ("__init__", "common", *OWN_DATA)
 )
