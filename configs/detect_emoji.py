@@ -7,8 +7,8 @@
 
 Training shows four of five names ("base"), the test all; AP50 of base and of novel names, while all compete, is
 measured apart ("ap50_base", "ap50_novel"). A detector that knows nothing of words finds novel names by chance: so does
-the last run, whose names have the vectors of other names. What came of it: docs/detection.md; `tools/paper/scenes.py`
-runs all of it.
+the last run, whose names have the vectors of other names. What came of it is in docs/detection.md;
+`tools/paper/detection.py emoji` runs all of it.
 
 init: a ViT-Ti/16 with a class token. vectors: of the names, from all-MiniLM-L6-v2, which stays as it is. Without it a
 small text tower of bytes begins from nothing, which learns the names that it is shown. photos: a folder; without it,

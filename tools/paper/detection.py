@@ -1,11 +1,14 @@
-"""Runs the experiments of configs/detect_emoji.py and prints what came of them; resumes what was stopped.
+"""Runs the experiments of a miniature of detection and prints what came of them; resumes what was stopped.
 
 Usage:
-  python tools/paper/scenes.py --out runs/scenes --init vit_ti.npz --data_dir cutouts --photos photos \
+  python tools/paper/detection.py emoji --out runs/scenes --init vit_ti.npz --data_dir cutouts --photos photos \
     --vectors names.npz --shuffled shuffled.npz                         run what is not done yet
-  python tools/paper/scenes.py --out runs/scenes --csv FILE             the table; writes its rows
+  python tools/paper/detection.py bccd --out runs/bccd --init vit_ti.npz --data_dir bccd
+  python tools/paper/detection.py bccd --out runs/bccd --csv FILE       the table; writes its rows
 
-Runs are in OUT/seedN/NAME. --given adds arguments of the config to all of them, e.g. steps=5000.
+emoji: configs/detect_emoji.py, flexible, fixed and with vectors of other names. bias: the same at one size, with boxes
+that begin at the centre or at the corner of a patch, at 5 x 5 and 15 x 15 tokens. bccd: configs/detect_bccd.py.
+Runs are in OUT/seedN/NAME. --given adds arguments of the config to all of them, e.g. epochs=9.
 """
 
 import argparse
@@ -15,43 +18,80 @@ import re
 import statistics
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from flexivit_jax import cli
 from flexivit_jax.evaluators import results
+from flexivit_jax.running import metrics_writer
 
-CONFIG = "configs/detect_emoji.py"
-# name of the run: arguments of the config, and which file of vectors it takes
-RUNS = {
-  "flexible": ("", "vectors"),
-  "p16": ("fixed=16", "vectors"),
-  "p32": ("fixed=32", "vectors"),
-  "shuffled": ("", "shuffled"),
+EMOJI, BCCD = "configs/detect_emoji.py", "configs/detect_bccd.py"
+
+
+class Miniature(NamedTuple):
+  """Some runs of one config.
+
+  Attributes:
+    config: its file.
+    files: arguments of the config that are paths, by default those of the command line.
+    runs: name of a run: its arguments.
+    shown: columns of the table that is printed.
+  """
+
+  config: str
+  files: tuple[str, ...]
+  runs: dict[str, str]
+  shown: tuple[str, ...]
+
+
+_NAMED = ("init", "data_dir", "photos", "vectors")
+MINIATURES = {
+  "emoji": Miniature(
+    EMOJI,
+    _NAMED,
+    {"flexible": "", "p16": "fixed=16", "p32": "fixed=32", "shuffled": "vectors=SHUFFLED"},
+    ("base", "novel"),
+  ),
+  "bias": Miniature(
+    EMOJI,
+    _NAMED,
+    {
+      f"{bias}_{240 // patch}": f"pixels=240,fixed={patch},steps={steps},box_bias={bias}"
+      for patch, steps in ((48, 600), (16, 250))
+      for bias in ("centre", "corner")
+    },
+    ("ap50", "loss"),
+  ),
+  "bccd": Miniature(
+    BCCD,
+    ("init", "data_dir"),
+    {"flexible": "", "p40": "fixed=40", "p16": "fixed=16"},
+    ("ap50", "ap"),
+  ),
 }
-# column: key of a row of eval.json, as percent
+# column: key of a row of eval.json, as percent; a size without such boxes has none
 PERCENT = {
   "ap50": "ap50",
   "base": "ap50_base",
   "novel": "ap50_novel",
   "ap": "ap",
   "ceiling": "ceiling_recall",
-}
+} | {key: f"ap50_tokens_{key}" for key in ("below_1", "1_to_4", "4_to_16", "above_16")}
+LAST = 50  # steps whose mean loss is shown
 ENDS = ("TFLOPs", "minutes", "seeds")
 
 
-def spec(name: str, files: dict[str, str], given: str) -> str:
+def spec(made: Miniature, name: str, files: dict[str, str], given: str) -> str:
   """Returns the config of a run, with its arguments.
 
   Args:
-    name: a key of `RUNS`.
-    files: paths of "init", "data_dir", "photos" ("": none), "vectors" and "shuffled".
+    made: whose run it is.
+    name: of the run.
+    files: paths, by the name of the argument; "": none.
     given: more arguments.
   """
-  argument, vectors = RUNS[name]
-  named = [f"{key}={files[key]}" for key in ("init", "data_dir", "photos") if files[key]]
-  return f"{CONFIG}:" + ",".join(
-    filter(None, [*named, f"vectors={files[vectors]}", argument, given])
-  )
+  own = made.runs[name].replace("SHUFFLED", files["shuffled"])
+  named = [f"{k}={files[k]}" for k in made.files if files[k] and f"{k}=" not in own]
+  return f"{made.config}:" + ",".join(filter(None, [*named, own, given]))
 
 
 def run(config: str, workdir: pathlib.Path) -> None:
@@ -79,11 +119,15 @@ def measured(name: str, out: pathlib.Path) -> list[dict[str, Any]]:
     found = {"run": name, "patch": rows[0]["patch"], "tokens": rows[0]["tokens"]}
     found["GFLOPs"] = f"{rows[0]['gflops']:.2f}"
     for column, key in PERCENT.items():
-      values = [100 * row[key] for row in rows]
+      values = [100 * row[key] for row in rows if row.get(key) is not None]
+      if not values:
+        found[column] = ""
+        continue
       found[column] = f"{statistics.mean(values):.1f}"
-      if key.startswith("ap50"):
+      if column in ("ap50", "base", "novel"):
         found |= {f"{column}_low": f"{min(values):.1f}", f"{column}_high": f"{max(values):.1f}"}
     found |= {
+      "loss": f"{statistics.mean(map(loss, folders)):.3f}",
       "dropped": rows[0]["dropped_boxes"],
       "TFLOPs": f"{statistics.mean(map(flops, folders)) / 1e12:.0f}",
       "minutes": f"{statistics.mean(map(minutes, folders)):.0f}",
@@ -100,6 +144,12 @@ def flops(workdir: pathlib.Path) -> float:
   return float(re.search(r"(\S+) FLOPs expected in all", text)[1])
 
 
+def loss(workdir: pathlib.Path) -> float:
+  """The mean of the last steps."""
+  rows = metrics_writer.read_rows(workdir / "metrics.jsonl")
+  return statistics.mean([row["loss"] for row in rows if "loss" in row][-LAST:])
+
+
 def minutes(workdir: pathlib.Path) -> float:
   """Of the steps of a run, as its ledger has them."""
   ledger = json.loads((workdir / "ledger.json").read_text())
@@ -107,18 +157,18 @@ def minutes(workdir: pathlib.Path) -> float:
   return sum(float(s[max(s, key=int)]["steps"]) for s in saves) / 60
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-  """A Markdown table: AP50 in percent of base / novel names by patch size, a line for each run."""
+def table(rows: list[dict[str, Any]], shown: tuple[str, ...]) -> str:
+  """A Markdown table: columns of the rows by patch size, a line for each run."""
   lines: list[str] = []
   for name in dict.fromkeys(row["run"] for row in rows):
     own = [row for row in rows if row["run"] == name]
     if not lines:
       heads = [f"{row['patch']} px" for row in own]
       lines = [
-        f"| AP50 base / novel | {' | '.join(heads)} | {' | '.join(ENDS)} |",
+        f"| {' / '.join(shown)} | {' | '.join(heads)} | {' | '.join(ENDS)} |",
         "|" + "---|" * (len(heads) + 1 + len(ENDS)),
       ]
-    cells = [f"{row['base']} / {row['novel']}" for row in own]
+    cells = [" / ".join(row[key] for key in shown) for row in own]
     end = " | ".join(str(own[0][key]) for key in ENDS)
     lines.append(f"| {name} | {' | '.join(cells)} | {end} |")
   return "\n".join(lines)
@@ -129,9 +179,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
+  parser.add_argument("miniature", choices=MINIATURES)
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the runs")
   parser.add_argument("--init", help="the ViT-Ti/16 to start from; without it nothing is trained")
-  parser.add_argument("--data_dir", default="cutouts", help="the cut-outs (default: cutouts)")
+  parser.add_argument("--data_dir", default="", help="the data (default: the config's)")
   parser.add_argument("--photos", default="", help="backgrounds (default: gradients)")
   parser.add_argument("--vectors", default="names.npz", help="of the names (default: names.npz)")
   parser.add_argument("--shuffled", default="shuffled.npz", help="(default: shuffled.npz)")
@@ -140,9 +191,10 @@ def main() -> None:
   parser.add_argument("--given", default="", help="arguments of the config, with commas")
   parser.add_argument("--csv", type=pathlib.Path, help="a file for what is done of the runs")
   args = parser.parse_args()
-  names = args.only.split(",") if args.only else list(RUNS)
-  if unknown := [n for n in names if n not in RUNS]:
-    parser.error(f"no run {unknown[0]!r}; there are {', '.join(RUNS)}")
+  made = MINIATURES[args.miniature]
+  names = args.only.split(",") if args.only else list(made.runs)
+  if unknown := [n for n in names if n not in made.runs]:
+    parser.error(f"no run {unknown[0]!r}; there are {', '.join(made.runs)}")
   if args.init:
     files = {
       key: getattr(args, key) for key in ("init", "data_dir", "photos", "vectors", "shuffled")
@@ -150,9 +202,9 @@ def main() -> None:
     for seed in args.seeds.split(","):
       for name in names:
         given = ",".join(filter(None, [args.given, f"seed={seed}"]))
-        run(spec(name, files, given), args.out / f"seed{seed}" / name)
+        run(spec(made, name, files, given), args.out / f"seed{seed}" / name)
   rows = [row for name in names for row in measured(name, args.out)]
-  print(table(rows))
+  print(table(rows, made.shown))
   if args.csv and rows:
     results.write_csv(args.csv, rows)
 
