@@ -37,12 +37,12 @@ def grid(size: SizeText) -> str:
 
 
 def number(metric: Metric, value: float | None) -> str:
-  """Writes a value without its unit: a fraction in percent to a tenth, others to three places or digits."""
+  """Writes a value without its unit: a share in percent to a tenth, whole numbers as such, others to three places."""
   if value is None:
     return "–"
   if metric.unit == "%":
     return f"{100 * value:.1f}"
-  if abs(value) >= 1000:
+  if abs(value) >= 1000 or isinstance(value, int):
     return f"{value:,.0f}"
   return f"{value:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.3g}"
 

@@ -185,3 +185,13 @@ def test_the_axis_of_numbers_holds_them_with_few_round_ticks(values, low, high):
   assert first <= min(values) + 1e-9 and max(values) <= last + 1e-9
   assert 2 <= len(ticks) <= 9 and len(set(ticks.values())) == len(ticks)
   assert max(map(len, ticks.values())) <= 7
+
+
+def test_counts_have_no_decimals():
+  count = Metric("dropped", "min", title="boxes")
+  assert [tables.number(count, value) for value in (0, 28, 1234, 0.5)] == [
+    "0",
+    "28",
+    "1,234",
+    "0.500",
+  ]
