@@ -40,6 +40,8 @@ def test_rows_are_means_over_seeds_and_their_range(tmp_path):
       row | dict(patch=48, tokens=16, gflops=0.25, ap50_novel=novel - 0.25),
     ]
     (folder / "eval.json").write_text(json.dumps({"rows": rows}))
+    alone = [{"tokens": row["tokens"], "ap50": row["ap50_novel"] * 2} for row in rows]
+    (folder / "eval_novel.json").write_text(json.dumps({"rows": alone}))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\n")
     (folder / "log.txt").write_text("2.26e+13 FLOPs expected in all\n")
     (folder / "ledger.json").write_text(
@@ -48,6 +50,7 @@ def test_rows_are_means_over_seeds_and_their_range(tmp_path):
   coarse, fine = detection.measured("p16", tmp_path)
   assert (coarse["patch"], coarse["novel"], coarse["base"]) == (48, "12.5", "60.0")
   assert (fine["novel"], fine["novel_low"], fine["novel_high"]) == ("37.5", "25.0", "50.0")
+  assert (coarse["novel_alone"], fine["novel_alone_high"]) == ("25.0", "100.0")
   assert (fine["TFLOPs"], fine["minutes"], fine["seeds"], fine["ceiling"]) == ("23", "2", 2, "100.0")  # fmt: skip
   assert detection.measured("flexible", tmp_path) == []
   last = detection.table([coarse, fine], ("base", "novel")).splitlines()[-1]

@@ -49,7 +49,7 @@ MINIATURES = {
     EMOJI,
     _NAMED,
     {"flexible": "", "p16": "fixed=16", "p32": "fixed=32", "shuffled": "vectors=SHUFFLED"},
-    ("base", "novel"),
+    ("base", "novel", "novel_alone"),
   ),
   "bias": Miniature(
     EMOJI,
@@ -73,6 +73,7 @@ PERCENT = {
   "ap50": "ap50",
   "base": "ap50_base",
   "novel": "ap50_novel",
+  "novel_alone": "novel_alone",
   "ap": "ap",
   "ceiling": "ceiling_recall",
 } | {key: f"ap50_tokens_{key}" for key in ("below_1", "1_to_4", "4_to_16", "above_16")}
@@ -111,9 +112,7 @@ def measured(name: str, out: pathlib.Path) -> list[dict[str, Any]]:
   """Returns what is done of a run, a row for each size, coarsest first: means over the seeds, and ranges of AP50."""
   files = sorted(out.glob(f"seed*/{name}/eval.json"))
   folders = [file.parent for file in files]
-  by_size = [
-    sorted(json.loads(file.read_text())["rows"], key=lambda row: row["gflops"]) for file in files
-  ]
+  by_size = [sorted(rows_of(file), key=lambda row: row["gflops"]) for file in files]
   made = []
   for rows in zip(*by_size, strict=True):
     found = {"run": name, "patch": rows[0]["patch"], "tokens": rows[0]["tokens"]}
@@ -124,7 +123,7 @@ def measured(name: str, out: pathlib.Path) -> list[dict[str, Any]]:
         found[column] = ""
         continue
       found[column] = f"{statistics.mean(values):.1f}"
-      if column in ("ap50", "base", "novel"):
+      if column in ("ap50", "base", "novel", "novel_alone"):
         found |= {f"{column}_low": f"{min(values):.1f}", f"{column}_high": f"{max(values):.1f}"}
     found |= {
       "loss": f"{statistics.mean(map(loss, folders)):.3f}",
@@ -136,6 +135,16 @@ def measured(name: str, out: pathlib.Path) -> list[dict[str, Any]]:
     }
     made.append(found)
   return made
+
+
+def rows_of(file: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of an evaluation; with AP50 of novel names that compete alone, where that was measured."""
+  rows = json.loads(file.read_text())["rows"]
+  alone = file.with_name("eval_novel.json")
+  if not alone.exists():
+    return rows
+  of_size = {row["tokens"]: row["ap50"] for row in json.loads(alone.read_text())["rows"]}
+  return [{**row, "novel_alone": of_size[row["tokens"]]} for row in rows]
 
 
 def flops(workdir: pathlib.Path) -> float:
