@@ -215,7 +215,9 @@ def main() -> None:
   rows = [row for name in names for row in measured(name, args.out)]
   print(table(rows, made.shown))
   if args.csv and rows:
-    results.write_csv(args.csv, rows)
+    empty = {key for key in rows[0] if all(row[key] == "" for row in rows)}
+    kept = [{key: value for key, value in row.items() if key not in empty} for row in rows]
+    results.write_csv(args.csv, kept)
 
 
 if __name__ == "__main__":
