@@ -50,7 +50,7 @@ def get_config(arg=""):
   named = f"query_vectors({arg.vectors!r})" if arg.vectors else named
   c.input = dict(
     data=data | dict(split="train", num_examples=40_000, names="base"),
-    pp=f"decode|flip_lr|sample_queries(24, 18)|{named}|value_range(-1, 1)|pad_boxes({BOXES})|relative_boxes('xyxy')"
+    pp=f"decode|sample_queries(100, 94)|{named}|value_range(-1, 1)|pad_boxes({BOXES})|relative_boxes('xyxy')"
     "|keep('image', 'boxes', 'box_mask', 'box_targets', 'queries')",
     batch_size=16,
     threads=1,
