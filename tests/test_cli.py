@@ -83,7 +83,7 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 @pytest.mark.parametrize(
   ("args", "message"),
   [
-    (["train", "--config=nowhere.py", "--workdir=x"], "known: cifar10, digits"),
+    (["train", "--config=nowhere.py", "--workdir=x"], "known: cifar10, detect_bccd"),
     (["train", "--config=digit", "--workdir=x"], "Did you mean 'digits'?"),
     (["train", "--config=digits:fixd=8", "--workdir=x"], "Did you mean 'fixed'?"),
     (

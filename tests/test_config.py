@@ -69,7 +69,7 @@ def test_an_own_file_comes_before_a_shipped_one(file, tmp_path, monkeypatch):
 
 
 def test_another_path_is_never_replaced_by_a_shipped_config(tmp_path):
-  with pytest.raises(errors.UserError, match=r"Unknown config .*known: cifar10, digits, "):
+  with pytest.raises(errors.UserError, match=r"Unknown config .*known: cifar10, detect_bccd, "):
     config.load(str(tmp_path / "digits.py"))
 
 

@@ -68,7 +68,7 @@ def flexify(
   """
   if distributed.is_on():
     raise errors.UserError(
-      "A detector is flexified by one process; start it without --coordinator."
+      "A detector is flexified by one process; start it without --coordinator_address."
     )
   loaded = predictor.load(init, whole=True, **(loading or {}))
   weights.print_notes(loaded.record)

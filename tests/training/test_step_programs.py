@@ -231,7 +231,7 @@ def saved(exp, run):
     ),
     (dict(memory_gib=1.0), "no effect without accumulate='auto'"),
     (dict(accumulate="auto", memory_gib=-1.0), "expected more than 0"),
-    (dict(accumulate="all"), "got accumulate='all'|Got accumulate='all'"),
+    (dict(accumulate="all"), "accumulate='all'; expected a number, or 'auto'"),
     (dict(accumulate=3), "expected a divisor of batch_size"),
     (dict(token_budget=dict(most=0)), "expected at least 1"),
     (dict(token_budget=dict(mots=2)), "Did you mean 'token_budget.most'"),
