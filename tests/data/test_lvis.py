@@ -127,6 +127,10 @@ def test_the_source_lvis_knows_its_files(tmp_path):
     (changed("images", 0, neg_category_ids=[5]), r"no category has the id 5 .neg_category_ids"),
     (changed("images", 0, neg_category_ids=4), "neg_category_ids is 4; expected a list of ids"),
     (changed("images", 0, not_exhaustive_category_ids=["4"]), "an id of not_exhaustive_.* is '4'"),
+    (
+      changed("images", 0, neg_category_ids=[12, 2]),
+      r"annotations\[0\] \(id 1\): its category is among",
+    ),
     (changed("images", 0, coco_url=3), "the file name is None; expected text"),
     (changed("images", 0, coco_url="a/../b.png"), "is not below the folder"),
     (changed("categories", 1, frequency="x"), "frequency of category 2 is 'x'; expected 'r'"),

@@ -346,7 +346,12 @@ def _with_boxes(
       if number_of in taken:
         raise BadRowError("an annotation before has this id")
       taken.add(number_of)
-      boxes[key].append(_box(annotation, number_of, entry.hw or (0, 0), label_of, findings))
+      box = _box(annotation, number_of, entry.hw or (0, 0), label_of, findings)
+      if box[1] in entry.stated.get("neg_labels", ()):
+        raise BadRowError(
+          f"its category is among the neg_category_ids of {entry.row}, so is not in that image"
+        )
+      boxes[key].append(box)
     except BadRowError as error:
       findings.bad.append(f"{row}: {error}")
   rows = []
