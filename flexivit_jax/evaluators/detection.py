@@ -195,7 +195,7 @@ class Detection:
 
     numbers = np.array(self._classes)
     for outputs in self._scored.outputs(params, batches()):
-      batch, images = waiting.pop()
+      batch, images = waiting.pop(0)
       for i, output in enumerate(outputs.values()):
         made = {f"{name}_{i}": of_this_process(array) for name, array in output.items()}
         images |= made | {f"label_{i}": numbers[made[f"label_{i}"]]}

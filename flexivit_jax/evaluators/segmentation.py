@@ -273,7 +273,7 @@ class Segmentation:
         yield self._resized(batch, hw)
 
     for outputs in self._programs.outputs(params, batches()):
-      batch = waiting.pop()
+      batch = waiting.pop(0)
       predicted = {key: of_this_process(output) for key, output in outputs.items()}
       for i in np.flatnonzero(batch["_mask"] > 0):
         made = {key: classes[i] for key, classes in predicted.items()}
