@@ -45,7 +45,8 @@ def get_config(arg=""):
   crop = f"inception_crop({arg.crop}, area_min=30, min_area=0.5)|flip_lr"
   c.input = dict(
     data=dict(data, split=arg.train),
-    pp=f"decode|{crop}|{values}|{boxes}|relative_boxes('xyxy')|keep('image', 'boxes', 'box_mask', 'box_labels')",
+    pp=f"decode|without_crowd|{crop}|{values}|{boxes}|relative_boxes('xyxy')"
+    "|keep('image', 'boxes', 'box_mask', 'box_labels')",
     batch_size=16,
   )
   c.flexi = dict(seqhw=dict(v=common.drawn(arg.fixed, sizes)))
@@ -61,8 +62,8 @@ def get_config(arg=""):
     test=dict(
       type="detection",
       data=dict(data, split=arg.val),
-      pp=f"decode|origin|resize_keep({arg.crop}, fit='contain')|{values}|pad({arg.crop}, fill=0)"
-      f"|{boxes}|keep('image', 'origin', 'boxes', 'box_mask', 'box_labels')",
+      pp=f"decode|origin|with_crowd|resize_keep({arg.crop}, fit='contain')|{values}|pad({arg.crop}, fill=0)"
+      f"|{boxes}|keep('image', 'origin', 'boxes', 'box_mask', 'box_labels', 'box_crowd')",
       batch_size=16,
       seqhw=tuple(sizes.values()),
       every_percent=0.1,

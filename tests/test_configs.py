@@ -652,7 +652,7 @@ def scenes(tmp_path) -> pathlib.Path:
 
 @pytest.fixture
 def parts(tmp_path) -> pathlib.Path:
-  """Images with a grey square, as boxes of COCO and of YOLO; its classes have ids with a gap."""
+  """Images with a grey square, as boxes of COCO, with ids with a gap and one crowd, and of YOLO."""
   root, images = tmp_path / "parts", {}
   for split in ("train", "val"):
     rows = []
@@ -665,6 +665,7 @@ def parts(tmp_path) -> pathlib.Path:
       cx, w = (70 + i) / 2 / 90, (50 - i) / 90
       (root / f"labels/{split}/{i}.txt").write_text(f"1 {cx} {25 / 60} {w} {30 / 60}\n")
       rows.append({"id": i, "image_id": i, "category_id": 7, "bbox": [10 + i, 10, 50 - i, 30]})
+    rows.append({"id": 9, "image_id": 0, "category_id": 2, "bbox": [0, 0, 90, 60], "iscrowd": 1})
     images["images"] = [
       {"id": i, "file_name": f"{i}.png", "height": 60, "width": 90} for i in range(9)
     ]
@@ -685,9 +686,12 @@ def test_detect_folder_reads_own_boxes_and_pads_photos(parts, layout):
     batch = next(batches)
   assert batch["image"].shape == (9, 96, 96, 3) and batch["box_mask"].sum() == 9
   assert set(batch["box_labels"][batch["box_mask"] > 0]) == {1}
-  record = exp.evaluations["test"].source[0]
+  evaluated = exp.evaluations["test"]
+  examples = map(data.parse(evaluated.pp), evaluated.source.read(range(9)), [None] * 9)
+  assert sum(made["box_crowd"].sum() for made in examples) == (1 if layout == "coco" else 0)
+  record = evaluated.source[1]
   left = 10 + int(pathlib.Path(record["id"]).stem)
-  made = data.parse(exp.evaluations["test"].pp)(record, np.random.default_rng(0))
+  made = data.parse(evaluated.pp)(record, np.random.default_rng(0))
   np.testing.assert_allclose(
     made["boxes"][0], [left / 90 * 96, 10 / 60 * 64, 60 / 90 * 96, 40 / 60 * 64], rtol=1e-5
   )

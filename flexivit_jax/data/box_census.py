@@ -1,12 +1,13 @@
 """What the boxes of a data set mean for training, as lines: which have no token at a size, crowds, repeated ones."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flexivit_jax.data.preprocess import parse
 from flexivit_jax.data.sources import Record, Source
+from flexivit_jax.errors import UserError
 
 _READ = 200  # examples that are read where the data have no list of boxes
 
@@ -22,42 +23,48 @@ class _Counts(NamedTuple):
 def box_lines(source: Source, pp: str, tokens: Sequence[int]) -> list[str]:
   """Returns e.g. "at 25 tokens 53 of 929 boxes have no token, at 36 tokens 12; at 48 tokens each has one".
 
-  And lines on crowds, and on boxes that are there twice. Boxes are those of the data, before crops and mosaics: of
-  their list, or of some images that are read. [] for data in a bucket, and without boxes.
+  And lines on images without a box or that cannot be read, on crowds, and on boxes that are there twice. Boxes are
+  those of the data, before crops and mosaics: of their list, or of some images that are read. [] for data in a bucket,
+  and for data that have no boxes at all.
 
   Args:
     source: the training data.
     pp: their preprocessing.
     tokens: numbers of tokens of the sizes that are trained.
+
+  Raises:
+    UserError: boxes stand for a crowd, and `pp` does not remove them.
   """
   if source.listing is None and source.ahead is not None:
     return []
   names = {op.function.__name__ for op in parse(pp).ops}
-  counts = _counted(_records(source), "without_crowd" in names)
-  if not counts.boxes.sum():
-    return []
-  lines = [_without_token(counts.boxes, sorted({*tokens}))]
-  if len(counts.boxes) < len(source):
-    lines[0] += f" (in {len(counts.boxes):,} of {len(source):,} images)"
-  if "mosaic" in names:
-    lines[0] += "; a mosaic has the boxes of all its tiles"
+  records, bad = _records(source)
+  counts = _counted(records, "without_crowd" in names)
+  lines = []
+  if counts.boxes.sum():
+    lines.append(_without_token(counts.boxes, sorted({*tokens})))
+    if len(counts.boxes) < len(source):
+      lines[0] += f" (in {len(counts.boxes):,} of {len(source):,} images)"
+    if "mosaic" in names:
+      lines[0] += "; a mosaic has the boxes of all its tiles"
   if empty := int((counts.boxes == 0).sum()):
     lines.append(
       f"{empty:,} of {len(counts.boxes):,} images {'has' if empty == 1 else 'have'} no box"
     )
+  if bad:
+    lines.append(f"{bad:,} of {bad + len(records):,} images that were tried cannot be read")
+  if counts.crowds and "without_crowd" not in names:
+    raise UserError(
+      f"{source.name} {source.split!r} has {counts.crowds:,} boxes that stand for a crowd, and are no objects to train"
+      " with; write without_crowd() before pad_boxes in input.pp."
+    )
   if counts.crowds:
-    lines.append(f"{counts.crowds:,} boxes stand for a crowd" + _crowd_advice(names))
+    lines.append(f"{counts.crowds:,} boxes stand for a crowd, and are left out")
   if counts.repeated and "merge_boxes" not in names:
     lines.append(
       f"{counts.repeated:,} boxes repeat another one, class and corners; merge_boxes() in input.pp joins such"
     )
   return lines
-
-
-def _crowd_advice(names: set[str]) -> str:
-  if "without_crowd" in names:
-    return ", and are left out"
-  return "; write without_crowd() before pad_boxes in input.pp, or they end the run"
 
 
 def _without_token(boxes: np.ndarray, tokens: Sequence[int]) -> str:
@@ -72,16 +79,17 @@ def _without_token(boxes: np.ndarray, tokens: Sequence[int]) -> str:
   return ", ".join(parts) + rest
 
 
-def _records(source: Source) -> Iterator[Record]:
+def _records(source: Source) -> tuple[list[Record], int]:
+  """Returns the records of the list, or of some examples; and how many of these cannot be read."""
   if source.listing is not None:
-    yield from source.listing()
-    return
+    return [*source.listing()], 0
+  records, bad = [], 0
   for index in np.unique(np.linspace(0, len(source) - 1, min(_READ, len(source))).astype(int)):
     try:
-      (record,) = source.read([int(index)])
-    except Exception:  # a bad example is found where batches are made
-      continue
-    yield record
+      records += source.read([int(index)])
+    except Exception:  # where batches are made it ends the run, or is skipped, with its reason
+      bad += 1
+  return records, bad
 
 
 def _counted(records: Iterable[Record], without_crowd: bool) -> _Counts:

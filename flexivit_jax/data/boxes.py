@@ -57,6 +57,12 @@ def without_crowd(record: Example) -> Example:
   return {k: v for k, v in made.items() if k != "box_crowd"}
 
 
+def with_crowd(record: Example) -> Example:
+  """Adds `box_crowd`, all False, where the format has none, so that an evaluation of any data can keep it."""
+  boxes = _unpadded(record, "with_crowd")
+  return {"box_crowd": np.zeros(len(boxes), bool)} | record
+
+
 def _unpadded(record: Example, what: str) -> Float[np.ndarray, "m 4"]:
   if "boxes" not in record:
     raise unknown("key of an example", "boxes", record)

@@ -218,6 +218,7 @@ OPS: dict[str, Callable[..., Any]] = {
   "tokenize_all": tokenize_all,
   "merge_boxes": boxes.merge_boxes,
   "without_crowd": boxes.without_crowd,
+  "with_crowd": boxes.with_crowd,
   "mosaic": mosaic.mosaic,
   "sample_queries": queries.sample_queries,
   "federated": queries.federated,

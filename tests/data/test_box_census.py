@@ -3,9 +3,11 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from flexivit_jax.data import box_lines
 from flexivit_jax.data.sources import Source
+from flexivit_jax.errors import UserError
 
 PP = "decode|pad_boxes(9)|keep('image', 'boxes')"
 
@@ -41,25 +43,28 @@ def test_boxes_beyond_the_tokens_are_counted_at_each_size():
 
 def test_crowds_repetitions_and_images_without_boxes_are_counted():
   data = source(record(5, crowds=2), record(0), record(4, repeated=2))
-  lines = box_lines(data, PP, [4])
+  lines = box_lines(data, "decode|without_crowd|keep('image', 'boxes')", [3])
   assert lines == [
-    "at 4 tokens 1 of 9 boxes have no token",
+    "at 3 tokens 1 of 7 boxes have no token",
     "1 of 3 images has no box",
-    "2 boxes stand for a crowd; write without_crowd() before pad_boxes in input.pp, or they end the run",
+    "2 boxes stand for a crowd, and are left out",
     "2 boxes repeat another one, class and corners; merge_boxes() in input.pp joins such",
   ]
+  for pp in (PP, "decode|keep('image', 'boxes', 'box_crowd')"):
+    with pytest.raises(UserError, match=r"boxes 'train' has 2 boxes .* crowd.*without_crowd\(\)"):
+      box_lines(data, pp, [4])
   lines = box_lines(data, "decode|without_crowd|merge_boxes|keep('image')", [4])
   assert lines[0].startswith("each of 7 boxes") and "and are left out" in lines[2]
   assert len(lines) == 3
 
 
-def test_data_of_which_nothing_is_known_have_no_line():
+def test_what_has_no_boxes_or_cannot_be_read_is_counted():
   assert box_lines(source({"label": 3, "id": "x"}), PP, [4]) == []
-  assert box_lines(source(record(0)), PP, [4]) == []
+  assert box_lines(source(record(0), record(0)), PP, [4]) == ["2 of 2 images have no box"]
   far = dataclasses.replace(source(record(9), listed=False), ahead=lambda at: None)
   assert box_lines(far, PP, [4]) == []
   many = source(*(record(3) for _ in range(300)), listed=False)
   (line,) = box_lines(many, PP, [2])
   assert line == "at 2 tokens 200 of 600 boxes have no token (in 200 of 300 images)"
   broken = dataclasses.replace(many, read=lambda at: 1 / 0)
-  assert box_lines(broken, PP, [2]) == []
+  assert box_lines(broken, PP, [2]) == ["200 of 200 images that were tried cannot be read"]

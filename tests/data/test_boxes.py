@@ -88,6 +88,14 @@ def test_crowds_are_never_trained_as_objects(caplog):
   assert kept["box_crowd"].sum() == 4
 
 
+def test_an_evaluation_can_keep_crowds_of_formats_without_them():
+  boxes = np.array([[0, 0, 2, 2], [1, 1, 3, 3]], np.float32)
+  op = parse("with_crowd")
+  assert op({"boxes": boxes}, None)["box_crowd"].tolist() == [False, False]
+  stated = {"boxes": boxes, "box_crowd": np.array([False, True])}
+  assert op(stated, None)["box_crowd"].tolist() == [False, True]
+
+
 @pytest.mark.parametrize(
   "crop",
   [
