@@ -17,6 +17,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Prints what is in args.file, or the published checkpoints."""
+  from flexivit_jax.inference import predictor
   from flexivit_jax.weights import description, tasks
 
   if args.list == (args.file is not None):
@@ -25,5 +26,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(description.listing()))
     return
   loading = options.loading(args)
-  lines = description.describe_whole(*tasks.load(args.file, finite=False, **loading))
-  print("\n".join(lines))
+  model, params, record = tasks.load(args.file, finite=False, **loading)
+  said = record.get("pp") or "images" in record
+  assumed = None if said else predictor.preparation(model, record)[0]
+  print("\n".join(description.describe_whole(model, params, record, assumed)))

@@ -164,11 +164,11 @@ def _check_of_classes(args: argparse.Namespace, suffixes: Collection[str]) -> No
 
 def _refuse_of_boxes(args: argparse.Namespace) -> None:
   """Raises a UserError for what only a detector takes."""
-  for option, value in (("--threshold", args.threshold), ("--vectors", args.vectors)):
-    if value is not None:
-      raise errors.UserError(
-        f"{option}={value} is for detectors; {args.checkpoint} gives no boxes."
-      )
+  own = {"--threshold": args.threshold, "--vectors": args.vectors, "--as_typed": args.as_typed}
+  for option, value in own.items():
+    if value is not None and value is not False:
+      shown = option if value is True else f"{option}={value}"
+      raise errors.UserError(f"{shown} is for detectors; {args.checkpoint} gives no boxes.")
 
 
 def _predict_masks(args: argparse.Namespace, loaded: "predictor.Loaded") -> None:

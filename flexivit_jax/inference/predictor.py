@@ -97,13 +97,7 @@ def load(
       f"{checkpoint} takes images of {channels} channels; image files have 3, or 1 where they are grey."
       " Call the model in Python (weights.load) on arrays of your own."
     )
-  notes: list[str] = []
-  if gives_masks(model):
-    pp, notes = whole_images.of_all_pixels(record, image_size)
-  elif gives_boxes(model):
-    pp, notes = whole_images.uncut(record, image_size)
-  else:
-    pp = weights.preparation(record, image_size)
+  pp, notes = preparation(model, record, image_size)
   record = record | {"notes": [*record["notes"], *notes]}
   return Loaded(model, params, record, str(checkpoint), preparer(pp, channels), pp)
 
@@ -116,6 +110,15 @@ def gives_masks(model: Model) -> bool:
 def gives_boxes(model: Model) -> bool:
   """Tells whether a model gives boxes and their scores, "pred_boxes" and "class_logits"."""
   return "pred_boxes" in model.outputs
+
+
+def preparation(model: Model, record: Json, image_size: int | None = None) -> tuple[str, list[str]]:
+  """Returns how images are prepared for a model, see `load`, and notes on what differs from its own preprocessing."""
+  if gives_masks(model):
+    return whole_images.of_all_pixels(record, image_size)
+  if gives_boxes(model):
+    return whole_images.uncut(record, image_size)
+  return weights.preparation(record, image_size), []
 
 
 def sizes_of(text: str | None, loaded: Loaded) -> tuple[SeqHw, ...]:

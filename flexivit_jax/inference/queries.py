@@ -40,6 +40,14 @@ class Asked(NamedTuple):
   vectors: pathlib.Path | None = None
   as_typed: bool = False
 
+  def options(self) -> list[str]:
+    """Returns the options that were given."""
+    return [
+      f"--{name}"
+      for name, value in zip(self._fields, self, strict=True)
+      if value not in (None, False)
+    ]
+
 
 def adapted(asked: Asked, name: str, model: Any, params: Params, record: Json) -> Read:
   """Returns a model as it is to be written: a detector as `closed` has it.
@@ -53,10 +61,8 @@ def adapted(asked: Asked, name: str, model: Any, params: Params, record: Json) -
     UserError: see `closed`; names for a model that is no detector.
   """
   if not predictor.gives_boxes(model):
-    options = ("--names", "--templates", "--vectors", "--as_typed")
-    for option, value in zip(options, asked, strict=True):
-      if value not in (None, False):
-        raise errors.UserError(f"{option} is for detectors; {name} gives no boxes.")
+    for option in asked.options():
+      raise errors.UserError(f"{option} is for detectors; {name} gives no boxes.")
     return model, params, record
   loaded = closed(predictor.Loaded(model, params, record, name, np.asarray), asked)
   return loaded.model, loaded.params, loaded.record
@@ -78,10 +84,9 @@ def closed(loaded: predictor.Loaded, asked: Asked) -> predictor.Loaded:
   model, name = loaded.model, loaded.name
   names, templates, vectors, as_typed = asked
   if not model.open:
-    if names is not None or vectors is not None:
-      given = "--names" if names is not None else "--vectors"
+    for option in asked.options():
       raise errors.UserError(
-        f"{name} detects its own {model.num_classes} classes and compares no texts; leave {given} out."
+        f"{name} detects its own {model.num_classes} classes and compares no texts; leave {option} out."
       )
     return loaded
   if names is None:
@@ -97,10 +102,11 @@ def closed(loaded: predictor.Loaded, asked: Asked) -> predictor.Loaded:
         f"{name} has no text tower: it compares images with vectors of {model.query_length} numbers; give --vectors,"
         " the .npz with the vectors of names that it was trained with, or one of the same text tower."
       )
-    if templates is not None:
-      raise errors.UserError(
-        "--vectors has a vector for each name as it is; leave --templates out."
-      )
+    for option in asked.options():
+      if option in ("--templates", "--as_typed"):
+        raise errors.UserError(
+          f"--vectors has a vector for each name as it is; leave {option} out."
+        )
     embedded = texts.in_blocks(loaded, _of_file(loaded, vectors, plain))
   else:
     if vectors is not None:

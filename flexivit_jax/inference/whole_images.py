@@ -46,16 +46,20 @@ def uncut(record: Json, image_size: int | None) -> tuple[str, list[str]]:
   """Returns a preprocessing that shows the model all of an image, and notes on what differs from its own.
 
   That is the weights' own, without what cuts an image or draws; where that gave the image its size, it is fitted into
-  this size, and padded below and on the right. Weights that say nothing get `image_size` pixels a side in this way.
+  this size, and padded below and on the right. Weights that say nothing get `image_size` pixels a side in this way, and
+  so do those of a run whose evaluation takes images at the size that they have: by default that of its training.
 
   Raises:
-    UserError: `image_size` where the weights say how images are prepared.
+    UserError: `image_size` where the weights say to which size images are brought.
   """
+  size = image_size or record.get("image_size") or record.get("image_shape")
+  hw = (size, size) if isinstance(size, int) else (*(size or (weights.stated.USUAL_SIDE,) * 2),)
   if not (record.get("pp") or "images" in record):
-    size = image_size or record.get("image_size") or record.get("image_shape")
-    hw = (size, size) if isinstance(size, int) else (*(size or (weights.stated.USUAL_SIDE,) * 2),)
     return "|".join(["decode", *_fitted(hw[:2]), "value_range(-1, 1)"]), []
-  ops = data.parse(weights.preparation(record, image_size)).ops
+  as_they_are = "images" not in record and not any(
+    op.first == "hw" or op.function in _SIZED for op in data.parse(record["pp"]).ops
+  )
+  ops = data.parse(weights.preparation(record, None if as_they_are else image_size)).ops
   decoded = ["decode"]
   moved: list[str] = []
   others: list[str] = []
@@ -71,6 +75,11 @@ def uncut(record: Json, image_size: int | None) -> tuple[str, list[str]]:
       decoded = [op.text]
     else:
       (moved if op.first == "hw" else others).append(op.text)
+  if as_they_are and size:
+    moved = _fitted(hw[:2])
+    why = "" if image_size else ", as large as in training; --image_size gives another size"
+    note = f"Images are fitted into {hw[0]}x{hw[1]} pixels and padded below and on the right{why}."
+    return "|".join([*decoded, *moved, *others]), [note]
   note = f"{', '.join(left_out)} of its preprocessing is left out: an object may be anywhere"
   instead = f"; images are prepared by {'|'.join(moved)}" if moved else ""
   return "|".join([*decoded, *moved, *others]), [f"{note}{instead}."] if left_out else []

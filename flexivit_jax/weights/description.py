@@ -29,8 +29,10 @@ def listing() -> list[str]:
   return aligned(cells, "<<><", least=(23, 27))
 
 
-def describe(model: FlexiViT, params: Params, record: Json) -> list[str]:
-  """Returns a line for each thing to know."""
+def describe(
+  model: FlexiViT, params: Params, record: Json, assumed: str | None = None
+) -> list[str]:
+  """Returns a line for each thing to know; see `describe_whole`."""
   head = f"{model.num_classes} classes" if model.num_classes else "no head"
   size = f"width {model.width}, depth {model.depth}, mlp {model.mlp_dim}, {model.num_heads} heads"
   patch, grid = (_by(record[key]) for key in ("native_patch_size", "native_grid"))
@@ -45,7 +47,7 @@ def describe(model: FlexiViT, params: Params, record: Json) -> list[str]:
     "resized by": f"kernel {model.kernel_operator}, grid {model.grid_operator}",
     "image": _image(record.get("image_size") or record.get("image_shape")),
     "input": _input(record),
-    "prepared": _prepared(record),
+    "prepared": _prepared(record, assumed),
   }
   if names := record.get("class_names"):
     rows["classes"] = _names(names, model.num_classes)
@@ -58,8 +60,15 @@ def describe(model: FlexiViT, params: Params, record: Json) -> list[str]:
   return _rows(rows) + [f"note: {note}" for note in record["notes"]]
 
 
-def describe_whole(model: Model, params: Params, record: Json) -> list[str]:
-  """Returns the lines for any model, as `tasks.load` returns it."""
+def describe_whole(
+  model: Model, params: Params, record: Json, assumed: str | None = None
+) -> list[str]:
+  """Returns the lines for any model.
+
+  Args:
+    model, params, record: as `tasks.load` returns them.
+    assumed: how images are prepared if no file says it; default as `weights.preparation` has it.
+  """
   if isinstance(model, FlexiViT):
     return describe(model, params, record)
   if isinstance(model, TwoTowers):
@@ -68,7 +77,7 @@ def describe_whole(model: Model, params: Params, record: Json) -> list[str]:
   assert part is not None  # `tasks.load` gives no others
   parts: Any = getattr(model, "parts")  # noqa: B009  # not of every `Model`
   lines = describe(
-    parts[part], params[part], {k: v for k, v in record.items() if k != "class_names"}
+    parts[part], params[part], {k: v for k, v in record.items() if k != "class_names"}, assumed
   )
   notes = [line for line in lines if line.startswith("note: ")]
   own = {k: v for k, v in record["model"].items() if k not in (*parts, "name", "num_classes")}
@@ -144,13 +153,14 @@ def _input(record: Json) -> str:
   return f"{values} ({ground})"
 
 
-def _prepared(record: Json) -> str:
+def _prepared(record: Json, assumed: str | None) -> str:
   """How an image becomes what the model gets, and which file says so."""
   images = stated.of_record(record) if "images" in record else None
   if images is not None:
     return images.words()
-  pp = weights.preparation(record)
-  return f"{pp} ({'evaluation of the run' if record.get('pp') else 'assumed: no file says it'})"
+  if record.get("pp"):
+    return f"{record['pp']} (evaluation of the run)"
+  return f"{assumed or weights.preparation(record)} (assumed: no file says it)"
 
 
 def _names(names: list[str], classes: int) -> str:

@@ -214,6 +214,7 @@ def test_what_shares_a_batch_changes_nothing_and_bad_files_are_named(save, photo
   ("kind", "given", "message"),
   [
     ("closed", ["--names=cat"], "detects its own 3 classes and compares no texts; leave --names"),
+    ("closed", ["--as_typed"], "compares no texts; leave --as_typed out"),
     ("closed", ["--threshold=2"], "--threshold=2.0; expected a score, 0 to 1"),
     ("closed", ["--seqhw=5"], "does not divide the image"),
     ("closed", ["--out=x.png"], "expected a file that ends in .csv or .jsonl"),
@@ -223,6 +224,7 @@ def test_what_shares_a_batch_changes_nothing_and_bad_files_are_named(save, photo
     ("text", ["--names=cat,cat"], "Names 0 and 1 are the same text"),
     ("text", ["--names=a cat on a mat"], "'a cat on a mat' is 16 tokens, .* takes 12"),
     ("text", ["--names=cat", "--vectors=v.npz"], "leave --vectors out"),
+    ("vectors", ["--names=cat", "--vectors=v.npz", "--as_typed"], "leave --as_typed out"),
     ("vectors", ["--names=cat"], "has no text tower: .* vectors of 5 numbers; give --vectors"),
   ],
 )
@@ -258,10 +260,16 @@ def test_inspect_tells_of_its_text_tower(save, capsys):
   assert "text tower    kind big_vision, width 8" in out and "12 tokens a text" in out
 
 
+def test_inspect_tells_how_predict_prepares_images_where_no_file_says_it(save, capsys):
+  assert cli.main(["inspect", str(save("closed", None))]) == 0
+  out = capsys.readouterr().out
+  assert "'contain')|pad((240, 240), fill=0)|value_range(-1, 1) (assumed: no file says it)" in out
+
+
 def test_a_classifier_has_no_boxes(save, photos, capsys):
   vit = weights.load_with_record(save("closed"))
   weights.save_npz(photos / "vit.npz", *vit)
-  for given in ("--threshold=0.5", "--vectors=v.npz"):
+  for given in ("--threshold=0", "--vectors=v.npz", "--as_typed"):
     code, _, err = run(capsys, "a", "--checkpoint=vit.npz", "--seqhw=3", given)
     assert code == 2 and "is for detectors" in err
 
@@ -278,12 +286,17 @@ def test_a_classifier_has_no_boxes(save, photos, capsys):
      "decode|resize_keep((24,32),'contain')|pad((24,32),fill=0)|pad(32,fill=0)|value_range"),
     ({}, 48, "decode|resize_keep((48,48),'contain')|pad((48,48),fill=0)|value_range(-1,1)"),
     ({"image_size": [32, 64]}, None, "decode|resize_keep((32,64),'contain')|pad((32,64),fill=0)|value_range(-1,1)"),
+    ({"pp": "decode|origin|value_range", "image_shape": [24, 32, 3]}, None,
+     "decode|resize_keep((24,32),'contain')|pad((24,32),fill=0)|value_range"),
+    ({"pp": "decode|value_range"}, 48, "decode|resize_keep((48,48),'contain')|pad((48,48),fill=0)|value_range"),
+    ({"pp": "decode|value_range"}, None, "decode|value_range"),
   ],
 )  # fmt: skip
 def test_no_image_is_cut(record, size, expected):
   pp, notes = whole_images.uncut(record, size)
   assert pp.replace(" ", "") == expected
-  assert bool(notes) == ("crop" in str(record))
+  sized = "resize" in str(record) or not record.get("pp") or "resize" not in pp
+  assert bool(notes) == ("crop" in str(record) or not sized)
 
 
 def test_the_origin_of_a_header_is_that_of_the_operations(photos):
