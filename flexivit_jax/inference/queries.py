@@ -71,15 +71,16 @@ def adapted(asked: Asked, name: str, model: Any, params: Params, record: Json) -
 def closed(loaded: predictor.Loaded, asked: Asked) -> predictor.Loaded:
   """Returns a detector whose classes are what it is to look for, named in its record.
 
-  A name's scores are the mean over its sentences, as OWL-ViT has it (arXiv 2205.06230).
+  A name's scores are the mean over its sentences, as OWL-ViT has it (arXiv 2205.06230). Sentences that are longer than
+  the text tower takes are cut, as in training and evaluation, with a note.
 
   Args:
     loaded: the detector.
     asked: what it is to look for.
 
   Raises:
-    UserError: names that are missing, empty, equal, or longer than the text tower takes; names or vectors that the
-      detector has no use for; a name without a vector.
+    UserError: names that are missing, empty or equal; names or vectors that the detector has no use for; a name
+      without a vector.
   """
   model, name = loaded.model, loaded.name
   names, templates, vectors, as_typed = asked
@@ -139,15 +140,8 @@ def _of_sentences(
   loaded: predictor.Loaded, names: Sequence[str], templates: Sequence[str]
 ) -> Float[np.ndarray, "k e"]:
   """The mean over the templates of each name's embeddings."""
-  made = texts.tokenizer(loaded)
   sentences = [prompts.sentence(template, name) for template in templates for name in names]
-  for one in sentences:
-    if made.full_length(one) > made.length:
-      raise errors.UserError(
-        f"{one!r} is {made.full_length(one)} tokens, {loaded.name} takes {made.length}; give a shorter name, or other"
-        " --templates."
-      )
-  tokens = made.encode(sentences)
+  tokens = texts.encoded(loaded, sentences)
   if len(padding := np.flatnonzero(tokens[:, 0] == 0)):
     raise errors.UserError(
       f"{sentences[padding[0]]!r} begins with token 0, which {loaded.name} takes for padding; give another name."

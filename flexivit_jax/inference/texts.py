@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 from scipy import special
 
 from flexivit_jax import errors
@@ -76,11 +76,16 @@ def embed(loaded: predictor.Loaded, texts: Sequence[str]) -> Float32[np.ndarray,
   Raises:
     UserError: the weights have no tokenizer; a text without words; vectors that are not finite.
   """
+  return in_blocks(loaded, encoded(loaded, texts))
+
+
+def encoded(loaded: predictor.Loaded, texts: Sequence[str]) -> Int32[np.ndarray, "n l"]:
+  """Returns the tokens of texts as the model was trained with them; see `embed`."""
   made = tokenizer(loaded)
   tokens = made.encode(texts)
   if cut := sum(made.full_length(one) > made.length for one in texts):
     outputs.note(f"{cut} of {len(texts)} texts are longer than {made.length} tokens and are cut")
-  return in_blocks(loaded, tokens)
+  return tokens
 
 
 def tokenizer(loaded: predictor.Loaded) -> text.Tokens:

@@ -222,7 +222,6 @@ def test_what_shares_a_batch_changes_nothing_and_bad_files_are_named(save, photo
     ("text", [], r"finds what it is asked for; give --names.* It was trained on 'cat', 'Straße'"),
     ("text", ["--names=cat,,dog"], "Name 1 of 3, '', is empty"),
     ("text", ["--names=cat,cat"], "Names 0 and 1 are the same text"),
-    ("text", ["--names=a cat on a mat"], "'a cat on a mat' is 16 tokens, .* takes 12"),
     ("text", ["--names=cat", "--vectors=v.npz"], "leave --vectors out"),
     ("vectors", ["--names=cat", "--vectors=v.npz", "--as_typed"], "leave --as_typed out"),
     ("vectors", ["--names=cat"], "has no text tower: .* vectors of 5 numbers; give --vectors"),
@@ -231,6 +230,14 @@ def test_what_shares_a_batch_changes_nothing_and_bad_files_are_named(save, photo
 def test_what_cannot_be_asked_is_refused(kind, given, message, save, photos, capsys):
   code, out, err = run(capsys, "a", "--checkpoint", save(kind), "--seqhw=3", *given)
   assert code == 2 and out == "" and re.search(message, err), err
+
+
+def test_sentences_are_cut_as_in_an_evaluation_with_a_note(save, capsys):
+  found = queries.closed(
+    predictor.load(save("text"), whole=True), queries.Asked(["a cat on a mat", "dog"])
+  )
+  assert found.record["class_names"] == ["a cat on a mat", "dog"]
+  assert "1 of 2 texts are longer than 12 tokens and are cut" in capsys.readouterr().err
 
 
 def test_its_flexivit_alone_takes_images_without_boxes(save, photos):
