@@ -45,8 +45,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--names",
     help="of two towers: measure how often images have the same nearest of these texts, 'cat,dog,a red car'; of a"
-    " detector that takes texts: what it looks for",
+    " detector that compares images with texts: what it looks for",
   )
+  p.add_argument("--vectors", type=options.path, help=options.VECTORS)
   options.add_reading(p)
   options.add_processes(p)
 
@@ -54,18 +55,19 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Flexifies args.init and prints what is left of it at each size."""
   from flexivit_jax.devices import compilation
-  from flexivit_jax.flexify import flexify, retention
+  from flexivit_jax.flexify import detector, flexify, retention
   from flexivit_jax.models.grid import paper_sizes
   from flexivit_jax.running import processes
 
   options.join(args, saves=args.epochs != 0)
   compilation.keep_programs()
   values = options.chosen(
-    args, "epochs", "image_size", "batch_size", "lr", "seed", "buffers", "on_error"
+    args, "epochs", "image_size", "batch_size", "lr", "seed", "buffers", "on_error", "vectors"
   )
   if args.names is not None:
-    values["names"] = tuple(args.names.split(","))
-  if args.seqhw is not None:
+    values["names"] = tuple(options.listed_names(args.names) or ())
+  # "all" is what a detector, whose images have a size of their own, gets where no sizes are given.
+  if args.seqhw is not None and not (args.seqhw == "all" and detector.is_one(args.init)):
     side = args.image_size or 240
     lacking = f"no patch of 8 to 48 pixels divides {side} pixels"
     values["seqhw"] = sizes.parse(args.seqhw, paper_sizes(side), lacking)

@@ -9,6 +9,7 @@ from typing import Any
 from flexivit_jax import errors
 
 WEIGHTS = "an .npz, a .safetensors file, a run folder, a published name or an https:// address"
+VECTORS = "an .npz with vectors of the names, of a detector without a text tower"
 _OVERRIDES = "--config.KEY=VALUE overrides a value of the config, e.g. "
 
 
@@ -100,11 +101,7 @@ def add_images(p: argparse.ArgumentParser) -> None:
 
 def add_queries(p: argparse.ArgumentParser) -> None:
   """What a detector that compares images with texts takes besides --names and --templates."""
-  p.add_argument(
-    "--vectors",
-    type=path,
-    help="an .npz with vectors of the names, of a detector without a text tower",
-  )
+  p.add_argument("--vectors", type=path, help=VECTORS)
   p.add_argument(
     "--as_typed",
     action="store_true",

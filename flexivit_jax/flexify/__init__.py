@@ -54,6 +54,7 @@ def flexify(
   moment: bool = False,
   on_error: str = "raise",
   names: Sequence[str] = (),
+  vectors: pathlib.Path | None = None,
   loading: Json | None = None,
 ) -> Json:
   """Writes OUT/model.npz, OUT/retention.json, OUT/README.md (the model card) and OUT/run.
@@ -77,6 +78,7 @@ def flexify(
     on_error: "raise" at a damaged image, or "skip" it.
     names: texts; of a detector that takes texts what it looks for, see `detector.flexify`; of two towers it is measured
       how often an image is nearest to the same one as by the original.
+    vectors: of the names, of a detector without a text tower, see `queries.Asked`.
     loading: further arguments of `weights.load`.
 
   Returns:
@@ -95,8 +97,10 @@ def flexify(
       )
     return detector.flexify(
       init, images, out, epochs=epochs, image_size=image_size, seqhw=seqhw, batch_size=batch_size, lr=lr,
-      seed=seed, on_error=on_error, names=names, loading=loading,
+      seed=seed, on_error=on_error, names=names, vectors=vectors, loading=loading,
     )  # fmt: skip
+  if vectors is not None:
+    raise errors.UserError(f"--vectors={vectors} is for detectors; {init} gives no boxes.")
   image_size, seqhw = image_size or 240, SIZES if seqhw is None else seqhw
   section = dict(checkpoint=str(init), image=recipe.TEACHER_IMAGE, **loading)
   teacher = distributed.each(lambda: loaders.load_teacher(**section), "its model")

@@ -51,6 +51,7 @@ def flexify(
   seed: int = 0,
   on_error: str = "raise",
   names: Sequence[str] = (),
+  vectors: pathlib.Path | None = None,
   loading: Json | None = None,
 ) -> Json:
   """Does what `flexify.flexify` does, for a detector; OUT/original.npz is the teacher, with the names as its classes.
@@ -62,6 +63,7 @@ def flexify(
     seqhw: default: those with patches of 8 to 48 pixels.
     lr: default `LR`.
     names: of a detector that compares images with texts, what it is trained and measured with.
+    vectors: of the names, where it has no text tower.
 
   Raises:
     UserError: see `queries.closed` on names; several processes; images that are not square.
@@ -72,9 +74,12 @@ def flexify(
     )
   loaded = predictor.load(init, whole=True, **(loading or {}))
   weights.print_notes(loaded.record)
+  _, of_images = predictor.preparation(loaded.model, loaded.record)  # not of what is written
+  notes = [line for line in loaded.record["notes"] if line not in of_images]
+  loaded = loaded._replace(record=loaded.record | {"notes": notes})
   native = recipe.native_side(loaded.record)
   loaded = loaded._replace(model=with_box_size(loaded.model, native))
-  closed = queries.closed(loaded, queries.Asked(names or None))
+  closed = queries.closed(loaded, queries.Asked(names or None, vectors=vectors))
   side = image_size or native
   sizes = tuple(seqhw if seqhw is not None else paper_sizes(side))
   if not sizes:

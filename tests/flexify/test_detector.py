@@ -65,6 +65,26 @@ def test_at_its_own_size_a_detector_keeps_all_boxes(tmp_path, photos, capsys):
   assert trees.digest(back) == trees.digest(params)
 
 
+def test_names_without_a_text_tower_have_vectors_and_all_sizes_are_of_its_own_images(
+  tmp_path, photos, capsys
+):
+  init, model, params = written(tmp_path, query_length=5)
+  own = {"model": model_records.record_of(model), "pp": "decode|value_range(-1, 1)"}
+  init.unlink()
+  weights.save_npz(init, model, params, RECORD | own)
+  (tmp_path / "names.txt").write_text("cat\nhot dog\n")
+  vectors = np.random.default_rng(0).normal(0, 1, (2, 5)).astype(np.float32)
+  np.savez(tmp_path / "v.npz", names=["hot dog", "cat"], vectors=vectors)
+  out = tmp_path / "out"
+  given = [f"--names={tmp_path / 'names.txt'}", f"--vectors={tmp_path / 'v.npz'}"]
+  assert cli.main(command(init, photos, out, "--epochs=0", "--seqhw=all", *given)) == 0
+  rows = json.loads((out / "retention.json").read_text())["before"]
+  assert [row["seqhw"] for row in rows] == [1, 2, 4]  # patches of 8 to 48 of 32 pixels
+  assert tasks.load(out / "original.npz")[2]["class_names"] == ["cat", "hot dog"]
+  assert "Images are fitted into 32x32 pixels" in capsys.readouterr().err
+  assert "fitted into" not in str(tasks.load(out / "model.npz")[2]["notes"])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("fields", [dict(num_classes=2), dict(text=TEXT)])
 def test_training_brings_other_sizes_nearer_and_leaves_texts_alone(tmp_path, photos, fields):
