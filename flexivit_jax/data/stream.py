@@ -22,12 +22,8 @@ Batch = dict[str, np.ndarray]
 Value = np.ndarray | float | str | bytes | tuple[int, ...] | tuple[str, ...]  # under a key
 Bad = dict[int, str]  # Example index -> why it cannot be used.
 Odd = dict[str, list[int]]  # Warning -> indices of examples that are used all the same.
-_LABELS = {
-  "label",
-  "box_labels",
-  "neg_labels",
-  "not_exhaustive",
-}  # keys of a record whose values are numbers of classes
+# Keys of a record whose values are numbers of classes.
+_LABELS = {"label", "box_labels", "neg_labels", "not_exhaustive"}
 _AHEAD = 16  # chunks for which examples in a bucket are asked before they are needed
 _SEVERAL = (tuple, np.ndarray)
 
