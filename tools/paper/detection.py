@@ -48,7 +48,13 @@ MINIATURES = {
   "emoji": Miniature(
     EMOJI,
     _NAMED,
-    {"flexible": "", "p16": "fixed=16", "p32": "fixed=32", "shuffled": "vectors=SHUFFLED"},
+    {
+      "flexible": "",
+      "flexible_long": "steps=3500",  # the FLOPs of p16
+      "p16": "fixed=16",
+      "p32": "fixed=32",
+      "shuffled": "vectors=SHUFFLED",
+    },
     ("base", "novel", "novel_alone"),
   ),
   "bias": Miniature(
