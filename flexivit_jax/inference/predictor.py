@@ -20,15 +20,14 @@ from PIL import Image
 
 from flexivit_jax import data, errors, sizes, trees, weights
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.inference import whole_images
+from flexivit_jax.inference import programs, whole_images
 from flexivit_jax.models import Model, vit_part
-from flexivit_jax.models.vit import Intermediates
 from flexivit_jax.running import distributed, processes
 from flexivit_jax.sizes import Patch, SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 
 Prepare = Callable[[str], np.ndarray]
-Result = tuple[Array, Intermediates]  # logits [n, k] and the named intermediates of a model
+Result = programs.Result
 _ROUND = 8  # batches of each device between two exchanges of processes
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -212,6 +211,7 @@ def outcomes(
   *,
   batch_size: int | None = None,
   timed: bool = False,
+  way: programs.Way = programs.PLAIN,
 ) -> Generator[Outcome, None, None]:
   """Yields what the model makes of each file, in the order of the inputs.
 
@@ -227,6 +227,7 @@ def outcomes(
     sizes: at each of these.
     batch_size: images at a time; default 4 on CPUs, 32 elsewhere.
     timed: measure milliseconds an image at each size, once: the median of five passes, by the images of a batch.
+    way: what runs it.
 
   Raises:
     UserError: a size that does not divide the images.
@@ -234,12 +235,12 @@ def outcomes(
   n = default_batch_size() if batch_size is None else batch_size
   if n < 1:
     raise errors.UserError(f"--batch_size={n}; expected 1 or more.")
-  programs = [_program(loaded.model, fn, size) for size in sizes]
+  calls = [programs.call(loaded, fn, size, way) for size in sizes]
   times: dict[tuple[int, ...], tuple[float, ...]] = {}  # by the shape of an image
   devices = jax.local_devices()
   params = [jax.device_put(loaded.params, d) for d in devices] if devices[1:] else [loaded.params]
   some = functools.partial(
-    _outcomes, loaded.model, params, loaded.prepare, programs, sizes, n, timed, times
+    _outcomes, loaded.model, params, loaded.prepare, calls, sizes, n, timed, times
   )
   if not distributed.is_on():
     yield from some(inputs)
@@ -286,7 +287,7 @@ def _outcomes(
   model: Model,
   params: Sequence[Params],
   prepare: Prepare,
-  programs: Sequence[Callable],
+  calls: Sequence[Callable],
   sizes: Sequence[SeqHw | Patch],
   n: int,
   timed: bool,
@@ -309,8 +310,8 @@ def _outcomes(
         for size in sizes:
           model.grid(shape[:2], **size_args(size))
         images = np.zeros((n, *shape), np.float32)
-        times[shape] = tuple(_ms(p, params[0], images) for p in programs) if timed else ()
-      results = _run(next(turns), programs, batch.rows, n) if shape else ()
+        times[shape] = tuple(_ms(call, params[0], images) for call in calls) if timed else ()
+      results = _run(next(turns), calls, batch.rows, n) if shape else ()
       waiting.append((batch.files, results, times.get(shape, ())))
       if len(waiting) == len(params):
         yield from _by_file(*waiting.popleft())
@@ -323,20 +324,13 @@ def default_batch_size() -> int:
   return 4 if jax.default_backend() == "cpu" else 32
 
 
-@functools.lru_cache(maxsize=32)
-def _program(model: Any, fn: Callable[[Result], Array], size: SeqHw | Patch) -> Callable:
-  return jax.jit(
-    lambda params, image: fn(model.apply({"params": params}, image, **size_args(size)))
-  )
-
-
 def _run(
-  params: Params, programs: Sequence[Callable], rows: Sequence[np.ndarray], n: int
+  params: Params, calls: Sequence[Callable], rows: Sequence[np.ndarray], n: int
 ) -> tuple[Array, ...]:
   """Starts the programs on the device of the parameters, and does not wait for them."""
   images = np.zeros((n, *rows[0].shape), np.float32)
   images[: len(rows)] = rows
-  return tuple(program(params, images) for program in programs)
+  return tuple(call(params, images) for call in calls)
 
 
 def _by_file(
