@@ -105,7 +105,7 @@ def choose(profile: Profile, budget: Budget, *, batch: int | None = None) -> Row
     row for row in rows if all(excess(profile, row, *limit) <= 1 for limit in limits.items())
   ]
   if fitting:
-    return _cheapest_of_best(profile, fitting)
+    return best(profile, fitting)
   worst: Callable[[Row], float] = lambda row: max(  # noqa: E731
     excess(profile, row, *limit) for limit in limits.items()
   )
@@ -151,7 +151,8 @@ def _check_range(profile: Profile, limits: dict[str, float]) -> None:
     )
 
 
-def _cheapest_of_best(profile: Profile, rows: list[Row]) -> Row:
-  best = max(rows, key=lambda row: (profile.merit(row.value), -row.ms / row.batch))
-  as_good = [row for row in rows if profile.merit(row.value) >= profile.merit(profile.safe(best))]
+def best(profile: Profile, rows: list[Row]) -> Row:
+  """Returns the cheapest of the rows that are as good as the one with the best value, see `choose`."""
+  top = max(rows, key=lambda row: (profile.merit(row.value), -row.ms / row.batch))
+  as_good = [row for row in rows if profile.merit(row.value) >= profile.merit(profile.safe(top))]
   return min(as_good, key=lambda row: (row.ms / row.batch, row.gflops, row.batch))

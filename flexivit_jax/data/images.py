@@ -232,6 +232,18 @@ def header_hw(data: bytes, *, exif: bool = False) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def check_photo(data: bytes, *, max_pixels: int) -> None:
+  """Checks a file of a stranger by its header alone: no pixel is decoded, and no document is run.
+
+  Raises:
+    UserError: more than `max_pixels`; a document, a film or a measurement, which Pillow reads by programs of others.
+    OSError, SyntaxError, ValueError: the header is damaged, or of no image.
+  """
+  with _open(data, max_pixels) as image:
+    if image.format in _NO_IMAGES:
+      raise UserError(f"a file of the format {image.format}; expected {shown_suffixes()}")
+
+
 def _check_bits(bits: int) -> None:
   if not 8 <= bits <= 16:
     raise UserError(f"bits={bits}; expected 8 to 16, of the grey values in files of 16 bits.")

@@ -88,9 +88,8 @@ def predictions(
     among: the classes, where they are texts; None: those of the model's head.
   """
   if among is None:
-    model, record, fn = loaded.model, loaded.record, _probabilities
-    of = f"the checkpoint {loaded.name}"
-    names = class_names.of_record(record, model.num_classes, of).names or [""] * model.num_classes
+    fn = _probabilities
+    names = names_of(loaded)
   else:
     names, fn = among.names, texts.embedding
   with contextlib.closing(
@@ -102,12 +101,20 @@ def predictions(
         continue
       times = ms or [None] * len(sizes)
       each = outputs if among is None else map(among.probabilities, outputs)
-      tops = [_top(probabilities, names, k) for probabilities in each]
+      tops = [most_likely(probabilities, names, k) for probabilities in each]
       yield file, [Prediction(file, *row) for row in zip(sizes, tops, times, strict=True)]
 
 
 def _probabilities(result: predictor.Result) -> Float[Array, "n k"]:
+  """What `predict` computes of a model's result: a softmax of the logits."""
   return jax.nn.softmax(result[0])
+
+
+def names_of(loaded: predictor.Loaded) -> Sequence[str]:
+  """Returns the names of a model's classes; "" where it has none."""
+  number = loaded.model.num_classes
+  known = class_names.of_record(loaded.record, number, f"the checkpoint {loaded.name}")
+  return known.names or [""] * number
 
 
 def check_classes(loaded: predictor.Loaded) -> None:
@@ -121,7 +128,10 @@ def check_classes(loaded: predictor.Loaded) -> None:
     raise errors.UserError(f"{loaded.name} has no classes; `flexivit embed` writes its features.")
 
 
-def _top(probabilities: np.ndarray, names: Sequence[str], k: int) -> list[tuple[int, str, float]]:
+def most_likely(
+  probabilities: np.ndarray, names: Sequence[str], k: int
+) -> list[tuple[int, str, float]]:
+  """Returns (class index, its name or "", probability) of the `k` most likely classes."""
   order = np.argsort(-probabilities, kind="stable")[:k]
   return [(int(i), str(names[i]), float(probabilities[i])) for i in order]
 
@@ -178,12 +188,13 @@ def as_json(row: Prediction) -> str:
   """Returns a line of JSON: letters beyond ASCII and bytes that are no letters are escaped."""
   if row.error is not None:
     return json.dumps({"file": row.file, "error": row.error})
-  top = [_class(index, name, p) for index, name, p in row.top]
+  top = [class_as_json(index, name, p) for index, name, p in row.top]
   ms = {} if row.ms is None else {"ms": round(row.ms, 4)}
   return json.dumps({"file": row.file, "seqhw": row.seqhw, "top": top, **ms}, allow_nan=False)
 
 
-def _class(index: int, name: str, p: float) -> Json:
+def class_as_json(index: int, name: str, p: float) -> Json:
+  """Returns one class of an answer; its probability is written with the digits that make this float32."""
   return {"class": index, **({"name": name} if name else {}), "probability": _exact(p)}
 
 

@@ -26,7 +26,7 @@ from flexivit_jax.running import distributed, processes
 from flexivit_jax.sizes import Patch, SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
 
-Prepare = Callable[[str], np.ndarray]
+Prepare = Callable[[str | bytes], np.ndarray]  # of a path, or of the bytes of a file
 Result = programs.Result
 _ROUND = 8  # batches of each device between two exchanges of processes
 _THREADS = min(8, os.cpu_count() or 1)
@@ -38,7 +38,7 @@ class Loaded(NamedTuple):
   Attributes:
     model, params, record: see `weights.load_with_record`, or for models of parts `weights.tasks.load`.
     name: what the user called it.
-    prepare: path -> what the model takes of one image, [h, w, c].
+    prepare: path, or bytes of a file -> what the model takes of one image, [h, w, c].
     pp: the preprocessing that `prepare` does.
   """
 
@@ -139,7 +139,7 @@ def sizes_of(text: str | None, loaded: Loaded) -> tuple[SeqHw, ...]:
 
 
 def preparer(pp: str, channels: int) -> Prepare:
-  """Returns the function that reads and prepares one file.
+  """Returns the function that reads and prepares one file, given by its path or its bytes.
 
   Files are decoded upright, as their EXIF orientation says, unless the string says otherwise, and into grey for a model
   of one channel (ITU-R 601 luma, as Pillow's "L"). What an evaluation does with labels, captions and boxes is left out.
@@ -168,8 +168,11 @@ def _in_grey(encoded: bytes, *args: Any, **kwargs: Any) -> UInt8[np.ndarray, "h 
   return np.asarray(Image.fromarray(rgb).convert("L"))[..., None]
 
 
-def _prepare(prepare: data.Preprocess, channels: int, path: str) -> Float32[np.ndarray, "h w c"]:
-  example = prepare({"image": _read(path), "id": path}, np.random.default_rng(0))
+def _prepare(
+  prepare: data.Preprocess, channels: int, source: str | bytes
+) -> Float32[np.ndarray, "h w c"]:
+  encoded, name = (source, "") if isinstance(source, bytes) else (_read(source), source)
+  example = prepare({"image": encoded, "id": name}, np.random.default_rng(0))
   image = example["image"]
   if image.ndim != 3 or image.shape[-1] != channels:
     raise ValueError(f"prepared as {image.shape}; expected {channels} channels")
@@ -183,10 +186,10 @@ def _read(path: str) -> bytes:
     return file.read()
 
 
-def _try(prepare: Prepare, path: str) -> np.ndarray | str:
-  """Returns the image, or why there is none."""
+def attempt(prepare: Prepare, source: str | bytes) -> np.ndarray | str:
+  """Returns the image, or why there is none; the reason names no path."""
   try:
-    return prepare(path)
+    return prepare(source)
   except OSError as e:
     return e.strerror.lower() if e.strerror else f"not a whole image: {e}"
   except Exception as e:  # Damaged files raise nearly everything.
@@ -386,7 +389,7 @@ def _prepared(
     waiting: collections.deque[tuple[str, futures.Future]] = collections.deque()
     try:
       for path, error in inputs:
-        work = pool.submit(_try, prepare, path) if error is None else pool.submit(str, error)
+        work = pool.submit(attempt, prepare, path) if error is None else pool.submit(str, error)
         waiting.append((path, work))
         if len(waiting) > ahead:
           yield _result(*waiting.popleft())

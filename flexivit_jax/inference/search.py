@@ -61,9 +61,10 @@ class Kept(NamedTuple):
   def _embed(self, files: Sequence[str], size: SeqHw) -> Iterator[index.Made]:
     contents: dict[str, str | None] = {}
 
-    def prepare(path: str) -> np.ndarray:
-      contents[path] = index.content(path)  # before it is read: a later change is then seen
-      return self.loaded.prepare(path)
+    def prepare(source: str | bytes) -> np.ndarray:
+      if isinstance(source, str):
+        contents[source] = index.content(source)  # before it is read: a later change is then seen
+      return self.loaded.prepare(source)
 
     loaded = self.loaded._replace(prepare=prepare)
     stream = predictor.outcomes(

@@ -1,7 +1,7 @@
 """Texts for image files: names among which a model of two towers chooses, and queries that it looks for."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from flexivit_jax.inference import outputs, predictor
 from flexivit_jax.models import OwlViT, TwoTowers
 from flexivit_jax.trees import Params
 
+Vectors = Callable[[Int32[np.ndarray, "n l"]], Float32[np.ndarray, "n e"]]
 _ROWS = 64  # texts that are embedded at a time
 
 
@@ -46,7 +47,10 @@ def embedding(result: predictor.Result) -> Float[Array, "n e"]:
 
 
 def of_names(
-  loaded: predictor.Loaded, names: Sequence[str], templates: str | Sequence[str] = "name"
+  loaded: predictor.Loaded,
+  names: Sequence[str],
+  templates: str | Sequence[str] = "name",
+  vectors: Vectors | None = None,
 ) -> Names:
   """Embeds names, each in all templates: the mean of unit vectors, made a unit vector.
 
@@ -54,6 +58,7 @@ def of_names(
     loaded: two towers, see `predictor.load`.
     names: as they stand in a sentence.
     templates: see `prompts.templates`.
+    vectors: tokens -> embeddings; default `in_blocks`, which compiles.
 
   Raises:
     UserError: a name that is empty or twice; see `embed`.
@@ -61,7 +66,9 @@ def of_names(
   plain = prompts.class_texts(names, plain=False)
   chosen = prompts.templates(templates)
   sentences = [prompts.sentence(template, name) for template in chosen for name in plain]
-  each = embed(loaded, sentences).astype(np.float64).reshape(len(chosen), len(plain), -1)
+  of_tokens = vectors or functools.partial(in_blocks, loaded)
+  rows = of_tokens(encoded(loaded, sentences))
+  each = rows.astype(np.float64).reshape(len(chosen), len(plain), -1)
   scale, bias = float(np.exp(loaded.params["t"][0])), loaded.params.get("b")
   return Names(plain, unit(each.sum(axis=0)), scale, None if bias is None else float(bias[0]))
 
@@ -109,12 +116,31 @@ def in_blocks(
   program = jax.jit(
     functools.partial(_of_queries if isinstance(loaded.model, OwlViT) else _of_texts, loaded.model)
   )
+  return _blocks(loaded, functools.partial(program, loaded.params), min(_ROWS, len(rows)), rows)
+
+
+def compiled(loaded: predictor.Loaded, number: int) -> Vectors:
+  """Returns `in_blocks` of two towers with one program, of so many texts, that is compiled before this returns.
+
+  Blocks of another length may round otherwise.
+  """
+  example = jax.ShapeDtypeStruct((number, tokenizer(loaded).length), np.int32)
+  jitted = jax.jit(functools.partial(_of_texts, loaded.model))
+  program = functools.partial(jitted.lower(loaded.params, example).compile(), loaded.params)
+  return functools.partial(_blocks, loaded, program, number)
+
+
+def _blocks(
+  loaded: predictor.Loaded,
+  program: Callable[[np.ndarray], Array],
+  number: int,
+  rows: Shaped[np.ndarray, "n d"],
+) -> Float32[np.ndarray, "n e"]:
   parts = []
-  number = min(_ROWS, len(rows))
   for start in range(0, len(rows), number):
     block = rows[start : start + number]
     padded = np.concatenate([block, block[:1].repeat(number - len(block), axis=0)])
-    parts.append(np.asarray(program(loaded.params, padded))[: len(block)])
+    parts.append(np.asarray(program(padded))[: len(block)])
   vectors = np.concatenate(parts)
   if not np.isfinite(vectors).all():
     raise errors.UserError(

@@ -445,3 +445,12 @@ def test_a_photo_is_upright_however_the_phone_was_held(save, tmp_path, pp, orien
   np.testing.assert_array_equal(*(prepare(str(tmp_path / f"{n}.png")) for n in ("phone", "scan")))
   as_stored = predictor.preparer("decode(exif=False)|value_range(-1, 1)", 3)
   assert as_stored(str(tmp_path / "phone.png")).shape[:2] == stored.size[::-1]
+
+
+def test_bytes_are_prepared_as_their_file(loaded, photos):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  path = photos / "turned.jpg"
+  picture().save(path, exif=exif)
+  assert (loaded.prepare(path.read_bytes()) == loaded.prepare(str(path))).all()
+  assert "no known image format" in predictor.attempt(loaded.prepare, b"text")
