@@ -67,7 +67,7 @@ def write_metrics(folder: pathlib.Path, version: int) -> pathlib.Path:
 
 
 def write_heartbeat(folder: pathlib.Path, version: int) -> pathlib.Path:
-  peers.Peers(folder, 0, 2)
+  peers.Peers(folder, 0, 2).tick()
   return folder / "0.json"
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import TypedDict
 
 from flexivit_jax import heartbeat
-from flexivit_jax.running.signs import InFolder, Signs
+from flexivit_jax.running import exit_codes
+from flexivit_jax.running.signs import InFolder, Signs, Word
 
 FOLDER = "processes"
 _MARK = "mark"
@@ -66,6 +67,7 @@ class Heartbeat(TypedDict):
 class Peers:
   """Writes this process's heartbeat and reads those of the others, every few seconds.
 
+  Writes at `tick` alone: one that is made to `blame` leaves the heartbeats as they are.
   Process 0 watches all, the others watch process 0. A process that finds another silent prints which one: the runtime
   does not say it when it ends the run. Only the runtime ends the run, because files may be visible late on other hosts.
   Clocks are not compared: a heartbeat that does not change is silent.
@@ -87,7 +89,6 @@ class Peers:
     self._written = -self._every
     self._begun = time.monotonic()
     self._seen: dict[int, tuple[float, Heartbeat]] = {}  # when it changed, and what it holds
-    self.tick()
 
   def tick(self) -> None:
     """Writes a heartbeat and reads those of the others, if they are due."""
@@ -141,6 +142,10 @@ class Peers:
         return self.blame()
     return self.blame()
 
+  def leave_word(self, reason: str) -> None:
+    """Records why this process hangs, for the others: its time may be the first to be over."""
+    self._signs.leave_word(Word(self._index, exit_codes.HUNG, reason))
+
   def _look(self, indices: Iterable[int]) -> None:
     for index in indices:
       with contextlib.suppress(ValueError):
@@ -156,7 +161,7 @@ class Peers:
     return self._silent(3 * self._every) | self._missing()
 
   def _missing(self) -> dict[int, str]:
-    unseen = (i for i in range(self._count) if i not in self._seen)
+    unseen = (i for i in range(self._count) if i not in self._seen and i != self._index)
     return {i: f"process {i} has no heartbeat" for i in unseen}
 
   def _silent(self, seconds: float) -> dict[int, str]:

@@ -95,7 +95,9 @@ def heartbeats(where: signs.Signs | pathlib.Path) -> peers.Peers | None:
     return None
   limit = 0.3 * distributed.heartbeat()
   place = where / peers.FOLDER if isinstance(where, pathlib.Path) else where
-  return peers.Peers(place, jax.process_index(), jax.process_count(), limit)
+  own = peers.Peers(place, jax.process_index(), jax.process_count(), limit)
+  own.tick()
+  return own
 
 
 def abandon(

@@ -81,6 +81,7 @@ class Session:
       note,
       tick=lambda: self.peers.tick() if self.peers else None,
       blame=lambda: self.peers.blame() if self.peers else "",
+      leave_word=lambda reason: self.peers.leave_word(reason) if self.peers else None,
     )
     stack.enter_context(contextlib.closing(self.watchdog))
 

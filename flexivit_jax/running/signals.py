@@ -20,6 +20,7 @@ from flexivit_jax import heartbeat
 from flexivit_jax.running import exit_codes
 
 DATA_NOTE_S = 10.0  # seconds of waiting for data after which a line says so
+_WORD_S = 5.0  # seconds to leave a word for the other processes
 _AGAIN_S = 1.0  # seconds until `Stopped` is raised again
 _SOON_S = 0.01
 _COUNTING = (__file__, contextlib.__file__)  # the files that `Stop.interruptible` runs in
@@ -149,6 +150,7 @@ class Watchdog:
     note: called with a line when data has been awaited for a while, once each time.
     tick: called a few times a second.
     blame: returns, for the last message, which of several processes hangs.
+    leave_word: called with that message's reason, for the other processes; it has a few seconds.
   """
 
   def __init__(
@@ -158,9 +160,10 @@ class Watchdog:
     *,
     tick: Callable[[], None] = lambda: None,
     blame: Callable[[], str] = lambda: "",
+    leave_word: Callable[[str], None] = lambda reason: None,
   ):
     self._limit, self._note, self._waiting = limit, note, False
-    self._tick, self._blame = tick, blame
+    self._tick, self._blame, self._leave_word = tick, blame, leave_word
     heartbeat.beat()
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -192,14 +195,22 @@ class Watchdog:
         told = began
         self._note(f"waiting for data for {silence:.0f} s")
       if self._limit is not None and silence > self._limit:
-        blamed = self._blame()
-        what = "waiting for data" if self._waiting else "in a step, a compilation or an evaluation"
-        print(
-          f"flexivit: error: nothing has gone on for {silence:.0f} s ({what}), more than"
-          f" hang_after={self._limit:g}; {blamed + '; ' if blamed else ''}the stacks of all threads follow. The same"
-          " command goes on from the last checkpoint.",
-          file=sys.stderr,
-          flush=True,
-        )
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(exit_codes.HUNG)
+        self._end(silence, self._limit)
+
+  def _end(self, silence: float, limit: float) -> NoReturn:
+    what = "waiting for data" if self._waiting else "in a step, a compilation or an evaluation"
+    reason = f"nothing has gone on for {silence:.0f} s ({what}), more than hang_after={limit:g}"
+    if blamed := self._blame():
+      reason += f"; {blamed}"
+    print(
+      f"flexivit: error: {reason}; the stacks of all threads follow. The same command goes on from the last"
+      " checkpoint.",
+      file=sys.stderr,
+      flush=True,
+    )
+    faulthandler.dump_traceback(all_threads=True)
+    # In a thread: the folder or the process that takes the word may be what hangs.
+    leaving = threading.Thread(target=self._leave_word, args=(reason,), daemon=True)
+    leaving.start()
+    leaving.join(timeout=_WORD_S)
+    os._exit(exit_codes.HUNG)

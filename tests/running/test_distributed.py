@@ -415,6 +415,23 @@ def test_heartbeats_tell_which_process_is_silent_and_which_is_slow(tmp_path, mon
   assert peers.Peers(tmp_path, 0, 2).blame() == "process 1 has ended: no disk"
 
 
+def test_who_only_asks_which_process_hangs_leaves_the_heartbeats_as_they_are(tmp_path):
+  """A process whose connection breaks asks while its watchdog may ask, too; its step is still that of the run."""
+  heartbeat.beat()
+  for i, step in enumerate((5, 4)):
+    of_run = peers.Peers(tmp_path, i, 2)
+    of_run.step = step
+    of_run.tick()
+  for _ in range(2):
+    assert "process 1 (" in peers.Peers(tmp_path, 0, 2).blame()
+
+
+def test_a_process_that_ends_because_it_hangs_tells_the_others(tmp_path):
+  both = [peers.Peers(tmp_path, i, 2) for i in range(2)]
+  both[1].leave_word("nothing has gone on for 40 s")
+  assert both[0].blame() == "process 1 has ended: nothing has gone on for 40 s"
+
+
 def test_the_first_process_says_who_was_never_there(tmp_path, monkeypatch, capfd):
   first = peers.Peers(tmp_path, 0, 2, limit=10.0)
   first.tick()

@@ -336,7 +336,11 @@ HANG = """
 import time
 from flexivit_jax.running import signals
 signals.DATA_NOTE_S = 0.3
-dog = signals.Watchdog(1.0, lambda line: print(line, flush=True))
+signals._WORD_S = 0.5
+def leave(reason):
+  print("word:", reason, flush=True)
+  time.sleep(60)
+dog = signals.Watchdog(1.0, lambda line: print(line, flush=True), blame=lambda: "a", leave_word=leave)
 with dog.data():
   time.sleep(60)
 """
@@ -366,9 +370,10 @@ def test_a_second_signal_ends_it_at_once():
 def test_a_run_that_stands_still_says_where_and_ends():
   run = python(HANG)
   assert run.returncode == exit_codes.HUNG
-  assert re.fullmatch(r"waiting for data for \d s\n", run.stdout)
-  assert "nothing has gone on for 1 s (waiting for data), more than hang_after=1" in run.stderr
-  assert 'File "<string>", line 7' in run.stderr  # where it stood
+  reason = "nothing has gone on for 1 s (waiting for data), more than hang_after=1; a"
+  assert re.fullmatch(rf"waiting for data for \d s\nword: {re.escape(reason)}\n", run.stdout)
+  assert reason in run.stderr
+  assert 'File "<string>", line 11' in run.stderr  # where it stood
 
 
 def test_so_does_one_whose_data_cannot_be_opened(tmp_path):
