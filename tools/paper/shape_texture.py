@@ -23,7 +23,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from flexivit_jax import cli, data, errors, sizes, weights
-from flexivit_jax.analyses import calibration, cue_conflict
+from flexivit_jax.analyses import cue_conflict
+from flexivit_jax.budget import calibration
 from flexivit_jax.data import label_maps
 from flexivit_jax.devices import sharding
 from flexivit_jax.evaluators import results

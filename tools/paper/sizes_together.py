@@ -22,7 +22,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from flexivit_jax import cli, errors
-from flexivit_jax.analyses import calibration, opening
+from flexivit_jax.analyses import opening
+from flexivit_jax.budget import calibration
 from flexivit_jax.evaluators import results
 from flexivit_jax.evaluators.per_size import PerSize, sizes_of
 from flexivit_jax.sizes import size_label

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from flexivit_jax.analyses import calibration
+from flexivit_jax.budget import calibration
 from flexivit_jax.errors import UserError
 
 
