@@ -1,0 +1,553 @@
+"""A cascade: every image at a coarse size, those that it leaves unsure at finer ones; thresholds with a guarantee.
+
+The guarantee is on the share of images that the cascade gets wrong and the finest size alone gets right. It is at most
+alpha with a probability of at least 1 - delta over the calibration images, whatever the model, if they are drawn as the
+later images are. Method: learn then test, fixed-sequence testing (Angelopoulos et al., arXiv 2110.01052, section 2). A
+tuning part of the images gives a path of settings, from careful to cheap; the other part tests them in this order.
+
+Scores are logits, or what differs from them by one number an image, such as the logarithms of probabilities. No JAX.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from flexivit_jax import errors, files
+from flexivit_jax.budget import calibration
+from flexivit_jax.sizes import SeqHw, from_text, size_text
+
+FORMAT = "flexivit cascade 1"
+UNITS = ("ms", "gflops")
+COARSE = (
+  3  # coarse stages of a cascade at most; a fourth one hardly pays, and all subsets are tried
+)
+_WEIGHTS = np.geomspace(3e3, 0.3, 40)  # costs of an image at the finest size that one loss may save
+_SWEEPS = 4
+_FACTORS = np.linspace(0.01, 2.0, 200)
+
+Json = dict[str, Any]
+Scores = Float[np.ndarray, "n k"]
+
+
+class Cascade(NamedTuple):
+  """Stages from coarse to fine, and when an image stops at one.
+
+  Attributes:
+    sizes: of the stages; each computes from the image. The last one is the finest size of the calibration.
+    thresholds: of each stage but the last: the least signal that stops there; inf: none does.
+    temperatures: of the stages: scores are divided by them.
+    signal: a name in `SIGNALS`.
+    alpha, delta: the share of images that are lost, "cascade wrong and finest right", is at most `alpha` with a
+      probability of at least 1 - `delta`.
+    costs: of one image at each stage.
+    unit: of the costs, "ms" or "gflops".
+    expected_cost: of one image, all stages that it reaches.
+    shares: of the images that each stage answers.
+    lost: the share of images that the cascade lost.
+    value, finest_value: top-1 of the cascade, and of the finest size alone.
+    n: images of the certifying part, on which the shares and values were measured.
+    seed: of the split of the calibration images.
+    classes: number of classes.
+    weights: sha256 of the parameters, `trees.digest`; "": of none.
+    metric: of the values, as `Metric.stated`.
+    data: what it was calibrated on.
+    names: the classes, where they are texts; with `templates`, see `inference.texts`.
+  """
+
+  sizes: tuple[SeqHw, ...]
+  thresholds: tuple[float, ...]
+  temperatures: tuple[float, ...]
+  signal: str
+  alpha: float
+  delta: float
+  costs: tuple[float, ...]
+  unit: str
+  expected_cost: float
+  shares: tuple[float, ...]
+  lost: float
+  value: float
+  finest_value: float
+  n: int
+  seed: int
+  classes: int
+  weights: str = ""
+  metric: Mapping[str, Any] = {}
+  data: Mapping[str, Any] = {}
+  names: tuple[str, ...] = ()
+  templates: str = ""
+
+  @property
+  def name(self) -> str:
+    """The stages in a few characters, "4>8"."""
+    return ">".join(str(size_text(size)) for size in self.sizes)
+
+  def stop(self, stage: int, scores: Scores, before: Scores | None = None) -> Bool[np.ndarray, "n"]:
+    """Tells which images a stage answers; the others go to the next one. Each row depends on itself alone.
+
+    Args:
+      stage: from 0.
+      scores: of the images at this stage.
+      before: of the same images at the stage before; None at the first one.
+    """
+    if stage == len(self.sizes) - 1:
+      return np.ones(len(scores), bool)
+    scaled = _scaled(scores, self.temperatures[stage])
+    previous = None if before is None else _scaled(before, self.temperatures[stage - 1])
+    return SIGNALS[self.signal](scaled, previous) >= self.thresholds[stage]
+
+  def stages(self, scores: Sequence[Scores]) -> Int[np.ndarray, "n"]:
+    """Returns the stage that answers each image, from the scores of all of them at all stages."""
+    found = np.full(len(scores[0]), len(self.sizes) - 1)
+    for stage in reversed(range(len(self.sizes) - 1)):
+      stops = self.stop(stage, scores[stage], scores[stage - 1] if stage else None)
+      found[stops] = stage
+    return found
+
+  def answers(self, scores: Sequence[Scores]) -> Int[np.ndarray, "n"]:
+    """Returns the class that the cascade says of each image; `scores` as of `stages`."""
+    predicted = np.stack([each.argmax(axis=1) for each in scores])
+    return predicted[self.stages(scores), np.arange(predicted.shape[1])]
+
+  def cost(self, shares: Sequence[float]) -> float:
+    """Returns the mean cost of an image, where the stages answer these shares of the images."""
+    return _mean_cost(self.costs, shares)
+
+  def at(self, stages: Sequence[SeqHw]) -> Sequence[int]:
+    """Returns where the cascade's sizes are in a list of sizes.
+
+    Raises:
+      UserError: one is missing.
+    """
+    for size in self.sizes:
+      if size not in stages:
+        raise errors.unknown(
+          "size of the cascade", size_text(size), [str(size_text(s)) for s in stages]
+        )
+    return [list(stages).index(size) for size in self.sizes]
+
+
+# --- signals ---
+
+
+def _scaled(scores: Scores, temperature: float) -> Float[np.ndarray, "n k"]:
+  """Probabilities in float64."""
+  return np.exp(calibration.log_softmax(scores.astype(np.float64) / temperature))
+
+
+def confidence(probabilities: Scores, before: Scores | None = None) -> Float[np.ndarray, "n"]:
+  """The largest probability."""
+  return probabilities.max(axis=1)
+
+
+def margin(probabilities: Scores, before: Scores | None = None) -> Float[np.ndarray, "n"]:
+  """The largest probability minus the second one."""
+  if probabilities.shape[1] < 2:
+    return probabilities[:, 0]
+  second, first = np.partition(probabilities, -2, axis=1)[:, -2:].T
+  return first - second
+
+
+def agreement(probabilities: Scores, before: Scores | None = None) -> Float[np.ndarray, "n"]:
+  """The mean of the largest probabilities of two stages that say the same; -inf where they do not, or for the first."""
+  if before is None:
+    return np.full(len(probabilities), -np.inf)
+  same = probabilities.argmax(axis=1) == before.argmax(axis=1)
+  return np.where(same, (probabilities.max(axis=1) + before.max(axis=1)) / 2, -np.inf)
+
+
+Signal = Callable[[Scores, Scores | None], Float[np.ndarray, "n"]]
+SIGNALS: dict[str, Signal] = {
+  "confidence": confidence,
+  "margin": margin,
+  "agreement": agreement,
+}
+
+
+def of_probabilities(probabilities: Shaped[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+  """Scores: the logarithms of probabilities, finite also where one is 0."""
+  return np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float64).tiny))
+
+
+# --- fitting ---
+
+
+class _Setting(NamedTuple):
+  """Stages by their places among the sizes, thresholds, and on the tuning part the losses and the mean cost."""
+
+  chosen: tuple[int, ...]
+  thresholds: tuple[float, ...]
+  losses: int
+  cost: float
+
+
+def fit(
+  sizes: Sequence[SeqHw],
+  costs: Sequence[float],
+  scores: Sequence[Float[np.ndarray, "_ _"]],
+  labels: Int[np.ndarray, "_"],
+  *,
+  alpha: float,
+  delta: float = 0.05,
+  signal: str = "confidence",
+  unit: str = "ms",
+  seed: int = 0,
+  **about: Any,
+) -> Cascade:
+  """Returns the cascade of least expected cost that keeps the guarantee.
+
+  The images are divided into halves. The first gives the temperatures, and the stages and thresholds of least cost
+  among those that lose as many images as could pass. A path of nested settings leads through these, from careful to
+  cheap. The second half tests it from its careful end, each setting by the exact binomial test at level delta, and
+  stops at the first that fails; the last that passed is the cheapest. The finest size alone loses nothing and needs
+  no test.
+
+  Args:
+    sizes: from coarse to fine; the last one is what the guarantee compares with.
+    costs: of one image at each size.
+    scores: at each size.
+    labels: class of each image.
+    alpha, delta, signal, unit, seed: see `Cascade`.
+    **about: further attributes of it.
+
+  Raises:
+    UserError: too few images for the guarantee; labels of other classes; values that cannot be.
+  """
+  _check(sizes, costs, scores, labels, alpha, delta, signal, unit)
+  order = np.random.Generator(np.random.Philox(seed)).permutation(len(labels))
+  tuning, certifying = np.split(order, [len(labels) // 2])
+  temperatures = [calibration.temperature(each[tuning], labels[tuning]) for each in scores]
+  probabilities = [_scaled(each, t) for each, t in zip(scores, temperatures, strict=True)]
+  right = np.stack([each.argmax(axis=1) == labels for each in scores])
+  lost = ~right & right[-1]
+  most = allowed(len(certifying), alpha, delta)
+  as_many = most * len(tuning) // len(certifying)
+  tuned = _best(costs, lost[:, tuning], [each[tuning] for each in probabilities], signal, as_many)
+  held = _signals([each[certifying] for each in probabilities], tuned.chosen, signal)
+  best = _Setting((len(sizes) - 1,), (), 0, costs[-1])
+  answered = np.zeros(len(certifying), int)
+  for setting in _path(tuned) if held else ():
+    stages = _stages(held, setting.thresholds, len(certifying))
+    losses = int(lost[np.array(setting.chosen)[stages], certifying].sum())
+    if losses > most:
+      break
+    if np.cumsum([costs[k] for k in setting.chosen])[stages].mean() < costs[-1]:
+      best, answered = setting, stages
+  chosen = np.array(best.chosen)
+  own = [costs[k] for k in chosen]
+  shares = (np.bincount(answered, minlength=len(chosen)) / len(certifying)).tolist()
+  return Cascade(
+    sizes=tuple(sizes[k] for k in chosen),
+    thresholds=best.thresholds,
+    temperatures=tuple(temperatures[k] for k in chosen),
+    signal=signal,
+    alpha=alpha,
+    delta=delta,
+    costs=tuple(map(float, own)),
+    unit=unit,
+    expected_cost=_mean_cost(own, shares),
+    shares=tuple(shares),
+    lost=float(lost[chosen[answered], certifying].mean()),
+    value=float(right[chosen[answered], certifying].mean()),
+    finest_value=float(right[-1, certifying].mean()),
+    n=len(certifying),
+    seed=seed,
+    classes=scores[0].shape[1],
+    **about,
+  )
+
+
+def allowed(n: int, alpha: float, delta: float) -> int:
+  """Returns the most losses among n images that pass the exact binomial test; -1: not even none.
+
+  A rate of alpha or more gives so few with a probability of at most delta: the upper end of Clopper and Pearson's
+  one-sided interval is below alpha.
+  """
+  from scipy import stats  # at use: it takes a third of a second
+
+  most = int(stats.binom.ppf(delta, n, alpha))  # the least number whose probability reaches delta
+  return most if stats.binom.cdf(most, n, alpha) <= delta else most - 1
+
+
+def needed(alpha: float, delta: float) -> int:
+  """Returns how many calibration images the guarantee takes at least: half of them without a loss has to pass."""
+  return 2 * math.ceil(math.log(delta) / math.log1p(-alpha) - 1e-9) - 1
+
+
+def _mean_cost(costs: Sequence[float], shares: Sequence[float]) -> float:
+  """An image that stage k answers has paid for all stages up to k."""
+  return float(np.dot(np.cumsum(costs), shares))
+
+
+def _signals(
+  probabilities: Sequence[Scores], chosen: Sequence[int], signal: str
+) -> list[Float[np.ndarray, "n"]]:
+  """The signals of all chosen stages but the last."""
+  before = [None, *(probabilities[k] for k in chosen)]
+  return [SIGNALS[signal](probabilities[k], before[i]) for i, k in enumerate(chosen[:-1])]
+
+
+def _stages(
+  signals: Sequence[Float[np.ndarray, "n"]], thresholds: Sequence[float], n: int
+) -> Int[np.ndarray, "n"]:
+  """The stage that answers each of n images, from the signals of all stages but the last."""
+  found = np.full(n, len(signals))
+  for k in reversed(range(len(signals))):
+    found[signals[k] >= thresholds[k]] = k
+  return found
+
+
+def _path(best: _Setting) -> list[_Setting]:
+  """Returns nested settings from careful to cheap, through one: each stops all images that those before it stop.
+
+  Its thresholds' distances from 1, the largest signal, are multiplied by a factor from 0 to 2.
+  """
+  thresholds = np.array(best.thresholds)
+  return [
+    best._replace(thresholds=tuple((1 - factor * (1 - thresholds)).tolist())) for factor in _FACTORS
+  ]
+
+
+def _best(
+  costs: Sequence[float],
+  lost: Bool[np.ndarray, "sizes n"],
+  probabilities: Sequence[Scores],
+  signal: str,
+  most: int,
+) -> _Setting:
+  """Returns the setting of least cost on the tuning part with at most so many losses; the finest size alone is one."""
+  coarse, last = range(len(costs) - 1), len(costs) - 1
+  found = {_Setting((last,), (), 0, costs[-1])}
+  for count in range(1, COARSE + 1):
+    for chosen in itertools.combinations(coarse, count):
+      found |= _settings((*chosen, last), costs, lost, probabilities, signal, most)
+  return min(found, key=lambda s: (s.cost, s.losses, s.chosen, s.thresholds))
+
+
+class _Stages:
+  """Thresholds of a choice of stages on the tuning part, improved in turn.
+
+  Args:
+    chosen: places of the stages.
+    costs: of one image at each stage.
+    lost: images that are lost where a stage answers them.
+    signals: of each stage but the last.
+  """
+
+  def __init__(
+    self,
+    chosen: tuple[int, ...],
+    costs: Float[np.ndarray, "stages"],
+    lost: Int[np.ndarray, "stages n"],
+    signals: Sequence[Float[np.ndarray, "n"]],
+  ):
+    self.chosen, self.costs, self.lost, self.signals = chosen, costs, lost, signals
+    self.orders = [np.argsort(-signal, kind="stable") for signal in signals]
+    self.thresholds = [math.inf] * len(signals)
+
+  def improve(self, weight: float) -> bool:
+    """Takes for each threshold in turn that of least cost plus weight times losses; tells whether one changed."""
+    before = list(self.thresholds)
+    for k in reversed(range(len(self.signals))):
+      order, cost, losses = self._if_stopped(k)
+      if len(order):
+        total = cost + weight * losses
+        self.thresholds[k] = self._between(k, order, int(np.argmin(total)))
+    return self.thresholds != before
+
+  def around(self, most: int) -> set[_Setting]:
+    """Returns what one threshold alone can give, the cheapest for each number of losses up to `most`."""
+    found = set()
+    for k in range(len(self.signals)):
+      order, cost, losses = self._if_stopped(k)
+      by_losses = np.lexsort((cost, losses))
+      first = np.unique(losses[by_losses], return_index=True)[1]
+      for i in by_losses[first]:
+        if losses[i] <= most and np.isfinite(cost[i]):
+          own = (*self.thresholds[:k], self._between(k, order, int(i)), *self.thresholds[k + 1 :])
+          mean = float(cost[i]) / self.lost.shape[1]
+          found.add(_Setting(self.chosen, own, int(losses[i]), mean))
+    return found
+
+  def _if_stopped(
+    self, k: int
+  ) -> tuple[Int[np.ndarray, "reached"], Float[np.ndarray, "some"], Int[np.ndarray, "some"]]:
+    """Returns the images that can stop at stage k, the surest first, and for 0, 1, ... of them that do cost and losses.
+
+    Of all images, in sums. The cost is inf where no threshold divides the images so.
+    """
+    n = self.lost.shape[1]
+    ways = np.cumsum(self.costs)
+    stages = _stages(self.signals[:k], self.thresholds[:k], n)
+    later = k + 1 + _stages(self.signals[k + 1 :], self.thresholds[k + 1 :], n)
+    ends = np.where(stages < k, stages, later)
+    order = self.orders[k]
+    order = order[(stages[order] == k) & np.isfinite(self.signals[k][order])]
+    lost_later, lost_here = self.lost[ends, np.arange(n)], self.lost[k]
+    sums = lambda start, steps: np.concatenate([[start], start + np.cumsum(steps)])  # noqa: E731
+    losses = sums(lost_later.sum(), (lost_here - lost_later)[order])
+    cost = sums(ways[ends].sum(), (ways[k] - ways[ends])[order])
+    falling = self.signals[k][order]
+    cost[1:-1][falling[:-1] == falling[1:]] = math.inf
+    return order, cost, losses
+
+  def _between(self, k: int, order: Int[np.ndarray, "reached"], stopped: int) -> float:
+    """The threshold at which the first images of an order stop."""
+    if not stopped:
+      return math.inf
+    falling = self.signals[k][order]
+    least = float(falling[stopped - 1])
+    if stopped == len(order):
+      return least
+    middle = (least + float(falling[stopped])) / 2
+    return middle if middle > falling[stopped] else least
+
+
+def _settings(
+  chosen: tuple[int, ...],
+  costs: Sequence[float],
+  lost: Bool[np.ndarray, "sizes n"],
+  probabilities: Sequence[Scores],
+  signal: str,
+  most: int,
+) -> set[_Setting]:
+  """Returns settings of these stages that minimise the cost plus a weight times the losses, for many weights."""
+  own = np.array([costs[k] for k in chosen], float)
+  signals = _signals(probabilities, chosen, signal)
+  stages = _Stages(chosen, own, lost[list(chosen)].astype(int), signals)
+  found = set()
+  for weight in costs[-1] * _WEIGHTS:
+    for _ in range(_SWEEPS):
+      if not stages.improve(weight):
+        break
+    found |= stages.around(most)
+  return found
+
+
+def _check(
+  sizes: Sequence[SeqHw],
+  costs: Sequence[float],
+  scores: Sequence[Float[np.ndarray, "_ _"]],
+  labels: Int[np.ndarray, "_"],
+  alpha: float,
+  delta: float,
+  signal: str,
+  unit: str,
+) -> None:
+  if signal not in SIGNALS:
+    raise errors.unknown("signal", signal, SIGNALS)
+  if unit not in UNITS:
+    raise errors.unknown("unit of the costs", unit, UNITS)
+  for name, value in {"alpha": alpha, "delta": delta}.items():
+    if not 0 < value < 1:
+      raise errors.UserError(f"{name}={value:g}; expected a share between 0 and 1, e.g. 0.01.")
+  if not len(sizes) == len(set(sizes)) == len(costs) == len(scores) or len(sizes) < 2:
+    shown = ",".join(str(size_text(size)) for size in sizes)
+    raise errors.UserError(
+      f"Got the sizes {shown or 'none'}, {len(costs)} costs, scores at {len(scores)} sizes; a cascade takes two"
+      " different sizes or more, with a cost and scores at each."
+    )
+  if not all(math.isfinite(cost) and cost > 0 for cost in costs):
+    raise errors.UserError(f"Got the costs {list(costs)}; expected numbers above 0.")
+  shapes = {each.shape for each in scores}
+  if shapes != {(len(labels), scores[0].shape[1])}:
+    raise errors.UserError(
+      f"Scores of {sorted(shapes)} images and classes, {len(labels)} labels; expected the same of all."
+    )
+  if not all(np.isfinite(each).all() for each in scores):
+    raise errors.UserError("Some scores are not finite; are the weights whole?")
+  if len(labels) < needed(alpha, delta):
+    raise errors.UserError(
+      f"Too few images for the guarantee: alpha={alpha:g} with delta={delta:g} takes {needed(alpha, delta)} or more,"
+      f" the calibration has {len(labels)}. Take more images, or a larger alpha or delta."
+    )
+  classes = scores[0].shape[1]
+  if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+    raise errors.UserError(
+      f"The calibration's labels are {labels.min()} to {labels.max()}, the scores are of {classes} classes; calibrate"
+      " on data of the model's classes."
+    )
+
+
+# --- the file ---
+
+
+def write(path: pathlib.Path, cascade: Cascade) -> None:
+  """Writes a cascade as JSON, at once or not at all.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  content = cascade._asdict() | {
+    "sizes": [size_text(size) for size in cascade.sizes],
+    "thresholds": [None if math.isinf(t) else t for t in cascade.thresholds],
+    "metric": dict(cascade.metric),
+    "data": dict(cascade.data),
+  }
+  file = {"format": FORMAT, "sha256": _sha256(content), "cascade": content}
+  files.write_atomically(path, json.dumps(file, indent=1, allow_nan=False) + "\n")
+
+
+def read(path: pathlib.Path, weights: str | None = None) -> Cascade:
+  """Reads a cascade.
+
+  Args:
+    path: the file.
+    weights: sha256 of the parameters that it has to be of, `trees.digest`; None: of any.
+
+  Raises:
+    UserError: no such file; no cascade, a damaged one, of a newer version, or of other weights.
+  """
+  again = "`flexivit cascade` makes it again"
+  try:
+    file = json.loads(path.read_bytes())
+    kind, content = file["format"], file["cascade"]
+  except OSError as e:
+    raise errors.UserError(f"{path} cannot be read: {e.strerror or e}; {again}.") from e
+  except (ValueError, KeyError, TypeError) as e:
+    raise errors.UserError(f"{path} is no cascade, or damaged ({e!r}); {again}.") from e
+  if kind != FORMAT:
+    raise errors.UserError(f"{path} has the format {kind!r}; this version reads {FORMAT!r}.")
+  if file.get("sha256") != _sha256(content):
+    raise errors.UserError(f"{path} is damaged or was changed by hand (wrong sha256); {again}.")
+  try:
+    cascade = _of_json(content)
+  except (KeyError, TypeError, ValueError) as e:
+    raise errors.UserError(f"{path} is damaged: {e!r}; {again}.") from e
+  if weights is not None and cascade.weights != weights:
+    raise errors.UserError(
+      f"{path} was calibrated with other weights (sha256 {cascade.weights[:12] or 'unknown'}; these are"
+      f" {weights[:12]}); {again} for these."
+    )
+  return cascade
+
+
+def _of_json(content: Json) -> Cascade:
+  lists = ("temperatures", "costs", "shares", "names")
+  cascade = Cascade(
+    **{
+      **content,
+      **{name: tuple(content[name]) for name in lists},
+      "sizes": tuple(from_text(size) for size in content["sizes"]),
+      "thresholds": tuple(math.inf if t is None else float(t) for t in content["thresholds"]),
+    }
+  )
+  stages = len(cascade.sizes)
+  lengths = [len(getattr(cascade, name)) for name in lists[:-1]]
+  if (
+    lengths != [stages] * 3
+    or len(cascade.thresholds) != stages - 1
+    or cascade.signal not in SIGNALS
+  ):
+    raise ValueError(f"{stages} stages, signal {cascade.signal!r}")
+  return cascade
+
+
+def _sha256(content: Json) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
