@@ -8,14 +8,12 @@ import pathlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple, TextIO
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float
 
 from flexivit_jax import errors, files
 from flexivit_jax.data import class_names
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.inference import outputs, predictor, texts
+from flexivit_jax.inference import outputs, predictor, programs, texts
 from flexivit_jax.sizes import SeqHw, size_text
 from flexivit_jax.trees import Json
 
@@ -88,7 +86,7 @@ def predictions(
     among: the classes, where they are texts; None: those of the model's head.
   """
   if among is None:
-    fn = _probabilities
+    fn = programs.probabilities
     names = names_of(loaded)
   else:
     names, fn = among.names, texts.embedding
@@ -103,11 +101,6 @@ def predictions(
       each = outputs if among is None else map(among.probabilities, outputs)
       tops = [most_likely(probabilities, names, k) for probabilities in each]
       yield file, [Prediction(file, *row) for row in zip(sizes, tops, times, strict=True)]
-
-
-def _probabilities(result: predictor.Result) -> Float[Array, "n k"]:
-  """What `predict` computes of a model's result: a softmax of the logits."""
-  return jax.nn.softmax(result[0])
 
 
 def names_of(loaded: predictor.Loaded) -> Sequence[str]:

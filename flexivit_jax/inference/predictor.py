@@ -28,6 +28,7 @@ from flexivit_jax.trees import Json, Params
 
 Prepare = Callable[[str | bytes], np.ndarray]  # of a path, or of the bytes of a file
 Result = programs.Result
+NOT_FINITE = "the model's output is not finite; are its weights whole?"
 _ROUND = 8  # batches of each device between two exchanges of processes
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -235,9 +236,7 @@ def outcomes(
   Raises:
     UserError: a size that does not divide the images.
   """
-  n = default_batch_size() if batch_size is None else batch_size
-  if n < 1:
-    raise errors.UserError(f"--batch_size={n}; expected 1 or more.")
+  n = checked_batch_size(batch_size)
   calls = [programs.call(loaded, fn, size, way) for size in sizes]
   times: dict[tuple[int, ...], tuple[float, ...]] = {}  # by the shape of an image
   devices = jax.local_devices()
@@ -322,6 +321,14 @@ def _outcomes(
     yield from _by_file(*waiting.popleft())
 
 
+def checked_batch_size(batch_size: int | None) -> int:
+  """Returns it, or the default; raises a UserError where it is below 1."""
+  n = default_batch_size() if batch_size is None else batch_size
+  if n < 1:
+    raise errors.UserError(f"--batch_size={n}; expected 1 or more.")
+  return n
+
+
 def default_batch_size() -> int:
   """On a CPU four images at a time are as fast as more (docs/predict.md), and padding costs little."""
   return 4 if jax.default_backend() == "cpu" else 32
@@ -349,7 +356,7 @@ def _by_file(
     if all(np.isfinite(output).all() for output in outputs):
       yield Outcome(path, outputs, ms=ms)
     else:
-      yield Outcome(path, error="the model's output is not finite; are its weights whole?")
+      yield Outcome(path, error=NOT_FINITE)
 
 
 def _ms(program: Callable, params: Params, images: np.ndarray) -> float:
@@ -366,7 +373,7 @@ def _ms(program: Callable, params: Params, images: np.ndarray) -> float:
 def _batches(inputs: Iterable[Input], prepare: Prepare, n: int) -> Generator[_Batch, None, None]:
   """Yields batches of up to `n` images of one shape, and what could not be read between them."""
   batch = _Batch([], [])
-  with contextlib.closing(_prepared(inputs, prepare, 2 * n + _THREADS)) as stream:
+  with contextlib.closing(prepared(inputs, prepare, n)) as stream:
     for path, image in stream:
       other = isinstance(image, np.ndarray) and batch.rows and image.shape != batch.rows[0].shape
       if other or len(batch.rows) == n or len(batch.files) >= 4 * n:
@@ -381,10 +388,11 @@ def _batches(inputs: Iterable[Input], prepare: Prepare, n: int) -> Generator[_Ba
     yield batch
 
 
-def _prepared(
-  inputs: Iterable[Input], prepare: Prepare, ahead: int
+def prepared(
+  inputs: Iterable[Input], prepare: Prepare, n: int
 ) -> Generator[tuple[str, np.ndarray | str], None, None]:
-  """Yields (path, image or why there is none) in order; threads prepare `ahead` of them in advance."""
+  """Yields (path, image or why there is none) in order; threads prepare two batches of n in advance."""
+  ahead = 2 * n + _THREADS
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     waiting: collections.deque[tuple[str, futures.Future]] = collections.deque()
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
 
 from flexivit_jax import errors
 from flexivit_jax.models import FlexiViT, TwoTowers
@@ -52,6 +52,11 @@ class Program(NamedTuple):
 
   run: Callable[[np.ndarray], np.ndarray]
   memory_mb: float | None
+
+
+def probabilities(result: Result) -> Float[Array, "n k"]:
+  """The `fn` of classes."""
+  return jax.nn.softmax(result[0])
 
 
 def device_name() -> str:

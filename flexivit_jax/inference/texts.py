@@ -35,9 +35,13 @@ class Names(NamedTuple):
   scale: float
   bias: float | None
 
+  def scores(self, image: Float[np.ndarray, "e"]) -> Float[np.ndarray, "k"]:
+    """Returns the products of an image with the names, scaled, without the bias."""
+    return self.scale * (self.vectors @ image.astype(np.float64))
+
   def probabilities(self, image: Float[np.ndarray, "e"]) -> Float[np.ndarray, "k"]:
     """Returns those of an image: a softmax over the names, or of each by itself (sigmoid) where there is a bias."""
-    scores = self.scale * (self.vectors @ image.astype(np.float64))
+    scores = self.scores(image)
     return special.softmax(scores) if self.bias is None else special.expit(scores + self.bias)
 
 

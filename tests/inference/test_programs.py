@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from flexivit_jax import errors
-from flexivit_jax.inference import predictions, predictor, programs
+from flexivit_jax.inference import predictor, programs
 from flexivit_jax.models import FlexiViT, Segmenter
 
 SHAPE = (24, 24, 3)
@@ -27,7 +27,7 @@ def images(n, seed=0):
 
 @pytest.fixture(scope="module")
 def program(loaded):
-  return programs.compiled(loaded, predictions._probabilities, 4, batch=4, shape=SHAPE)
+  return programs.compiled(loaded, programs.probabilities, 4, batch=4, shape=SHAPE)
 
 
 @settings(max_examples=25, deadline=None)
@@ -62,12 +62,12 @@ def test_other_shapes_are_errors(program, loaded):
   with pytest.raises(ValueError, match=r"this program takes \(4, 24, 24, 3\)"):
     program.run(images(3))
   with pytest.raises(errors.UserError, match="divide"):
-    programs.compiled(loaded, predictions._probabilities, 7, batch=1, shape=SHAPE)
+    programs.compiled(loaded, programs.probabilities, 7, batch=1, shape=SHAPE)
 
 
 def test_bfloat16_is_another_program(loaded, program):
   way = programs.Way("jax", "bfloat16")
-  half = programs.compiled(loaded, predictions._probabilities, 4, batch=4, shape=SHAPE, way=way)
+  half = programs.compiled(loaded, programs.probabilities, 4, batch=4, shape=SHAPE, way=way)
   difference = np.abs(half.run(images(4)) - program.run(images(4))).max()
   assert 0 < difference < 0.1
 
@@ -82,13 +82,13 @@ def test_bfloat16_is_another_program(loaded, program):
 )
 def test_ways_that_there_are_not(loaded, way, problem):
   with pytest.raises(errors.UserError, match=problem):
-    programs.call(loaded, predictions._probabilities, 4, programs.Way(*way))
+    programs.call(loaded, programs.probabilities, 4, programs.Way(*way))
 
 
 def test_other_models_run_plainly(loaded):
   segmenter = loaded._replace(model=Segmenter.__new__(Segmenter))
   with pytest.raises(errors.UserError, match="Segmenter runs in XLA in float32 alone"):
-    programs.call(segmenter, predictions._probabilities, 4, programs.Way("jax", "bfloat16"))
+    programs.call(segmenter, programs.probabilities, 4, programs.Way("jax", "bfloat16"))
 
 
 @pytest.mark.convert
@@ -97,7 +97,7 @@ class TestOnnx:
     way = programs.Way("onnx")
     for batch in (1, 4):
       other = programs.compiled(
-        loaded, predictions._probabilities, 4, batch=batch, shape=SHAPE, way=way
+        loaded, programs.probabilities, 4, batch=batch, shape=SHAPE, way=way
       )
       np.testing.assert_allclose(
         other.run(images(batch)), program.run(images(4))[:batch], atol=1e-5
@@ -105,13 +105,13 @@ class TestOnnx:
 
   def test_int8_is_near(self, loaded, program):
     way = programs.Way("onnx", "int8")
-    other = programs.compiled(loaded, predictions._probabilities, 4, batch=4, shape=SHAPE, way=way)
+    other = programs.compiled(loaded, programs.probabilities, 4, batch=4, shape=SHAPE, way=way)
     difference = np.abs(other.run(images(4)) - program.run(images(4))).max()
     assert 0 < difference < 0.2
 
   def test_the_same_bits_in_any_company(self, loaded):
     program = programs.compiled(
-      loaded, predictions._probabilities, 4, batch=4, shape=SHAPE, way=programs.Way("onnx")
+      loaded, programs.probabilities, 4, batch=4, shape=SHAPE, way=programs.Way("onnx")
     )
     first = program.run(images(4))
     among = images(4, 9)
