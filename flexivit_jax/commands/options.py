@@ -220,7 +220,13 @@ def listed_names(text: str | None) -> list[str] | None:
 
   if text is None:
     return None
-  return [*prompts.listed(text, "--names")] if os.path.isfile(text) else text.split(",")
+  if os.path.isfile(text):
+    return [*prompts.listed(text, "--names")]
+  if text.endswith(".txt"):
+    raise errors.UserError(
+      f"--names={text}: no such file; expected a file with one name a line, or names between commas."
+    )
+  return text.split(",")
 
 
 def data_values(data: Sequence[str]) -> dict[str, Any]:

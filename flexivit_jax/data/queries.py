@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, Int32
 
 from flexivit_jax.data import prompts, text as text_lib
-from flexivit_jax.errors import UserError, unknown
+from flexivit_jax.errors import UserError, nearest, unknown
 
 Example = dict[str, Any]
 Names = tuple[str, ...]
@@ -255,7 +255,7 @@ def vectors_of(
     shown = ", ".join(map(repr, absent[:_SHOWN])) + " ..." * (len(absent) > _SHOWN)
     raise UserError(
       f"{path} has no vector of {len(absent)} of the {len(class_names)} classes: {shown}. Make the file of"
-      " these names."
+      f" these names.{nearest(absent[0], row_of)}"
     )
   chosen = vectors[[row_of[name] for name in class_names]].astype(np.float32)
   usable = np.isfinite(chosen).all(1) & chosen.any(1)

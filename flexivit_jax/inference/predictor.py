@@ -25,6 +25,7 @@ from flexivit_jax.models import Model, vit_part
 from flexivit_jax.running import distributed, processes
 from flexivit_jax.sizes import Patch, SeqHw, size_args, size_text
 from flexivit_jax.trees import Json, Params
+from flexivit_jax.weights import model_records
 
 Prepare = Callable[[str | bytes], np.ndarray]  # of a path, or of the bytes of a file
 Result = programs.Result
@@ -71,7 +72,7 @@ def load(
   """Loads a model and finds out how its images are prepared.
 
   Of a model that gives something for each pixel, no image is cropped or padded: every pixel of the file gets an answer.
-  Of a detector, none is cropped.
+  Of a detector, none is cropped; its FlexiViT alone takes them so, too, where its run resizes none.
 
   Args:
     checkpoint: what `weights.load` takes.
@@ -116,9 +117,14 @@ def preparation(model: Model, record: Json, image_size: int | None = None) -> tu
   """Returns how images are prepared for a model, see `load`, and notes on what differs from its own preprocessing."""
   if gives_masks(model):
     return whole_images.of_all_pixels(record, image_size)
-  if gives_boxes(model):
+  if gives_boxes(model) or (_is_of_detector(record) and not whole_images.is_sized(record)):
     return whole_images.uncut(record, image_size)
   return weights.preparation(record, image_size), []
+
+
+def _is_of_detector(record: Json) -> bool:
+  """Whether this is the FlexiViT alone of a detector of ours."""
+  return model_records.left_out("owl_vit") in record.get("notes", ())
 
 
 def sizes_of(text: str | None, loaded: Loaded) -> tuple[SeqHw, ...]:

@@ -42,6 +42,14 @@ def of_all_pixels(record: Json, image_size: int | None) -> tuple[str, list[str]]
   return "|".join(texts), notes
 
 
+def is_sized(record: Json) -> bool:
+  """Tells whether weights say to which size images are brought, rather than to take them as they are."""
+  pp = record.get("pp")
+  return "images" in record or any(
+    op.first == "hw" or op.function in _SIZED for op in (data.parse(pp).ops if pp else ())
+  )
+
+
 def uncut(record: Json, image_size: int | None) -> tuple[str, list[str]]:
   """Returns a preprocessing that shows the model all of an image, and notes on what differs from its own.
 
@@ -56,9 +64,7 @@ def uncut(record: Json, image_size: int | None) -> tuple[str, list[str]]:
   hw = (size, size) if isinstance(size, int) else (*(size or (weights.stated.USUAL_SIDE,) * 2),)
   if not (record.get("pp") or "images" in record):
     return "|".join(["decode", *_fitted(hw[:2]), "value_range(-1, 1)"]), []
-  as_they_are = "images" not in record and not any(
-    op.first == "hw" or op.function in _SIZED for op in data.parse(record["pp"]).ops
-  )
+  as_they_are = not is_sized(record)
   ops = data.parse(weights.preparation(record, None if as_they_are else image_size)).ops
   decoded = ["decode"]
   moved: list[str] = []

@@ -70,7 +70,7 @@ def describe_whole(
     assumed: how images are prepared if no file says it; default as `weights.preparation` has it.
   """
   if isinstance(model, FlexiViT):
-    return describe(model, params, record)
+    return describe(model, params, record, assumed)
   if isinstance(model, TwoTowers):
     return describe_towers(model, params, record)
   part = vit_part(model)

@@ -224,6 +224,7 @@ def test_what_shares_a_batch_changes_nothing_and_bad_files_are_named(save, photo
     ("text", ["--names=cat,cat"], "Names 0 and 1 are the same text"),
     ("text", ["--names=cat", "--vectors=v.npz"], "leave --vectors out"),
     ("vectors", ["--names=cat", "--vectors=v.npz", "--as_typed"], "leave --as_typed out"),
+    ("vectors", ["--names=cats.txt", "--vectors=v.npz"], "--names=cats.txt: no such file"),
     ("vectors", ["--names=cat"], "has no text tower: .* vectors of 5 numbers; give --vectors"),
   ],
 )
@@ -244,6 +245,19 @@ def test_its_flexivit_alone_takes_images_without_boxes(save, photos):
   loaded = predictor.load(save("closed"))
   assert loaded.record["notes"][-1] == "The backbone of an owl_vit alone."
   assert loaded.prepare("a/1.png").shape == (24, 24, 3)  # as its run cuts them
+
+
+def test_its_flexivit_alone_takes_all_of_photos_where_its_run_resizes_none(save, photos, tmp_path):
+  """A run records the shape of its training; its evaluation takes images as they are, or has none."""
+  for pp in ("decode|value_range(-1, 1)|pad_boxes(9)", None):
+    model, params, record = weights.tasks.load(save("closed"))
+    record |= {"pp": pp, "image_shape": [24, 32, 3], "trained": {"grid_hw": [[3, 4]]}}
+    file = tmp_path / "rectangular.npz"
+    weights.save_npz(file, model, params, record)
+    loaded, whole = predictor.load(file), predictor.load(file, whole=True)
+    assert loaded.prepare("a/1.png").shape == (24, 32, 3)
+    np.testing.assert_array_equal(loaded.prepare("a/2.jpg"), whole.prepare("a/2.jpg"))
+    file.unlink()
 
 
 def test_another_framework_has_no_detector(save, tmp_path, capsys):
