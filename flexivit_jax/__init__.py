@@ -4,9 +4,14 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["FlexiViT", "load", "pi_resize"]
+__all__ = ["FlexiViT", "choose", "load", "pi_resize"]
 
-_HOME = {"FlexiViT": "models.flexivit", "load": "weights", "pi_resize": "resize"}
+_HOME = {
+  "FlexiViT": "models.flexivit",
+  "choose": "inference.budgets",
+  "load": "weights",
+  "pi_resize": "resize",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ COMMANDS = {
   "bench": "bench",
   "train": "train",
   "eval": "evaluate",
+  "profile": "profile",
   "predict": "predict",
   "search": "search",
   "embed": "embed",

@@ -2,7 +2,8 @@
 
     model.npz                     the weights
     model.npz.profile.json        its profiles, one for each kind of device
-    runs/digits/profile.json      those of a run, an ONNX folder
+    runs/digits/profile.json      those of a run
+    vit.zip, onnx/record.json     exports carry those that their source had
 
 A profile belongs to weights by their digest, not by the name of a file. Imports no JAX.
 """
@@ -21,6 +22,7 @@ from flexivit_jax.sizes import SeqHw, from_text, size_text
 
 FORMAT = "flexivit profile 1"
 NAME = "profile.json"
+RECORD = "record.json"  # of an export
 RUNTIMES = ("jax", "onnx")
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -137,34 +139,45 @@ def path_of(checkpoint: str | os.PathLike[str], weights: str) -> pathlib.Path:
 
 
 def read(path: pathlib.Path) -> list[Profile]:
-  """Reads the profiles of a file; none where there is no file.
-
-  Args:
-    path: a profile file, or an artifact (.zip) that carries one.
+  """Reads the profiles of a file; where there is no file, those that an export beside it carries, or none.
 
   Raises:
     UserError: damaged, of a newer version, or no profile.
   """
+  again = "`flexivit profile` makes it again; remove the file first"
   try:
-    text = _carried(path) if path.suffix == ".zip" else path.read_bytes()
-  except (FileNotFoundError, KeyError):
+    content = json.loads(path.read_bytes()) if path.exists() else _carried(path)
+  except OSError as e:
+    raise errors.UserError(f"{path} cannot be read: {e.strerror or e}.") from e
+  except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+    raise errors.UserError(f"{path} is no profile, or damaged ({e!r}); {again}.") from e
+  if content is None:
     return []
-  except (OSError, zipfile.BadZipFile) as e:
-    raise errors.UserError(f"{path} cannot be read: {e}.") from e
-  again = "`flexivit profile` makes it again; delete the file first"
   try:
-    content = json.loads(text)
-    kind, profiles = content["format"], content["profiles"]
-  except (ValueError, KeyError, TypeError) as e:
+    kind, profiles, sha256 = (content[key] for key in ("format", "profiles", "sha256"))
+  except (KeyError, TypeError) as e:
     raise errors.UserError(f"{path} is no profile, or damaged ({e!r}); {again}.") from e
   if kind != FORMAT:
     raise errors.UserError(f"{path} has the format {kind!r}; this version reads {FORMAT!r}.")
-  if content.get("sha256") != _sha256(profiles):
+  if sha256 != _sha256(profiles):
     raise errors.UserError(f"{path} is damaged or was changed by hand (wrong sha256); {again}.")
   try:
     return [_of_json(one) for one in profiles]
   except (KeyError, TypeError, ValueError) as e:
     raise errors.UserError(f"{path} is damaged: {e!r}; {again}.") from e
+
+
+def _carried(path: pathlib.Path) -> Json | None:
+  """The content that an export holds in its record: an artifact X.zip of X.zip.profile.json, an ONNX folder."""
+  zipped = path.with_name(path.name.removesuffix(f".{NAME}"))
+  if zipped.suffix == ".zip" and zipped != path and zipped.is_file():
+    with zipfile.ZipFile(zipped) as file:
+      record = json.loads(file.read(RECORD))
+  elif path.name == NAME and (path.parent / RECORD).is_file():
+    record = json.loads((path.parent / RECORD).read_bytes())
+  else:
+    return None
+  return record.get("profile")
 
 
 def of(path: pathlib.Path, weights: str) -> list[Profile]:
@@ -199,9 +212,13 @@ def write(path: pathlib.Path, profile: Profile) -> None:
 
 def text_of(profiles: Sequence[Profile]) -> str:
   """The content of a file of profiles."""
+  return json.dumps(content_of(profiles), indent=1, allow_nan=False) + "\n"
+
+
+def content_of(profiles: Sequence[Profile]) -> Json:
+  """Profiles as JSON, with their checksum: what a file holds, or the record of an export under "profile"."""
   listed = [_to_json(profile) for profile in profiles]
-  content = {"format": FORMAT, "sha256": _sha256(listed), "profiles": listed}
-  return json.dumps(content, indent=1, allow_nan=False) + "\n"
+  return {"format": FORMAT, "sha256": _sha256(listed), "profiles": listed}
 
 
 def on_device(
@@ -227,11 +244,6 @@ def on_device(
     f"The profile was measured on another device ({known}; this is {device}). `flexivit profile` measures it here;"
     " --estimate scales its times by a matrix product on both."
   )
-
-
-def _carried(path: pathlib.Path) -> bytes:
-  with zipfile.ZipFile(path) as file:
-    return file.read(NAME)
 
 
 def _sha256(profiles: Any) -> str:

@@ -22,6 +22,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     "--seqhw",
     help="one size, tokens per side, with --to: 8 or 4x6 (default: buffers as they are stored)",
   )
+  options.add_budget(p)
   p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
   options.add_image_only(p)
   options.add_no_verify(p)
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
   values = dict(image_size=args.image_size, verify=args.verify, image_only=args.image_only)
   values |= options.loading(args)
   if args.to == "big_vision":
-    if args.seqhw is not None:
+    if (args.seqhw or args.budget) is not None:
       raise errors.UserError(
         "--seqhw: an .npz holds the model for all sizes; give --to=timm, or leave it out."
       )
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     rows = conversion.convert(args.file, args.out, exact=not args.flexify, **values)
   else:
     why = f"a folder for {args.to} holds one size"
-    seqhw = None if args.seqhw is None else sizes.parse_one(args.seqhw, why)
+    text = options.size_text_asked(args, args.file)
+    seqhw = None if text is None else sizes.parse_one(text, why)
     rows, compared = conversion.convert_to(args.to, args.file, args.out, seqhw=seqhw, **values)
   for row in rows:
     print(f"seqhw {sizes.size_text(row.seqhw)!s:>3}: {row.words()}, in {compared}")

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 def _embed(args: argparse.Namespace) -> None:
   from flexivit_jax import weights
   from flexivit_jax.data.inputs import find_images
-  from flexivit_jax.inference import outputs, predictor
+  from flexivit_jax.inference import budgets, outputs, predictor
   from flexivit_jax.inference.features import WRITERS, features, written
   from flexivit_jax.running import distributed
   from flexivit_jax.sizes import size_text
@@ -44,16 +44,18 @@ def _embed(args: argparse.Namespace) -> None:
   loaded = distributed.each(
     lambda: predictor.load(args.checkpoint, args.image_size, **given), "its checkpoint"
   )
-  sizes = predictor.sizes_of(args.seqhw, loaded)
   first = distributed.is_first()
+  say = outputs.note if first else lambda text: None
+  choice = budgets.chosen(loaded, options.size_asked(args), args.batch_size, note=say)
+  sizes, batch_size = choice.sizes, choice.batch_size
   if first:
     weights.print_notes(loaded.record)
-  inputs = find_images(args.image, outputs.note if first else lambda text: None)
-  predictor.agree(loaded, inputs, sizes=sizes, batch_size=args.batch_size, normalize=args.normalize)
+  inputs = find_images(args.image, say)
+  predictor.agree(loaded, inputs, sizes=sizes, batch_size=batch_size, normalize=args.normalize)
   tally = outputs.Tally(len(inputs), first, progress=True)
   fn = functools.partial(features, normalize=args.normalize)
   with written(args.out if first else None, sizes, loaded) as add, contextlib.ExitStack() as stack:
-    stream = predictor.outcomes(loaded, fn, inputs, sizes, batch_size=args.batch_size)
+    stream = predictor.outcomes(loaded, fn, inputs, sizes, batch_size=batch_size)
     for outcome in stack.enter_context(contextlib.closing(stream)):
       tally.add(outcome.file, outcome.error)
       if outcome.error is None:

@@ -21,8 +21,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   options.add_config(p)
   options.add_checkpoint(p)
   p.add_argument(
-    "--seqhw", default="all", help="'all' (those of the config) or e.g. 5,8,4x6: tokens per side"
+    "--seqhw", help="'all' (the default: those of the config) or e.g. 5,8,4x6: tokens per side"
   )
+  options.add_budget(p)
   p.add_argument(
     "--out",
     type=options.path,
@@ -49,6 +50,7 @@ def _evaluate(args: argparse.Namespace) -> None:
   from flexivit_jax.devices import sharding
   from flexivit_jax.evaluators import results
   from flexivit_jax.experiment import labelling
+  from flexivit_jax.inference import budgets, outputs
   from flexivit_jax.running import distributed, processes
 
   evals = config.load(args.config, args.overrides).get("evals", {})
@@ -69,7 +71,9 @@ def _evaluate(args: argparse.Namespace) -> None:
   model, params, record = distributed.each(lambda: load(args.checkpoint, **given), "its checkpoint")
   if distributed.is_on():
     digest = trees.digest(params)
-    processes.agree_on({"evals": evals, "seqhw": args.seqhw, "checkpoint": digest})
+    processes.agree_on(
+      {"evals": evals, "seqhw": args.seqhw, "budget": args.budget, "checkpoint": digest}
+    )
   first = distributed.is_first()
   if first:
     weights.print_notes(record)
@@ -77,7 +81,14 @@ def _evaluate(args: argparse.Namespace) -> None:
   classes = class_names.known_of(record, model.num_classes, of)
   tokens = text.of_record(record["text"]) if record.get("text") else None
   trained = record.get("trained", {}).get("seqhw")
-  override = {} if args.seqhw == "all" else {"seqhw": sizes.parse(args.seqhw)}
+  override: dict[str, object] = {}
+  asked = options.size_asked(args)
+  if asked.budget:
+    digest = weights.towers.digest(model, params)
+    say = outputs.note if first else lambda text: None
+    override = {"seqhw": [budgets.row_for(args.checkpoint, digest, asked, note=say).size]}
+  elif asked.seqhw not in (None, "all"):
+    override = {"seqhw": sizes.parse(asked.seqhw)}
   mesh = sharding.make_mesh()
 
   def build() -> dict[str, experiment.Evaluation]:

@@ -6,6 +6,7 @@ How each kind is written is told in `weights/export/stablehlo.py`, `onnx.py` and
 import argparse
 import functools
 
+from flexivit_jax import errors
 from flexivit_jax.commands import options
 from flexivit_jax.sizes import size_text
 
@@ -24,9 +25,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument("--image_size", type=int, help="pixels a side (default: the model's, or 240)")
   p.add_argument(
     "--seqhw",
-    required=True,
     help="tokens per side, e.g. 8,15,30 or 4x6; 'all': those that a run was trained at",
   )
+  options.add_budget(p)
   p.add_argument(
     "--platforms",
     type=lambda text: tuple(text.split(",")),
@@ -49,13 +50,18 @@ def run(args: argparse.Namespace) -> None:
   from flexivit_jax.weights import certificate
   from flexivit_jax.weights.export import comparison
 
+  seqhw = options.size_text_asked(args, args.checkpoint)
+  if seqhw is None:
+    raise errors.UserError(
+      "Give --seqhw, the sizes to export, e.g. 8,15,30; or --budget, which chooses one."
+    )
   names = options.listed_names(args.names)
   asked = queries.Asked(names, args.templates, args.vectors, args.as_typed)
   rows = comparison.export(
     args.checkpoint,
     args.out,
     to=args.to,
-    seqhw=args.seqhw,
+    seqhw=seqhw,
     image_size=args.image_size,
     platforms=args.platforms,
     verified=args.verify,

@@ -4,9 +4,12 @@ import argparse
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexivit_jax import errors
+
+if TYPE_CHECKING:
+  from flexivit_jax.inference import budgets
 
 WEIGHTS = "an .npz, a .safetensors file, a run folder, a published name or an https:// address"
 VECTORS = "an .npz with vectors of the names, of a detector without a text tower"
@@ -89,6 +92,7 @@ def add_images(p: argparse.ArgumentParser) -> None:
     "--seqhw",
     help="tokens per side, e.g. 8, or 5,8,4x6 for several; 'all': those that a run was trained at",
   )
+  add_budget(p)
   add_batches(p)
   p.add_argument(
     "--on_error",
@@ -97,6 +101,19 @@ def add_images(p: argparse.ArgumentParser) -> None:
     help="files that cannot be read are named and the others answered; then exit code 2, or 0 with skip",
   )
   p.add_argument("--overwrite", action="store_true", help="replace the file of --out")
+
+
+def add_budget(p: argparse.ArgumentParser) -> None:
+  """--budget in the place of --seqhw, and where the profile is that it goes by."""
+  p.add_argument(
+    "--budget",
+    metavar="LIMIT=N",
+    help="in the place of --seqhw: the best size within e.g. latency_ms=20,accuracy=0.7, by `flexivit profile`",
+  )
+  p.add_argument("--profile", type=path, help="its file (default: beside the weights)")
+  p.add_argument(
+    "--estimate", action="store_true", help="scale a profile of another device to this one"
+  )
 
 
 def add_queries(p: argparse.ArgumentParser) -> None:
@@ -208,6 +225,36 @@ def add_loading(p: argparse.ArgumentParser) -> None:
 def chosen(args: argparse.Namespace, *names: str) -> dict[str, Any]:
   """Returns the arguments that have a value, as keyword arguments: the function knows the defaults."""
   return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def size_asked(args: argparse.Namespace) -> "budgets.Asked":
+  """Returns what --seqhw and the options of `add_budget` say.
+
+  Raises:
+    UserError: two of them, or a profile that nothing needs.
+  """
+  from flexivit_jax.inference import budgets
+
+  asked = budgets.Asked(args.seqhw, args.budget, args.profile, args.estimate)
+  budgets.check(asked)
+  return asked
+
+
+def size_text_asked(args: argparse.Namespace, checkpoint: pathlib.Path) -> str | None:
+  """Returns --seqhw, or the size that --budget chooses for a checkpoint, as text.
+
+  Raises:
+    UserError: see `size_asked` and `budgets.row_for`.
+  """
+  from flexivit_jax import sizes
+  from flexivit_jax.inference import budgets, outputs, predictor
+
+  asked = size_asked(args)
+  if asked.budget is None:
+    return asked.seqhw
+  loaded = predictor.load(checkpoint, args.image_size, whole=True, **loading(args))
+  choice = budgets.chosen(loaded, asked, note=outputs.note)
+  return str(sizes.size_text(choice.sizes[0]))
 
 
 def listed_names(text: str | None) -> list[str] | None:

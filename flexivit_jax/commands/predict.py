@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
   from flexivit_jax import weights
   from flexivit_jax.data.inputs import find_images
-  from flexivit_jax.inference import outputs, predictor, texts
+  from flexivit_jax.inference import budgets, outputs, predictor, texts
   from flexivit_jax.inference.predictions import WRITERS, check_classes, predictions, sinks_of
   from flexivit_jax.running import distributed
 
@@ -100,18 +100,22 @@ def _predict(args: argparse.Namespace) -> None:
     among = texts.of_names(loaded, options.listed_names(args.names) or [], args.templates or "name")
   else:
     check_classes(loaded)
-  sizes = predictor.sizes_of(args.seqhw, loaded)
   first = distributed.is_first()
+  say = outputs.note if first else lambda text: None
+  sizes, batch_size, way = budgets.chosen(
+    loaded, options.size_asked(args), args.batch_size, any_way=True, note=say
+  )
   if first:
     weights.print_notes(loaded.record)
     if among is not None and among.bias is not None:
       outputs.note("each name has a probability of its own, they do not add up to 100 %")
-  inputs = find_images(args.image, outputs.note if first else lambda text: None)
+  inputs = find_images(args.image, say)
   predictor.agree(
     loaded,
     inputs,
     sizes=sizes,
-    batch_size=args.batch_size,
+    batch_size=batch_size,
+    way=[*way],
     top_k=top_k,
     names=args.names,
     templates=args.templates,
@@ -127,7 +131,7 @@ def _predict(args: argparse.Namespace) -> None:
       timed=args.time,
     ) as sinks,
     contextlib.closing(
-      predictions(loaded, inputs, sizes, top_k, args.batch_size, args.time, among)
+      predictions(loaded, inputs, sizes, top_k, batch_size, args.time, among, way)
     ) as stream,
   ):
     for file, rows in stream:
@@ -187,7 +191,7 @@ def _predict_masks(args: argparse.Namespace, loaded: "predictor.Loaded") -> None
     raise errors.UserError(
       f"{args.checkpoint} is a segmentation model, which knows its own classes; leave --names out."
     )
-  sizes = _sizes(args, loaded)
+  sizes, batch_size = _sizes(args, loaded)
   first = distributed.is_first()
   if first:
     weights.print_notes(loaded.record)
@@ -195,9 +199,9 @@ def _predict_masks(args: argparse.Namespace, loaded: "predictor.Loaded") -> None
   to = distributed.each(
     lambda: masks.targets(inputs, sizes, args.out, args.overlay, args.overwrite), "--out"
   )
-  predictor.agree(loaded, inputs, sizes=sizes, batch_size=args.batch_size)
+  predictor.agree(loaded, inputs, sizes=sizes, batch_size=batch_size)
   tally = outputs.Tally(len(inputs), first, progress=not sys.stdout.isatty())
-  stream = masks.answers(loaded, inputs, sizes, args.batch_size, args.time)
+  stream = masks.answers(loaded, inputs, sizes, batch_size, args.time)
   with contextlib.closing(stream):
     for file, answers in stream:
       tally.add(file, answers[0].error)
@@ -227,7 +231,7 @@ def _predict_boxes(args: argparse.Namespace, loaded: "predictor.Loaded") -> None
   names = options.listed_names(args.names)
   asked = queries.Asked(names, args.templates, args.vectors, args.as_typed)
   loaded = distributed.each(lambda: queries.closed(loaded, asked), "--names")
-  sizes = _sizes(args, loaded)
+  sizes, batch_size = _sizes(args, loaded)
   first = distributed.is_first()
   if first:
     weights.print_notes(loaded.record)
@@ -236,14 +240,14 @@ def _predict_boxes(args: argparse.Namespace, loaded: "predictor.Loaded") -> None
     lambda: boxes.overlays_of(inputs, sizes, args.overlay, args.overwrite), "--overlay"
   )
   limits = options.chosen(args, "threshold", "top_k")
-  predictor.agree(loaded, inputs, sizes=sizes, batch_size=args.batch_size, names=names, **limits)
+  predictor.agree(loaded, inputs, sizes=sizes, batch_size=batch_size, names=names, **limits)
   printed = args.json or not args.out
   tally = outputs.Tally(len(inputs), first, progress=not (printed and sys.stdout.isatty()))
   stream = boxes.answers(
     loaded,
     inputs,
     sizes,
-    batch_size=args.batch_size,
+    batch_size=batch_size,
     timed=args.time,
     pictures=first and bool(to),
     **limits,
@@ -266,13 +270,18 @@ def _predict_boxes(args: argparse.Namespace, loaded: "predictor.Loaded") -> None
   tally.check_all(args.on_error)
 
 
-def _sizes(args: argparse.Namespace, loaded: "predictor.Loaded") -> "picture_files.Sizes":
-  """The sizes of --seqhw or --patch."""
+def _sizes(
+  args: argparse.Namespace, loaded: "predictor.Loaded"
+) -> "tuple[picture_files.Sizes, int | None]":
+  """The sizes of --seqhw, --patch or --budget, and the images at a time."""
   from flexivit_jax import sizes
-  from flexivit_jax.inference import predictor
+  from flexivit_jax.inference import budgets, outputs
 
-  if args.seqhw and args.patch:
+  if args.patch and (args.seqhw or args.budget):
     raise errors.UserError(
-      "Give --seqhw, tokens per side, or --patch, pixels of a patch; not both."
+      f"--patch={args.patch} are pixels of a patch; give these, or --seqhw, tokens per side, or --budget, not both."
     )
-  return sizes.parse_patches(args.patch) if args.patch else predictor.sizes_of(args.seqhw, loaded)
+  if args.patch:
+    return sizes.parse_patches(args.patch), args.batch_size
+  choice = budgets.chosen(loaded, options.size_asked(args), args.batch_size, note=outputs.note)
+  return choice.sizes, choice.batch_size

@@ -18,6 +18,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   )
   options.add_checkpoint(p)
   p.add_argument("--seqhw", help="tokens per side by which images are ranked, e.g. 8 or 4x6")
+  options.add_budget(p)
   p.add_argument(
     "--coarse",
     metavar="SEQHW",
@@ -49,12 +50,13 @@ def run(args: argparse.Namespace) -> None:
   from flexivit_jax import files, sizes, weights
   from flexivit_jax.data.inputs import find_images
   from flexivit_jax.devices import compilation
-  from flexivit_jax.inference import outputs, predictor, search, texts
+  from flexivit_jax.inference import budgets, outputs, predictor, search, texts
 
   _check(args)
   compilation.keep_programs()
   loaded = predictor.load(args.checkpoint, args.image_size, texts=True, **options.loading(args))
-  (fine,) = _one(predictor.sizes_of(args.seqhw, loaded), "--seqhw")
+  choice = budgets.chosen(loaded, options.size_asked(args), args.batch_size, note=outputs.note)
+  (fine,) = _one(choice.sizes, "--seqhw")
   coarse = (
     sizes.parse_one(args.coarse, "images are shortlisted at one size") if args.coarse else None
   )
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     args.index or files.cache_folder() / "search",
     image_size=args.image_size,
     by_content=args.by_content,
-    batch_size=args.batch_size,
+    batch_size=choice.batch_size,
     tell=tally.add,
     note=outputs.note,
   )

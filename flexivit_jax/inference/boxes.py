@@ -87,7 +87,7 @@ def answers(
   names = queries.names_of(loaded)
   loaded = loaded._replace(prepare=functools.partial(_fitting, loaded, sizes))
   with contextlib.closing(
-    predictor.outcomes(loaded, _boxes_and_logits, inputs, sizes, batch_size=batch_size, timed=timed)
+    predictor.outcomes(loaded, boxes_and_logits, inputs, sizes, batch_size=batch_size, timed=timed)
   ) as outcomes:
     for file, found, error, ms in outcomes:
       origin = None if error is not None else _origin(loaded, file)
@@ -135,7 +135,8 @@ def detections(
   ]
 
 
-def _boxes_and_logits(result: predictor.Result) -> Float[Array, "n l _"]:
+def boxes_and_logits(result: predictor.Result) -> Float[Array, "n l _"]:
+  """What an answer is made of: the four numbers of each box, then its logits."""
   return jnp.concatenate([result[1]["pred_boxes"], result[1]["class_logits"]], axis=-1)
 
 

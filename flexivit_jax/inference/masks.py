@@ -69,7 +69,7 @@ def answers(
   if batch_size is None:
     batch_size = 1 if jax.default_backend() == "cpu" else 8
   with contextlib.closing(
-    predictor.outcomes(loaded, _scores, inputs, sizes, batch_size=batch_size, timed=timed)
+    predictor.outcomes(loaded, scores_of_pixels, inputs, sizes, batch_size=batch_size, timed=timed)
   ) as outcomes:
     for file, scores, error, ms in outcomes:
       image = None if error is not None else whole_images.pixels(file)
@@ -111,7 +111,8 @@ def classes_at(
   return mask
 
 
-def _scores(result: predictor.Result) -> Float[Array, "n h w k"]:
+def scores_of_pixels(result: predictor.Result) -> Float[Array, "n h w k"]:
+  """What an answer is made of."""
   return result[1]["pixel_logits"]
 
 

@@ -74,6 +74,7 @@ def predictions(
   batch_size: int | None = None,
   timed: bool = False,
   among: texts.Names | None = None,
+  way: programs.Way = programs.PLAIN,
 ) -> Generator[tuple[str, list[Prediction]], None, None]:
   """Yields (file, its predictions at each size) in order; of a bad file a single one, with its error.
 
@@ -84,6 +85,7 @@ def predictions(
     k: how many classes.
     batch_size, timed: see `predictor.outcomes`.
     among: the classes, where they are texts; None: those of the model's head.
+    way: what runs the model.
   """
   if among is None:
     fn = programs.probabilities
@@ -91,7 +93,7 @@ def predictions(
   else:
     names, fn = among.names, texts.embedding
   with contextlib.closing(
-    predictor.outcomes(loaded, fn, inputs, sizes, batch_size=batch_size, timed=timed)
+    predictor.outcomes(loaded, fn, inputs, sizes, batch_size=batch_size, timed=timed, way=way)
   ) as outcomes:
     for file, outputs, error, ms in outcomes:
       if error is not None:

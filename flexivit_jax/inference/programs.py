@@ -168,7 +168,7 @@ class _OnOnnx:
     # Of two towers the graph gives unit vectors, which is what the intermediates hold.
     self._fn = jax.jit(lambda output: fn((output, {"image": output})))
     for package in ("onnx", "onnxruntime"):
-      optional.require(package, "--runtime=onnx")
+      optional.require(package, "Running a model in onnxruntime")
 
   def __call__(self, params: Params, images: np.ndarray) -> Array:
     shape = images.shape[1:]
@@ -178,7 +178,7 @@ class _OnOnnx:
       return self._fn(self._sessions[shape](np.asarray(images)))
     except KeyError as e:
       raise errors.UserError(
-        f"In onnxruntime a model gives its output alone, not {e}; leave --runtime=onnx out."
+        f"In onnxruntime a model gives its output alone, not {e}; run it in XLA."
       ) from e
 
   def _session(self, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:

@@ -94,6 +94,11 @@ _TEXT_LEFT_OUT = re.compile(
 )
 
 
+def digest(model: Any, params: Params) -> str:
+  """The digest of what images go through; of two towers that of images, which is loaded with its texts and without."""
+  return trees.digest(params["image"] if isinstance(model, TwoTowers) else params)
+
+
 def text_of(path: str | os.PathLike[str], fields: Fields | None = None) -> Text | None:
   """Returns what a file holds beside its image tower; None where it holds no text tower.
 

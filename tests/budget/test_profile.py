@@ -97,14 +97,26 @@ def test_numbers_that_nothing_measures(tmp_path, fields):
     profile.read(path)
 
 
-def test_an_artifact_carries_its_profile(tmp_path):
-  path = tmp_path / "vit.zip"
-  with zipfile.ZipFile(path, "w") as file:
-    file.writestr("record.json", "{}")
-  assert profile.read(path) == []
-  with zipfile.ZipFile(path, "a") as file:
-    file.writestr(profile.NAME, profile.text_of([ONE]))
-  assert profile.read(path) == [ONE]
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_an_export_carries_the_profiles_of_its_source(tmp_path, kind):
+  record = json.dumps({"sizes": [8], "profile": profile.content_of([ONE])})
+  if kind == "zip":
+    out = tmp_path / "vit.zip"
+    with zipfile.ZipFile(out, "w") as file:
+      file.writestr("record.json", record)
+  else:
+    out = tmp_path
+    (out / "record.json").write_text(record)
+  path = profile.path_of(out, ONE.weights)
+  assert profile.of(path, ONE.weights) == [ONE]
+  here = ONE._replace(device="here")
+  profile.write(path, here)
+  assert profile.of(path, ONE.weights) == [ONE, here]
+
+
+def test_an_export_without_profiles_has_none(tmp_path):
+  (tmp_path / "record.json").write_text("{}")
+  assert profile.read(profile.path_of(tmp_path, "a")) == []
 
 
 def test_where_it_lies(tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from flexivit_jax import errors, sizes, weights
+from flexivit_jax.budget import profile
 from flexivit_jax.models import MODELS, OwlViT, TwoTowers, vit_part
 from flexivit_jax.trees import Json, Params
-from flexivit_jax.weights import certificate, model_records, optional
+from flexivit_jax.weights import certificate, model_records, optional, towers
 from flexivit_jax.weights.export import (
   artifact,
   frameworks,
@@ -77,7 +78,7 @@ def export(
     model, record = _in_float32(model, record)
   weights.print_notes(record)
   hw = certificate.image_hw(record, image_size)
-  record = weights.written_for(record, hw)
+  record = weights.written_for(record, hw) | _measured(source, model, params)
   lacking = f"{source} does not say at which sizes it was trained"
   chosen = sizes.parse(seqhw, sizes.trained(record), lacking)
   WRITERS[to](out, model, params, record, image_hw=hw, sizes=chosen, **writing)
@@ -102,6 +103,13 @@ def _load(source: str | os.PathLike[str], image_only: bool, to: str, **loading: 
   whole, params, record = weights.tasks.load(source, **loading)
   fields: Any = {part: {**getattr(whole, part), **everywhere}}
   return whole.clone(**fields), params, record  # type: ignore[attr-defined]  # every Flax module has it
+
+
+def _measured(source: str | os.PathLike[str], model: Model, params: Params) -> Json:
+  """What the record says of the weights: their digest, and their profiles where there are any."""
+  digest = towers.digest(model, params)
+  own = [one for one in profile.read(profile.path_of(source, digest)) if one.weights == digest]
+  return {"weights_sha256": digest} | ({"profile": profile.content_of(own)} if own else {})
 
 
 def verify(out: pathlib.Path, model: Model, params: Params, *, to: str = "stablehlo") -> list[Row]:
