@@ -86,7 +86,7 @@ def get_config(arg=""):
     seqhw=tuple(sizes.values()),
     every_percent=1.0,
   )
-  c.evals = dict(test=section, novel=dict(section, only="novel"))
+  c.evals = dict(test=section, novel=dict(section, data=dict(section["data"]), only="novel"))
   c.checkpoint = dict(every_percent=0.25)
 
   if arg.debug:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, errors, train
+from flexivit_jax import cli, errors, train, weights
 from flexivit_jax.running import exit_codes
 
 pytestmark = pytest.mark.faults
@@ -122,10 +122,14 @@ def test_eval_writes_what_training_wrote(run, tmp_path, capsys):
 
 
 def test_eval_at_sizes_that_were_never_trained(run, tmp_path):
-  out = tmp_path / "eval.json"
-  args = ["eval", "--config=digits", f"--checkpoint={run}", "--seqhw=12,4x6", f"--out={out}"]
+  out, file = tmp_path / "eval.json", tmp_path / "rectangular.npz"
+  model, params, record = weights.load_with_record(run)
+  trained = {"trained": {"grid_hw": [[4, 6], [8, 8]]}}
+  weights.save_npz(file, model, params, record | trained)
+  args = ["eval", "--config=digits", f"--checkpoint={file}", "--seqhw=12,4x6", f"--out={out}"]
   assert cli.main(args) == 0
   rows = json.loads(out.read_text())["rows"]
+  assert json.loads(out.read_text())["trained_seqhw"] == ["4x6", "8x8"]
   assert [(r["seqhw"], r["patch"], r["tokens"]) for r in rows] == [(12, 2, 144), ("4x6", "6x4", 24)]
 
 

@@ -80,7 +80,7 @@ def _evaluate(args: argparse.Namespace) -> None:
   of = f"the checkpoint {args.checkpoint}"
   classes = class_names.known_of(record, model.num_classes, of)
   tokens = text.of_record(record["text"]) if record.get("text") else None
-  trained = record.get("trained", {}).get("seqhw")
+  trained = [sizes.size_text(size) for size in sizes.trained(record)] or None
   override: dict[str, object] = {}
   asked = options.size_asked(args)
   if asked.budget:
