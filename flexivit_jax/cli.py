@@ -22,6 +22,7 @@ COMMANDS = {
   "train": "train",
   "eval": "evaluate",
   "profile": "profile",
+  "cascade": "cascade",
   "predict": "predict",
   "search": "search",
   "embed": "embed",

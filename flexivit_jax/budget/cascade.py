@@ -133,6 +133,13 @@ class Cascade(NamedTuple):
     return [list(stages).index(size) for size in self.sizes]
 
 
+def alone(size: SeqHw, classes: int, cost: float = 1.0, unit: str = "ms") -> Cascade:
+  """Returns the cascade of one stage, which loses nothing."""
+  return Cascade(
+    (size,), (), (1.0,), "confidence", 0.0, 0.0, (cost,), unit, cost, (1.0,), 0.0, 0.0, 0.0, 0, 0, classes
+  )  # fmt: skip
+
+
 # --- signals ---
 
 

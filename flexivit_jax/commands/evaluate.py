@@ -10,6 +10,8 @@ from flexivit_jax import errors, sizes
 from flexivit_jax.commands import options
 
 if TYPE_CHECKING:
+  from flexivit_jax import experiment
+  from flexivit_jax.inference.predictor import Loaded
   from flexivit_jax.models import Model
   from flexivit_jax.trees import Json, Params
 
@@ -24,6 +26,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     "--seqhw", help="'all' (the default: those of the config) or e.g. 5,8,4x6: tokens per side"
   )
   options.add_budget(p)
+  p.add_argument(
+    "--cascade",
+    nargs="+",
+    type=options.path,
+    metavar="FILE",
+    help="of `flexivit cascade`: also measures these, side by side with their finest size",
+  )
   p.add_argument(
     "--out",
     type=options.path,
@@ -50,7 +59,7 @@ def _evaluate(args: argparse.Namespace) -> None:
   from flexivit_jax.devices import sharding
   from flexivit_jax.evaluators import results
   from flexivit_jax.experiment import labelling
-  from flexivit_jax.inference import budgets, outputs
+  from flexivit_jax.inference import budgets, outputs, predictor
   from flexivit_jax.running import distributed, processes
 
   evals = config.load(args.config, args.overrides).get("evals", {})
@@ -102,6 +111,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     return evaluations
 
   placed = sharding.replicate(params, mesh)
+  loaded = predictor.Loaded(model, params, record, str(args.checkpoint), predictor.no_files)
   for name, evaluation in distributed.each(build, "its data").items():
     for note in evaluation.notes if first else ():
       print(f"note: evals.{name}: {note}", file=sys.stderr)
@@ -121,8 +131,28 @@ def _evaluate(args: argparse.Namespace) -> None:
       experiment.classes_of_tables(evaluation, rows),
       evaluation.metrics,
     )
+    if measured := _cascades(args, loaded, evaluation):
+      about["cascades"] = measured
     if out := _out(args):
       results.write(results.file_of(out, name, evals), about, rows, evaluator)
+
+
+def _cascades(
+  args: argparse.Namespace, loaded: "Loaded", evaluation: "experiment.Evaluation"
+) -> "list[Json]":
+  """Measures the files of --cascade on an evaluation of classes, prints a table, and returns their rows."""
+  from flexivit_jax.analyses import cascading
+  from flexivit_jax.inference import outputs
+  from flexivit_jax.running import distributed
+
+  kind = evaluation.section.get("type", "classification")
+  if not args.cascade or kind not in ("classification", "zero_shot"):
+    return []
+  if distributed.is_on():
+    raise errors.UserError("--cascade runs in one process; start the command once.")
+  rows = cascading.measured(loaded, evaluation, args.cascade, outputs.note)
+  print(cascading.table(rows))
+  return rows
 
 
 def _out(args: argparse.Namespace) -> pathlib.Path | None:

@@ -11,6 +11,7 @@ from flexivit_jax import errors
 from flexivit_jax.commands import options
 
 if TYPE_CHECKING:
+  from flexivit_jax.budget.cascade import Cascade
   from flexivit_jax.inference import picture_files, predictor
 
 HELP = "classify images or their pixels, or find objects, at a chosen patch size, also by names of your own"
@@ -32,6 +33,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--patch",
     help="pixels a side of a patch in the place of --seqhw, e.g. 16 or 8,16x12; of a segmentation model or a detector",
+  )
+  p.add_argument(
+    "--cascade",
+    type=options.path,
+    metavar="FILE",
+    help="in the place of --seqhw: coarse sizes first, finer ones where they are unsure, by `flexivit cascade`",
   )
   p.add_argument("--json", action="store_true", help="print a line of JSON for each answer")
   p.add_argument(
@@ -74,19 +81,25 @@ def run(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
   from flexivit_jax import weights
   from flexivit_jax.data.inputs import find_images
-  from flexivit_jax.inference import budgets, outputs, predictor, texts
+  from flexivit_jax.inference import budgets, cascades, outputs, predictor, programs, texts
   from flexivit_jax.inference.predictions import WRITERS, check_classes, predictions, sinks_of
   from flexivit_jax.running import distributed
 
   if args.out and args.out.suffix.lower() in WRITERS:
     distributed.on_first(lambda: outputs.check_new(args.out, WRITERS, args.overwrite), "--out")
+  cascade = _cascade(args)
+  names, templates = options.listed_names(args.names), args.templates or "name"
+  if cascade and not names:
+    names, templates = [*cascade.names], cascade.templates
   given = options.loading(args)
   loaded = distributed.each(
     lambda: predictor.load(
-      args.checkpoint, args.image_size, texts=bool(args.names), whole=True, **given
+      args.checkpoint, args.image_size, texts=bool(names), whole=True, **given
     ),
     "its checkpoint",
   )
+  if cascade and (predictor.gives_masks(loaded.model) or predictor.gives_boxes(loaded.model)):
+    raise errors.UserError(f"--cascade is of classes; {args.checkpoint} gives none of an image.")
   if predictor.gives_masks(loaded.model):
     _predict_masks(args, loaded)
     return
@@ -96,15 +109,19 @@ def _predict(args: argparse.Namespace) -> None:
   _check_of_classes(args, WRITERS)
   top_k = 5 if args.top_k is None else args.top_k
   among = None
-  if args.names:
-    among = texts.of_names(loaded, options.listed_names(args.names) or [], args.templates or "name")
+  if names:
+    among = texts.of_names(loaded, names, templates)
   else:
     check_classes(loaded)
   first = distributed.is_first()
   say = outputs.note if first else lambda text: None
-  sizes, batch_size, way = budgets.chosen(
-    loaded, options.size_asked(args), args.batch_size, any_way=True, note=say
-  )
+  if cascade:
+    cascades.check(cascade, loaded, among, templates)
+    sizes, batch_size, way = cascade.sizes, args.batch_size, programs.PLAIN
+  else:
+    sizes, batch_size, way = budgets.chosen(
+      loaded, options.size_asked(args), args.batch_size, any_way=True, note=say
+    )
   if first:
     weights.print_notes(loaded.record)
     if among is not None and among.bias is not None:
@@ -131,7 +148,9 @@ def _predict(args: argparse.Namespace) -> None:
       timed=args.time,
     ) as sinks,
     contextlib.closing(
-      predictions(loaded, inputs, sizes, top_k, batch_size, args.time, among, way)
+      cascades.answers(loaded, cascade, inputs, top_k, batch_size, among)
+      if cascade
+      else predictions(loaded, inputs, sizes, top_k, batch_size, args.time, among, way)
     ) as stream,
   ):
     for file, rows in stream:
@@ -143,6 +162,18 @@ def _predict(args: argparse.Namespace) -> None:
   if args.out and not args.json:
     print(f"{args.out}: {tally.done - tally.bad} images")
   tally.check_all(args.on_error)
+
+
+def _cascade(args: argparse.Namespace) -> "Cascade | None":
+  """Reads --cascade, which says the sizes."""
+  from flexivit_jax.budget import cascade as rules
+
+  if args.cascade is None:
+    return None
+  for option in ("seqhw", "patch", "budget", "time"):
+    if getattr(args, option):
+      raise errors.UserError(f"Give --cascade or --{option}, not both.")
+  return rules.read(args.cascade)
 
 
 def _check_of_classes(args: argparse.Namespace, suffixes: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from flexivit_jax.config import Function, Section
 from flexivit_jax.data import class_names
 from flexivit_jax.data.loader import Waiting
 from flexivit_jax.data.text import Tokens
-from flexivit_jax.evaluators.base import Evaluator
+from flexivit_jax.evaluators.base import Batches, Evaluator
 from flexivit_jax.evaluators.classification import table_classes
 from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.evaluators.registry import EVALUATORS, metrics_of
@@ -27,11 +27,13 @@ class Evaluation(NamedTuple):
   """One evaluator of a run. `every` is in steps; a teacher in `section` is loaded.
 
   `make(model, mesh, waiting)` builds it; `waiting` is entered while a batch is awaited. `check(model)` tries all that
-  with the first example, and computes nothing. `notes` are what the user should know of its classes.
+  with the first example, and computes nothing. `batches()` are the images. `notes` are what the user should know of its
+  classes.
   """
 
   make: Callable[..., Evaluator]
   check: Callable[[Model], None]
+  batches: Callable[[], Batches]
   every: int
   source: data.Source
   pp: str
@@ -117,7 +119,10 @@ def _open(
     one = dict(batch_size=1, threads=0, workers=0, process_index=0, process_count=1)
     of(model, None, contextlib.nullcontext, {**loading, **one}).check()
 
-  return Evaluation(make, check, every, source, section["pp"], section, notes)
+  def own() -> Batches:
+    return data.eval_batches(source, **loading)
+
+  return Evaluation(make, check, own, every, source, section["pp"], section, notes)
 
 
 def check_evaluation(evaluation: Evaluation, model: Model, training: data.Source) -> None:

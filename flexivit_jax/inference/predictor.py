@@ -164,6 +164,11 @@ def preparer(pp: str, channels: int) -> Prepare:
   return functools.partial(_prepare, parsed, channels)
 
 
+def no_files(path: str | bytes) -> np.ndarray:
+  """The `Prepare` of a model whose images come from elsewhere."""
+  raise ValueError(f"{path!r}: this model takes no files here")
+
+
 def _of_images(parsed: data.Preprocess) -> data.Preprocess:
   """Returns it without what makes labels, boxes, tokens and queries, which an image file does not have."""
   ops = (op for op in parsed.ops if op.inkey is not None or op.function is data.OPS["copy"])
