@@ -24,6 +24,7 @@ COMMANDS = {
   "profile": "profile",
   "cascade": "cascade",
   "predict": "predict",
+  "serve": "serve",
   "search": "search",
   "embed": "embed",
   "report": "report",

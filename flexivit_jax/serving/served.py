@@ -1,0 +1,168 @@
+"""What a server serves: the programs of a checkpoint or an artifact, and how its images and answers look."""
+
+import io
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from flexivit_jax import errors, trees, weights
+from flexivit_jax.data import class_names
+from flexivit_jax.inference import features, predictions, predictor, programs, texts
+from flexivit_jax.models import TwoTowers
+from flexivit_jax.serving.engine import Program
+from flexivit_jax.sizes import SeqHw, from_text, size_text
+from flexivit_jax.weights.export import artifact
+
+WHAT = ("predict", "embed")
+NAMES = 256  # in a request
+_TEXTS = 16  # texts that are embedded at a time
+
+
+class Served(NamedTuple):
+  """A model that can be served.
+
+  Attributes:
+    name: of the checkpoint, without its folder.
+    prepare: bytes of a file -> [h, w, c].
+    shape: of what `prepare` gives.
+    sizes: that it may be served at; none: it does not say.
+    what: of `WHAT`, what it can do.
+    classes: names of its classes, "" for those without; none where classes are texts.
+    program: (what, size, images) -> a compiled program.
+    names: makes what turns names and the name of templates into classes, compiled; None: not of two towers.
+    digest: of the weights, as a profile has it; "" of an artifact.
+  """
+
+  name: str
+  prepare: predictor.Prepare
+  shape: tuple[int, int, int]
+  sizes: tuple[SeqHw, ...]
+  what: tuple[str, ...]
+  classes: Sequence[str]
+  program: Callable[[str, SeqHw, int], Program]
+  names: Callable[[], Callable[[Sequence[str], str], texts.Names]] | None = None
+  digest: str = ""
+
+
+def load(path: str | pathlib.Path, image_size: int | None = None, **loading: Any) -> Served:
+  """Loads a checkpoint, or an artifact (.zip).
+
+  Raises:
+    UserError: it cannot be loaded; it gives masks or boxes; its images have no common shape.
+  """
+  if pathlib.Path(path).suffix == ".zip":
+    return _of_artifact(pathlib.Path(path), image_size)
+  if weights.tasks.is_whole(path):
+    raise errors.UserError(f"{path} gives masks or boxes; a server gives classes and features.")
+  loaded = _with_texts(path, image_size, **loading)
+  towers = isinstance(loaded.model, TwoTowers)
+  shape = _shape(loaded.prepare, loaded.name)
+
+  def program(what: str, size: SeqHw, batch: int) -> Program:
+    fn: programs.Fn = features.features
+    if what == "predict":
+      fn = texts.embedding if towers else predictions._probabilities
+    return programs.compiled(loaded, fn, size, batch=batch, shape=shape).run
+
+  def names() -> Callable[[Sequence[str], str], texts.Names]:
+    vectors = texts.compiled(loaded, _TEXTS)
+    return lambda listed, templates: texts.of_names(loaded, listed, templates, vectors)
+
+  has_classes = bool(loaded.model.num_classes) and not loaded.record.get("projection")
+  return Served(
+    name=pathlib.Path(loaded.name).name,
+    prepare=loaded.prepare,
+    shape=shape,
+    sizes=predictor.sizes.trained(loaded.record),
+    what=WHAT if towers or has_classes else ("embed",),
+    classes=predictions.names_of(loaded) if has_classes and not towers else (),
+    program=program,
+    names=names if towers else None,
+    digest=trees.digest(loaded.params),
+  )
+
+
+def _with_texts(
+  path: str | pathlib.Path, image_size: int | None, **loading: Any
+) -> predictor.Loaded:
+  """Both towers, where there are two and texts can be encoded; else the model of images."""
+  try:
+    loaded = predictor.load(path, image_size, texts=True, **loading)
+  except errors.UserError:
+    return predictor.load(path, image_size, **loading)
+  return loaded if loaded.record.get("text") else predictor.load(path, image_size, **loading)
+
+
+def _of_artifact(path: pathlib.Path, image_size: int | None) -> Served:
+  try:
+    loaded = artifact.load_artifact(path)
+  except ValueError as e:
+    raise errors.UserError(str(e)) from e
+  record = loaded.record
+  if record["format"] != artifact.FORMATS[0] or loaded.text is not None:
+    raise errors.UserError(
+      f"{path} gives masks, boxes, or embeddings of two towers; an artifact that is served gives classes. Serve two"
+      " towers from their checkpoint."
+    )
+  prepare = predictor.preparer(
+    weights.preparation(record, image_size), int(record["image_shape"][2])
+  )
+  number = int(record["outputs"])
+  known = class_names.of_record(record, number, f"the artifact {path}")
+
+  def program(what: str, size: SeqHw, batch: int) -> Program:
+    del what
+    calls: Any = loaded.programs[
+      size
+    ]  # a partial: a jitted function and the weights, its first argument
+    images = np.zeros((batch, *record["image_shape"]), np.float32)
+    jitted = jax.jit(lambda params, images: jax.nn.softmax(calls.func(params, images)))
+    compiled = jitted.lower(*calls.args, images).compile()
+    return lambda images: np.asarray(compiled(*calls.args, images))
+
+  return Served(
+    name=path.name,
+    prepare=prepare,
+    shape=_shape(prepare, str(path)),
+    sizes=tuple(from_text(s) for s in record["sizes"]),
+    what=("predict",),
+    classes=known.names or [""] * number,
+    program=program,
+  )
+
+
+def _shape(prepare: predictor.Prepare, name: str) -> tuple[int, int, int]:
+  """The shape that all images are prepared to, tried with one that is wide and one that is high."""
+  shapes = {prepare(_png(*hw)).shape for hw in ((48, 64), (80, 64))}
+  if len(shapes) > 1:
+    raise errors.UserError(
+      f"{name} prepares images to shapes of their own, {sorted(shapes)}; a server has one shape. Give the checkpoint a"
+      " preparation that resizes to one."
+    )
+  height, width, channels = shapes.pop()
+  return height, width, channels
+
+
+def _png(height: int, width: int) -> bytes:
+  buffer = io.BytesIO()
+  Image.new("RGB", (width, height)).save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def sizes(served: Served, text: str | None, of_profile: Sequence[SeqHw] = ()) -> tuple[SeqHw, ...]:
+  """Returns the sizes to serve: those of --seqhw, else of the profile, else those that the model says.
+
+  Raises:
+    UserError: there are none; one that an artifact does not have.
+  """
+  listed = of_profile or served.sizes
+  lacking = f"{served.name} does not say at which sizes it was trained, and has no profile"
+  found = tuple(dict.fromkeys(predictor.sizes.parse(text or "all", listed, lacking)))
+  if not served.digest and (other := [size for size in found if size not in served.sizes]):
+    has = ", ".join(str(size_text(size)) for size in served.sizes)
+    raise errors.UserError(f"seqhw={size_text(other[0])} is not in {served.name}; it has {has}.")
+  return found
