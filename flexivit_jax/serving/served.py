@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from flexivit_jax import errors, trees, weights
+from flexivit_jax import errors, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.inference import features, predictions, predictor, programs, texts
 from flexivit_jax.models import TwoTowers
@@ -65,7 +65,7 @@ def load(path: str | pathlib.Path, image_size: int | None = None, **loading: Any
   def program(what: str, size: SeqHw, batch: int) -> Program:
     fn: programs.Fn = features.features
     if what == "predict":
-      fn = texts.embedding if towers else predictions._probabilities
+      fn = texts.embedding if towers else programs.probabilities
     return programs.compiled(loaded, fn, size, batch=batch, shape=shape).run
 
   def names() -> Callable[[Sequence[str], str], texts.Names]:
@@ -82,7 +82,7 @@ def load(path: str | pathlib.Path, image_size: int | None = None, **loading: Any
     classes=predictions.names_of(loaded) if has_classes and not towers else (),
     program=program,
     names=names if towers else None,
-    digest=trees.digest(loaded.params),
+    digest=weights.towers.digest(loaded.model, loaded.params),
   )
 
 

@@ -12,11 +12,10 @@ import urllib.request
 
 import pytest
 
-for package in ("httpx", "python_multipart", "starlette", "uvicorn"):
-  pytest.importorskip(package)
-
 from flexivit_jax.serving import client as client_lib
 
+for package in ("httpx", "python_multipart", "starlette", "uvicorn"):
+  pytest.importorskip(package)
 pytestmark = pytest.mark.slow
 
 
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.slow
 def served(debug_run):
   """(process, address) of a server that is ready."""
   command = [sys.executable, "-m", "flexivit_jax", "serve", str(debug_run), "--seqhw", "2,4"]
-  options = ["--port", "0", "--read_s", "1", "--batches", "1", "--max_wait_ms", "300"]
+  options = ["--port", "0", "--read_s", "1", "--batches", "16", "--max_wait_ms", "500"]
   process = subprocess.Popen(
     [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
@@ -59,12 +58,13 @@ def test_sigterm_answers_what_was_taken_and_ends_with_0(served, red):
   assert client.predict(red, seqhw=2, top_k=1)["seqhw"] == 2
   with pytest.raises(client_lib.ServerError, match="seqhw=3 is not served"):
     client.predict(red, seqhw=3)
-  text = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
+  with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
+    text = answer.read().decode()
   assert "flexivit_compilations_after_ready 0.0" in text
-  kept = connect(address)  # an open connection, on which a request comes after the signal
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+  # On an open connection a request comes after the signal.
+  with connect(address) as kept, concurrent.futures.ThreadPoolExecutor(8) as pool:
     asked = [pool.submit(client.predict, red, seqhw=4) for _ in range(8)]
-    time.sleep(0.15)  # they wait for 0.3 s
+    time.sleep(0.15)  # they wait for 0.5 s
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.05)
     kept.sendall(b"GET /sizes HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -90,6 +90,7 @@ def test_slow_clients_end_and_others_are_answered(served, red):
       said = one.recv(4096)
     except ConnectionResetError:
       said = b""
+    one.close()
     assert said.startswith(b"HTTP/1.1 408") if i % 3 == 2 else said == b""
   assert time.monotonic() - begin < 5
   assert client_lib.Client(address).predict(red, seqhw=2)["seqhw"] == 2
