@@ -9,6 +9,7 @@ from flexivit_jax import errors
 from flexivit_jax.commands import options
 
 if TYPE_CHECKING:
+  from flexivit_jax.budget.cascade import Cascade
   from flexivit_jax.budget.profile import Profile
   from flexivit_jax.serving import served
 
@@ -30,6 +31,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   )
   p.add_argument(
     "--profile", type=options.path, help="what sizes give and cost (default: beside the weights)"
+  )
+  p.add_argument(
+    "--cascade", type=options.path, help="a file of `flexivit cascade`, for requests with cascade=1"
   )
   p.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
   p.add_argument("--port", type=int, default=8000, help="0: a free one (default 8000)")
@@ -93,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
   model = served.load(args.checkpoint, args.image_size, **options.loading(args))
   profile = _profile(args, model)
   sizes = served.sizes(model, args.seqhw, [row.size for row in profile.rows] if profile else ())
+  cascade = _cascade(args.cascade, model)
+  sizes = tuple(dict.fromkeys([*sizes, *(cascade.sizes if cascade else ())]))
   batches = tuple(sorted(set(args.batches)))
   if profile is not None:
     profile = choice.restricted(profile, sizes, batches)
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     outputs.note(f"everybody who reaches {args.host} may ask; --token_file asks for a token")
   tell = lambda url: print(f"listening at {url}", flush=True)  # noqa: E731
   serving.serve(
-    Server(model, policy, settings), host=args.host, port=args.port, drain_s=args.drain_s, started=tell
+    Server(model, policy, settings, cascade), host=args.host, port=args.port, drain_s=args.drain_s, started=tell
   )  # fmt: skip
 
 
@@ -133,6 +139,17 @@ def _token(file: pathlib.Path | None) -> str:
       f"--token_file={file} is empty; expected a token, e.g. of `openssl rand -hex 32`."
     )
   return token
+
+
+def _cascade(file: pathlib.Path | None, model: "served.Served") -> "Cascade | None":
+  from flexivit_jax.budget import cascade
+  from flexivit_jax.serving import cascading
+
+  if file is None:
+    return None
+  if "predict" not in model.what:
+    raise errors.UserError("--cascade is of classes, which this model does not have.")
+  return cascading.check(cascade.read(file), model.weights, model.shape)
 
 
 def _profile(args: argparse.Namespace, model: "served.Served") -> "Profile | None":

@@ -20,10 +20,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from flexivit_jax import errors
-from flexivit_jax.inference import predictions, texts
-from flexivit_jax.serving import asked, choice, limits
+from flexivit_jax.budget.cascade import Cascade
+from flexivit_jax.inference import cascades, predictions, texts
+from flexivit_jax.serving import asked, cascading, choice, limits
 from flexivit_jax.serving.asked import Asked
-from flexivit_jax.serving.choice import Choice, Policy
+from flexivit_jax.serving.choice import Policy
 from flexivit_jax.serving.engine import Answer, BrokenError, Engine, LateError
 from flexivit_jax.serving.limits import Limits, RefusedError
 from flexivit_jax.serving.metrics import Metrics
@@ -67,8 +68,10 @@ class Server:
   the start, None while there is nothing.
   """
 
-  def __init__(self, served: Served, policy: Policy, settings: Settings):
-    self.served, self.policy, self.settings = served, policy, settings
+  def __init__(
+    self, served: Served, policy: Policy, settings: Settings, cascade: Cascade | None = None
+  ):
+    self.served, self.policy, self.settings, self.cascade = served, policy, settings, cascade
     self.metrics, self.times = Metrics(), Times()
     self.draining, self.open = False, 0
     self.failure: BaseException | None = None
@@ -146,16 +149,15 @@ class Server:
     self, what: str, wish: Asked, images: Sequence[np.ndarray], deadline: float
   ) -> list[Json]:
     classes = await self._texts(wish)
-    now = time.monotonic()
-    size = self._size(what, wish, len(images), now, deadline)
-    lane = Lane(what, size.size, size.batch)
-    if self.engine.queues.finish(lane, len(images), now) > deadline:
-      raise LateError
-    if self.engine.queues.room(lane) < len(images):
-      raise FullError(max(0.0, self.engine.queues.finish(lane, 0, now) - now))
-    if size.degraded:
-      self.metrics.degraded.labels(str(size_text(size.size))).inc()
-    waits = [asyncio.ensure_future(self.engine.answer(lane, i, deadline)) for i in images]
+    if wish.cascade:
+      cascade, scores = self._cascade(wish, classes)
+      lane = cascading.first_lane(cascade)
+      ask = functools.partial(cascading.answer, self.engine, cascade, scores)
+    else:
+      lane = self._lane(what, wish, len(images), deadline)
+      ask = functools.partial(self.engine.answer, lane)
+    self._check_room(lane, len(images), deadline)
+    waits = [asyncio.ensure_future(ask(image, deadline)) for image in images]
     try:
       answers = await asyncio.gather(*waits)
     finally:
@@ -170,9 +172,16 @@ class Server:
     classes = self._classes
     return await self.engine.on_device(lambda: classes(wish.names or (), wish.templates))
 
-  def _size(self, what: str, wish: Asked, images: int, now: float, deadline: float) -> Choice:
+  def _cascade(self, wish: Asked, classes: texts.Names | None) -> tuple[Cascade, cascades.Scores]:
+    if self.cascade is None:
+      raise errors.UserError("this server has no cascade; it starts with one by --cascade FILE")
+    return self.cascade, cascading.scores_of(self.cascade, classes, wish.templates)
+
+  def _lane(self, what: str, wish: Asked, images: int, deadline: float) -> Lane:
+    """Where the images of a request wait: at its size, or at one that is chosen for it."""
     if wish.size is not None:
-      return Choice(wish.size, wish.batch)
+      return Lane(what, wish.size, wish.batch)
+    now = time.monotonic()
 
     def finish(size: SeqHw, batch: int | None) -> float:
       return self.engine.queues.finish(Lane(what, size, batch), images, now)
@@ -180,7 +189,17 @@ class Server:
     found = choice.chosen(self.policy, wish.budget, finish, now, deadline)
     if found is None:
       raise LateError
-    return found
+    if found.degraded:
+      self.metrics.degraded.labels(str(size_text(found.size))).inc()
+    return Lane(what, found.size, found.batch)
+
+  def _check_room(self, lane: Lane, images: int, deadline: float) -> None:
+    """Refuses what would be late, and what a queue has no room for: all images of a request, or none."""
+    now, queues = time.monotonic(), self.engine.queues
+    if queues.finish(lane, images, now) > deadline:
+      raise LateError
+    if queues.room(lane) < images:
+      raise FullError(max(0.0, queues.finish(lane, 0, now) - now))
 
   def _as_json(self, answer: Answer, what: str, wish: Asked, classes: texts.Names | None) -> Json:
     said: Json = {

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from flexivit_jax import errors, weights
+from flexivit_jax import errors, trees, weights
 from flexivit_jax.data import class_names
 from flexivit_jax.inference import features, predictions, predictor, programs, texts
 from flexivit_jax.models import TwoTowers
@@ -34,7 +34,8 @@ class Served(NamedTuple):
     classes: names of its classes, "" for those without; none where classes are texts.
     program: (what, size, images) -> a compiled program.
     names: makes what turns names and the name of templates into classes, compiled; None: not of two towers.
-    digest: of the weights, as a profile has it; "" of an artifact.
+    digest: of the weights that images go through, as a profile has it; "" of an artifact.
+    weights: of all weights, as a cascade has it.
   """
 
   name: str
@@ -46,6 +47,7 @@ class Served(NamedTuple):
   program: Callable[[str, SeqHw, int], Program]
   names: Callable[[], Callable[[Sequence[str], str], texts.Names]] | None = None
   digest: str = ""
+  weights: str = ""
 
 
 def load(path: str | pathlib.Path, image_size: int | None = None, **loading: Any) -> Served:
@@ -83,6 +85,7 @@ def load(path: str | pathlib.Path, image_size: int | None = None, **loading: Any
     program=program,
     names=names if towers else None,
     digest=weights.towers.digest(loaded.model, loaded.params),
+    weights=trees.digest(loaded.params),
   )
 
 

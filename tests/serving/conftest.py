@@ -72,7 +72,15 @@ def profile(sizes=SIZES, batches=(1, 4)):
 
 @contextlib.asynccontextmanager
 async def running(
-  model, *, floor=None, target=1.0, with_profile=False, limits=None, ready=True, **settings
+  model,
+  *,
+  floor=None,
+  target=1.0,
+  with_profile=False,
+  limits=None,
+  ready=True,
+  cascade=None,
+  **settings,
 ):
   """Yields (server, client) of a model; it has compiled everything if `ready`."""
   import httpx
@@ -84,7 +92,7 @@ async def running(
   policy = Policy(SIZES, profile() if with_profile else None, floor, target)
   settings = {"max_wait_s": 0.0, "limits": Limits(**limits or {}), **settings}
   served = model.served() if isinstance(model, Model) else model
-  server = Server(served, policy, Settings(**settings))
+  server = Server(served, policy, Settings(**settings), cascade)
   transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
   async with (
     server.app.router.lifespan_context(server.app),

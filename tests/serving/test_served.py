@@ -5,14 +5,16 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import errors, weights
+from flexivit_jax.budget import cascade
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.inference import features, predictions, predictor
+from flexivit_jax.inference import cascades, features, predictions, predictor, texts
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights.export import stablehlo
 
 for package in ("httpx", "python_multipart", "starlette", "uvicorn"):
   pytest.importorskip(package)
 served = pytest.importorskip("flexivit_jax.serving.served")
+cascading = pytest.importorskip("flexivit_jax.serving.cascading")
 
 NAMES = ["cat", "dog", "Löwe"]
 
@@ -66,6 +68,59 @@ async def test_classes_and_features_have_the_bits_of_the_commands(file, photos, 
     said = (await client.post("/embed?seqhw=2", files=form)).json()["images"]
     for row, vector in zip(said, vectors, strict=True):
       assert (np.float32(row["embedding"]) == vector).all()
+    assert server.metrics.compilations_after_ready() == 0
+
+
+def a_cascade(of, **fields):
+  plain = cascade.Cascade(
+    sizes=(2, 4), thresholds=(0.5,), temperatures=(1.0, 1.0), signal="confidence", alpha=0.1,
+    delta=0.1, costs=(1.0, 2.0), unit="ms", expected_cost=1.5, shares=(0.5, 0.5), lost=0.0,
+    value=0.5, finest_value=0.5, n=10, seed=0, classes=3, weights=of.weights,
+  )  # fmt: skip
+  return plain._replace(**fields)
+
+
+async def test_a_cascade_has_the_bits_of_predict(file, photos, serving):
+  loaded, model = predictor.load(file), served.load(file)
+  inputs = [Input(str(path)) for path in photos]
+  plain = [rows[0].top[0][2] for _, rows in predictions.predictions(loaded, inputs, [2], 1, 4)]
+  between = a_cascade(model, thresholds=(float(np.median(plain)),))  # some stop, some go on
+  wanted = [rows[0] for _, rows in cascades.answers(loaded, between, inputs, 3, 4)]
+  assert {row.seqhw for row in wanted} == {2, 4}
+  form = [("a", (path.name, path.read_bytes())) for path in photos]
+  async with serving(model, batches=(4,), cascade=between, what=("predict",)) as (_, client):
+    said = (await client.post("/predict?cascade=1", files=form)).json()["images"]
+  for row, one in zip(said, wanted, strict=True):
+    assert row["seqhw"] == one.seqhw
+    assert [np.float32(c["probability"]) for c in row["top"]] == [p for _, _, p in one.top]
+
+
+def test_a_cascade_of_other_weights_or_images_is_refused(file):
+  model = served.load(file)
+  with pytest.raises(errors.UserError, match="other weights"):
+    cascading.check(a_cascade(model, weights="f" * 64), model.weights, model.shape)
+  with pytest.raises(errors.UserError, match="on images of"):
+    cascading.check(a_cascade(model, data={"image": [9, 9, 3]}), model.weights, model.shape)
+
+
+@pytest.mark.parametrize("bias", [-1.0, None])
+async def test_names_are_classes_of_two_towers(save_towers, photos, serving, bias):
+  path, names = save_towers(bias), ["cat", "a red car", "dog"]
+  loaded = predictor.load(path, texts=True)
+  among = texts.of_names(loaded, names)
+  inputs = [Input(str(photos[0]))]
+  [(_, [wanted])] = predictions.predictions(loaded, inputs, [2], 3, 1, among=among)
+  body = photos[0].read_bytes()
+  async with serving(served.load(path), batches=(1,), what=("predict",)) as (server, client):
+    said = (await client.post("/predict?seqhw=2&names=cat,a%20red%20car,dog", content=body)).json()
+    for row, (index, name, p) in zip(said["top"], wanted.top, strict=True):
+      assert (row["class"], row["name"]) == (index, name)
+      assert row["probability"] == pytest.approx(p, abs=1e-5)
+    for query in ("", "&names=", "&names=cat,cat", "&names=cat&templates=/etc/passwd"):
+      refused = await client.post(f"/predict?seqhw=2{query}", content=body)
+      assert refused.status_code == 400, query
+    many = "&names=" + ",".join(str(i) for i in range(40)) + "&templates=clip_best"
+    assert (await client.post(f"/predict?seqhw=2{many}", content=body)).status_code == 200
     assert server.metrics.compilations_after_ready() == 0
 
 
