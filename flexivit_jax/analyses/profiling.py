@@ -61,7 +61,7 @@ def measure(
 
   Args:
     loaded: the model as `predict` runs it; of a detector of texts with its names, see `queries.closed`.
-    evaluation: the data and the metrics.
+    evaluation: the data and the metrics, at the sizes of `asked`.
     asked: what to measure.
     tell: called with what is done.
 
@@ -124,9 +124,9 @@ def _values(
 ) -> tuple[dict[tuple[SeqHw, programs.Way], Value], tuple[int, int, int]]:
   """Returns what each size gives in each way, and the shape of an image."""
   mesh = sharding.make_mesh()
-  section = {**evaluation.section, "seqhw": list(asked.seqhw)}
+  section = evaluation.section
   evaluator: Any = evaluation.make(loaded.model, mesh)
-  batches = evaluator.batches
+  batches = evaluation.batches()
   shape = next(iter(batches))["image"].shape[1:]
   if section.get("type", "classification") == "classification" and metric.name in ("top1", "top5"):
     values = {}
@@ -147,13 +147,15 @@ def _values(
   tell("the evaluation")
   params = sharding.replicate(loaded.params, mesh)
   rows = {str(row["seqhw"]): row for row in evaluator.run(params)}
-  plain = {size: _of_row(rows[_named(evaluator, size)], metric) for size in asked.seqhw}
+  plain = {size: _of_row(rows[_named(size)], metric) for size in asked.seqhw}
   # The same function within rounding, which `TestOnnx` checks.
   return {(size, way): value for size, value in plain.items() for way in asked.ways}, shape
 
 
-def _named(evaluator: Any, size: SeqHw) -> str:
-  return str(evaluator.names(size_args(size))["seqhw"])
+def _named(size: SeqHw) -> str:
+  """What a row calls a size: a square by one number."""
+  h, w = (size, size) if isinstance(size, int) else size
+  return f"{h}" if h == w else f"{h}x{w}"
 
 
 def _of_row(row: Mapping[str, Any], metric: metrics.Metric) -> Value:

@@ -52,13 +52,14 @@ def run(args: argparse.Namespace) -> None:
     args.checkpoint, args.image_size, texts=of_texts, whole=True, **options.loading(args)
   )
   if predictor.gives_boxes(loaded.model):
+    if loaded.model.open:  # its queries become its classes, of which the evaluation asks no more
+      section = {k: v for k, v in section.items() if k not in labelling.OF_QUERIES}
     asked = queries.Asked(options.listed_names(args.names), None, args.vectors, args.as_typed)
     loaded = queries.closed(loaded, asked)
   weights.print_notes(loaded.record)
-  evaluation = labelled.evaluation(name, section, loaded)
-  wanted = profiling.Asked(
-    predictor.sizes_of(args.seqhw, loaded), args.batch_sizes, ways, args.metric
-  )
+  sizes = predictor.sizes_of(args.seqhw, loaded)
+  evaluation = labelled.evaluation(name, {**section, "seqhw": sizes}, loaded)
+  wanted = profiling.Asked(sizes, args.batch_sizes, ways, args.metric)
   measured = profiling.measure(loaded, evaluation, wanted, outputs.note)
   print("\n".join(aligned(profiling.table(measured))))
   path = args.out or profiles.path_of(

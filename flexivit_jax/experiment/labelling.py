@@ -159,6 +159,8 @@ OF_TEXTS = (
   "retrieval",
   "zero_shot",
 )  # evaluators that compare images with texts, of no class of the model
+# Keys of an evaluation that say how the names of classes become queries of a detector.
+OF_QUERIES = ("templates", "vectors", "canonical", "same_names")
 
 
 def classes_for(

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import cli, weights
+from flexivit_jax.budget import profile
 from flexivit_jax.data import class_colours, text
 from flexivit_jax.inference import boxes, predictor, queries, whole_images
 from flexivit_jax.models import OwlViT
@@ -258,6 +259,54 @@ def test_its_flexivit_alone_takes_all_of_photos_where_its_run_resizes_none(save,
     assert loaded.prepare("a/1.png").shape == (24, 32, 3)
     np.testing.assert_array_equal(loaded.prepare("a/2.jpg"), whole.prepare("a/2.jpg"))
     file.unlink()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["closed", "vectors"])
+def test_a_profile_has_the_precision_of_the_evaluation(kind, save, photos, capsys):
+  """At the sizes that are asked for, whichever the config has; names are its classes where it takes queries."""
+  pytest.importorskip("pycocotools")
+  annotations = [
+    {
+      "id": i + 1,
+      "image_id": i,
+      "category_id": i,
+      "bbox": [1, 2, 20, 20],
+      "area": 400,
+      "iscrowd": 0,
+    }
+    for i in range(2)
+  ]
+  sizes = {"a/1.png": (40, 30), "a/2.jpg": (50, 40)}
+  images = [
+    {"id": i, "file_name": name, "width": w, "height": h}
+    for i, (name, (w, h)) in enumerate(sizes.items())
+  ]
+  categories = [{"id": k, "name": name} for k, name in enumerate(NAMES)]
+  whole = {"images": images, "annotations": annotations, "categories": categories}
+  (photos / "val.json").write_text(json.dumps(whole))
+  np.savez("v.npz", names=NAMES, vectors=np.eye(3, 5, dtype=np.float32))
+  kept = "keep('image', 'origin', 'boxes', 'box_labels', 'box_mask')"
+  section = {
+    "type": "detection", "batch_size": 2, "threads": 0, "seqhw": [6],
+    "data": {"name": "coco", "data_dir": str(photos), "split": "val", "annotations": "{split}.json", "images": "."},
+    "pp": f"decode|origin|resize(24)|value_range|pad_boxes(3)|{kept}",
+  }  # fmt: skip
+  given = []
+  if kind == "vectors":
+    section["vectors"] = "v.npz"
+    given = ["--vectors=v.npz", f"--names={','.join(NAMES)}"]
+  (photos / "c.py").write_text(
+    "import ml_collections\ndef get_config(arg=''):\n"
+    f"  return ml_collections.ConfigDict(dict(evals=dict(test={section!r})))\n"
+  )
+  common = ["--config=c.py", f"--checkpoint={save(kind)}", "--seqhw=3"]
+  assert cli.main(["eval", *common, "--out=e.json"]) == 0, capsys.readouterr().err
+  common = ["--config=c.py", str(save(kind)), "--seqhw=3", "--batch_sizes=1", *given]
+  assert cli.main(["profile", *common, "--out=p.json"]) == 0, capsys.readouterr().err
+  (measured,) = profile.read(photos / "p.json")
+  (row,) = json.loads((photos / "e.json").read_text())["rows"]
+  assert [(one.size, one.value, one.n) for one in measured.rows] == [(3, row["ap"], 2)]
 
 
 def test_another_framework_has_no_detector(save, tmp_path, capsys):

@@ -69,7 +69,7 @@ class Findings:
       return self.bad
     raise UserError(
       f"{self.where}: {number}: {shown}{more}. Repair what is bad, or leave it out: on_bad='skip' of the data"
-      " (--config.input.data.on_bad=skip)."
+      " (--config.input.data.on_bad=skip, or --config.evals.NAME.data.on_bad=skip)."
     )
 
 
