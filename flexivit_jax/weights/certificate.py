@@ -71,23 +71,28 @@ class Embeddings(NamedTuple):
   similarity: Float[np.ndarray, "n m"]
 
 
-class TowersRow(NamedTuple):
-  """Embeddings at one patch size."""
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+  """Several arrays by name, `Embeddings` or `Boxes`, at one patch size."""
 
   seqhw: SeqHw
-  source: Embeddings
-  target: Embeddings
+  source: Any
+  target: Any
 
   @property
   def differences(self) -> dict[str, float]:
-    """Returns the largest difference of each: image, text, similarity."""
-    pairs = zip(Embeddings._fields, self.source, self.target, strict=True)
+    """Returns the largest difference of each array."""
+    pairs = zip(self.source._fields, self.source, self.target, strict=True)
     return {name: float(np.abs(a - b).max()) for name, a, b in pairs}
 
   @property
   def difference(self) -> float:
     """Returns the largest of all."""
     return max(self.differences.values())
+
+
+class TowersRow(_Outputs):
+  """Embeddings at one patch size."""
 
   @property
   def limit(self) -> float:
@@ -141,23 +146,8 @@ class Boxes(NamedTuple):
   class_logits: Float[np.ndarray, "n l k"]
 
 
-class BoxesRow(NamedTuple):
+class BoxesRow(_Outputs):
   """Boxes and their logits at one patch size."""
-
-  seqhw: SeqHw
-  source: Boxes
-  target: Boxes
-
-  @property
-  def differences(self) -> dict[str, float]:
-    """Returns the largest difference of each: pred_boxes, class_logits."""
-    pairs = zip(Boxes._fields, self.source, self.target, strict=True)
-    return {name: float(np.abs(a - b).max()) for name, a, b in pairs}
-
-  @property
-  def difference(self) -> float:
-    """Returns the larger of both."""
-    return max(self.differences.values())
 
   @property
   def limit(self) -> float:
