@@ -2,10 +2,9 @@
 
 import contextlib
 import csv
-import functools
 import json
 import pathlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple, TextIO
 
 import jax.numpy as jnp
@@ -13,12 +12,11 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from scipy import special
 
-from flexivit_jax import files
 from flexivit_jax.data import annotations, box_pictures
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.inference import outputs, picture_files, predictor, queries, whole_images
+from flexivit_jax.inference import outputs, picture_files, predictor, whole_images
 from flexivit_jax.inference.picture_files import Sizes
-from flexivit_jax.sizes import Patch, SeqHw, size_args, size_text
+from flexivit_jax.sizes import Patch, SeqHw, size_text
 from flexivit_jax.trees import Json
 
 THRESHOLD = 0.1
@@ -84,8 +82,8 @@ def answers(
     batch_size, timed: see `predictor.outcomes`.
     pictures: whether the answers hold the pixels of the files.
   """
-  names = queries.names_of(loaded)
-  loaded = loaded._replace(prepare=functools.partial(_fitting, loaded, sizes))
+  names = predictor.names_of(loaded)
+  loaded = predictor.fitting(loaded, sizes)
   with contextlib.closing(
     predictor.outcomes(loaded, boxes_and_logits, inputs, sizes, batch_size=batch_size, timed=timed)
   ) as outcomes:
@@ -140,14 +138,6 @@ def boxes_and_logits(result: predictor.Result) -> Float[Array, "n l _"]:
   return jnp.concatenate([result[1]["pred_boxes"], result[1]["class_logits"]], axis=-1)
 
 
-def _fitting(loaded: predictor.Loaded, sizes: Sizes, path: str) -> np.ndarray:
-  """The prepared image; a UserError where a size does not fit it."""
-  image = loaded.prepare(path)
-  for size in sizes:
-    loaded.model.grid(image.shape[:2], **size_args(size))
-  return image
-
-
 def _origin(loaded: predictor.Loaded, path: str) -> Float[np.ndarray, "6"] | None:
   """The origin of a file that was read a moment ago, or None where it has gone."""
   try:
@@ -198,11 +188,10 @@ def _name(one: Detection) -> str:
 Sink = Callable[[Answer], None]
 
 
-@contextlib.contextmanager
 def sinks_of(
   out: pathlib.Path | None, to: picture_files.Paths, *, json_lines: bool, timed: bool
-) -> Iterator[list[Sink]]:
-  """What takes each answer: stdout, the file `out`, or both. The file is there only after the last answer.
+) -> contextlib.AbstractContextManager[list[Sink]]:
+  """Returns what takes each answer, see `outputs.sinks_of`.
 
   Args:
     out: a .csv or .jsonl file; None: only stdout.
@@ -210,22 +199,10 @@ def sinks_of(
     json_lines: print lines of JSON, also where there is a file.
     timed: whether an answer has milliseconds.
   """
-  sinks: list[Sink] = []
+  to_stdout = _print if out is None else None
   if json_lines:
-    sinks.append(lambda answer: print(as_json(answer, to), flush=True))
-  elif out is None:
-    sinks.append(_print)
-  if out is None:
-    yield sinks
-    return
-  with outputs.new_file(out) as file:
-    write = WRITERS[out.suffix.lower()](file, to, timed)
-
-    def sink(answer: Answer) -> None:
-      with files.write_errors(out):
-        write(answer)
-
-    yield [*sinks, sink]
+    to_stdout = lambda answer: print(as_json(answer, to), flush=True)  # noqa: E731
+  return outputs.sinks_of(out, to_stdout, WRITERS, to, timed)
 
 
 def _print(answer: Answer) -> None:
@@ -235,14 +212,9 @@ def _print(answer: Answer) -> None:
 
 def as_text(answer: Answer) -> str:
   """Returns lines for people: one for each detection."""
-  size = answer.size
-  assert size is not None
-  what = (
-    f"patch={str(size_text(size))[1:]}" if isinstance(size, Patch) else f"seqhw={size_text(size)}"
-  )
-  ms = "" if answer.ms is None else f", {answer.ms:.2f} ms"
+  assert answer.size is not None
   number = f"{len(answer.found)} at x0 y0 x1 y1" if answer.found else "nothing found"
-  lines = [f"{outputs.shown(answer.file)}  ({what}{ms})  {number}"]
+  lines = [f"{outputs.heading(answer.file, answer.size, answer.ms)}  {number}"]
   names = [outputs.shown(_name(one)) for one in answer.found]
   width = max(map(len, names), default=0)
   for one, name in zip(answer.found, names, strict=True):
@@ -261,15 +233,10 @@ def as_json(answer: Answer, to: picture_files.Paths) -> str:
   line |= {"overlay": str(to[_key(answer)])} if _key(answer) in to else {}
   rows: list[Json] = [
     {"class": one.number, **({"name": one.name} if one.name else {}),
-     "score": _exact(one.score), "box": _rounded(one)}
+     "score": outputs.exact(one.score), "box": _rounded(one)}
     for one in answer.found
   ]  # fmt: skip
   return json.dumps({**line, "detections": rows}, allow_nan=False)
-
-
-def _exact(score: float) -> float:
-  """The number with the fewest digits that is this float32."""
-  return float(str(np.float32(score)))
 
 
 def _rounded(one: Detection) -> list[float]:
@@ -284,7 +251,9 @@ def _csv_writer(file: TextIO, to: picture_files.Paths, timed: bool) -> Sink:
   def write(answer: Answer) -> None:
     size = "" if answer.size is None else size_text(answer.size)
     ms = [] if not timed else [""] if answer.ms is None else [round(answer.ms, 4)]
-    rows = [[one.number, one.name, _exact(one.score), *_rounded(one)] for one in answer.found]
+    rows = [
+      [one.number, one.name, outputs.exact(one.score), *_rounded(one)] for one in answer.found
+    ]
     for row in rows or [[""] * len(columns)]:
       writer.writerow([answer.file, size, *row, *ms, answer.error or ""])
 

@@ -241,7 +241,7 @@ def answers(
     batch_size, way: see `outcomes`.
     among: the classes, where they are texts; None: those of the model's head.
   """
-  names = predictions.names_of(loaded) if among is None else among.names
+  names = predictor.names_of(loaded) if among is None else among.names
   fn: programs.Fn = programs.probabilities
   scores: Scores = of_probabilities
   if among is not None:

@@ -1,7 +1,6 @@
 """The class of each pixel of image files at chosen patch sizes, and the files in which the answers are written."""
 
 import contextlib
-import functools
 import json
 import pathlib
 from collections.abc import Generator, Sequence
@@ -13,10 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt16
 
 from flexivit_jax import errors
-from flexivit_jax.data import class_colours, class_names
+from flexivit_jax.data import class_colours
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.inference import outputs, overlays, picture_files, predictor, whole_images
-from flexivit_jax.sizes import Patch, SeqHw, size_args, size_text
+from flexivit_jax.sizes import Patch, SeqHw, size_text
 from flexivit_jax.trees import Json
 
 MASKS = (".png",)
@@ -64,8 +63,8 @@ def answers(
     batch_size: images at a time; default 1 on CPUs, where scores of every pixel take memory, and 8 elsewhere.
     timed: see `predictor.outcomes`.
   """
-  names = names_of(loaded)
-  loaded = loaded._replace(prepare=functools.partial(_fitting, loaded, sizes))
+  names = predictor.names_of(loaded)
+  loaded = predictor.fitting(loaded, sizes)
   if batch_size is None:
     batch_size = 1 if jax.default_backend() == "cpu" else 8
   with contextlib.closing(
@@ -82,12 +81,6 @@ def answers(
         mask = classes_at(one, (image.shape[0], image.shape[1]))
         rows.append(Answer(file, size, mask, image, overlays.rows_of(mask, names), time))
       yield file, rows
-
-
-def names_of(loaded: predictor.Loaded) -> list[str]:
-  """Returns the names of the classes, "" for each of a model that has none."""
-  of, k = f"the checkpoint {loaded.name}", loaded.model.num_classes
-  return [*(class_names.of_record(loaded.record, k, of).names or [""] * k)]
 
 
 def classes_at(
@@ -114,14 +107,6 @@ def classes_at(
 def scores_of_pixels(result: predictor.Result) -> Float[Array, "n h w k"]:
   """What an answer is made of."""
   return result[1]["pixel_logits"]
-
-
-def _fitting(loaded: predictor.Loaded, sizes: picture_files.Sizes, path: str) -> np.ndarray:
-  """The prepared image; a UserError where a size does not fit it."""
-  image = loaded.prepare(path)
-  for size in sizes:
-    loaded.model.grid(image.shape[:2], **size_args(size))
-  return image
 
 
 # --- where the answers go ---
@@ -178,12 +163,8 @@ def write(answer: Answer, to: Targets, classes: int) -> None:
 
 def as_text(answer: Answer) -> str:
   """Returns lines for people: the classes with their colours, the largest first."""
-  size = answer.size
-  what = (
-    f"patch={str(size_text(size))[1:]}" if isinstance(size, Patch) else f"seqhw={size_text(size)}"
-  )  # type: ignore[arg-type]
-  ms = "" if answer.ms is None else f", {answer.ms:.2f} ms"
-  lines = [f"{outputs.shown(answer.file)}  ({what}{ms})"]
+  assert answer.size is not None
+  lines = [outputs.heading(answer.file, answer.size, answer.ms)]
   for row in answer.rows:
     name = outputs.shown(row.name) or f"class {row.number}"
     lines.append(f"  {row.share:6.1%}  {class_colours.hex_colour(row.number)}  {name}")

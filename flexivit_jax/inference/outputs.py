@@ -5,10 +5,15 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Collection, Iterator
-from typing import TextIO, final
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TextIO, TypeVar, final
+
+import numpy as np
 
 from flexivit_jax import errors, files
+from flexivit_jax.sizes import Patch, SeqHw, size_text
+
+Answer = TypeVar("Answer")
 
 
 def shown(name: str) -> str:
@@ -53,6 +58,47 @@ def new_file(out: pathlib.Path) -> Iterator[TextIO]:
       yield file
       with files.write_errors(out):
         file.flush()
+
+
+@contextlib.contextmanager
+def sinks_of(
+  out: pathlib.Path | None,
+  to_stdout: Callable[[Answer], None] | None,
+  writers: Mapping[str, Callable[..., Callable[[Answer], None]]],
+  *given: Any,
+) -> Iterator[list[Callable[[Answer], None]]]:
+  """What takes each answer: stdout, the file `out`, or both. The file is there only after the last answer.
+
+  Args:
+    out: a file with a suffix of `writers`; None: only stdout.
+    to_stdout: prints an answer; None: nothing is printed.
+    writers: of each suffix, (the open file, *given) -> what writes an answer there.
+    *given: what writers need to know.
+  """
+  sinks = [] if to_stdout is None else [to_stdout]
+  if out is None:
+    yield sinks
+    return
+  with new_file(out) as file:
+    write = writers[out.suffix.lower()](file, *given)
+
+    def sink(answer: Answer) -> None:
+      with files.write_errors(out):
+        write(answer)
+
+    yield [*sinks, sink]
+
+
+def heading(file: str, size: SeqHw | Patch, ms: float | None) -> str:
+  """Returns the first line of an answer for people."""
+  text = str(size_text(size))
+  what = f"patch={text[1:]}" if isinstance(size, Patch) else f"seqhw={text}"
+  return f"{shown(file)}  ({what}{'' if ms is None else f', {ms:.2f} ms'})"
+
+
+def exact(score: float) -> float:
+  """Returns the number with the fewest digits that is this float32."""
+  return float(str(np.float32(score)))
 
 
 @final

@@ -5,13 +5,12 @@ import csv
 import json
 import os
 import pathlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from flexivit_jax import errors, files
-from flexivit_jax.data import class_names
+from flexivit_jax import errors
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.inference import outputs, predictor, programs, texts
 from flexivit_jax.sizes import SeqHw, size_text
@@ -87,29 +86,19 @@ def predictions(
     among: the classes, where they are texts; None: those of the model's head.
     way: what runs the model.
   """
-  if among is None:
-    fn = programs.probabilities
-    names = names_of(loaded)
-  else:
-    names, fn = among.names, texts.embedding
+  names: Sequence[str] = predictor.names_of(loaded) if among is None else among.names
+  fn = programs.probabilities if among is None else texts.embedding
   with contextlib.closing(
     predictor.outcomes(loaded, fn, inputs, sizes, batch_size=batch_size, timed=timed, way=way)
   ) as outcomes:
-    for file, outputs, error, ms in outcomes:
+    for file, results, error, ms in outcomes:
       if error is not None:
         yield file, [Prediction(file, error=error)]
         continue
       times = ms or [None] * len(sizes)
-      each = outputs if among is None else map(among.probabilities, outputs)
+      each = results if among is None else map(among.probabilities, results)
       tops = [most_likely(probabilities, names, k) for probabilities in each]
       yield file, [Prediction(file, *row) for row in zip(sizes, tops, times, strict=True)]
-
-
-def names_of(loaded: predictor.Loaded) -> Sequence[str]:
-  """Returns the names of a model's classes; "" where it has none."""
-  number = loaded.model.num_classes
-  known = class_names.of_record(loaded.record, number, f"the checkpoint {loaded.name}")
-  return known.names or [""] * number
 
 
 def check_classes(loaded: predictor.Loaded) -> None:
@@ -136,11 +125,10 @@ def most_likely(
 Sink = Callable[[Prediction], None]
 
 
-@contextlib.contextmanager
 def sinks_of(
   out: pathlib.Path | None, *, json_lines: bool, k: int, timed: bool
-) -> Iterator[list[Sink]]:
-  """What takes each answer: stdout, the file `out`, or both. The file is there only after the last answer.
+) -> contextlib.AbstractContextManager[list[Sink]]:
+  """Returns what takes each answer, see `outputs.sinks_of`.
 
   Args:
     out: a .csv or .jsonl file; None: only stdout.
@@ -148,29 +136,15 @@ def sinks_of(
     k: how many classes an answer has.
     timed: whether an answer has milliseconds.
   """
-  sinks: list[Sink] = []
-  if json_lines:
-    sinks.append(_print_json)
-  elif out is None:
-    sinks.append(_print)
-  if out is None:
-    yield sinks
-    return
-  with outputs.new_file(out) as file:
-    write = WRITERS[out.suffix.lower()](file, k, timed)
-
-    def sink(row: Prediction) -> None:
-      with files.write_errors(out):
-        write(row)
-
-    yield [*sinks, sink]
+  to_stdout = _print_json if json_lines else _print if out is None else None
+  return outputs.sinks_of(out, to_stdout, WRITERS, k, timed)
 
 
 def _print(row: Prediction) -> None:
   if row.error is not None:
     return  # It is on stderr.
-  ms = "" if row.ms is None else f", {row.ms:.2f} ms"
-  lines = [f"{outputs.shown(row.file)}  (seqhw={size_text(row.seqhw)}{ms})"]
+  assert row.seqhw is not None
+  lines = [outputs.heading(row.file, row.seqhw, row.ms)]
   lines += [f"  {p:6.1%}  {outputs.shown(name) or index}" for index, name, p in row.top]
   print("\n".join(lines), flush=True)
 
@@ -190,12 +164,7 @@ def as_json(row: Prediction) -> str:
 
 def class_as_json(index: int, name: str, p: float) -> Json:
   """Returns one class of an answer; its probability is written with the digits that make this float32."""
-  return {"class": index, **({"name": name} if name else {}), "probability": _exact(p)}
-
-
-def _exact(p: float) -> float:
-  """The number with the fewest digits that is this float32."""
-  return float(str(np.float32(p)))
+  return {"class": index, **({"name": name} if name else {}), "probability": outputs.exact(p)}
 
 
 def _csv_writer(file: TextIO, k: int, timed: bool) -> Sink:
@@ -204,7 +173,7 @@ def _csv_writer(file: TextIO, k: int, timed: bool) -> Sink:
   writer.writerow(["file", "seqhw", *columns, *(["ms"] if timed else []), "error"])
 
   def write(row: Prediction) -> None:
-    cells = [cell for index, name, p in row.top[:k] for cell in (index, name, _exact(p))]
+    cells = [cell for index, name, p in row.top[:k] for cell in (index, name, outputs.exact(p))]
     cells += [""] * (3 * k - len(cells))
     ms = [] if not timed else [""] if row.ms is None else [round(row.ms, 4)]
     size = "" if row.seqhw is None else size_text(row.seqhw)

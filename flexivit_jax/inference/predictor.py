@@ -19,6 +19,7 @@ from jaxtyping import Array, Float32, UInt8
 from PIL import Image
 
 from flexivit_jax import data, errors, sizes, trees, weights
+from flexivit_jax.data import class_names
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.inference import programs, whole_images
 from flexivit_jax.models import Model, vit_part
@@ -142,7 +143,25 @@ def sizes_of(text: str | None, loaded: Loaded) -> tuple[SeqHw, ...]:
   return tuple(dict.fromkeys(sizes.parse(text, trained_at, lacking)))
 
 
+def names_of(loaded: Loaded) -> list[str]:
+  """Returns the names of a model's classes, "" for each of a model that has none."""
+  of, k = f"the checkpoint {loaded.name}", loaded.model.num_classes
+  return [*(class_names.of_record(loaded.record, k, of).names or [""] * k)]
+
+
 # --- one image ---
+
+
+def fitting(loaded: Loaded, sizes: Sequence[SeqHw | Patch]) -> Loaded:
+  """Returns the model for images of their own shapes: one that a size does not divide is an error of its file."""
+
+  def prepare(source: str | bytes) -> np.ndarray:
+    image = loaded.prepare(source)
+    for size in sizes:
+      loaded.model.grid(image.shape[:2], **size_args(size))
+    return image
+
+  return loaded._replace(prepare=prepare)
 
 
 def preparer(pp: str, channels: int) -> Prepare:

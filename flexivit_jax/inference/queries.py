@@ -18,12 +18,6 @@ from flexivit_jax.weights import model_records
 Read = tuple[Any, Params, Json]  # as `weights.tasks.load` returns it
 
 
-def names_of(loaded: predictor.Loaded) -> list[str]:
-  """Returns the names of a detector's classes, "" for each of one that has none."""
-  of, k = f"the checkpoint {loaded.name}", loaded.model.num_classes
-  return [*(class_names.of_record(loaded.record, k, of).names or [""] * k)]
-
-
 class Asked(NamedTuple):
   """What a detector is asked for.
 

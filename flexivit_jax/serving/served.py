@@ -11,7 +11,7 @@ from PIL import Image
 
 from flexivit_jax import errors, trees, weights
 from flexivit_jax.data import class_names
-from flexivit_jax.inference import features, predictions, predictor, programs, texts
+from flexivit_jax.inference import features, predictor, programs, texts
 from flexivit_jax.models import TwoTowers
 from flexivit_jax.serving.engine import Program
 from flexivit_jax.sizes import SeqHw, from_text, size_text
@@ -81,7 +81,7 @@ def load(path: str | pathlib.Path, image_size: int | None = None, **loading: Any
     shape=shape,
     sizes=predictor.sizes.trained(loaded.record),
     what=WHAT if towers or has_classes else ("embed",),
-    classes=predictions.names_of(loaded) if has_classes and not towers else (),
+    classes=predictor.names_of(loaded) if has_classes and not towers else (),
     program=program,
     names=names if towers else None,
     digest=weights.towers.digest(loaded.model, loaded.params),
