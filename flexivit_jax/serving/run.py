@@ -38,7 +38,7 @@ def serve(
     port=port,
     http=_protocol(server.settings.limits.read_s),
     ws="none",
-    log_level="warning",
+    log_level="error",
     access_log=False,
     server_header=False,
     limit_concurrency=_CONNECTIONS,
@@ -112,6 +112,16 @@ def _protocol(seconds: float) -> type[H11Protocol]:
     def connection_lost(self, exc: Exception | None) -> None:
       self._end()
       super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+      """Of bytes that are no HTTP, also in the middle of a body: the application is told that its client is gone."""
+      if self.cycle is not None and not self.cycle.response_complete:
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+        if self.cycle.response_started:
+          self.transport.close()
+          return
+      super().send_400_response(msg)
 
     def pause_writing(self) -> None:
       super().pause_writing()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def served(debug_run):
   """(process, address) of a server that is ready."""
   command = [sys.executable, "-m", "flexivit_jax", "serve", str(debug_run), "--seqhw", "2,4"]
-  options = ["--port", "0", "--read_s", "1", "--batches", "16", "--max_wait_ms", "500"]
+  options = ["--port", "0", "--read_s", "1", "--batches", "16", "--max_wait_ms", "1500"]
   process = subprocess.Popen(
     [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
@@ -47,6 +47,11 @@ def status(url):
     return e.code
 
 
+def metrics(address):
+  with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
+    return answer.read().decode()
+
+
 def connect(address):
   host, port = address.removeprefix("http://").split(":")
   return socket.create_connection((host, int(port)), timeout=20)
@@ -58,13 +63,12 @@ def test_sigterm_answers_what_was_taken_and_ends_with_0(served, red):
   assert client.predict(red, seqhw=2, top_k=1)["seqhw"] == 2
   with pytest.raises(client_lib.ServerError, match="seqhw=3 is not served"):
     client.predict(red, seqhw=3)
-  with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
-    text = answer.read().decode()
-  assert "flexivit_compilations_after_ready 0.0" in text
+  assert "flexivit_compilations_after_ready 0.0" in metrics(address)
   # On an open connection a request comes after the signal.
   with connect(address) as kept, concurrent.futures.ThreadPoolExecutor(8) as pool:
     asked = [pool.submit(client.predict, red, seqhw=4) for _ in range(8)]
-    time.sleep(0.15)  # they wait for 0.5 s
+    while 'flexivit_queue_images{lane="predict 4"} 8.0' not in metrics(address):
+      time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.05)
     kept.sendall(b"GET /sizes HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -94,3 +98,16 @@ def test_slow_clients_end_and_others_are_answered(served, red):
     assert said.startswith(b"HTTP/1.1 408") if i % 3 == 2 else said == b""
   assert time.monotonic() - begin < 5
   assert client_lib.Client(address).predict(red, seqhw=2)["seqhw"] == 2
+
+
+def test_bytes_that_are_no_http_end_their_connection_alone(served, red):
+  process, address = served
+  head = b"POST /predict?seqhw=2 HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+  for raw in (b"\0\1\2\r\n\r\n", head + b"5\r\nabcde\r\nzz\r\n", head + b"-1\r\n"):
+    with connect(address) as one:
+      one.sendall(raw)
+      assert one.recv(4096).startswith(b"HTTP/1.1 400")
+  assert client_lib.Client(address).predict(red, seqhw=2)["seqhw"] == 2
+  os.kill(process.pid, signal.SIGTERM)
+  assert process.wait(20) == 0
+  assert process.stderr.read() == ""
