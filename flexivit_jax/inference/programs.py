@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import tempfile
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,12 +17,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from flexivit_jax import errors
-from flexivit_jax.models import FlexiViT, TwoTowers
+from flexivit_jax import errors, trees
+from flexivit_jax.models import FlexiViT, TwoTowers, vit_part
 from flexivit_jax.models.vit import Intermediates
 from flexivit_jax.sizes import Patch, SeqHw, size_args, size_text
 from flexivit_jax.trees import Params
-from flexivit_jax.weights import optional
+from flexivit_jax.weights import baking, optional
 
 if TYPE_CHECKING:
   from flexivit_jax.inference.predictor import Loaded
@@ -87,7 +88,7 @@ def call(loaded: "Loaded", fn: Fn, size: SeqHw | Patch, way: Way = PLAIN) -> Cal
   if way.runtime == "onnx":
     return _OnOnnx(loaded, fn, size, way.dtype)
   model = loaded.model if way.dtype == "float32" else loaded.model.clone(dtype=way.dtype)
-  return _by_xla(model, fn, size)
+  return _on_xla(model, fn, size)
 
 
 def compiled(
@@ -116,14 +117,15 @@ def compiled(
   loaded.model.grid(shape[:2], **size_args(size))
   fixed = (batch, *shape)
   run: Any = call(loaded, fn, size, way)
+  params = jax.device_put(loaded.params)  # once, not with every batch
   memory, images = None, np.zeros(fixed, np.float32)
-  if way.runtime == "jax":
-    program = run.lower(loaded.params, images).compile()
+  if isinstance(run, _OnXla):
+    jitted, params = run.at(params, shape)
+    program = jitted.lower(params, images).compile()
     if sizes := program.memory_analysis():
       held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
       memory = (held + sizes.temp_size_in_bytes) / 1e6
     run = program
-  params = jax.device_put(loaded.params)  # once, not with every batch
 
   def of(images: np.ndarray) -> np.ndarray:
     if images.shape != fixed:
@@ -150,10 +152,69 @@ def _check(model: Any, size: SeqHw | Patch, way: Way) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _by_xla(model: Any, fn: Fn, size: SeqHw | Patch) -> Any:
-  return jax.jit(
-    lambda params, image: fn(model.apply({"params": params}, image, **size_args(size)))
-  )
+def _on_xla(model: Any, fn: Fn, size: SeqHw | Patch) -> "_OnXla":
+  return _OnXla(model, fn, size)
+
+
+class _Baked(NamedTuple):
+  """The arrays of a size, and the kernel that they were made of."""
+
+  source: "weakref.ref[Any]"
+  arrays: Params
+
+
+class _OnXla:
+  """XLA's programs of a size, one for each shape of image.
+
+  Kernel and position grid are resized once, not in each forward pass: at a coarse size that is half of the time of a
+  single image on a CPU (docs/performance.md). What no size changes stays that of the caller, and is not kept here.
+  """
+
+  def __init__(self, model: Any, fn: Fn, size: SeqHw | Patch):
+    self._model, self._fn, self._size = model, fn, size
+    self._programs: dict[tuple[int, ...], Any] = {}
+    self._baked: dict[Any, _Baked] = {}  # by the shape and the device
+
+  def __call__(self, params: Params, images: np.ndarray) -> Array:
+    program, own = self.at(params, images.shape[1:])
+    return program(own, images)
+
+  def at(self, params: Params, shape: tuple[int, ...]) -> tuple[Any, Params]:
+    """Returns the jitted function (parameters, images) of a shape of image, and these parameters of the size."""
+    part = vit_part(self._model)
+    vit = params[part] if part else params
+    source = vit["embedding"]["kernel"]
+    key = shape, _device(source)
+    if key not in self._baked or self._baked[key].source() is not source:
+      arrays = self._bake(params, shape, _device(source))
+      self._baked[key] = _Baked(weakref.ref(source), arrays)
+    own = trees.overlaid(vit, self._baked[key].arrays)
+    return self._programs[shape], {**params, part: own} if part else own
+
+  def _bake(self, params: Params, shape: tuple[int, ...], device: Any) -> Params:
+    """Returns the arrays of a shape of image, and makes its program where there is none."""
+    image_hw, args = (shape[0], shape[1]), size_args(self._size)
+    names, flat = baking.resampled(self._model), trees.flatten(params)
+    # By NumPy, wherever the parameters are: the same arrays on every device.
+    on_host = trees.unflatten({name: np.asarray(flat[name]) for name in names if name in flat})
+    model, baked, rest = baking.bake_whole(
+      self._model, trees.overlaid(params, on_host), image_hw=image_hw, **args
+    )
+    part, flat = vit_part(model), trees.flatten(baked)
+    start = f"{part}/" if part else ""
+    arrays = {
+      name.removeprefix(start): jax.device_put(flat[name], device) for name in names if name in flat
+    }
+    if shape not in self._programs:
+      self._programs[shape] = jax.jit(
+        lambda params, image: self._fn(model.apply({"params": params}, image, **rest))
+      )
+    return trees.unflatten(arrays)
+
+
+def _device(array: Any) -> Any:
+  """Where a JAX array is; None of a NumPy array."""
+  return array.device if isinstance(array, jax.Array) else None
 
 
 class _OnOnnx:

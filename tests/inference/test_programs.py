@@ -1,5 +1,6 @@
 """Programs of one size and one shape of batch: each image gets the same bits in any company."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -7,16 +8,16 @@ from hypothesis import given, settings, strategies as st
 from flexivit_jax import errors
 from flexivit_jax.inference import predictor, programs
 from flexivit_jax.models import FlexiViT, Segmenter
+from flexivit_jax.sizes import Patch, size_args
 
 SHAPE = (24, 24, 3)
+FIELDS = dict(num_classes=5, width=32, depth=2, mlp_dim=48, num_heads=2, patch_size=(8, 8))
+FIELDS |= dict(posemb_size=(3, 3), head_zeroinit=False)
 
 
 @pytest.fixture(scope="module")
 def loaded(random_params):
-  model = FlexiViT(
-    num_classes=5, width=32, depth=2, mlp_dim=48, num_heads=2, patch_size=(8, 8),
-    posemb_size=(3, 3), head_zeroinit=False,
-  )  # fmt: skip
+  model = FlexiViT(**FIELDS)
   params = random_params(model, SHAPE)
   return predictor.Loaded(model, params, {"notes": []}, "model.npz", lambda path: np.zeros(SHAPE))
 
@@ -49,9 +50,29 @@ def test_it_gives_the_models_answers_and_says_its_memory(loaded, program):
   assert program.memory_mb > held / 1e6
 
 
-def test_nothing_is_compiled_after_it_is_made(program, loaded):
-  import jax
+@pytest.mark.parametrize("size", [6, (2, 4), Patch(8, 6)])
+@pytest.mark.parametrize("fields", [{}, {"posemb": "sincos2d"}, {"pool_type": "map", "scan": True}])
+def test_arrays_that_are_resized_once_give_what_the_model_gives(random_params, size, fields):
+  model = FlexiViT(**FIELDS, **fields)
+  params = random_params(model, SHAPE)
+  loaded = predictor.Loaded(model, params, {"notes": []}, "model.npz", lambda path: None)
+  logits, _ = model.apply({"params": params}, images(3), **size_args(size))
+  call = programs.call(loaded, lambda result: result[0], size)
+  np.testing.assert_allclose(call(params, images(3)), logits, atol=2e-5 * np.abs(logits).max())
+  on_device = jax.device_put(params)
+  np.testing.assert_array_equal(call(on_device, images(3)), call(params, images(3)))
 
+
+def test_other_parameters_are_resized_anew(loaded):
+  call = programs.call(loaded, lambda result: result[0], 4)
+  kernel = loaded.params["embedding"]["kernel"]
+  others = loaded.params | {"embedding": loaded.params["embedding"] | {"kernel": kernel * 2}}
+  for params in (loaded.params, others, loaded.params):
+    logits, _ = loaded.model.apply({"params": params}, images(2), seqhw=4)
+    np.testing.assert_allclose(call(params, images(2)), logits, atol=1e-5)
+
+
+def test_nothing_is_compiled_after_it_is_made(program, loaded):
   seen = []
   jax.monitoring.register_event_duration_secs_listener(lambda name, *a, **k: seen.append(name))
   program.run(images(4))
