@@ -159,7 +159,8 @@ def fit(found: Scored, *, unit: str = "ms", **settings: Any) -> Cascade:
 def text(made: Cascade) -> list[str]:
   """Lines that say what a cascade does, gives and costs, on the certifying half of its calibration."""
   lines = [
-    f"{made.name} by {made.signal}, alpha={made.alpha:g}, delta={made.delta:g}, {made.n} images certify it:",
+    f"{made.name} by {made.signal}, {made.risk} at most alpha={made.alpha:g}, delta={made.delta:g}, {made.n} images"
+    " certify it:",
     f"  cost {made.expected_cost:.4g} {made.unit} of {made.costs[-1]:.4g} ({made.expected_cost / made.costs[-1]:.0%}),"
     f" top-1 {made.value:.1%}, of the finest size {made.finest_value:.1%}; lost {made.lost:.2%}",
   ]
@@ -275,11 +276,23 @@ def measured(
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns the rows of cascades as text, each beside its finest size."""
-  head = ["cascade", "signal", "alpha", "GFLOPs", "ms", "finest ms", "top-1", "finest", "lost"]
+  head = [
+    "cascade",
+    "signal",
+    "risk",
+    "alpha",
+    "GFLOPs",
+    "ms",
+    "finest ms",
+    "top-1",
+    "finest",
+    "lost",
+  ]
   cells = [
     [
       row["cascade"],
       row["signal"],
+      row["risk"],
       f"{row['alpha']:g}",
       f"{row['gflops']:.4g}",
       f"{row['ms']:.4g}",
@@ -312,6 +325,7 @@ def row(
     "cascade": way.name,
     "sizes": [size_text(size) for size in way.sizes],
     "signal": way.signal,
+    "risk": way.risk,
     "alpha": way.alpha,
     "delta": way.delta,
     "shares": shares.tolist(),

@@ -1,18 +1,21 @@
 """A cascade: every image at a coarse size, those that it leaves unsure at finer ones; thresholds with a guarantee.
 
-The guarantee is on the share of images that the cascade gets wrong and the finest size alone gets right. It is at most
-alpha with a probability of at least 1 - delta over the calibration images, whatever the model, if they are drawn as the
-later images are. Method: learn then test, fixed-sequence testing (Angelopoulos et al., arXiv 2110.01052, section 2). A
+The guarantee is on the share of images that the cascade gets wrong and the finest size alone gets right ("lost"), or on
+this less the share of the reverse, by which its accuracy is below that of the finest size ("drop"). It is at most alpha
+with a probability of at least 1 - delta over the calibration images, whatever the model, if they are drawn as the later
+images are. Method: learn then test, fixed-sequence testing (Angelopoulos et al., arXiv 2110.01052, section 2). A
 tuning part of the images gives a path of settings, from careful to cheap; the other part tests them in this order.
 
 Scores are logits, or what differs from them by one number an image, such as the logarithms of probabilities. No JAX.
 """
 
+import functools
 import hashlib
 import itertools
 import json
 import math
 import pathlib
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,11 +28,13 @@ from flexivit_jax.sizes import SeqHw, from_text, size_text
 
 FORMAT = "flexivit cascade 1"
 UNITS = ("ms", "gflops")
+RISKS = ("lost", "drop")
 COARSE = (
   3  # coarse stages of a cascade at most; a fourth one hardly pays, and all subsets are tried
 )
 _WEIGHTS = np.geomspace(3e3, 0.3, 40)  # costs of an image at the finest size that one loss may save
 _SWEEPS = 4
+_RATES = 12
 _FACTORS = np.linspace(0.01, 2.0, 200)
 
 Json = dict[str, Any]
@@ -44,13 +49,12 @@ class Cascade(NamedTuple):
     thresholds: of each stage but the last: the least signal that stops there; inf: none does.
     temperatures: of the stages: scores are divided by them.
     signal: a name in `SIGNALS`.
-    alpha, delta: the share of images that are lost, "cascade wrong and finest right", is at most `alpha` with a
-      probability of at least 1 - `delta`.
+    alpha, delta: the risk is at most `alpha` with a probability of at least 1 - `delta`.
     costs: of one image at each stage.
     unit: of the costs, "ms" or "gflops".
     expected_cost: of one image, all stages that it reaches.
     shares: of the images that each stage answers.
-    lost: the share of images that the cascade lost.
+    lost: the share of images that the cascade got wrong and the finest size right.
     value, finest_value: top-1 of the cascade, and of the finest size alone.
     n: images of the certifying part, on which the shares and values were measured.
     seed: of the split of the calibration images.
@@ -59,6 +63,7 @@ class Cascade(NamedTuple):
     metric: of the values, as `Metric.stated`.
     data: what it was calibrated on.
     names: the classes, where they are texts; with `templates`, see `inference.texts`.
+    risk: what is at most alpha, of `RISKS`: the share of lost images, or the loss of accuracy.
   """
 
   sizes: tuple[SeqHw, ...]
@@ -82,6 +87,7 @@ class Cascade(NamedTuple):
   data: Mapping[str, Any] = {}
   names: tuple[str, ...] = ()
   templates: str = ""
+  risk: str = "lost"
 
   @property
   def name(self) -> str:
@@ -186,7 +192,10 @@ def of_probabilities(probabilities: Shaped[np.ndarray, "n k"]) -> Float[np.ndarr
 
 
 class _Setting(NamedTuple):
-  """Stages by their places among the sizes, thresholds, and on the tuning part the losses and the mean cost."""
+  """Stages by their places among the sizes, thresholds, and on the tuning part the losses and the mean cost.
+
+  Of the risk "drop" gains are subtracted from the losses.
+  """
 
   chosen: tuple[int, ...]
   thresholds: tuple[float, ...]
@@ -205,50 +214,59 @@ def fit(
   signal: str = "confidence",
   unit: str = "ms",
   seed: int = 0,
+  risk: str = "lost",
   **about: Any,
 ) -> Cascade:
   """Returns the cascade of least expected cost that keeps the guarantee.
 
   The images are divided into halves. The first gives the temperatures, and the stages and thresholds of least cost
   among those that lose as many images as could pass. A path of nested settings leads through these, from careful to
-  cheap. The second half tests it from its careful end, each setting by the exact binomial test at level delta, and
-  stops at the first that fails; the last that passed is the cheapest. The finest size alone loses nothing and needs
-  no test.
+  cheap. The second half tests it from its careful end, each setting by an exact test at level delta (`allowed`,
+  `drop_p`), and stops at the first that fails; the last that passed is the cheapest. The finest size alone loses
+  nothing and needs no test.
 
   Args:
     sizes: from coarse to fine; the last one is what the guarantee compares with.
     costs: of one image at each size.
     scores: at each size.
     labels: class of each image.
-    alpha, delta, signal, unit, seed: see `Cascade`.
+    alpha, delta, signal, unit, seed, risk: see `Cascade`.
     **about: further attributes of it.
 
   Raises:
     UserError: too few images for the guarantee; labels of other classes; values that cannot be.
   """
-  _check(sizes, costs, scores, labels, alpha, delta, signal, unit)
+  _check(sizes, costs, scores, labels, alpha, delta, signal, unit, risk)
   order = np.random.Generator(np.random.Philox(seed)).permutation(len(labels))
   tuning, certifying = np.split(order, [len(labels) // 2])
   temperatures = [calibration.temperature(each[tuning], labels[tuning]) for each in scores]
   probabilities = [_scaled(each, t) for each, t in zip(scores, temperatures, strict=True)]
   right = np.stack([each.argmax(axis=1) == labels for each in scores])
-  lost = ~right & right[-1]
-  most = allowed(len(certifying), alpha, delta)
-  as_many = most * len(tuning) // len(certifying)
-  tuned = _best(costs, lost[:, tuning], [each[tuning] for each in probabilities], signal, as_many)
+  lost, gained = ~right & right[-1], right & ~right[-1]
+  n = len(certifying)
+  most = allowed(n, alpha, delta)
+
+  def passes(losses: int, gains: int) -> bool:
+    return losses <= most if risk == "lost" else drop_p(losses, gains, n, alpha, delta) <= delta
+
+  counted = lost.astype(int) - gained if risk == "drop" else lost.astype(int)
+  limit = most / n if risk == "lost" else alpha
+  tuned = _best(
+    costs, counted[:, tuning], [each[tuning] for each in probabilities], signal, limit, delta
+  )
   held = _signals([each[certifying] for each in probabilities], tuned.chosen, signal)
   best = _Setting((len(sizes) - 1,), (), 0, costs[-1])
-  answered = np.zeros(len(certifying), int)
+  answered = np.zeros(n, int)
   for setting in _path(tuned) if held else ():
-    stages = _stages(held, setting.thresholds, len(certifying))
-    losses = int(lost[np.array(setting.chosen)[stages], certifying].sum())
-    if losses > most:
+    stages = _stages(held, setting.thresholds, n)
+    ends = np.array(setting.chosen)[stages]
+    if not passes(int(lost[ends, certifying].sum()), int(gained[ends, certifying].sum())):
       break
     if np.cumsum([costs[k] for k in setting.chosen])[stages].mean() < costs[-1]:
       best, answered = setting, stages
   chosen = np.array(best.chosen)
   own = [costs[k] for k in chosen]
-  shares = (np.bincount(answered, minlength=len(chosen)) / len(certifying)).tolist()
+  shares = (np.bincount(answered, minlength=len(chosen)) / n).tolist()
   return Cascade(
     sizes=tuple(sizes[k] for k in chosen),
     thresholds=best.thresholds,
@@ -263,11 +281,41 @@ def fit(
     lost=float(lost[chosen[answered], certifying].mean()),
     value=float(right[chosen[answered], certifying].mean()),
     finest_value=float(right[-1, certifying].mean()),
-    n=len(certifying),
+    n=n,
     seed=seed,
     classes=scores[0].shape[1],
+    risk=risk,
     **about,
   )
+
+
+@functools.lru_cache(maxsize=4096)
+def drop_p(losses: int, gains: int, n: int, alpha: float, delta: float) -> float:
+  """Returns a p-value of the hypothesis that the accuracy falls by alpha or more.
+
+  The probability that so many images, losses - gains, are lost less gained among n, or fewer. It depends on how many
+  images are either: the largest over their rates up to the upper end of an interval, whose own error, a tenth of
+  delta, is added (Berger & Boos 1994, JASA 89(427)); both parts are exact binomials.
+
+  Args:
+    losses: images that the cascade gets wrong and the finest size right.
+    gains: images of the reverse.
+    n: all images.
+    alpha, delta: see `Cascade`.
+  """
+  from scipy import stats
+
+  error = delta / 10
+  either = losses + gains
+  upper = stats.beta.ppf(1 - error, either + 1, n - either) if either < n else 1.0
+  rates = np.linspace(alpha, max(alpha, upper), _RATES)[:, None]
+  width = 8 * np.sqrt(n * rates) + 8
+  counts = np.arange(n + 1)[None]
+  counts = counts[:, int(max(0, (n * rates - width).min())) : int((n * rates + width).max()) + 1]
+  below = np.floor((counts + losses - gains) / 2)
+  lost_of_them = np.minimum((rates + alpha) / (2 * rates), 1.0)
+  joint = stats.binom.pmf(counts, n, rates) * stats.binom.cdf(below, counts, lost_of_them)
+  return float(joint.sum(axis=1).max()) + error
 
 
 def allowed(n: int, alpha: float, delta: float) -> int:
@@ -323,18 +371,33 @@ def _path(best: _Setting) -> list[_Setting]:
 
 def _best(
   costs: Sequence[float],
-  lost: Bool[np.ndarray, "sizes n"],
+  lost: Int[np.ndarray, "sizes n"],
   probabilities: Sequence[Scores],
   signal: str,
-  most: int,
+  limit: float,
+  delta: float,
 ) -> _Setting:
-  """Returns the setting of least cost on the tuning part with at most so many losses; the finest size alone is one."""
+  """Returns the setting of least cost on the tuning part that would pass; the finest size alone is one.
+
+  Args:
+    costs, probabilities, signal: as for `fit`.
+    lost: images that a size loses: 1; where gains count, -1 for one that it gains.
+    limit: the most losses, as a share.
+    delta: where gains count, their scatter has to leave room for it (a normal approximation).
+  """
   coarse, last = range(len(costs) - 1), len(costs) - 1
-  found = {_Setting((last,), (), 0, costs[-1])}
+  n = lost.shape[1]
+  found = set()
   for count in range(1, COARSE + 1):
     for chosen in itertools.combinations(coarse, count):
-      found |= _settings((*chosen, last), costs, lost, probabilities, signal, most)
-  return min(found, key=lambda s: (s.cost, s.losses, s.chosen, s.thresholds))
+      found |= _settings((*chosen, last), costs, lost, probabilities, signal, int(limit * n))
+  quantile = statistics.NormalDist().inv_cdf(1 - delta) if (lost < 0).any() else 0.0
+  for setting in sorted(found, key=lambda s: (s.cost, s.losses, s.chosen, s.thresholds)):
+    stages = _stages(_signals(probabilities, setting.chosen, signal), setting.thresholds, n)
+    either = np.abs(lost[np.array(setting.chosen)[stages], np.arange(n)]).sum()
+    if setting.losses + quantile * math.sqrt(either) <= limit * n:
+      return setting
+  return _Setting((last,), (), 0, costs[-1])
 
 
 class _Stages:
@@ -343,7 +406,7 @@ class _Stages:
   Args:
     chosen: places of the stages.
     costs: of one image at each stage.
-    lost: images that are lost where a stage answers them.
+    lost: images that are lost, 1, where a stage answers them; -1: gained.
     signals: of each stage but the last.
   """
 
@@ -419,7 +482,7 @@ class _Stages:
 def _settings(
   chosen: tuple[int, ...],
   costs: Sequence[float],
-  lost: Bool[np.ndarray, "sizes n"],
+  lost: Int[np.ndarray, "sizes n"],
   probabilities: Sequence[Scores],
   signal: str,
   most: int,
@@ -427,7 +490,7 @@ def _settings(
   """Returns settings of these stages that minimise the cost plus a weight times the losses, for many weights."""
   own = np.array([costs[k] for k in chosen], float)
   signals = _signals(probabilities, chosen, signal)
-  stages = _Stages(chosen, own, lost[list(chosen)].astype(int), signals)
+  stages = _Stages(chosen, own, lost[list(chosen)], signals)
   found = set()
   for weight in costs[-1] * _WEIGHTS:
     for _ in range(_SWEEPS):
@@ -446,9 +509,12 @@ def _check(
   delta: float,
   signal: str,
   unit: str,
+  risk: str,
 ) -> None:
   if signal not in SIGNALS:
     raise errors.unknown("signal", signal, SIGNALS)
+  if risk not in RISKS:
+    raise errors.unknown("risk", risk, RISKS)
   if unit not in UNITS:
     raise errors.unknown("unit of the costs", unit, UNITS)
   for name, value in {"alpha": alpha, "delta": delta}.items():

@@ -25,6 +25,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     help="of images that the cascade may get wrong and the finest size right, e.g. 0.01; several make a file each",
   )
   p.add_argument(
+    "--risk",
+    default="lost",
+    help="what --alpha limits: lost, these images (default), or drop, by which the accuracy is below the finest size's",
+  )
+  p.add_argument(
     "--delta",
     type=float,
     default=0.05,
@@ -105,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
       alpha=alpha,
       delta=args.delta,
       signal=args.signal,
+      risk=args.risk,
       seed=args.seed,
       **about,
     )

@@ -91,7 +91,7 @@ def test_thresholds_are_the_best_of_all_on_few_images():
   probabilities = [np.exp(calibration.log_softmax(each)) for each in scores]
   right = np.stack([each.argmax(axis=1) == labels for each in scores])
   lost = ~right & right[-1]
-  found = cascade._settings((0, 1, 2), COSTS, lost, probabilities, "confidence", 60)
+  found = cascade._settings((0, 1, 2), COSTS, lost.astype(int), probabilities, "confidence", 60)
   signals = [p.max(axis=1) for p in probabilities[:2]]
   every = []
   for pair in itertools.product(*([*s, math.inf] for s in signals)):
@@ -154,6 +154,33 @@ def test_too_few_images_are_an_error_that_says_how_many():
   cascade.fit(SIZES, COSTS, scores, labels, alpha=0.01)
 
 
+def test_a_fall_of_accuracy_of_alpha_passes_no_more_often_than_delta():
+  """All outcomes of 40 images, at several rates of losses whose gains are alpha less; exactly."""
+  from scipy import stats
+
+  n, alpha, delta = 40, 0.1, 0.2
+  every = [(losses, gains) for losses in range(n + 1) for gains in range(n + 1 - losses)]
+  passing = [pair for pair in every if cascade.drop_p(*pair, n, alpha, delta) <= delta]
+  assert (0, 0) in passing and (1, 5) in passing and (4, 0) not in passing
+  for lost in (0.1, 0.13, 0.2, 0.35, 0.5):
+    rates = [lost, lost - alpha, 1 - 2 * lost + alpha]
+    counts = [(losses, gains, n - losses - gains) for losses, gains in passing]
+    assert stats.multinomial.pmf(counts, n, rates).sum() <= delta
+
+
+def test_where_losses_are_made_good_the_limit_on_accuracy_is_cheaper():
+  scores, labels = draw(4000, skill=(1.5, 2.9, 3.0))
+  costs = (1.0, 5.0, 10.0)
+  lost, drop = (
+    cascade.fit(SIZES, costs, scores, labels, alpha=0.03, risk=risk) for risk in cascade.RISKS
+  )
+  assert drop.expected_cost < lost.expected_cost - 1
+  assert drop.risk == "drop" and drop.lost > 0.03
+  more, answers = draw(20000, seed=1, skill=(1.5, 2.9, 3.0))
+  said = drop.answers([more[k] for k in drop.at(SIZES)])
+  assert (said == answers).mean() > (more[-1].argmax(axis=1) == answers).mean() - 0.03
+
+
 @pytest.mark.parametrize(
   ("n", "alpha", "delta"), [(298, 0.01, 0.05), (299, 0.01, 0.05), (2500, 0.02, 0.1)]
 )
@@ -171,6 +198,7 @@ def test_as_many_losses_are_allowed_as_the_upper_end_of_their_interval(n, alpha,
   [
     ({"alpha": 0.0}, "alpha=0; expected a share"),
     ({"delta": 1.0}, "delta=1; expected a share"),
+    ({"risk": "loss"}, "Did you mean 'lost'"),
     ({"signal": "confidense"}, "Did you mean 'confidence'"),
     ({"costs": (1.0, -1.0, 2.0)}, "numbers above 0"),
     ({"sizes": (2, 2, 8)}, "two different sizes"),
