@@ -10,7 +10,7 @@ COSTS = {"gflops": ("dataset", "split"), "ms": ("dataset", "split", "device")}
 
 
 class Point(NamedTuple):
-  """A row of a run; `run` is the index of the run."""
+  """A row of a run, or one of its cascades; `run` is the index of the run."""
 
   run: int
   row: EvalRow
@@ -21,7 +21,7 @@ def groups(runs: Sequence[ReportRun], cost: str) -> dict[tuple[str, ...], list[P
   grouped: dict[tuple[str, ...], list[Point]] = {}
   for i, run in enumerate(runs):
     facts = tuple(run.facts.get(fact, "") for fact in COSTS[cost])
-    points = [Point(i, row) for row in run.rows if getattr(row, cost) is not None]
+    points = [Point(i, row) for row in run.points if getattr(row, cost) is not None]
     grouped.setdefault(facts, []).extend(points)
   order = lambda point: (getattr(point.row, cost), merit(runs, point))  # noqa: E731
   return {facts: sorted(points, key=order) for facts, points in grouped.items() if points}
@@ -61,7 +61,8 @@ def to_json_all(runs: Sequence[ReportRun]) -> list[Json]:
   contents = []
   for i, run in enumerate(runs):
     written = to_json(run)
-    for row, item in zip(run.rows, written["rows"], strict=True):
+    items = written["rows"] + written.get("cascades", [])
+    for row, item in zip(run.points, items, strict=True):
       item["interval"] = row.interval
       item["dominated"] = {cost: beaten[cost].get(Point(i, row)) for cost in COSTS}
     contents.append(written)

@@ -73,6 +73,8 @@ def draw(runs: Sequence[ReportRun], axis: str, size: tuple[float, float]) -> Dra
     _ceilings(ax, runs, places)
     for i, (run, place) in enumerate(zip(runs, places, strict=True)):
       _curve(ax, i, run, place, {row for _, row in place if beaten.get(pareto.Point(i, row))})
+      if axis == "gflops":
+        _cascades(ax, i, run, {row for row in run.cascades if beaten.get(pareto.Point(i, row))})
     _name_curves(ax, places, frame)
     _explain_markers(ax, runs, any(beaten.values()))
     return _save(figure)
@@ -139,7 +141,7 @@ def _places(runs: Sequence[ReportRun], run: ReportRun, axis: str) -> list[tuple[
 
 
 def _scale(runs: Sequence[ReportRun], size: tuple[float, float]) -> _Scale:
-  metric, rows = runs[0].metric, [row for run in runs for row in run.rows]
+  metric, rows = runs[0].metric, [row for run in runs for row in run.points]
   about = unit(metric) + (", lower is better" if metric.better == "min" else "")
   room = int((_POINT * size[0] - 15) / 4.6)  # characters
   title = (
@@ -205,6 +207,8 @@ def _set_x(
   from matplotlib.ticker import NullFormatter, NullLocator
 
   values = {x: side(row.patch) for place in places for x, row in place}
+  if axis == "gflops":
+    values |= {row.gflops: "" for run in runs for row in run.cascades}
   even = axis == "patch" and _ranks(runs) is not None
   low, high = min(values), max(values)
   if even:
@@ -310,6 +314,29 @@ def _curve(
       zorder=top + 1,
       clip_on=False,
     )
+
+
+def _cascades(ax: Axes, i: int, run: ReportRun, beaten: Set[EvalRow]) -> None:
+  """Draws a run's cascades as a series of its own beside its sizes, in the run's colour: dashed, with crosses."""
+  if not run.cascades:
+    return
+  color, top = COLORS[i % len(COLORS)], 10 + 2 * (9 - i % 9)
+  x, y = [row.gflops for row in run.cascades], [row.value for row in run.cascades]
+  ax.plot(x, y, ":", color=color, linewidth=1.4, zorder=top, clip_on=False)
+  for row in run.cascades:
+    ax.plot(
+      [row.gflops],
+      [row.value],
+      "X",
+      markersize=_SMALL if row in beaten else _LARGE,
+      color=color,
+      markeredgecolor=PAPER,
+      markeredgewidth=0.6,
+      zorder=top + 2,
+      clip_on=False,
+    )
+  at = {"xytext": (-3, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+  ax.annotate("cascades", (x[0], y[0]), color=color, fontsize=7.5, zorder=top + 2, **at)
 
 
 def _name_curves(

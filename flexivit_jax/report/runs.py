@@ -1,7 +1,9 @@
 """Read and check the eval.json files of runs."""
 
 import functools
+import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
@@ -37,7 +39,8 @@ class EvalRow(NamedTuple):
   """One evaluation of the first `depth` blocks (None: all).
 
   `gflops` are 2 x MACs / 1e9 of one image, `ms` its median time, `n` images. `value` is that of the run's metric and
-  `interval` its 95 % interval, if there is one; `measured` are (name, value) of all metrics.
+  `interval` its 95 % interval, if there is one; `measured` are (name, value) of all metrics. Of a cascade `cascade` are
+  its sizes, "4→8", and `setting` signal and risk; the patch is that of its finest size, the tokens are a mean.
   """
 
   seqhw: SizeText
@@ -50,6 +53,8 @@ class EvalRow(NamedTuple):
   value: float
   interval: tuple[float, float] | None
   measured: tuple[tuple[str, float], ...]
+  cascade: str = ""
+  setting: str = ""
 
   def of(self, name: str) -> float | None:
     """Returns the value of a metric, None if the row lacks it."""
@@ -64,7 +69,8 @@ class ReportRun(NamedTuple):
   None for one without a pixel in the masks, and `samples` the files of predicted masks; `pixels` are those of each
   class in the masks. Of detection `aps` are the average precisions of the classes, None for one without a box,
   `boxes` the number of boxes of each, `parts` the average precisions of boxes of some areas and groups by the names
-  of the evaluator, and `samples` the files of pictures with boxes.
+  of the evaluator, and `samples` the files of pictures with boxes. `cascades` are measured
+  by the metric.
   """
 
   name: str
@@ -81,6 +87,12 @@ class ReportRun(NamedTuple):
   aps: Mapping[Key, tuple[float | None, ...]] = MappingProxyType({})
   boxes: tuple[int, ...] = ()
   parts: Mapping[Key, Mapping[str, float]] = MappingProxyType({})
+  cascades: tuple[EvalRow, ...] = ()
+
+  @property
+  def points(self) -> tuple[EvalRow, ...]:
+    """Its rows and its cascades."""
+    return self.rows + self.cascades
 
   @property
   def ceiling(self) -> Metric | None:
@@ -147,6 +159,7 @@ def by_depth(run: ReportRun) -> list[ReportRun]:
     run._replace(
       name=run.name if depth is None else f"{run.name} depth={depth}",
       rows=tuple(row for row in run.rows if row.depth == depth),
+      cascades=run.cascades if depth is None else (),
     )
     for depth in sorted(depths, key=lambda depth: depth or 0)
   ]
@@ -233,12 +246,22 @@ def read(path: Path, metric: str | None = None) -> ReportRun:
     aps,
     boxes,
     parts if aps else {},
+    _cascades(data, rows, file, drawn),
   )
 
 
 def to_json(run: ReportRun) -> Json:
-  """Returns `{"name", "metric", "rows"}`; "depth" only where it was given."""
-  return {"name": run.name, "metric": run.metric.stated(), "rows": [*map(_to_json, run.rows)]}
+  """Returns `{"name", "metric", "rows"}`; "depth" only where it was given, "cascades" where there are some."""
+  contents = {
+    "name": run.name,
+    "metric": run.metric.stated(),
+    "rows": [*map(_to_json, run.rows)],
+  }
+  if run.cascades:
+    contents["cascades"] = [
+      {"cascade": row.cascade, "setting": row.setting, **_to_json(row)} for row in run.cascades
+    ]
+  return contents
 
 
 def _to_json(row: EvalRow) -> Json:
@@ -327,6 +350,52 @@ def _row(
     interval=_interval(item, drawn, values[drawn.name], n, file, at),
     measured=tuple(values.items()),
   )
+
+
+def _cascades(
+  data: Json, rows: Sequence[EvalRow], file: Path, drawn: Metric
+) -> tuple[EvalRow, ...]:
+  """Returns what `flexivit eval --cascade` measured, by GFLOPs; nothing where another metric is drawn."""
+  items = _get(data, "cascades", list, file) if "cascades" in data else []
+  if drawn.name != TOP1.name:
+    return ()
+  found = (_cascade(item, rows, file, f"cascades[{i}].", drawn) for i, item in enumerate(items))
+  return tuple(sorted(found, key=lambda row: row.gflops))
+
+
+def _cascade(item: object, rows: Sequence[EvalRow], file: Path, at: str, drawn: Metric) -> EvalRow:
+  if not isinstance(item, dict):
+    raise _bad(file, at[:-1], item, "an object")
+  stages = [
+    _size({"sizes": size}, "sizes", file, at) for size in _get(item, "sizes", list, file, at)
+  ]
+  shares = _get(item, "shares", list, file, at)
+  if not stages or len(shares) != len(stages):
+    raise _bad(file, at + "shares", shares, f"a share for each of the sizes {stages}")
+  parts = [_number({"shares": s}, "shares", file, at, high=1.0) for s in shares]
+  tokens = itertools.accumulate(math.prod(sides(size)) for size in stages)
+  value, n = _value(item, drawn, file, at), _count(item, "n", file, at)
+  patches = {row.seqhw: row.patch for row in rows}
+  return EvalRow(
+    seqhw=stages[-1],
+    patch=patches.get(stages[-1], stages[-1]),
+    tokens=round(sum(t * s for t, s in zip(tokens, parts, strict=True))),
+    gflops=_number(item, "gflops", file, at, low=1e-12),
+    ms=_number(item, "ms", file, at),
+    n=n,
+    depth=None,
+    value=value,
+    interval=intervals.binomial(value, n),
+    measured=((drawn.name, value),),
+    cascade="→".join(map(str, stages)),
+    setting=_setting(item, file, at),
+  )
+
+
+def _setting(item: Json, file: Path, at: str) -> str:
+  """What a cascade goes by: "margin, lost 0.02"."""
+  signal, risk = (_get(item, key, str, file, at) for key in ("signal", "risk"))
+  return f"{signal}, {risk} {_number(item, 'alpha', file, at, high=1.0):g}"
 
 
 def _value(item: Json, metric: Metric, file: Path, at: str) -> float:

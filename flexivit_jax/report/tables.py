@@ -136,7 +136,17 @@ def text(runs: Sequence[ReportRun]) -> str:
   lines.insert(2, "-" * max(map(len, lines[:2])))
   if any(run.trained is not None for run in runs):
     lines.append("* trained at this size")
+  for run in runs:
+    lines += [_cascade_text(run, row) for row in run.cascades]
   return "\n".join(lines)
+
+
+def _cascade_text(run: ReportRun, row: EvalRow) -> str:
+  stages = row.cascade.replace("→", ">")
+  return (
+    f"{shorten(run.name, 40, '...')}, cascade {stages} by {row.setting}: {span(run.metric, row.value)},"
+    f" {_digits(row.gflops)} GFLOPs, {_digits(row.ms)} ms"
+  ).replace("\u00a0", " ")
 
 
 def _plain(seqhw: SizeText) -> str:
@@ -253,9 +263,19 @@ def has_intervals(runs: Sequence[ReportRun]) -> bool:
   return any(row.interval is not None for run in runs for row in run.rows)
 
 
+def _patch(row: EvalRow) -> str:
+  """The patch; of a cascade its signal and risk."""
+  return row.setting or side(row.patch)
+
+
+def _grid(row: EvalRow) -> str:
+  """The grid; of a cascade those of its stages."""
+  return row.cascade or grid(row.seqhw)
+
+
 _SIZES = (
-  _Column("patch", "px", lambda r: side(r.patch), lambda r: None),
-  _Column("grid", "tokens", lambda r: grid(r.seqhw), lambda r: None),
+  _Column("patch", "px", _patch, lambda r: None),
+  _Column("grid", "tokens", _grid, lambda r: None),
 )
 _COSTS = (
   _Column("tokens", "", lambda r: f"{r.tokens}", lambda r: float(r.tokens), min),
@@ -288,7 +308,7 @@ def _metric_column(metric: Metric) -> _Column:
 
 def full(runs: Sequence[ReportRun]) -> str:
   """Returns the HTML table of all rows and columns: best of a column bold, costs of dominated points marked."""
-  rows = [row for run in runs for row in run.rows]
+  rows = [row for run in runs for row in run.points]
   columns = [*_SIZES, *_metric_columns(runs), *_COSTS]
   best = [_best(column, rows) for column in columns]
   beaten = {cost: pareto.dominated(runs, cost) for cost in pareto.COSTS}
@@ -298,9 +318,9 @@ def full(runs: Sequence[ReportRun]) -> str:
   )
   groups = []
   for i, run in enumerate(runs):
-    name = _name_cell(i, run, rows=len(run.rows))
+    name = _name_cell(i, run, rows=len(run.points))
     lines = []
-    for row in run.rows:
+    for row in run.points:
       point = pareto.Point(i, row)
       marked = [bool(c.cost and beaten[c.cost].get(point)) for c in columns]
       lines.append("".join(map(_full_cell, columns, best, [row] * len(columns), marked)))
@@ -347,7 +367,7 @@ def front(runs: Sequence[ReportRun], cost: str) -> str:
 
 def _front_line(runs: Sequence[ReportRun], point: pareto.Point, cost: str) -> str:
   row, metric = point.row, runs[0].metric
-  cells = [side(row.patch), grid(row.seqhw), number(metric, row.value)]
+  cells = [_patch(row), _grid(row), number(metric, row.value)]
   cells += [_interval(metric, row)] if has_intervals(runs) else []
   return (
     f'<tr><th scope="row">{_digits(getattr(row, cost))}</th>'

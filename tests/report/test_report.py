@@ -480,3 +480,59 @@ def test_importing_the_report_does_not_load_matplotlib():
   code = "import sys, flexivit_jax.report as r; print('matplotlib' in sys.modules)"
   run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert run.stdout.strip() == "False"
+
+
+def make_cascade(gflops=0.1, top1=0.976, **over):
+  row = {
+    "cascade": "4>8",
+    "sizes": [4, 8],
+    "signal": "margin",
+    "risk": "lost",
+    "alpha": 0.02,
+    "delta": 0.05,
+  }
+  row |= {"shares": [0.75, 0.25], "gflops": gflops, "ms": 0.5, "top1": top1, "n": 360}
+  return row | over
+
+
+def test_cascades_are_a_series_beside_single_sizes(demo, tmp_path):
+  cascades = [
+    make_cascade(),
+    make_cascade(0.15, 0.979, ms=0.7, sizes=[2, 4, 8], shares=[0.5, 0.25, 0.25]),
+  ]
+  demo[0] = make_run(tmp_path / "with", cascades=cascades)
+  out = tmp_path / "out"
+  text = Page(report(demo, out)).text
+  assert "4→8" in text and "margin, lost 0.02" in text
+  runs = runs_lib.load(demo)
+  assert [row.tokens for row in runs[0].cascades] == [32, 28]
+  fronts = pareto.fronts(runs, "gflops")
+  on_front = [p.row.cascade for p in next(iter(fronts.values())) if p.row.cascade]
+  assert on_front == ["4→8", "2→4→8"]
+  assert pareto.dominated(runs, "gflops")[pareto.Point(0, runs[0].rows[0])]  # the finest size
+  data = json.loads((out / "report.json").read_text())
+  assert data[0]["cascades"][0]["dominated"] == {"gflops": False, "ms": False}
+  drawn = [plots.draw(runs, axis, plots.WIDE).page_svg for axis in plots.AXES]
+  assert ["cascades" in svg for svg in drawn] == [False, True]
+  assert "FlexiViT, cascade 4>8 by margin, lost 0.02: 97.6 %, 0.100 GFLOPs, 0.500 ms" in table(demo)
+
+
+def test_another_metric_has_no_cascades(tmp_path):
+  run = make_run(tmp_path / "run", cascades=[make_cascade()])
+  assert runs_lib.read(run, "loss").cascades == ()
+
+
+@pytest.mark.parametrize(
+  ("over", "key"),
+  [
+    ({"sizes": [4, "x"]}, "sizes"),
+    ({"shares": [1.0]}, "shares"),
+    ({"shares": [1.0, 2.0]}, "shares"),
+    ({"top1": 1.2}, "top1"),
+    ({"ms": None}, "ms"),
+    ({"signal": 3}, "signal"),
+  ],
+)
+def test_a_damaged_cascade_is_refused(tmp_path, over, key):
+  with pytest.raises(UserError, match=rf"cascades\[0\]\.{key}"):
+    runs_lib.read(make_run(tmp_path / "run", cascades=[make_cascade(**over)]))
