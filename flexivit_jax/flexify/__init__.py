@@ -8,7 +8,6 @@ after.
 """
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -142,15 +141,12 @@ def flexify(
   made = student, params, record | new
   if two_towers:
     made = _with_text(weights.towers.load(init, **loading), student, params, new)
-  facts = dict(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, moment=moment)
+  facts = dict(
+    init=init.name, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, moment=moment
+  )
 
   def write() -> None:
-    # retention.json first: it says that the other two files are of this command.
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "retention.json").write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
-    (out / "model.npz").unlink(missing_ok=True)
-    weights.save_npz(out / "model.npz", *made)
-    (out / "README.md").write_text(card.text(plan, student, scores, {"init": init.name, **facts}))
+    card.write(out, scores, made, card.text(plan, student, scores, facts))
 
   distributed.on_first(write, f"the folder {out}")
   return scores

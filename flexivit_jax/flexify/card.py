@@ -1,9 +1,14 @@
-"""The model card of a flexified model."""
+"""The model card of a flexified model, and the folder that it lies in."""
 
+import json
+import pathlib
+from typing import Any
+
+from flexivit_jax import weights
 from flexivit_jax.flexify import recipe, retention
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.sizes import size_text
-from flexivit_jax.trees import Json
+from flexivit_jax.trees import Json, Params
 
 _TEXT = """# {title}
 
@@ -54,6 +59,24 @@ _BOXES = (
   " the\noriginal does not have. Boxes count from a score of 0.1 on.",
   "flexivit predict IMAGE --checkpoint model.npz --seqhw {seqhw}",
 )
+
+
+def write(out: pathlib.Path, scores: Json, made: tuple[Any, Params, Json], card: str) -> None:
+  """Writes OUT/retention.json, OUT/model.npz and OUT/README.md.
+
+  The first one first: it says that the other two files are of this command.
+
+  Args:
+    out: the folder, which is made.
+    scores: content of retention.json.
+    made: (model, params, record).
+    card: see `text`.
+  """
+  out.mkdir(parents=True, exist_ok=True)
+  (out / "retention.json").write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
+  (out / "model.npz").unlink(missing_ok=True)
+  weights.save_npz(out / "model.npz", *made)
+  (out / "README.md").write_text(card)
 
 
 def text(plan: recipe.FlexifyRecipe, student: FlexiViT, scores: Json, facts: Json) -> str:

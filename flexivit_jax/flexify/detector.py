@@ -6,7 +6,6 @@ patches change, and objects do not. What is left of the original is counted in b
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -121,10 +120,8 @@ def flexify(
   record = _record(plan, loaded, trained=epochs > 0)
   facts = dict(init=init.name, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
   facts |= {"names": ", ".join(names)} if names else {}
-  (out / "retention.json").write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
-  (out / "model.npz").unlink(missing_ok=True)
-  weights.save_npz(out / "model.npz", loaded.model, {**loaded.params, **kept}, record)
-  (out / "README.md").write_text(card.text(plan, vit, scores, facts))
+  made = loaded.model, {**loaded.params, **kept}, record
+  card.write(out, scores, made, card.text(plan, vit, scores, facts))
   return scores
 
 
@@ -145,26 +142,12 @@ def settings(
   plan: recipe.FlexifyRecipe, model: Any, pads: bool, *, epochs: float, lr: float, seed: int
 ) -> Json:
   """Returns the config of the run, as `train.train` takes it; `pads`: images are padded to a square, not squashed."""
-  crop = "decode|inception_crop(area_min=25)|flip_lr"
-  return dict(
-    name="flexified",
-    seed=seed,
-    total_epochs=epochs,
-    log_every=10,
-    input=dict(
-      data=plan.sources["train"],
-      pp=f"{crop}|{_square(pads)}{recipe.both(plan.sides)}",
-      batch_size=plan.batch_size,
-      **plan.skipping,
-    ),
+  shared = recipe.run_of(plan, epochs=epochs, lr=lr, seed=seed, square=_square(pads))
+  return shared | dict(
     model=_fields(model),
     init=dict(checkpoint=plan.teacher["checkpoint"]),
     objective=dict(name="distill_detection", teachers=dict(original=plan.teacher)),
-    flexi=recipe.flexi(plan.seqhw),
-    optim=dict(
-      lr=lr, wd=lr / 10, clip=1.0, schedule=dict(warmup_percent=0.05), freeze=("queries",)
-    ),
-    checkpoint=dict(every_percent=0.1),
+    optim=shared["optim"] | dict(freeze=("queries",)),
   )
 
 
@@ -185,13 +168,7 @@ def _fields(model: Any) -> Json:
 def _record(plan: recipe.FlexifyRecipe, loaded: predictor.Loaded, trained: bool) -> Json:
   side = plan.sides[0]
   record = stated.written_for(loaded.record, (side, side))
-  sizes = [list(s) if isinstance(s, tuple) else s for s in plan.seqhw]
-  return record | {
-    "model": model_records.record_of(loaded.model),
-    "image_size": [side, side],
-    "image_shape": [side, side, 3],
-    "trained": {"seqhw": sizes} if trained else {},
-  }
+  return record | recipe.sizes_of(plan, trained) | {"model": model_records.record_of(loaded.model)}
 
 
 # --- what is left of the original ---

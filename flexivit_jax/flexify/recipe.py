@@ -117,7 +117,25 @@ def settings(
   seed: int,
 ) -> Json:
   """Returns the config of the run, as `train.train` takes it."""
-  crop = "decode|inception_crop(area_min=25)|flip_lr"
+  return run_of(plan, epochs=epochs, lr=lr, seed=seed) | dict(
+    # One compiled block, recomputed in the backward pass: a ViT-Ti at patch 16 takes 198 MiB of temporary memory for
+    # 16 images, instead of 1273.
+    model=dict(fields_of(student), name="flexivit", scan=True, remat=True),
+    init=_without_image(plan.teacher),
+    # Mixup as in the paper: with few images, mixtures of them are most of the inputs to match.
+    objective=_goal(plan) | dict(teachers=dict(original=plan.teacher), mixup_p=1.0),
+  )
+
+
+def run_of(plan: FlexifyRecipe, *, epochs: float, lr: float, seed: int, square: str = "") -> Json:
+  """Returns what the configs of all models share: all but model, start and objective.
+
+  Args:
+    plan: the recipe.
+    epochs, lr, seed: of the training.
+    square: operations that make a square of a crop; "": it is squashed.
+  """
+  crop = f"decode|inception_crop(area_min=25)|flip_lr|{square}"
   return dict(
     name="flexified",
     seed=seed,
@@ -125,16 +143,10 @@ def settings(
     log_every=10,
     input=dict(
       data=plan.sources["train"],
-      pp=f"{crop}|{both(plan.sides)}",
+      pp=f"{crop}{both(plan.sides)}",
       batch_size=plan.batch_size,
       **plan.skipping,
     ),
-    # One compiled block, recomputed in the backward pass: a ViT-Ti at patch 16 takes 198 MiB of temporary memory for
-    # 16 images, instead of 1273.
-    model=dict(fields_of(student), name="flexivit", scan=True, remat=True),
-    init=_without_image(plan.teacher),
-    # Mixup as in the paper: with few images, mixtures of them are most of the inputs to match.
-    objective=_goal(plan) | dict(teachers=dict(original=plan.teacher), mixup_p=1.0),
     # Equal FLOPs for each size, so coarse sizes are drawn more often: they are cheap and differ most from the original.
     flexi=flexi(plan.seqhw),
     optim=dict(lr=lr, wd=lr / 10, clip=1.0, schedule=dict(warmup_percent=0.05)),
@@ -223,18 +235,23 @@ def labelled(plan: FlexifyRecipe, side: int) -> str:
 
 def describe(plan: FlexifyRecipe, student: FlexiViT, record: Json, trained: bool) -> Json:
   """Returns the fields of the new model's record that differ from the original's."""
-  side = plan.sides[0]
-  return {
+  return sizes_of(plan, trained) | {
     "model": fields_of(student)
     | {"patch_size": list(student.patch_size), "posemb_size": list(student.posemb_size)},
-    "image_size": [side, side],
-    "image_shape": [side, side, 3],
-    "pp": f"decode|{central(side)}",
-    "trained": {"seqhw": [list(s) if isinstance(s, tuple) else s for s in plan.seqhw]}
-    if trained
-    else {},
+    "pp": f"decode|{central(plan.sides[0])}",
     "flexified_from": {
       "patch_size": list(record["native_patch_size"]),
       "grid": list(record["native_grid"]),
     },
+  }
+
+
+def sizes_of(plan: FlexifyRecipe, trained: bool) -> Json:
+  """Returns the fields of the new model's record that tell its images and the sizes of its training."""
+  side = plan.sides[0]
+  drawn = [list(s) if isinstance(s, tuple) else s for s in plan.seqhw]
+  return {
+    "image_size": [side, side],
+    "image_shape": [side, side, 3],
+    "trained": {"seqhw": drawn} if trained else {},
   }
