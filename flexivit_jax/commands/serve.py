@@ -11,6 +11,7 @@ from flexivit_jax.commands import options
 if TYPE_CHECKING:
   from flexivit_jax.budget.cascade import Cascade
   from flexivit_jax.budget.profile import Profile
+  from flexivit_jax.inference import programs
   from flexivit_jax.serving import served
 
 HELP = (
@@ -40,6 +41,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--batches", type=options.whole_numbers, default=(1, 4), metavar="N,N",
     help="images of the compiled batches (default 1,4); with one number, answers have the bits of predict --batch_size",
+  )  # fmt: skip
+  p.add_argument(
+    "--way", default="jax", help="what runs it: jax, jax:bfloat16, onnx or onnx:int8 (default jax)",
   )  # fmt: skip
   p.add_argument("--only", choices=("predict", "embed"), help="one route, and half the programs")
   p.add_argument(
@@ -94,14 +98,15 @@ def run(args: argparse.Namespace) -> None:
   _check(args)
   token = _token(args.token_file)
   compilation.keep_programs()
-  model = served.load(args.checkpoint, args.image_size, **options.loading(args))
+  way = _way(args.way)
+  model = served.load(args.checkpoint, args.image_size, way=way, **options.loading(args))
   profile = _profile(args, model)
   sizes = served.sizes(model, args.seqhw, [row.size for row in profile.rows] if profile else ())
   cascade = _cascade(args.cascade, model)
   sizes = tuple(dict.fromkeys([*sizes, *(cascade.sizes if cascade else ())]))
   batches = tuple(sorted(set(args.batches)))
   if profile is not None:
-    profile = choice.restricted(profile, sizes, batches)
+    profile = choice.restricted(profile, sizes, batches, (way.runtime, way.dtype))
   policy = choice.check(choice.Policy(sizes, profile, args.accuracy_floor, args.target_ms / 1e3))
   limits = Limits(body_bytes=int(args.body_mb * 2**20), pixels=args.max_pixels, read_s=args.read_s)
   settings = Settings(
@@ -124,6 +129,15 @@ def _check(args: argparse.Namespace) -> None:
       raise errors.UserError(f"--{name}={getattr(args, name)}; expected more than 0.")
   if not (args.max_wait_ms >= 0 and args.drain_s >= 0):
     raise errors.UserError("--max_wait_ms and --drain_s: expected 0 or more.")
+
+
+def _way(text: str) -> "programs.Way":
+  from flexivit_jax.analyses import profiling
+
+  ways = profiling.ways(text)
+  if len(ways) > 1:
+    raise errors.UserError(f"--way={text}; expected one, e.g. onnx.")
+  return ways[0]
 
 
 def _token(file: pathlib.Path | None) -> str:

@@ -36,13 +36,18 @@ class Choice(NamedTuple):
   degraded: bool = False
 
 
-def restricted(profile: Profile, sizes: tuple[SeqHw, ...], batches: tuple[int, ...]) -> Profile:
-  """Returns a profile with rows of plain programs of these sizes and batches alone.
+def restricted(
+  profile: Profile,
+  sizes: tuple[SeqHw, ...],
+  batches: tuple[int, ...],
+  way: tuple[str, str] = ("jax", "float32"),
+) -> Profile:
+  """Returns a profile with rows of these sizes, batches and (runtime, dtype) alone.
 
   Raises:
     UserError: a size that it does not have.
   """
-  rows = [r for r in profile.rows if r.size in sizes and (r.runtime, r.dtype) == ("jax", "float32")]
+  rows = [r for r in profile.rows if r.size in sizes and (r.runtime, r.dtype) == way]
   if missing := [size for size in sizes if size not in {row.size for row in rows}]:
     raise errors.UserError(
       f"The profile has no seqhw={size_text(missing[0])}; it has"

@@ -50,17 +50,36 @@ class Served(NamedTuple):
   weights: str = ""
 
 
-def load(path: str | pathlib.Path, image_size: int | None = None, **loading: Any) -> Served:
+def load(
+  path: str | pathlib.Path,
+  image_size: int | None = None,
+  *,
+  way: programs.Way = programs.PLAIN,
+  **loading: Any,
+) -> Served:
   """Loads a checkpoint, or an artifact (.zip).
 
+  Args:
+    path: what `weights.load` takes, or an artifact.
+    image_size: see `predictor.load`.
+    way: what runs it; in onnxruntime it has no features.
+    **loading: see `weights.load`.
+
   Raises:
-    UserError: it cannot be loaded; it gives masks or boxes; its images have no common shape.
+    UserError: it cannot be loaded; an artifact in another way than the plain one; it gives masks or boxes; its
+      images have no common shape.
   """
   if pathlib.Path(path).suffix == ".zip":
+    if way != programs.PLAIN:
+      raise errors.UserError(f"{path} is an artifact, which XLA runs as it is; leave --way out.")
     return _of_artifact(pathlib.Path(path), image_size)
   if weights.tasks.is_whole(path):
     raise errors.UserError(f"{path} gives masks or boxes; a server gives classes and features.")
   loaded = _with_texts(path, image_size, **loading)
+  digest = weights.towers.digest(loaded.model, loaded.params)
+  all_weights = trees.digest(loaded.params)
+  weights.print_notes(loaded.record)
+  loaded = loaded._replace(params=jax.device_put(loaded.params))  # once, not for each program
   towers = isinstance(loaded.model, TwoTowers)
   shape = _shape(loaded.prepare, loaded.name)
 
@@ -68,24 +87,27 @@ def load(path: str | pathlib.Path, image_size: int | None = None, **loading: Any
     fn: programs.Fn = features.features
     if what == "predict":
       fn = texts.embedding if towers else programs.probabilities
-    return programs.compiled(loaded, fn, size, batch=batch, shape=shape).run
+    return programs.compiled(loaded, fn, size, batch=batch, shape=shape, way=way).run
 
   def names() -> Callable[[Sequence[str], str], texts.Names]:
     vectors = texts.compiled(loaded, _TEXTS)
     return lambda listed, templates: texts.of_names(loaded, listed, templates, vectors)
 
   has_classes = bool(loaded.model.num_classes) and not loaded.record.get("projection")
+  what: tuple[str, ...] = WHAT if towers or has_classes else ("embed",)
+  if way.runtime == "onnx":
+    what = tuple(one for one in what if one == "predict")
   return Served(
     name=pathlib.Path(loaded.name).name,
     prepare=loaded.prepare,
     shape=shape,
     sizes=predictor.sizes.trained(loaded.record),
-    what=WHAT if towers or has_classes else ("embed",),
+    what=what,
     classes=predictor.names_of(loaded) if has_classes and not towers else (),
     program=program,
     names=names if towers else None,
-    digest=weights.towers.digest(loaded.model, loaded.params),
-    weights=trees.digest(loaded.params),
+    digest=digest,
+    weights=all_weights,
   )
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from flexivit_jax import errors, weights
 from flexivit_jax.budget import cascade
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.inference import cascades, features, predictions, predictor, texts
+from flexivit_jax.inference import cascades, features, predictions, predictor, programs, texts
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights.export import stablehlo
 
@@ -137,5 +137,7 @@ async def test_an_artifact_is_served(file, photos, serving, tmp_path):
       assert row["name"] == name and row["probability"] == pytest.approx(p, abs=1e-6)
     assert server.metrics.compilations_after_ready() == 0
   assert served.sizes(served.load(out), None) == (2, 4)
+  with pytest.raises(errors.UserError, match="leave --way out"):
+    served.load(out, way=programs.Way("onnx"))
   with pytest.raises(errors.UserError, match="seqhw=3 is not in"):
     served.sizes(served.load(out), "3")
