@@ -110,37 +110,19 @@ def make_source(
   Raises:
     UserError: the data set or split is unknown or empty, or does not take an argument.
   """
-  options = {
-    "data_dir": data_dir,
-    "image_key": image_key,
-    "label_key": label_key,
-    "image_size": image_size,
-    "num_classes": num_classes,
-    "num_examples": num_examples,
-    "seed": seed,
-    "annotated": annotated,
-    "allow_empty": allow_empty,
-    "upright": upright,
-    "annotations": annotations,
-    "images": images,
-    "masks": masks,
-    "classes": classes,
-    "ignore": ignore,
-    "labels": labels,
-    "colors": colors,
-    "boxes_key": boxes_key,
-    "mask_key": mask_key,
-    "captions_key": captions_key,
-    "on_bad": on_bad,
-    "objects": objects,
-    "sides": sides,
-    "names": names,
-    "backgrounds": backgrounds,
-    "with_masks": with_masks,
-    "cache_gb": cache_gb,
-  }
-  options = {key: value for key, value in options.items() if value is not None}
+  given = dict(locals())  # each argument by its name
+  options = {key: value for key, value in given.items() if key not in _ALWAYS and value is not None}
   build = SOURCES.get(name) or functools.partial(tfds_source, name)
+  _check(name, build, options)
+  source = build(split=split, **options)
+  return dataclasses.replace(source, class_names=None) if by_number else source
+
+
+_ALWAYS = ("name", "split", "by_number")  # arguments that are of every data set
+
+
+def _check(name: str, build: Callable[..., Source], options: Mapping[str, Any]) -> None:
+  """Raises a UserError for options that a data set does not take, lacks, or takes of this machine alone."""
   takes = inspect.signature(build).parameters
   for key in options:
     if key not in takes:
@@ -148,10 +130,9 @@ def make_source(
   for key, parameter in takes.items():
     if key not in options and key != "split" and parameter.default is parameter.empty:
       raise UserError(f"Data set {name!r} needs {key}=.")
-  if name in SOURCES and name != "packed" and (url := storage.address(data_dir or "")):
+  url = storage.address(options.get("data_dir", ""))
+  if name in SOURCES and name != "packed" and url:
     raise UserError(
       f"Data set {name!r} is read from a folder of this machine, and data_dir={url} is an address; pack it (`flexivit"
       " pack`) and copy the pack there, or mount the bucket."
     )
-  source = build(split=split, **options)
-  return dataclasses.replace(source, class_names=None) if by_number else source

@@ -102,10 +102,6 @@ def scenes_source(
   stored = {s: [(s, i) for i in range(num_examples)] for s in SPLITS}
   rows = select(split, stored)
   cut_outs = _chosen(_cut_outs(data_root(data_dir)), names, data_dir)
-  groups = {
-    name: tuple(k for k, novel in enumerate(cut_outs.novel) if novel == (name == "novel"))
-    for name in NAMES[:2]
-  }
   behind = _photos(backgrounds, {s for s, _ in rows}) if backgrounds else {}
   layouts = {
     s: _Layout(
@@ -120,7 +116,7 @@ def scenes_source(
     cut_outs.names,
     len(rows),
     functools.partial(_read, rows, layouts),
-    class_groups={name: classes for name, classes in groups.items() if classes},
+    class_groups=_groups(cut_outs),
   )
 
 
@@ -171,6 +167,14 @@ def _chosen(cut_outs: _CutOuts, names: str, data_dir: str) -> _CutOuts:
     raise UserError(f"{data_dir} has no {names} cut-outs; names='all' shows those that it has.")
   files, texts, novel = zip(*rows, strict=True)
   return _CutOuts(files, texts, novel)
+
+
+def _groups(cut_outs: _CutOuts) -> dict[str, tuple[int, ...]]:
+  """The classes that are trained, and those that are not, where there are any."""
+  groups: dict[str, list[int]] = {}
+  for k, novel in enumerate(cut_outs.novel):
+    groups.setdefault("novel" if novel else "base", []).append(k)
+  return {name: tuple(groups[name]) for name in NAMES if name in groups}
 
 
 def _photos(folder: str, splits: set[str]) -> dict[str, tuple[pathlib.Path, ...]]:
