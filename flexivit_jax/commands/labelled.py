@@ -81,11 +81,11 @@ def evaluation(
   from flexivit_jax import experiment
   from flexivit_jax.data import class_names, text
   from flexivit_jax.experiment import labelling
-  from flexivit_jax.inference import outputs
+  from flexivit_jax.inference import outputs, predictor
 
   record, classes = loaded.record, loaded.model.num_classes
   if "pp" not in written:
-    pp = f"{loaded.pp}|onehot({len(names) or classes})|keep('image', 'labels')"
+    pp = f"{predictor.of_images(loaded.pp)}|onehot({len(names) or classes})|keep('image', 'labels')"
     kind = {"type": "zero_shot", "names": list(names)} if names else {}
     written = {"batch_size": 32, **written, **kind, "pp": pp, "seqhw": [1]}
   known = class_names.known_of(record, classes, f"the checkpoint {loaded.name}")

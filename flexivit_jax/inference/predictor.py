@@ -188,6 +188,11 @@ def no_files(path: str | bytes) -> np.ndarray:
   raise ValueError(f"{path!r}: this model takes no files here")
 
 
+def of_images(pp: str) -> str:
+  """Returns the operations of a string that an image file alone can have."""
+  return "|".join(op.text for op in _of_images(data.parse(pp)).ops)
+
+
 def _of_images(parsed: data.Preprocess) -> data.Preprocess:
   """Returns it without what makes labels, boxes, tokens and queries, which an image file does not have."""
   ops = (op for op in parsed.ops if op.inkey is not None or op.function is data.OPS["copy"])

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import cli, trees, weights
+from flexivit_jax.budget import cascade
 from flexivit_jax.data import text
 from flexivit_jax.inference import predictor, texts
 
@@ -136,3 +137,31 @@ def test_weights_without_texts_or_without_a_tokenizer_are_refused(save_towers, p
   weights.save_npz(photos / "image.npz", model, trees.unflatten(trees.flatten(params)), record)
   code, _, err = run(capsys, *ask, "--checkpoint=image.npz")
   assert code == 2 and "has an image tower and no text tower" in err
+
+
+@pytest.mark.full
+def test_a_cascade_of_names_is_calibrated_and_says_the_names_itself(save_towers, photos, capsys):
+  """`predict` at the size of each answer says the same, with the same names."""
+  rng = np.random.default_rng(1)
+  for name in "abc":
+    (photos / "own" / "val" / name).mkdir(parents=True)
+    for i in range(4):
+      pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
+      Image.fromarray(pixels).save(photos / "own" / "val" / name / f"{i}.png")
+  towers, names = save_towers(None), f"--names={','.join(NAMES)}"
+  given = ("--data", "name=folder", "data_dir=own", "split=val", "--seqhw=2,4", "--alpha=0.6")
+  code, out, err = run(capsys, "cascade", towers, *given, names, "--templates=one", "--out=c.json")
+  assert code == 0, err
+  made = cascade.read(photos / "c.json")
+  assert (made.names, made.templates, made.n) == (tuple(NAMES), "one", 6)
+  made = made._replace(
+    sizes=(2, 4), thresholds=(0.4,), temperatures=(1.0, 1.0), costs=(1.0, 2.0), shares=(0.5, 0.5)
+  )
+  cascade.write(photos / "c.json", made)
+  common = ("predict", "own", f"--checkpoint={towers}", "--json")
+  code, out, err = run(capsys, *common, "--cascade=c.json")
+  assert code == 0, err
+  _, every, _ = run(capsys, *common, "--seqhw=2,4", names, "--templates=one")
+  assert len(out.splitlines()) == 12 and set(out.splitlines()) < set(every.splitlines())
+  code, _, err = run(capsys, *common, "--cascade=c.json", "--names=x,y")
+  assert code == 2 and "calibrated for the names cat,a red car,dog" in err
