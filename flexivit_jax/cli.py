@@ -83,7 +83,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
   args, unknown = parser().parse_known_args([a for a in argv if not a.startswith("--config.")])
   if unknown:
-    known = ["--config", "--help", *(f"--{name}" for name in vars(args)), "--no-verify"]
+    known = ["--help", *(f"--{name}" for name in vars(args))]
+    known += ["--no-verify"] if hasattr(args, "verify") else []
     name = unknown[0].removeprefix("--").partition("=")[0]
     if hasattr(args, name):
       raise errors.UserError(f"`flexivit {args.command}` takes {name.upper()} without --{name}.")

@@ -173,6 +173,12 @@ def test_tensorflow_is_never_imported(run, tmp_path):
   assert done.returncode == 0, done.stderr
 
 
+def test_no_option_is_proposed_that_a_command_does_not_take():
+  with pytest.raises(errors.UserError, match="Unknown argument '--config'") as raised:
+    cli.parse(["bench", "--forward", "--config"])
+  assert "mean '--config'" not in str(raised.value)
+
+
 def test_what_a_command_takes_without_dashes_is_named():
   with pytest.raises(errors.UserError, match="`flexivit plan` takes CONFIG without --config"):
     cli.parse(["plan", "configs/digits.py", "--config=configs/digits.py"])

@@ -98,6 +98,8 @@ def test_photos_are_backgrounds_of_one_split_alone(folder, tmp_path):
   (tmp_path / "few").mkdir()
   with pytest.raises(UserError, match="has 0 images, and none of them is for train; give more"):
     scenes(folder, backgrounds=str(tmp_path / "few"))
+  with pytest.raises(UserError, match="backgrounds='nowhere' is no folder"):
+    scenes(folder, backgrounds="nowhere")
 
 
 @pytest.mark.parametrize(

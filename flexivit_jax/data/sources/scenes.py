@@ -179,7 +179,9 @@ def _groups(cut_outs: _CutOuts) -> dict[str, tuple[int, ...]]:
 
 def _photos(folder: str, splits: set[str]) -> dict[str, tuple[pathlib.Path, ...]]:
   """Returns the backgrounds of each split; those of val and of test are the same."""
-  root = data_root(folder)
+  root = pathlib.Path(folder).expanduser()
+  if not root.is_dir():
+    raise UserError(f"backgrounds={folder!r} is no folder; expected one of photos.")
   files = [root / path for path in sorted(Tree(root).images)]
   held_out = {file: zlib.crc32(file.name.encode()) % 5 == 0 for file in files}
   made = {
