@@ -48,5 +48,5 @@ def test_the_seeds_of_a_way_become_one_row(tool):
     for seed, (stages, below) in enumerate([("2>8", 0.2), ("4>8", 0.4)])
   ]
   (row,) = tool["summary"]("m", rows)
-  assert (row["below"], row["below_low"], row["below_high"]) == ("0.300", "0.200", "0.400")
+  assert (row["below"], row["below_low"], row["below_high"]) == ("0.30", "0.20", "0.40")
   assert row["stages"] == "2>8 or 4>8" and row["seeds"] == 2

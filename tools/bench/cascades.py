@@ -33,6 +33,7 @@ from flexivit_jax.evaluators import results
 from flexivit_jax.inference import predictor
 from flexivit_jax.sizes import size_text
 
+PLACES = {"top1": 2, "below": 2, "time": 1, "ms": 3, "compute": 1, "lost": 2}  # decimals
 Row = dict[str, Any]
 
 
@@ -103,13 +104,15 @@ def timed(
   found: cascading.Scored,
   settings: Sequence[Setting],
   seed: int,
+  repeats: int,
 ) -> Iterator[Row]:
-  """Yields a row for each cascade and each size alone on the test half of a split."""
+  """Yields a row for each cascade and each size alone on the test half of a split; ms are the least of all repeats."""
   calibrates, tests = np.array_split(np.random.default_rng(seed).permutation(len(found.labels)), 2)
   own = of(found, calibrates)
   made = [cascading.fit(own, seed=seed, **each._asdict()) for each in settings]
   singles = [rules.alone(size, asked.classes) for size in found.sizes]
-  ran = cascading.walk(asked, images.some(tests), [*made, *singles])
+  passes = [cascading.walk(asked, images.some(tests), [*made, *singles]) for _ in range(repeats)]
+  ran = [each[0]._replace(ms=min(r.ms for r in each)) for each in zip(*passes, strict=True)]
   finest = ran[-1]
   gflops = dict(zip(found.sizes, found.gflops, strict=True))
   ways = [each.name for each in settings]
@@ -124,7 +127,7 @@ def timed(
       "below": 100 * (best["top1"] - row["top1"]),
       "ms": row["ms"],
       "time": 100 * row["ms"] / best["ms"],
-      "compute": 100 * row["gflops"] / best["gflops"],
+      "compute": 100 * row["gflops"] / found.gflops[-1],
       "lost": 100 * row["lost"],
       "seed": seed,
       "n": row["n"],
@@ -136,11 +139,12 @@ def summary(name: str, rows: Sequence[Row]) -> Iterator[Row]:
   for way in dict.fromkeys(row["way"] for row in rows):
     own = [row for row in rows if row["way"] == way]
     numbers: Row = {}
-    for column in ("top1", "below", "ms", "time", "compute", "lost"):
+    for column, places in PLACES.items():
       values = [row[column] for row in own]
-      numbers[column] = f"{np.mean(values):.3f}"
+      numbers[column] = f"{np.mean(values):.{places}f}"
       if column in ("below", "time"):
-        numbers |= {f"{column}_low": f"{min(values):.3f}", f"{column}_high": f"{max(values):.3f}"}
+        ends = {"low": min(values), "high": max(values)}
+        numbers |= {f"{column}_{end}": f"{value:.{places}f}" for end, value in ends.items()}
     stages = " or ".join(sorted({row["stages"] for row in own}))
     yield {
       "model": name,
@@ -195,6 +199,7 @@ def main() -> None:
   parser.add_argument("--checked", type=setting, nargs="*", default=[])
   parser.add_argument("--delta", type=float, default=0.05)
   parser.add_argument("--seeds", type=int, default=5, help="of halves that are timed")
+  parser.add_argument("--repeats", type=int, default=1, help="of which the fastest counts")
   parser.add_argument("--splits", type=int, default=200, help="by which the guarantee is checked")
   parser.add_argument("--batch_size", type=int)
   parser.add_argument("--out", type=pathlib.Path, required=True)
@@ -212,7 +217,7 @@ def main() -> None:
   args.out.mkdir(parents=True, exist_ok=True)
   images, rows = read(batches), []
   for seed in range(args.seeds):
-    rows += list(timed(asked, images, found, args.settings, seed))
+    rows += list(timed(asked, images, found, args.settings, seed, args.repeats))
     results.write_csv(args.out / "seeds.csv", rows)
     print(f"seed {seed} is done", flush=True)
   means = list(summary(args.name, rows))
