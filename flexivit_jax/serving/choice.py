@@ -81,8 +81,9 @@ def chosen(
   """Returns the size for a request that names none, or None: none would be done by the deadline.
 
   It is the most accurate one, by the rule of `budget.choose`, of those within the budget that are predicted to be done
-  in time: by the deadline, or under load by the target of the policy. If none is, and there is no deadline, it is that
-  which is done first.
+  in time: by the deadline, or under load by the target of the policy. With a floor, the time to a deadline is not used
+  up by fine sizes: those that would be done in its second half give way to that which is done first, or whoever comes
+  next would be refused. If no size is in time, and there is no deadline, it is that which is done first.
 
   Args:
     policy: of the server.
@@ -110,10 +111,12 @@ def chosen(
   until = deadline if math.isfinite(deadline) else now + policy.target
   end = {row: finish(row.size, row.batch if budget else None) for row in allowed}
   in_time = [row for row in allowed if end[row] <= until]
+  if not in_time and math.isfinite(deadline):
+    return None
+  if policy.floor is not None and math.isfinite(deadline):
+    in_time = [row for row in in_time if end[row] - now <= (deadline - now) / 2]
   if in_time:
     return _choice(choose.best(profile, in_time), best, budget)
-  if math.isfinite(deadline):
-    return None
   return _choice(min(allowed, key=end.__getitem__), best, budget)
 
 

@@ -16,7 +16,7 @@ from flexivit_jax.serving.queues import Batch, Lane, Queues, Waiting
 from flexivit_jax.serving.times import Key, Times
 
 _LOG = logging.getLogger(__name__)
-_PASSES = 3  # of a new program, to know its time
+_PASSES = 5  # of a new program, to know its time
 T = TypeVar("T")
 
 Program = Callable[[np.ndarray], np.ndarray]  # [batch, h, w, c] -> [batch, d]

@@ -24,7 +24,7 @@ class Lane(NamedTuple):
   Attributes:
     what: is computed, of `served.WHAT`.
     size: tokens per side.
-    batch: images of its batches; None: the smallest batches that hold what waits.
+    batch: images of its batches; None: as they are quickest.
   """
 
   what: str
@@ -139,7 +139,8 @@ class Queues:
   def take(self, now: float) -> Batch | None:
     """Returns the batch that starts now, or None: nothing waits, or all that waits still may.
 
-    It is as large as what waits in its queue allows, but no larger than its deadlines allow. From now on the device is
+    It runs in the program that takes the least time for each image that it has: a large one that is half empty may be
+    slower than small ones, one after the other. It is no larger than its deadlines allow. From now on the device is
     counted as busy until `done`.
     """
     ready = [lane for lane, rows in self._lanes.items() if rows and self._starts(lane, now)]
@@ -147,7 +148,7 @@ class Queues:
       return None
     lane = min(ready, key=lambda lane: _order(self._lanes[lane][0]))
     rows, sizes = self._lanes[lane], self.sizes(lane)
-    batch = _fit(sizes, len(rows))
+    batch = self._quickest(lane, len(rows))
     while batch > sizes[0] and any(
       now + self._seconds(lane, batch) > row.deadline for row in rows[:batch]
     ):
@@ -193,10 +194,16 @@ class Queues:
     return self._batches if lane.batch is None else (lane.batch,)
 
   def _work(self, lane: Lane, count: int) -> float:
-    sizes = self.sizes(lane)
-    whole, rest = divmod(count, sizes[-1])
-    seconds = whole * self._seconds(lane, sizes[-1])
-    return seconds + (self._seconds(lane, _fit(sizes, rest)) if rest else 0.0)
+    seconds = 0.0
+    while count > 0:
+      batch = self._quickest(lane, count)
+      batches = max(1, count // batch) if batch == self.sizes(lane)[-1] else 1
+      seconds, count = seconds + batches * self._seconds(lane, batch), count - batches * batch
+    return seconds
+
+  def _quickest(self, lane: Lane, count: int) -> int:
+    """Of how many images the next batch is, where so many wait."""
+    return min(self.sizes(lane), key=lambda n: (self._seconds(lane, n) / min(n, count), n))
 
   def _starts(self, lane: Lane, now: float) -> bool:
     rows = self._lanes[lane]
@@ -205,8 +212,3 @@ class Queues:
 
 def _order(row: Waiting) -> tuple[float, int]:
   return row.due, row.number
-
-
-def _fit(sizes: Sequence[int], count: int) -> int:
-  """The smallest batch that holds so many images, or the largest."""
-  return next((size for size in sizes if size >= count), sizes[-1])

@@ -19,6 +19,12 @@ async def until(condition):
   raise AssertionError("nothing happened")
 
 
+def slow(server, *sizes):
+  """From now on these sizes are predicted to take minutes."""
+  for key in [("predict", size, n) for size in sizes for n in server.settings.batches]:
+    server.times._least[key] = 1e3
+
+
 async def test_an_answer_says_its_size_its_batch_and_its_time(model, serving, red):
   async with serving(model, batches=(4,)) as (_, client):
     answer = await client.post("/predict?seqhw=4&top_k=2", content=red)
@@ -82,8 +88,7 @@ async def test_a_full_queue_is_429_with_the_time_to_come_back(model, serving, re
 
 async def test_a_deadline_that_cannot_be_met_is_504_and_computes_nothing(model, serving, red):
   async with serving(model, batches=(1,)) as (server, client):
-    for size in (2, 4):
-      server.times.add(("predict", size, 1), 1e3)
+    slow(server, 2, 4)
     model.ran.clear()
     late = await client.post("/predict?seqhw=2&deadline_ms=50", content=red)
     assert late.status_code == 504 and model.ran == []
@@ -115,7 +120,7 @@ async def test_the_profile_chooses(model, serving, red, query, seqhw):
 
 async def test_a_near_deadline_takes_a_coarser_size(model, serving, red):
   async with serving(model, with_profile=True) as (server, client):
-    server.times.add(("predict", 4, 1), 1e3)
+    slow(server, 4)
     answer = (await client.post("/predict?deadline_ms=400", content=red)).json()
     assert answer["seqhw"] == 2
 
@@ -123,7 +128,7 @@ async def test_a_near_deadline_takes_a_coarser_size(model, serving, red):
 @pytest.mark.parametrize("floor,seqhw", [(None, 4), (0.55, 2), (0.65, 4)])
 async def test_load_takes_a_coarser_size_within_the_floor(model, serving, red, floor, seqhw):
   async with serving(model, with_profile=True, floor=floor, target=0.5) as (server, client):
-    server.times.add(("predict", 4, 1), 1e3)
+    slow(server, 4)
     answer = (await client.post("/predict", content=red)).json()
     assert answer["seqhw"] == seqhw
     degraded = 'flexivit_degraded_total{seqhw="2"} 1.0' in (await client.get("/metrics")).text

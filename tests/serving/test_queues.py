@@ -33,7 +33,7 @@ def test_a_batch_starts_when_it_is_full():
   assert (batch.lane, batch.batch, images(batch)) == (COARSE, 4, [0, 1, 2, 3])
 
 
-def test_a_batch_starts_when_its_first_image_has_waited_and_is_as_small_as_it_can_be():
+def test_a_batch_starts_when_its_first_image_has_waited_in_the_program_that_is_quickest():
   all_queues = queues()
   all_queues.offer(COARSE, "a", 0.0)
   all_queues.offer(COARSE, "b", 1.0)
@@ -41,6 +41,15 @@ def test_a_batch_starts_when_its_first_image_has_waited_and_is_as_small_as_it_ca
   assert all_queues.take(1.999) is None
   batch = all_queues.take(2.0)
   assert (batch.batch, images(batch)) == (2, ["a", "b"])
+
+
+def test_a_large_program_that_would_be_half_empty_does_not_run():
+  """Four images take 3.6 times as long as one."""
+  all_queues = Queues((1, 4), lambda lane, n: 1.0 if n == 1 else 3.6, max_wait=0.0, length=9)
+  for i in range(7):
+    all_queues.offer(COARSE, i, 0.0)
+  assert all_queues.finish(COARSE, 0, 0.0) == 3.6 + 3
+  assert [all_queues.take(0.0).batch for _ in range(4)] == [4, 1, 1, 1]
 
 
 def test_a_batch_starts_when_a_deadline_is_near():
@@ -143,8 +152,9 @@ def test_every_image_starts_once_in_time_or_is_told(events, max_wait, length):
           return
         continue
       assert 1 <= len(batch.rows) <= batch.batch
-      smaller = [n for n in all_queues.sizes(batch.lane) if n < batch.batch]
-      assert all(n < len(batch.rows) for n in smaller)  # no smaller one holds them
+      least = seconds(batch.lane, batch.batch) / len(batch.rows)
+      for n in all_queues.sizes(batch.lane):  # no smaller one is quicker
+        assert n >= batch.batch or seconds(batch.lane, n) / min(n, len(batch.rows)) >= least
       for row in batch.rows:
         assert row.image not in started
         started[row.image] = now
