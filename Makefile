@@ -29,6 +29,9 @@ demo: $(CORE)
 	@echo "Open that page now. A ViT of one patch size follows, trained with the same FLOPs; the page will then show both."
 	$(BIN)/flexivit train --config configs/digits.py:fixed=8 --workdir runs/demo/fixed8
 	$(BIN)/flexivit report runs/demo/flexivit runs/demo/fixed8 --out runs/demo
+	$(BIN)/flexivit demo runs/demo/flexivit --static runs/demo/page --number 10
+	@echo "Open runs/demo/page/index.html and move the slider. Photos of your own need a model of photos, e.g. timm's ViT-Ti/16:"
+	@echo "  pip install '.[serve]' && flexivit serve vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors --seqhw 5,8,15,30 --demo"
 
 # As many processes as cores; the tests of a file stay together, for they share what takes long to make.
 test: $(STAMP)

@@ -28,6 +28,7 @@ COMMANDS = {
   "search": "search",
   "embed": "embed",
   "report": "report",
+  "demo": "demo",
   "inspect": "inspect",
   "convert": "convert",
   "export": "export",

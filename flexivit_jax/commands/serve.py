@@ -36,6 +36,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--cascade", type=options.path, help="a file of `flexivit cascade`, for requests with cascade=1"
   )
+  p.add_argument(
+    "--demo",
+    action="store_true",
+    help="a page at / that shows each size on photos that are dropped on it",
+  )
   p.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
   p.add_argument("--port", type=int, default=8000, help="0: a free one (default 8000)")
   p.add_argument(
@@ -113,6 +118,12 @@ def run(args: argparse.Namespace) -> None:
     batches, (args.only,) if args.only else Settings().what, args.max_wait_ms / 1e3, args.queue,
     token=token, limits=limits,
   )  # fmt: skip
+  if args.demo:
+    from flexivit_jax.demo import live
+
+    if token:
+      raise errors.UserError("--demo asks without a token; leave one of them out.")
+    model, settings = live.with_page(model, policy, settings, cascade.sizes if cascade else ())
   if not token and args.host not in ("127.0.0.1", "::1", "localhost"):
     outputs.note(f"everybody who reaches {args.host} may ask; --token_file asks for a token")
   tell = lambda url: print(f"listening at {url}", flush=True)  # noqa: E731

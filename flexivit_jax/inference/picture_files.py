@@ -1,9 +1,12 @@
 """Where pictures of answers go: one file, or a folder with a picture for each image, and one for each size."""
 
+import io
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from flexivit_jax import errors, files
@@ -82,3 +85,11 @@ def save(image: Image.Image, path: pathlib.Path) -> None:
     part.open("xb") as file,
   ):
     image.save(file, kind, **({} if kind == "PNG" else {"quality": 92}))
+
+
+def png(image: Float[np.ndarray, "h w c"]) -> bytes:
+  """Returns an image as a model takes it, in [-1, 1], as a PNG."""
+  pixels = np.clip(np.round((image + 1) * 127.5), 0, 255).astype(np.uint8)
+  file = io.BytesIO()
+  Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+  return file.getvalue()

@@ -16,12 +16,12 @@ import prometheus_client
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from flexivit_jax import errors
 from flexivit_jax.budget.cascade import Cascade
-from flexivit_jax.inference import cascades, predictions, texts
+from flexivit_jax.inference import cascades, picture_files, predictions, texts
 from flexivit_jax.serving import asked, cascading, choice, limits
 from flexivit_jax.serving.asked import Asked
 from flexivit_jax.serving.choice import Policy
@@ -35,6 +35,11 @@ from flexivit_jax.sizes import SeqHw, size_text
 from flexivit_jax.trees import Json
 
 _LOG = logging.getLogger(__name__)
+# The page loads nothing from elsewhere, and sends nothing elsewhere.
+_PAGES_MAY = (
+  "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+  "connect-src 'self'"
+)
 _NAMES_KEPT = 256  # lists of names whose embeddings are kept
 
 
@@ -49,6 +54,7 @@ class Settings(NamedTuple):
     threads: that decode images.
     token: of requests; "": none is needed.
     limits: of requests.
+    page: HTML at /, which asks for images as the model sees them at /prepared; "": there is none.
   """
 
   batches: tuple[int, ...] = (1, 4)
@@ -58,6 +64,7 @@ class Settings(NamedTuple):
   threads: int = 2
   token: str = ""
   limits: Limits = Limits()
+  page: str = ""
 
 
 @final
@@ -95,6 +102,9 @@ class Server:
       Route("/healthz", self._healthz),
       Route("/ready", self._ready),
     ]
+    if settings.page:
+      prepared = self._guarded("prepared", self._prepared)
+      routes += [Route("/", self._page), Route("/prepared", prepared, methods=["POST"])]
     handlers: Any = {HTTPException: _http_error, Exception: _internal_error}
     self.app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
     self.app.router.redirect_slashes = False
@@ -208,6 +218,8 @@ class Server:
     }  # fmt: skip
     if what == "embed":
       return said | {"embedding": [float(str(value)) for value in answer.output]}
+    if what == "relevance":
+      return said | {"relevance": answer.output.tolist()}
     output, names = answer.output, self.served.classes
     if classes is not None:
       output, names = classes.probabilities(output), classes.names
@@ -228,6 +240,19 @@ class Server:
       rows = [row._asdict() | {"size": size_text(row.size)} for row in profile.rows]
       known |= {"device": profile.device, "metric": dict(profile.metric), "rows": rows}
     return JSONResponse(known)
+
+  async def _page(self, request: Request) -> Response:
+    del request
+    return HTMLResponse(self.settings.page, headers={"Content-Security-Policy": _PAGES_MAY})
+
+  async def _prepared(self, request: Request) -> Response:
+    """The image of a request as the model sees it."""
+    with self._memory.body() as held:
+      body = await limits.read(request, self.settings.limits, self._memory, held)
+      encoded, _ = limits.split(request, body, self.settings.limits)
+      del body
+      image, *_ = await self._decoded(encoded)
+    return Response(picture_files.png(image), media_type="image/png")
 
   async def _metrics(self, request: Request) -> Response:
     del request

@@ -36,6 +36,7 @@ class Served(NamedTuple):
     names: makes what turns names and the name of templates into classes, compiled; None: not of two towers.
     digest: of the weights that images go through, as a profile has it; "" of an artifact.
     weights: of all weights, as a cascade has it.
+    loaded: the checkpoint; None of an artifact.
   """
 
   name: str
@@ -48,6 +49,7 @@ class Served(NamedTuple):
   names: Callable[[], Callable[[Sequence[str], str], texts.Names]] | None = None
   digest: str = ""
   weights: str = ""
+  loaded: predictor.Loaded | None = None
 
 
 def load(
@@ -108,6 +110,7 @@ def load(
     names=names if towers else None,
     digest=digest,
     weights=all_weights,
+    loaded=loaded,
   )
 
 

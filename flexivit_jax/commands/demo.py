@@ -1,0 +1,120 @@
+"""`flexivit demo`: a page on which one moves the patch size and sees what the model says of a photo."""
+
+import argparse
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+from flexivit_jax import errors
+from flexivit_jax.commands import options
+
+if TYPE_CHECKING:
+  from flexivit_jax.demo.content import Photo
+  from flexivit_jax.inference.predictor import Loaded
+
+HELP = "a page with a slider for the patch size, as a file; `flexivit serve --demo` for photos of your own"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+  """The model, the photos, the folder of the page."""
+  p.add_argument("checkpoint", type=options.path, help=options.WEIGHTS)
+  p.add_argument(
+    "--static", required=True, type=options.path, metavar="OUT", help="the folder of the page"
+  )
+  p.add_argument(
+    "--images", nargs="+", help="photos, folders (default: images of the run's own evaluation)"
+  )
+  p.add_argument("--number", type=int, default=8, help="at most so many photos (default 8)")
+  p.add_argument("--seqhw", default="all", help="e.g. 5,8,15 ('all': those of the training)")
+  p.add_argument("--image_size", type=int, help="pixels a side, for weights that do not say")
+  p.add_argument("--names", help="classes of two towers: 'cat,dog', or a file with one a line")
+  p.add_argument("--templates", help="sentences for the names, see `flexivit predict`")
+  options.add_reading(p)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Writes OUT/index.html, which needs no server and loads nothing."""
+  from flexivit_jax import weights
+  from flexivit_jax.budget import profile as profiles
+  from flexivit_jax.demo import content
+  from flexivit_jax.devices import compilation
+  from flexivit_jax.inference import budgets, predictions, predictor, texts
+
+  if args.number < 1:
+    raise errors.UserError(f"--number={args.number}; expected 1 or more.")
+  compilation.keep_programs()
+  loaded = predictor.load(
+    args.checkpoint, args.image_size, texts=bool(args.names), whole=True, **options.loading(args)
+  )
+  if predictor.gives_masks(loaded.model) or predictor.gives_boxes(loaded.model):
+    raise errors.UserError(
+      f"{args.checkpoint} gives masks or boxes; `flexivit predict --overlay` draws them at every size."
+    )
+  among = None
+  if args.names:
+    names = options.listed_names(args.names) or []
+    among = texts.of_names(loaded, names, args.templates or "name")
+  else:
+    predictions.check_classes(loaded)
+  weights.print_notes(loaded.record)
+  sizes = predictor.sizes_of(args.seqhw, loaded)
+  photos = _files(args, loaded) if args.images else _of_run(args, loaded)
+  height, width, channels = photos[0].image.shape
+  digest = weights.towers.digest(loaded.model, loaded.params)
+  measured = profiles.path_of(args.checkpoint, digest)
+  profile = None
+  if profiles.read(measured):
+    profile = budgets.of(args.checkpoint, digest)
+  name = pathlib.Path(args.checkpoint).name
+  said = content.about(loaded.model, name, (height, width, channels), sizes, profile)
+  said["photos"] = content.answers(loaded, photos, sizes, among)
+  print(f"wrote {content.write(args.static, said)}: {len(photos)} photos at {len(sizes)} sizes")
+
+
+def _files(args: argparse.Namespace, loaded: "Loaded") -> "list[Photo]":
+  from flexivit_jax.data.inputs import find_images
+  from flexivit_jax.demo.content import Photo
+  from flexivit_jax.inference import outputs, predictor
+
+  inputs = find_images(args.images, outputs.note)[: args.number]
+  photos = []
+  for path, image in predictor.prepared(inputs, loaded.prepare, args.number):
+    if isinstance(image, str):
+      raise errors.UserError(f"{path}: {image}.")
+    photos.append(Photo(pathlib.Path(path).name, image))
+  if len({photo.image.shape for photo in photos}) > 1:
+    raise errors.UserError(
+      "The photos are prepared to several shapes, and the page shows one; give a model that resizes to one."
+    )
+  return photos
+
+
+def _of_run(args: argparse.Namespace, loaded: "Loaded") -> "list[Photo]":
+  """The first images of each class in the run's evaluation, in turns."""
+  from flexivit_jax import experiment
+  from flexivit_jax.data import class_names
+  from flexivit_jax.demo.content import Photo
+  from flexivit_jax.devices import sharding
+  from flexivit_jax.evaluators import results
+
+  own = pathlib.Path(args.checkpoint, "config.json")
+  evals = json.loads(own.read_text()).get("evals", {}) if own.is_file() else {}
+  name = results.main_of(evals)
+  if name is None:
+    raise errors.UserError(f"{args.checkpoint} has no evaluation to take images of; give --images.")
+  classes = class_names.known_of(loaded.record, loaded.model.num_classes, "the checkpoint")
+  evaluation = experiment.build_evaluation(f"evals.{name}", evals[name], every=1, classes=classes)
+  evaluator = evaluation.make(loaded.model, sharding.make_mesh())
+  photos: list[Photo] = []
+  names = evaluation.source.class_names
+  seen: set[int] = set()
+  for batch in evaluator.batches:  # type: ignore[attr-defined]  # of every PerSize
+    for image, labels, counts in zip(batch["image"], batch["labels"], batch["_mask"], strict=True):
+      label = int(labels.argmax())
+      if counts and label not in seen:
+        seen.add(label)
+        truth = names[label] if names else str(label)
+        photos.append(Photo(f"image {len(photos) + 1} of the evaluation", image, truth))
+      if len(photos) == args.number:
+        return photos
+  return photos
