@@ -121,6 +121,16 @@ def test_eval_writes_what_training_wrote(run, tmp_path, capsys):
   assert "seqhw" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+  ("out", "message"), [("", "is a folder"), ("none/e.json", "there is no folder")]
+)
+def test_eval_checks_where_results_go_before_it_computes(run, tmp_path, out, message, capsys):
+  args = ["eval", "--config=digits", f"--checkpoint={run}", f"--out={tmp_path / out}"]
+  assert cli.main(args) == exit_codes.ERROR
+  said = capsys.readouterr()
+  assert message in said.err and not said.out
+
+
 def test_eval_at_sizes_that_were_never_trained(run, tmp_path):
   out, file = tmp_path / "eval.json", tmp_path / "rectangular.npz"
   model, params, record = weights.load_with_record(run)

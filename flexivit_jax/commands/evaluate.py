@@ -67,6 +67,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     raise errors.UserError(
       f"{args.config} has no evals; add evals=dict(test=dict(data=..., pp=..., seqhw=...))."
     )
+  if args.out is not None:
+    distributed.on_first(lambda: outputs.check_writable(args.out), "--out")
   given = options.loading(args)
   of_texts = any(section.get("type") in labelling.OF_TEXTS for section in evals.values())
   tasks = weights.tasks

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
 
   if any(n < 1 for n in args.batch_sizes):
     raise errors.UserError(f"--batch_sizes={args.batch_sizes}; expected 1 or more each.")
+  if args.out is not None and args.out.is_dir():
+    raise errors.UserError(f"--out={args.out} is a folder; expected a file to write.")
   ways = profiling.ways(args.ways)
   compilation.keep_programs()
   name, section = labelled.section(args)

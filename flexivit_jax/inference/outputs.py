@@ -34,12 +34,17 @@ def check_new(
   """Raises a UserError if results cannot go to a file: before anything is computed."""
   if out.suffix.lower() not in suffixes:
     raise errors.UserError(f"{option}={out}: expected a file that ends in {' or '.join(suffixes)}.")
-  if out.is_dir():
-    raise errors.UserError(f"{option}={out} is a folder; expected a file to write.")
-  if os.path.lexists(out) and not overwrite:
+  if os.path.lexists(out) and not out.is_dir() and not overwrite:
     raise errors.UserError(
       f"{option}={out} exists; give another name, or --overwrite to replace it."
     )
+  check_writable(out, option)
+
+
+def check_writable(out: pathlib.Path, option: str = "--out") -> None:
+  """Raises a UserError if no file of this name can be written, or replaced: before anything is computed."""
+  if out.is_dir():
+    raise errors.UserError(f"{option}={out} is a folder; expected a file to write.")
   if not out.parent.is_dir():
     raise errors.UserError(
       f"{option}={out}: there is no folder {out.parent}; make it, or mend the name."
