@@ -6,6 +6,8 @@
 # make lint   ruff, mypy, import-linter
 # make miniature  the paper's experiments on CIFAR-10, DATA_DIR=where TFDS prepared it; hours
 # make paper  the tables and quoted numbers of docs/ and README.md from results/*.csv, and docs/paper.md, claim by claim
+# make docs   the documentation as a site, with the API reference: build/docs/index.html; warnings are errors
+# make docs-serve  the same at http://127.0.0.1:8000
 # make clean  remove the virtual environments and all caches; runs/ stays
 #
 # Another interpreter: make test PYTHON=python3.12
@@ -20,7 +22,10 @@ STAMP := $(VENV)/.installed
 CONVERT_VENV := .venv-convert
 CONVERT_STAMP := $(CONVERT_VENV)/.installed
 
-.PHONY: demo test test-full test-convert faults lint miniature paper clean
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
+
+.PHONY: demo test test-full test-convert faults lint miniature paper docs docs-serve clean
 
 # The page is there as soon as FlexiViT is trained, and is written again with the baseline.
 demo: $(CORE)
@@ -50,6 +55,13 @@ miniature: $(STAMP)
 paper: $(STAMP)
 	$(BIN)/python tools/paper/tables.py
 	$(BIN)/python tools/paper/claims.py
+
+docs: $(DOCS_STAMP)
+	$(DOCS_VENV)/bin/python -m sphinx -q -W --keep-going -c docs/site -d build/docs-cache . build/docs
+	@echo "Open build/docs/index.html"
+
+docs-serve: docs
+	$(DOCS_VENV)/bin/python -m http.server --bind 127.0.0.1 --directory build/docs 8000
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "faults and not gpu and not convert"
@@ -85,6 +97,13 @@ $(CONVERT_STAMP): requirements-core.txt requirements.txt requirements-convert.tx
 	$(CONVERT_VENV)/bin/python tools/maintain/check_frameworks.py
 	@touch $@
 
+# The core too: the API reference is read from the imported package.
+$(DOCS_STAMP): requirements-core.txt requirements-docs.txt setup.cfg pyproject.toml
+	@echo "Setting up $(DOCS_VENV) (once, less than a minute) ..."
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements-docs.txt -e .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(CONVERT_VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(CONVERT_VENV) $(DOCS_VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

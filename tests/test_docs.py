@@ -44,6 +44,7 @@ SHORT = "--config.model.depth=1 --config.total_epochs=1 --config.input.batch_siz
 INSTEAD: dict[str, str] = {
   "make demo": "make --dry-run demo && flexivit train --config configs/digits.py:debug --workdir runs/demo/flexivit"
   " --config.evals.test.seqhw='(2, 4, 8)' --config.flexi.seqhw.v='(2,)'",
+  "make docs": "make --dry-run docs",
   "make test": "make --dry-run test test-full lint",
   # On eight images of noise, in folders as the page describes them.
   f"flexivit train --config {FOLDER} --workdir runs/photos": f"python {MAKE_PHOTOS} && flexivit train"

@@ -77,7 +77,7 @@ def sinks_of(
   Args:
     out: a file with a suffix of `writers`; None: only stdout.
     to_stdout: prints an answer; None: nothing is printed.
-    writers: of each suffix, (the open file, *given) -> what writes an answer there.
+    writers: of each suffix, `(the open file, *given) -> what writes an answer there`.
     *given: what writers need to know.
   """
   sinks = [] if to_stdout is None else [to_stdout]

@@ -34,7 +34,7 @@ def segmentation(
 
   Args:
     loss: a name in `LOSSES`, or the weights of several: {"cross_entropy": 1.0, "dice": 0.5}. "focal" is
-      (1 - p)^gamma times the cross-entropy (arXiv 1708.02002). "dice" is 1 - 2 |P T| / (|P| + |T|) of an image, the
+      (1 - p)^gamma times the cross-entropy (arXiv 1708.02002). "dice" is `1 - 2 |P T| / (|P| + |T|)` of an image, the
       mean over the classes that it has; each image weighs as many pixels as it has with a class.
     gamma: of "focal".
     class_weights: by what the loss of a pixel is multiplied, a number for each class, or numbers by name; for "dice"

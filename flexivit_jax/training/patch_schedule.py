@@ -53,14 +53,15 @@ def parse(flexi: config.Section, cost: Cost | None = None) -> Flexi:
 
   Args:
     flexi: for each argument a section of these keys; an empty mapping is a run with nothing to draw.
-      v: the values: positive integers, or tuples of them (`grid_hw`).
-      p: weights of any sum; left out, all values are equally likely.
-      share: what the weights are shares of: "steps" (default), or "flops": each value is drawn in proportion to its
+
+      - v: the values: positive integers, or tuples of them (`grid_hw`).
+      - p: weights of any sum; left out, all values are equally likely.
+      - share: what the weights are shares of: "steps" (default), or "flops": each value is drawn in proportion to its
         weight divided by what a step costs there, so that equal weights give equal computation.
-      stages: a curriculum, `((until, weights), ...)` with fractions of the training up to 1, in the place of `p`; or
+      - stages: a curriculum, `((until, weights), ...)` with fractions of the training up to 1, in the place of `p`; or
         "coarse_to_fine", "fine_to_coarse": one value after the other, those of fewest or of most tokens (or blocks)
         first, equally long.
-      adapt: arguments of `adaptive`: the weights then follow the losses.
+      - adapt: arguments of `adaptive`: the weights then follow the losses.
     cost: see `weigh`; None: share="flops" is left to it.
 
   Raises:

@@ -65,7 +65,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> tuple[Model, Params, J
   """Returns (model, params, record) of what a path holds, whole: a FlexiViT, two towers, a Segmenter, an OwlViT.
 
   Args:
-    path, **options: as for `reading.load_with_record`; fields are those of the FlexiViT, `dtype` is that of the whole.
+    path: as for `reading.load_with_record`.
+    **options: as there; fields are those of the FlexiViT, `dtype` is that of the whole.
 
   Returns:
     The record of `reading.load_with_record`, with the whole model in "model", and the names of its classes.
