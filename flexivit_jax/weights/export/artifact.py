@@ -43,12 +43,14 @@ class Artifact(NamedTuple):
     return tuple(self.programs)
 
   def predict(self, image: Any, size: Size) -> Any:
-    """Logits of images [n, h, w, c] in [-1, 1]; ValueError for another size or shape of image."""
+    """Logits of images [n, h, w, c] in [-1, 1]; ValueError for another size, or shape or kind of image."""
     if size not in self.programs:
       raise ValueError(f"size={size} is not in this artifact; it has {self.sizes}.")
-    if (shape := [*np.shape(image)[1:]]) != self.record["image_shape"]:
-      raise ValueError(f"Expected images of shape {self.record['image_shape']}, got {shape}.")
-    return jax.tree.map(np.asarray, self.programs[size](np.asarray(image, np.float32)))
+    image, shape = np.asarray(image), self.record["image_shape"]
+    if [*image.shape[1:]] != shape or image.dtype.kind in "biu":  # bytes are not in [-1, 1]
+      got = f"{[*image.shape[1:]]}, {image.dtype}"
+      raise ValueError(f"Expected floats of shape {shape}, got {got}.")
+    return jax.tree.map(np.asarray, self.programs[size](image.astype(np.float32)))
 
   def encode(self, tokens: Any) -> np.ndarray:
     """Embeddings [m, e] of texts, tokens [m, l]; ValueError for texts of another length, or no text tower."""
@@ -102,9 +104,7 @@ def _arrays(part: bytes) -> dict[str, jax.Array]:
   return {k: jnp.asarray(v) for k, v in np.load(io.BytesIO(part), allow_pickle=False).items()}
 
 
-def _program(
-  parts: dict[str, bytes], record: Any, name: Any, weights: Any, example: Any
-) -> Callable[[Any], Any]:
+def _program(parts: Any, record: Any, name: Any, weights: Any, example: Any) -> Callable[..., Any]:
   """The StableHLO of one program in place of that of an empty function with the same signature."""
   # Of one input `example` is (shape, dtype).
   x = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), *example[0]), example[1])

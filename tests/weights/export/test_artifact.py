@@ -74,6 +74,8 @@ def test_a_size_that_is_not_there_lists_those_that_are(path):
 def test_images_of_another_shape_are_refused(path):
   with pytest.raises(ValueError, match=r"shape \[24, 24, 3\], got \[32, 32, 3\]"):
     artifact.load_artifact(path).predict(images(1, (32, 32)), 4)
+  with pytest.raises(ValueError, match=r"Expected floats .* got \[24, 24, 3\], uint8"):
+    artifact.load_artifact(path).predict(np.zeros((1, 24, 24, 3), np.uint8), 4)
 
 
 def test_weights_are_stored_once_and_each_size_has_only_its_own(path):
