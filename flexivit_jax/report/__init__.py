@@ -11,7 +11,7 @@ from flexivit_jax.report import page, pareto, plots, runs as runs_lib, tables
 def report(
   runs: Sequence[Path], out: Path, *, metric: str | None = None, command: str | None = None
 ) -> Path:
-  """Writes report.json, report.html and the two figures (PNG at 200 dpi, SVG) into a folder; see `pareto`.
+  """Writes report.json, report.html and the two figures (PNG at 200 dpi, SVG, their points as CSV); see `pareto`.
 
   The figures are called accuracy_vs_patch and accuracy_vs_gflops, with another metric than an accuracy METRIC_vs_....
 
@@ -38,6 +38,7 @@ def report(
   for axis, drawing in wide.items():
     (out / f"{stem}_vs_{axis}.png").write_bytes(drawing.png)
     (out / f"{stem}_vs_{axis}.svg").write_text(drawing.svg, encoding="utf-8")
+    (out / f"{stem}_vs_{axis}.csv").write_text(tables.csv_of(loaded, axis), encoding="utf-8")
   data = json.dumps(pareto.to_json_all(loaded), indent=2, allow_nan=False)
   (out / "report.json").write_text(data + "\n", encoding="utf-8")
   html = page.render(loaded, wide=wide, narrow=narrow, command=command)

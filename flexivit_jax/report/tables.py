@@ -1,7 +1,9 @@
 """The runs as one sentence, as a plain-text table and as HTML tables."""
 
+import csv
 import functools
 import html
+import io
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -139,6 +141,25 @@ def text(runs: Sequence[ReportRun]) -> str:
   for run in runs:
     lines += [_cascade_text(run, row) for row in run.cascades]
   return "\n".join(lines)
+
+
+def csv_of(runs: Sequence[ReportRun], axis: str) -> str:
+  """The points of a figure as CSV: the axis, the metric, and the ends of its interval.
+
+  Args:
+    runs: as they are drawn, of one metric.
+    axis: "patch" or "gflops".
+  """
+  name = runs[0].metric.name
+  places = ["patch", "seqhw", "depth", "cascade"] + (["gflops"] if axis == "gflops" else [])
+  file = io.StringIO(newline="")
+  writer = csv.writer(file, lineterminator="\n")
+  writer.writerow(["run", *places, name, "low", "high", "n"])
+  for run in runs:
+    for row in run.points:
+      at = ["" if getattr(row, place) is None else getattr(row, place) for place in places]
+      writer.writerow([run.name, *at, row.value, *(row.interval or ("", "")), row.n])
+  return file.getvalue()
 
 
 def _cascade_text(run: ReportRun, row: EvalRow) -> str:

@@ -1,3 +1,4 @@
+import csv
 import html.parser
 import itertools
 import json
@@ -79,7 +80,7 @@ def test_files_and_json(demo, tmp_path):
   path = report(demo, tmp_path / "new" / "out")
   assert path == tmp_path / "new" / "out" / "report.html"
   stems = ("accuracy_vs_patch", "accuracy_vs_gflops")
-  images = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+  images = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg", "csv")}
   assert {p.name for p in path.parent.iterdir()} == {"report.html", "report.json"} | images
   for stem in stems:
     assert (path.parent / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
@@ -90,6 +91,19 @@ def test_files_and_json(demo, tmp_path):
     assert row.pop("interval") == list(intervals.binomial(row["top1"], 360))
     assert row.pop("dominated").keys() == {"gflops", "ms"}
   assert data[0]["rows"] == [make_row(g, t) for g, t in zip(GRIDS[::-1], FLEXI[::-1], strict=True)]
+
+
+def test_each_figure_has_its_points_as_csv(demo, tmp_path):
+  folder = report(demo, tmp_path).parent
+  data = json.loads((folder / "report.json").read_text())
+  for axis in plots.AXES:
+    rows = [*csv.DictReader((folder / f"accuracy_vs_{axis}.csv").read_text().splitlines())]
+    expected = [(run["name"], row) for run in data for row in run["rows"]]
+    assert len(rows) == len(expected)
+    for (name, row), written in zip(expected, rows, strict=True):
+      assert (written["run"], float(written["top1"])) == (name, row["top1"])
+      assert float(written[axis]) == row[axis]
+      assert [float(written["low"]), float(written["high"])] == row["interval"]
 
 
 def test_the_page_of_accuracies_is_the_one_before_other_metrics_had_pages(demo):
