@@ -138,6 +138,8 @@ def _check(args: argparse.Namespace) -> None:
   for name in ("queue", "target_ms", "body_mb", "max_pixels", "read_s"):
     if not getattr(args, name) > 0:
       raise errors.UserError(f"--{name}={getattr(args, name)}; expected more than 0.")
+  if not 0 <= args.port < 2**16:
+    raise errors.UserError(f"--port={args.port}; expected 0 to {2**16 - 1}, where 0 is a free one.")
   if not (args.max_wait_ms >= 0 and args.drain_s >= 0):
     raise errors.UserError("--max_wait_ms and --drain_s: expected 0 or more.")
 

@@ -185,7 +185,7 @@ def sizes(served: Served, text: str | None, of_profile: Sequence[SeqHw] = ()) ->
   """Returns the sizes to serve: those of --seqhw, else of the profile, else those that the model says.
 
   Raises:
-    UserError: there are none; one that an artifact does not have.
+    UserError: there are none; one that an artifact does not have, or that does not divide the images.
   """
   listed = of_profile or served.sizes
   lacking = f"{served.name} does not say at which sizes it was trained, and has no profile"
@@ -193,4 +193,6 @@ def sizes(served: Served, text: str | None, of_profile: Sequence[SeqHw] = ()) ->
   if not served.digest and (other := [size for size in found if size not in served.sizes]):
     has = ", ".join(str(size_text(size)) for size in served.sizes)
     raise errors.UserError(f"seqhw={size_text(other[0])} is not in {served.name}; it has {has}.")
+  for size in found if served.loaded else ():
+    served.loaded.model.grid(served.shape[:2], **predictor.sizes.size_args(size))
   return found
