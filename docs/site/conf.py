@@ -34,9 +34,11 @@ include_patterns = [
   "*.md",
   "docs/*.md",
   "docs/site/api/*.rst",
+  "notebooks/*.py",
   "results/README.md",
   "flexivit_jax/data/label_maps/README.md",
 ]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext", ".py": "markdown"}
 exclude_patterns = [".*", "**/.*", "build", "runs"]
 
 myst_enable_extensions = ["dollarmath", "html_image"]
@@ -61,8 +63,28 @@ def add_sidebar(app, docname: str, source: list[str]) -> None:
   for name, table in re.findall(r"^\*\*(.+)\*\*\n\n((?:\|.*\n?)+)", text, re.MULTILINE):
     pages = re.findall(r"\]\(([\w./]+)\.md\)", table)
     source[0] += toctree(name, pages)
+  source[0] += toctree("Notebooks", ["../notebooks/*"], "glob")
   source[0] += toctree("API reference", ["site/api/public", "site/api/*"], "glob")
   source[0] += toctree("Tables", ["../results/README", "../flexivit_jax/data/label_maps/README"])
+
+
+def show_notebook(app, docname: str, source: list[str]) -> None:
+  """Makes Markdown of a notebook in jupytext's percent format: text cells as they are, code cells in fences."""
+  if not docname.startswith("notebooks/"):
+    return
+  shown = []
+  for kind, cell in re.findall(r"^# %%( \[markdown\])?\n(.*?)(?=^# %%|\Z)", source[0], re.M | re.S):
+    text = cell.strip()
+    shown += [re.sub("^# ?", "", text, flags=re.M) if kind else f"```python\n{text}\n```"]
+  end = f"A script that runs as it is: `python {docname}.py`; Jupyter opens it with jupytext."
+  source[0] = "\n\n".join([*shown, end]) + "\n"
+
+
+def offer_code(app, docname: str, source: list[str]) -> None:
+  """A link to a Python file that is no notebook is one to download it."""
+  if docname.startswith("notebooks/") or app.env.doc2path(docname).suffix != ".md":
+    return
+  source[0] = re.sub(r"\]\((?!\w+:|[\w./]*notebooks/)([\w./]+\.py)\)", r"](path:\1)", source[0])
 
 
 def toctree(caption: str, pages: list[str], *options: str) -> str:
@@ -97,6 +119,8 @@ def write_front_door(app, exception) -> None:
 def setup(app) -> None:
   """Called by Sphinx."""
   app.connect("source-read", add_sidebar)
+  app.connect("source-read", show_notebook)
+  app.connect("source-read", offer_code)
   app.connect("build-finished", write_front_door)
   app.add_html_math_renderer(
     "mathtext", inline_renderers=(draw_formula, None), block_renderers=(draw_formula, None)
