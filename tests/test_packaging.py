@@ -172,8 +172,19 @@ def canonical(name: str) -> str:
   return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_version_is_written_the_same_twice(setup_cfg):
-  assert flexivit_jax.__version__ == setup_cfg["metadata"]["version"] == version("flexivit_jax")
+def test_the_version_is_written_once(setup_cfg):
+  assert setup_cfg["metadata"]["version"] == "attr: flexivit_jax.__version__"
+  assert flexivit_jax.__version__ == version("flexivit_jax")
+
+
+def test_the_extras_that_the_docs_name_are_there(setup_cfg, repository):
+  pages = [*repository.glob("*.md"), *(repository / "docs").glob("*.md")]
+  text = "".join(page.read_text() for page in pages if page.name != "CHANGELOG.md")
+  named = set(re.findall(r"the extra `(\w+)`|flexivit_jax\[(\w+)\]", text))
+  assert {"serve", "text", "docs"} <= {name for pair in named for name in pair}
+  assert {name for pair in named for name in pair if name} <= set(
+    setup_cfg["options.extras_require"]
+  )
 
 
 def test_make_faults_runs_every_test_that_the_reliability_page_names(repository):

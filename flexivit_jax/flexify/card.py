@@ -10,7 +10,17 @@ from flexivit_jax.models import FlexiViT
 from flexivit_jax.sizes import size_text
 from flexivit_jax.trees import Json, Params
 
-_TEXT = """# {title}
+# The front matter is what Hugging Face's hub reads; the licence, that of the original, is for its owner to add.
+_TEXT = """---
+library_name: flexivit_jax
+pipeline_tag: {task}
+tags:
+- flexivit
+- vision
+- jax
+---
+
+# {title}
 
 A Vision Transformer that runs at any patch size that divides its image, made from `{init}` with `flexivit flexify`.
 {how}
@@ -90,7 +100,9 @@ def text(plan: recipe.FlexifyRecipe, student: FlexiViT, scores: Json, facts: Jso
   )
   meaning, use = _CLASSES if plan.embedding is None else _EMBEDDINGS
   meaning, use = _BOXES if plan.boxes else (meaning, use)
+  task = "image-classification" if plan.embedding is None else "image-feature-extraction"
   return _TEXT.format(
+    task="object-detection" if plan.boxes else task,
     meaning=meaning,
     use=use.format(seqhw=size_text(plan.seqhw[len(plan.seqhw) // 2])),
     title=f"{facts['init'].rpartition('.')[0] or facts['init']}, flexified",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -81,7 +82,10 @@ def test_no_epochs_is_resizing_alone(init, tmp_path):
   _, want = weights.load(init, num_heads=4, flexify=((16, 16), (2, 2)))
   np.testing.assert_array_equal(params["embedding"]["kernel"], want["embedding"]["kernel"])
   np.testing.assert_array_equal(params["pos_embedding"], want["pos_embedding"])
-  assert "Nothing was trained" in (out / "README.md").read_text()
+  start, front, card = (out / "README.md").read_text().split("---\n", 2)
+  assert start == "" and "Nothing was trained" in card
+  about = yaml.safe_load(front)
+  assert about["pipeline_tag"] == "image-classification" and "license" not in about
 
 
 def test_moment_is_that_of_the_images_and_goes_with_the_model(init, tmp_path):
