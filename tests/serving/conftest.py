@@ -133,3 +133,24 @@ def pytest_pyfunc_call(pyfuncitem):
   arguments = {name: pyfuncitem.funcargs[name] for name in names}
   asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), 30))
   return True
+
+
+@pytest.fixture(scope="session")
+def file(tmp_path_factory, random_params):
+  """A small model for images of 24 pixels."""
+  from flexivit_jax import weights
+  from flexivit_jax.models import FlexiViT
+
+  model = FlexiViT(
+    num_classes=3, width=16, depth=1, mlp_dim=16, num_heads=2, patch_size=(8, 8), posemb_size=(3, 3),
+    head_zeroinit=False,
+  )  # fmt: skip
+  record = {
+    "model": {"num_classes": 3, "width": 16, "depth": 1, "mlp_dim": 16, "num_heads": 2,
+              "patch_size": [8, 8], "posemb_size": [3, 3]},
+    "source": {"file": "model.npz", "format": "ours"}, "image_size": [24, 24],
+    "class_names": ["cat", "dog", "Löwe"], "trained": {"seqhw": [2, 4]},
+  }  # fmt: skip
+  path = tmp_path_factory.mktemp("served") / "model.npz"
+  weights.save_npz(path, model, random_params(model, (24, 24, 3)), record)
+  return path

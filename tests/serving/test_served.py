@@ -8,33 +8,12 @@ from flexivit_jax import errors, weights
 from flexivit_jax.budget import cascade
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.inference import cascades, features, predictions, predictor, programs, texts
-from flexivit_jax.models import FlexiViT
 from flexivit_jax.weights.export import stablehlo
 
 for package in ("httpx", "python_multipart", "starlette", "uvicorn"):
   pytest.importorskip(package)
 served = pytest.importorskip("flexivit_jax.serving.served")
 cascading = pytest.importorskip("flexivit_jax.serving.cascading")
-
-NAMES = ["cat", "dog", "Löwe"]
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory, random_params):
-  """A small model for images of 24 pixels."""
-  model = FlexiViT(
-    num_classes=3, width=16, depth=1, mlp_dim=16, num_heads=2, patch_size=(8, 8), posemb_size=(3, 3),
-    head_zeroinit=False,
-  )  # fmt: skip
-  record = {
-    "model": {"num_classes": 3, "width": 16, "depth": 1, "mlp_dim": 16, "num_heads": 2,
-              "patch_size": [8, 8], "posemb_size": [3, 3]},
-    "source": {"file": "model.npz", "format": "ours"}, "image_size": [24, 24],
-    "class_names": NAMES, "trained": {"seqhw": [2, 4]},
-  }  # fmt: skip
-  path = tmp_path_factory.mktemp("served") / "model.npz"
-  weights.save_npz(path, model, random_params(model, (24, 24, 3)), record)
-  return path
 
 
 @pytest.fixture
