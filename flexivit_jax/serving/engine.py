@@ -77,7 +77,7 @@ class Engine:
     self._metrics = metrics
     self._programs: dict[Key, Program] = {}
     self._device = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="device")
-    self._came = asyncio.Event()
+    self._came, self._closed = asyncio.Event(), False
 
   async def run(self, also: Callable[[], None] = lambda: None) -> None:
     """Compiles every program, and `also`, is then ready, and runs batches until it is cancelled."""
@@ -99,7 +99,8 @@ class Engine:
         await asyncio.wait_for(self._came.wait(), None if math.isinf(pause) else max(pause, 0.0))
 
   def close(self) -> None:
-    """Ends the device's thread after what it does."""
+    """Ends the device's thread after its batch, or the program that it compiles."""
+    self._closed = True
     self._device.shutdown(wait=False, cancel_futures=True)
 
   async def on_device(self, call: Callable[[], T]) -> T:
@@ -126,6 +127,8 @@ class Engine:
 
   def _warm(self, also: Callable[[], None]) -> None:
     for key in self._keys:
+      if self._closed:  # a stop before it is ready does not wait for the rest
+        return
       what, size, batch = key
       program = self._programs[key] = self._compile(what, size, batch)
       images = np.zeros((batch, *self._shape), np.float32)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from flexivit_jax import errors
 from flexivit_jax.serving.app import Server
 
 _CONNECTIONS = 512  # at the same time; others get 503
@@ -30,12 +32,12 @@ def serve(
     started: called with the address when the socket listens.
 
   Raises:
+    UserError: the address cannot be listened at.
     whatever ended the start of the server: a program that cannot be compiled.
   """
+  listener = _bound(host, port)
   config = uvicorn.Config(
     server.app,
-    host=host,
-    port=port,
     http=_protocol(server.settings.limits.read_s),
     ws="none",
     log_level="error",
@@ -44,9 +46,28 @@ def serve(
     limit_concurrency=_CONNECTIONS,
     timeout_graceful_shutdown=1,
   )
-  _Uvicorn(config, server, drain_s, started).run()
+  with listener:
+    _Uvicorn(config, server, drain_s, started).run([listener])
   if server.failure is not None:
     raise server.failure
+
+
+def _bound(host: str, port: int) -> socket.socket:
+  try:
+    family, kind, _, _, address = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind)
+    try:
+      listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      listener.bind(address)
+    except OSError:
+      listener.close()
+      raise
+  except (OSError, OverflowError) as e:
+    why = getattr(e, "strerror", None) or e
+    raise errors.UserError(f"--host={host} --port={port} cannot be listened at: {why}.") from e
+  return listener
 
 
 class _Uvicorn(uvicorn.Server):

@@ -1,8 +1,10 @@
 """The command `flexivit serve`: what it makes of its arguments, without a socket."""
 
+import socket
+
 import pytest
 
-from flexivit_jax import cli, weights
+from flexivit_jax import cli, errors, weights
 from flexivit_jax.budget import profile
 from flexivit_jax.budget.profile import Profile, Row
 from flexivit_jax.inference import programs
@@ -81,6 +83,7 @@ def test_an_open_server_says_so_and_a_token_is_read(serve, file, tmp_path, monke
   "args,words",
   [
     (["--batches", "0"], "--batches="),
+    (["--port", "99999"], "--port=99999; expected 0 to 65535"),
     (["--queue", "0"], "--queue=0; expected more than 0"),
     (["--max_wait_ms", "-1"], "expected 0 or more"),
     (["--accuracy_floor", "0.5"], "needs a profile"),
@@ -95,3 +98,12 @@ def test_an_open_server_says_so_and_a_token_is_read(serve, file, tmp_path, monke
 def test_what_is_wrong_is_said_before_anything_is_served(serve, file, args, words):
   code, err, seen = serve(file, *args)
   assert code == 2 and words in err and not seen
+
+
+def test_an_address_that_is_taken_is_one_line():
+  from flexivit_jax.serving import run
+
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    for host, port in (("127.0.0.1", taken.getsockname()[1]), ("256.0.0.1", 80)):
+      with pytest.raises(errors.UserError, match=f"--host={host} --port={port} cannot be"):
+        run._bound(host, port)

@@ -70,6 +70,8 @@ async def post(target: Target, body: bytes, head: str = "") -> tuple[int, dict]:
 
 def _parsed(raw: bytes) -> tuple[int, dict]:
   head, _, content = raw.partition(b"\r\n\r\n")
+  if head.startswith(b"HTTP/1.1 100 "):  # Expect: 100-continue; the answer follows
+    return _parsed(content)
   if not head.startswith(b"HTTP/1.1 "):
     return 0, {}
   try:
