@@ -97,7 +97,7 @@ def chosen(
     loaded: the model.
     asked: the options.
     batch_size: images at a time; None: those of the row that is chosen.
-    any_way: take rows of other runtimes and dtypes, too; else those of XLA in float32 alone.
+    any_way: take rows of other runtimes and dtypes, too, where they are installed; else those of XLA in float32 alone.
     note: called with what was chosen, and what it costs.
 
   Raises:
@@ -129,9 +129,13 @@ def row_for(
   """
   budget = choosing.parse(asked.budget or "")
   measured = of(checkpoint, digest, asked.profile, estimate=asked.estimate)
-  if not any_way:
-    rows = tuple(row for row in measured.rows if way_of(row) == programs.PLAIN)
-    measured = measured._replace(rows=rows)
+  runs = programs.runs_here if any_way else lambda way: way == programs.PLAIN
+  measured = measured._replace(rows=tuple(row for row in measured.rows if runs(way_of(row))))
+  if not measured.rows:
+    raise errors.UserError(
+      f"The profile of {checkpoint} has no row that this command can run; measure XLA in float32, too:"
+      " `flexivit profile --ways jax`."
+    )
   row = choosing.choose(measured, budget, batch=batch_size)
   note(words(measured, row))
   return row

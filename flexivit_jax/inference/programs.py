@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Result = tuple[Array, Intermediates]  # logits [n, k] and the named intermediates of a model
 Fn = Callable[[Result], Array]  # what is wanted of it; pure
 Call = Callable[[Params, Float32[np.ndarray, "n h w c"]], Array]
+_OF_ONNX = ("onnx", "onnxruntime")  # packages
 RUNTIMES = {"jax": ("float32", "bfloat16"), "onnx": ("float32", "int8")}
 
 
@@ -76,6 +77,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
   names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
   return next(names, platform.machine())
+
+
+def runs_here(way: Way) -> bool:
+  """Whether what a way needs is installed."""
+  return way.runtime == "jax" or all(map(optional.version, _OF_ONNX))
 
 
 def call(loaded: "Loaded", fn: Fn, size: SeqHw | Patch, way: Way = PLAIN) -> Call:
@@ -228,7 +234,7 @@ class _OnOnnx:
     self._sessions: dict[tuple[int, ...], Callable[[np.ndarray], np.ndarray]] = {}
     # Of two towers the graph gives unit vectors, which is what the intermediates hold.
     self._fn = jax.jit(lambda output: fn((output, {"image": output})))
-    for package in ("onnx", "onnxruntime"):
+    for package in _OF_ONNX:
       optional.require(package, "Running a model in onnxruntime")
 
   def __call__(self, params: Params, images: np.ndarray) -> Array:

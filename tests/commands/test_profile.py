@@ -134,6 +134,32 @@ def test_another_device_is_refused_or_estimated(folder, monkeypatch):
   assert row.ms < 0.01
 
 
+def test_rows_of_a_runtime_that_is_not_installed_are_not_chosen(
+  folder, tmp_path, monkeypatch, capsys
+):
+  (measured,) = profile.read(folder / "model.npz.profile.json")
+  faster = tuple(
+    row._replace(ms=row.ms / 9, ms_p90=row.ms_p90 / 9, runtime="onnx") for row in measured.rows
+  )
+  both, onnx_alone = tmp_path / "both.json", tmp_path / "onnx.json"
+  profile.write(both, measured._replace(rows=measured.rows + faster))
+  profile.write(onnx_alone, measured._replace(rows=faster))
+  photos = folder / "photos" / "val" / "a"
+  asked = (
+    "predict",
+    photos,
+    "--checkpoint",
+    folder / "model.npz",
+    "--budget=gflops=100",
+    "--profile",
+  )
+  monkeypatch.setattr(programs.optional, "version", lambda package: "")
+  run(*asked, both)
+  assert " onnx" not in capsys.readouterr().err
+  assert main(*asked, onnx_alone) == 2
+  assert "has no row that this command can run" in capsys.readouterr().err
+
+
 def test_an_export_carries_the_profile(folder, tmp_path):
   out = tmp_path / "vit.zip"
   run("export", folder / "model.npz", out, "--budget", "gflops=100", "--platforms=cpu")
