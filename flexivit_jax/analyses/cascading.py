@@ -1,4 +1,4 @@
-"""Cascades on labelled data: what `budget.cascade.fit` takes, and what a cascade gives and costs, measured."""
+"""Cascades on labelled data: what `budget.fitting.fit` takes, and what a cascade gives and costs, measured."""
 
 import functools
 import pathlib
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from flexivit_jax import errors
-from flexivit_jax.budget import cascade as rules
+from flexivit_jax.budget import cascade as rules, fitting
 from flexivit_jax.budget.cascade import Cascade
 from flexivit_jax.evaluators import metrics
 from flexivit_jax.evaluators.base import Batches
@@ -143,9 +143,9 @@ def timed(runs: Sequence[cascades.Run], images: np.ndarray) -> tuple[float, ...]
 
 
 def fit(found: Scored, *, unit: str = "ms", **settings: Any) -> Cascade:
-  """Returns `budget.cascade.fit` of scored images; `unit` chooses the costs."""
+  """Returns `budget.fitting.fit` of scored images; `unit` chooses the costs."""
   costs = found.ms if unit == "ms" else found.gflops
-  return rules.fit(
+  return fitting.fit(
     found.sizes,
     costs,
     found.scores,

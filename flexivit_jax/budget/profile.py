@@ -8,7 +8,6 @@
 A profile belongs to weights by their digest, not by the name of a file. Imports no JAX.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flexivit_jax import errors, files
+from flexivit_jax.budget import sealed
 from flexivit_jax.sizes import SeqHw, from_text, size_text
 
 FORMAT = "flexivit profile 1"
@@ -144,27 +144,22 @@ def read(path: pathlib.Path) -> list[Profile]:
   Raises:
     UserError: damaged, of a newer version, or no profile.
   """
-  again = "`flexivit profile` makes it again; remove the file first"
+  advice = "`flexivit profile` makes it again; remove the file first"
   try:
-    content = json.loads(path.read_bytes()) if path.exists() else _carried(path)
+    file = sealed.parse(path.read_bytes(), path, advice) if path.exists() else _carried(path)
   except OSError as e:
     raise errors.UserError(f"{path} cannot be read: {e.strerror or e}.") from e
-  except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
-    raise errors.UserError(f"{path} is no profile, or damaged ({e!r}); {again}.") from e
-  if content is None:
+  except (ValueError, KeyError, zipfile.BadZipFile) as e:
+    if isinstance(e, errors.UserError):
+      raise
+    raise errors.UserError(f"The export of {path} cannot be read ({e!r}); write it again.") from e
+  if file is None:
     return []
-  try:
-    kind, profiles, sha256 = (content[key] for key in ("format", "profiles", "sha256"))
-  except (KeyError, TypeError) as e:
-    raise errors.UserError(f"{path} is no profile, or damaged ({e!r}); {again}.") from e
-  if kind != FORMAT:
-    raise errors.UserError(f"{path} has the format {kind!r}; this version reads {FORMAT!r}.")
-  if sha256 != _sha256(profiles):
-    raise errors.UserError(f"{path} is damaged or was changed by hand (wrong sha256); {again}.")
+  profiles = sealed.opened(file, FORMAT, "profiles", path, advice)
   try:
     return [_of_json(one) for one in profiles]
   except (KeyError, TypeError, ValueError) as e:
-    raise errors.UserError(f"{path} is damaged: {e!r}; {again}.") from e
+    raise errors.UserError(f"{path} is damaged: {e!r}; {advice}.") from e
 
 
 def _carried(path: pathlib.Path) -> Json | None:
@@ -212,13 +207,12 @@ def write(path: pathlib.Path, profile: Profile) -> None:
 
 def text_of(profiles: Sequence[Profile]) -> str:
   """The content of a file of profiles."""
-  return json.dumps(content_of(profiles), indent=1, allow_nan=False) + "\n"
+  return sealed.text(content_of(profiles))
 
 
 def content_of(profiles: Sequence[Profile]) -> Json:
   """Profiles as JSON, with their checksum: what a file holds, or the record of an export under "profile"."""
-  listed = [_to_json(profile) for profile in profiles]
-  return {"format": FORMAT, "sha256": _sha256(listed), "profiles": listed}
+  return sealed.seal(FORMAT, "profiles", [_to_json(profile) for profile in profiles])
 
 
 def on_device(
@@ -244,10 +238,6 @@ def on_device(
     f"The profile was measured on another device ({known}; this is {device}). `flexivit profile` measures it here;"
     " --estimate scales its times by a matrix product on both."
   )
-
-
-def _sha256(profiles: Any) -> str:
-  return hashlib.sha256(json.dumps(profiles, sort_keys=True).encode()).hexdigest()
 
 
 def _to_json(profile: Profile) -> Json:

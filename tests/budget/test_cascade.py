@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from flexivit_jax import errors
-from flexivit_jax.budget import calibration, cascade
+from flexivit_jax.budget import calibration, cascade, fitting, sealed
 
 SIZES, COSTS = (2, 4, 8), (1.0, 3.0, 10.0)
 
@@ -38,7 +38,7 @@ def rates(made, scores, labels):
 @pytest.mark.parametrize("signal", cascade.SIGNALS)
 def test_the_share_of_lost_images_is_kept_and_the_cost_falls(signal):
   scores, labels = draw(3000)
-  made = cascade.fit(SIZES, COSTS, scores, labels, alpha=0.02, signal=signal)
+  made = fitting.fit(SIZES, COSTS, scores, labels, alpha=0.02, signal=signal)
   assert made.sizes[-1] == 8 and len(made.sizes) > 1
   lost, cost = rates(made, *draw(20000, seed=1))
   assert lost < 0.02
@@ -54,7 +54,7 @@ def test_the_guarantee_fails_no_more_often_than_it_says():
   for seed in range(seeds):
     some = np.random.default_rng(seed).choice(len(labels), 300, replace=False)
     own = [each[some] for each in scores]
-    made = cascade.fit(SIZES, COSTS, own, labels[some], alpha=alpha, delta=delta, seed=seed)
+    made = fitting.fit(SIZES, COSTS, own, labels[some], alpha=alpha, delta=delta, seed=seed)
     violations += rates(made, scores, labels)[0] > alpha
   from scipy import stats
 
@@ -64,7 +64,7 @@ def test_the_guarantee_fails_no_more_often_than_it_says():
 def test_an_easier_guarantee_costs_no_more():
   scores, labels = draw(2000)
   costs = [
-    cascade.fit(SIZES, COSTS, scores, labels, alpha=alpha).expected_cost
+    fitting.fit(SIZES, COSTS, scores, labels, alpha=alpha).expected_cost
     for alpha in (0.005, 0.01, 0.02, 0.05, 0.1)
   ]
   assert costs == sorted(costs, reverse=True)
@@ -73,13 +73,13 @@ def test_an_easier_guarantee_costs_no_more():
 
 def test_a_size_that_does_not_pay_is_left_out():
   scores, labels = draw(3000)
-  made = cascade.fit(SIZES, (1.0, 9.9, 10.0), scores, labels, alpha=0.02)
+  made = fitting.fit(SIZES, (1.0, 9.9, 10.0), scores, labels, alpha=0.02)
   assert made.sizes == (2, 8)
 
 
 def test_coarse_sizes_that_know_nothing_leave_the_finest_alone():
   scores, labels = draw(3000, skill=(0.0, 0.0, 4.0))
-  made = cascade.fit(SIZES, (9.0, 9.5, 10.0), scores, labels, alpha=0.01)
+  made = fitting.fit(SIZES, (9.0, 9.5, 10.0), scores, labels, alpha=0.01)
   assert made.sizes == (8,) and made.expected_cost == 10 and made.shares == (1.0,)
   assert made.lost == 0 and made.value == made.finest_value
   assert made.stop(0, scores[0][:4]).all()
@@ -91,13 +91,13 @@ def test_thresholds_are_the_best_of_all_on_few_images():
   probabilities = [np.exp(calibration.log_softmax(each)) for each in scores]
   right = np.stack([each.argmax(axis=1) == labels for each in scores])
   lost = ~right & right[-1]
-  found = cascade._settings((0, 1, 2), COSTS, lost.astype(int), probabilities, "confidence", 60)
+  found = fitting._settings((0, 1, 2), COSTS, lost.astype(int), probabilities, "confidence", 60)
   signals = [p.max(axis=1) for p in probabilities[:2]]
   every = []
   for pair in itertools.product(*([*s, math.inf] for s in signals)):
-    stages = cascade._stages(signals, pair, 60)
+    stages = fitting._stages(signals, pair, 60)
     every.append((lost[stages, np.arange(60)].sum(), np.cumsum(COSTS)[stages].mean()))
-  for weight in 10.0 * cascade._WEIGHTS:
+  for weight in 10.0 * fitting._WEIGHTS:
     best = min(cost + weight * losses / 60 for losses, cost in every)
     ours = min(s.cost + weight * s.losses / 60 for s in found)
     assert ours <= best * 1.02
@@ -112,7 +112,7 @@ def test_a_row_stops_by_itself_alone(seed, n, signal):
   made = fitted(signal=signal)
   threshold = made._replace(thresholds=(0.0, 0.0), temperatures=(1.3, 0.9, 1.0))
   values = lambda a, b: cascade.SIGNALS[signal](  # noqa: E731
-    cascade._scaled(a, 1.3), cascade._scaled(b, 0.9)
+    cascade.calibrated(a, 1.3), cascade.calibrated(b, 0.9)
   )
   together, order = values(*scores), rng.permutation(n)
   assert (values(*(each[order] for each in scores)) == together[order]).all()
@@ -140,7 +140,7 @@ def test_agreement_stops_only_where_two_stages_say_the_same():
 
 def fitted(**fields):
   scores, labels = draw(600)
-  return cascade.fit(SIZES, COSTS, scores, labels, alpha=0.05)._replace(
+  return fitting.fit(SIZES, COSTS, scores, labels, alpha=0.05)._replace(
     sizes=SIZES, thresholds=(0.9, 0.8), temperatures=(1.0, 1.0, 1.0), costs=COSTS,
     shares=(0.5, 0.3, 0.2), **fields,
   )  # fmt: skip
@@ -149,9 +149,9 @@ def fitted(**fields):
 def test_too_few_images_are_an_error_that_says_how_many():
   scores, labels = draw(200)
   with pytest.raises(errors.UserError, match=r"takes 597 or more, the calibration has 200"):
-    cascade.fit(SIZES, COSTS, scores, labels, alpha=0.01)
+    fitting.fit(SIZES, COSTS, scores, labels, alpha=0.01)
   scores, labels = draw(597)
-  cascade.fit(SIZES, COSTS, scores, labels, alpha=0.01)
+  fitting.fit(SIZES, COSTS, scores, labels, alpha=0.01)
 
 
 def test_a_fall_of_accuracy_of_alpha_passes_no_more_often_than_delta():
@@ -160,7 +160,7 @@ def test_a_fall_of_accuracy_of_alpha_passes_no_more_often_than_delta():
 
   n, alpha, delta = 40, 0.1, 0.2
   every = [(losses, gains) for losses in range(n + 1) for gains in range(n + 1 - losses)]
-  passing = [pair for pair in every if cascade.drop_p(*pair, n, alpha, delta) <= delta]
+  passing = [pair for pair in every if fitting.drop_p(*pair, n, alpha, delta) <= delta]
   assert (0, 0) in passing and (1, 5) in passing and (4, 0) not in passing
   for lost in (0.1, 0.13, 0.2, 0.35, 0.5):
     rates = [lost, lost - alpha, 1 - 2 * lost + alpha]
@@ -172,7 +172,7 @@ def test_where_losses_are_made_good_the_limit_on_accuracy_is_cheaper():
   scores, labels = draw(4000, skill=(1.5, 2.9, 3.0))
   costs = (1.0, 5.0, 10.0)
   lost, drop = (
-    cascade.fit(SIZES, costs, scores, labels, alpha=0.03, risk=risk) for risk in cascade.RISKS
+    fitting.fit(SIZES, costs, scores, labels, alpha=0.03, risk=risk) for risk in cascade.RISKS
   )
   assert drop.expected_cost < lost.expected_cost - 1
   assert drop.risk == "drop" and drop.lost > 0.03
@@ -187,7 +187,7 @@ def test_where_losses_are_made_good_the_limit_on_accuracy_is_cheaper():
 def test_as_many_losses_are_allowed_as_the_upper_end_of_their_interval(n, alpha, delta):
   from scipy import stats
 
-  most = cascade.allowed(n, alpha, delta)
+  most = fitting.allowed(n, alpha, delta)
   upper = lambda losses: stats.beta.ppf(1 - delta, losses + 1, n - losses)  # noqa: E731
   assert most == -1 or upper(most) <= alpha
   assert upper(most + 1) > alpha
@@ -211,7 +211,7 @@ def test_values_that_cannot_be_are_refused(changes, message):
   given = dict(sizes=SIZES, costs=COSTS, scores=scores, labels=labels, alpha=0.05) | changes
   positional = [given.pop(name) for name in ("sizes", "costs", "scores", "labels")]
   with pytest.raises(errors.UserError, match=message):
-    cascade.fit(*positional, **given)
+    fitting.fit(*positional, **given)
 
 
 def test_a_file_is_what_was_written(tmp_path):
@@ -238,7 +238,7 @@ def test_damaged_and_newer_files_are_refused(tmp_path):
     cascade.read(path)
   content = json.loads(text)["cascade"] | {"thresholds": [0.5]}
   path.write_text(
-    json.dumps({"format": cascade.FORMAT, "sha256": cascade._sha256(content), "cascade": content})
+    json.dumps({"format": cascade.FORMAT, "sha256": sealed._sha256(content), "cascade": content})
   )
   with pytest.raises(errors.UserError, match="is damaged"):
     cascade.read(path)

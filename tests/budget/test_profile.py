@@ -76,8 +76,8 @@ def test_a_damaged_file_is_an_error_and_never_another_profile(tmp_path_factory, 
       "format 'flexivit profile 2'; this version reads",
     ),
     (lambda c: c | {"profiles": []}, "wrong sha256"),
-    (lambda c: [], "no profile, or damaged"),
-    (lambda c: {"rows": []}, "no profile, or damaged"),
+    (lambda c: [], "damaged, or no file of this kind"),
+    (lambda c: {"rows": []}, "damaged, or no file of this kind"),
   ],
 )
 def test_other_files_and_formats(tmp_path, change, problem):
