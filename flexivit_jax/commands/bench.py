@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
   import jax
 
   from flexivit_jax import config
+  from flexivit_jax.devices import timing
   from flexivit_jax.experiment import benchmarks
   from flexivit_jax.experiment.loaders import default_dtype
   from flexivit_jax.models import FlexiViT, grid
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     every = grid.paper_sizes(args.image_size)
     lacking = f"no patch of 8 to 48 pixels divides {args.image_size} pixels"
     seqhw = sizes.parse(args.seqhw or "all", every, lacking)
-    peak = benchmarks.matmul_peak(model.dtype)
+    peak = timing.matmul_peak(model.dtype)
     setting = benchmarks.Setting(args.batch_size, args.image_size, args.rounds, peak)
     print(
       f"{jax.devices()[0].device_kind}: {peak / 1e9:.4g} GFLOP/s in a {model.dtype} matrix product"

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ import numpy as np
 from flexivit_jax import errors, experiment, trees, weights
 from flexivit_jax.config import Section
 from flexivit_jax.devices import compilation, sharding
+from flexivit_jax.devices.timing import alternate, matmul_peak
 from flexivit_jax.evaluators import results
 from flexivit_jax.experiment import preparation
 from flexivit_jax.models import FlexiViT, attention
@@ -34,7 +35,6 @@ from flexivit_jax.training import optim, patch_schedule, step_programs, steps
 from flexivit_jax.trees import Json, Params
 
 BenchRow = Json
-K = TypeVar("K")
 PASSES = {"infer": 1, "train": 3}  # FLOPs in forward passes; a backward pass is two
 
 
@@ -233,39 +233,6 @@ def stepping(settings: Section, rounds: int) -> list[BenchRow]:
       }
     )
   return rows
-
-
-def alternate(runs: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, list[float]]:
-  """Calls each function in turn, after two calls to warm up, and returns the seconds of each, `rounds` times.
-
-  Short ones are called often enough for a turn of 50 ms, and one call's share of it is counted.
-  """
-  calls = {}
-  for name, once in runs.items():
-    jax.block_until_ready(once())
-    calls[name] = max(1, round(0.05 / max(_seconds(once, 1), 1e-6)))
-  times: dict[K, list[float]] = {name: [] for name in runs}
-  for _ in range(rounds):
-    for name, once in runs.items():
-      times[name].append(_seconds(once, calls[name]))
-  return times
-
-
-def _seconds(once: Callable[[], object], calls: int) -> float:
-  begin = time.perf_counter()
-  out = None
-  for _ in range(calls):
-    out = once()
-  jax.block_until_ready(out)
-  return (time.perf_counter() - begin) / calls
-
-
-def matmul_peak(dtype: str) -> float:
-  """FLOP/s of a large square matrix product in this dtype: the fastest of five rounds."""
-  n = 2048 if jax.default_backend() == "cpu" else 8192
-  a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
-  product = jax.jit(lambda a, b: a @ b).lower(a, b).compile()
-  return 2 * n**3 / min(alternate({"": functools.partial(product, a, b)}, 5)[""])
 
 
 # --- compilation, input, start-up ---

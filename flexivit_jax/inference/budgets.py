@@ -2,17 +2,16 @@
 
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from flexivit_jax import errors, weights
 from flexivit_jax.budget import choose as choosing, profile as profiles
 from flexivit_jax.budget.choose import Budget
 from flexivit_jax.budget.profile import Profile, Row
+from flexivit_jax.devices import timing
 from flexivit_jax.evaluators import metrics
 from flexivit_jax.inference import boxes, masks, predictor, programs, texts
 from flexivit_jax.models import TwoTowers
@@ -183,16 +182,8 @@ def way_of(row: Row) -> programs.Way:
 
 
 def peak_gflops() -> float:
-  """10^9 operations a second of a large matrix product in float32 on this device: the fastest of five."""
-  n = 2048 if jax.default_backend() == "cpu" else 8192
-  a = jnp.ones((n, n), jnp.float32)
-  product = jax.jit(lambda a: a @ a).lower(a).compile()
-  seconds = []
-  for _ in range(6):  # the first is slower
-    begin = time.perf_counter()
-    jax.block_until_ready(product(a))
-    seconds.append(time.perf_counter() - begin)
-  return 2 * n**3 / min(seconds) / 1e9
+  """10^9 operations a second of a large matrix product in float32 on this device."""
+  return timing.matmul_peak("float32") / 1e9
 
 
 def output_of(loaded: predictor.Loaded) -> programs.Fn:

@@ -17,6 +17,7 @@ import numpy as np
 from scipy import optimize
 
 from flexivit_jax import cli
+from flexivit_jax.devices import timing
 from flexivit_jax.evaluators import results
 from flexivit_jax.experiment import benchmarks, loaders
 from flexivit_jax.models import FlexiViT
@@ -33,7 +34,7 @@ def measure(width: int, sizes: list[int], args: argparse.Namespace) -> dict[int,
     dtype=args.dtype or loaders.default_dtype(),
   )
   step, _, _ = benchmarks.training(model, sizes, args.batch_size, args.image_size)
-  return benchmarks.alternate({n: functools.partial(step, n) for n in sizes}, args.rounds)
+  return timing.alternate({n: functools.partial(step, n) for n in sizes}, args.rounds)
 
 
 def fit(tokens: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, float]:

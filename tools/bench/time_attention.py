@@ -18,8 +18,9 @@ allocator.keep_memory()
 import jax
 import jax.numpy as jnp
 
+from flexivit_jax.devices import timing
 from flexivit_jax.evaluators import results
-from flexivit_jax.experiment import benchmarks, loaders
+from flexivit_jax.experiment import loaders
 from flexivit_jax.models import attention
 
 
@@ -64,8 +65,7 @@ def main() -> None:
     arrays = [jax.random.normal(jax.random.key(i), shape, args.dtype) for i in range(3)]
     runs = {name: run for form in forms for name, run in programs(form, arrays).items()}
     times = {
-      name: 1e3 * statistics.median(t)
-      for name, t in benchmarks.alternate(runs, args.rounds).items()
+      name: 1e3 * statistics.median(t) for name, t in timing.alternate(runs, args.rounds).items()
     }
     cells = [
       f"{form} {times[f'{form} forward']:.2f}, {times.get(f'{form} both', float('nan')):.2f}"
