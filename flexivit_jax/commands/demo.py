@@ -90,7 +90,7 @@ def _files(args: argparse.Namespace, loaded: "Loaded") -> "list[Photo]":
 
 
 def _of_run(args: argparse.Namespace, loaded: "Loaded") -> "list[Photo]":
-  """The first images of each class in the run's evaluation, in turns."""
+  """The first image of each class in the run's evaluation."""
   from flexivit_jax import experiment
   from flexivit_jax.data import class_names
   from flexivit_jax.demo.content import Photo

@@ -59,7 +59,7 @@ def _evaluate(args: argparse.Namespace) -> None:
   from flexivit_jax.devices import sharding
   from flexivit_jax.evaluators import results
   from flexivit_jax.experiment import labelling
-  from flexivit_jax.inference import budgets, outputs, predictor
+  from flexivit_jax.inference import outputs, predictor
   from flexivit_jax.running import distributed, processes
 
   evals = config.load(args.config, args.overrides).get("evals", {})
@@ -92,14 +92,7 @@ def _evaluate(args: argparse.Namespace) -> None:
   classes = class_names.known_of(record, model.num_classes, of)
   tokens = text.of_record(record["text"]) if record.get("text") else None
   trained = [sizes.size_text(size) for size in sizes.trained(record)] or None
-  override: dict[str, object] = {}
-  asked = options.size_asked(args)
-  if asked.budget:
-    digest = weights.towers.digest(model, params)
-    say = outputs.note if first else lambda text: None
-    override = {"seqhw": [budgets.row_for(args.checkpoint, digest, asked, note=say).size]}
-  elif asked.seqhw not in (None, "all"):
-    override = {"seqhw": sizes.parse(asked.seqhw)}
+  override = _sizes(args, model, params, say=first)
   mesh = sharding.make_mesh()
 
   def build() -> dict[str, experiment.Evaluation]:
@@ -137,6 +130,21 @@ def _evaluate(args: argparse.Namespace) -> None:
       about["cascades"] = measured
     if out := _out(args):
       results.write(results.file_of(out, name, evals), about, rows, evaluator)
+
+
+def _sizes(
+  args: argparse.Namespace, model: "Model", params: "Params", *, say: bool
+) -> "dict[str, object]":
+  """What --seqhw or --budget sets in the sections of the config; nothing for all of its sizes."""
+  from flexivit_jax import weights
+  from flexivit_jax.inference import budgets, outputs
+
+  asked = options.size_asked(args)
+  if asked.budget:
+    note = outputs.note if say else lambda text: None
+    digest = weights.towers.digest(model, params)
+    return {"seqhw": [budgets.row_for(args.checkpoint, digest, asked, note=note).size]}
+  return {} if asked.seqhw in (None, "all") else {"seqhw": sizes.parse(asked.seqhw)}
 
 
 def _cascades(

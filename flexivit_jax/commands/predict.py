@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import functools
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from flexivit_jax import errors
@@ -79,10 +79,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-  from flexivit_jax import weights
-  from flexivit_jax.data.inputs import find_images
-  from flexivit_jax.inference import budgets, cascades, outputs, predictor, programs, texts
-  from flexivit_jax.inference.predictions import WRITERS, check_classes, predictions, sinks_of
+  from flexivit_jax.inference import outputs, predictor
+  from flexivit_jax.inference.predictions import WRITERS
   from flexivit_jax.running import distributed
 
   if args.out and args.out.suffix.lower() in WRITERS:
@@ -107,6 +105,22 @@ def _predict(args: argparse.Namespace) -> None:
     _predict_boxes(args, loaded)
     return
   _check_of_classes(args, WRITERS)
+  _predict_classes(args, loaded, cascade, names, templates)
+
+
+def _predict_classes(
+  args: argparse.Namespace,
+  loaded: "predictor.Loaded",
+  cascade: "Cascade | None",
+  names: "Sequence[str] | None",
+  templates: str,
+) -> None:
+  from flexivit_jax import weights
+  from flexivit_jax.data.inputs import find_images
+  from flexivit_jax.inference import budgets, cascades, outputs, predictor, programs, texts
+  from flexivit_jax.inference.predictions import check_classes, predictions, sinks_of
+  from flexivit_jax.running import distributed
+
   top_k = 5 if args.top_k is None else args.top_k
   among = None
   if names:
