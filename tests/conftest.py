@@ -162,6 +162,43 @@ def random_params():
 
 
 @pytest.fixture(scope="session")
+def save_small(random_params):
+  """Saves a small classifier for images of 24 pixels as FOLDER/model.npz, with a record of a training."""
+  from flexivit_jax import weights
+  from flexivit_jax.models import FlexiViT
+
+  def save(folder, names=("a", "b", "c"), seqhw=(2, 4), **fields):
+    fields = dict(width=16, depth=1, mlp_dim=16, num_heads=2, num_classes=len(names)) | fields
+    fields |= dict(patch_size=(8, 8), posemb_size=(3, 3))
+    model = FlexiViT(**fields, head_zeroinit=False)
+    record = {
+      "model": {**fields, "patch_size": [8, 8], "posemb_size": [3, 3]}, "image_size": [24, 24],
+      "source": {"file": "model.npz", "format": "ours"}, "class_names": [*names],
+    }  # fmt: skip
+    record |= {"trained": {"seqhw": [*seqhw]}} if seqhw else {}
+    weights.save_npz(folder / "model.npz", model, random_params(model, (24, 24, 3)), record)
+    return folder / "model.npz"
+
+  return save
+
+
+@pytest.fixture(scope="session")
+def save_photos():
+  """Saves so many photos of noise of each class as FOLDER/photos/val/CLASS/*.png."""
+  from PIL import Image
+
+  def save(folder, number, names=("a", "b", "c")):
+    rng = np.random.default_rng(0)
+    for name in names:
+      (folder / "photos" / "val" / name).mkdir(parents=True)
+      for i in range(number):
+        image = Image.fromarray(rng.integers(0, 256, (26, 30, 3), np.uint8))
+        image.save(folder / "photos" / "val" / name / f"{i}.png")
+
+  return save
+
+
+@pytest.fixture(scope="session")
 def timm_state_dict():
   """Makes random arrays with timm's names and the shapes of a small ViT: 4 heads, 32x32 pixels."""
 

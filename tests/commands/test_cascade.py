@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, weights
+from flexivit_jax import cli
 from flexivit_jax.budget import cascade
 from flexivit_jax.inference import predictions
-from flexivit_jax.models import FlexiViT
 
 FIELDS = dict(
   num_classes=3, width=16, depth=1, mlp_dim=16, num_heads=2, patch_size=(8, 8), posemb_size=(3, 3)
@@ -25,22 +24,11 @@ def get_config(arg=""):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, random_params):
+def folder(tmp_path_factory, save_small, save_photos):
   """A folder with a small model, photos of its classes, a config and a cascade."""
   folder = tmp_path_factory.mktemp("cascade")
-  model = FlexiViT(**FIELDS, head_zeroinit=False)
-  record = {
-    "model": {**FIELDS, "patch_size": [8, 8], "posemb_size": [3, 3]}, "image_size": [24, 24],
-    "source": {"file": "model.npz", "format": "ours"}, "trained": {"seqhw": [2, 3, 4]},
-    "class_names": ["a", "b", "c"],
-  }  # fmt: skip
-  weights.save_npz(folder / "model.npz", model, random_params(model, (24, 24, 3)), record)
-  rng = np.random.default_rng(0)
-  for name in "abc":
-    (folder / "photos" / "val" / name).mkdir(parents=True)
-    for i in range(8):
-      image = Image.fromarray(rng.integers(0, 256, (26, 30, 3), np.uint8))
-      image.save(folder / "photos" / "val" / name / f"{i}.png")
+  save_small(folder, seqhw=(2, 3, 4))
+  save_photos(folder, 8)
   (folder / "config.py").write_text(CONFIG.format(folder=str(folder / "photos")))
   assert calibrate(folder, "--alpha=0.6", f"--out={folder / 'c.json'}") == 0
   return folder

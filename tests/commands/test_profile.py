@@ -5,36 +5,19 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import flexivit_jax
-from flexivit_jax import cli, errors, weights
+from flexivit_jax import cli, errors
 from flexivit_jax.budget import profile
 from flexivit_jax.inference import budgets, programs
-from flexivit_jax.models import FlexiViT
-
-FIELDS = dict(
-  num_classes=3, width=16, depth=1, mlp_dim=16, num_heads=2, patch_size=(8, 8), posemb_size=(3, 3)
-)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, random_params):
+def folder(tmp_path_factory, save_small, save_photos):
   """A folder with a small model, photos of its classes, and its profile."""
   folder = tmp_path_factory.mktemp("profile")
-  model = FlexiViT(**FIELDS, head_zeroinit=False)
-  record = {
-    "model": {**FIELDS, "patch_size": [8, 8], "posemb_size": [3, 3]}, "image_size": [24, 24],
-    "source": {"file": "model.npz", "format": "ours"}, "trained": {"seqhw": [2, 4]},
-    "class_names": ["a", "b", "c"],
-  }  # fmt: skip
-  weights.save_npz(folder / "model.npz", model, random_params(model, (24, 24, 3)), record)
-  rng = np.random.default_rng(0)
-  for name in "abc":
-    (folder / "photos" / "val" / name).mkdir(parents=True)
-    for i in range(5):
-      image = Image.fromarray(rng.integers(0, 256, (26, 30, 3), np.uint8))
-      image.save(folder / "photos" / "val" / name / f"{i}.png")
+  save_small(folder)
+  save_photos(folder, 5)
   run("profile", folder / "model.npz", *data(folder))
   return folder
 
@@ -110,16 +93,8 @@ def test_budgets_that_are_none(folder, capsys, options, problem):
   assert problem in capsys.readouterr().err
 
 
-def test_the_profile_of_other_weights_is_refused(folder, tmp_path, random_params):
-  model = FlexiViT(**FIELDS, head_zeroinit=False)
-  params = random_params(model, (24, 24, 3))
-  other = {**params, "cls": params["cls"] + 1}
-  record = {
-    "model": {**FIELDS, "patch_size": [8, 8], "posemb_size": [3, 3]},
-    "image_size": [24, 24],
-  }
-  record |= {"source": {"file": "model.npz", "format": "ours"}}
-  weights.save_npz(tmp_path / "model.npz", model, other, record)
+def test_the_profile_of_other_weights_is_refused(folder, tmp_path, save_small):
+  save_small(tmp_path, width=32)
   shutil.copy(folder / "model.npz.profile.json", tmp_path)
   with pytest.raises(errors.UserError, match="holds the profile of other weights"):
     flexivit_jax.choose(tmp_path / "model.npz", latency_ms=1e4)

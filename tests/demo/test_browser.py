@@ -11,26 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, weights
+from flexivit_jax import cli
 from flexivit_jax.inference import predictions
-from flexivit_jax.models import FlexiViT
 
 pytestmark = pytest.mark.slow
 SIZES = (2, 3, 4, 6)
-FIELDS = dict(num_classes=7, width=32, depth=2, mlp_dim=32, num_heads=2, patch_size=(8, 8))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, random_params):
+def folder(tmp_path_factory, save_small):
   folder = tmp_path_factory.mktemp("browser")
-  fields = FIELDS | {"posemb_size": (3, 3)}
-  model = FlexiViT(**fields, head_zeroinit=False)
-  record = {
-    "model": {**FIELDS, "patch_size": [8, 8], "posemb_size": [3, 3]}, "image_size": [24, 24],
-    "source": {"file": "model.npz", "format": "ours"}, "trained": {"seqhw": [*SIZES]},
-    "class_names": ["cat", "dog", "Löwe", "<b>bold</b>", "a, b", "x", "y"],
-  }  # fmt: skip
-  weights.save_npz(folder / "model.npz", model, random_params(model, (24, 24, 3)), record)
+  save_small(
+    folder, ["cat", "dog", "Löwe", "<b>bold</b>", "a, b", "x", "y"], SIZES, width=32, depth=2
+  )
   rng = np.random.default_rng(0)
   Image.fromarray(rng.integers(0, 256, (40, 52, 3), np.uint8)).save(folder / "photo.png")
   return folder

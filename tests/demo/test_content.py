@@ -7,27 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexivit_jax import cli, weights
+from flexivit_jax import cli
 from flexivit_jax.demo import content
 from flexivit_jax.inference import predictions, predictor
-from flexivit_jax.models import FlexiViT
 
-FIELDS = dict(
-  num_classes=3, width=16, depth=1, mlp_dim=16, num_heads=2, patch_size=(8, 8), posemb_size=(3, 3)
-)
 NAMES = ["a", "</script><b>b", "c"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, random_params):
+def folder(tmp_path_factory, save_small):
   folder = tmp_path_factory.mktemp("demo")
-  model = FlexiViT(**FIELDS, head_zeroinit=False)
-  record = {
-    "model": {**FIELDS, "patch_size": [8, 8], "posemb_size": [3, 3]}, "image_size": [24, 24],
-    "source": {"file": "model.npz", "format": "ours"}, "trained": {"seqhw": [2, 4]},
-    "class_names": NAMES,
-  }  # fmt: skip
-  weights.save_npz(folder / "model.npz", model, random_params(model, (24, 24, 3)), record)
+  save_small(folder, NAMES)
   rng = np.random.default_rng(0)
   (folder / "photos").mkdir()
   for i in range(3):

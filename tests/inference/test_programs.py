@@ -74,9 +74,15 @@ def test_other_parameters_are_resized_anew(loaded):
 
 def test_nothing_is_compiled_after_it_is_made(program, loaded):
   seen = []
-  jax.monitoring.register_event_duration_secs_listener(lambda name, *a, **k: seen.append(name))
-  program.run(images(4))
-  assert not [name for name in seen if "compile" in name]
+  listen = lambda name, *a, **k: seen.append(name)  # noqa: E731
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    program.run(images(4))
+    assert not [name for name in seen if "compile" in name]
+    programs.compiled(loaded, programs.probabilities, 4, batch=7, shape=SHAPE)
+    assert [name for name in seen if "compile" in name]  # it would be heard
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_other_shapes_are_errors(program, loaded):

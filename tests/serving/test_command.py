@@ -83,6 +83,10 @@ def test_an_open_server_says_so_and_a_token_is_read(serve, file, tmp_path, monke
   "args,words",
   [
     (["--batches", "0"], "--batches="),
+    (["--port", "-1"], "--port=-1; expected 0 to 65535"),
+    (["--body_mb", "nan"], "--body_mb=nan; expected more than 0"),
+    (["--read_s", "-1"], "--read_s=-1.0; expected more than 0"),
+    (["--seqhw", "7"], "seqhw=7 does not divide"),
     (["--port", "99999"], "--port=99999; expected 0 to 65535"),
     (["--queue", "0"], "--queue=0; expected more than 0"),
     (["--max_wait_ms", "-1"], "expected 0 or more"),
@@ -98,6 +102,12 @@ def test_an_open_server_says_so_and_a_token_is_read(serve, file, tmp_path, monke
 def test_what_is_wrong_is_said_before_anything_is_served(serve, file, args, words):
   code, err, seen = serve(file, *args)
   assert code == 2 and words in err and not seen
+
+
+def test_a_page_asks_without_a_token(serve, file, monkeypatch):
+  monkeypatch.setenv("FLEXIVIT_TOKEN", "secret")
+  code, err, seen = serve(file, "--demo")
+  assert code == 2 and "--demo asks without a token" in err and not seen
 
 
 def test_an_address_that_is_taken_is_one_line():
