@@ -2,8 +2,8 @@
 
 The guarantee holds with a probability of at least 1 - delta over the calibration images, whatever the model, if they
 are drawn as the later images are. Method: learn then test, fixed-sequence testing (Angelopoulos et al., arXiv
-2110.01052, section 2). A tuning part of the images gives a path of settings, from careful to cheap; the other part tests them in
-this order.
+2110.01052, section 2). A tuning part of the images gives a path of settings, from careful to cheap; the other part
+tests them in this order.
 """
 
 import functools
