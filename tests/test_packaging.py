@@ -101,7 +101,7 @@ def _for_here(requirement: Requirement, *extras: str) -> bool:
   return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
-ACCELERATORS = ("cuda12", "cuda13", "tpu")
+ACCELERATORS = ("cuda", "cuda12", "cuda13", "tpu")
 
 
 def test_every_documented_accelerator_is_an_extra_of_ours_and_of_jax(setup_cfg, repository):
@@ -137,7 +137,7 @@ def test_pip_finds_each_accelerator_for_each_python(repository, tmp_path, python
       wanted = f"{needed.name}{needed.specifier}"
       _pip("download", "--no-deps", "--quiet", *target, f"--dest={tmp_path}", wanted)
       todo += _needs(tmp_path, needed, python)
-  last = {"cuda12": "nvidia-cublas-cu12", "cuda13": "nvidia-cublas", "tpu": "libtpu"}[name]
+  last = {"tpu": "libtpu", "cuda13": "nvidia-cublas"}.get(name, "nvidia-cublas-cu12")
   assert {"jaxlib", last} <= checked
 
 

@@ -58,7 +58,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("version", PYTHONS)
-def test_a_wheel_trains_predicts_and_inspects(wheel, tmp_path, version):
+def test_a_wheel_trains_predicts_inspects_and_shows(wheel, tmp_path, version):
   run(interpreter(version), "-m", "venv", tmp_path / "venv", cwd=tmp_path)
   python, flexivit = (tmp_path / "venv" / "bin" / name for name in ("python", "flexivit"))
   pip = [python, "-m", "pip", "install", "-q", "--no-compile", "--no-deps"]
@@ -72,3 +72,6 @@ def test_a_wheel_trains_predicts_and_inspects(wheel, tmp_path, version):
   predict = [flexivit, "predict", "photo.png", "--checkpoint", "run", "--seqhw", "2"]
   assert "photo.png" in run(*predict, cwd=tmp_path)
   assert "parameters" in run(flexivit, "inspect", "run", cwd=tmp_path)
+  run(flexivit, "report", "run", cwd=tmp_path)
+  run(flexivit, "demo", "run", "--static", "page", "--images", "photo.png", cwd=tmp_path)
+  assert "photo.png" in (tmp_path / "page" / "index.html").read_text()
