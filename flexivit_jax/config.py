@@ -348,6 +348,9 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
         "config section", key, [k for k in node if isinstance(node[k], ml_collections.ConfigDict)]
       )
     node = node[section]
+  if sections == ["evals"] and literal(text) is None:
+    _leave_out(node, leaf)
+    return
   like = None if key in OF_SEVERAL_TYPES else node.get(leaf)
   value = _typed(f"--config.{key}", text, like)
   with (
@@ -358,6 +361,14 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
       node[leaf] = value
     except (TypeError, ValueError) as e:  # a section's key with a dot, or that is no text
       raise errors.UserError(f"--config.{key} cannot be {text}: {e}") from e
+
+
+def _leave_out(evals: ml_collections.ConfigDict, name: str) -> None:
+  """An evaluation is a section, so None can only mean that there is none."""
+  if name not in evals:
+    raise errors.unknown("evaluation", name, evals)
+  with evals.unlocked():
+    del evals[name]
 
 
 def literal(text: str) -> Any:

@@ -8,9 +8,9 @@ class UserError(ValueError):
   """A mistake in what the user gave; the command line prints it as one line and exits with 2."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-  """Returns `" Did you mean 'x'?"` for the known name closest to `name`, or an empty string."""
-  close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str], alike: float = 0.5) -> str:
+  """Returns `" Did you mean 'x'?"` for the known name closest to `name`, or "" where none is `alike` (of 1) to it."""
+  close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=alike)
   return f" Did you mean {close[0]!r}?" if close else ""
 
 

@@ -214,6 +214,18 @@ def test_a_number_of_microbatches_overrides_auto_and_a_name_a_truth_value(file):
   assert config.load(str(file), ["model.remat=dots"])["model"]["remat"] == "dots"
 
 
+def test_none_leaves_an_evaluation_out_and_no_other_section(file):
+  file.write_text(
+    "import ml_collections\ndef get_config(arg=''):\n"
+    "  return ml_collections.ConfigDict(dict(evals=dict(a=dict(every=1), b=dict(every=2)), model=dict(x=1)))\n"
+  )
+  assert config.load(str(file), ["evals.a=None"])["evals"] == {"b": {"every": 2}}
+  assert config.load(str(file), ["evals.a=None", "evals.b=None"])["evals"] == {}
+  assert config.load(str(file), ["evals.a.every=None"])["evals"]["a"] == {"every": None}
+  with pytest.raises(errors.UserError, match="Unknown evaluation 'c'; known: a, b"):
+    config.load(str(file), ["evals.c=None"])
+
+
 def test_the_last_override_wins(file):
   assert config.load(str(file), ["count=4", "count=5"])["count"] == 5
 

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from flexivit_jax import errors
@@ -73,13 +73,17 @@ def run(args: argparse.Namespace) -> None:
       "processes", False, str(e), "start all with one --coordinator_address"
     )
     end([("", f) for f in [*found, missing]])
-  reading = None if settings is None else functools.partial(_reading, settings, args.images_per_s)
+  needs: dict[str, tuple[Callable[[], str], str]] = {}
+  if settings is not None:
+    again = "read the message; `flexivit bench --input` repeats it"
+    needs["data"] = functools.partial(_reading, settings, args.images_per_s), again
+    needs["evaluations"] = functools.partial(_evaluations, settings), "prepare what is missing"
   # Of one process a line comes as soon as it is known; of several, those of all are put together first.
   alone = not args.json and not distributed.is_on()
   for finding in found if alone else ():
     show(finding)
   see = show if alone else lambda finding: None
-  of_devices, reached = examination.of_devices(args.workdir, settings, reading, args.limit, see)
+  of_devices, reached = examination.of_devices(args.workdir, settings, needs, args.limit, see)
   rows, whole = examination.of_all([*found, *of_devices], args.limit, reached=reached)
   import jax
 
@@ -118,3 +122,20 @@ def _reading(settings: Mapping[str, Any], wanted: float | None) -> str:
       "pack the data (flexivit pack), copy them to a local disk, or give more cores (input.workers, input.threads)",
     )
   return said
+
+
+def _evaluations(settings: Mapping[str, Any]) -> str:
+  """Opens what the evaluations of a config need, as `flexivit train` does before its first step."""
+  from flexivit_jax import experiment
+
+  sections = settings.get("evals") or {}
+  lost = experiment.missing_data(sections)
+  if lost:
+    keys = ", ".join(lost)
+    wrong(
+      f"{len(lost)} of {len(sections)} have no data ({keys}): "
+      + " ".join(dict.fromkeys(lost.values())),
+      "prepare them, or leave an evaluation out: --config.evals.NAME=None",
+    )
+  exp = experiment.from_config(settings)
+  return f"{len(exp.evaluations)}: {', '.join(exp.evaluations)}" if exp.evaluations else "none"

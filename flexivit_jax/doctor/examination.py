@@ -41,7 +41,7 @@ def of_jax(limit: float) -> Finding | None:
 def of_devices(
   workdir: pathlib.Path | None,
   settings: Mapping[str, Any] | None,
-  reading: Callable[[], str] | None,
+  needs: Mapping[str, tuple[Callable[[], str], str]],
   limit: float,
   show: Show,
 ) -> tuple[list[Finding], bool]:
@@ -52,7 +52,7 @@ def of_devices(
   Args:
     workdir: the run folder; None: it is not checked.
     settings: the config that is to run; None: plain data parallelism.
-    reading: measures the input of the config; None: it is not read.
+    needs: name -> (check of what the config needs, what to do where it fails).
     limit: seconds for each check; those that wait for other processes have as much for what these do before.
     show: called with each finding.
 
@@ -86,8 +86,7 @@ def of_devices(
   if workdir is not None and several and not storage.in_bucket(workdir):
     same = functools.partial(hosts.same_folder, workdir)
     checks.append(("same folder", max(together, 60.0), same, slow))
-  if reading is not None:
-    checks.append(("data", limit, reading, "read the message; `flexivit bench --input` repeats it"))
+  checks += [(name, limit, check, todo) for name, (check, todo) in needs.items()]
   broken = ""
   for name, seconds, call, todo in checks:
     if broken:

@@ -8,7 +8,12 @@ from flexivit_jax.experiment.build import (
   without_evaluations,
 )
 from flexivit_jax.experiment.checks import example_arrays
-from flexivit_jax.experiment.evaluation import Evaluation, build_evaluation, classes_of_tables
+from flexivit_jax.experiment.evaluation import (
+  Evaluation,
+  build_evaluation,
+  classes_of_tables,
+  missing_data,
+)
 from flexivit_jax.experiment.loaders import REAL, Opening
 from flexivit_jax.experiment.settings import Settings
 
@@ -24,5 +29,6 @@ __all__ = [
   "divided_model",
   "example_arrays",
   "from_config",
+  "missing_data",
   "without_evaluations",
 ]

@@ -73,6 +73,23 @@ def build_evaluation(
     return _open(section, every, opening or REAL, classes, tokens)
 
 
+def missing_data(evals: Section) -> dict[str, str]:
+  """Returns, of each evaluation whose data cannot be opened, what is wrong; a run would name the first one alone.
+
+  Args:
+    evals: of a config, checked.
+  """
+  lost = {}
+  for key, section in evals.items():
+    for name in ("data", "train_data"):
+      try:
+        if section.get(name):
+          REAL.source(**section[name])
+      except errors.UserError as e:
+        lost[key] = str(e)
+  return lost
+
+
 def _open(
   section: Section,
   every: int,

@@ -159,7 +159,7 @@ def test_several_processes_with_a_bucket_leave_no_folder_of_its_name(tmp_path, m
   monkeypatch.setattr(distributed, "texts", lambda text: [text])
   monkeypatch.setattr(storage, "_check_bucket", lambda url: url)
   bucket = pathlib.Path("s3://bucket/run")
-  found, _ = examination.of_devices(bucket, None, None, 5.0, lambda f: None)
+  found, _ = examination.of_devices(bucket, None, {}, 5.0, lambda f: None)
   assert "storage" in {f.check for f in found} and all(f.ok for f in found), found
   assert "same folder" not in {f.check for f in found} and not list(tmp_path.iterdir())
 
@@ -171,7 +171,7 @@ def test_locks_of_a_real_folder_exclude(tmp_path):
 def test_a_folder_that_does_not_answer_is_left_after_its_time(monkeypatch, tmp_path):
   monkeypatch.setattr(storage, "check", lambda *args, **kwargs: time.sleep(60))
   begun = time.monotonic()
-  found, reached = examination.of_devices(tmp_path, None, None, 0.5, lambda f: None)
+  found, reached = examination.of_devices(tmp_path, None, {}, 0.5, lambda f: None)
   assert time.monotonic() - begun < 10
   (red,) = (f for f in found if f.failure == "time")
   assert (
@@ -228,7 +228,7 @@ def test_devices_that_cannot_be_had(monkeypatch):
     raise RuntimeError("The TPU is already in use by process 7")
 
   monkeypatch.setattr(chips, "backend", busy)
-  found, reached = examination.of_devices(None, None, None, 5.0, lambda f: None)
+  found, reached = examination.of_devices(None, None, {}, 5.0, lambda f: None)
   red = [f for f in found if not f.ok]
   assert not reached and "already in use" in red[0].said and "restart their host" in red[0].todo
   assert all(f.said == "not tried, because of devices" for f in red[1:]) and len(red) == 7
@@ -272,6 +272,21 @@ def test_data_that_are_not_there_or_too_slow(monkeypatch, capsys):
   given = ["--data=configs/folder.py:data_dir=/no/such/folder"]
   assert cli.main(["doctor", *given]) == 2
   assert "/no/such/folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", [["test"], ["val"], ["test", "val"]])
+def test_data_of_evaluations_that_are_not_there_are_all_named(monkeypatch, capsys, lost):
+  row = {"image": "24x24x3", "images_per_s": 1e3, "images_per_core_s": 5e2}
+  monkeypatch.setattr(benchmarks, "reading", lambda settings, seconds: row)
+  given = ["doctor", "--data=configs/i1k_sup.py:debug"]
+  assert cli.main([*given, *(f"--config.evals.{key}.data.name=not_there" for key in lost)]) == 2
+  (line,) = (text for text in capsys.readouterr().out.splitlines() if text.startswith("BAD"))
+  assert f"{len(lost)} of 2 have no data ({', '.join(lost)})" in line
+  assert line.count("'not_there'") == 1 and "--config.evals.NAME=None" in line
+  assert cli.main([*given, *(f"--config.evals.{key}=None" for key in lost)]) in (None, 0)
+  kept = [key for key in ("test", "val") if key not in lost]
+  said = f"{len(kept)}: {kept[0]}" if kept else "none"
+  assert f"ok   evaluations    {said}" in capsys.readouterr().out
 
 
 # --- several processes ---

@@ -201,7 +201,7 @@ def _builder(
     if e.name != "tensorflow_datasets":
       raise
     raise UserError(
-      f"Data set {name!r} is none of {sorted(SOURCES)}.{nearest(name, list(SOURCES))} Others are read by "
+      f"Data set {name!r} is none of {sorted(SOURCES)}.{nearest(name, list(SOURCES), 0.75)} Others are read by "
       "TensorFlow Datasets, which is not installed (`make demo` leaves it out): "
       f"`{sys.executable} -m pip install tensorflow-datasets`."
     ) from None
@@ -215,7 +215,7 @@ def _builder(
     names = [*SOURCES, *subfolders(pathlib.Path(place or shown))]
     raise UserError(
       f"Data set {name!r} is not prepared in {shown} and is none of {sorted(names)}."
-      f"{nearest(name, names)} {_how_to_prepare(name, where)}"
+      f"{nearest(name, names, 0.75)} {_how_to_prepare(name, where)}"
     ) from None
   if "array_record" not in {f.value for f in builder.info.available_file_formats()}:
     file_format = builder.info.file_format.value
