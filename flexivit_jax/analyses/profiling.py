@@ -71,6 +71,31 @@ def measure(
   """
   metric = _metric(evaluation, asked.metric)
   values, shape = _values(loaded, evaluation, metric, asked, tell)
+  source = evaluation.source
+  data = {"name": source.name, "split": source.split, "n": next(iter(values.values())).n}
+  return timed(loaded, metric, values, asked, shape, data, tell)
+
+
+def timed(
+  loaded: predictor.Loaded,
+  metric: metrics.Metric,
+  values: Mapping[tuple[SeqHw, programs.Way], Value],
+  asked: Asked,
+  shape: tuple[int, int, int],
+  data: Mapping[str, Any],
+  tell: Callable[[str], None] = lambda text: None,
+) -> Profile:
+  """Measures what each size costs here, and puts it beside what it gives.
+
+  Args:
+    loaded: the model.
+    metric: of the values.
+    values: of each size in each way.
+    asked: what to measure.
+    shape: of an image: height, width, channels.
+    data: what the values were measured on: "name", "split", "n".
+    tell: called with what is done.
+  """
   costs = _costs(loaded, asked, shape, tell)
   rows = []
   for (size, batch, way), (times, memory) in costs.items():
@@ -90,12 +115,11 @@ def measure(
         dtype=way.dtype,
       )
     )
-  source = evaluation.source
   return Profile(
     weights.towers.digest(loaded.model, loaded.params),
     programs.device_name(),
     metric.stated(),
-    {"name": source.name, "split": source.split, "n": rows[0].n},
+    data,
     shape,
     dict(_versions()),
     budgets.peak_gflops(),
@@ -136,18 +160,11 @@ def _values(
       for size, (logits, labels) in _scored(loaded, batches, asked.seqhw, way, label_map).items():
         values[size, way] = of_classes(logits, labels, k=1 if metric.name == "top1" else 5)
     return values, shape
-  if others := [way for way in asked.ways if way.runtime == "jax" and way != programs.PLAIN]:
-    raise errors.UserError(
-      f"--ways has {_text(others[0])}; {metric.name} of {section.get('type')} is measured in float32 alone."
-    )
-  if any(way.dtype == "int8" for way in asked.ways):
-    raise errors.UserError(
-      f"--ways has onnx:int8; {metric.name} of {section.get('type')} is measured in float32 alone."
-    )
+  check_float32(asked.ways, f"{metric.name} of {section.get('type')}")
   tell("the evaluation")
   params = sharding.replicate(loaded.params, mesh)
   rows = {str(row["seqhw"]): row for row in evaluator.run(params)}
-  plain = {size: _of_row(rows[_named(size)], metric) for size in asked.seqhw}
+  plain = {size: of_row(rows[_named(size)], metric) for size in asked.seqhw}
   # The same function within rounding, which `TestOnnx` checks.
   return {(size, way): value for size, value in plain.items() for way in asked.ways}, shape
 
@@ -158,7 +175,15 @@ def _named(size: SeqHw) -> str:
   return f"{h}" if h == w else f"{h}x{w}"
 
 
-def _of_row(row: Mapping[str, Any], metric: metrics.Metric) -> Value:
+def check_float32(ways: Sequence[programs.Way], metric: str) -> None:
+  """Raises a UserError for a way in other numbers, of a metric that is measured in float32 and in XLA alone."""
+  for way in ways:
+    if way.dtype != "float32":
+      raise errors.UserError(f"--ways has {_text(way)}; {metric} is measured in float32 alone.")
+
+
+def of_row(row: Mapping[str, Any], metric: metrics.Metric) -> Value:
+  """Returns what an evaluator's row says of a metric, with its interval where the row has one."""
   value, n = float(row[metric.name]), int(row["n"])
   low, high = value, value
   if metric.interval == "binomial":

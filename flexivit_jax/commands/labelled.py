@@ -59,6 +59,10 @@ def section(args: argparse.Namespace) -> "tuple[str, Section]":
       f"{args.checkpoint} says no data to measure on; give --config, or e.g. --data name=folder data_dir=photos"
       " split=val."
     )
+  if not evals:
+    raise errors.UserError(
+      f"{args.config or own} has no evaluation; give --config, or e.g. --data name=folder data_dir=photos split=val."
+    )
   name = args.eval or results.main_of(evals)
   if name not in evals:
     raise errors.unknown("evaluation of the config", name, evals)

@@ -35,7 +35,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Prints the rows, and writes them."""
   from flexivit_jax import weights
-  from flexivit_jax.analyses import profiling
+  from flexivit_jax.analyses import profiling, retained
   from flexivit_jax.budget import profile as profiles
   from flexivit_jax.devices import compilation
   from flexivit_jax.experiment import labelling
@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
     raise errors.UserError(f"--out={args.out} is a folder; expected a file to write.")
   ways = profiling.ways(args.ways)
   compilation.keep_programs()
-  name, section = labelled.section(args)
+  kept = None if args.data or args.config else retained.beside(args.checkpoint)
+  name, section = ("", {}) if kept else labelled.section(args)
   of_texts = section.get("type") in labelling.OF_TEXTS
   loaded = predictor.load(
     args.checkpoint, args.image_size, texts=of_texts, whole=True, **options.loading(args)
@@ -59,10 +60,14 @@ def run(args: argparse.Namespace) -> None:
     asked = queries.Asked(options.listed_names(args.names), None, args.vectors, args.as_typed)
     loaded = queries.closed(loaded, asked)
   weights.print_notes(loaded.record)
-  sizes = predictor.sizes_of(args.seqhw, loaded)
-  evaluation = labelled.evaluation(name, {**section, "seqhw": sizes}, loaded)
+  sizes = () if kept and args.seqhw == "all" else predictor.sizes_of(args.seqhw, loaded)
   wanted = profiling.Asked(sizes, args.batch_sizes, ways, args.metric)
-  measured = profiling.measure(loaded, evaluation, wanted, outputs.note)
+  if kept:
+    outputs.note(f"{kept} says what each size gives")
+    measured = retained.profile(kept, loaded, wanted, tell=outputs.note)
+  else:
+    evaluation = labelled.evaluation(name, {**section, "seqhw": sizes}, loaded)
+    measured = profiling.measure(loaded, evaluation, wanted, outputs.note)
   print("\n".join(aligned(profiling.table(measured))))
   path = args.out or profiles.path_of(
     args.checkpoint, weights.towers.digest(loaded.model, loaded.params)

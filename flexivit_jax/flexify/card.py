@@ -78,11 +78,12 @@ def write(out: pathlib.Path, scores: Json, made: tuple[Any, Params, Json], card:
 
   Args:
     out: the folder, which is made.
-    scores: content of retention.json.
+    scores: content of retention.json, which gets the digest of the weights.
     made: (model, params, record).
     card: see `text`.
   """
   out.mkdir(parents=True, exist_ok=True)
+  scores["weights"] = weights.towers.digest(*made[:2])
   (out / "retention.json").write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
   (out / "model.npz").unlink(missing_ok=True)
   weights.save_npz(out / "model.npz", *made)

@@ -1,17 +1,15 @@
 """What a server serves: the programs of a checkpoint or an artifact, and how its images and answers look."""
 
-import io
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
 from flexivit_jax import errors, trees, weights
 from flexivit_jax.data import class_names
-from flexivit_jax.inference import features, predictor, programs, texts
+from flexivit_jax.inference import features, predictor, programs, shapes, texts
 from flexivit_jax.models import TwoTowers
 from flexivit_jax.serving.engine import Program
 from flexivit_jax.sizes import SeqHw, from_text, size_text
@@ -83,7 +81,7 @@ def load(
   weights.print_notes(loaded.record)
   loaded = loaded._replace(params=jax.device_put(loaded.params))  # once, not for each program
   towers = isinstance(loaded.model, TwoTowers)
-  shape = _shape(loaded.prepare, loaded.name)
+  shape = shapes.common(loaded.prepare, loaded.name)
 
   def program(what: str, size: SeqHw, batch: int) -> Program:
     fn: programs.Fn = features.features
@@ -155,30 +153,12 @@ def _of_artifact(path: pathlib.Path, image_size: int | None) -> Served:
   return Served(
     name=path.name,
     prepare=prepare,
-    shape=_shape(prepare, str(path)),
+    shape=shapes.common(prepare, str(path)),
     sizes=tuple(from_text(s) for s in record["sizes"]),
     what=("predict",),
     classes=known.names or [""] * number,
     program=program,
   )
-
-
-def _shape(prepare: predictor.Prepare, name: str) -> tuple[int, int, int]:
-  """The shape that all images are prepared to, tried with one that is wide and one that is high."""
-  shapes = {prepare(_png(*hw)).shape for hw in ((48, 64), (80, 64))}
-  if len(shapes) > 1:
-    raise errors.UserError(
-      f"{name} prepares images to shapes of their own, {sorted(shapes)}; a server has one shape. Give the checkpoint a"
-      " preparation that resizes to one."
-    )
-  height, width, channels = shapes.pop()
-  return height, width, channels
-
-
-def _png(height: int, width: int) -> bytes:
-  buffer = io.BytesIO()
-  Image.new("RGB", (width, height)).save(buffer, "PNG")
-  return buffer.getvalue()
 
 
 def sizes(served: Served, text: str | None, of_profile: Sequence[SeqHw] = ()) -> tuple[SeqHw, ...]:

@@ -1,0 +1,35 @@
+"""The one shape to which images are prepared, tried with two that are not square."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from flexivit_jax import errors
+
+
+def common(prepare: Callable[[bytes], np.ndarray], name: str) -> tuple[int, int, int]:
+  """Returns height, width and channels of every image that `prepare` gives.
+
+  Args:
+    prepare: makes an array [h, w, c] of the bytes of an image file.
+    name: of the model, for the error.
+
+  Raises:
+    UserError: a wide and a high image get shapes of their own.
+  """
+  shapes = {prepare(_png(*hw)).shape for hw in ((48, 64), (80, 64))}
+  if len(shapes) > 1:
+    raise errors.UserError(
+      f"{name} prepares images to shapes of their own, {sorted(shapes)}; one shape is needed here. Give the checkpoint"
+      " a preparation that resizes to one."
+    )
+  height, width, channels = shapes.pop()
+  return height, width, channels
+
+
+def _png(height: int, width: int) -> bytes:
+  buffer = io.BytesIO()
+  Image.new("RGB", (width, height)).save(buffer, "PNG")
+  return buffer.getvalue()
