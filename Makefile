@@ -82,9 +82,9 @@ $(CORE): requirements-core.txt setup.cfg pyproject.toml
 	@touch $@
 
 # All that is pinned. Modules are compiled here, since warnings of their compilation would be errors in the tests.
-$(STAMP): $(CORE) requirements.txt requirements-buckets.txt requirements-detect.txt requirements-serve.txt requirements-text.txt
+$(STAMP): $(CORE) requirements.txt requirements-browser.txt requirements-buckets.txt requirements-detect.txt requirements-serve.txt requirements-text.txt
 	@echo "Adding TFDS and the tools for tests to $(VENV) (once) ..."
-	$(PIP) --no-compile --no-deps -r requirements.txt -r requirements-buckets.txt -r requirements-detect.txt -r requirements-serve.txt -r requirements-text.txt
+	$(PIP) --no-compile --no-deps -r requirements.txt -r requirements-browser.txt -r requirements-buckets.txt -r requirements-detect.txt -r requirements-serve.txt -r requirements-text.txt
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@
 

@@ -295,3 +295,16 @@ def save_towers(tmp_path_factory):
     return file
 
   return save
+
+
+@pytest.fixture(scope="module")
+def browser():
+  """Debian's Chromium without a window (requirements-browser.txt); it downloads none."""
+  import shutil
+
+  sync_api = pytest.importorskip("playwright.sync_api", reason="needs requirements-browser.txt")
+  path = shutil.which("chromium") or shutil.which("google-chrome")
+  if path is None:
+    pytest.skip("no Chromium is installed; on Debian: apt-get install chromium")
+  with sync_api.sync_playwright() as started:
+    yield started.chromium.launch(executable_path=path, args=["--no-sandbox"])

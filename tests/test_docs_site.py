@@ -102,3 +102,21 @@ def test_the_public_names_are_in_the_reference_and_in_the_search(site):
   assert all(f"{name}</span></span>" in text for name in flexivit_jax.__all__)
   index = (site / "searchindex.js").read_text()
   assert all(word in index for word in ("pi_resize", "flexifi", "cascad"))
+
+
+def test_the_search_finds_a_word_in_a_browser_without_a_network(site, browser):
+  context = browser.new_context()
+  context.set_offline(True)
+  page, said = context.new_page(), []
+  page.on("pageerror", lambda error: said.append(str(error)))
+  page.goto((site / "docs" / "README.html").as_uri())
+  page.fill("input[name=q]", "cascade")
+  page.keyboard.press("Enter")
+  page.wait_for_selector("#search-results li a")
+  page.wait_for_function("document.querySelector('#search-results').textContent.includes('found')")
+  found = page.locator("#search-results li a").all_inner_texts()
+  context.close()
+  assert any("cascade" in text.lower() or "coarse" in text.lower() for text in found), found
+  assert {*said} <= {
+    "Failed to fetch"
+  }  # excerpts, which a page from the disk may not read; the titles are there

@@ -70,6 +70,7 @@ def test_every_dependency_is_pinned_at_a_version_it_admits(setup_cfg, repository
     ("requirements-core.txt", "jax"),
     ("requirements.txt", "pytest"),
     ("requirements-serve.txt", "uvicorn"),
+    ("requirements-browser.txt", "playwright"),
     ("requirements-docs.txt", "furo"),
   ],
 )

@@ -29,6 +29,7 @@ def with_page(
     raise errors.UserError("--demo shows classes of a checkpoint; this is none, or has no classes.")
   said = content.about(loaded.model, served.name, served.shape, policy.sizes, policy.profile)
   said |= {"server": True, "names": [*NAMES] if served.names else None}
+  said |= {"most_bytes": settings.limits.body_bytes}
   said |= {"cascade": [str(size_text(size)) for size in cascade] or None}
   settings = settings._replace(page=content.html(said))
   if not said["relevance"]:
