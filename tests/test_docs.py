@@ -64,6 +64,14 @@ INSTEAD[tuned.format("vit.npz")] = (
   f"{tuned.format('runs/photos')} --config.total_epochs=1 --config.input.batch_size=4"
   " --config.flexi.seqhw.v='(5,)' --config.evals.test.seqhw='(5,)'"
 )
+INSTEAD[tuned.format("runs/flexible/model.npz")] = (
+  f"{tuned.format('runs/flexible/model.npz')} --config.total_epochs=1 --config.input.batch_size=4"
+  " --config.flexi.seqhw.v='(2, 4)' --config.evals.test.seqhw='(2, 4)'"
+)
+# A guarantee of eight images of noise.
+INSTEAD["flexivit cascade runs/tuned --alpha 0.05 --out cascade.json"] = (
+  "flexivit cascade runs/tuned --alpha 0.5 --delta 0.2 --out cascade.json"
+)
 for form, debug, folder in (
   ("", ":debug", "flexivit"),
   (":fixed=8", ":fixed=8,debug", "fixed8"),

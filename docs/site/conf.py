@@ -59,7 +59,7 @@ def add_sidebar(app, docname: str, source: list[str]) -> None:
   if docname != root_doc:
     return
   text = source[0]
-  source[0] += toctree("Start", ["First steps <../README>", "troubleshooting"])
+  source[0] += toctree("Start", ["First steps <../README>", "start_to_end", "troubleshooting"])
   for name, table in re.findall(r"^\*\*(.+)\*\*\n\n((?:\|.*\n?)+)", text, re.MULTILINE):
     pages = re.findall(r"\]\(([\w./]+)\.md\)", table)
     source[0] += toctree(name, pages)
