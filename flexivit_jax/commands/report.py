@@ -17,6 +17,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     "--metric", metavar="NAME", help="metric to draw, e.g. loss (default: the first of the runs)"
   )
   p.add_argument("--out", type=options.path, help="folder to write to (default: the first run's)")
+  p.add_argument(
+    "--card",
+    type=options.path,
+    metavar="FILE",
+    help="also a model card of the one run, as Hugging Face's hub reads it, e.g. vit/README.md",
+  )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -30,4 +36,6 @@ def run(args: argparse.Namespace) -> None:
     )
   runs = [bucket_run.fetched(run, bucket_run.without_checkpoints) for run in args.runs]
   print(report.table(runs, args.metric))
+  if args.card is not None:
+    report.model_card(runs, args.card, args.metric)
   print(report.report(runs, args.out or runs[0], metric=args.metric))

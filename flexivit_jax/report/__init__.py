@@ -5,7 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexivit_jax.report import page, pareto, plots, runs as runs_lib, tables
+from flexivit_jax.errors import UserError
+from flexivit_jax.report import card, page, pareto, plots, runs as runs_lib, tables
 
 
 def report(
@@ -49,3 +50,16 @@ def report(
 def table(runs: Sequence[Path], metric: str | None = None) -> str:
   """Returns the metric of each run (rows) at each patch size (columns) as plain text; default: the headline."""
   return tables.text(runs_lib.load(runs, metric))
+
+
+def model_card(runs: Sequence[Path], file: Path, metric: str | None = None) -> None:
+  """Writes the model card of one run, see `card`.
+
+  Raises:
+    UserError: several runs, or one of several depths; see `report` and `card.write`.
+  """
+  loaded = runs_lib.load(runs, metric)
+  if len(loaded) > 1:
+    names = ", ".join(run.name for run in loaded)
+    raise UserError(f"--card is of one model; these are {len(loaded)}: {names}.")
+  card.write(file, loaded[0])
