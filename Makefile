@@ -36,7 +36,7 @@ demo: $(CORE)
 	$(BIN)/flexivit report runs/demo/flexivit runs/demo/fixed8 --out runs/demo
 	$(BIN)/flexivit demo runs/demo/flexivit --static runs/demo/page --number 10
 	@echo "Open runs/demo/page/index.html and move the slider. Photos of your own need a model of photos, e.g. timm's ViT-Ti/16:"
-	@echo "  pip install '.[serve]' && flexivit serve vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors --seqhw 5,8,15,30 --demo"
+	@echo "  pip install '.[serve]' && flexivit serve vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors --image_size 240 --seqhw 5,8,15,30 --demo"
 
 # As many processes as cores; the tests of a file stay together, for they share what takes long to make.
 test: $(STAMP)

@@ -1,5 +1,9 @@
 """Both forms of the demo page in headless Chromium: by keyboard, without a network, and by axe's rules."""
 
+import csv
+import subprocess
+import sys
+
 import pytest
 
 from flexivit_jax import cli
@@ -63,6 +67,9 @@ def test_a_chosen_photo_gets_predicts_answers(
     (folder / "no.jpg").write_text("no image")
     page.set_input_files("#file", folder / "no.jpg")
     wait_for(lambda: page.inner_text("#status").startswith("no.jpg: not an image"))
+    (folder / "no.jpg").write_bytes((folder / "photo.png").read_bytes())
+    page.set_input_files("#file", folder / "no.jpg")  # the same file again
+    wait_for(lambda: page.locator("#photos button").count() == 2)
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -83,3 +90,14 @@ def test_contrast_and_names_by_axe_at_two_widths(folder, browser, server, opened
 def test_without_javascript_it_says_what_it_needs(browser, server, opened):
   with opened(browser, server, java_script_enabled=False) as (page, _):
     assert "This page needs JavaScript" in page.inner_text("body")
+
+
+def test_the_time_from_the_slider_to_the_answer_is_measured(folder, tmp_path, repository, server):
+  tool, out = repository / "tools" / "bench" / "page.py", tmp_path / "page.csv"
+  given = [server, folder / "photo.png", "--repeats=2", f"--csv={out}"]
+  subprocess.run([sys.executable, tool, *given], check=True, timeout=120)  # its own event loop
+  with out.open() as file:
+    rows = [{name: int(value) for name, value in row.items()} for row in csv.DictReader(file)]
+  assert [row["tokens"] for row in rows] == [size * size for size in SIZES]
+  assert all(0 < row["cold_ms"] <= row["cold_worst_ms"] < 10_000 for row in rows)
+  assert all(0 < row["warm_ms"] <= row["warm_worst_ms"] for row in rows)
