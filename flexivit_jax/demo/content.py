@@ -1,13 +1,12 @@
 """What the demo page shows: the sizes of a model, and its answers to photos at each of them."""
 
-import base64
 import json
 import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,21 +15,15 @@ from jaxtyping import Float
 from flexivit_jax import errors
 from flexivit_jax.analyses import relevance
 from flexivit_jax.budget.profile import Profile
-from flexivit_jax.inference import picture_files, predictions, predictor, programs, texts
+from flexivit_jax.demo import kinds
+from flexivit_jax.demo.kinds import Photo
+from flexivit_jax.inference import boxes, picture_files, predictor, programs, texts
 from flexivit_jax.models import FlexiViT
 from flexivit_jax.sizes import SeqHw, size_args, size_text
 from flexivit_jax.trees import Json
 
-TOP_K, ROUNDS = 5, 7
+ROUNDS = 7
 Program = Callable[[np.ndarray], np.ndarray]
-
-
-class Photo(NamedTuple):
-  """An image as the model takes it, [h, w, c] in [-1, 1], with its name, and its label where one is known."""
-
-  name: str
-  image: Float[np.ndarray, "h w c"]
-  truth: str = ""
 
 
 def about(
@@ -52,6 +45,8 @@ def about(
   listed = [_size(model, shape, size, profile) for size in dict.fromkeys(sizes)]
   return {
     "model": name,
+    "kind": kinds.name_of(model),
+    "threshold": boxes.THRESHOLD,
     "device": programs.device_name(),
     "image": [*shape[:2]],
     "sizes": sorted(listed, key=lambda one: one["tokens"]),
@@ -113,31 +108,48 @@ def answers(
   """Returns photos with what the model says of them at each size, for a page without a server.
 
   Args:
-    loaded: a classifier, or with `among` two towers.
+    loaded: a model, see `kinds.of`.
     photos: of one shape.
     sizes: at each of these.
     among: the classes, where they are texts.
   """
   shape: Any = photos[0].image.shape
-  fn = programs.probabilities if among is None else texts.embedding
-  names = predictor.names_of(loaded) if among is None else among.names
+  kind = kinds.of(loaded, among)
   shown: list[Json] = [
-    {"name": photo.name, "src": picture(photo.image), "truth": photo.truth, "answers": {}}
+    {
+      "name": photo.name,
+      "src": picture(photo.image),
+      "truth": photo.truth,
+      "window": photo.window.tolist(),
+      "answers": {},
+    }
     for photo in photos
   ]
-  for size in dict.fromkeys(sizes):
-    run = programs.compiled(loaded, fn, size, batch=1, shape=shape).run
+  finest: list[Any] = []
+  for size in _finest_first(loaded.model, shape, sizes):
+    run = programs.compiled(loaded, kind.fn, size, batch=1, shape=shape).run
     explain = explaining(loaded, size, 1, shape) if can_be_explained(loaded.model) else None
     ms = _ms(run, photos[0].image)
-    for photo, content in zip(photos, shown, strict=True):
+    for i, (photo, content) in enumerate(zip(photos, shown, strict=True)):
       (output,) = run(photo.image[None])
-      output = output if among is None else among.probabilities(output)
-      top = predictions.most_likely(output, names, min(TOP_K, len(names)))
-      found: Json = {"top": [predictions.class_as_json(*one) for one in top], "ms": round(ms, 3)}
+      if not np.isfinite(output).all():
+        raise errors.UserError(f"{photo.name} at seqhw={size_text(size)}: {predictor.NOT_FINITE}.")
+      answer = kind.answer(photo, output)
+      if len(finest) == i:
+        finest.append(answer)
+      found = kind.as_json(answer, finest[i]) | {"ms": round(ms, 3)}
       if explain is not None:
         found["relevance"] = _short(explain(photo.image[None])[0])
       content["answers"][str(size_text(size))] = found
   return shown
+
+
+def _finest_first(model: Any, shape: tuple[int, ...], sizes: Sequence[SeqHw]) -> list[SeqHw]:
+  def tokens(size: SeqHw) -> int:
+    rows, columns = model.grid(shape[:2], **size_args(size))[2]
+    return int(rows * columns)
+
+  return sorted(dict.fromkeys(sizes), key=tokens, reverse=True)
 
 
 def _ms(run: Program, image: np.ndarray) -> float:
@@ -156,7 +168,7 @@ def _short(values: Float[np.ndarray, "h w"]) -> list[list[float]]:
 
 def picture(image: Float[np.ndarray, "h w c"]) -> str:
   """An image in [-1, 1] as the address of a PNG that holds it."""
-  return f"data:image/png;base64,{base64.b64encode(picture_files.png(image)).decode()}"
+  return kinds.address(picture_files.png(image))
 
 
 def html(content: Mapping[str, Any]) -> str:

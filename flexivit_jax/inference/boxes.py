@@ -231,12 +231,14 @@ def as_json(answer: Answer, to: picture_files.Paths) -> str:
   line: Json = {"file": answer.file, "patch" if isinstance(size, Patch) else "seqhw": size}
   line |= {"hw": answer.hw} | ({} if answer.ms is None else {"ms": round(answer.ms, 4)})
   line |= {"overlay": str(to[_key(answer)])} if _key(answer) in to else {}
-  rows: list[Json] = [
-    {"class": one.number, **({"name": one.name} if one.name else {}),
-     "score": outputs.exact(one.score), "box": _rounded(one)}
-    for one in answer.found
-  ]  # fmt: skip
+  rows = [detection_as_json(one) for one in answer.found]
   return json.dumps({**line, "detections": rows}, allow_nan=False)
+
+
+def detection_as_json(one: Detection) -> Json:
+  """Returns one object of an answer."""
+  name = {"name": one.name} if one.name else {}
+  return {"class": one.number, **name, "score": outputs.exact(one.score), "box": _rounded(one)}
 
 
 def _rounded(one: Detection) -> list[float]:

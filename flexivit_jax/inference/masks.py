@@ -178,13 +178,16 @@ def as_json(answer: Answer, to: Targets) -> str:
   size = answer.size
   assert size is not None
   key = answer.file, str(size_text(size))
-  rows: list[Json] = [
-    {"class": row.number, **({"name": row.name} if row.name else {}),
-     "colour": class_colours.hex_colour(row.number), "share": round(row.share, 6)}
-    for row in answer.rows
-  ]  # fmt: skip
+  rows = [row_as_json(row) for row in answer.rows]
   line: Json = {"file": answer.file, "patch" if isinstance(size, Patch) else "seqhw": size}
   line |= {} if answer.ms is None else {"ms": round(answer.ms, 4)}
   for name, paths in (("mask", to.masks), ("overlay", to.overlays)):
     line |= {name: str(paths[key])} if key in paths else {}
   return json.dumps({**line, "classes": rows}, allow_nan=False)
+
+
+def row_as_json(row: overlays.Row) -> Json:
+  """Returns one class of an answer."""
+  name = {"name": row.name} if row.name else {}
+  colour = class_colours.hex_colour(row.number)
+  return {"class": row.number, **name, "colour": colour, "share": round(row.share, 6)}

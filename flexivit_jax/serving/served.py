@@ -74,7 +74,10 @@ def load(
       raise errors.UserError(f"{path} is an artifact, which XLA runs as it is; leave --way out.")
     return _of_artifact(pathlib.Path(path), image_size)
   if weights.tasks.is_whole(path):
-    raise errors.UserError(f"{path} gives masks or boxes; a server gives classes and features.")
+    raise errors.UserError(
+      f"{path} gives masks or boxes; a server gives classes and features. `flexivit demo --static` shows masks and"
+      " boxes at each size."
+    )
   loaded = _with_texts(path, image_size, **loading)
   digest = weights.towers.digest(loaded.model, loaded.params)
   all_weights = trees.digest(loaded.params)

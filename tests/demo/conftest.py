@@ -118,3 +118,40 @@ def expected():
     ]
 
   return predicted
+
+
+BACKBONE = dict(patch_size=(8, 8), posemb_size=(3, 3), width=8, depth=1, mlp_dim=8, num_heads=1)
+
+
+@pytest.fixture(scope="session")
+def save_kind():
+  """Saves a small model of "masks" or "boxes" for images of 24 pixels: (folder, kind) -> the file."""
+  import jax
+
+  from flexivit_jax import weights
+  from flexivit_jax.models import OwlViT, Segmenter
+  from flexivit_jax.weights import model_records
+
+  def save(folder, kind):
+    fields = dict(num_classes=3, backbone=BACKBONE)
+    model = (
+      Segmenter(**fields, decoder="linear") if kind == "masks" else OwlViT(**fields, embed_dim=8)
+    )
+    inputs = (np.zeros((1, 24, 24, 3), np.float32),) + (() if kind == "masks" else (None,))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, seqhw=3))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.6, s.shape).astype(np.float32), shapes)
+    if kind == "boxes":  # each box is its patch
+      params["box_2"] = jax.tree.map(np.zeros_like, params["box_2"])
+    pp = {
+      "masks": "decode|resize_small(24)|value_range(-1, 1)",
+      "boxes": "decode|resize_keep(24, 'contain')|value_range(-1, 1)|pad(24, fill=0)",
+    }
+    record = {
+      "model": model_records.record_of(model), "class_names": NAMES[1:4], "pp": pp[kind],
+      "source": {"file": f"{kind}.npz", "format": "ours"}, "trained": {"seqhw": [3, 6]},
+    }  # fmt: skip
+    weights.save_npz(folder / f"{kind}.npz", model, params, record)
+    return folder / f"{kind}.npz"
+
+  return save
