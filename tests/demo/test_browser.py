@@ -101,3 +101,14 @@ def test_the_time_from_the_slider_to_the_answer_is_measured(folder, tmp_path, re
   assert [row["tokens"] for row in rows] == [size * size for size in SIZES]
   assert all(0 < row["cold_ms"] <= row["cold_worst_ms"] < 10_000 for row in rows)
   assert all(0 < row["warm_ms"] <= row["warm_worst_ms"] for row in rows)
+
+
+def test_our_resize_in_javascript_is_within_one_grey_level(folder, tmp_path, repository, browser):
+  del browser  # only whether there is one
+  tool, out = repository / "tools" / "bench" / "canvas.py", tmp_path / "canvas.csv"
+  given = [folder / "model.npz", folder / "photo.png", "--image_size=24", "--seqhw=2,6"]
+  subprocess.run([sys.executable, tool, *given, f"--csv={out}"], check=True, timeout=120)
+  with out.open() as file:
+    rows = [row for row in csv.DictReader(file) if row["way"] == "bilinear"]
+  assert [row["seqhw"] for row in rows] == ["2", "6"]
+  assert {row["largest_difference"] for row in rows} <= {"0", "1"}
