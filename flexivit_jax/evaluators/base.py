@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from flexivit_jax.devices.compilation import Program
+from flexivit_jax.evaluators.image_scores import ImageScores
 from flexivit_jax.sizes import SizeArgs
 from flexivit_jax.trees import Params
 
@@ -73,6 +74,15 @@ class Evaluator(Protocol):
       params: the model's.
       repeats: how often a batch is timed; "ms" is the median.
     """
+    ...
+
+
+@runtime_checkable
+class ScoresImages(Protocol):
+  """An evaluator that knows which images were right."""
+
+  def image_scores(self) -> ImageScores | None:
+    """Returns those of the latest `run`, of all processes; None where there are none."""
     ...
 
 

@@ -44,7 +44,11 @@ def eval_step(
     mask = mask * (labels > 0).any(axis=-1)
   if label_map:
     logits, labels = restricted(label_map, logits, labels)
-  sums = masked_sums(scores(logits, labels, loss), mask)
+  scored = scores(logits, labels, loss)
+  sums = masked_sums(scored, mask)
+  if "_id" in batch:
+    per_image = {"top1": scored["top1"], "label": labels.argmax(axis=-1), "_mask": mask}
+    sums = sums._replace(per_image=per_image | {"_id": batch["_id"]})
   if not per_class:
     return sums
   return sums._replace(tables={"confusion": confusion(logits, labels, mask)})
@@ -136,7 +140,9 @@ def classification(
     per_class=per_class,
   )
   sizes, inputs = sizes_of(seqhw, stride, depth), ("image", "labels")
-  return PerSize(fn, model, batches, mesh, sizes=sizes, inputs=inputs, label_map=chosen)
+  return PerSize(
+    fn, model, batches, mesh, sizes=sizes, inputs=inputs, label_map=chosen, scored="top1"
+  )
 
 
 def table_classes(

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from flexivit_jax import errors, heartbeat
 from flexivit_jax.data import label_maps
 from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.evaluators import resampling
+from flexivit_jax.evaluators import image_scores, resampling
 from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.sums import Sums, means
 from flexivit_jax.models import Model
@@ -42,6 +42,8 @@ class PerSize:
     resampled: for each name in `Sums.per_image`, the metric as a function of the values' means over images
       (`resampling.Resampled`): `intervals.mean` where it is a mean; an intersection over union divides two
       of them. The row gets its interval, and its value where `Sums.total` does not give it.
+    scored: key of `Sums.per_image` that is 1 for an image that is right and 0 otherwise, beside "label", and "_id" of
+      batches that have it: `image_scores` then gives them. "": none.
   """
 
   def __init__(
@@ -58,8 +60,10 @@ class PerSize:
     num_classes: int | None = None,
     label_map: label_maps.LabelMap | None = None,
     resampled: Mapping[str, resampling.Resampled] | None = None,
+    scored: str = "",
   ):
-    self.resampled = dict(resampled or {})
+    self.resampled, self.scored = dict(resampled or {}), scored
+    self._scores: image_scores.ImageScores | None = None
     self.fn, self.model, self.batches, self.mesh = fn, model, batches, mesh
     self.once, self.frozen = once and jax.jit(once), frozen
     self.inputs = (*inputs, "_mask")
@@ -92,7 +96,8 @@ class PerSize:
       specs = jax.eval_shape(self.once, self.frozen, specs)
       split = sharding.batch_split(self.mesh)
       specs = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=split) for k, s in specs.items()}
-    fn = functools.partial(_gathered, self.fn, self.mesh) if self.resampled else self.fn
+    per_image = self.resampled or self._has_ids
+    fn = functools.partial(_gathered, self.fn, self.mesh) if per_image else self.fn
     with jax.set_mesh(self.mesh) if self.mesh.size > 1 else contextlib.nullcontext():
       self._programs = compilation.compile_each(
         fn, (params, specs), self.sizes.values(), report=report
@@ -118,10 +123,20 @@ class PerSize:
       values = {k: resampling.of_batches(jax.device_get(parts)) for k, parts in images.items()}
       found = resampling.rows(values, self.resampled).values()
       rows = [{**row, **more, **row} for row, more in zip(rows, found, strict=True)]
+    if self._has_ids:
+      parts = {image_scores.size_name(self.names(self.sizes[k])): v for k, v in images.items()}
+      distinct = len(parts) == len(images)  # two strides may have one grid
+      self._scores = (
+        image_scores.of_batches(jax.device_get(parts), self.scored) if distinct else None
+      )
     if not tables:
       return rows
     counted = (jax.device_get(tables[key])["confusion"] for key in self.sizes)
     return [row | per_class(counts) for row, counts in zip(rows, counted, strict=True)]
+
+  def image_scores(self) -> image_scores.ImageScores | None:
+    """Returns which images were right in the latest `run`, of all processes; None where no image has an "_id"."""
+    return self._scores
 
   def rows(self, sums: Mapping[SizeKey, Sequence[Sums]]) -> list[Row]:
     """Returns for each size what names it, the means of its metrics over all batches, and "n", how many examples."""
@@ -165,6 +180,10 @@ class PerSize:
     return rows
 
   @property
+  def _has_ids(self) -> bool:
+    return bool(self.scored) and "_id" in self._first
+
+  @property
   def _image_hw(self) -> tuple[int, int]:
     return self._first["image"].shape[1:3]
 
@@ -190,7 +209,8 @@ class PerSize:
     if missing:
       message = f"The evaluation's batches lack {sorted(missing)}, they have {sorted(batch)}"
       raise errors.UserError(f"{message}; mend its pp (onehot, keep).")
-    return {k: batch[k] for k in self.inputs}
+    ids = {"_id": batch["_id"].astype(np.int32)} if self.scored and "_id" in batch else {}
+    return {k: batch[k] for k in self.inputs} | ids
 
 
 def _gathered(

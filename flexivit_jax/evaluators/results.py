@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 import jax
 
 from flexivit_jax import errors, files, trees
-from flexivit_jax.evaluators.base import Evaluator, Illustrated, Row
+from flexivit_jax.evaluators import image_scores
+from flexivit_jax.evaluators.base import Evaluator, Illustrated, Row, ScoresImages
 from flexivit_jax.evaluators.metrics import CLASSIFICATION, Metric
 from flexivit_jax.tables import aligned
 from flexivit_jax.trees import Json, Params
@@ -88,7 +89,10 @@ def samples_folder(path: pathlib.Path) -> pathlib.Path:
 
 
 def write(path: pathlib.Path, described: Json, rows: list[Json], evaluator: object = None) -> None:
-  """Writes the file at once or not at all, after the pictures of its evaluator; on the first process only."""
+  """Writes the file at once or not at all, after what belongs to it; on the first process only.
+
+  These are the pictures of its evaluator, and which images were right; the file has the latter's digest.
+  """
   if jax.process_index() == 0:
     pictures = evaluator.pictures() if isinstance(evaluator, Illustrated) else {}
     if pictures:
@@ -96,6 +100,11 @@ def write(path: pathlib.Path, described: Json, rows: list[Json], evaluator: obje
     for name, data in pictures.items():
       files.write_atomically(samples_folder(path) / name, data)
     known = {k: v for k, v in described.items() if v is not None}
+    scores = evaluator.image_scores() if isinstance(evaluator, ScoresImages) else None
+    if scores is not None:
+      data = image_scores.encoded(scores)
+      files.write_atomically(image_scores.file_of(path), data)
+      known |= {"images_sha256": image_scores.digest(data)}
     text = json.dumps({**known, "rows": rows}, indent=1, allow_nan=False)
     if any({"confusion", "class_pixels", "class_boxes"} & row.keys() for row in rows):
       text = _INTEGERS.sub(lambda found: f"[{', '.join(re.findall(r'[0-9]+', found[0]))}]", text)

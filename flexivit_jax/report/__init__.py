@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexivit_jax.errors import UserError
-from flexivit_jax.report import card, page, pareto, plots, runs as runs_lib, tables
+from flexivit_jax.report import card, compared, page, pareto, plots, runs as runs_lib, tables
 
 
 def report(
   runs: Sequence[Path], out: Path, *, metric: str | None = None, command: str | None = None
 ) -> Path:
   """Writes report.json, report.html and the two figures (PNG at 200 dpi, SVG, their points as CSV); see `pareto`.
+
+  Of two runs or more with top-1 also differences.csv, see `compared`.
 
   The figures are called accuracy_vs_patch and accuracy_vs_gflops, with another metric than an accuracy METRIC_vs_....
 
@@ -40,6 +42,8 @@ def report(
     (out / f"{stem}_vs_{axis}.png").write_bytes(drawing.png)
     (out / f"{stem}_vs_{axis}.svg").write_text(drawing.svg, encoding="utf-8")
     (out / f"{stem}_vs_{axis}.csv").write_text(tables.csv_of(loaded, axis), encoding="utf-8")
+  if comparisons := compared.compare(loaded):
+    (out / "differences.csv").write_text(compared.csv_of(comparisons), encoding="utf-8")
   data = json.dumps(pareto.to_json_all(loaded), indent=2, allow_nan=False)
   (out / "report.json").write_text(data + "\n", encoding="utf-8")
   html = page.render(loaded, wide=wide, narrow=narrow, command=command)

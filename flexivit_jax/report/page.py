@@ -7,7 +7,7 @@ from importlib import resources
 from string import Template
 
 from flexivit_jax.evaluators.metrics import Metric
-from flexivit_jax.report import boxes, classes, pareto, plots, segments, tables
+from flexivit_jax.report import boxes, classes, compared, pareto, plots, segments, tables
 from flexivit_jax.report.runs import ReportRun, is_trained
 
 _VARIABLES = {
@@ -55,6 +55,7 @@ def render(
     compared=_compared(runs),
     dominated=_dominated(runs),
     facts=_facts(runs, command),
+    differences=compared.section(runs),
     classes=classes.section(runs) + segments.section(runs) + boxes.section(runs),
   )
 

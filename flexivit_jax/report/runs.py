@@ -70,7 +70,7 @@ class ReportRun(NamedTuple):
   class in the masks. Of detection `aps` are the average precisions of the classes, None for one without a box,
   `boxes` the number of boxes of each, `parts` the average precisions of boxes of some areas and groups by the names
   of the evaluator, and `samples` the files of pictures with boxes. `cascades` are measured
-  by the metric.
+  by the metric. `file` is the eval.json, `images_sha256` the digest of the scores of its images, if it has some.
   """
 
   name: str
@@ -88,6 +88,8 @@ class ReportRun(NamedTuple):
   boxes: tuple[int, ...] = ()
   parts: Mapping[Key, Mapping[str, float]] = MappingProxyType({})
   cascades: tuple[EvalRow, ...] = ()
+  file: Path | None = None
+  images_sha256: str | None = None
 
   @property
   def points(self) -> tuple[EvalRow, ...]:
@@ -247,6 +249,8 @@ def read(path: Path, metric: str | None = None) -> ReportRun:
     boxes,
     parts if aps else {},
     _cascades(data, rows, file, drawn),
+    file,
+    _get(data, "images_sha256", str, file) if "images_sha256" in data else None,
   )
 
 

@@ -81,7 +81,11 @@ def test_files_and_json(demo, tmp_path):
   assert path == tmp_path / "new" / "out" / "report.html"
   stems = ("accuracy_vs_patch", "accuracy_vs_gflops")
   images = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg", "csv")}
-  assert {p.name for p in path.parent.iterdir()} == {"report.html", "report.json"} | images
+  assert {p.name for p in path.parent.iterdir()} == {
+    "report.html",
+    "report.json",
+    "differences.csv",
+  } | images
   for stem in stems:
     assert (path.parent / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
   data = json.loads((path.parent / "report.json").read_text())
