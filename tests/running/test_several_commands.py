@@ -109,6 +109,7 @@ def test_scores_are_those_of_one_device(made, tmp_path, environment_of):
     for row in found[-1]["rows"]:
       del row["ms"]
   assert found[0] == found[1] == found[2]
+  assert found[0]["images_sha256"]  # of which images were right
 
 
 @pytest.mark.slow
