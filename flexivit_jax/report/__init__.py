@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexivit_jax.errors import UserError
-from flexivit_jax.report import card, compared, page, pareto, plots, runs as runs_lib, tables
+from flexivit_jax.report import (
+  card,
+  compared,
+  page,
+  pareto,
+  plots,
+  runs as runs_lib,
+  tables,
+  training,
+)
 
 
 def report(
@@ -14,7 +23,7 @@ def report(
 ) -> Path:
   """Writes report.json, report.html and the two figures (PNG at 200 dpi, SVG, their points as CSV); see `pareto`.
 
-  Of two runs or more with top-1 also differences.csv, see `compared`.
+  Of two runs or more with top-1 also differences.csv, see `compared`; of runs with rows of steps training.csv.
 
   The figures are called accuracy_vs_patch and accuracy_vs_gflops, with another metric than an accuracy METRIC_vs_....
 
@@ -46,7 +55,12 @@ def report(
     (out / "differences.csv").write_text(compared.csv_of(comparisons), encoding="utf-8")
   data = json.dumps(pareto.to_json_all(loaded), indent=2, allow_nan=False)
   (out / "report.json").write_text(data + "\n", encoding="utf-8")
-  html = page.render(loaded, wide=wide, narrow=narrow, command=command)
+  curves = training.read(loaded)
+  if curves:
+    (out / "training.csv").write_text(training.csv_of(curves), encoding="utf-8")
+  html = page.render(
+    loaded, wide=wide, narrow=narrow, command=command, training=training.section(curves)
+  )
   (out / "report.html").write_text(html, encoding="utf-8")
   return out / "report.html"
 

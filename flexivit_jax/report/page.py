@@ -26,8 +26,9 @@ def render(
   wide: Mapping[str, plots.Drawing],
   narrow: Mapping[str, plots.Drawing],
   command: str,
+  training: str = "",
 ) -> str:
-  """Returns the page; `wide` and `narrow` hold a figure for each of `plots.AXES`."""
+  """Returns the page; `wide` and `narrow` hold a figure for each of `plots.AXES`, `training` is a section."""
   template = Template((resources.files(__package__) / "page.html").read_text(encoding="utf-8"))
   metric = runs[0].metric
   alt = {axis: f"{tables.capital(metric.long)} against {_AGAINST[axis]}" for axis in plots.AXES}
@@ -56,6 +57,7 @@ def render(
     dominated=_dominated(runs),
     facts=_facts(runs, command),
     differences=compared.section(runs),
+    training=training,
     classes=classes.section(runs) + segments.section(runs) + boxes.section(runs),
   )
 

@@ -57,7 +57,7 @@ def draw(runs: Sequence[ReportRun], axis: str, size: tuple[float, float]) -> Dra
   import matplotlib
   from matplotlib.figure import Figure
 
-  with matplotlib.rc_context(_style()):
+  with matplotlib.rc_context(style()):
     figure = Figure(figsize=size)
     scale = _scale(runs, size)
     frame = _frame(runs, size, scale)
@@ -80,7 +80,8 @@ def draw(runs: Sequence[ReportRun], axis: str, size: tuple[float, float]) -> Dra
     return _save(figure)
 
 
-def _style() -> dict[str, Any]:
+def style() -> dict[str, Any]:
+  """Returns matplotlib's settings of every figure: the same file on every machine."""
   return {
     "backend": "agg",
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same figure on every machine
