@@ -1,5 +1,6 @@
 """The training loss at each patch size, from a run's metrics.jsonl: do all sizes learn?"""
 
+import colorsys
 import csv
 import html
 import io
@@ -131,7 +132,7 @@ def section(trainings: Sequence[Training]) -> str:
   return (
     f"<section><h2>Training loss by patch size</h2>{figures}"
     f'<p class="note">Each point is the mean over the steps of one size in one {POINTS}th of the run, as in'
-    f" training.csv. Dark to light is few tokens to many.{more}{lost}</p></section>"
+    f" training.csv. Blue to orange is few tokens to many.{more}{lost}</p></section>"
   )
 
 
@@ -148,10 +149,11 @@ def _draw(curves: Sequence[Curve]) -> str:
 
   with matplotlib.rc_context(plots.style()), io.StringIO() as file:
     figure = Figure(figsize=_TO)
-    ax = figure.add_axes((0.1, 0.14, 0.68, 0.8))
-    map_ = matplotlib.colormaps["viridis"]
+    ax = figure.add_axes((0.13, 0.15, 0.65, 0.8))
     for i, curve in enumerate(curves):
-      color = map_(0.15 + 0.6 * i / max(1, len(curves) - 1))
+      # From blue over magenta to orange: all can be seen on white and in dark mode.
+      hue = (0.58 + 0.47 * i / max(1, len(curves) - 1)) % 1
+      color = colorsys.hls_to_rgb(hue, 0.5, 0.7)
       ax.plot(
         curve.step, curve.loss, "-o", color=color, linewidth=1.2, markersize=2, label=curve.size
       )
