@@ -51,18 +51,24 @@ def report(
     (out / f"{stem}_vs_{axis}.png").write_bytes(drawing.png)
     (out / f"{stem}_vs_{axis}.svg").write_text(drawing.svg, encoding="utf-8")
     (out / f"{stem}_vs_{axis}.csv").write_text(tables.csv_of(loaded, axis), encoding="utf-8")
-  if comparisons := compared.compare(loaded):
-    (out / "differences.csv").write_text(compared.csv_of(comparisons), encoding="utf-8")
+  comparisons, curves = compared.compare(loaded), training.read(loaded)
+  _write(out / "differences.csv", compared.csv_of(comparisons) if comparisons else None)
+  _write(out / "training.csv", training.csv_of(curves) if curves else None)
   data = json.dumps(pareto.to_json_all(loaded), indent=2, allow_nan=False)
   (out / "report.json").write_text(data + "\n", encoding="utf-8")
-  curves = training.read(loaded)
-  if curves:
-    (out / "training.csv").write_text(training.csv_of(curves), encoding="utf-8")
   html = page.render(
     loaded, wide=wide, narrow=narrow, command=command, training=training.section(curves)
   )
   (out / "report.html").write_text(html, encoding="utf-8")
   return out / "report.html"
+
+
+def _write(file: Path, content: str | None) -> None:
+  """Writes a file that not every report has; that of an earlier report, which this one would belie, goes."""
+  if content is None:
+    file.unlink(missing_ok=True)
+  else:
+    file.write_text(content, encoding="utf-8")
 
 
 def table(runs: Sequence[Path], metric: str | None = None) -> str:

@@ -71,6 +71,14 @@ def test_rows_that_say_nothing_leave_the_page_as_it_is(run, tmp_path, rows):
   assert "Training loss" not in page and not (tmp_path / "out" / "training.csv").exists()
 
 
+def test_files_of_an_earlier_report_do_not_stay_beside_another(run, tmp_path):
+  out = tmp_path / "out"
+  report.report([run("a"), run("b")], out)
+  assert (out / "differences.csv").exists() and (out / "training.csv").exists()
+  report.report([run(rows=[])], out)
+  assert not (out / "differences.csv").exists() and not (out / "training.csv").exists()
+
+
 def test_grids_are_in_the_order_of_their_tokens(run):
   rows = [
     json.dumps({"step": 1, "grid_hw": size, "loss": 1.0}) for size in ("24x32", "6x8", "12x16")
