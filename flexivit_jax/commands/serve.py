@@ -41,6 +41,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     action="store_true",
     help="a page at / that shows each size on photos that are dropped on it",
   )
+  p.add_argument(
+    "--names", help="classes of a detector that takes names: 'cat,dog', or a file with one a line"
+  )
   p.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
   p.add_argument("--port", type=int, default=8000, help="0: a free one (default 8000)")
   p.add_argument(
@@ -104,7 +107,17 @@ def run(args: argparse.Namespace) -> None:
   token = _token(args.token_file)
   compilation.keep_programs()
   way = _way(args.way)
-  model = served.load(args.checkpoint, args.image_size, way=way, **options.loading(args))
+  model = served.load(
+    args.checkpoint,
+    args.image_size,
+    way=way,
+    names=options.listed_names(args.names),
+    **options.loading(args),
+  )
+  if args.only and args.only not in model.what:
+    raise errors.UserError(
+      f"--only={args.only}: {model.name} answers {' and '.join(model.what)} alone."
+    )
   profile = _profile(args, model)
   sizes = served.sizes(model, args.seqhw, [row.size for row in profile.rows] if profile else ())
   cascade = _cascade(args.cascade, model)
@@ -176,6 +189,8 @@ def _cascade(file: pathlib.Path | None, model: "served.Served") -> "Cascade | No
     return None
   if "predict" not in model.what:
     raise errors.UserError("--cascade is of classes, which this model does not have.")
+  if model.pictures is not None:
+    raise errors.UserError("--cascade is of classes; this model gives masks or boxes.")
   return cascading.check(cascade.read(file), model.weights, model.shape)
 
 

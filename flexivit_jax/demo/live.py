@@ -26,7 +26,7 @@ def with_page(
   """
   loaded = served.loaded
   if loaded is None or "predict" not in served.what or "predict" not in settings.what:
-    raise errors.UserError("--demo shows classes of a checkpoint; this is none, or has no classes.")
+    raise errors.UserError("--demo shows answers of a checkpoint; this is none, or has no classes.")
   said = content.about(loaded.model, served.name, served.shape, policy.sizes, policy.profile)
   said |= {"server": True, "names": [*NAMES] if served.names else None}
   said |= {"most_bytes": settings.limits.body_bytes}

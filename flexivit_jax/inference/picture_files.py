@@ -87,9 +87,14 @@ def save(image: Image.Image, path: pathlib.Path) -> None:
     image.save(file, kind, **({} if kind == "PNG" else {"quality": 92}))
 
 
+def encoded(image: Image.Image) -> bytes:
+  """Returns a picture as a PNG."""
+  file = io.BytesIO()
+  image.save(file, "PNG")
+  return file.getvalue()
+
+
 def png(image: Float[np.ndarray, "h w c"]) -> bytes:
   """Returns an image as a model takes it, in [-1, 1], as a PNG."""
   pixels = np.clip(np.round((image + 1) * 127.5), 0, 255).astype(np.uint8)
-  file = io.BytesIO()
-  Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
-  return file.getvalue()
+  return encoded(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from flexivit_jax import errors
+from flexivit_jax.trees import Json
 
 
 def common(prepare: Callable[[bytes], np.ndarray], name: str) -> tuple[int, int, int]:
@@ -26,6 +27,29 @@ def common(prepare: Callable[[bytes], np.ndarray], name: str) -> tuple[int, int,
       " a preparation that resizes to one."
     )
   height, width, channels = shapes.pop()
+  return height, width, channels
+
+
+def of_training(
+  prepare: Callable[[bytes], np.ndarray], record: Json, name: str
+) -> tuple[int, int, int]:
+  """Returns the shape that an image with the sides of those of the training gets.
+
+  Args:
+    prepare: as of `common`.
+    record: of the model.
+    name: of the model, for the error.
+
+  Raises:
+    UserError: the model does not say how large its images were.
+  """
+  sides = record.get("image_shape") or record.get("image_size")
+  if not sides:
+    raise errors.UserError(
+      f"{name} does not say how large the images of its training were; one shape is needed here."
+    )
+  height, width = sides[:2]
+  height, width, channels = prepare(_png(int(height), int(width))).shape
   return height, width, channels
 
 

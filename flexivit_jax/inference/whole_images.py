@@ -110,9 +110,14 @@ def origin(pp: str, path: str) -> Float32[np.ndarray, "6"]:
   Raises:
     OSError, UserError, SyntaxError, ValueError: the file has gone, or is no image.
   """
+  return origin_of(pp, pathlib.Path(path).read_bytes())
+
+
+def origin_of(pp: str, encoded: bytes) -> Float32[np.ndarray, "6"]:
+  """The same of the bytes of a file."""
   ops = data.parse(pp).upright().ops
   exif = next(op.kwargs["exif"] for op in ops if op.first == "encoded")
-  hw = images.header_hw(pathlib.Path(path).read_bytes(), exif=exif)
+  hw = images.header_hw(encoded, exif=exif)
   record = annotations.origin({"image": np.broadcast_to(np.uint8(0), (*hw, 1))})
   del record["image"]
   for op in ops:

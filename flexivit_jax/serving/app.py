@@ -22,7 +22,7 @@ from starlette.routing import Route
 from flexivit_jax import errors
 from flexivit_jax.budget.cascade import Cascade
 from flexivit_jax.inference import cascades, picture_files, predictions, texts
-from flexivit_jax.serving import asked, cascading, choice, limits
+from flexivit_jax.serving import asked, cascading, choice, limits, pictures
 from flexivit_jax.serving.asked import Asked
 from flexivit_jax.serving.choice import Policy
 from flexivit_jax.serving.engine import Answer, BrokenError, Engine, LateError
@@ -120,15 +120,19 @@ class Server:
       )
     towers = self.served.names is not None
     wish = asked.parse(
-      what, request.query_params, self.policy.sizes, self.settings.batches, towers=towers
-    )
+      what, request.query_params, self.policy.sizes, self.settings.batches, towers=towers,
+      pictures=self.served.pictures is not None,
+    )  # fmt: skip
     with self._memory.body() as held:
       body = await limits.read(request, self.settings.limits, self._memory, held)
       encoded, several = limits.split(request, body, self.settings.limits)
       del body
       images = await self._decoded(encoded)
+      origins = (
+        [self.served.pictures.origin(one) for one in encoded] if self.served.pictures else []
+      )
     deadline = begin + wish.deadline_s
-    work = asyncio.ensure_future(self._answers(what, wish, images, deadline))
+    work = asyncio.ensure_future(self._answers(what, wish, images, deadline, origins))
     answers = await _unless_gone(request, work)
     if time.monotonic() > deadline:
       self.metrics.late.labels("answered late").inc()
@@ -152,13 +156,18 @@ class Server:
       if isinstance(image, BaseException):
         raise image
       if image.shape != self.served.shape:
-        raise RefusedError(400, f"image {number} has another shape than the model takes")
+        raise RefusedError(400, f"image {number} {_unlike(image.shape, self.served.shape)}")
     return [image for image in done if not isinstance(image, BaseException)]
 
   async def _answers(
-    self, what: str, wish: Asked, images: Sequence[np.ndarray], deadline: float
+    self,
+    what: str,
+    wish: Asked,
+    images: Sequence[np.ndarray],
+    deadline: float,
+    origins: Sequence[pictures.Origin] = (),
   ) -> list[Json]:
-    classes = await self._texts(wish)
+    classes, loop = await self._texts(wish), asyncio.get_running_loop()
     if wish.cascade:
       cascade, scores = self._cascade(wish, classes)
       lane = cascading.first_lane(cascade)
@@ -173,7 +182,14 @@ class Server:
     finally:
       for wait in waits:
         wait.cancel()
-    return [self._as_json(answer, what, wish, classes) for answer in answers]
+    said = [self._as_json(answer, what, wish, classes) for answer in answers]
+    if self.served.pictures is None:
+      return said
+    drawn = zip(origins, (answer.output for answer in answers), strict=True)
+    work = [
+      loop.run_in_executor(self._decoding, self.served.pictures.answer, *one) for one in drawn
+    ]
+    return [one | picture for one, picture in zip(said, await asyncio.gather(*work), strict=True)]
 
   async def _texts(self, wish: Asked) -> texts.Names | None:
     """The classes of a request that names them."""
@@ -218,6 +234,8 @@ class Server:
     }  # fmt: skip
     if what == "embed":
       return said | {"embedding": [float(str(value)) for value in answer.output]}
+    if self.served.pictures is not None:
+      return said  # what is in it takes its time
     if what == "relevance":
       return said | {"relevance": answer.output.tolist()}
     output, names = answer.output, self.served.classes
@@ -351,6 +369,11 @@ class Server:
 
   def _seconds(self, lane: Lane, batch: int) -> float:
     return self.times.safe((lane.what, lane.size, batch))
+
+
+def _unlike(got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+  (h, w), (high, wide) = got[:2], wanted[:2]
+  return f"is {h} x {w} pixels as the model sees it; this server takes {high} x {wide}: cut it to these proportions"
 
 
 async def _unless_gone(request: Request, work: "asyncio.Future[list[Json]]") -> list[Json]:

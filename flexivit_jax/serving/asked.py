@@ -43,7 +43,13 @@ KNOWN = ("seqhw", "batch", "budget", "deadline_ms", *_OF_PREDICT)
 
 
 def parse(
-  what: str, query: QueryParams, of: Sequence[SeqHw], batches: Sequence[int], *, towers: bool
+  what: str,
+  query: QueryParams,
+  of: Sequence[SeqHw],
+  batches: Sequence[int],
+  *,
+  towers: bool,
+  pictures: bool = False,
 ) -> Asked:
   """Parses a query.
 
@@ -53,13 +59,15 @@ def parse(
     of: the sizes that are served.
     batches: of how many images there are programs.
     towers: whether classes are texts.
+    pictures: whether answers are masks or boxes, which have no keys of classes.
 
   Raises:
     UserError: a key that is unknown, or there twice; a value that is not what it should be; keys that exclude each
       other; no names where classes are texts, or names where they are not.
   """
   keys = [key for key, _ in query.multi_items()]
-  known = [key for key in KNOWN if what == "predict" or key not in _OF_PREDICT]
+  of_classes = what == "predict" and not pictures
+  known = [key for key in KNOWN if of_classes or key not in _OF_PREDICT]
   for key in keys:
     if key not in known:
       raise errors.unknown("key of the query", key[:80], known)

@@ -9,10 +9,12 @@ import numpy as np
 
 from flexivit_jax import errors, trees, weights
 from flexivit_jax.data import class_names
-from flexivit_jax.inference import features, predictor, programs, shapes, texts
+from flexivit_jax.inference import features, predictor, programs, queries, shapes, texts
 from flexivit_jax.models import TwoTowers
 from flexivit_jax.serving.engine import Program
+from flexivit_jax.serving.pictures import Pictures, of as pictures_of
 from flexivit_jax.sizes import SeqHw, from_text, size_text
+from flexivit_jax.trees import Json
 from flexivit_jax.weights.export import artifact
 
 WHAT = ("predict", "embed")
@@ -35,6 +37,7 @@ class Served(NamedTuple):
     digest: of the weights that images go through, as a profile has it; "" of an artifact.
     weights: of all weights, as a cascade has it.
     loaded: the checkpoint; None of an artifact.
+    pictures: of a model that gives masks or boxes, None of others.
   """
 
   name: str
@@ -48,6 +51,7 @@ class Served(NamedTuple):
   digest: str = ""
   weights: str = ""
   loaded: predictor.Loaded | None = None
+  pictures: Pictures | None = None
 
 
 def load(
@@ -55,6 +59,7 @@ def load(
   image_size: int | None = None,
   *,
   way: programs.Way = programs.PLAIN,
+  names: Sequence[str] | None = None,
   **loading: Any,
 ) -> Served:
   """Loads a checkpoint, or an artifact (.zip).
@@ -63,20 +68,26 @@ def load(
     path: what `weights.load` takes, or an artifact.
     image_size: see `predictor.load`.
     way: what runs it; in onnxruntime it has no features.
+    names: the classes of a detector that takes names.
     **loading: see `weights.load`.
 
   Raises:
-    UserError: it cannot be loaded; an artifact in another way than the plain one; it gives masks or boxes; its
-      images have no common shape.
+    UserError: it cannot be loaded; an artifact, masks or boxes in another way than the plain one; its images have
+      no common shape; names for a model that takes none at the start, or none for a detector that does.
   """
   if pathlib.Path(path).suffix == ".zip":
     if way != programs.PLAIN:
       raise errors.UserError(f"{path} is an artifact, which XLA runs as it is; leave --way out.")
     return _of_artifact(pathlib.Path(path), image_size)
   if weights.tasks.is_whole(path):
+    if way != programs.PLAIN:
+      raise errors.UserError(
+        f"{path} gives masks or boxes, which XLA computes in float32; leave --way out."
+      )
+    return _of_pictures(path, image_size, names, loading)
+  if names is not None:
     raise errors.UserError(
-      f"{path} gives masks or boxes; a server gives classes and features. `flexivit demo --static` shows masks and"
-      " boxes at each size."
+      f"--names are for detectors; {path} takes names with a request, or has classes of its own."
     )
   loaded = _with_texts(path, image_size, **loading)
   digest = weights.towers.digest(loaded.model, loaded.params)
@@ -92,7 +103,7 @@ def load(
       fn = texts.embedding if towers else programs.probabilities
     return programs.compiled(loaded, fn, size, batch=batch, shape=shape, way=way).run
 
-  def names() -> Callable[[Sequence[str], str], texts.Names]:
+  def of_requests() -> Callable[[Sequence[str], str], texts.Names]:
     vectors = texts.compiled(loaded, _TEXTS)
     return lambda listed, templates: texts.of_names(loaded, listed, templates, vectors)
 
@@ -108,10 +119,47 @@ def load(
     what=what,
     classes=predictor.names_of(loaded) if has_classes and not towers else (),
     program=program,
-    names=names if towers else None,
+    names=of_requests if towers else None,
     digest=digest,
     weights=all_weights,
     loaded=loaded,
+  )
+
+
+def _of_pictures(
+  path: str | pathlib.Path, image_size: int | None, names: Sequence[str] | None, loading: Json
+) -> Served:
+  """A model that gives masks or boxes."""
+  loaded = predictor.load(path, image_size, texts=bool(names), whole=True, **loading)
+  if predictor.gives_boxes(loaded.model):
+    loaded = queries.closed(loaded, queries.Asked(names))
+    shape = shapes.common(loaded.prepare, loaded.name)
+  else:
+    if names is not None:
+      raise errors.UserError(
+        f"--names are for detectors; {path} gives masks of classes of its own."
+      )
+    shape = shapes.of_training(loaded.prepare, loaded.record, loaded.name)
+  weights.print_notes(loaded.record)
+  loaded = loaded._replace(params=jax.device_put(loaded.params))
+  found = pictures_of(loaded)
+
+  def program(what: str, size: SeqHw, batch: int) -> Program:
+    del what
+    return programs.compiled(loaded, found.fn, size, batch=batch, shape=shape).run
+
+  return Served(
+    name=pathlib.Path(loaded.name).name,
+    prepare=loaded.prepare,
+    shape=shape,
+    sizes=predictor.sizes.trained(loaded.record),
+    what=("predict",),
+    classes=predictor.names_of(loaded),
+    program=program,
+    digest=weights.towers.digest(loaded.model, loaded.params),
+    weights=trees.digest(loaded.params),
+    loaded=loaded,
+    pictures=found,
   )
 
 

@@ -150,6 +150,7 @@ def save_kind():
     record = {
       "model": model_records.record_of(model), "class_names": NAMES[1:4], "pp": pp[kind],
       "source": {"file": f"{kind}.npz", "format": "ours"}, "trained": {"seqhw": [3, 6]},
+      "image_shape": [24, 36, 3] if kind == "masks" else [24, 24, 3],
     }  # fmt: skip
     weights.save_npz(folder / f"{kind}.npz", model, params, record)
     return folder / f"{kind}.npz"

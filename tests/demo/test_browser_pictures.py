@@ -92,3 +92,35 @@ def test_contrast_and_names_by_axe_at_two_widths(shown, browser, opened, width, 
     found = axe.run(page)
     assert found.violations_count == 0, found.generate_report()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("kind", ["masks", "boxes"])
+def test_a_photo_given_to_a_server_gets_what_predict_says(
+  kind, tmp_path, save_kind, serving, browser, opened, top_of, wait_for
+):
+  save_kind(tmp_path, kind).rename(tmp_path / "model.npz")
+  low = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+  Image.fromarray(low).resize((48, 32), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+  answers_of = masks.answers if kind == "masks" else boxes.answers
+  loaded, inputs = (
+    predictor.load(tmp_path / "model.npz", whole=True),
+    [Input(str(tmp_path / "photo.png"))],
+  )
+  ((_, answers),) = answers_of(loaded, inputs, [3, 6], batch_size=1)
+  with serving(tmp_path) as (url, _), opened(browser, url) as (page, said):
+    page.set_input_files("#file", tmp_path / "photo.png")
+    page.wait_for_selector("#top li")
+    page.focus("#size")
+    for key, answer in zip(("Home", "End"), answers, strict=True):
+      page.keyboard.press(key)
+      wait_for(lambda answer=answer: top_of(page) == listed(kind, answer))
+      value = (
+        str(len(answer.found))
+        if kind == "boxes"
+        else f"{100 * np.mean(answer.mask == answers[-1].mask):.1f} %"
+      )
+      wait_for(
+        lambda value=value: page.inner_text("#all tr[aria-current=true] td:last-child") == value
+      )
+    assert page.inner_text("#disagree").endswith(": 8 px.") == differs(kind, *answers)
+    assert said == []
