@@ -82,6 +82,7 @@ def test_an_open_server_says_so_and_a_token_is_read(serve, file, tmp_path, monke
 @pytest.mark.parametrize(
   "args,words",
   [
+    (["--names", "cat,dog"], "--names are for detectors"),
     (["--batches", "0"], "--batches="),
     (["--port", "-1"], "--port=-1; expected 0 to 65535"),
     (["--body_mb", "nan"], "--body_mb=nan; expected more than 0"),
