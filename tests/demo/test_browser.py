@@ -92,7 +92,10 @@ def test_without_javascript_it_says_what_it_needs(browser, server, opened):
     assert "This page needs JavaScript" in page.inner_text("body")
 
 
-def test_the_time_from_the_slider_to_the_answer_is_measured(folder, tmp_path, repository, server):
+def test_the_time_from_the_slider_to_the_answer_is_measured(
+  folder, tmp_path, repository, server, browser
+):
+  del browser  # only whether there is one
   tool, out = repository / "tools" / "bench" / "page.py", tmp_path / "page.csv"
   given = [server, folder / "photo.png", "--repeats=2", f"--csv={out}"]
   subprocess.run([sys.executable, tool, *given], check=True, timeout=120)  # its own event loop
