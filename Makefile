@@ -89,10 +89,10 @@ $(STAMP): $(CORE) requirements.txt requirements-browser.txt requirements-buckets
 	@touch $@
 
 # All in one call, so that torch and torchvision are chosen together; the stamp is written once all four can be imported.
-$(CONVERT_STAMP): requirements-core.txt requirements.txt requirements-convert.txt setup.cfg pyproject.toml
+$(CONVERT_STAMP): requirements-core.txt requirements.txt requirements-browser.txt requirements-convert.txt setup.cfg pyproject.toml
 	@echo "Setting up $(CONVERT_VENV) (once, about two minutes) ..."
 	$(PYTHON) -m venv $(CONVERT_VENV)
-	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-convert.txt
+	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-browser.txt -r requirements-convert.txt
 	$(CONVERT_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
 	$(CONVERT_VENV)/bin/python tools/maintain/check_frameworks.py
 	@touch $@

@@ -37,6 +37,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
   p.add_argument(
     "--vectors", type=options.path, help="vectors of the names, of a detector without a text tower"
   )
+  p.add_argument(
+    "--onnxruntime_web",
+    type=options.path,
+    metavar="FOLDER",
+    help="the unpacked npm package: the page then answers to photos of one's own, in the browser alone",
+  )
   options.add_reading(p)
 
 
@@ -44,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
   """Writes OUT/index.html, which needs no server and loads nothing."""
   from flexivit_jax import weights
   from flexivit_jax.budget import profile as profiles
-  from flexivit_jax.demo import content
+  from flexivit_jax.demo import content, own
   from flexivit_jax.devices import compilation
   from flexivit_jax.inference import budgets, predictor
 
@@ -66,6 +72,9 @@ def run(args: argparse.Namespace) -> None:
     profile = budgets.of(args.checkpoint, digest)
   name = pathlib.Path(args.checkpoint).name
   said = content.about(loaded.model, name, (height, width, channels), sizes, profile)
+  if args.onnxruntime_web is not None:
+    own.check(args.onnxruntime_web, args.static, "texts" if among else said["kind"], channels)
+    said["own"] = own.add(args.static, loaded, sizes, args.onnxruntime_web)
   said["photos"] = content.answers(loaded, photos, sizes, among)
   print(f"wrote {content.write(args.static, said)}: {len(photos)} photos at {len(sizes)} sizes")
 
