@@ -89,6 +89,7 @@ def package(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page_and_photos(tmp_path_factory, save_small, package):
   """The folder of a page of a small model, and photos of several kinds."""
+  pytest.importorskip("onnx")
   folder = tmp_path_factory.mktemp("own")
   save_small(folder, ["cat", "dog", "Löwe", "<b>", "x", "y", ""], SIZES)
   rng = np.random.default_rng(0)
@@ -163,7 +164,6 @@ def test_photos_get_predicts_answers(
   page_and_photos, address, browser, opened, expected, top_of, wait_for
 ):
   """Names in the same order; a JPEG is decoded by another program, so a probability may be 0.3 points off."""
-  pytest.importorskip("onnx")
   page_folder, photos = page_and_photos
   with opened(browser, address) as (page, said):
     page.wait_for_selector("#top li")
@@ -183,7 +183,6 @@ def test_photos_get_predicts_answers(
 
 @pytest.mark.convert
 def test_from_the_disk_it_says_what_it_needs(page_and_photos, browser, opened, wait_for):
-  pytest.importorskip("onnx")
   page_folder, photos = page_and_photos
   with opened(browser, (page_folder / "index.html").as_uri(), offline=True) as (page, said):
     page.wait_for_selector("#top li")
