@@ -3,6 +3,7 @@ const MOST_PIXELS = 50e6, TOP = 5;
 const OWN = DEMO.own;
 let runtime = null;
 const sessions = {};
+let turn = Promise.resolve();  // one answer after the other: a session runs once at a time
 
 async function opened(graph) {
   if (!runtime) {
@@ -15,8 +16,11 @@ async function opened(graph) {
     runtime = {ort, weights: new Uint8Array(await weights.arrayBuffer())};
   }
   const externalData = [{path: "weights.bin", data: runtime.weights}];
-  if (!sessions[graph])
-    sessions[graph] = runtime.ort.InferenceSession.create("model/" + graph, {executionProviders: ["wasm"], externalData});
+  if (!sessions[graph]) {
+    const made = runtime.ort.InferenceSession.create("model/" + graph, {executionProviders: ["wasm"], externalData});
+    sessions[graph] = made;
+    made.catch(() => { delete sessions[graph]; });  // the next try begins anew
+  }
   return sessions[graph];
 }
 
@@ -38,10 +42,12 @@ function pixelsOf(bitmap) {  // {h, w, data: 3 values a pixel}
   const {width: w, height: h} = bitmap, canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [w, h];
   const context = canvas.getContext("2d", {willReadFrequently: true});
-  context.fillRect(0, 0, w, h);  // what is transparent is black
   context.drawImage(bitmap, 0, 0);
   const from = context.getImageData(0, 0, w, h).data, data = new Uint8ClampedArray(h * w * 3);
-  for (let i = 0; i < h * w; i++) for (let c = 0; c < 3; c++) data[3 * i + c] = from[4 * i + c];
+  for (let i = 0; i < h * w; i++) {
+    if (from[4 * i + 3] < 255) throw new Error("it has transparent parts, whose colours a browser does not give. Save it without");
+    for (let c = 0; c < 3; c++) data[3 * i + c] = from[4 * i + c];
+  }
   return {h, w, data};
 }
 const cubic = (x) => x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;  // Keys, a = -0.5
@@ -108,7 +114,13 @@ function prepared(bitmap) {
 
 // --- the model ---
 
-async function computed(photo, one) {
+function computed(photo, one) {
+  const wait = turn.then(() => photo.answers[one.key] || run(photo, one));
+  turn = wait.catch(() => {});
+  return wait;
+}
+async function run(photo, one) {
+  if (!state.alone) [state.alone, state.times] = [true, {}];  // what was measured elsewhere says nothing of this browser
   const session = await opened(OWN.graphs[one.key]);
   const {ort} = runtime, [low, high] = OWN.range, {data: pixels} = photo.pixels, [h, w] = OWN.hw;
   const input = new Float32Array(h * w * 3);
@@ -123,8 +135,6 @@ async function computed(photo, one) {
 }
 
 async function ownAlone(file) {
-  if (location.protocol === "file:")
-    throw new Error("the model cannot be read from the disk. Serve the folder of this page, e.g. `python -m http.server`");
   const pixels = prepared(await decoded(file)), canvas = document.createElement("canvas"), {h, w, data} = pixels;
   [canvas.width, canvas.height] = [w, h];
   const shown = new ImageData(w, h);

@@ -33,9 +33,9 @@ def check(package: pathlib.Path, out: pathlib.Path, kind: str, channels: int) ->
         f"{package} has no dist/{name}; expected the unpacked npm package onnxruntime-web: `npm pack onnxruntime-web`"
         " and `tar -xf` give a folder `package`."
       )
-  if (out / "model").exists():
+  if (out / "model").exists() and not (out / "model" / "record.json").is_file():
     raise errors.UserError(
-      f"{out / 'model'} is there already; give another --static, or remove it."
+      f"{out / 'model'} is there already, of something else; give another --static, or remove it."
     )
 
 
@@ -52,12 +52,14 @@ def steps(pp: str) -> Json:
     UserError: it does something else; a page that prepared photos otherwise would give other answers.
   """
   listed: list[Json] = []
-  found: Json = {"range": [-1.0, 1.0]}
+  found: Json = {}
   least: Any = None  # sides that every photo has
   for op in data.parse(predictor.of_images(pp)).ops:
     given: Any = inspect.signature(op.function).bind_partial(None, *op.args, **op.kwargs)
     given.apply_defaults()
     value = given.arguments
+    if "range" in found:
+      raise errors.UserError(f"--onnxruntime_web: {op.text} follows value_range; {_EXPECTED}.")
     if op.function is data.OPS["value_range"]:
       found["range"] = [float(value["vmin"]), float(value["vmax"])]
     elif op.function is data.OPS["resize"] and value["method"] in METHODS:
@@ -71,12 +73,12 @@ def steps(pp: str) -> Json:
     elif op.function is data.OPS["central_crop"] and least and _fits(value["size"], least):
       least = found["hw"] = _sides(value["size"])
       listed.append({"crop": least, "half": value["half"]})
-    elif op.function is not data.OPS["decode"]:
+    elif op.function is not data.OPS["decode"] or value["exif"] is False or value["bits"] != 16:
       raise errors.UserError(
         f"--onnxruntime_web: the page cannot do {op.text} of this model's images; {_EXPECTED}."
       )
-  if "hw" not in found:
-    raise errors.UserError(f"--onnxruntime_web: {pp} gives images of no one shape; {_EXPECTED}.")
+  if "hw" not in found or "range" not in found:
+    raise errors.UserError(f"--onnxruntime_web: {pp} gives no floats of one shape; {_EXPECTED}.")
   return found | {"steps": listed}
 
 
@@ -104,6 +106,7 @@ def add(
   """
   prepared = steps(loaded.pp)
   out.mkdir(parents=True, exist_ok=True)
+  shutil.rmtree(out / "model", ignore_errors=True)  # that of an earlier page, see `check`
   onnx.write(
     out / "model",
     loaded.model,

@@ -49,6 +49,10 @@ def test_a_preparation_that_the_page_can_do():
     "decode|resize(24)|flip_lr|value_range",
     "decode|central_crop(24)|value_range",
     "decode|value_range",
+    "decode|resize(24)",
+    "decode|resize(24)|value_range|value_range",
+    "decode(exif=False)|resize(24)|value_range",
+    "decode(bits=12)|resize(24)|value_range",
   ],
 )
 def test_another_preparation_is_refused(pp):
@@ -62,7 +66,7 @@ def test_what_is_missing_or_in_the_way_is_said(tmp_path):
   for kind, channels in (("masks", 3), ("boxes", 3), ("texts", 3), ("classes", 1)):
     with pytest.raises(errors.UserError, match="classes of their own, of images with 3 channels"):
       own.check(package, tmp_path / "out", kind, channels)
-  (tmp_path / "out" / "model").mkdir(parents=True)
+  (tmp_path / "out" / "model").mkdir(parents=True)  # of something else
   with pytest.raises(errors.UserError, match="model is there already"):
     own.check(package, tmp_path / "out", "classes", 3)
   (package / "dist" / own.SCRIPTS[2]).unlink()
@@ -178,16 +182,35 @@ def test_photos_get_predicts_answers(
     (page_folder / "no.jpg").write_text("no photo")
     page.set_input_files("#file", page_folder / "no.jpg")
     wait_for(lambda: "no.jpg: this browser cannot read it" in page.inner_text("#status"))
+    Image.new("RGBA", (30, 30), (255, 0, 0, 9)).save(page_folder / "clear.png")
+    page.set_input_files("#file", page_folder / "clear.png")
+    wait_for(lambda: "clear.png: it has transparent parts" in page.inner_text("#status"))
     assert said == []
 
 
 @pytest.mark.convert
-def test_from_the_disk_it_says_what_it_needs(page_and_photos, browser, opened, wait_for):
-  page_folder, photos = page_and_photos
+def test_the_slider_may_move_while_sizes_are_computed(
+  page_and_photos, address, browser, opened, expected, top_of, wait_for
+):
+  folder, photos = page_and_photos
+  with opened(browser, address) as (page, said):
+    page.wait_for_selector("#top li")
+    page.focus("#size")
+    page.set_input_files("#file", photos[1])
+    for key in ("Home", "End") * 10:
+      page.keyboard.press(key)
+    (wanted,) = expected(folder.parent / "model.npz", [photos[1]], SIZES[-1])
+    wait_for(lambda: _alike(top_of(page), wanted))
+    assert said == []
+
+
+@pytest.mark.convert
+def test_from_the_disk_it_says_what_it_needs(page_and_photos, browser, opened):
+  page_folder, _ = page_and_photos
   with opened(browser, (page_folder / "index.html").as_uri(), offline=True) as (page, said):
     page.wait_for_selector("#top li")
-    page.set_input_files("#file", photos[0])
-    wait_for(lambda: "python -m http.server" in page.inner_text("#status"))
+    assert "python -m http.server" in page.inner_text("#about")
+    assert not page.locator("#file").is_visible()
     assert said == []
 
 
