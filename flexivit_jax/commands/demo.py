@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
   """Writes OUT/index.html, which needs no server and loads nothing."""
   from flexivit_jax import weights
   from flexivit_jax.budget import profile as profiles
-  from flexivit_jax.demo import content, own
+  from flexivit_jax.demo import content, in_browser
   from flexivit_jax.devices import compilation
   from flexivit_jax.inference import budgets, predictor
 
@@ -73,8 +73,10 @@ def run(args: argparse.Namespace) -> None:
   name = pathlib.Path(args.checkpoint).name
   said = content.about(loaded.model, name, (height, width, channels), sizes, profile)
   if args.onnxruntime_web is not None:
-    own.check(args.onnxruntime_web, args.static, "texts" if among else said["kind"], channels)
-    said["own"] = own.add(args.static, loaded, sizes, args.onnxruntime_web)
+    in_browser.check(
+      args.onnxruntime_web, args.static, "texts" if among else said["kind"], channels
+    )
+    said["own"] = in_browser.add(args.static, loaded, sizes, args.onnxruntime_web)
   said["photos"] = content.answers(loaded, photos, sizes, among)
   print(f"wrote {content.write(args.static, said)}: {len(photos)} photos at {len(sizes)} sizes")
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from flexivit_jax import errors
 from flexivit_jax.analyses import relevance
 from flexivit_jax.budget.profile import Profile
-from flexivit_jax.demo import kinds, own
+from flexivit_jax.demo import in_browser, kinds
 from flexivit_jax.demo.kinds import Photo
 from flexivit_jax.inference import boxes, picture_files, predictor, programs, texts
 from flexivit_jax.models import FlexiViT
@@ -177,7 +177,7 @@ def html(content: Mapping[str, Any]) -> str:
   # In a script element "</script" and "<!--" would be read as markup.
   text = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
   # The data last: they may hold what looks like a mark.
-  return page.replace("/*OWN*/", own.script() if content.get("own") else "").replace(
+  return page.replace("/*OWN*/", in_browser.script() if content.get("own") else "").replace(
     "/*DATA*/", text
   )
 

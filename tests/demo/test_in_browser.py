@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from flexivit_jax import cli, errors
-from flexivit_jax.demo import own
+from flexivit_jax.demo import in_browser
 from flexivit_jax.inference import predictor
 
 SIZES = (2, 4)
@@ -23,17 +23,19 @@ SIZES = (2, 4)
 def package_of(folder):
   """What stands for the npm package: empty files of its names."""
   (folder / "dist").mkdir(parents=True)
-  for name in own.SCRIPTS:
+  for name in in_browser.SCRIPTS:
     (folder / "dist" / name).write_text("")
   return folder
 
 
 def test_a_preparation_that_the_page_can_do():
-  found = own.steps("decode|resize(24)|value_range(-1, 1)")
+  found = in_browser.steps("decode|resize(24)|value_range(-1, 1)")
   assert found["steps"] == [{"resize": [24, 24], "method": "linear"}]
-  found = own.steps("decode(exif=True)|resize((24, 12), 'cubic')|value_range(vmin=0)|onehot(3)")
+  found = in_browser.steps(
+    "decode(exif=True)|resize((24, 12), 'cubic')|value_range(vmin=0)|onehot(3)"
+  )
   assert found["hw"] == [24, 12] and found["range"] == [0.0, 1.0]
-  found = own.steps(
+  found = in_browser.steps(
     "decode|resize_small(28, method='cubic')|central_crop(24, half='even')|value_range"
   )
   small = {"small": 28, "rounding": "nearest", "method": "cubic"}
@@ -57,21 +59,21 @@ def test_a_preparation_that_the_page_can_do():
 )
 def test_another_preparation_is_refused(pp):
   with pytest.raises(errors.UserError, match="expected decode, resize or resize_small"):
-    own.steps(pp)
+    in_browser.steps(pp)
 
 
 def test_what_is_missing_or_in_the_way_is_said(tmp_path):
   package = package_of(tmp_path / "package")
-  own.check(package, tmp_path / "out", "classes", 3)
+  in_browser.check(package, tmp_path / "out", "classes", 3)
   for kind, channels in (("masks", 3), ("boxes", 3), ("texts", 3), ("classes", 1)):
     with pytest.raises(errors.UserError, match="classes of their own, of images with 3 channels"):
-      own.check(package, tmp_path / "out", kind, channels)
+      in_browser.check(package, tmp_path / "out", kind, channels)
   (tmp_path / "out" / "model").mkdir(parents=True)  # of something else
   with pytest.raises(errors.UserError, match="model is there already"):
-    own.check(package, tmp_path / "out", "classes", 3)
-  (package / "dist" / own.SCRIPTS[2]).unlink()
-  with pytest.raises(errors.UserError, match=f"has no dist/{own.SCRIPTS[2]}.*npm pack"):
-    own.check(package, tmp_path / "new", "classes", 3)
+    in_browser.check(package, tmp_path / "out", "classes", 3)
+  (package / "dist" / in_browser.SCRIPTS[2]).unlink()
+  with pytest.raises(errors.UserError, match=f"has no dist/{in_browser.SCRIPTS[2]}.*npm pack"):
+    in_browser.check(package, tmp_path / "new", "classes", 3)
 
 
 # --- in Chromium ---
@@ -145,8 +147,8 @@ def test_photos_are_prepared_as_by_python_within_one_grey_level(browser, tmp_pat
   Image.fromarray(low).resize(hw[::-1], Image.Resampling.BICUBIC).save(tmp_path / "a.png")
   content = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
   page = browser.new_page()
-  page.evaluate(f"DEMO = {json.dumps({'own': own.steps(pp)})}")
-  page.add_script_tag(content=own.script())
+  page.evaluate(f"DEMO = {json.dumps({'own': in_browser.steps(pp)})}")
+  page.add_script_tag(content=in_browser.script())
   got = page.evaluate(
     """async (text) => {
       const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
@@ -157,7 +159,7 @@ def test_photos_are_prepared_as_by_python_within_one_grey_level(browser, tmp_pat
   )
   page.close()
   ours = predictor.preparer(pp, 3)(str(tmp_path / "a.png"))
-  low, high = own.steps(pp)["range"]
+  low, high = in_browser.steps(pp)["range"]
   wanted = (ours - low) / (high - low) * 255
   assert got[:2] == [*ours.shape[:2]]
   assert np.abs(np.reshape(got[2:], ours.shape) - wanted).max() < 1.01

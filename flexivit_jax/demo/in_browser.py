@@ -125,4 +125,4 @@ def add(
 
 def script() -> str:
   """What the page runs for it, a script of its own."""
-  return resources.files("flexivit_jax.demo").joinpath("own.js").read_text("utf-8")
+  return resources.files("flexivit_jax.demo").joinpath("in_browser.js").read_text("utf-8")
