@@ -13,7 +13,6 @@ onnxruntime and requirements-browser.txt.
 
 import argparse
 import base64
-import csv
 import functools
 import http.server
 import pathlib
@@ -29,11 +28,12 @@ import numpy as np
 
 from flexivit_jax import cli, errors
 from flexivit_jax.commands import options
+from flexivit_jax.demo.in_browser import SCRIPTS
+from flexivit_jax.evaluators import results
 from flexivit_jax.inference import picture_files
 from flexivit_jax.weights.export import onnx
 
 COLUMNS = ("way", "patch", "tokens", "median_ms", "p90_ms", "largest_difference", "load_ms", "mb")
-SCRIPTS = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 _PAGE = (
   b"<!doctype html><meta charset=utf-8><link rel=icon href=data:,><title>onnxruntime-web</title>"
 )
@@ -221,16 +221,13 @@ def main() -> None:
   p.add_argument("--server", default="", help="the address of `flexivit serve` of the same model")
   p.add_argument("--threads", type=options.whole_numbers, default=(1, 2), metavar="N,N")
   p.add_argument("--rounds", type=int, default=20)
-  p.add_argument("--csv", type=pathlib.Path, help="the file to write")
+  p.add_argument("--csv", type=pathlib.Path, help="the file to add the rows to")
   args = p.parse_args()
   found = measure(args)
   for one in found:
     print(*(f"{name} {value}" for name, value in one.items()), sep="  ")
   if args.csv:
-    with args.csv.open("w", newline="") as file:
-      writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-      writer.writeheader()
-      writer.writerows(found)
+    results.append_csv(args.csv, found)
 
 
 if __name__ == "__main__":

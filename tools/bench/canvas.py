@@ -9,7 +9,7 @@ models whose photos are made square by `resize`. Differences are in grey levels,
 
 import argparse
 import base64
-import csv
+import json
 import pathlib
 import shutil
 import statistics
@@ -21,6 +21,8 @@ from PIL import Image
 
 from flexivit_jax import cli, errors
 from flexivit_jax.data.inputs import find_images
+from flexivit_jax.demo import in_browser
+from flexivit_jax.evaluators import results
 from flexivit_jax.inference import outputs, predictor, programs
 from flexivit_jax.sizes import SeqHw, size_text
 
@@ -34,29 +36,19 @@ COLUMNS = (
   "other_class",
 )
 WAYS = ("bilinear", "canvas")
+# Of "canvas" the resize is the canvas's own; the rest of the preparation is the page's.
 _PREPARE = """async ([text, height, width, way]) => {
   const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
-  const photo = await createImageBitmap(new Blob([bytes]), {colorSpaceConversion: "none", premultiplyAlpha: "none"});
-  const [h, w] = way === "canvas" ? [height, width] : [photo.height, photo.width];
-  const context = new OffscreenCanvas(w, h).getContext("2d", {willReadFrequently: true});
-  context.imageSmoothingQuality = "high";
-  context.drawImage(photo, 0, 0, w, h);
-  const from = context.getImageData(0, 0, w, h).data, out = new Uint8Array(height * width * 3);
-  const ends = (i, n, old) => {  // the two neighbours, and how near the second is
-    const at = Math.min(Math.max((i + 0.5) * old / n - 0.5, 0), old - 1), low = Math.floor(at);
-    return [low, Math.min(low + 1, old - 1), at - low];
-  };
-  for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
-    const [top, bottom, v] = ends(y, height, h), [left, right, u] = ends(x, width, w);
-    for (let c = 0; c < 3; c++) {
-      const value = (row, column) => from[4 * (row * w + column) + c];
-      const above = (1 - u) * value(top, left) + u * value(top, right);
-      const below = (1 - u) * value(bottom, left) + u * value(bottom, right);
-      out[3 * (y * width + x) + c] = Math.round((1 - v) * above + v * below);
-    }
+  let photo = await decoded(new Blob([bytes]));
+  if (way === "canvas") {
+    const canvas = new OffscreenCanvas(width, height), context = canvas.getContext("2d", {willReadFrequently: true});
+    context.imageSmoothingQuality = "high";
+    context.drawImage(photo, 0, 0, width, height);
+    photo = canvas.transferToImageBitmap();
   }
+  const {data} = way === "canvas" ? pixelsOf(photo) : prepared(photo);
   let answer = "";
-  for (let i = 0; i < out.length; i += 8192) answer += String.fromCharCode(...out.subarray(i, i + 8192));
+  for (let i = 0; i < data.length; i += 8192) answer += String.fromCharCode(...data.subarray(i, i + 8192));
   return btoa(answer);
 }"""
 
@@ -109,7 +101,7 @@ def main() -> None:
   p.add_argument("--image_size", type=int, default=240)
   p.add_argument("--seqhw", default="15")
   p.add_argument("--number", type=int, default=200, help="the first so many photos")
-  p.add_argument("--csv", type=pathlib.Path, help="the file to write")
+  p.add_argument("--csv", type=pathlib.Path, help="the file to add the rows to")
   args = p.parse_args()
   path = shutil.which("chromium") or shutil.which("google-chrome")
   if path is None:
@@ -120,15 +112,14 @@ def main() -> None:
   photos = find_images([args.images], outputs.note)[: args.number]
   with sync_playwright() as started:
     page = started.chromium.launch(executable_path=path, args=["--no-sandbox"]).new_page()
+    page.evaluate(f"DEMO = {json.dumps({'own': in_browser.steps(loaded.pp)})}")
+    page.add_script_tag(content=in_browser.script())
     sizes = predictor.sizes_of(args.seqhw, loaded)
     found = rows(page, loaded, [str(one.path) for one in photos], sizes)
   for one in found:
     print(*(f"{name} {value}" for name, value in one.items()), sep="  ")
   if args.csv:
-    with args.csv.open("w", newline="") as file:
-      writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-      writer.writeheader()
-      writer.writerows(found)
+    results.append_csv(args.csv, found)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from the slider's event to the frame that shows the new five classes, `--repeats
 """
 
 import argparse
-import csv
 import pathlib
 import shutil
 import statistics
 from typing import Any
 
 from flexivit_jax import cli, errors
+from flexivit_jax.evaluators import results
 
 COLUMNS = ("patch", "tokens", "cold_ms", "cold_worst_ms", "warm_ms", "warm_worst_ms")
 _PATIENCE_MS = 120_000
@@ -86,16 +86,13 @@ def main() -> None:
   p.add_argument("url")
   p.add_argument("photo")
   p.add_argument("--repeats", type=int, default=5)
-  p.add_argument("--csv", type=pathlib.Path, help="the file to write")
+  p.add_argument("--csv", type=pathlib.Path, help="the file to add the rows to")
   args = p.parse_args()
   found = rows(args.url, args.photo, args.repeats)
   for one in found:
     print(*(f"{name} {value}" for name, value in one.items()), sep="  ")
   if args.csv:
-    with args.csv.open("w", newline="") as file:
-      writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-      writer.writeheader()
-      writer.writerows(found)
+    results.append_csv(args.csv, found)
 
 
 if __name__ == "__main__":
