@@ -82,7 +82,7 @@ def of(loaded: predictor.Loaded, among: texts.Names | None = None) -> Kind:
       name,
       boxes.boxes_and_logits,
       lambda photo, output: boxes.detections(output[:, :4], output[:, 4:], photo.window, names),
-      lambda found, finest: {"boxes": [_box_as_json(one) for one in found]},
+      lambda found, finest: {"boxes": [boxes.drawn_as_json(one) for one in found]},
     )
 
   def top(photo: Photo, output: np.ndarray) -> Any:
@@ -112,10 +112,6 @@ def _picture(mask: Integer[np.ndarray, "h w"], classes: int) -> Image.Image:
     return overlays.palette_image(mask, classes)
   table = np.array([class_colours.colour(k) for k in range(classes)], np.uint8)
   return Image.fromarray(table[mask])
-
-
-def _box_as_json(one: boxes.Detection) -> Json:
-  return boxes.detection_as_json(one) | {"colour": class_colours.hex_colour(one.number)}
 
 
 def address(picture: Image.Image | bytes) -> str:

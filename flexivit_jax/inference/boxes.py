@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from scipy import special
 
-from flexivit_jax.data import annotations, box_pictures
+from flexivit_jax.data import annotations, box_pictures, class_colours
 from flexivit_jax.data.inputs import Input
 from flexivit_jax.inference import outputs, picture_files, predictor, whole_images
 from flexivit_jax.inference.picture_files import Sizes
@@ -239,6 +239,11 @@ def detection_as_json(one: Detection) -> Json:
   """Returns one object of an answer."""
   name = {"name": one.name} if one.name else {}
   return {"class": one.number, **name, "score": outputs.exact(one.score), "box": _rounded(one)}
+
+
+def drawn_as_json(one: Detection) -> Json:
+  """Returns one object of an answer, with the colour in which it is drawn."""
+  return detection_as_json(one) | {"colour": class_colours.hex_colour(one.number)}
 
 
 def _rounded(one: Detection) -> list[float]:

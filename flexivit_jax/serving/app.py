@@ -156,7 +156,7 @@ class Server:
       if isinstance(image, BaseException):
         raise image
       if image.shape != self.served.shape:
-        raise RefusedError(400, f"image {number} {_unlike(image.shape, self.served.shape)}")
+        raise RefusedError(400, f"image {number} {_other_shape(image.shape, self.served.shape)}")
     return [image for image in done if not isinstance(image, BaseException)]
 
   async def _answers(
@@ -371,7 +371,7 @@ class Server:
     return self.times.safe((lane.what, lane.size, batch))
 
 
-def _unlike(got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+def _other_shape(got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
   (h, w), (high, wide) = got[:2], wanted[:2]
   return f"is {h} x {w} pixels as the model sees it; this server takes {high} x {wide}: cut it to these proportions"
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from flexivit_jax.data import class_colours
 from flexivit_jax.inference import (
   boxes,
   masks,
@@ -54,7 +53,5 @@ def _mask(origin: Origin, scores: Float[np.ndarray, "h w k"], names: list[str]) 
 
 def _boxes(origin: Origin, output: Float[np.ndarray, "l _"], names: list[str]) -> Json:
   found = boxes.detections(output[:, :4], output[:, 4:], origin, names)
-  rows = [
-    boxes.detection_as_json(one) | {"colour": class_colours.hex_colour(one.number)} for one in found
-  ]
+  rows = [boxes.drawn_as_json(one) for one in found]
   return {"hw": origin[:2].astype(int).tolist(), "window": origin.tolist(), "detections": rows}

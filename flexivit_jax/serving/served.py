@@ -76,8 +76,10 @@ def load(
       no common shape; names for a model that takes none at the start, or none for a detector that does.
   """
   if pathlib.Path(path).suffix == ".zip":
-    if way != programs.PLAIN:
-      raise errors.UserError(f"{path} is an artifact, which XLA runs as it is; leave --way out.")
+    if way != programs.PLAIN or names is not None:
+      raise errors.UserError(
+        f"{path} is an artifact, which XLA runs as it is; leave --way and --names out."
+      )
     return _of_artifact(pathlib.Path(path), image_size)
   if weights.tasks.is_whole(path):
     if way != programs.PLAIN:
@@ -89,6 +91,13 @@ def load(
     raise errors.UserError(
       f"--names are for detectors; {path} takes names with a request, or has classes of its own."
     )
+  return _of_classes(path, image_size, way, loading)
+
+
+def _of_classes(
+  path: str | pathlib.Path, image_size: int | None, way: programs.Way, loading: Json
+) -> Served:
+  """A model that gives classes, of its own or of names that come with a request, and features."""
   loaded = _with_texts(path, image_size, **loading)
   digest = weights.towers.digest(loaded.model, loaded.params)
   all_weights = trees.digest(loaded.params)

@@ -116,7 +116,9 @@ async def test_an_artifact_is_served(file, photos, serving, tmp_path):
       assert row["name"] == name and row["probability"] == pytest.approx(p, abs=1e-6)
     assert server.metrics.compilations_after_ready() == 0
   assert served.sizes(served.load(out), None) == (2, 4)
-  with pytest.raises(errors.UserError, match="leave --way out"):
+  with pytest.raises(errors.UserError, match="leave --way and --names out"):
     served.load(out, way=programs.Way("onnx"))
+  with pytest.raises(errors.UserError, match="leave --way and --names out"):
+    served.load(out, names=["cat"])
   with pytest.raises(errors.UserError, match="seqhw=3 is not in"):
     served.sizes(served.load(out), "3")
