@@ -56,9 +56,8 @@ def report(
   _write(out / "training.csv", training.csv_of(curves) if curves else None)
   data = json.dumps(pareto.to_json_all(loaded), indent=2, allow_nan=False)
   (out / "report.json").write_text(data + "\n", encoding="utf-8")
-  html = page.render(
-    loaded, wide=wide, narrow=narrow, command=command, training=training.section(curves)
-  )
+  sections = compared.section(comparisons) + training.section(curves)
+  html = page.render(loaded, wide=wide, narrow=narrow, command=command, sections=sections)
   (out / "report.html").write_text(html, encoding="utf-8")
   return out / "report.html"
 

@@ -191,9 +191,9 @@ def csv_of(comparisons: Sequence[Comparison]) -> str:
   return file.getvalue()
 
 
-def section(runs: Sequence[ReportRun]) -> str:
+def section(comparisons: Sequence[Comparison]) -> str:
   """Returns the part of the page about differences; "" where there is nothing to compare."""
-  return "".join(map(_html, compare(runs)))
+  return "".join(map(_html, comparisons))
 
 
 def _html(pair: Comparison) -> str:

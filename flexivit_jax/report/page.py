@@ -7,7 +7,7 @@ from importlib import resources
 from string import Template
 
 from flexivit_jax.evaluators.metrics import Metric
-from flexivit_jax.report import boxes, classes, compared, pareto, plots, segments, tables
+from flexivit_jax.report import boxes, classes, pareto, plots, segments, tables
 from flexivit_jax.report.runs import ReportRun, is_trained
 
 _VARIABLES = {
@@ -26,9 +26,16 @@ def render(
   wide: Mapping[str, plots.Drawing],
   narrow: Mapping[str, plots.Drawing],
   command: str,
-  training: str = "",
+  sections: str = "",
 ) -> str:
-  """Returns the page; `wide` and `narrow` hold a figure for each of `plots.AXES`, `training` is a section."""
+  """Returns the page.
+
+  Args:
+    runs: in the order of their curves.
+    wide, narrow: a figure for each of `plots.AXES`.
+    command: for the footer.
+    sections: HTML that stands before the tables of classes.
+  """
   template = Template((resources.files(__package__) / "page.html").read_text(encoding="utf-8"))
   metric = runs[0].metric
   alt = {axis: f"{tables.capital(metric.long)} against {_AGAINST[axis]}" for axis in plots.AXES}
@@ -56,8 +63,7 @@ def render(
     compared=_compared(runs),
     dominated=_dominated(runs),
     facts=_facts(runs, command),
-    differences=compared.section(runs),
-    training=training,
+    sections=sections,
     classes=classes.section(runs) + segments.section(runs) + boxes.section(runs),
   )
 

@@ -11,7 +11,16 @@ import pytest
 
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import intervals
-from flexivit_jax.report import page, pareto, plots, report, runs as runs_lib, table, tables
+from flexivit_jax.report import (
+  compared,
+  page,
+  pareto,
+  plots,
+  report,
+  runs as runs_lib,
+  table,
+  tables,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "report_of_accuracies.html"
 GRIDS = (2, 3, 4, 6, 8)
@@ -113,7 +122,8 @@ def test_each_figure_has_its_points_as_csv(demo, tmp_path):
 def test_the_page_of_accuracies_is_the_one_before_other_metrics_had_pages(demo):
   loaded = runs_lib.load(demo)
   nothing = dict.fromkeys(plots.AXES, plots.Drawing("", "<svg ></svg>", b""))
-  text = page.render(loaded, wide=nothing, narrow=nothing, command="made here")
+  sections = compared.section(compared.compare(loaded))
+  text = page.render(loaded, wide=nothing, narrow=nothing, command="made here", sections=sections)
   body = re.sub(r"<svg.*?</svg>\s*", "", text[text.index("<main>") :], flags=re.DOTALL)
   assert body == GOLDEN.read_text(encoding="utf-8")
 
