@@ -128,14 +128,17 @@ def _evaluations(settings: Mapping[str, Any]) -> str:
   """Opens what the evaluations of a config need, as `flexivit train` does before its first step."""
   from flexivit_jax import experiment
 
-  sections = settings.get("evals") or {}
-  lost = experiment.missing_data(sections)
-  if lost:
+  try:
+    exp = experiment.from_config(settings)
+  except errors.UserError:
+    sections = settings.get("evals") or {}
+    lost = experiment.missing_data(sections)  # all of them, not only the first
+    if not lost:
+      raise
     keys = ", ".join(lost)
     wrong(
       f"{len(lost)} of {len(sections)} have no data ({keys}): "
       + " ".join(dict.fromkeys(lost.values())),
       "prepare them, or leave an evaluation out: --config.evals.NAME=None",
     )
-  exp = experiment.from_config(settings)
   return f"{len(exp.evaluations)}: {', '.join(exp.evaluations)}" if exp.evaluations else "none"
