@@ -1,4 +1,4 @@
-"""What `flexivit flexify` measured of each size, as the values of a profile: for who has images without labels."""
+"""What `flexivit flexify` measured of each size, as the values of a profile: where images have no labels."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from flexivit_jax.sizes import SeqHw, from_text, size_text
 from flexivit_jax.trees import Json
 
 NAME = "retention.json"
-# What stands for accuracy: with labels that itself, else how near to the original.
+# The metrics of retention.json. The first of `_ORDER` that its rows have stands for accuracy.
 _BOXES = metrics.Metric("kept", unit="%", title="boxes of the original that are found")
 _METRICS = {
   metric.name: metric

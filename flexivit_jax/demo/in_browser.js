@@ -45,7 +45,7 @@ function pixelsOf(bitmap) {  // {h, w, data: 3 values a pixel}
   context.drawImage(bitmap, 0, 0);
   const from = context.getImageData(0, 0, w, h).data, data = new Uint8ClampedArray(h * w * 3);
   for (let i = 0; i < h * w; i++) {
-    if (from[4 * i + 3] < 255) throw new Error("it has transparent parts, whose colours a browser does not give. Save it without");
+    if (from[4 * i + 3] < 255) throw new Error("it has transparent parts, whose colours a browser does not give. Save it without transparency");
     for (let c = 0; c < 3; c++) data[3 * i + c] = from[4 * i + c];
   }
   return {h, w, data};

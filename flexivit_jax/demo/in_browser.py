@@ -33,7 +33,8 @@ def check(package: pathlib.Path, out: pathlib.Path, kind: str, channels: int) ->
         f"{package} has no dist/{name}; expected the unpacked npm package onnxruntime-web: `npm pack onnxruntime-web`"
         " and `tar -xf` give a folder `package`."
       )
-  if (out / "model").exists() and not (out / "model" / "record.json").is_file():
+  earlier = (out / "index.html").is_file() and (out / "model" / "record.json").is_file()
+  if (out / "model").exists() and not earlier:
     raise errors.UserError(
       f"{out / 'model'} is there already, of something else; give another --static, or remove it."
     )
@@ -95,6 +96,8 @@ def add(
 ) -> Json:
   """Writes OUT/model, the graphs and their weights, and OUT/ort, the files of the package; returns the page's part.
 
+  The model of an earlier page goes only when the new one is written.
+
   Args:
     out: the folder of the page.
     loaded: a classifier.
@@ -106,15 +109,18 @@ def add(
   """
   prepared = steps(loaded.pp)
   out.mkdir(parents=True, exist_ok=True)
-  shutil.rmtree(out / "model", ignore_errors=True)  # that of an earlier page, see `check`
+  new = out / "model.new"
+  shutil.rmtree(new, ignore_errors=True)  # of a command that was stopped
   onnx.write(
-    out / "model",
+    new,
     loaded.model,
     loaded.params,
     loaded.record,
     image_hw=(prepared["hw"][0], prepared["hw"][1]),
     sizes=sizes,
   )
+  shutil.rmtree(out / "model", ignore_errors=True)
+  new.rename(out / "model")
   (out / "ort").mkdir(exist_ok=True)
   for name in SCRIPTS:
     shutil.copyfile(package / "dist" / name, out / "ort" / name)

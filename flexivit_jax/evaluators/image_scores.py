@@ -22,7 +22,7 @@ MAX_BYTES = 2**28  # of arrays in a file: 50,000 images at 5,000 sizes
 class ImageScores(NamedTuple):
   """Images in the order of their ids; `right` holds for each size, by `size_name`, 1 for each image that is right.
 
-  An id is the number of the example in its data set and split. `labels` are of a check that equal ids are equal images.
+  An id is the number of the example in its data set and split. `labels` check that equal ids mean equal images.
   """
 
   ids: Integer[np.ndarray, "n"]

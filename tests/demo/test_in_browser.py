@@ -68,9 +68,12 @@ def test_what_is_missing_or_in_the_way_is_said(tmp_path):
   for kind, channels in (("masks", 3), ("boxes", 3), ("texts", 3), ("classes", 1)):
     with pytest.raises(errors.UserError, match="classes of their own, of images with 3 channels"):
       in_browser.check(package, tmp_path / "out", kind, channels)
-  (tmp_path / "out" / "model").mkdir(parents=True)  # of something else
+  (tmp_path / "out" / "model").mkdir(parents=True)
+  (tmp_path / "out" / "model" / "record.json").write_text("{}")  # an export of the user's
   with pytest.raises(errors.UserError, match="model is there already"):
     in_browser.check(package, tmp_path / "out", "classes", 3)
+  (tmp_path / "out" / "index.html").write_text("")  # an earlier page
+  in_browser.check(package, tmp_path / "out", "classes", 3)
   (package / "dist" / in_browser.SCRIPTS[2]).unlink()
   with pytest.raises(errors.UserError, match=f"has no dist/{in_browser.SCRIPTS[2]}.*npm pack"):
     in_browser.check(package, tmp_path / "new", "classes", 3)
@@ -109,7 +112,9 @@ def page_and_photos(tmp_path_factory, save_small, package):
   low.convert("L").resize((30, 30)).save(photos[3])
   given = ["demo", folder / "model.npz", "--static", folder / "page", "--images", photos[0]]
   given += ["--onnxruntime_web", package]
-  assert cli.main([str(one) for one in given]) in (None, 0)
+  for _ in range(2):  # the second page replaces the first
+    assert cli.main([str(one) for one in given]) in (None, 0)
+  assert {path.name for path in (folder / "page").iterdir()} == {"index.html", "model", "ort"}
   return folder / "page", photos
 
 
