@@ -54,6 +54,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     "--way", default="jax", help="what runs it: jax, jax:bfloat16, onnx or onnx:int8 (default jax)",
   )  # fmt: skip
   p.add_argument("--only", choices=("predict", "embed"), help="one route, and half the programs")
+  _add_limits(p)
+  options.add_reading(p)
+
+
+def _add_limits(p: argparse.ArgumentParser) -> None:
+  """What a request may take, and who may ask."""
   p.add_argument(
     "--max_wait_ms", type=float, default=5.0, help="an image waits for others (default 5)"
   )
@@ -85,7 +91,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     "--token_file", type=options.path,
     help="requests need the token in this file, Authorization: Bearer ...; or in the environment as FLEXIVIT_TOKEN",
   )  # fmt: skip
-  options.add_reading(p)
 
 
 def run(args: argparse.Namespace) -> None:
