@@ -79,7 +79,9 @@ def steps(pp: str) -> Json:
         f"--onnxruntime_web: the page cannot do {op.text} of this model's images; {_EXPECTED}."
       )
   if "hw" not in found or "range" not in found:
-    raise errors.UserError(f"--onnxruntime_web: {pp} gives no floats of one shape; {_EXPECTED}.")
+    raise errors.UserError(
+      f"--onnxruntime_web: {pp} does not end in images of one shape and value_range; {_EXPECTED}."
+    )
   return found | {"steps": listed}
 
 
