@@ -11,12 +11,12 @@ from PIL import Image
 
 from flexivit_jax import errors
 from flexivit_jax.data.inputs import Input
-from flexivit_jax.demo import live
 from flexivit_jax.inference import boxes, masks, predictor, programs
 
 pytestmark = pytest.mark.full
 testclient = pytest.importorskip("starlette.testclient")
 pytest.importorskip("httpx")
+live = pytest.importorskip("flexivit_jax.demo.live")
 app = pytest.importorskip("flexivit_jax.serving.app")
 choice = pytest.importorskip("flexivit_jax.serving.choice")
 served = pytest.importorskip("flexivit_jax.serving.served")

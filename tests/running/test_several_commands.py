@@ -167,6 +167,8 @@ def test_a_model_is_flexified_as_by_one_process(made, tmp_path, environment_of):
   for a, b in zip(one.pop("after"), two.pop("after"), strict=True):
     assert a["agree1"] == b["agree1"] and a["n"] == b["n"]
     assert a["kl"] == pytest.approx(b["kl"], rel=1e-2)
+  # Two processes may sum in another order, so the digests differ with the last bits of the weights, compared below.
+  assert len(one.pop("weights")) == len(two.pop("weights")) == 64
   assert one == two
   arrays = [np.load(out / "model.npz") for out in outs.values()]
   for name in arrays[0]:
