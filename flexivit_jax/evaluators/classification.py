@@ -47,8 +47,9 @@ def eval_step(
   scored = scores(logits, labels, loss)
   sums = masked_sums(scored, mask)
   if "_id" in batch:
-    per_image = {"top1": scored["top1"], "label": labels.argmax(axis=-1), "_mask": mask}
-    sums = sums._replace(per_image=per_image | {"_id": batch["_id"]})
+    label = jnp.where((labels > 0).any(axis=-1), labels.argmax(axis=-1), -1)
+    per_image = {"top1": scored["top1"], "label": label, "predicted": predicted(logits)}
+    sums = sums._replace(per_image=per_image | {"_mask": mask, "_id": batch["_id"]})
   if not per_class:
     return sums
   return sums._replace(tables={"confusion": confusion(logits, labels, mask)})
@@ -61,12 +62,16 @@ def confusion(
 
   Of several labels the class is the one that was predicted, if it is among them, else the first of the largest.
   """
-  k = logits.shape[-1]
-  predicted = logits.astype(jnp.float32).argmax(axis=-1)
-  hit = jnp.take_along_axis(labels, predicted[:, None], axis=-1)[:, 0] > 0
-  true = jnp.where(hit, predicted, labels.argmax(axis=-1))
+  k, found = logits.shape[-1], predicted(logits)
+  hit = jnp.take_along_axis(labels, found[:, None], axis=-1)[:, 0] > 0
+  true = jnp.where(hit, found, labels.argmax(axis=-1))
   true = jnp.where((labels > 0).any(axis=-1), true, k)
-  return jnp.zeros((k + 1, k), jnp.int32).at[true, predicted].add((mask > 0).astype(jnp.int32))
+  return jnp.zeros((k + 1, k), jnp.int32).at[true, found].add((mask > 0).astype(jnp.int32))
+
+
+def predicted(logits: Float[Array, "n k"]) -> Int[Array, "n"]:
+  """The class of the largest logit."""
+  return logits.astype(jnp.float32).argmax(axis=-1)
 
 
 def restricted(
@@ -98,6 +103,7 @@ def classification(
   label_map: str | None = None,
   skip_unlabelled: bool = False,
   per_class: bool = False,
+  samples: int = 8,
 ) -> PerSize:
   """Evaluates a model on labelled images.
 
@@ -114,9 +120,10 @@ def classification(
     skip_unlabelled: leave images without any label out of the means and of "n"; otherwise they are wrong.
     per_class: count images by their class and the predicted one, and give "top1_macro", the mean over the classes of
       their top1. Takes 4 * k * k bytes a size for k classes, at most `MAX_CLASSES`.
+    samples: how many images that some size gets wrong are kept to look at, see `image_samples`.
 
   Raises:
-    UserError: an unknown name; more classes than `per_class` bears; two towers, which have no classes.
+    UserError: an unknown name; more classes than `per_class` bears; two towers, which have no classes; samples below 0.
   """
   if loss not in losses.LOSSES:
     raise errors.unknown("loss", loss, losses.LOSSES)
@@ -124,6 +131,8 @@ def classification(
     raise errors.UserError(
       f"A {type(model).__name__} has no classes, but texts; use type='zero_shot', whose classes are texts."
     )
+  if samples < 0:
+    raise errors.UserError(f"samples={samples} of an evaluation; expected 0 or more.")
   chosen = None if label_map is None else label_maps.label_map(label_map)
   classes = model.num_classes if chosen is None else len(chosen.columns)
   if per_class and classes > MAX_CLASSES:
@@ -141,7 +150,15 @@ def classification(
   )
   sizes, inputs = sizes_of(seqhw, stride, depth), ("image", "labels")
   return PerSize(
-    fn, model, batches, mesh, sizes=sizes, inputs=inputs, label_map=chosen, scored="top1"
+    fn,
+    model,
+    batches,
+    mesh,
+    sizes=sizes,
+    inputs=inputs,
+    label_map=chosen,
+    scored="top1",
+    samples=samples,
   )
 
 

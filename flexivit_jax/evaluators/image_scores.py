@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +23,14 @@ MAX_BYTES = 2**28  # of arrays in a file: 50,000 images at 5,000 sizes
 class ImageScores(NamedTuple):
   """Images in the order of their ids; `right` holds for each size, by `size_name`, 1 for each image that is right.
 
-  An id is the number of the example in its data set and split. `labels` check that equal ids mean equal images.
+  An id is the number of the example in its data set and split. `labels`, -1 where there is none, check that equal ids
+  mean equal images. `predicted` are the classes that were found; a file does not keep them.
   """
 
   ids: Integer[np.ndarray, "n"]
   labels: Integer[np.ndarray, "n"]
   right: Mapping[str, UInt8[np.ndarray, "n"]]
+  predicted: Mapping[str, Integer[np.ndarray, "n"]] = MappingProxyType({})
 
 
 def size_name(row: Mapping[str, object]) -> str:
@@ -52,7 +55,7 @@ def of_batches(
   """Joins batches of all processes: of images whose "_mask" [n] is not 0, sorted by "_id" [n].
 
   Args:
-    sizes: by name the batches, the same images for all: "_mask", "_id", "label" and `scored`, each [n].
+    sizes: by name the batches, the same images for all: "_mask", "_id", "label", "predicted" and `scored`, each [n].
     scored: key of the values that are 1 for images that are right.
 
   Returns:
@@ -69,7 +72,8 @@ def of_batches(
   if (np.diff(ids) == 0).any():
     return None
   right = {size: values[scored][order].astype(np.uint8) for size, values in joined.items()}
-  return ImageScores(ids, first["label"][order], right)
+  predicted = {size: values["predicted"][order] for size, values in joined.items()}
+  return ImageScores(ids, first["label"][order], right, predicted)
 
 
 def encoded(scores: ImageScores) -> bytes:

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from flexivit_jax import errors, heartbeat
 from flexivit_jax.data import label_maps
 from flexivit_jax.devices import compilation, sharding
-from flexivit_jax.evaluators import image_scores, resampling
+from flexivit_jax.evaluators import image_samples, image_scores, resampling
 from flexivit_jax.evaluators.base import Batches, Report, Row, silent
 from flexivit_jax.evaluators.sums import Sums, means
 from flexivit_jax.models import Model
@@ -42,8 +42,9 @@ class PerSize:
     resampled: for each name in `Sums.per_image`, the metric as a function of the values' means over images
       (`resampling.Resampled`): `intervals.mean` where it is a mean; an intersection over union divides two
       of them. The row gets its interval, and its value where `Sums.total` does not give it.
-    scored: key of `Sums.per_image` that is 1 for an image that is right and 0 otherwise, beside "label", and "_id" of
-      batches that have it: `image_scores` then gives them. "": none.
+    scored: key of `Sums.per_image` that is 1 for an image that is right and 0 otherwise, beside "label", "predicted"
+      and "_id" of batches that have it: `image_scores` then gives them. "": none.
+    samples: how many images that were not right `pictures` gives, see `image_samples`; with `scored` alone.
   """
 
   def __init__(
@@ -61,9 +62,11 @@ class PerSize:
     label_map: label_maps.LabelMap | None = None,
     resampled: Mapping[str, resampling.Resampled] | None = None,
     scored: str = "",
+    samples: int = 0,
   ):
-    self.resampled, self.scored = dict(resampled or {}), scored
+    self.resampled, self.scored, self._number = dict(resampled or {}), scored, samples
     self._scores: image_scores.ImageScores | None = None
+    self._album, self._pictures = image_samples.Album(), dict[str, bytes]()
     self.fn, self.model, self.batches, self.mesh = fn, model, batches, mesh
     self.once, self.frozen = once and jax.jit(once), frozen
     self.inputs = (*inputs, "_mask")
@@ -106,12 +109,14 @@ class PerSize:
   def run(self, params: Params) -> list[Row]:
     """Returns for each size {"seqhw", the mean of each metric, "n"}; accuracies are fractions.
 
-    With tables also what `per_class` makes of "confusion"; with `resampled` also "intervals", (low, high) by metric.
+    With tables also what `per_class` makes of "confusion"; with `resampled` also "intervals", (low, high) by metric;
+    with `samples` also those, see `image_samples.row`.
     """
     sums: dict[SizeKey, list] = {key: [] for key in self.sizes}
     images: dict[SizeKey, list] = {key: [] for key in self.sizes}
     tables: dict[SizeKey, Tree] = {}
-    for outputs in self.outputs(params, self.batches):
+    seen = self._album.kept_of(self.batches) if self._number else self.batches
+    for outputs in self.outputs(params, seen):
       for key, output in outputs.items():
         sums[key].append(output._replace(tables=None, per_image=None))
         images[key].append(output.per_image)
@@ -129,6 +134,7 @@ class PerSize:
       self._scores = (
         image_scores.of_batches(jax.device_get(parts), self.scored) if distinct else None
       )
+      rows = self._with_samples(rows)
     if not tables:
       return rows
     counted = (jax.device_get(tables[key])["confusion"] for key in self.sizes)
@@ -137,6 +143,19 @@ class PerSize:
   def image_scores(self) -> image_scores.ImageScores | None:
     """Returns which images were right in the latest `run`, of all processes; None where no image has an "_id"."""
     return self._scores
+
+  def _with_samples(self, rows: list[Row]) -> list[Row]:
+    samples = image_samples.chosen(self._scores, self._number) if self._scores else []
+    self._pictures = self._album.files(samples) if samples else {}
+    names = map(image_scores.size_name, rows)
+    return [
+      row | ({"samples": image_samples.row(samples, name)} if self._pictures else {})
+      for row, name in zip(rows, names, strict=True)
+    ]
+
+  def pictures(self) -> dict[str, bytes]:
+    """Returns files of the samples of the latest `run`; rows name them in "samples"."""
+    return self._pictures
 
   def rows(self, sums: Mapping[SizeKey, Sequence[Sums]]) -> list[Row]:
     """Returns for each size what names it, the means of its metrics over all batches, and "n", how many examples."""

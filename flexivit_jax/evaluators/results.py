@@ -91,7 +91,8 @@ def samples_folder(path: pathlib.Path) -> pathlib.Path:
 def write(path: pathlib.Path, described: Json, rows: list[Json], evaluator: object = None) -> None:
   """Writes the file at once or not at all, after what belongs to it; on the first process only.
 
-  These are the pictures of its evaluator, and which images were right; the file has the latter's digest.
+  These are the pictures of its evaluator, and which images were right; the file has the latter's digest. Pictures of an
+  earlier file that this one does not name are removed.
   """
   if jax.process_index() == 0:
     pictures = evaluator.pictures() if isinstance(evaluator, Illustrated) else {}
@@ -99,6 +100,8 @@ def write(path: pathlib.Path, described: Json, rows: list[Json], evaluator: obje
       samples_folder(path).mkdir(exist_ok=True)
     for name, data in pictures.items():
       files.write_atomically(samples_folder(path) / name, data)
+    if not pictures:
+      rows = [{key: value for key, value in row.items() if key != "samples"} for row in rows]
     known = {k: v for k, v in described.items() if v is not None}
     scores = evaluator.image_scores() if isinstance(evaluator, ScoresImages) else None
     if scores is not None:
@@ -108,10 +111,18 @@ def write(path: pathlib.Path, described: Json, rows: list[Json], evaluator: obje
     text = json.dumps({**known, "rows": rows}, indent=1, allow_nan=False)
     if any({"confusion", "class_pixels", "class_boxes"} & row.keys() for row in rows):
       text = _INTEGERS.sub(lambda found: f"[{', '.join(re.findall(r'[0-9]+', found[0]))}]", text)
+    text = _SAMPLE.sub(
+      lambda found: re.sub(r"(?<=\{)\s+|\s+(?=\})", "", " ".join(found[0].split())), text
+    )
     files.write_atomically(path, text + "\n")
+    for old in samples_folder(path).glob("*"):
+      if old.name not in pictures and _PICTURE.fullmatch(old.name):
+        old.unlink(missing_ok=True)
 
 
 _INTEGERS = re.compile(r"\[\s*\d+(,\s*\d+)*\s*\]")  # a list of them: one line, not one each
+_SAMPLE = re.compile(r'\{\s*"id": \d[^{}]*\}')  # a sample of classification: the same
+_PICTURE = re.compile(r"\d+(_[\w=]+)?\.(jpg|png)")  # what evaluators call theirs
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, object]]) -> None:

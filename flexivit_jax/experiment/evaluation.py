@@ -162,12 +162,12 @@ def _arguments(section: Section, function: Function) -> Json:
 
 
 def classes_of_tables(evaluation: Evaluation, rows: Sequence[Section]) -> list[str] | None:
-  """The names of the classes of the tables in an evaluation's rows; None: there are none."""
+  """The names of the classes of the tables, or of the samples, in an evaluation's rows; None: there are none."""
   source, section = evaluation.source, evaluation.section
   for table in ("class_iou", "class_ap"):
     if rows and table in rows[0]:
       return list(source.class_names or map(str, range(len(rows[0][table]))))
-  if not rows or "confusion" not in rows[0]:
+  if not rows or not {"confusion", "samples"} & rows[0].keys():
     return None
   names = table_classes(source.class_names, source.num_classes, section.get("label_map"))
-  return [*names, *map(str, range(len(names), len(rows[0]["confusion"])))]
+  return [*names, *map(str, range(len(names), len(rows[0].get("confusion", ()))))]

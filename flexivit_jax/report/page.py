@@ -7,7 +7,7 @@ from importlib import resources
 from string import Template
 
 from flexivit_jax.evaluators.metrics import Metric
-from flexivit_jax.report import boxes, classes, pareto, plots, segments, tables
+from flexivit_jax.report import boxes, classes, images, pareto, plots, segments, tables
 from flexivit_jax.report.runs import ReportRun, is_trained
 
 _VARIABLES = {
@@ -64,7 +64,10 @@ def render(
     dominated=_dominated(runs),
     facts=_facts(runs, command),
     sections=sections,
-    classes=classes.section(runs) + segments.section(runs) + boxes.section(runs),
+    classes=classes.section(runs)
+    + images.section(runs)
+    + segments.section(runs)
+    + boxes.section(runs),
   )
 
 

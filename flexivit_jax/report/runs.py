@@ -61,6 +61,15 @@ class EvalRow(NamedTuple):
     return dict(self.measured).get(name)
 
 
+class ImageSample(NamedTuple):
+  """An image of classification: its file, its class or None, the class that is found, and whether that is right."""
+
+  file: Path
+  label: int | None
+  predicted: int
+  right: bool
+
+
 class ReportRun(NamedTuple):
   """One curve: `metric` at each size. `trained` holds the grids `(h, w)` of its training, None if unknown.
 
@@ -69,8 +78,9 @@ class ReportRun(NamedTuple):
   None for one without a pixel in the masks, and `samples` the files of predicted masks; `pixels` are those of each
   class in the masks. Of detection `aps` are the average precisions of the classes, None for one without a box,
   `boxes` the number of boxes of each, `parts` the average precisions of boxes of some areas and groups by the names
-  of the evaluator, and `samples` the files of pictures with boxes. `cascades` are measured
-  by the metric. `file` is the eval.json, `images_sha256` the digest of the scores of its images, if it has some.
+  of the evaluator, and `samples` the files of pictures with boxes. `images` are samples of classification, the same in
+  all rows that have them. `cascades` are measured by the metric. `file` is the eval.json, `images_sha256` the digest of
+  the scores of its images, if it has some.
   """
 
   name: str
@@ -87,6 +97,7 @@ class ReportRun(NamedTuple):
   aps: Mapping[Key, tuple[float | None, ...]] = MappingProxyType({})
   boxes: tuple[int, ...] = ()
   parts: Mapping[Key, Mapping[str, float]] = MappingProxyType({})
+  images: Mapping[Key, tuple[ImageSample, ...]] = MappingProxyType({})
   cascades: tuple[EvalRow, ...] = ()
   file: Path | None = None
   images_sha256: str | None = None
@@ -221,6 +232,7 @@ def read(path: Path, metric: str | None = None) -> ReportRun:
   aps, boxes = of_classes(data, rows, file, "class_ap", "class_boxes")
   parts = {key_of(row): _parts(data["rows"][i], file, f"rows[{i}].") for i, row in enumerate(rows)}
   samples |= samples_of(data, rows, file, "class_ap", "jpg")
+  looked_at = {} if ious or aps else images_of(data, rows, file)
   rows.sort(key=_row_order)
   again = [k for k, count in Counter(map(key_of, rows)).items() if count > 1]
   if again:
@@ -232,6 +244,8 @@ def read(path: Path, metric: str | None = None) -> ReportRun:
     facts["time"] = ledger.text(spent)
   if ious or aps:
     classes = _names(data, len(pixels or boxes), file)
+  elif looked_at and not confusions and data.get("classes"):
+    classes = _names(data, len(_get(data, "classes", list, file)), file)
   trained = _trained(data, file)
   return ReportRun(
     name,
@@ -248,6 +262,7 @@ def read(path: Path, metric: str | None = None) -> ReportRun:
     aps,
     boxes,
     parts if aps else {},
+    looked_at,
     _cascades(data, rows, file, drawn),
     file,
     _get(data, "images_sha256", str, file) if "images_sha256" in data else None,
@@ -530,6 +545,42 @@ def samples_of(
       raise _bad(file, f"rows[{i}].samples", names, f"names such as 0_15x20.{suffix}")
     samples[key_of(row)] = tuple(samples_folder(file) / name for name in names)
   return samples
+
+
+def images_of(
+  data: Json, rows: Sequence[EvalRow], file: Path
+) -> dict[Key, tuple[ImageSample, ...]]:
+  """Returns the samples of rows of classification that have some.
+
+  Raises:
+    UserError: samples that are not described as `evaluators.image_samples` does, or not of the same images in all rows.
+  """
+  found: dict[Key, tuple[ImageSample, ...]] = {}
+  for i, (item, row) in enumerate(zip(data["rows"], rows, strict=True)):
+    if not item.get("samples"):
+      continue
+    at = f"rows[{i}].samples"
+    samples = _get(item, "samples", list, file, f"rows[{i}].")
+    made = tuple(_image(one, file, f"{at}[{k}]") for k, one in enumerate(samples))
+    first = next(iter(found.values()), made)
+    if [(one.file, one.label) for one in made] != [(one.file, one.label) for one in first]:
+      raise _bad(file, at, "of other images", "the images of the other rows")
+    found[key_of(row)] = made
+  return found
+
+
+def _image(item: object, file: Path, at: str) -> ImageSample:
+  if not isinstance(item, dict):
+    raise _bad(file, at, item, "an object")
+  numbers = {key: _get(item, key, int, file, f"{at}.") for key in ("id", "label", "predicted")}
+  for key, number in numbers.items():
+    if isinstance(number, bool) or not -(key == "label") <= number <= LARGEST:
+      raise _bad(file, f"{at}.{key}", number, "a number of an image or a class")
+  label = None if numbers["label"] < 0 else numbers["label"]
+  picture = samples_folder(file) / f"{numbers['id']}.jpg"
+  return ImageSample(
+    picture, label, numbers["predicted"], _get(item, "right", bool, file, f"{at}.")
+  )
 
 
 def _parts(item: Json, file: Path, at: str) -> dict[str, float]:

@@ -110,6 +110,11 @@ def test_scores_are_those_of_one_device(made, tmp_path, environment_of):
       del row["ms"]
   assert found[0] == found[1] == found[2]
   assert found[0]["images_sha256"]  # of which images were right
+  kept = [
+    {path.name: path.read_bytes() for path in tmp_path.glob(f"{name}_samples/*.jpg")}
+    for name in ("1x1", "1x8", "2x4")
+  ]
+  assert kept[0] == kept[1] == kept[2] and len(kept[0]) == len(found[0]["rows"][0]["samples"]) == 8
 
 
 @pytest.mark.slow
