@@ -310,7 +310,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def row(
   way: Cascade, ran: Ran, finest: Ran, gflops: Mapping[SeqHw, float], **about: Any
 ) -> dict[str, Any]:
-  """Returns what an eval.json holds of a cascade, `report.runs.cascades_of`.
+  """Returns what an eval.json holds of a cascade, read by `report.runs`.
 
   Args:
     way: the cascade.

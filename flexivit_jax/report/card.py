@@ -8,7 +8,7 @@ import yaml
 
 from flexivit_jax.errors import UserError
 from flexivit_jax.report import tables
-from flexivit_jax.report.runs import EvalRow, ReportRun, is_trained
+from flexivit_jax.report.rows import EvalRow, ReportRun, is_trained
 
 # The task as the hub calls it, by the metric that only its evaluators have. Of other tasks nothing is said.
 _TASKS = {

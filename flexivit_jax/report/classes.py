@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from flexivit_jax.evaluators.metrics import TOP1
-from flexivit_jax.report.runs import EvalRow, ReportRun, key_of
+from flexivit_jax.report.rows import EvalRow, ReportRun, key_of
 from flexivit_jax.report.tables import grid, shorten, side, span
 
 MOST_CELLS = 30  # classes of a confusion matrix that is drawn; with more classes, pairs are listed

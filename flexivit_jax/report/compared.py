@@ -16,7 +16,7 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import image_scores, intervals
 from flexivit_jax.evaluators.image_scores import ImageScores
 from flexivit_jax.evaluators.metrics import TOP1
-from flexivit_jax.report.runs import EvalRow, ReportRun, key_of
+from flexivit_jax.report.rows import EvalRow, ReportRun, key_of
 from flexivit_jax.report.tables import grid, side
 
 ALPHA = 0.05

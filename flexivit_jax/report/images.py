@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from flexivit_jax.report.runs import EvalRow, ReportRun, key_of
+from flexivit_jax.report.rows import EvalRow, ReportRun, key_of
 from flexivit_jax.report.segments import picture
 from flexivit_jax.report.tables import grid, shorten, side
 

@@ -8,7 +8,7 @@ from string import Template
 
 from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.report import boxes, classes, images, pareto, plots, segments, tables
-from flexivit_jax.report.runs import ReportRun, is_trained
+from flexivit_jax.report.rows import ReportRun, is_trained
 
 _VARIABLES = {
   plots.INK: "ink",

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flexivit_jax.report.runs import EvalRow, Json, ReportRun, to_json
+from flexivit_jax.report.fields import Json
+from flexivit_jax.report.rows import EvalRow, ReportRun
+from flexivit_jax.report.runs import to_json
 
 # Costs of a point, and the facts that two runs must share for a comparison of this cost.
 COSTS = {"gflops": ("dataset", "split"), "ms": ("dataset", "split", "device")}

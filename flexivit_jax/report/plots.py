@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 from flexivit_jax.report import pareto
-from flexivit_jax.report.runs import EvalRow, ReportRun, is_trained, order, sides
+from flexivit_jax.report.rows import EvalRow, ReportRun, is_trained, order, sides
 from flexivit_jax.report.tables import shorten, side, unit
 
 Axes = Any  # of matplotlib, which is imported late

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexivit_jax.data.class_colours import hex_colour
-from flexivit_jax.report.runs import EvalRow, ReportRun, key_of
+from flexivit_jax.report.rows import EvalRow, ReportRun, key_of
 from flexivit_jax.report.tables import grid, shorten, side
 
 MOST_LINES = 60  # classes of a table

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from flexivit_jax.evaluators.metrics import Metric
 from flexivit_jax.report import pareto
-from flexivit_jax.report.runs import EvalRow, ReportRun, SizeText, is_trained, order, sides
+from flexivit_jax.report.rows import EvalRow, ReportRun, SizeText, is_trained, order, sides
 from flexivit_jax.tables import aligned
 
 DOMINATED = "▼"

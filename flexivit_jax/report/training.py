@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from flexivit_jax.report import plots
 from flexivit_jax.report.page import inline
-from flexivit_jax.report.runs import ReportRun
+from flexivit_jax.report.rows import ReportRun
 from flexivit_jax.report.tables import shorten
 
 POINTS = 24  # of a curve: each is a mean over so long a piece of the run
