@@ -40,7 +40,7 @@ class Album:
   class, and topologies give the same samples. Images that are neither grey nor RGB are not kept.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._small: dict[int, UInt8[np.ndarray, "_ _ c"]] = {}
 
   def kept_of(self, batches: Batches) -> Iterator[Mapping[str, np.ndarray]]:
@@ -69,7 +69,8 @@ class Album:
     """Returns a JPEG of each sample by name, on every process; all must call it."""
     mine = {name_of(one.id): _jpeg(self._small[one.id]) for one in samples if one.id in self._small}
     archive = io.BytesIO()
-    np.savez(archive, **{name: np.frombuffer(data, np.uint8) for name, data in mine.items()})
+    arrays: dict[str, Any] = {k: np.frombuffer(data, np.uint8) for k, data in mine.items()}
+    np.savez(archive, **arrays)
     parts = [np.load(io.BytesIO(data)) for data in distributed.blobs(archive.getvalue())]
     return {name: part[name].tobytes() for part in parts for name in part.files}
 
