@@ -50,7 +50,9 @@ def gmacs(model: Model, shapes: Shapes, **size: Any) -> float:
   Raises:
     UserError: the size does not fit the image.
   """
-  return (_macs(_program(model, shapes, 2, size)) - _macs(_program(model, shapes, 1, size))) / 1e9
+  params, one = _inputs(model, shapes)
+  trace = functools.partial(jax.make_jaxpr(_forward(model, size)), params)
+  return (_macs(trace(_batch(one, 2)).jaxpr) - _macs(trace(one).jaxpr)) / 1e9
 
 
 def step_gmacs(model: Model, shapes: Shapes, frozen: Tree, **size: Any) -> float:
@@ -62,18 +64,15 @@ def step_gmacs(model: Model, shapes: Shapes, frozen: Tree, **size: Any) -> float
     model, shapes, size: as for `gmacs`.
     frozen: tree of bools, the parameters that do not move.
   """
+  params, one = _inputs(model, shapes)
+  forward = _forward(model, size)
 
-  def macs(n: int) -> int:
-    params, batch = _inputs(model, shapes, n)
-    forward = _forward(model, size)
+  def total(params: Tree, batch: Tree) -> jax.Array:
+    out = forward(_stopped(params, frozen), batch)
+    return sum((x.sum() for x in jax.tree.leaves(out)), jnp.float32(0))
 
-    def total(params: Tree, batch: Tree) -> jax.Array:
-      out = forward(_stopped(params, frozen), batch)
-      return sum((x.sum() for x in jax.tree.leaves(out)), jnp.float32(0))
-
-    return _macs(jax.make_jaxpr(jax.grad(total))(params, batch).jaxpr)
-
-  return (macs(2) - macs(1)) / 1e9
+  trace = functools.partial(jax.make_jaxpr(jax.grad(total)), params)
+  return (_macs(trace(_batch(one, 2)).jaxpr) - _macs(trace(one).jaxpr)) / 1e9
 
 
 def activation_bytes(
@@ -90,15 +89,20 @@ def activation_bytes(
     frozen: see `step_gmacs`; None: all parameters move.
     **size: static arguments of the model.
   """
-  return float(_kept(model, shapes, 2, size, frozen) - _kept(model, shapes, 1, size, frozen))
+  params, one = _inputs(model, shapes)
+  kept = functools.partial(_kept, _forward(model, size), frozen, params)
+  return float(kept(_batch(one, 2)) - kept(one))
 
 
-def _inputs(model: Model, shapes: Shapes, n: int) -> tuple[Tree, Tree]:
-  """Shapes of the parameters and of a batch of n."""
+def _inputs(model: Model, shapes: Shapes) -> tuple[Tree, Tree]:
+  """Shapes of the parameters and of a batch of one example."""
   inputs, size = model.example(shapes)
   params = jax.eval_shape(functools.partial(model.init, **size), jax.random.key(0), **inputs)
-  batch = {k: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for k, x in inputs.items()}
-  return params, batch
+  return params, _batch(inputs, 1)
+
+
+def _batch(inputs: Tree, n: int) -> Tree:
+  return {k: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for k, x in inputs.items()}
 
 
 def _forward(model: Model, size: Any) -> Callable[[Tree, Tree], Tree]:
@@ -109,11 +113,6 @@ def _forward(model: Model, size: Any) -> Callable[[Tree, Tree], Tree]:
     return {name: out[name] for name in model.outputs}
 
   return run
-
-
-def _program(model: Model, shapes: Shapes, n: int, size: Any) -> Jaxpr:
-  params, batch = _inputs(model, shapes, n)
-  return jax.make_jaxpr(_forward(model, size))(params, batch).jaxpr
 
 
 def _macs(jaxpr: Jaxpr) -> int:
@@ -160,10 +159,10 @@ def _stopped(params: Tree, frozen: Tree | None) -> Tree:
   return jax.tree.map(stop, params, {"params": frozen})
 
 
-def _kept(model: Model, shapes: Shapes, n: int, size: Any, frozen: Tree | None) -> int:
-  """Bytes of what the backward pass of n examples takes."""
-  params, batch = _inputs(model, shapes, n)
-  forward = _forward(model, size)
+def _kept(
+  forward: Callable[[Tree, Tree], Tree], frozen: Tree | None, params: Tree, batch: Tree
+) -> int:
+  """Bytes of what the backward pass takes."""
 
   def pull(params: Tree, batch: Tree) -> Tree:
     return jax.vjp(lambda p: forward(_stopped(p, frozen), batch), params)[1]
