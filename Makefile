@@ -38,6 +38,9 @@ demo: $(CORE)
 	@echo "Open runs/demo/page/index.html and move the slider. Photos of your own need a model of photos, e.g. timm's ViT-Ti/16:"
 	@echo "  pip install '.[serve]' && flexivit serve vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors --image_size 240 --seqhw 5,8,15,30 --demo"
 
+# The tests start hundreds of processes, which need not compile the package's modules each.
+test test-full test-convert faults: export PYTHONDONTWRITEBYTECODE =
+
 # As many processes as cores; the tests of a file stay together, for they share what takes long to make.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
+import typing
 from pathlib import Path
 
 # Set before JAX is imported, and in the environment, for the commands that tests start.
@@ -37,8 +39,36 @@ import numpy as np
 import pytest
 from jax._src.interpreters import mlir
 
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _checked(*, typechecker):
+  """jaxtyping's decorator, which compares shapes of arrays; of a function without arrays, beartype alone.
+
+  In the tests most calls are of such functions, and the decorator takes longer than they do.
+  """
+
+  def decorate(fn):
+    plain = isinstance(fn, types.FunctionType) and not any(
+      map(_of_arrays, fn.__annotations__.values())
+    )
+    return typechecker(fn) if plain else _jaxtyped(typechecker=typechecker)(fn)
+
+  return decorate
+
+
+def _of_arrays(hint) -> bool:
+  """Whether an annotation has a part that is jaxtyping's, or a text, which may stand for anything."""
+  if isinstance(hint, str) or type(hint).__module__.startswith("jaxtyping"):
+    return True
+  if typing.get_origin(hint) is typing.Literal:
+    return False
+  return any(map(_of_arrays, hint if isinstance(hint, list) else typing.get_args(hint)))
+
+
 # Checks every annotation in the package, which must not be imported before. An int may stand where
 # a float is expected, as everywhere in Python.
+jaxtyping.jaxtyped = _checked
 jaxtyping.install_import_hook(
   "flexivit_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
