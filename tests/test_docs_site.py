@@ -16,7 +16,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-  """The built site. Its environment has no optional package, so autodoc could import none."""
+  """The built site. Its environment has no optional package, so autodoc could import none.
+
+  What `make docs` has read is not read again.
+  """
   python, folder = REPOSITORY / ".venv-docs" / "bin" / "python", tmp_path_factory.mktemp("site")
   if not python.exists():
     pytest.skip("sphinx is not installed; `make .venv-docs/.installed` does it")
@@ -30,7 +33,7 @@ def site(tmp_path_factory) -> Path:
     "-c",
     "docs/site",
     "-d",
-    folder / "cache",
+    REPOSITORY / "build" / "docs-cache",
   ]
   done = subprocess.run(
     [*command, ".", folder / "out"], cwd=REPOSITORY, capture_output=True, text=True, check=False

@@ -73,5 +73,16 @@ def test_a_wheel_trains_predicts_inspects_and_shows(wheel, tmp_path, version):
   assert "photo.png" in run(*predict, cwd=tmp_path)
   assert "parameters" in run(flexivit, "inspect", "run", cwd=tmp_path)
   run(flexivit, "report", "run", cwd=tmp_path)
-  run(flexivit, "demo", "run", "--static", "page", "--images", "photo.png", cwd=tmp_path)
+  run(
+    flexivit,
+    "demo",
+    "run",
+    "--static",
+    "page",
+    "--images",
+    "photo.png",
+    "--seqhw",
+    "2",
+    cwd=tmp_path,
+  )
   assert "photo.png" in (tmp_path / "page" / "index.html").read_text()
