@@ -45,13 +45,13 @@ _jaxtyped = jaxtyping.jaxtyped
 def _checked(*, typechecker):
   """jaxtyping's decorator, which compares shapes of arrays; of a function without arrays, beartype alone.
 
-  In the tests most calls are of such functions, and the decorator takes longer than they do.
+  In the tests most calls are of such functions, and the decorator takes longer than they do. A function inside another
+  has jaxtyping's as well: beartype's has a new name each time it is made, which JAX writes into programs.
   """
 
   def decorate(fn):
-    plain = isinstance(fn, types.FunctionType) and not any(
-      map(_of_arrays, fn.__annotations__.values())
-    )
+    plain = isinstance(fn, types.FunctionType) and "<locals>" not in fn.__qualname__
+    plain = plain and not any(map(_of_arrays, fn.__annotations__.values()))
     return typechecker(fn) if plain else _jaxtyped(typechecker=typechecker)(fn)
 
   return decorate
