@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import jax
@@ -40,7 +40,7 @@ def gmacs(model: Model, shapes: Shapes, **size: Any) -> float:
   """Multiply-adds of one forward pass for one example, in 1e9: all matrix products and convolutions.
 
   What two examples take less what one takes: what is made of parameters alone, such as a resized kernel, is left out.
-  A loop of unknown length counts once.
+  A loop of unknown length counts once. What has been counted is remembered: several evaluations ask for the same.
 
   Args:
     model: the model.
@@ -50,8 +50,16 @@ def gmacs(model: Model, shapes: Shapes, **size: Any) -> float:
   Raises:
     UserError: the size does not fit the image.
   """
-  params, one = _inputs(model, shapes)
-  trace = functools.partial(jax.make_jaxpr(_forward(model, size)), params)
+  named = tuple((name, tuple(shape)) for name, shape in shapes.items())
+  return _gmacs(cast(Hashable, model), named, tuple(size.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _gmacs(
+  model: Any, shapes: tuple[tuple[str, tuple[int, ...]], ...], size: tuple[tuple[str, Any], ...]
+) -> float:
+  params, one = _inputs(model, dict(shapes))
+  trace = functools.partial(jax.make_jaxpr(_forward(model, dict(size))), params)
   return (_macs(trace(_batch(one, 2)).jaxpr) - _macs(trace(one).jaxpr)) / 1e9
 
 
