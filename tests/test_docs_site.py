@@ -16,10 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-  """The built site. Its environment has no optional package, so autodoc could import none.
-
-  What `make docs` has read is not read again.
-  """
+  """The built site. Its environment has no optional package, so autodoc could import none."""
   python, folder = REPOSITORY / ".venv-docs" / "bin" / "python", tmp_path_factory.mktemp("site")
   if not python.exists():
     pytest.skip("sphinx is not installed; `make .venv-docs/.installed` does it")
@@ -33,7 +30,7 @@ def site(tmp_path_factory) -> Path:
     "-c",
     "docs/site",
     "-d",
-    REPOSITORY / "build" / "docs-cache",
+    folder / "cache",
   ]
   done = subprocess.run(
     [*command, ".", folder / "out"], cwd=REPOSITORY, capture_output=True, text=True, check=False
