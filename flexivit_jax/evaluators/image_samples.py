@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image
+from jaxtyping import UInt8
 
 from flexivit_jax.data import images
+from flexivit_jax.evaluators import pictures
 from flexivit_jax.evaluators.base import Batches
 from flexivit_jax.evaluators.image_scores import ImageScores
 from flexivit_jax.running import distributed
@@ -43,10 +43,10 @@ class Album:
   def __init__(self) -> None:
     self._small: dict[int, UInt8[np.ndarray, "_ _ c"]] = {}
 
-  def kept_of(self, batches: Batches) -> Iterator[Mapping[str, np.ndarray]]:
-    """Yields batches of "image" float32 [n, h, w, c] in [-1, 1], "_mask" and "_id", and keeps what may be chosen.
+  def watched(self, batches: Batches) -> Iterator[Mapping[str, np.ndarray]]:
+    """Yields the batches as they are, of "image" float32 [n, h, w, c] in [-1, 1], "_mask" and "_id".
 
-    Without "_id" nothing is kept.
+    On the way it keeps what may be chosen; without "_id" nothing.
     """
     self._small.clear()
     for batch in batches:
@@ -61,15 +61,18 @@ class Album:
     for i in np.argsort(ranks, kind="stable")[:LOOKED_AT].tolist():
       if ranks[i] >= limit:
         break
-      self._small[int(batch["_id"][i])] = _small(batch["image"][i])
+      image = batch["image"][i]
+      hw = pictures.small_hw((image.shape[0], image.shape[1]), LONGEST)
+      small = images.resize_image(pictures.grey_levels(image), hw, "area")
+      self._small[int(batch["_id"][i])] = small
     for surplus in sorted(self._small, key=_rank)[LOOKED_AT:]:
       del self._small[surplus]
 
   def files(self, samples: Sequence[Sample]) -> dict[str, bytes]:
     """Returns a JPEG of each sample by name, on every process; all must call it."""
-    mine = {name_of(one.id): _jpeg(self._small[one.id]) for one in samples if one.id in self._small}
+    mine = {one.id: pictures.jpeg(self._small[one.id]) for one in samples if one.id in self._small}
     archive = io.BytesIO()
-    arrays: dict[str, Any] = {k: np.frombuffer(data, np.uint8) for k, data in mine.items()}
+    arrays: dict[str, Any] = {name_of(i): np.frombuffer(file, np.uint8) for i, file in mine.items()}
     np.savez(archive, **arrays)
     parts = [np.load(io.BytesIO(data)) for data in distributed.blobs(archive.getvalue())]
     return {name: part[name].tobytes() for part in parts for name in part.files}
@@ -109,19 +112,5 @@ def row(samples: Sequence[Sample], size: str) -> list[Json]:
 
 def _rank(ids: Any) -> Any:
   """Places of ids, a number or an array, in an order that looks random: different places of different ids."""
-  return (
-    ids * 2654435761 % LAST
-  )  # odd, so it can be undone; Knuth, The Art of Computer Programming 3, 6.4
-
-
-def _small(image: Float[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "_ _ c"]:
-  h, w = image.shape[:2]
-  factor = min(1.0, LONGEST / max(h, w))
-  pixels = np.clip((image + 1) * 127.5, 0, 255).round().astype(np.uint8)
-  return images.resize_image(pixels, (max(1, round(h * factor)), max(1, round(w * factor))), "area")
-
-
-def _jpeg(image: UInt8[np.ndarray, "h w c"]) -> bytes:
-  file = io.BytesIO()
-  Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(file, "JPEG", quality=85)
-  return file.getvalue()
+  # An odd factor, so that it can be undone. Knuth, The Art of Computer Programming 3, 6.4.
+  return ids * 2654435761 % LAST

@@ -115,7 +115,7 @@ class PerSize:
     sums: dict[SizeKey, list] = {key: [] for key in self.sizes}
     images: dict[SizeKey, list] = {key: [] for key in self.sizes}
     tables: dict[SizeKey, Tree] = {}
-    seen = self._album.kept_of(self.batches) if self._number else self.batches
+    seen = self._album.watched(self.batches) if self._number else self.batches
     for outputs in self.outputs(params, seen):
       for key, output in outputs.items():
         sums[key].append(output._replace(tables=None, per_image=None))

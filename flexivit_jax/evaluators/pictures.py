@@ -36,13 +36,28 @@ def files(number: int, sample: Sample) -> dict[str, bytes]:
     sample: the sample.
   """
   hw = (sample.mask.shape[0], sample.mask.shape[1])
-  factor = min(1.0, LONGEST / max(hw))
-  small = (max(1, round(hw[0] * factor)), max(1, round(hw[1] * factor)))
-  image = np.clip((sample.image + 1) * 127.5, 0, 255).round().astype(np.uint8)
-  image = images.resize_image(image, small, "area")
   masks = {"true": sample.mask, **sample.predicted}
-  made = {name_of(number, what): _png(_small(mask, small)) for what, mask in masks.items()}
-  return {name_of(number, "image"): _encoded(_rgb(image), "JPEG"), **made}
+  made = {
+    name_of(number, what): _png(_small(mask, small_hw(hw, LONGEST))) for what, mask in masks.items()
+  }
+  image = images.resize_image(grey_levels(sample.image), small_hw(hw, LONGEST), "area")
+  return {name_of(number, "image"): jpeg(image), **made}
+
+
+def grey_levels(image: Float[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
+  """Returns an image in [-1, 1] as bytes."""
+  return np.clip((image + 1) * 127.5, 0, 255).round().astype(np.uint8)
+
+
+def small_hw(hw: tuple[int, int], longest: int) -> tuple[int, int]:
+  """Returns the size of an image whose longer side is made at most so many pixels."""
+  factor = min(1.0, longest / max(hw))
+  return max(1, round(hw[0] * factor)), max(1, round(hw[1] * factor))
+
+
+def jpeg(image: UInt8[np.ndarray, "h w c"]) -> bytes:
+  """Returns a file of a grey or RGB image."""
+  return _encoded(Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]), "JPEG")
 
 
 def _small(mask: Integer[np.ndarray, "h w"], hw: tuple[int, int]) -> Integer[np.ndarray, "_ _"]:
@@ -55,10 +70,6 @@ def _png(mask: Integer[np.ndarray, "h w"]) -> bytes:
   image = Image.fromarray(numbers.astype(np.uint8))
   image.putpalette([*class_colours.palette()[: 3 * _NONE], 0, 0, 0])
   return _encoded(image, "PNG")
-
-
-def _rgb(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:
-  return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
 
 
 def _encoded(image: Image.Image, form: str) -> bytes:

@@ -3,7 +3,6 @@
 import io
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +12,6 @@ from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import image_samples, results
 from flexivit_jax.evaluators.classification import classification
 from flexivit_jax.evaluators.image_scores import ImageScores
-from flexivit_jax.models import FlexiViT
 
 SIZES = (2, 4)
 
@@ -34,18 +32,6 @@ def batches_of(ids, number, channels=1, seed=0):
       "_id": np.where(mask > 0, some, -1),
       "_mask": mask,
     }
-
-
-@pytest.fixture(scope="module")
-def model_and_params():
-  model = FlexiViT(
-    num_classes=3, width=8, depth=1, mlp_dim=8, num_heads=2, patch_size=(4, 4), posemb_size=(2, 2)
-  )
-  params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 1)), seqhw=2)["params"]
-  params = jax.tree.map(
-    lambda p: p + 0.5 * jax.random.normal(jax.random.key(p.size), p.shape), params
-  )
-  return model, params
 
 
 def evaluated(model_and_params, batches, **options):
@@ -97,7 +83,7 @@ def test_an_image_that_is_chosen_is_kept_by_the_process_that_reads_it(processes)
   assert 70 < len(samples) < image_samples.LOOKED_AT  # about three quarters
   albums = [image_samples.Album() for _ in range(processes)]
   for i, album in enumerate(albums):
-    assert len([*album.kept_of(batches_of([*range(i, n, processes)], 100))]) >= 4
+    assert len([*album.watched(batches_of([*range(i, n, processes)], 100))]) >= 4
   files = [album.files(samples) for album in albums]
   assert sum(map(len, files)) == len({name for made in files for name in made}) == len(samples)
   few = image_samples.chosen(scores, 10)
@@ -112,7 +98,7 @@ def test_nothing_is_kept_where_it_is_not_asked_for_or_cannot_be(model_and_params
   rows, evaluator = evaluated(model_and_params, without)
   assert evaluator.pictures() == {} and "samples" not in rows[0]
   album = image_samples.Album()
-  assert len([*album.kept_of(batches_of([*range(20)], 10, channels=4))]) == 2
+  assert len([*album.watched(batches_of([*range(20)], 10, channels=4))]) == 2
   scores = ImageScores(
     np.arange(20), np.zeros(20, int), {"2": np.zeros(20, np.uint8)}, {"2": np.ones(20, int)}
   )

@@ -1,6 +1,5 @@
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -8,7 +7,6 @@ from flexivit_jax.devices import sharding
 from flexivit_jax.errors import UserError
 from flexivit_jax.evaluators import image_scores, results
 from flexivit_jax.evaluators.classification import classification
-from flexivit_jax.models import FlexiViT
 
 
 def batch_of(ids, mask, seed=0):
@@ -22,18 +20,6 @@ def batch_of(ids, mask, seed=0):
     "_id": np.where(mask > 0, ids, -1),
     "_mask": mask,
   }
-
-
-@pytest.fixture(scope="module")
-def model_and_params():
-  model = FlexiViT(
-    num_classes=3, width=8, depth=1, mlp_dim=8, num_heads=2, patch_size=(4, 4), posemb_size=(2, 2)
-  )
-  params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 1)), seqhw=2)["params"]
-  params = jax.tree.map(
-    lambda p: p + 0.5 * jax.random.normal(jax.random.key(p.size), p.shape), params
-  )
-  return model, params
 
 
 def scores_of(model_and_params, batches):
