@@ -20,12 +20,12 @@ LAST = 2**32  # ids are below
 
 
 class Sample(NamedTuple):
-  """An image by the number of its example, its class, -1 if it has none, and by size the class that is found."""
+  """An image, and what each size says of it; sizes by their names."""
 
-  id: int
-  label: int
+  id: int  # the number of the example in its data set and split
+  label: int  # -1: it has none
   predicted: Mapping[str, int]
-  right: Mapping[str, bool]  # several classes may be right
+  right: Mapping[str, bool]  # of an image with several labels several classes are right
 
 
 def name_of(sample_id: int) -> str:
@@ -34,9 +34,9 @@ def name_of(sample_id: int) -> str:
 
 
 class Album:
-  """Keeps small copies of the images that `chosen` may choose: `LOOKED_AT` that are drawn by their ids.
+  """Keeps small copies of `LOOKED_AT` images, drawn by their ids. `chosen` takes the samples from these.
 
-  What is drawn does not depend on the order of the images, nor on which process reads them: a data set may be sorted by
+  The draw does not depend on the order of the images, nor on which process reads them: a data set may be sorted by
   class, and topologies give the same samples. Images that are neither grey nor RGB are not kept.
   """
 
@@ -79,11 +79,13 @@ class Album:
 
 
 def chosen(scores: ImageScores, number: int) -> list[Sample]:
-  """Returns at most so many images that some size gets wrong, sorted by class; those that another gets right first.
+  """Returns images that some size gets wrong, sorted by class.
+
+  Images that another size gets right are taken before those that all sizes get wrong.
 
   Args:
     scores: of all images, with the classes that were predicted.
-    number: how many.
+    number: the most that are returned.
   """
   right = np.stack([*scores.right.values()]).astype(bool)
   ranks = _rank(scores.ids.astype(np.int64))

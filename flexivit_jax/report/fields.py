@@ -11,7 +11,11 @@ LARGEST = 1e100  # beyond it an axis overflows
 
 
 def get(data: Json, key: str, kind: type, file: Path, at: str = "") -> Any:
-  """Returns the value of a key of that kind; a UserError says what is missing or of another kind, `at` which object."""
+  """Returns the value of a key; `at` says in messages where the object stands in the file, such as "rows[2].".
+
+  Raises:
+    UserError: the key is missing, or its value is of another kind.
+  """
   if key not in data:
     raise UserError(f"{file}: the key {at + key!r} is missing; run `flexivit eval` again.")
   if not isinstance(data[key], kind):

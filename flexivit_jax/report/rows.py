@@ -42,7 +42,7 @@ class EvalRow(NamedTuple):
 
 
 class ImageSample(NamedTuple):
-  """An image of classification: its file, its class or None, the class that is found, and whether that is right."""
+  """A sample image of classification at one size; `label` is None for an image without a class."""
 
   file: Path
   label: int | None
