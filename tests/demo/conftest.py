@@ -70,16 +70,18 @@ def _serving(folder, port=0):
   process = subprocess.Popen(
     [*command, f"--port={port}", "--batches=1"], stdout=subprocess.PIPE, text=True
   )
-  url = process.stdout.readline().split()[-1] + "/"
-  for _ in range(600):
-    with contextlib.suppress(OSError):
-      if urllib.request.urlopen(url + "ready").status == 200:
-        break
-    time.sleep(0.1)
-  yield url, process
-  process.terminate()
-  process.wait(30)
-  process.stdout.close()
+  try:
+    url = process.stdout.readline().split()[-1] + "/"
+    for _ in range(600):
+      with contextlib.suppress(OSError):
+        if urllib.request.urlopen(url + "ready").status == 200:
+          break
+      time.sleep(0.1)
+    yield url, process
+  finally:
+    process.terminate()
+    process.wait(30)
+    process.stdout.close()
 
 
 @pytest.fixture(scope="session")
