@@ -94,6 +94,18 @@ def test_contrast_and_names_by_axe_at_two_widths(shown, browser, opened, width, 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+SLOW = """
+asks = [];
+const quick = fetch;
+fetch = async (path, given) => {
+  asks.push(path);
+  await new Promise((done) => setTimeout(done, 500));
+  return quick(path, given);
+};
+null
+"""
+
+
 @pytest.mark.parametrize("kind", ["masks", "boxes"])
 def test_a_photo_given_to_a_server_gets_what_predict_says(
   kind, tmp_path, save_kind, serving, browser, opened, top_of, wait_for
@@ -108,9 +120,13 @@ def test_a_photo_given_to_a_server_gets_what_predict_says(
   )
   ((_, answers),) = answers_of(loaded, inputs, [3, 6], batch_size=1)
   with serving(tmp_path) as (url, _), opened(browser, url) as (page, said):
+    page.evaluate(SLOW)
     page.set_input_files("#file", tmp_path / "photo.png")
-    page.wait_for_selector("#top li")
+    # The slider asks for a size while the page, which asks for all, waits for another.
+    wait_for(lambda: page.evaluate("asks.some((path) => path.startsWith('predict'))"))
     page.focus("#size")
+    page.keyboard.press("Home")
+    page.wait_for_selector("#top li")
     for key, answer in zip(("Home", "End"), answers, strict=True):
       page.keyboard.press(key)
       wait_for(lambda answer=answer: top_of(page) == listed(kind, answer))
@@ -123,4 +139,6 @@ def test_a_photo_given_to_a_server_gets_what_predict_says(
         lambda value=value: page.inner_text("#all tr[aria-current=true] td:last-child") == value
       )
     assert page.inner_text("#disagree").endswith(": 8 px.") == differs(kind, *answers)
+    asked = page.evaluate("asks.filter((path) => path.startsWith('predict'))")
+    assert sorted(asked) == ["predict?seqhw=3", "predict?seqhw=6"]  # each once
     assert said == []
